@@ -1,0 +1,56 @@
+# make demo | test | torture | check | bench: each installs what it needs into .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fiq needs Python >= 3.11: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# one stamp a lock file: a target installs only what it needs, and only when the lock changed
+$(VENV)/.run: requirements/run.txt pyproject.toml | $(BIN)/python
+	$(PIP) install --require-hashes -r requirements/run.txt
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.run
+	$(PIP) install --require-hashes -r requirements/dev.txt
+	@touch $@
+
+demo: $(VENV)/.run ## run the pipeline on an embedded cluster, kill parts of it, verify the corpus
+	$(BIN)/fiq demo $(ARGS)
+
+test: $(VENV)/.dev ## run every test (ARGS="-k name" to choose)
+	$(BIN)/python -m pytest $(ARGS)
+
+torture: $(VENV)/.dev ## the crash tests in full: 500 kills, 2,000 power cuts, full disks, bit flips
+	FIQ_TORTURE=long $(BIN)/python -m pytest tests/torture $(ARGS)
+
+check: $(VENV)/.dev ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## apply ruff's formatting and safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## measure against the named references; prints Markdown and JSON
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+lock: $(VENV)/.dev ## renew requirements/*.txt from pyproject.toml
+	$(BIN)/uv pip compile $(LOCK) --extra cluster --group build pyproject.toml -o requirements/run.txt
+	$(BIN)/uv pip compile $(LOCK) --all-extras --group build --group test --group check --group lock -c requirements/run.txt pyproject.toml -o requirements/dev.txt
+LOCK := -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --upgrade
+
+clean: ## remove the environment and every cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+
+.PHONY: help demo test torture check format bench lock clean

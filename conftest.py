@@ -1,0 +1,55 @@
+"""Runs the examples of README.md, in their order, against a stack of the test's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sybil import Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+_BIN = Path(sys.executable).parent
+
+
+def _run_bash(example: Example) -> None:
+    stack = example.namespace["readme_stack"]
+    script = str(example.parsed).replace("http://127.0.0.1:7001", stack.ingest.url)
+    if script.startswith("h5dump") and shutil.which("h5dump") is None:
+        assert "CI" not in os.environ, "CI has hdf5-tools"
+        return
+    env = os.environ | {"PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}"}
+    # what has been accepted is committed a moment later
+    command = f"for try in $(seq 50); do ({script}) && exit 0; sleep 0.2; done; exit 1"
+    done = subprocess.run(["bash", "-euc", command], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), CodeBlockParser("bash", _run_bash)],
+    patterns=["README.md"],
+    fixtures=["readme_stack"],
+).pytest()
+
+
+@pytest.fixture(scope="module")
+def readme_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A stack in ``./.fiq``, as `fiq up` makes it, in a working directory of its own."""
+    from services.cli.folder import StackFolder, State
+    from services.cli.stack import Stack
+
+    before = Path.cwd()
+    place = tmp_path_factory.mktemp("readme")
+    os.chdir(place)
+    home = StackFolder(place / ".fiq")
+    try:
+        with home.held(), Stack(place / ".fiq") as stack:
+            home.write(State.of(stack))
+            yield stack
+            home.clear()
+    finally:
+        os.chdir(before)

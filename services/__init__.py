@@ -1,0 +1,1 @@
+"""fiq: the Free Intelligence event pipeline."""
