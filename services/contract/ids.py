@@ -1,0 +1,92 @@
+"""Ids: the consultation, the event, the message id of the broker.
+
+A consultation id is one NATS subject token and one HDF5 link name at once. An event id is a UUID, 16 bytes in HDF5:
+the client's idempotency key where that is a UUID already, a UUIDv8 (RFC 9562, section 5.8) derived from any other key,
+a UUIDv7 (section 5.7) made here where the client sends none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from uuid import UUID
+
+from services.contract.errors import InvalidIdError
+
+#: the form of a consultation id
+CONSULTATION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
+#: longest idempotency key, in characters
+MAX_KEY_LENGTH = 255
+
+_VISIBLE_ASCII = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
+_CANONICAL_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+
+
+def check_consultation_id(value: str) -> str:
+    """Return *value* when it is a consultation id.
+
+    Raises:
+        InvalidIdError: it is empty, longer than 128 characters, or holds another character than ``[A-Za-z0-9_-]``.
+    """
+    if CONSULTATION_ID.fullmatch(value) is None:
+        raise InvalidIdError("a consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -")
+    return value
+
+
+def event_id_from_key(key: str) -> UUID:
+    """Derive the event id from an idempotency *key*: the same key always gives the same id.
+
+    A key that is a UUID in its canonical lower-case form is the id itself. Any other becomes a UUIDv8 over its
+    SHA-256, so that two keys share an id only when 122 bits of the digest agree.
+
+    Args:
+        key: the value of ``Idempotency-Key``, quoted (a structured-field string, as the IETF draft
+            draft-ietf-httpapi-idempotency-key-header has it) or bare; 1 to 255 visible ASCII characters.
+
+    Raises:
+        InvalidIdError: the key is empty, too long, or holds white space or other than visible ASCII characters.
+    """
+    bare = _unquote(key)
+    if _VISIBLE_ASCII.fullmatch(bare) is None:
+        raise InvalidIdError("an idempotency key is 1 to 255 visible ASCII characters, quoted or not")
+    if _CANONICAL_UUID.fullmatch(bare) is not None:
+        return UUID(bare)
+    return _uuid(hashlib.sha256(b"fiq idempotency key\0" + bare.encode("ascii")).digest()[:16], version=8)
+
+
+def new_event_id() -> UUID:
+    """Make a UUIDv7: 48 bits of Unix time in milliseconds, then 74 random bits."""
+    milliseconds = time.time_ns() // 1_000_000
+    return _uuid(milliseconds.to_bytes(6, "big") + os.urandom(10), version=7)
+
+
+def message_id(consultation: str, event_id: UUID) -> str:
+    """Return the broker's message id (``Nats-Msg-Id``): ``<consultation>/<event id>``."""
+    return f"{consultation}/{event_id}"
+
+
+def event_id_from_message_id(value: str, consultation: str) -> UUID:
+    """Return the event id of a broker's message id that must belong to *consultation*.
+
+    Raises:
+        InvalidIdError: the message id names another consultation, or its second part is no canonical UUID.
+    """
+    owner, separator, event = value.partition("/")
+    if not separator or owner != consultation or _CANONICAL_UUID.fullmatch(event) is None:
+        raise InvalidIdError("a message id is <consultation id>/<lower-case UUID> of the subject's consultation")
+    return UUID(event)
+
+
+def _unquote(key: str) -> str:
+    if len(key) >= 2 and key[0] == key[-1] == '"':
+        return re.sub(r"\\([\\\"])", r"\1", key[1:-1])
+    return key
+
+
+def _uuid(raw: bytes, *, version: int) -> UUID:
+    number = int.from_bytes(raw, "big")
+    number = number & ~(0xF << 76) | version << 76
+    number = number & ~(0x3 << 62) | 0x2 << 62
+    return UUID(int=number)
