@@ -1,0 +1,56 @@
+"""What can go wrong with the log.
+
+::
+
+    TransientError
+        LogUnavailableError         no answer in time, no leader, no connection: may or may not be stored
+        LogFullError                the stream is at its limit and takes no more
+        DuplicateInFlightError      the same message id is being stored just now
+        TooManyInFlightError        this process is at its own limit
+    PermanentError
+        LogRefusedError             the broker refuses for good: configuration, permission, size
+            ProvisionError          the stream cannot be what the settings ask for
+        StartupError                the cluster was out of reach for too long at start
+        LogMismatchError            the log is not the one that the sink's position belongs to
+        PlacementError              a partition's place is contradictory: consumer, file and volume disagree
+"""
+
+from __future__ import annotations
+
+from services.contract.errors import PermanentError, TransientError
+
+
+class LogUnavailableError(TransientError):
+    """Raised when the log did not answer in time; the operation may or may not have happened."""
+
+
+class LogFullError(TransientError):
+    """Raised when the stream is at its limit: nothing was stored."""
+
+
+class DuplicateInFlightError(TransientError):
+    """Raised when another append of the same message id has not been decided within the deadline."""
+
+
+class TooManyInFlightError(TransientError):
+    """Raised when this process has its limit of appends under way: nothing was sent."""
+
+
+class LogRefusedError(PermanentError):
+    """Raised when the broker refuses and would refuse again: configuration, permission or size."""
+
+
+class ProvisionError(LogRefusedError):
+    """Raised when the stream or a consumer cannot be made what the settings ask for."""
+
+
+class StartupError(PermanentError):
+    """Raised when the cluster was out of reach for all of FI_STARTUP_TIMEOUT."""
+
+
+class LogMismatchError(PermanentError):
+    """Raised when the log is not the one that the sink's position belongs to (re-created, restored, trimmed)."""
+
+
+class PlacementError(PermanentError):
+    """Raised when consumer, partition file and volume disagree about where a partition lives."""

@@ -1,0 +1,224 @@
+"""Requests to the JetStream API, as they are on the wire (nats-io ADR-1).
+
+nats-py's own manager sends no ``action`` with a consumer and knows neither ``CONSUMER.RESET`` nor ``allow_atomic``, so
+the JSON is ours. An error answer becomes an :class:`ApiError`, whose second base says what happens next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import nats.errors
+import orjson
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js.api import Header
+
+from services.contract.errors import FiqError
+from services.eventlog.errors import LogRefusedError, LogUnavailableError
+
+#: error codes (``err_code``) of the broker after which the same request may succeed
+TRANSIENT_ERR_CODES = frozenset({10004, 10007, 10008, 10009, 10023, 10077, 10158, 10167})
+#: JetStream is switched off on the server, or for the account
+NOT_ENABLED_ERR_CODES = frozenset({10039, 10076})
+
+STREAM_NOT_FOUND = 10059
+CONSUMER_NOT_FOUND = 10014
+
+#: how long an answer may take, seconds
+REQUEST_TIMEOUT_SECONDS = 5.0
+
+
+class ApiError(FiqError):
+    """Raised when the broker answers a request with an error; also a LogUnavailableError or a LogRefusedError.
+
+    Attributes:
+        code: like an HTTP status.
+        err_code: the broker's own code, from nats-server's ``server/errors.json``.
+        description: the broker's text.
+    """
+
+    def __init__(self, operation: str, code: int, err_code: int, description: str) -> None:
+        super().__init__(f"{operation}: {description} (code {code}, err_code {err_code})")
+        self.code = code
+        self.err_code = err_code
+        self.description = description
+
+
+class TransientApiError(ApiError, LogUnavailableError):
+    """Raised when the broker cannot just now; the same request may succeed later."""
+
+
+class PermanentApiError(ApiError, LogRefusedError):
+    """Raised when the broker would refuse the same request again."""
+
+
+class NoRespondersError(LogUnavailableError):
+    """Raised when nobody serves the JetStream API: it is off, or the user may not call it."""
+
+
+class StoredMessage(TypedDict):
+    """One message as the stream holds it; *subject* with the partition, *time* RFC 3339 in UTC."""
+
+    subject: str
+    seq: int
+    time: str
+    headers: dict[str, str]
+    data: bytes
+
+
+class JetStreamApi:
+    """The JetStream API on a connection; each answer may take *timeout* seconds unless a request says otherwise."""
+
+    def __init__(self, nc: Client, *, timeout: float = REQUEST_TIMEOUT_SECONDS) -> None:
+        self._nc = nc
+        self._timeout = timeout
+
+    async def request(
+        self, suffix: str, body: Mapping[str, Any] | None = None, *, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """Send *body* to ``$JS.API.<suffix>`` and return the answer.
+
+        Raises:
+            ApiError: the broker answered with an error.
+            NoRespondersError: nobody serves the API.
+            LogUnavailableError: no answer within *timeout* seconds, or no connection; the request may still have
+                taken effect (creations with three replicas often do).
+        """
+        message = await self._ask(suffix, body, timeout)
+        return _answer(suffix, message.data)
+
+    async def stream_info(self, name: str) -> dict[str, Any] | None:
+        """Return the stream's configuration and state, or None when there is no such stream."""
+        try:
+            return await self.request(f"STREAM.INFO.{name}")
+        except ApiError as error:
+            if error.err_code == STREAM_NOT_FOUND:
+                return None
+            raise
+
+    async def consumer_info(self, stream: str, consumer: str) -> dict[str, Any] | None:
+        """Return the consumer's configuration and state, or None when the stream has no such consumer."""
+        try:
+            return await self.request(f"CONSUMER.INFO.{stream}.{consumer}")
+        except ApiError as error:
+            if error.err_code == CONSUMER_NOT_FOUND:
+                return None
+            raise
+
+    async def list_consumers(self, stream: str) -> list[dict[str, Any]]:
+        """Return what :meth:`consumer_info` says of each consumer of *stream*; one request for 256 of them.
+
+        Raises:
+            LogUnavailableError: no answer, or not every consumer's: an absent one would look deleted.
+        """
+        found, missing = await self.survey_consumers(stream)
+        if missing:
+            raise LogUnavailableError(f"CONSUMER.LIST.{stream}: {len(missing)} consumers did not answer")
+        return found
+
+    async def survey_consumers(self, stream: str) -> tuple[list[dict[str, Any]], list[str]]:
+        """Do as :meth:`list_consumers`, and return the names of those that exist but did not answer apart."""
+        found: list[dict[str, Any]] = []
+        missing: list[str] = []
+        while True:
+            page = await self.request(f"CONSUMER.LIST.{stream}", {"offset": len(found) + len(missing)})
+            found += page.get("consumers") or []
+            missing += page.get("missing") or []
+            if not page.get("consumers") or len(found) + len(missing) >= page.get("total", 0):
+                return found, missing
+
+    async def create_consumer(
+        self, stream: str, config: Mapping[str, Any], *, action: str = "create"
+    ) -> dict[str, Any]:
+        """Create, or with *action* ``update`` change, the consumer that *config* describes, and return its info.
+
+        ``create`` of one that exists succeeds only when every field agrees, metadata included; else the error's
+        ``err_code`` is 10148. ``update`` of a missing one is 10149 and replaces the whole metadata.
+        """
+        suffix = f"CONSUMER.CREATE.{stream}.{config['name']}.{config['filter_subject']}"
+        return await self.request(suffix, {"stream_name": stream, "config": dict(config), "action": action})
+
+    async def reset_consumer(self, stream: str, consumer: str, sequence: int) -> dict[str, Any]:
+        """Make *consumer* deliver from *sequence* on, with nothing pending and consumer sequences from 1 (ADR-60).
+
+        The caller must have checked that ``1 <= sequence <= last sequence of the stream + 1``: the broker accepts a
+        greater one and then delivers nothing until the stream gets there, and takes 0 as the ack floor plus one.
+
+        Raises:
+            LogUnavailableError: no answer; a consumer that does not exist never answers, so ask
+                :meth:`consumer_info` next.
+        """
+        return await self.request(f"CONSUMER.RESET.{stream}.{consumer}", {"seq": sequence})
+
+    async def purge(self, stream: str, sequence: int) -> int:
+        """Delete everything below *sequence* from *stream* and return how many messages that were."""
+        answer = await self.request(f"STREAM.PURGE.{stream}", {"seq": sequence})
+        return int(answer.get("purged", 0))
+
+    async def get_message(self, stream: str, sequence: int) -> StoredMessage | None:
+        """Return the message at *sequence*, or None when the stream holds none there.
+
+        A direct get (ADR-31): any replica answers, so one that lags may not have the newest messages yet.
+        """
+        operation = f"DIRECT.GET.{stream}"
+        message = await self._ask(operation, {"seq": sequence}, None)
+        headers = message.headers or {}
+        status = headers.get("Status")
+        if status == "404":
+            return None
+        if status is not None:
+            raise PermanentApiError(operation, int(status), 0, headers.get(Header.DESCRIPTION, "refused"))
+        own = {key: value for key, value in headers.items() if key not in _DIRECT_GET_HEADERS}
+        return StoredMessage(
+            subject=headers["Nats-Subject"],
+            seq=int(headers["Nats-Sequence"]),
+            time=headers["Nats-Time-Stamp"],
+            headers=own,
+            data=message.data,
+        )
+
+    async def _ask(self, suffix: str, body: Mapping[str, Any] | None, timeout: float | None) -> Msg:
+        payload = b"" if body is None else orjson.dumps(body)
+        timeout = self._timeout if timeout is None else timeout
+        try:
+            return await self._nc.request(f"$JS.API.{suffix}", payload, timeout=timeout)
+        except nats.errors.NoRespondersError:
+            raise NoRespondersError(f"{suffix}: nobody serves the JetStream API") from None
+        except TimeoutError:
+            raise LogUnavailableError(f"{suffix}: no answer within {timeout:g} s") from None
+        except (nats.errors.Error, OSError) as error:
+            raise LogUnavailableError(f"{suffix}: {type(error).__name__}") from error
+
+
+#: what the server adds to a message in a direct get
+_DIRECT_GET_HEADERS = frozenset(
+    {"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp", "Nats-Num-Pending", "Nats-Last-Sequence"}
+)
+
+
+def _answer(operation: str, data: bytes) -> dict[str, Any]:
+    try:
+        answer = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        raise PermanentApiError(operation, 0, 0, "the answer is no JSON: is another service on this subject?") from None
+    error = answer.get("error")
+    if error is None:
+        return dict(answer)
+    raise api_error(operation, error)
+
+
+def api_error(operation: str, error: Mapping[str, Any]) -> ApiError:
+    """Build the exception that belongs to the ``error`` object of an answer."""
+    code, err_code = int(error.get("code", 0)), int(error.get("err_code", 0))
+    kind = TransientApiError if is_transient(code, err_code) else PermanentApiError
+    return kind(operation, code, err_code, str(error.get("description", "no description")))
+
+
+def is_transient(code: int, err_code: int) -> bool:
+    """Tell whether the same request may succeed later.
+
+    A 503 that is not in the list of known codes counts as transient, except for JetStream being switched off.
+    """
+    return err_code in TRANSIENT_ERR_CODES or (code == 503 and err_code not in NOT_ENABLED_ERR_CODES)

@@ -1,0 +1,103 @@
+"""What the streams and consumers are: bodies of ``STREAM.CREATE`` and ``CONSUMER.CREATE`` (DESIGN, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from services.eventlog.jetstream import names
+from services.eventlog.partitions import partition_name
+from services.eventlog.settings import LogSettings
+
+#: version of these definitions, kept in the streams' metadata
+FORMAT = 1
+
+#: an ack-all consumer counts everything behind its floor as pending; the runner bounds what it holds, not the broker
+MAX_ACK_PENDING = 1_000_000
+#: longer than any batch may take, seconds: the runner resets when in doubt, so the broker's timer must never redeliver
+ACK_WAIT_SECONDS = 600
+
+_NANOSECONDS = 1_000_000_000
+
+
+def stream_config(settings: LogSettings) -> dict[str, Any]:
+    """Return the configuration of the stream of events."""
+    return {
+        **_common(settings),
+        "name": names.STREAM,
+        "description": (
+            f"Events of medical consultations in {settings.partitions} partitions by consultation. "
+            "Written by fiq ingest, read by fiq persisters, trimmed by them only. Do not purge or edit by hand."
+        ),
+        "subjects": [names.EVENTS_SUBJECT],
+        "subject_transform": names.subject_transform(settings.partitions),
+        "max_bytes": settings.max_bytes,
+        "duplicate_window": _window(settings),
+        "allow_atomic": True,
+        "allow_direct": True,
+        "metadata": {names.FORMAT_KEY: str(FORMAT), names.PARTITIONS_KEY: str(settings.partitions)},
+    }
+
+
+def dead_stream_config(settings: LogSettings) -> dict[str, Any]:
+    """Return the configuration of the stream of dead letters.
+
+    A dead letter carries a message id, so that the same one set aside twice within the window is kept once.
+    """
+    return {
+        **_common(settings),
+        "name": names.DEAD_STREAM,
+        "description": (
+            f"Messages of {names.STREAM} that no persister could take, each with its reason in the headers. "
+            "Read and purge after an operator looked at them."
+        ),
+        "subjects": [names.DEAD_SUBJECT],
+        "max_bytes": settings.dead_max_bytes,
+        "duplicate_window": _window(settings),
+        "allow_direct": True,
+        "metadata": {names.FORMAT_KEY: str(FORMAT)},
+    }
+
+
+def consumer_config(settings: LogSettings, partition: int, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the configuration of the consumer through which the settings' store follows *partition*.
+
+    Args:
+        settings: the store's name is taken from here.
+        partition: 0 to ``settings.partitions - 1``.
+        metadata: the placement, ``fi_volume`` and ``fi_epoch``.
+    """
+    name = names.consumer_name(settings.store, partition)
+    return {
+        "name": name,
+        "durable_name": name,
+        "description": f"Persister of store {settings.store}, partition {partition_name(partition)}.",
+        "deliver_policy": "all",
+        "ack_policy": "all",
+        "ack_wait": ACK_WAIT_SECONDS * _NANOSECONDS,
+        "max_deliver": -1,
+        "max_ack_pending": MAX_ACK_PENDING,
+        "replay_policy": "instant",
+        "filter_subject": names.filter_subject(partition),
+        # as many as the stream has, now and when it is scaled later
+        "num_replicas": 0,
+        "metadata": dict(metadata),
+    }
+
+
+def _common(settings: LogSettings) -> dict[str, Any]:
+    return {
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "num_replicas": settings.replicas,
+        "max_age": 0,
+        "max_msgs": -1,
+        "max_msgs_per_subject": -1,
+        "max_msg_size": -1,
+    }
+
+
+def _window(settings: LogSettings) -> int:
+    """Return the duplicate window in nanoseconds, as the broker counts it."""
+    return round(settings.duplicate_window * _NANOSECONDS)

@@ -1,0 +1,83 @@
+"""Names on the broker: streams, subjects, consumers, metadata keys.
+
+An event is published on ``fi.events.<consultation>``; the server's subject transform files it under
+``fi.events.<partition>.<consultation>``. The names come from the users' own documents and are part of the product.
+"""
+
+from __future__ import annotations
+
+import re
+
+from services.eventlog.partitions import partition_name
+
+#: the stream of events
+STREAM = "fi-events"
+#: the stream of messages that were set aside
+DEAD_STREAM = "fi-dead"
+
+#: prefix of the events' subjects, as published and as stored
+EVENTS_PREFIX = "fi.events"
+#: what clients may publish; one token behind the prefix: the consultation
+EVENTS_SUBJECT = f"{EVENTS_PREFIX}.*"
+#: prefix of the dead letters' subjects
+DEAD_PREFIX = "fi.dead"
+#: subjects of the dead-letter stream
+DEAD_SUBJECT = f"{DEAD_PREFIX}.>"
+
+#: beginning of each persister consumer's name
+WORKERS_PREFIX = "fi-workers"
+
+#: metadata of the streams: version of these definitions
+FORMAT_KEY = "fi_format"
+#: metadata of the stream of events: number of partitions, fixed at creation
+PARTITIONS_KEY = "fi_partitions"
+#: metadata of a consumer: the volume that holds the partition
+VOLUME_KEY = "fi_volume"
+#: metadata of a consumer: counts the partition's moves from volume to volume
+EPOCH_KEY = "fi_epoch"
+
+_CONSUMER_NAME = re.compile(rf"{WORKERS_PREFIX}-([a-z0-9]{{1,32}})-([0-9]{{2}})", re.ASCII)
+
+
+def subject_of(consultation: str) -> str:
+    """Return the subject on which an event of *consultation* is published."""
+    return f"{EVENTS_PREFIX}.{consultation}"
+
+
+def filter_subject(partition: int) -> str:
+    """Return what the consumer of *partition* filters on: the stored form of its subjects."""
+    return f"{EVENTS_PREFIX}.{partition}.*"
+
+
+def dead_subject(partition: int) -> str:
+    """Return the subject on which a message of *partition* is set aside."""
+    return f"{DEAD_PREFIX}.{partition}"
+
+
+def stream_of(subject: str) -> str:
+    """Return the stream that must acknowledge a message published on *subject*."""
+    return DEAD_STREAM if subject.startswith(f"{DEAD_PREFIX}.") else STREAM
+
+
+def consumer_name(store: str, partition: int) -> str:
+    """Return the name of the consumer through which *store* follows *partition*."""
+    return f"{consumer_prefix(store)}{partition_name(partition)}"
+
+
+def consumer_prefix(store: str) -> str:
+    """Return what the names of all consumers of *store* begin with."""
+    return f"{WORKERS_PREFIX}-{store}-"
+
+
+def subject_transform(partitions: int) -> dict[str, str]:
+    """Return the transform by which the server files an event under its partition.
+
+    ``partition(n,1)`` hashes the first wildcard's token; :func:`services.eventlog.partitions.partition_of` agrees.
+    """
+    return {"src": EVENTS_SUBJECT, "dest": f"{EVENTS_PREFIX}.{{{{partition({partitions},1)}}}}.{{{{wildcard(1)}}}}"}
+
+
+def parse_consumer_name(name: str) -> tuple[str, int] | None:
+    """Return store and partition of a persister's consumer, or None for a name of another form."""
+    match = _CONSUMER_NAME.fullmatch(name)
+    return (match[1], int(match[2])) if match else None

@@ -1,0 +1,106 @@
+"""What ingest and the persisters need of the log, whatever keeps it.
+
+Ingest *appends* and gets a position. A persister *follows* a partition from a position in batches and *acknowledges* up
+to one. The acknowledgement informs operators and trim only: the sink holds the offset (DESIGN, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.contract.event import Event
+
+
+@dataclass(frozen=True, slots=True)
+class LogIdentity:
+    """Which log this is: a re-created one starts at position 1 again and must not be mistaken for the old one.
+
+    Attributes:
+        name: of the stream.
+        created: when it was created, RFC 3339 in UTC, exactly as the broker says it.
+    """
+
+    name: str
+    created: str
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Where an event stands in the log.
+
+    Attributes:
+        sequence: position in the log, from 1.
+        duplicate: the log held an event with this message id already; *sequence* is the first one's.
+    """
+
+    sequence: int
+    duplicate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message as the log delivers it: not decoded, perhaps poison.
+
+    Attributes:
+        sequence: position in the log; rising within a partition, with gaps.
+        consultation: the consultation's token of the subject, not checked.
+        headers: of the message, or None.
+        body: of the message.
+        token: opaque; what :meth:`Follower.acknowledge` needs.
+    """
+
+    sequence: int
+    consultation: str
+    headers: Mapping[str, str] | None
+    body: bytes
+    token: str
+
+
+class EventWriter(Protocol):
+    """The appending side."""
+
+    async def append(self, event: Event) -> Appended:
+        """Store *event* on a quorum of nodes and return its position.
+
+        Raises:
+            LogFullError: the log takes no more until it is drained; nothing was stored.
+            LogUnavailableError: no answer within the deadline; the event may or may not be stored, and appending the
+                same event again is safe.
+            DuplicateInFlightError: the same message id is being stored by somebody else just now.
+            TooManyInFlightError: this process has its limit of appends under way; nothing was sent.
+            LogRefusedError: the log refuses for good; an operator must act.
+        """
+        ...
+
+
+class Follower(Protocol):
+    """One partition, from a position on, in order, without gaps or repeats."""
+
+    async def start(self, after: int) -> None:
+        """Deliver everything behind position *after* (0: from the first). May be called again to go back."""
+        ...
+
+    async def batch(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
+        """Wait for events and return all that are there, at most *max_events* and about *max_bytes*.
+
+        Never returns an empty list; waits as long as it takes. Gaps, repeats and silence are repaired inside.
+        """
+        ...
+
+    async def acknowledge(self, delivery: Delivery) -> None:
+        """Tell the log that everything up to *delivery* is safe in the sink."""
+        ...
+
+    def advance(self, sequence: int) -> None:
+        """Note that the sink has reached *sequence*: nothing of the partition lies between its last event and there."""
+        ...
+
+    def interrupt(self, error: Exception) -> None:
+        """Make :meth:`batch` raise *error*, the one that waits just now or the next one."""
+        ...
+
+    async def close(self) -> None:
+        """Deliver no more. Idempotent."""
+        ...
