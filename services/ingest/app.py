@@ -1,0 +1,85 @@
+"""The application: its routes, its resources, and what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from services.contract.management import CachedCheck, ReadinessCheck, add_management_routes
+from services.eventlog.protocol import EventWriter
+from services.ingest.answers import Answers
+from services.ingest.handlers import (
+    ANSWERS,
+    METRICS,
+    SETTINGS,
+    WRITER,
+    continue_or_refuse,
+    get_problem,
+    options,
+    post_event,
+)
+from services.ingest.metrics import Metrics
+from services.ingest.problems import TYPE_PREFIX
+from services.ingest.settings import Settings
+
+#: path of the event resource
+EVENTS_PATH = "/consultations/{consultation}/events"
+#: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
+READY_SECONDS = 1.0
+#: seconds after which the broker's silence is an answer: most probes wait no longer than this
+READY_TIMEOUT = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLog:
+    """The log, ready for use.
+
+    Attributes:
+        writer: takes the events.
+        ready: says what is wrong with the log; nothing when it takes events.
+    """
+
+    writer: EventWriter
+    ready: ReadinessCheck
+
+
+#: opens the log at start, and closes it when the application ends
+LogOpener = Callable[[], AbstractAsyncContextManager[OpenLog]]
+
+
+def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
+    """Build the application.
+
+    Args:
+        settings: of the process.
+        open_log: called once, at start; may take as long as it needs.
+    """
+    app = web.Application(client_max_size=settings.max_event_bytes)
+    metrics = Metrics()
+    answers = Answers(metrics, retry_after=settings.retry_after)
+    app[SETTINGS] = settings
+    app[METRICS] = metrics
+    app[ANSWERS] = answers
+    check: CachedCheck | None = None
+
+    async def log(app: web.Application) -> AsyncIterator[None]:
+        nonlocal check
+        async with open_log() as opened:
+            app[WRITER] = opened.writer
+            check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
+            yield
+
+    async def ready() -> list[str]:
+        if answers.closing:
+            return ["the service is stopping"]
+        return ["the service is starting"] if check is None else await check()
+
+    app.cleanup_ctx.append(log)
+    app.router.add_post(EVENTS_PATH, post_event, expect_handler=continue_or_refuse)
+    app.router.add_route("OPTIONS", EVENTS_PATH, options)
+    app.router.add_get(TYPE_PREFIX + "{slug}", get_problem)
+    add_management_routes(app, metrics.registry, ready)
+    return app

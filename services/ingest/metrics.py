@@ -1,0 +1,83 @@
+"""Every metric of the HTTP edge. ``docs/metrics.md`` documents each; a consultation's id is never a label."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from services.ingest.problems import registry as problems
+
+#: from a publish without fsync to the longest deadline, seconds
+_SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_BYTES = (128, 256, 512, 1024, 2048, 4096, 16384, 65536, 262144, 1048576)
+
+#: values of the label ``outcome``
+STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED = OUTCOMES = (
+    "stored",
+    "duplicate",
+    "full",
+    "unavailable",
+    "duplicate_in_flight",
+    "too_many_in_flight",
+    "refused",
+)
+
+
+class Metrics:
+    """The metrics of one process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+        # A rise of 4xx: look which problem it is, then at the clients. 503: look at the publishes below. 500: our own
+        # fault, the log has a line REQUEST_FAILED for each.
+        self.requests = Counter(
+            "fi_ingest_requests_total",
+            "Answers by status and problem (empty for 202); management endpoints are not counted.",
+            ["status", "problem"],
+            registry=self.registry,
+        )
+        # p99 above 0.1 s while publishes fare well: this process is short of CPU, start another. Else look at the
+        # cluster's disks: a publish waits for fsync on two of three nodes.
+        self.duration = Histogram(
+            "fi_ingest_request_duration_seconds",
+            "From the request's headers to its answer, for posted events, whatever the answer.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        # Near FI_MAX_IN_FLIGHT: clients are about to get 429. Start another ingest, or find out why publishes are slow.
+        self.in_flight = Gauge(
+            "fi_ingest_requests_in_flight",
+            "Posted events that are being read or stored just now.",
+            registry=self.registry,
+        )
+        # Sizes near FI_MAX_EVENT_BYTES: somebody is about to get 413; events should be small.
+        self.body_size = Histogram(
+            "fi_ingest_body_size_bytes",
+            "Bodies of events that were valid.",
+            buckets=_BYTES,
+            registry=self.registry,
+        )
+        # full: the persisters do not keep up, or nobody trims. unavailable: the stream has no leader or no quorum.
+        # refused: configuration or permission, the log has a line with the reason. duplicate: see below.
+        self.publishes = Counter(
+            "fi_ingest_publishes_total",
+            "Events handed to the log, by outcome.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        # A steady share of the accepted is normal after failovers. Much more: a client retries without need, or uses
+        # one key for several events.
+        self.duplicates = Counter(
+            "fi_ingest_duplicates_total",
+            "Accepted events that the log held already.",
+            registry=self.registry,
+        )
+        self.outcomes = {outcome: self.publishes.labels(outcome) for outcome in OUTCOMES}
+        self.accepted = self.requests.labels("202", "")
+        self.refused = {problem: self.requests.labels(str(problem.status), problem.slug) for problem in problems()}

@@ -1,0 +1,166 @@
+"""Every problem that a client can get, as RFC 9457 problem details.
+
+A problem's ``type`` is a promise to clients: it is never renamed, and never used for something else. It is a reference
+relative to the service, where ``GET`` on it answers with the entry of this registry; ``docs/problems.md`` has a
+paragraph on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import orjson
+
+from services.contract.errors import FiqError
+
+CONTENT_TYPE = "application/problem+json"
+#: where the types live
+TYPE_PREFIX = "/problems/"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One type of problem.
+
+    Attributes:
+        slug: last part of the type, and the label of metrics and log lines.
+        status: of the HTTP answer.
+        title: the same for each occurrence (RFC 9457, section 3.1.3).
+        detail: what to do, unless an occurrence knows better.
+        retry: the same request may succeed later: the answer has a ``Retry-After``.
+        close: the connection is of no further use, its next byte may belong to this request's body.
+    """
+
+    slug: str
+    status: int
+    title: str
+    detail: str
+    retry: bool = False
+    close: bool = False
+
+    @property
+    def type(self) -> str:
+        """The problem's type, a URI reference."""
+        return TYPE_PREFIX + self.slug
+
+    def render(self, detail: str | None = None) -> bytes:
+        """Return the JSON body of an answer."""
+        document = {
+            "type": self.type,
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail if detail is None else detail,
+        }
+        return orjson.dumps(document)
+
+
+class RequestRefusedError(FiqError):
+    """Raised when a request is answered with a problem; *detail* must not quote the request."""
+
+    def __init__(self, problem: Problem, detail: str | None = None) -> None:
+        super().__init__(problem.title)
+        self.problem = problem
+        self.detail = detail
+
+
+MALFORMED_REQUEST = Problem(
+    "malformed-request", 400, "Malformed request", "The request is not valid HTTP/1.1.", close=True
+)
+INVALID_IDEMPOTENCY_KEY = Problem(
+    "invalid-idempotency-key",
+    400,
+    "Invalid Idempotency-Key",
+    "Send at most one Idempotency-Key header: 1 to 255 visible ASCII characters, quoted or not.",
+)
+INVALID_JSON = Problem("invalid-json", 400, "Body is not JSON", "The body must be one JSON text in UTF-8.")
+NOT_FOUND = Problem("not-found", 404, "No such resource", "Nothing is served at this path.")
+INVALID_CONSULTATION_ID = Problem(
+    "invalid-consultation-id",
+    404,
+    "Invalid consultation id",
+    "A consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -.",
+)
+METHOD_NOT_ALLOWED = Problem(
+    "method-not-allowed", 405, "Method not allowed", "The Allow header lists the methods of this resource."
+)
+BODY_TIMEOUT = Problem(
+    "body-timeout", 408, "Body took too long", "The body was not complete in time; nothing was stored.", close=True
+)
+DUPLICATE_IN_FLIGHT = Problem(
+    "duplicate-in-flight",
+    409,
+    "Same key in flight",
+    "Another request with this Idempotency-Key is being stored just now. Retry with the same key.",
+    retry=True,
+)
+BODY_TOO_LARGE = Problem("body-too-large", 413, "Body too large", "The body is larger than this service takes.")
+UNSUPPORTED_MEDIA_TYPE = Problem(
+    "unsupported-media-type",
+    415,
+    "Unsupported media type",
+    "Send Content-Type: application/json, in UTF-8.",
+)
+UNSUPPORTED_CONTENT_ENCODING = Problem(
+    "unsupported-content-encoding",
+    415,
+    "Unsupported content encoding",
+    "Send the body as it is, without Content-Encoding.",
+)
+EXPECTATION_FAILED = Problem(
+    "expectation-failed", 417, "Expectation failed", "The only expectation that is met is 100-continue."
+)
+INVALID_EVENT = Problem(
+    "invalid-event", 422, "Body is not an event", "An event is a JSON object with a non-empty string event_type."
+)
+TOO_MANY_IN_FLIGHT = Problem(
+    "too-many-in-flight",
+    429,
+    "Too many requests in flight",
+    "This process stores as many events at once as it may; nothing was stored. Retry with the same key.",
+    retry=True,
+)
+INTERNAL_ERROR = Problem(
+    "internal-error",
+    500,
+    "Internal error",
+    "A fault of the service. The event may or may not be stored: retry with the same Idempotency-Key.",
+)
+LOG_FULL = Problem(
+    "log-full",
+    503,
+    "Event log is full",
+    "The event log takes no more until it is drained; nothing was stored. Retry with the same key.",
+    retry=True,
+)
+LOG_UNAVAILABLE = Problem(
+    "log-unavailable",
+    503,
+    "Event log is unavailable",
+    "No quorum answered in time. The event may or may not be stored: retry with the same Idempotency-Key.",
+    retry=True,
+)
+LOG_REFUSED = Problem(
+    "log-refused",
+    503,
+    "Event log refuses",
+    "The event log refuses until an operator has acted; nothing was stored. Retry with the same key.",
+    retry=True,
+)
+
+
+def registry() -> tuple[Problem, ...]:
+    """Return every problem of this module, ordered as written."""
+    return tuple(value for value in globals().values() if isinstance(value, Problem))
+
+
+BY_SLUG: Mapping[str, Problem] = {problem.slug: problem for problem in registry()}
+
+_BY_HTTP_STATUS = {
+    problem.status: problem for problem in (NOT_FOUND, METHOD_NOT_ALLOWED, BODY_TOO_LARGE, EXPECTATION_FAILED)
+}
+
+
+def of_status(status: int) -> Problem:
+    """Return the problem that stands for an error which aiohttp itself answers with *status*."""
+    return _BY_HTTP_STATUS.get(status, MALFORMED_REQUEST if status < 500 else INTERNAL_ERROR)

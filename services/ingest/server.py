@@ -1,0 +1,120 @@
+"""The HTTP server: aiohttp's, but every error is a problem document, and a stop waits for what is in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from services.contract.errors import BindError
+from services.ingest import problems
+from services.ingest.answers import Answers
+from services.ingest.handlers import ANSWERS
+from services.ingest.problems import RequestRefusedError
+
+#: connections that wait to be accepted
+_BACKLOG = 1024
+#: seconds until an idle connection, or one that never completes its headers, is closed
+_KEEPALIVE_SECONDS = 75.0
+#: seconds for which the rest of a refused body is read and dropped, so that the client gets to read its answer
+_LINGER_SECONDS = 5.0
+#: seconds that aiohttp gets to write answers that are ready, once nothing is in flight any more
+_FLUSH_SECONDS = 0.5
+
+
+class Protocol(RequestHandler):
+    """One connection. What aiohttp would answer by itself, in text, becomes a problem document here.
+
+    This is the one place that sees all of them: the router's 404 and 405, 417, broken HTTP and unexpected errors.
+    A middleware sees only what a route was found for, and costs every request.
+    """
+
+    def __init__(self, answers: Answers, manager: web.Server, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._answers = answers
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send *resp*, or the problem that stands for the HTTPException that it is."""
+        if isinstance(resp, web.HTTPException):
+            allow = resp.headers.get("Allow")
+            resp = self._answers.refused(problems.of_status(resp.status), headers={"Allow": allow} if allow else None)
+        return await super().finish_response(request, resp, start_time)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Return the answer to a request that aiohttp could not parse, or whose handler raised *exc*.
+
+        Raises:
+            ConnectionError: there is nobody left to answer; aiohttp then closes the connection quietly.
+        """
+        if isinstance(exc, ConnectionError):
+            raise exc
+        if isinstance(exc, RequestRefusedError):
+            return self._answers.refused(exc.problem, exc.detail)
+        if status < 500:
+            return self._answers.refused(problems.of_status(status))
+        if exc is not None:
+            self._answers.failed(exc)
+        if request.writer.output_size > 0:
+            raise ConnectionResetError("the answer had begun")
+        response = self._answers.refused(problems.INTERNAL_ERROR)
+        response.force_close()
+        return response
+
+
+class HttpServer:
+    """Serves *app* on a bound socket."""
+
+    def __init__(self, app: web.Application, sock: socket.socket, *, grace: float) -> None:
+        self._app = app
+        self._sock = sock
+        self._grace = grace
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_FLUSH_SECONDS)
+        self._listener: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Open the application's resources, then accept connections.
+
+        Raises:
+            BindError: another process took the port in the meantime.
+        """
+        await self._runner.setup()
+        loop = asyncio.get_running_loop()
+        try:
+            self._listener = await loop.create_server(self._connect, sock=self._sock, backlog=_BACKLOG)
+        except OSError as error:
+            raise BindError(f"cannot listen (FI_HOST, FI_PORT): {error.strerror or error}") from error
+
+    async def stop(self) -> None:
+        """Accept no more, finish what is in flight, at most for the grace period, and close everything. Idempotent."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            # not left to aiohttp: its runner drops what comes on a connection from the first moment of its shutdown,
+            # so a request whose body is on the way could never finish
+            await self._app[ANSWERS].drain(self._grace)
+        self._sock.close()
+        await self._runner.cleanup()
+
+    def _connect(self) -> Protocol:
+        manager = self._runner.server
+        assert manager is not None
+        return Protocol(
+            self._app[ANSWERS],
+            manager,
+            loop=asyncio.get_running_loop(),
+            access_log=None,
+            auto_decompress=False,  # an encoded body is refused, so nothing must unpack it first
+            keepalive_timeout=_KEEPALIVE_SECONDS,
+            lingering_time=_LINGER_SECONDS,
+        )

@@ -1,0 +1,69 @@
+"""From start to end, in the test's own process."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from services.contract.errors import PermanentError
+from services.contract.lifecycle import Stop
+from services.ingest import service
+from services.ingest.app import OpenLog
+from services.ingest.service import serve
+from services.ingest.settings import Settings
+from tests.support.ingest import MemoryLog
+
+SETTINGS = Settings(port=0)
+
+
+@pytest.fixture(autouse=True)
+def unfrozen() -> Iterator[None]:
+    """A service freezes what it has made; the tests go on."""
+    yield
+    gc.unfreeze()
+
+
+async def test_a_connection_that_is_lost_for_good_ends_the_process_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever supervises the process starts it again; what was opened is closed all the same."""
+    log = MemoryLog()
+
+    @asynccontextmanager
+    async def opener(_: Settings, on_closed: Callable[[str], None]) -> AsyncIterator[OpenLog]:
+        async with log.open() as opened:
+            asyncio.get_running_loop().call_later(0.05, on_closed, "gone")
+            yield opened
+
+    monkeypatch.setattr(service, "open_log", opener)
+    stop = Stop()
+    await asyncio.wait_for(serve(SETTINGS, stop, version="test"), 10)
+    assert (stop.exit_code, stop.reason, log.closed) == (1, "gone", True)
+
+
+async def test_an_error_at_start_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program makes one line of it."""
+
+    def opener(_: Settings, __: Callable[[str], None]) -> None:
+        raise PermanentError("no permission")
+
+    monkeypatch.setattr(service, "open_log", opener)
+    with pytest.raises(PermanentError, match="no permission"):
+        await asyncio.wait_for(serve(SETTINGS, Stop(), version="test"), 10)
+
+
+async def test_a_stop_while_it_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the cluster lets it wait."""
+
+    @asynccontextmanager
+    async def opener(_: Settings, __: Callable[[str], None]) -> AsyncIterator[OpenLog]:
+        await asyncio.Event().wait()
+        yield OpenLog(MemoryLog(), MemoryLog().ready)
+
+    monkeypatch.setattr(service, "open_log", opener)
+    stop = Stop()
+    asyncio.get_running_loop().call_later(0.05, stop.request, "SIGTERM")
+    await asyncio.wait_for(serve(SETTINGS, stop, version="test"), 10)
+    assert stop.exit_code == 0
