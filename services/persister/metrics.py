@@ -1,0 +1,237 @@
+"""Every metric of the persister. `docs/metrics.md` tells what each means; the comments tell what to do about it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+from services.corpus import StoreStats
+from services.eventlog.partitions import partition_name
+from services.persister.batch import Written
+
+#: the acknowledgement rate is taken over this time, seconds
+RATE_WINDOW_SECONDS = 10.0
+
+_PARTITION = ("partition",)
+#: what a failure may be: it is tried again, it should not exist and is tried again, it stops the partition
+FAILURE_KINDS = ("transient", "unexpected", "permanent")
+_STATES = ("starting", "following", "retrying", "stopped")
+
+
+class RateWindow:
+    """Counts over the last seconds."""
+
+    def __init__(self, seconds: float = RATE_WINDOW_SECONDS) -> None:
+        self._seconds = seconds
+        self._counts: deque[tuple[float, int]] = deque()
+        self._total = 0
+
+    def add(self, count: int) -> None:
+        """Count *count* now."""
+        self._counts.append((time.monotonic(), count))
+        self._total += count
+        self._forget()
+
+    def rate(self) -> float:
+        """Return the mean number a second."""
+        self._forget()
+        return self._total / self._seconds
+
+    def _forget(self) -> None:
+        oldest = time.monotonic() - self._seconds
+        while self._counts and self._counts[0][0] < oldest:
+            self._total -= self._counts.popleft()[1]
+
+
+class Metrics:
+    """The metrics of one process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._partitions: dict[int, PartitionMetrics] = {}
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        # grows for minutes: persisters are too slow, or a partition stands still (see fi_persister_partition_state)
+        self.queue_length = Gauge(
+            "fi_queue_length", "Events of the partition that are not committed yet", _PARTITION, registry=registry
+        )
+        # stays high while the length is low: acknowledgements do not arrive
+        self.queue_pending = Gauge(
+            "fi_queue_pending", "Events delivered to the persister and not acknowledged", _PARTITION, registry=registry
+        )
+        # zero while fi_queue_length is not: the partition stands still
+        self.queue_ack_rate = Gauge(
+            "fi_queue_ack_rate", "Events acknowledged a second, over 10 seconds", _PARTITION, registry=registry
+        )
+        self.events = Counter("fi_persister_events", "Events written and committed", _PARTITION, registry=registry)
+        # a steady share is clients' retries; a jump is a client that repeats itself
+        self.duplicates = Counter(
+            "fi_persister_duplicates", "Events dropped as the corpus held them", _PARTITION, registry=registry
+        )
+        # any: look at `nats stream view fi-dead`
+        self.dead_letters = Counter(
+            "fi_persister_dead_letters", "Messages moved to stream fi-dead", _PARTITION, registry=registry
+        )
+        self.bytes = Counter("fi_persister_bytes", "Bytes of bodies taken", _PARTITION, registry=registry)
+        self.batch_events = Histogram(
+            "fi_persister_batch_events",
+            "Messages in a batch",
+            buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 8192),
+            registry=registry,
+        )
+        # grows: the disk is slow, or batches touch many consultations
+        self.batch_seconds = Histogram(
+            "fi_persister_batch_seconds",
+            "Time from a batch's arrival to its acknowledgement",
+            buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+            registry=registry,
+        )
+        # the time for which an accepted event was not in HDF5 yet
+        self.event_age_seconds = Histogram(
+            "fi_persister_event_age_seconds",
+            "Age of the oldest event of a batch at its commit, since ingest took it",
+            buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, 86400),
+            registry=registry,
+        )
+        # transient: the reason stands in /readyz and the log; permanent: the partition waits for an operator
+        self.failures = Counter("fi_persister_failures", "Failures by kind", ("partition", "kind"), registry=registry)
+        # one of the states is 1; retrying or stopped for more than a minute needs an operator
+        self.partition_state = Gauge(
+            "fi_persister_partition_state", "1 for the partition's state", ("partition", "state"), registry=registry
+        )
+        self.committed_sequence = Gauge(
+            "fi_persister_committed_sequence",
+            "Stream sequence that the file has reached",
+            _PARTITION,
+            registry=registry,
+        )
+        # some at each failover; a steady stream of them: the network loses messages
+        self.repairs = Counter(
+            "fi_persister_follower_repairs", "Resets of the consumer by reason", ("reason",), registry=registry
+        )
+        self.journal_bytes = Gauge(
+            "fi_persister_journal_bytes", "Bytes in the partition's journal", _PARTITION, registry=registry
+        )
+        self.checkpoints = Gauge(
+            "fi_persister_checkpoints", "Checkpoints since the file was opened", _PARTITION, registry=registry
+        )
+        # grows: a reader has kept the partition file open for long
+        self.checkpoints_deferred = Gauge(
+            "fi_persister_checkpoints_deferred",
+            "Checkpoints put off since the file was opened",
+            _PARTITION,
+            registry=registry,
+        )
+        # above a minute: a program has kept the partition file open, or the disk is full; the log says which
+        self.checkpoint_waiting_seconds = Gauge(
+            "fi_persister_checkpoint_waiting_seconds",
+            "Time for which checkpoints of the partition have been put off",
+            _PARTITION,
+            registry=registry,
+        )
+        # any: the journal outgrew its limit while a reader held the partition file
+        self.journal_compactions = Gauge(
+            "fi_persister_journal_compactions",
+            "Compactions of the partition's journal since the file was opened",
+            _PARTITION,
+            registry=registry,
+        )
+        # above 0.7 and growing: some store does not commit; trim deletes only what every store has
+        self.stream_fullness = Gauge(
+            "fi_stream_fullness_ratio",
+            "Share of the stream's max_bytes in use, as seen by the owner of partition 00",
+            registry=registry,
+        )
+        self.trimmed = Counter(
+            "fi_stream_trimmed_events", "Committed events deleted from the stream", registry=registry
+        )
+
+    def of(self, partition: int) -> PartitionMetrics:
+        """Return the view of one partition, always the same one: its rate looks back."""
+        if partition not in self._partitions:
+            self._partitions[partition] = PartitionMetrics(self, partition)
+        return self._partitions[partition]
+
+
+class PartitionMetrics:
+    """The metrics of one partition, label applied."""
+
+    def __init__(self, metrics: Metrics, partition: int) -> None:
+        self._metrics = metrics
+        self._name = partition_name(partition)
+        self._acks = RateWindow()
+        for counter in (metrics.events, metrics.duplicates, metrics.dead_letters, metrics.bytes):
+            counter.labels(self._name)  # shown as 0 from the start: a counter that appears as 1 has no increase
+        for kind in FAILURE_KINDS:
+            metrics.failures.labels(self._name, kind)
+
+    def committed(self, sequence: int) -> None:
+        """Note the sequence that the file has reached."""
+        self._metrics.committed_sequence.labels(self._name).set(sequence)
+
+    def batch(self, count: int, size: int, written: Written, seconds: float, oldest_ns: int | None) -> None:
+        """Note a batch of *count* messages and *size* bytes that is committed and acknowledged."""
+        metrics, name = self._metrics, self._name
+        metrics.events.labels(name).inc(written.persisted)
+        metrics.duplicates.labels(name).inc(written.duplicates)
+        metrics.bytes.labels(name).inc(size)
+        metrics.batch_events.observe(count)
+        metrics.batch_seconds.observe(seconds)
+        if oldest_ns is not None:
+            metrics.event_age_seconds.observe(max(0.0, time.time() - oldest_ns / 1e9))
+        self._acks.add(count)
+
+    def queue(self, length: int, pending: int) -> None:
+        """Note what the broker says of the partition's consumer."""
+        self._metrics.queue_length.labels(self._name).set(length)
+        self._metrics.queue_pending.labels(self._name).set(pending)
+
+    def store(self, stats: StoreStats) -> None:
+        """Note what the partition file says of itself."""
+        self._metrics.journal_bytes.labels(self._name).set(stats.journal_bytes)
+        self._metrics.checkpoints.labels(self._name).set(stats.checkpoints)
+        self._metrics.checkpoints_deferred.labels(self._name).set(stats.checkpoints_deferred)
+        self._metrics.checkpoint_waiting_seconds.labels(self._name).set(stats.checkpoint_waiting_seconds)
+        self._metrics.journal_compactions.labels(self._name).set(stats.compactions)
+
+    def dead_letter(self) -> None:
+        """Note a message that was set aside."""
+        self._metrics.dead_letters.labels(self._name).inc()
+
+    def failed(self, kind: str) -> None:
+        """Note a failure: transient, unexpected or permanent."""
+        self._metrics.failures.labels(self._name, kind).inc()
+
+    def state(self, current: str) -> None:
+        """Note the partition's state."""
+        self._metrics.queue_ack_rate.labels(self._name).set_function(self._acks.rate)
+        for state in _STATES:
+            self._metrics.partition_state.labels(self._name, state).set(state == current)
+
+    def remove(self) -> None:
+        """Forget the gauges of a partition that another process runs now."""
+        metrics, name = self._metrics, self._name
+        for gauge in (
+            metrics.queue_length,
+            metrics.queue_pending,
+            metrics.queue_ack_rate,
+            metrics.committed_sequence,
+            metrics.journal_bytes,
+            metrics.checkpoints,
+            metrics.checkpoints_deferred,
+            metrics.checkpoint_waiting_seconds,
+            metrics.journal_compactions,
+        ):
+            gauge.remove_by_labels({"partition": name})
+        metrics.partition_state.remove_by_labels({"partition": name})

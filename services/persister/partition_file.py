@@ -1,0 +1,102 @@
+"""A partition's file while a runner has it: everything here runs in the HDF5 thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from services.corpus import EventStore
+from services.eventlog.errors import PlacementError
+from services.eventlog.protocol import Delivery
+from services.persister.batch import Sorted, Written, sort, write
+
+
+class PartitionFile:
+    """Opens, watches and closes the file of one partition.
+
+    Each method that works on a store is told which one: another may have been opened since the call was made.
+
+    Args:
+        open_store: opens the file.
+
+    Attributes:
+        store: the open file, or None.
+    """
+
+    def __init__(self, open_store: Callable[[], EventStore]) -> None:
+        self.store: EventStore | None = None
+        self._open_store = open_store
+
+    def open(self) -> EventStore:
+        """Open the file.
+
+        Raises:
+            PlacementError, CorpusError: it cannot be opened.
+        """
+        # noted here and not by the caller, who may be cancelled while this goes on: the file must be released then
+        store = self.store = self._open_store()
+        return store
+
+    def close(self, *, abandon: bool) -> list[Exception]:
+        """Release the file, if it is open; return what went wrong meanwhile: what is committed is safe all the same.
+
+        Args:
+            abandon: make no last checkpoint.
+        """
+        store, self.store = self.store, None
+        failures: list[Exception] = []
+        if store is None:
+            return failures
+        for release in (store.abandon,) if abandon else (store.close, store.abandon):
+            try:
+                release()
+            except Exception as error:  # noqa: BLE001 - the lock must go in any case
+                failures.append(error)
+        return failures
+
+    def take(
+        self, store: EventStore, batch: Sequence[Delivery], condemned: Mapping[int, str]
+    ) -> tuple[Sorted, Written | None]:
+        """Decode *batch*, and write it at once when there is nothing to set aside; None stands for not written yet.
+
+        Raises:
+            PlacementError: the file was deleted or replaced.
+            CorpusError: nothing was committed.
+        """
+        _check_in_place(store)
+        sorted_ = sort(batch, condemned)
+        if sorted_.poison:
+            return sorted_, None
+        return sorted_, write(store, sorted_.events, batch[-1].sequence)
+
+    def advance(self, store: EventStore, sequence: int) -> bool:
+        """Move the committed sequence forward; False when a batch has taken it further already, or it was closed.
+
+        Raises:
+            PlacementError: the file was deleted or replaced.
+            CorpusError: it was not committed.
+        """
+        if store is not self.store or store.committed >= sequence:
+            return False
+        _check_in_place(store)
+        store.commit(sequence)
+        return True
+
+    def checkpoint(self, store: EventStore) -> None:
+        """Bring the file up to date for stock readers when that is due, unless it was closed.
+
+        Raises:
+            PlacementError: the file was deleted or replaced.
+            CorpusError: the checkpoint failed; the journal holds everything.
+        """
+        if store is self.store:
+            _check_in_place(store)
+            store.maybe_checkpoint()
+
+
+def _check_in_place(store: EventStore) -> None:
+    """Make sure that the open files are still the ones in the directory: commits to deleted ones go nowhere."""
+    if not store.in_place:
+        raise PlacementError(
+            f"{store.path} or its journal was deleted or replaced while it was written: put both back, then "
+            "restart the persister; the stream still has what they lack"
+        )

@@ -1,0 +1,313 @@
+"""Runs one partition: fetch a batch, drop what the corpus holds, write, commit, acknowledge the last.
+
+The order is the guarantee. A dead letter is stored before its message counts as done, a commit is durable before its
+acknowledgement is sent, and the committed sequence lies in the same commit as the events. So a crash anywhere leads
+to the same events again, and the corpus drops what it holds.
+
+What fails decides what happens: a transient error abandons the file and starts over after a pause, a permanent one
+stops the partition until an operator has acted, a poison message is set aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+from services.contract import logs
+from services.contract.errors import FiqError, PermanentError, TransientError
+from services.corpus import (
+    CorpusError,
+    CorpusLockedError,
+    EventStore,
+    PermanentCorpusError,
+    StoreFailedError,
+    TransientCorpusError,
+)
+from services.eventlog.errors import PlacementError
+from services.eventlog.partitions import partition_name
+from services.eventlog.protocol import Delivery, Follower
+from services.persister.batch import Sorted, Written, write
+from services.persister.checkpoints import CheckpointWatch
+from services.persister.dead_letters import DeadLetters, PoisonLimit
+from services.persister.metrics import Metrics
+from services.persister.partition_file import PartitionFile
+from services.persister.reasons import described, reason_of
+from services.persister.suspects import Suspects
+
+T = TypeVar("T")
+
+#: pauses between attempts after transient failures, seconds; the last one repeats
+BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+#: a partition without events for this long is idle, seconds
+IDLE_SECONDS = 2.0
+#: pause while another process of the volume still holds the partition, seconds
+HANDOVER_PAUSE_SECONDS = 0.1
+
+
+class State(StrEnum):
+    """What a partition is doing."""
+
+    STARTING = "starting"
+    FOLLOWING = "following"
+    RETRYING = "retrying"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is committed together.
+
+    Attributes:
+        events: events in a batch, at most.
+        size: bytes of bodies in a batch, about, at most.
+    """
+
+    events: int
+    size: int
+
+
+class PartitionRunner:
+    """One partition of this process.
+
+    Args:
+        partition: its number.
+        open_store: opens the partition's file; runs in *hdf5*.
+        follower: makes the partition's follower.
+        dead_letters: where poison goes.
+        hdf5: the one thread that touches HDF5.
+        limits: how much is committed together.
+        metrics: of this process.
+        poison_limit: when bad messages are a flood.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        *,
+        open_store: Callable[[], EventStore],
+        follower: Callable[[], Follower],
+        dead_letters: DeadLetters,
+        hdf5: Executor,
+        limits: Limits,
+        metrics: Metrics,
+        poison_limit: PoisonLimit | None = None,
+    ) -> None:
+        self.partition = partition
+        self.state = State.STARTING
+        self.reason = ""
+        self._file = PartitionFile(open_store)
+        self._make_follower = follower
+        self._dead = dead_letters
+        self._hdf5 = hdf5
+        self._limits = limits
+        self._metrics = metrics.of(partition)
+        self._log = logs.get_logger("runner").bind(partition=partition_name(partition))
+        self._checkpoints = CheckpointWatch(self._log)
+        self._poison_limit = poison_limit or PoisonLimit()
+        self._follower: Follower | None = None
+        self._judged = 0  # last sequence that the poison limit has counted
+        self._suspects = Suspects()
+        self._failures = 0
+        self._busy_at = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    def start(self) -> None:
+        """Begin in a task of its own."""
+        self._task = asyncio.create_task(self._run(), name=f"partition {self.partition}")
+
+    async def stop(self) -> None:
+        """Finish the batch in hand, commit, acknowledge, checkpoint and release the partition."""
+        if self._task is None:
+            return
+        if not self._stopping:
+            self._stopping = True
+            self._task.cancel()
+        # whoever waits here may be cancelled: that must neither cancel the task a second time nor get lost
+        await asyncio.wait({self._task})
+
+    @property
+    def idle_at(self) -> int | None:
+        """The committed sequence when nothing came in for a while; None otherwise."""
+        if self._file.store is None or self.state is not State.FOLLOWING:
+            return None
+        return self._file.store.committed if time.monotonic() - self._busy_at > IDLE_SECONDS else None
+
+    async def advance(self, sequence: int) -> None:
+        """Commit that the partition has no events up to *sequence* that are not in its file: it must be proved."""
+        store, follower = self._file.store, self._follower
+        if store is None or follower is None or self.state is not State.FOLLOWING:
+            return
+        try:
+            advanced = await self._in_thread(lambda: self._file.advance(store, sequence))
+        except (CorpusError, PlacementError) as error:
+            follower.interrupt(error)
+            return
+        if advanced and self._file.store is store:
+            follower.advance(sequence)
+            self._metrics.committed(sequence)
+
+    async def look_after(self) -> None:
+        """Renew the gauges, and bring the partition file up to date for stock readers when nothing comes in."""
+        store, follower = self._file.store, self._follower
+        if store is None or follower is None or self.state is not State.FOLLOWING:
+            return
+        stats = store.stats
+        self._metrics.store(stats)
+        self._checkpoints.note(stats)
+        try:
+            await self._in_thread(lambda: self._file.checkpoint(store))
+        except (CorpusError, PlacementError) as error:
+            follower.interrupt(error)  # an idle partition must show it too, and open its file again
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                try:
+                    await self._follow()
+                except (TransientError, TransientCorpusError, StoreFailedError) as error:
+                    await self._pause(error)
+                except (PermanentError, PermanentCorpusError) as error:
+                    await self._stop_for_good(error)
+                    return
+                except Exception as error:  # noqa: BLE001 - whatever it is, the partition must show it and go on
+                    await self._pause(error)
+        finally:
+            await self._release()
+
+    async def _follow(self) -> None:
+        self._change(State.RETRYING if self.reason else State.STARTING, self.reason)
+        store = await self._in_thread(self._file.open)
+        self._metrics.committed(store.committed)
+        self._follower = self._make_follower()
+        await self._follower.start(store.committed)
+        self._busy_at = time.monotonic()
+        self._change(State.FOLLOWING)
+        self._log.info(logs.EVENT_WORKER_STARTED, committed=store.committed)
+        while True:
+            batch = await self._follower.batch(
+                max_events=1 if self._suspects.singly else self._limits.events, max_bytes=self._limits.size
+            )
+            work = asyncio.create_task(self._persist(batch))
+            try:
+                await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait({work})
+                if not work.cancelled() and (error := work.exception()) is not None:
+                    self._log.warning(logs.EVENT_PERSIST_FAILED, stopping=True, **described(error))
+                raise
+
+    async def _pause(self, error: Exception) -> None:
+        handover = isinstance(error, CorpusLockedError)
+        await self._release(abandon=True)
+        if handover:
+            pause = HANDOVER_PAUSE_SECONDS
+        else:
+            pause = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
+            self._failures += 1
+            self._metrics.failed(
+                "transient" if isinstance(error, TransientError | TransientCorpusError) else "unexpected"
+            )
+            self._log.warning(logs.EVENT_PERSIST_FAILED, retry_in_s=pause, **described(error))
+        self._change(State.RETRYING, reason_of(error))
+        await asyncio.sleep(pause)
+
+    async def _stop_for_good(self, error: Exception) -> None:
+        await self._release(abandon=True)
+        self._metrics.failed("permanent")
+        self._log.error(logs.EVENT_PERSIST_FAILED, stopped=True, **described(error))
+        self._change(State.STOPPED, reason_of(error))
+
+    async def _release(self, *, abandon: bool = False) -> None:
+        """Let go of the consumer, then of the file; with *abandon* what is not committed may be what went wrong."""
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            try:
+                await follower.close()
+            except Exception as error:  # noqa: BLE001 - the file must be released whatever the broker does
+                self._log.warning("FOLLOWER_CLOSE_FAILED", **described(error))
+        for failure in await self._in_thread(lambda: self._file.close(abandon=abandon)):
+            self._log.warning("PARTITION_CLOSE_FAILED", **described(failure))
+
+    def _change(self, state: State, reason: str = "") -> None:
+        self.state, self.reason = state, reason
+        self._metrics.state(state)
+
+    # -- one batch ----------------------------------------------------------------------------------------------------
+
+    async def _persist(self, batch: list[Delivery]) -> None:
+        started = time.perf_counter()
+        store, follower = self._file.store, self._follower
+        if store is None or follower is None:
+            raise RuntimeError("no store is open")
+        reached = batch[-1].sequence
+        try:
+            sorted_, written = await self._in_thread(lambda: self._file.take(store, batch, self._suspects.condemned))
+            if written is None:
+                await self._set_aside(batch, sorted_)
+                written = await self._in_thread(lambda: write(store, sorted_.events, reached))
+            else:
+                self._judge_good(batch)
+        except (FiqError, TransientCorpusError, PermanentCorpusError, StoreFailedError):
+            raise
+        except (OSError, MemoryError):  # the machine's trouble, not the message's
+            raise
+        except Exception as error:
+            self._suspects.failed(batch, error)
+            raise
+        await follower.acknowledge(batch[-1])
+        self._busy_at = time.monotonic()
+        self._failures = 0
+        self._suspects.passed(batch)
+        self._report(batch, sorted_, written, time.perf_counter() - started)
+        await self._in_thread(store.maybe_checkpoint)
+
+    def _judge_good(self, batch: list[Delivery]) -> None:
+        self._poison_limit.count_good(sum(delivery.sequence > self._judged for delivery in batch))
+        self._judged = max(self._judged, batch[-1].sequence)
+
+    async def _set_aside(self, batch: list[Delivery], sorted_: Sorted) -> None:
+        poison = {delivery.sequence: reason for delivery, reason in sorted_.poison}
+        for delivery in batch:
+            reason = poison.get(delivery.sequence)
+            if delivery.sequence > self._judged:  # a batch that is tried again counts once
+                self._judged = delivery.sequence
+                self._poison_limit.count(bad=reason is not None)
+            if reason is None:
+                continue
+            await self._dead.send(delivery, reason)
+            self._metrics.dead_letter()
+            self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason)
+
+    def _report(self, batch: list[Delivery], sorted_: Sorted, written: Written, seconds: float) -> None:
+        oldest = min((event.received_ns for _, event in sorted_.events), default=None)
+        size = sum(len(delivery.body) for delivery in batch)
+        self._metrics.committed(batch[-1].sequence)
+        self._metrics.batch(len(batch), size, written, seconds, oldest)
+        self._log.info(
+            logs.EVENT_PERSISTED,
+            first_sequence=batch[0].sequence,
+            last_sequence=batch[-1].sequence,
+            persisted=written.persisted,
+            duplicates=written.duplicates,
+            dead=len(sorted_.poison),
+            consultations=written.consultations,
+            bytes=size,
+            duration_s=round(seconds, 6),
+        )
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        """Run *call* in the HDF5 thread; also when the caller is cancelled meanwhile it runs to its end first."""
+        future = asyncio.get_running_loop().run_in_executor(self._hdf5, call)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait({future})
+            raise

@@ -1,0 +1,219 @@
+"""Persister processes on a real cluster: what they write, how they start, share, die and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from pathlib import Path
+
+from tests.support.persisters import PARTITIONS, Log, Persister, persisted, service_infos
+from tests.support.polling import eventually, eventually_sync
+from tests.support.service import Service
+
+
+async def test_everything_accepted_is_in_hdf5_and_the_process_tells_of_itself(log: Log, tmp_path: Path) -> None:
+    """Events, endpoints, metrics, service info; SIGTERM ends it with 0 and everything released."""
+    with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
+        await persister.ready()
+        events = await log.publish(300)
+        await persisted(tmp_path / "data", events)
+        assert 200 == (await persister.ask("/healthz"))[0]
+        status, metrics = await persister.ask("/metrics")
+        assert 200 == status
+        written = [float(line.split()[-1]) for line in metrics.splitlines() if "fi_persister_events_total{" in line]
+        assert 300 == sum(written)
+        (info,) = await service_infos(log.nc)
+        assert str(persister.process.pid) == info["metadata"]["pid"]
+        assert "00,01,02,03" == info["metadata"]["partitions"]
+        assert {"worker", "volume", "store", "host"} < info["metadata"].keys()
+        assert "fi_queue_ack_rate{" in metrics
+        assert 0 == await persister.end()
+        assert "" == persister.errors
+    assert [] == list((tmp_path / "data" / "workers").iterdir())
+    assert [] == [line for line in persister.lines if line["level"] == "error"]
+
+
+async def test_the_ack_rate_is_not_zero_while_events_are_acknowledged(log: Log, tmp_path: Path) -> None:
+    """It looks back ten seconds; the observations every two seconds must not start it anew."""
+    with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
+        await persister.ready()
+        await persisted(tmp_path / "data", await log.publish(40))
+
+        async def observed() -> bool:
+            _, metrics = await persister.ask("/metrics")
+            return "fi_queue_length{" in metrics
+
+        await eventually(observed)
+        _, metrics = await persister.ask("/metrics")
+        rates = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("fi_queue_ack_rate{")]
+        assert PARTITIONS == len(rates)
+        assert 0 < sum(rates) <= 4.0 + 1e-9
+
+
+async def test_a_second_process_takes_over_from_a_killed_one(log: Log, tmp_path: Path) -> None:
+    """kill -9: the kernel lets the locks go, the other one goes on from the files."""
+    data = tmp_path / "data"
+    with (
+        Persister(tmp_path / "a", log.cluster, data) as first,
+        Persister(tmp_path / "b", log.cluster, data) as second,
+    ):
+        await first.ready()
+        await second.ready()
+
+        async def partitions() -> list[int]:
+            return sorted(len(info["metadata"]["partitions"].split(",")) for info in await service_infos(log.nc))
+
+        async def shared() -> bool:
+            return await partitions() == [2, 2]
+
+        await eventually(shared)
+        events = [await log.publish(100)]
+        publishing = asyncio.create_task(log.publish(200))
+        first.process.kill()
+        events.append(await publishing)
+        await persisted(data, *events)
+        await second.ready()
+        assert [PARTITIONS] == await partitions()
+        assert 0 == await second.end()
+
+
+async def test_a_process_that_joins_gets_half_without_anything_lost(log: Log, tmp_path: Path) -> None:
+    """Partitions are handed over while events flow."""
+    data = tmp_path / "data"
+    with Persister(tmp_path / "a", log.cluster, data) as first:
+        await first.ready()
+        publishing = asyncio.create_task(log.publish(600))
+        with Persister(tmp_path / "b", log.cluster, data) as second:
+            await second.ready()
+            events = await publishing
+            await persisted(data, events)
+            assert 0 == await second.end()
+        more = await log.publish(20)
+        await persisted(data, events, more)
+        assert 0 == await first.end()
+
+
+# -- starting ---------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_settings_end_it_with_one_line_each(tmp_path: Path) -> None:
+    """Exit code 2, nothing else on stderr."""
+    with Service(tmp_path, "services.persister", FI_VOLUMES="0", FI_NATS_URL="localhost") as persister:
+        assert 2 == persister.wait()
+        lines = persister.errors.splitlines()
+        assert ["fiq-persister: FI_NATS_URL", "fiq-persister: FI_VOLUMES"] == sorted(one.split("=")[0] for one in lines)
+
+
+def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
+    """Before the cluster is waited for."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        data = str(tmp_path / "data")
+        with Service(tmp_path, "services.persister", FI_PERSISTER_PORT=port, FI_DATA_DIR=data) as persister:
+            assert 1 == persister.wait()
+            (line,) = persister.errors.splitlines()
+            assert f"cannot listen on 127.0.0.1:{port} (FI_PERSISTER_HOST, FI_PERSISTER_PORT)" in line
+
+
+def test_a_directory_that_is_no_volume_is_one_clear_line(tmp_path: Path) -> None:
+    """Partition files without their identity."""
+    (tmp_path / "00.h5").touch()
+    with Service(tmp_path, "services.persister", FI_PERSISTER_PORT="0", FI_DATA_DIR=str(tmp_path)) as persister:
+        assert 1 == persister.wait()
+        (line,) = persister.errors.splitlines()
+        assert "no volume.json" in line
+
+
+def nowhere() -> str:
+    """Return the URL of a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"nats://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_without_a_cluster_it_gives_up_with_one_line(tmp_path: Path) -> None:
+    """After FI_STARTUP_TIMEOUT."""
+    settings = {"FI_NATS_URL": nowhere(), "FI_STARTUP_TIMEOUT": "1", "FI_PERSISTER_PORT": "0"}
+    with Service(tmp_path, "services.persister", FI_DATA_DIR=str(tmp_path / "data"), **settings) as persister:
+        assert 1 == persister.wait()
+        (line,) = persister.errors.splitlines()
+        assert "gave up after 1 s (FI_STARTUP_TIMEOUT)" in line
+
+
+def test_a_signal_ends_it_while_it_waits_for_the_cluster(tmp_path: Path) -> None:
+    """At once, and with 0: it was asked to."""
+    settings = {"FI_NATS_URL": nowhere(), "FI_PERSISTER_PORT": "0"}
+    with Service(tmp_path, "services.persister", FI_DATA_DIR=str(tmp_path / "data"), **settings) as persister:
+        eventually_sync((tmp_path / "data" / "volume.json").exists)
+        persister.terminate()
+        assert 0 == persister.process.wait(3)
+        assert "" == persister.errors
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+async def worker_pids(log: Log, count: int = 2) -> list[int]:
+    """Wait until there are so many workers, each with partitions, and return their process ids."""
+    found: list[int] = []
+
+    async def check() -> bool:
+        infos = await service_infos(log.nc)
+        found[:] = sorted(int(info["metadata"]["pid"]) for info in infos)
+        return [2] * count == [len(info["metadata"]["partitions"].split(",")) for info in infos]
+
+    await eventually(check)
+    return found
+
+
+async def test_workers_share_the_partitions_and_stop_together(log: Log, tmp_path: Path) -> None:
+    """SIGTERM to the parent: all of them end in order, exit code 0; a killed one is started again before that."""
+    with Persister(tmp_path, log.cluster, tmp_path / "data", "--workers", "2") as parent:
+        pids = await worker_pids(log)
+        assert parent.process.pid not in pids
+        events = [await log.publish(100)]
+        os.kill(pids[0], signal.SIGKILL)
+        events.append(await log.publish(100))
+        await eventually(lambda: any(line["event"] == "WORKER_ENDED" for line in parent.lines))
+        again = await worker_pids(log)
+        assert pids[1] in again
+        assert pids[0] not in again
+        await persisted(tmp_path / "data", *events)
+        assert 0 == await parent.end()
+        assert "" == parent.errors
+        assert not any(alive(pid) for pid in again)
+    assert 2 == sum(line["event"] == "PERSISTER_STOPPED" for line in parent.lines)
+
+
+async def test_a_second_signal_kills_the_workers_too(log: Log, tmp_path: Path) -> None:
+    """The way out when one hangs: here they are frozen, so no orderly end could come."""
+    with Persister(tmp_path, log.cluster, tmp_path / "data", "--workers", "2") as parent:
+        pids = await worker_pids(log)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        parent.terminate()
+        await asyncio.sleep(0.2)  # two signals at once would be one
+        parent.terminate()
+        assert -signal.SIGTERM == await asyncio.to_thread(parent.wait)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        await eventually(lambda: not any(alive(pid) for pid in pids))
+
+
+async def test_a_killed_parent_leaves_no_workers(log: Log, tmp_path: Path) -> None:
+    """Or they would hold the partitions against the next one, with nobody to stop them."""
+    with Persister(tmp_path, log.cluster, tmp_path / "data", "--workers", "2") as parent:
+        pids = await worker_pids(log)
+        parent.process.kill()
+        await eventually(lambda: not any(alive(pid) for pid in pids))
+    assert [] == list((tmp_path / "data" / "workers").iterdir())

@@ -1,0 +1,156 @@
+"""Volumes on a real cluster: shared evenly, and never a second history of a partition."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from services.contract.errors import TransientError
+from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.placement import Placements
+from services.eventlog.jetstream.provision import provision
+from services.eventlog.settings import LogSettings
+from services.persister.assignment import Deployment, place
+from services.persister.volume import Volume
+from tests.support.cluster import delete_streams
+from tests.support.persisters import PARTITIONS, Log, Persister, corpus_of, joined, persisted
+from tests.support.polling import eventually
+
+
+async def claim(log: Log, folder: Path, settings: LogSettings) -> set[int]:
+    """Let a new volume in *folder* claim its share, as a coordinator does: again while the broker does not answer."""
+    volume = await asyncio.to_thread(Volume.open, folder, settings.store)
+    while True:
+        with contextlib.suppress(TransientError):
+            placed = await place(Deployment(volume, 2, settings, log.identity), Placements(log.nc, settings))
+            assert {} == placed.refused
+            return set(placed.here)
+
+
+async def test_two_volumes_that_claim_at_the_same_moment_share_evenly_twenty_times(log: Log, tmp_path: Path) -> None:
+    """The broker lets one win each partition; a store of its own a round means fresh consumers."""
+    for number in range(20):
+        settings = dataclasses.replace(log.settings, store=f"s{number}")
+        folders = (tmp_path / f"{number}-a", tmp_path / f"{number}-b")
+        one, two = await asyncio.gather(*(claim(log, folder, settings) for folder in folders))
+        assert (2, 2) == (len(one), len(two))
+        assert set(range(PARTITIONS)) == one | two
+
+
+@pytest.mark.parametrize("_round", range(2))
+async def test_two_volumes_whose_processes_start_at_the_same_moment_share_the_events(
+    log: Log, tmp_path: Path, _round: int
+) -> None:
+    """Every event is in one of them, and none in both."""
+    data = [tmp_path / "one", tmp_path / "two"]
+    events = await log.publish(60)
+    with (
+        Persister(tmp_path / "a", log.cluster, data[0], FI_VOLUMES="2") as one,
+        Persister(tmp_path / "b", log.cluster, data[1], FI_VOLUMES="2") as two,
+    ):
+        await one.ready()
+        await two.ready()
+        assert [2, 2] == [len(list(folder.glob("[0-9][0-9].h5"))) for folder in data]
+
+        def everything() -> bool:
+            return joined(map(corpus_of, data)) == events
+
+        await eventually(everything)
+        assert [0, 0] == list(await asyncio.gather(one.end(), two.end()))
+
+
+async def test_a_second_volume_gets_nothing_and_says_so(log: Log, tmp_path: Path) -> None:
+    """Somebody started a persister with another FI_DATA_DIR: it must not begin the history anew."""
+    with Persister(tmp_path / "a", log.cluster, tmp_path / "one") as one:
+        await one.ready()
+        events = await log.publish(20)
+        await persisted(tmp_path / "one", events)
+        assert 0 == await one.end()
+    with Persister(tmp_path / "b", log.cluster, tmp_path / "two") as two:
+        await two.not_ready("all 4 are on others; FI_VOLUMES is 1")
+        assert 0 == await two.end()
+    assert {} == corpus_of(tmp_path / "two")
+
+
+async def test_a_deleted_partition_file_stops_its_partition_until_it_is_back(log: Log, tmp_path: Path) -> None:
+    """Also one that vanishes under a running process. Nothing is skipped, the others go on."""
+    data = tmp_path / "data"
+    with Persister(tmp_path / "a", log.cluster, data) as persister:
+        await persister.ready()
+        events = [await log.publish(40)]
+        await persisted(data, *events)
+        for name in ("00.h5", "00.h5.wal"):
+            (data / name).rename(tmp_path / name)
+        reason = await persister.not_ready("deleted or replaced while it was written")
+        assert "partition 00 is stopped" in reason
+        events.append(await log.publish(40))
+        assert 0 == await persister.end()
+    with Persister(tmp_path / "b", log.cluster, data) as persister:
+        await persister.not_ready("00.h5 is gone: put it back")
+        assert not (data / "00.h5").exists()
+        assert 0 == await persister.end()
+    for name in ("00.h5", "00.h5.wal"):
+        (tmp_path / name).rename(data / name)
+    with Persister(tmp_path / "c", log.cluster, data) as persister:
+        await persister.ready()
+        await persisted(data, *events)
+
+
+async def test_a_file_in_another_volume_is_refused_there_and_missed_at_home(log: Log, tmp_path: Path) -> None:
+    """Both operators are told; nothing is written to it."""
+    data = [tmp_path / "one", tmp_path / "two"]
+
+    def both(name: str) -> tuple[Persister, Persister]:
+        first, second = (
+            Persister(tmp_path / f"{name}{index}", log.cluster, folder, FI_VOLUMES="2")
+            for index, folder in enumerate(data)
+        )
+        return first, second
+
+    one, two = both("first")
+    with one, two:
+        await one.ready()
+        await two.ready()
+        await log.publish(40)
+        await eventually(lambda: sum(map(len, joined(map(corpus_of, data)).values())) == 40)
+        await asyncio.gather(one.end(), two.end())
+    moved = sorted(data[0].glob("[0-9][0-9].h5"))[0]
+    before = moved.read_bytes()
+    for path in (moved, moved.with_name(moved.name + ".wal")):
+        shutil.move(path, data[1] / path.name)
+    one, two = both("second")
+    with one, two:
+        await one.not_ready(f"{moved.name} is gone: put it back")
+        await two.not_ready(f"partition {moved.stem}: its file lies in this volume, but another volume has")
+        await asyncio.gather(one.end(), two.end())
+    assert before == (data[1] / moved.name).read_bytes()
+
+
+async def test_a_stream_created_anew_stops_everything_and_gets_no_claims(log: Log, tmp_path: Path) -> None:
+    """While running and at the next start: its sequences begin at 1 again, and a new data directory must be free to
+    claim it."""
+    data = tmp_path / "data"
+    with Persister(tmp_path / "a", log.cluster, data) as persister:
+        await persister.ready()
+        events = await log.publish(40)
+        await persisted(data, events)
+        await delete_streams(log.cluster)
+        await provision(log.nc, log.settings)
+        await log.publish(5)
+        for partition in range(PARTITIONS):
+            await persister.not_ready(f"partition 0{partition} is stopped: stream fi-events was created at")
+        assert [] == await log.api.list_consumers(STREAM)
+        assert 0 == await persister.end()
+    with Persister(tmp_path / "b", log.cluster, data) as persister:
+        await persister.not_ready("the stream was deleted and created anew")
+        assert [] == await log.api.list_consumers(STREAM)
+        assert 0 == await persister.end()
+    assert events == corpus_of(data)
+    with Persister(tmp_path / "c", log.cluster, tmp_path / "new") as persister:
+        await persister.ready()
+        await eventually(lambda: sum(map(len, corpus_of(tmp_path / "new").values())) == 5)

@@ -1,0 +1,112 @@
+"""One batch: telling events from poison, dropping what the corpus holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.corpus import EventStore
+from services.eventlog.protocol import Delivery
+from services.persister.batch import Written, sort, write
+from tests.support.persister import IDENTITY, contents, delivery, event
+
+GOOD = event(1).headers()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[EventStore]:
+    made = EventStore.create(tmp_path / "00.h5", IDENTITY)
+    yield made
+    made.abandon()
+
+
+def written(store: EventStore, *deliveries: Delivery) -> Written:
+    return write(store, sort(deliveries, {}).events, deliveries[-1].sequence)
+
+
+def test_a_retry_in_the_same_batch_is_dropped(store: EventStore) -> None:
+    """The first one stays: its position is the one that the client was told."""
+    assert Written(1, 1, 1) == written(store, delivery(1), delivery(2, of=1))
+    assert {"c1": [1]} == contents(store.path)
+    assert store.committed == 2
+
+
+def test_a_retry_in_a_later_batch_is_dropped(store: EventStore) -> None:
+    """However long after the broker's window."""
+    written(store, delivery(1))
+    assert Written(1, 1, 1) == written(store, delivery(5, of=1), delivery(6))
+    assert {"c1": [1, 6]} == contents(store.path)
+
+
+def test_a_retry_after_the_file_was_opened_again_is_dropped(store: EventStore) -> None:
+    """The ids are read from the file."""
+    written(store, delivery(1), delivery(2, consultation="c2"))
+    store.close()
+    again = EventStore.open(store.path, expected=IDENTITY)
+    assert Written(0, 2, 0) == written(again, delivery(3, of=1), delivery(4, of=2, consultation="c2"))
+    assert again.committed == 4
+    again.close()
+
+
+def test_the_same_id_in_another_consultation_is_another_event(store: EventStore) -> None:
+    """Ids are unique within a consultation only."""
+    assert Written(2, 0, 2) == written(store, delivery(1), delivery(2, of=1, consultation="c2"))
+
+
+def test_a_batch_of_retries_only_moves_the_position(store: EventStore) -> None:
+    """Or it would be delivered again for ever."""
+    written(store, delivery(1))
+    assert Written(0, 1, 0) == written(store, delivery(9, of=1))
+    assert store.committed == 9
+
+
+@pytest.mark.parametrize(
+    ("consultation", "headers", "body", "reason"),
+    [
+        ("c1", None, b"{}", "no Nats-Msg-Id"),
+        ("c1", {}, b"{}", "no Nats-Msg-Id"),
+        ("c1", {"Fi-Received-Ns": "1"}, b"{}", "no Nats-Msg-Id"),
+        ("c2", GOOD, event(1).body, "subject's consultation"),
+        ("c1", GOOD | {"Nats-Msg-Id": "c1/no-uuid"}, event(1).body, "lower-case UUID"),
+        ("c1", GOOD | {"Nats-Msg-Id": "c1"}, event(1).body, "lower-case UUID"),
+        ("a b", GOOD, event(1).body, "consultation id is"),
+        ("�", GOOD, event(1).body, "consultation id is"),
+        ("c1", GOOD, b"{", "not valid JSON"),
+        ("c1", GOOD, b"\xff", "not valid JSON"),
+        ("c1", GOOD, b"[]", "JSON object"),
+        ("c1", GOOD, b"{}", "event_type is required"),
+        ("c1", GOOD, b'{"event_type":""}', "event_type is required"),
+        ("c1", GOOD, b'{"event_type":\n"T"}', "line breaks"),
+        ("c1", GOOD, b'{"event_type":"T"}\r', "line breaks"),
+        ("c1", GOOD | {"Fi-Received-Ns": ""}, event(1).body, "Fi-Received-Ns"),
+        ("c1", GOOD | {"Fi-Received-Ns": "-1"}, event(1).body, "Fi-Received-Ns"),
+        ("c1", GOOD | {"Fi-Received-Ns": "9" * 5000}, event(1).body, "Fi-Received-Ns"),
+        ("c1", GOOD | {"Fi-Received-Ns": str(2**63)}, event(1).body, "Fi-Received-Ns"),
+        ("c1", GOOD | {"Fi-Received-Ns": "²"}, event(1).body, "Fi-Received-Ns"),
+    ],
+)
+def test_what_ingest_would_not_have_written_is_poison(
+    consultation: str, headers: dict[str, str] | None, body: bytes, reason: str
+) -> None:
+    """The reason says which rule it breaks, and quotes nothing of the body."""
+    bad = Delivery(2, consultation, headers, body, "token")
+    sorted_ = sort([delivery(1), bad, delivery(3)], {})
+    assert [1, 3] == [sequence for sequence, _ in sorted_.events]
+    ((found, why),) = sorted_.poison
+    assert bad is found
+    assert reason in why
+
+
+def test_the_largest_time_fits(store: EventStore) -> None:
+    """It is a signed 64-bit number in the file."""
+    latest = Delivery(1, "c1", GOOD | {"Fi-Received-Ns": str(2**63 - 1)}, event(1).body, "token")
+    assert Written(1, 0, 1) == written(store, latest)
+
+
+def test_what_was_condemned_is_poison_whatever_it_holds() -> None:
+    """It broke its batch twice."""
+    sorted_ = sort([delivery(1), delivery(2)], {2: "could not be written: ValueError"})
+    assert [1] == [sequence for sequence, _ in sorted_.events]
+    assert [(2, "could not be written: ValueError")] == [(bad.sequence, why) for bad, why in sorted_.poison]

@@ -1,0 +1,176 @@
+"""The partitions of one process: shared, handed over, given up, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from services.eventlog.jetstream.placement import Placement
+from services.eventlog.settings import LogSettings
+from services.persister.assignment import Deployment
+from services.persister.coordinator import Coordinator
+from services.persister.metrics import Metrics
+from services.persister.runner import State
+from services.persister.volume import Volume
+from tests.support.persister import LOG
+from tests.support.placements import MemoryPlacements
+from tests.support.polling import eventually
+
+
+class FakeRunner:
+    """Starts at once; stops when its gate opens."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.state, self.reason = State.FOLLOWING, ""
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.stopping = self.stopped = False
+
+    def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        self.stopping = True
+        await self.gate.wait()
+        self.stopped = True
+
+
+class Rig:
+    """A coordinator among fakes, on a real volume."""
+
+    def __init__(self, folder: Path, placements: MemoryPlacements) -> None:
+        self.alive = ["us"]
+        self.left = False
+        self.runners: dict[int, FakeRunner] = {}
+        self.changes: list[list[int]] = []
+        volume = Volume.open(folder, "main")
+        members = SimpleNamespace(name="us", alive=self._alive, leave=self._leave)
+        self.coordinator = Coordinator(
+            Deployment(volume, 1, LogSettings(partitions=4), LOG),
+            members=cast("Any", members),
+            placements=placements,
+            make_runner=cast("Any", self._make),
+            api=cast("Any", None),
+            trimmer=cast("Any", None),
+            metrics=Metrics(),
+        )
+        self.coordinator.on_change = self.changes.append
+
+    def _alive(self) -> list[str]:
+        return self.alive
+
+    def _leave(self) -> None:
+        self.left = True
+
+    def _make(self, placement: Placement) -> FakeRunner:
+        made = self.runners[placement.partition] = FakeRunner(placement)
+        return made
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.persister.coordinator.STEP_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.PLACE_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.PLACED_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 1000)
+
+
+async def test_a_process_that_is_alone_runs_everything(tmp_path: Path) -> None:
+    """And says so."""
+    rig = Rig(tmp_path, MemoryPlacements())
+    assert rig.coordinator.problems() == ["partitions have not been placed yet"]
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: rig.changes == [[0, 1, 2, 3]])
+    assert [] == rig.coordinator.problems()
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()
+    assert all(runner.stopped for runner in rig.runners.values())
+    assert rig.left
+
+
+async def test_a_newcomer_gets_its_share(tmp_path: Path) -> None:
+    """Half of it, each partition released before it is given up."""
+    rig = Rig(tmp_path, MemoryPlacements())
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: rig.changes == [[0, 1, 2, 3]])
+    rig.alive = ["other", "us"]
+    await eventually(lambda: len(rig.coordinator.partitions) == 2)
+    assert 2 == sum(runner.stopped for runner in rig.runners.values())
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()
+
+
+async def test_a_stop_in_the_middle_of_a_handover_ends(tmp_path: Path) -> None:
+    """SIGTERM comes when it comes; the partitions that are being handed over are waited for all the same."""
+    rig = Rig(tmp_path, MemoryPlacements())
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4)
+    for runner in rig.runners.values():
+        runner.gate.clear()
+    rig.alive = ["other", "us"]
+    await eventually(lambda: any(runner.stopping for runner in rig.runners.values()))
+    work.cancel()
+    async with asyncio.timeout(5):
+        await asyncio.wait({work})
+    for runner in rig.runners.values():
+        runner.gate.set()
+    async with asyncio.timeout(5):
+        await rig.coordinator.stop()
+    assert all(runner.stopped for runner in rig.runners.values())
+
+
+async def test_a_volume_without_partitions_is_not_ready(tmp_path: Path) -> None:
+    """It would look healthy, and do nothing for ever."""
+    other = "11111111-2222-4333-8444-555555555555"
+    rig = Rig(tmp_path, MemoryPlacements(*(Placement(p, other, 1) for p in range(4))))
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: any("all 4 are on others" in problem for problem in rig.coordinator.problems()))
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()
+
+
+async def test_a_stream_created_anew_is_shown_and_not_claimed(tmp_path: Path) -> None:
+    """What runs stays, so that each partition can say why it stopped."""
+    placements = MemoryPlacements()
+    rig = Rig(tmp_path, placements)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4)
+    placements.placed.clear()
+    placements.recreated = True
+    await eventually(lambda: any("created anew" in problem for problem in rig.coordinator.problems()))
+    assert [0, 1, 2, 3] == rig.coordinator.partitions
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()
+
+
+async def test_a_data_directory_that_takes_no_marker_is_shown_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk must not end the process."""
+    full = True
+    mark = Volume.mark_claim
+
+    def marking(volume: Volume, partition: int) -> None:
+        if full:
+            raise OSError(28, "No space left on device")
+        mark(volume, partition)
+
+    monkeypatch.setattr(Volume, "mark_claim", marking)
+    rig = Rig(tmp_path, MemoryPlacements())
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: any("No space left on device" in problem for problem in rig.coordinator.problems()))
+    full = False
+    await eventually(lambda: rig.changes == [[0, 1, 2, 3]])
+    assert [] == rig.coordinator.problems()
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()

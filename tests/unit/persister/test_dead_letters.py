@@ -1,0 +1,116 @@
+"""Poison: what a dead letter carries, and when there are too many."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.eventlog.protocol import Appended, Delivery, LogIdentity
+from services.persister.dead_letters import DeadLetters, PoisonLimit
+from services.persister.errors import PoisonFloodError
+
+
+class Recorder:
+    """Takes what is published."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, bytes, dict[str, str]]] = []
+
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> Appended:
+        self.sent.append((subject, body, headers))
+        return Appended(len(self.sent), duplicate=False)
+
+
+async def test_a_dead_letter_tells_reason_and_origin_and_keeps_the_body() -> None:
+    """`nats stream view fi-dead` must be enough to see what happened; its id is the same when it is sent again."""
+    recorder = Recorder()
+    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"), max_bytes=2**20)
+    delivery = Delivery(17, "c1", {"Nats-Msg-Id": "c1/é\nx"}, b"\xff", "token")
+    await letters.send(delivery, "no JSON")
+    assert recorder.sent == [
+        (
+            "fi.dead.3",
+            b"\xff",
+            {
+                "Nats-Msg-Id": "fi-events/2026-11-23T10:00:00Z/17",
+                "Fi-Reason": "no JSON",
+                "Fi-Stream-Sequence": "17",
+                "Fi-Consultation": "c1",
+                "Fi-Original-Msg-Id": "c1/x",
+            },
+        )
+    ]
+
+
+def test_a_few_bad_messages_among_good_ones_are_fine() -> None:
+    """One in twenty is below the ratio of one in ten."""
+    limit = PoisonLimit(streak=5, ratio=0.1, window=100)
+    for number in range(1000):
+        limit.count(bad=number % 20 == 0)
+
+
+def test_a_streak_of_bad_messages_stops() -> None:
+    """Whatever came before."""
+    limit = PoisonLimit(streak=5, ratio=1.0, window=1000)
+    for _ in range(500):
+        limit.count(bad=False)
+    for _ in range(4):
+        limit.count(bad=True)
+    with pytest.raises(PoisonFloodError, match="5 poison messages in a row"):
+        limit.count(bad=True)
+
+
+def test_too_large_a_share_of_bad_messages_stops() -> None:
+    """Good ones in between do not hide a bad release; but a share of few messages says nothing yet."""
+    limit = PoisonLimit(streak=1000, ratio=0.1, window=100)
+    for number in range(99):
+        limit.count(bad=number % 2 == 0)
+    limit.count(bad=False)
+    with pytest.raises(PoisonFloodError, match="50 of the last 100"):
+        limit.count(bad=True)
+
+
+async def test_a_body_that_would_not_fit_is_cut() -> None:
+    """Our headers are longer than its own; whole, the broker would refuse it for ever, and the partition would stop."""
+    recorder = Recorder()
+    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"), max_bytes=10_000)
+    await letters.send(Delivery(17, "c1", None, b"x" * 9_990, "token"), "no JSON")
+    ((_, body, headers),) = recorder.sent
+    assert len(body) + sum(len(name) + len(value) + 4 for name, value in headers.items()) < 10_000
+    assert headers["Fi-Cut-From-Bytes"] == "9990"
+
+
+async def test_headers_of_a_dead_letter_stay_small() -> None:
+    """A foreign subject or message id may be as long as a line of the protocol."""
+    recorder = Recorder()
+    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"), max_bytes=10_000)
+    await letters.send(Delivery(17, "z" * 3900, {"Nats-Msg-Id": "m" * 9000}, b"", "token"), "bad id")
+    ((_, _, headers),) = recorder.sent
+    assert ("z" * 300, "m" * 300) == (headers["Fi-Consultation"], headers["Fi-Original-Msg-Id"])
+
+
+def test_good_batches_between_break_a_streak() -> None:
+    """A bad message a day is no flood, however many days."""
+    limit = PoisonLimit(streak=5, ratio=0.5, window=100)
+    for _ in range(100):
+        limit.count(bad=True)
+        limit.count_good(3)
+    limit.count_good(0)
+
+
+def test_good_batches_count_for_the_ratio() -> None:
+    """More of them than the window holds leave nothing bad in it."""
+    limit = PoisonLimit(streak=1000, ratio=0.1, window=100)
+    for _ in range(9):
+        limit.count(bad=True)
+    limit.count_good(5000)
+    for _ in range(10):
+        limit.count(bad=True)
+    with pytest.raises(PoisonFloodError, match="11 of the last 100"):
+        limit.count(bad=True)
+
+
+def test_without_a_limit_everything_may_be_set_aside() -> None:
+    """An operator who has looked at them wants the partition to go on."""
+    limit = PoisonLimit(streak=0, window=10)
+    for _ in range(5000):
+        limit.count(bad=True)

@@ -1,0 +1,91 @@
+"""A data directory and what makes it a volume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from services.persister.errors import VolumeBusyError, VolumeError
+from services.persister.volume import Volume
+
+
+def test_a_new_directory_gets_an_identity_that_stays(tmp_path: Path) -> None:
+    """Consumers and partition files name the volume's UUID."""
+    first = Volume.open(tmp_path / "data", "main")
+    again = Volume.open(tmp_path / "data", "main")
+    assert first == again
+    assert {"format": 1, "volume": first.uuid, "store": "main"} == json.loads(
+        (tmp_path / "data" / "volume.json").read_text()
+    )
+
+
+def test_another_stores_directory_is_refused(tmp_path: Path) -> None:
+    """Two stores in one place would be no two copies."""
+    Volume.open(tmp_path, "main")
+    with pytest.raises(VolumeError, match="volume of store 'main', not 'second'"):
+        Volume.open(tmp_path, "second")
+
+
+def test_partition_files_without_an_identity_are_refused(tmp_path: Path) -> None:
+    """A new UUID would orphan them: the consumers name the old one."""
+    (tmp_path / "03.h5").touch()
+    with pytest.raises(VolumeError, match=r"no volume\.json"):
+        Volume.open(tmp_path, "main")
+    assert not (tmp_path / "volume.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 1, "volume": "no", "store": "main"}'])
+def test_a_damaged_identity_is_refused(tmp_path: Path, content: str) -> None:
+    """It is never replaced."""
+    (tmp_path / "volume.json").write_text(content)
+    with pytest.raises(VolumeError, match="damaged"):
+        Volume.open(tmp_path, "main")
+    assert content == (tmp_path / "volume.json").read_text()
+
+
+def test_a_later_format_is_refused(tmp_path: Path) -> None:
+    """An older fiq must not guess."""
+    volume = Volume.open(tmp_path, "main")
+    (tmp_path / "volume.json").write_text(json.dumps({"format": 2, "volume": volume.uuid, "store": "main"}))
+    with pytest.raises(VolumeError, match="format 2"):
+        Volume.open(tmp_path, "main")
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """The operator sees the path and the system's reason."""
+    (tmp_path / "file").touch()
+    with pytest.raises(VolumeError, match="cannot use the data directory"):
+        Volume.open(tmp_path / "file" / "data", "main")
+
+
+def test_a_claim_mark_is_there_until_it_is_cleared(tmp_path: Path) -> None:
+    """It tells a file that is not there yet from one that is gone."""
+    volume = Volume.open(tmp_path, "main")
+    assert not volume.claim_marked(7)
+    volume.mark_claim(7)
+    assert volume.claim_marked(7)
+    volume.clear_claim(7)
+    volume.clear_claim(7)
+    assert not volume.claim_marked(7)
+
+
+async def test_only_one_process_claims_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quota is counted under the lock; a process that hangs with it is named instead of waited for."""
+    monkeypatch.setattr("services.persister.volume.LOCK_TIMEOUT_SECONDS", 0.1)
+    volume = Volume.open(tmp_path, "main")
+    async with volume.claiming():
+        with pytest.raises(VolumeBusyError, match="is it stopped or hanging"):
+            async with volume.claiming():
+                raise AssertionError("two at once")
+    async with volume.claiming():
+        pass
+
+
+def test_open_leaves_no_descriptor_behind(tmp_path: Path) -> None:
+    """Volumes are opened at each start of each process."""
+    Volume.open(tmp_path, "main")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    Volume.open(tmp_path, "main")
+    assert before == len(list(Path("/proc/self/fd").iterdir()))
