@@ -1,0 +1,1 @@
+"""The ``fiq`` command, and the embedded cluster and stack that it and the tests run."""

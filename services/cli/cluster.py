@@ -1,0 +1,257 @@
+"""The embedded cluster: real nats-server processes on loopback, with the configuration that compose uses too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from services.cli.assets import find_nats_conf, find_nats_server
+from services.cli.errors import ChildFailedError, PortTakenError
+from services.cli.monitoring import NodeView, view
+from services.cli.ports import LOOPBACK, free_ports
+from services.cli.processes import ManagedProcess
+
+#: how long a start may take, seconds: on two busy cores an election alone takes up to ten
+START_TIMEOUT = 60.0
+#: how long a node gets to stop, seconds
+STOP_GRACE = 10.0
+#: how long a lame-duck node gets, seconds: `lame_duck_duration` of nats.conf and some more
+LAME_DUCK_GRACE = 35.0
+#: how often the ports are chosen again when somebody else took one before the node could
+_PORT_TRIES = 5
+_POLL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class NodePorts:
+    """Where a node listens on loopback: for clients, for monitoring, for the other nodes."""
+
+    client: int
+    monitoring: int
+    cluster: int
+
+
+class Cluster:
+    """Three (or one) nats-server processes with their stores and logs in one folder.
+
+    The data stay when it is stopped; a cluster on the same folder goes on with them, on other ports if need be.
+    Everything blocks; coroutines call it through ``asyncio.to_thread``, any thread will do. A context manager that
+    starts and stops it.
+    """
+
+    def __init__(
+        self, folder: Path, *, nodes: int = 3, max_file_store: str = "6GB", client_ports: tuple[int, ...] = ()
+    ) -> None:
+        """Describe a cluster; nothing is started.
+
+        Args:
+            folder: for stores and logs; made when missing.
+            nodes: 3 or more, or 1 for a single server without raft.
+            max_file_store: what streams may reserve on each node, as nats.conf writes sizes.
+            client_ports: fixed ports for clients, one a node; free ones are chosen otherwise.
+        """
+        if client_ports and len(client_ports) != nodes:
+            raise ValueError(f"{nodes} client ports are needed, one a node")
+        self.folder = folder.absolute()
+        self.size = nodes
+        self._max_file_store = max_file_store
+        self._client_ports = client_ports
+        self._server, self._conf = find_nats_server(), find_nats_conf()
+        self.ports: list[NodePorts] = []
+        self.nodes: list[ManagedProcess] = []
+
+    # -- addresses ----------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the nodes, by index."""
+        return [f"n{index + 1}" for index in range(self.size)]
+
+    @property
+    def urls(self) -> list[str]:
+        """Client URLs of all nodes, running or not, by index."""
+        return [f"nats://{LOOPBACK}:{ports.client}" for ports in self.ports]
+
+    @property
+    def url(self) -> str:
+        """Client URLs of all nodes as FI_NATS_URL takes them."""
+        return ",".join(self.urls)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self, timeout: float = START_TIMEOUT) -> None:
+        """Start all nodes and wait until the cluster takes requests.
+
+        Raises:
+            ChildFailedError: a node ended, or the cluster was not ready within *timeout* seconds.
+        """
+        for attempt in range(1, _PORT_TRIES + 1):
+            self.launch()
+            try:
+                self.wait_ready(timeout)
+            except PortTakenError:
+                self.stop_all(grace=1.0)
+                if attempt == _PORT_TRIES or self._client_ports:
+                    raise
+            except BaseException:
+                self.stop_all(grace=1.0)
+                raise
+            else:
+                return
+
+    def launch(self) -> None:
+        """Choose ports and start all nodes, without waiting."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.ports = self._choose_ports()
+        self.nodes = [self._describe(index) for index in range(self.size)]
+        for node in self.nodes:
+            node.start()
+
+    def start_node(self, index: int) -> None:
+        """Start a node that was killed or stopped, with its store and its ports, without waiting."""
+        self.nodes[index].start()
+
+    def kill(self, index: int) -> None:
+        """End a node with SIGKILL."""
+        self.nodes[index].kill()
+
+    def stop(self, index: int, *, lame_duck: bool = False) -> None:
+        """Stop a node in order: SIGTERM, or with *lame_duck* SIGUSR2, which hands its leaderships over first."""
+        if lame_duck:
+            self.nodes[index].stop(LAME_DUCK_GRACE, number=signal.SIGUSR2)
+        else:
+            self.nodes[index].stop(STOP_GRACE)
+
+    def pause(self, index: int) -> None:
+        """Freeze a node with SIGSTOP: its connections stay open and answer nothing."""
+        self.nodes[index].send(signal.SIGSTOP)
+
+    def resume(self, index: int) -> None:
+        """Let a frozen node go on."""
+        self.nodes[index].send(signal.SIGCONT)
+
+    def running(self, index: int) -> bool:
+        """Whether the node's process lives."""
+        return self.nodes[index].running
+
+    def stop_all(self, grace: float = STOP_GRACE) -> None:
+        """Stop every node, all at once; kill what is left after *grace* seconds. Idempotent."""
+        for node in self.nodes:
+            node.send(signal.SIGCONT)
+            node.send(signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        for node in self.nodes:
+            if not node.wait(max(0.0, deadline - time.monotonic())):
+                node.kill()
+
+    def __enter__(self) -> Cluster:
+        """Start."""
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Stop every node."""
+        self.stop_all()
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def views(self) -> list[NodeView]:
+        """Ask every node what it sees; a node that does not answer is `healthy=False` and empty."""
+        return [
+            view(name, ports.monitoring, self._store(name)) for name, ports in zip(self.names, self.ports, strict=True)
+        ]
+
+    def meta_leader(self) -> int | None:
+        """Return the node that leads the metadata group, or None during an election."""
+        return self._first(lambda seen: seen.leads_meta)
+
+    def stream_leader(self, stream: str) -> int | None:
+        """Return the node that leads *stream*, or None during an election or when there is no such stream."""
+        return self._first(lambda seen: stream in seen.streams and seen.streams[stream].leader == seen.name)
+
+    def wait_stream_leader(self, stream: str, *, timeout: float = 30.0) -> int:
+        """Wait until a node leads *stream* and return its index."""
+        self._wait(lambda: self.stream_leader(stream) is not None, f"a leader of {stream}", timeout)
+        leader = self.stream_leader(stream)
+        return self.wait_stream_leader(stream, timeout=timeout) if leader is None else leader
+
+    def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
+        """Wait until all nodes are healthy, a meta leader sees them all, and every replica of every stream is current.
+
+        Raises:
+            PortTakenError: a node could not listen.
+            ChildFailedError: a node ended, or the time is over.
+        """
+        self._wait(self._is_ready, "the cluster", timeout, watch=True)
+
+    def _is_ready(self) -> bool:
+        views = self.views()
+        if not all(seen.healthy for seen in views):
+            return False
+        if self.size == 1:
+            return True
+        if not any(seen.leads_meta and seen.meta_current == self.size for seen in views):
+            return False
+        led = {name for seen in views for name, stream in seen.streams.items() if stream.leader == seen.name}
+        known = {name for seen in views for name in seen.streams}
+        return known == led and all(
+            stream.current for seen in views for stream in seen.streams.values() if stream.leader == seen.name
+        )
+
+    def _first(self, condition: Callable[[NodeView], bool]) -> int | None:
+        return next((index for index, seen in enumerate(self.views()) if condition(seen)), None)
+
+    def _wait(self, condition: Callable[[], bool], what: str, timeout: float, *, watch: bool = False) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if watch:
+                self._check_alive()
+            if time.monotonic() >= deadline:
+                raise ChildFailedError(f"{what} was not ready within {timeout:g} s; the logs are in {self.folder}")
+            time.sleep(_POLL)
+
+    def _check_alive(self) -> None:
+        for node in self.nodes:
+            if node.running:
+                continue
+            tail = node.log_tail()
+            if "address already in use" in tail:
+                raise PortTakenError(f"node {node.name} could not listen, its port is taken:\n{tail}")
+            raise ChildFailedError(f"node {node.name} ended with code {node.exit_code}:\n{tail}")
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def _choose_ports(self) -> list[NodePorts]:
+        free = iter(free_ports(3 * self.size))
+        fixed = dict(enumerate(self._client_ports))
+        return [NodePorts(fixed.get(index, next(free)), next(free), next(free)) for index in range(self.size)]
+
+    def _store(self, name: str) -> Path:
+        return self.folder / name
+
+    def _describe(self, index: int) -> ManagedProcess:
+        name, ports = self.names[index], self.ports[index]
+        routes = [f"nats://{LOOPBACK}:{other.cluster}" for other in self.ports] if self.size > 1 else []
+        peers = f"{LOOPBACK}:{ports.cluster if self.size > 1 else 0}"  # port 0 means no cluster
+        env = {
+            "PATH": os.defpath,
+            "NODE_NAME": name,
+            "NODE_TAGS": f"az:{index + 1}",
+            "NODE_LISTEN": f"{LOOPBACK}:{ports.client}",
+            "NODE_ADVERTISE": f"{LOOPBACK}:{ports.client}",
+            "NODE_HTTP": f"{LOOPBACK}:{ports.monitoring}",
+            "NODE_CLUSTER_NAME": "fiq",
+            "NODE_CLUSTER_LISTEN": peers,
+            "NODE_CLUSTER_ADVERTISE": peers,
+            "NODE_ROUTES": json.dumps(routes),
+            "NODE_STORE_DIR": json.dumps(str(self._store(name))),
+            "NODE_MAX_FILE_STORE": self._max_file_store,
+        }
+        command = [str(self._server), "-c", str(self._conf)]
+        return ManagedProcess(name, command, env=env, log=self.folder / f"{name}.log")

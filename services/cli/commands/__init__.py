@@ -1,0 +1,1 @@
+"""The commands of ``fiq``, one module each."""

@@ -1,0 +1,62 @@
+"""``fiq export``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import typer
+
+from services.cli.consultations import Format, lines, opened
+from services.cli.errors import CommandError
+from services.cli.target import CorpusOption, FolderOption, find_corpus
+
+
+def export(
+    consultation: Annotated[str, typer.Argument(help="Id of the consultation.")],
+    form: Annotated[Format, typer.Option("--format", "-f", help="ndjson and json carry each event byte for byte.")] = (
+        Format.NDJSON
+    ),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write, complete or not at all; stdout otherwise.")
+    ] = None,
+    corpus: CorpusOption = None,
+    folder: FolderOption = None,
+) -> None:
+    """Write a consultation's events in stream order, one at a time, however many there are."""
+    with opened(find_corpus(corpus, folder), consultation) as found, _target(output) as file:
+        for piece in lines(found, form):
+            file.write(piece)
+
+
+@contextlib.contextmanager
+def _target(output: Path | None) -> Iterator[BinaryIO]:
+    if output is None or str(output) == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with _file(output) as file:
+            yield file
+    except OSError as error:
+        raise CommandError(f"cannot write {output}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _file(output: Path) -> Iterator[BinaryIO]:
+    if output.exists() and not output.is_file():  # a pipe or a device cannot be replaced
+        with output.open("wb") as file:
+            yield file
+        return
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        # medical data: for the owner only
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            yield file
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)

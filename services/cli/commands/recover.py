@@ -1,0 +1,47 @@
+"""``fiq recover``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.cli import console
+from services.cli.errors import CommandError
+from services.cli.progress import bar
+
+
+def recover(
+    path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
+) -> None:
+    """Copy what journals hold into their partition files, without the service.
+
+    A persister does the same when it starts. The exit code is 1 when a file could not be recovered.
+    """
+    from services.corpus import CorpusError, CorpusLockedError, open_corpus, recover_partition  # h5py is slow to import
+
+    table = console.table("file", ">committed", ">replayed", ">torn", "")
+    failures = []
+    try:
+        paths = open_corpus(path).paths
+    except CorpusError as error:
+        raise CommandError(str(error)) from error
+    with bar("recovering") as show:
+        for number, file in enumerate(paths):
+            show(number / len(paths), file.name)
+            try:
+                done = recover_partition(file)
+            except CorpusLockedError as error:
+                failures.append(f"{error}; a writer that lives has recovered its files, there is nothing to do")
+            except CorpusError as error:
+                failures.append(str(error))
+            else:
+                state = f"still in the journal: {done.held_back}" if done.held_back else "complete"
+                table.add_row(done.file, str(done.committed), str(done.replayed), str(done.torn), state)
+                if done.held_back:
+                    failures.append(f"{done.file}: {done.held_back}; nothing is lost, try again later")
+    if table.row_count:
+        console.out().print(table)
+    if failures:
+        raise CommandError("\n  ".join(failures))

@@ -1,0 +1,202 @@
+"""``fiq up``: the whole pipeline on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from services.cli import console
+from services.cli.errors import ChildFailedError
+from services.cli.folder import DEFAULT_FOLDER, StackFolder, State
+from services.cli.processes import ManagedProcess
+from services.cli.stack import Stack
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: how often the processes are looked at, seconds
+_WATCH = 0.5
+#: a process that ended is started again after this, seconds
+_RESTART_PAUSE = 1.0
+#: one that ended this often within _RESTART_WINDOW seconds is not
+_RESTARTS = 5
+_RESTART_WINDOW = 60.0
+
+
+class _StopRequested(BaseException):
+    """Raised by the first signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def up(
+    folder: Annotated[
+        Path, typer.Option(help="Where everything is kept: the nodes' stores, the corpus, logs.")
+    ] = DEFAULT_FOLDER,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port of the HTTP interface; 7001 by default, or a free one if it is taken."
+        ),
+    ] = None,
+) -> None:
+    """Run a three-node NATS cluster, one ingest and two persisters until Ctrl-C.
+
+    A process that ends is started again, so that you may kill any of them and watch. The data stay in the folder, and
+    the next `fiq up` goes on with them. A second Ctrl-C kills everything at once.
+    """
+    home = StackFolder(folder)
+    with home.held():
+        stack = Stack(folder, port=port)
+        try:
+            with _signals(stack):
+                _run(stack, home)
+        finally:
+            home.clear()
+
+
+def _run(stack: Stack, home: StackFolder) -> None:
+    try:
+        _start(stack)
+        home.write(State.of(stack))
+        typer.echo(_welcome(stack))
+        _watch(stack, home)
+    except _StopRequested as request:
+        _stop(stack, signal.Signals(request.number))
+        raise typer.Exit(128 + request.number) from None
+    except BaseException:
+        _stop(stack, None)
+        raise
+
+
+def _start(stack: Stack) -> None:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console.err(), transient=True) as progress:
+        waiting = list(stack.parts)
+        task = progress.add_task(f"waiting for {waiting[0]}", total=len(waiting))
+
+        def ready(name: str) -> None:
+            waiting.remove(name)
+            description = f"waiting for {waiting[0]}" if waiting else "ready"
+            progress.update(task, advance=1, description=description)
+
+        stack.start(ready)
+
+
+def _stop(stack: Stack, number: signal.Signals | None) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        if number is not None:
+            typer.echo(f"\n{number.name}: stopping (again to kill) …", err=True)
+    killed = stack.stop()
+    with contextlib.suppress(OSError):
+        if killed:
+            typer.echo(f"had to be killed: {', '.join(killed)}; nothing that was accepted is lost", err=True)
+
+
+@contextlib.contextmanager
+def _signals(stack: Stack) -> Iterator[None]:
+    """Turn the first signal into an exception, and let the second one kill."""
+
+    def kill(number: int, _: FrameType | None) -> None:
+        stack.kill_all()
+        os._exit(128 + number)
+
+    def ask(number: int, _: FrameType | None) -> None:
+        for other in _SIGNALS:
+            signal.signal(other, kill)
+        raise _StopRequested(number)
+
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- watching ---------------------------------------------------------------------------------------------------------
+
+
+def _watch(stack: Stack, home: StackFolder) -> None:
+    ended: dict[str, list[float]] = {}
+    while True:
+        time.sleep(_WATCH)
+        for process in stack.processes:
+            if not process.running:
+                _start_again(process, ended.setdefault(process.name, []))
+                home.write(State.of(stack))
+
+
+def _start_again(process: ManagedProcess, ended: list[float]) -> None:
+    now = time.monotonic()
+    ended[:] = [moment for moment in ended if now - moment < _RESTART_WINDOW]
+    ended.append(now)
+    if len(ended) > _RESTARTS:
+        raise ChildFailedError(
+            f"{process.name} ended {len(ended)} times within a minute, at last with code {process.exit_code}; "
+            f"everything is stopped. The end of its log, {process.log}:\n{process.log_tail()}"
+        )
+    typer.echo(f"{process.name} ended with code {process.exit_code}; starting it again", err=True)
+    time.sleep(_RESTART_PAUSE)
+    process.start()
+
+
+# -- what is printed --------------------------------------------------------------------------------------------------
+
+
+def _welcome(stack: Stack) -> str:
+    folder, corpus = _shown(stack.folder), _shown(stack.data_dir)
+    option = "" if stack.folder == DEFAULT_FOLDER.absolute() else f" --folder {shlex.quote(folder)}"
+    metrics = ", ".join(f"{service.url}/metrics" for service in stack.services)
+    return f"""\
+fiq is up; Ctrl-C stops it. The data stay in {folder}
+
+  HTTP      {stack.ingest.url}
+  NATS      {stack.cluster.url}
+  metrics   {metrics}
+  corpus    {corpus}
+  logs      {_shown(stack.logs)}, {_shown(stack.cluster.folder)}
+
+Post an event:
+
+  curl -i {stack.ingest.url}/consultations/c-1/events -H 'Content-Type: application/json' \\
+    -d '{{"event_type": "MESSAGE_RECEIVED", "payload": {{"text": "hello"}}}}'
+
+Look at the stream, with the NATS command line:
+
+  nats --server {stack.cluster.url} stream info fi-events
+
+Read the consultation, here or in Python:
+
+  fiq show c-1{option}
+
+  python - <<'END'
+  from services.corpus import open_corpus
+  with open_corpus({corpus!r}) as corpus:
+      for event in corpus["c-1"]:
+          print(event.sequence, event.received, event.payload)
+  END
+"""
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,46 @@
+"""What a command writes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+
+from rich.console import Console
+from rich.table import Table
+
+#: categories of characters that a terminal may obey instead of showing: controls, formats (text direction), surrogates
+_UNSAFE = frozenset({"Cc", "Cf", "Cs"})
+
+
+def out() -> Console:
+    """Return a console on the current stdout; wide enough for tables when that is no terminal."""
+    return Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+
+
+def err() -> Console:
+    """Return a console on the current stderr."""
+    return Console(file=sys.stderr, highlight=False, markup=False)
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """Return an empty table; a column whose name starts with ``>`` holds numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        name = column.removeprefix(">")
+        made.add_column(name, justify="right" if column.startswith(">") else "left", no_wrap=True)
+    return made
+
+
+def printable(text: str) -> str:
+    """Return *text* with each character that a terminal might obey written as its JSON escape."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        _escape(character) if unicodedata.category(character) in _UNSAFE else character for character in text
+    )
+
+
+def _escape(character: str) -> str:
+    # surrogate pairs beyond the 16-bit plane, as JSON has them
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[index]:02x}{units[index + 1]:02x}" for index in range(0, len(units), 2))

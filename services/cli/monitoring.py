@@ -1,0 +1,91 @@
+"""What a node says of itself on its monitoring port: health, leaderships, replicas."""
+
+from __future__ import annotations
+
+import http.client
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from services.cli.ports import LOOPBACK
+
+#: a node on loopback that takes longer than this is not well, seconds
+TIMEOUT = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamView:
+    """A stream as one node sees it.
+
+    Attributes:
+        leader: name of the node that leads it, empty during an election.
+        current: every other replica is online and up to date; only the leader's view says so.
+        messages: how many it holds.
+        last: sequence of the last one.
+    """
+
+    leader: str
+    current: bool
+    messages: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node as it sees itself.
+
+    Attributes:
+        name: of the node.
+        healthy: plain ``/healthz`` says 200: connected to a meta leader, and caught up.
+        leads_meta: it leads the metadata group.
+        meta_current: members of that group which are online and up to date, itself included; only on its leader.
+        streams: by name; on the nodes that hold a replica.
+    """
+
+    name: str
+    healthy: bool = False
+    leads_meta: bool = False
+    meta_current: int = 0
+    streams: dict[str, StreamView] = field(default_factory=dict)
+
+
+def get(port: int, path: str) -> tuple[int, bytes]:
+    """Ask for *path* on loopback and return status and body, or (0, b"") when there is no answer."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=TIMEOUT)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def view(name: str, port: int, store: Path) -> NodeView:
+    """Ask the node that monitors on *port*; one with another *store* is a stranger that took the port."""
+    health, _ = get(port, "/healthz")
+    status, body = get(port, "/jsz?streams=true") if health else (0, b"")
+    if status != 200:
+        return NodeView(name)
+    jsz: dict[str, Any] = orjson.loads(body)
+    if not Path(jsz.get("config", {}).get("store_dir", "")).is_relative_to(store):
+        return NodeView(name)
+    meta = jsz.get("meta_cluster") or {}
+    members = [_is_current(peer) for peer in meta.get("replicas") or []]
+    accounts = jsz.get("account_details") or []
+    streams = {one["name"]: _stream(one) for account in accounts for one in account.get("stream_detail") or []}
+    return NodeView(name, health == 200, meta.get("leader") == name, sum(members) + 1, streams)
+
+
+def _stream(detail: dict[str, Any]) -> StreamView:
+    group = detail.get("cluster") or {}
+    state = detail.get("state") or {}
+    current = all(_is_current(peer) for peer in group.get("replicas") or [])
+    return StreamView(group.get("leader", ""), current, state.get("messages", 0), state.get("last_seq", 0))
+
+
+def _is_current(peer: dict[str, Any]) -> bool:
+    return bool(peer.get("current")) and not peer.get("offline")

@@ -1,0 +1,127 @@
+"""Child processes that never outlive this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from services.cli.errors import CommandError
+
+#: the kernel's parent-death signal follows the *thread* that forked: all children come from one that lives as long as
+#: this process, so that callers may start them from short-lived threads too
+_SPAWNER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fiq-spawner")
+_LAUNCHER = Path(__file__).with_name("_launch.py")
+#: how much of a log is read to show its end, bytes
+_TAIL_BYTES = 16384
+
+
+class ManagedProcess:
+    """A process with its log in a file; it may be started again after it ended.
+
+    It runs in a session of its own, so that Ctrl-C reaches this process only, which then stops it in order. On Linux
+    the kernel kills it when this process dies, however that happens.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
+        """Describe the process.
+
+        Args:
+            name: for people.
+            command: absolute path of the program, and its arguments.
+            env: the whole environment.
+            log: where standard output and error are appended.
+        """
+        self.name = name
+        self.log = log
+        self._command = list(command)
+        self._env = dict(env)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, or None before the first start."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended: its exit code, or minus the signal; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def start(self) -> None:
+        """Start it; returns at once.
+
+        Raises:
+            CommandError: it runs already, or the program cannot be started.
+        """
+        if self.running:
+            raise CommandError(f"{self.name} runs already")
+        try:
+            self._process = _SPAWNER.submit(self._spawn).result()
+        except OSError as error:
+            raise CommandError(f"cannot start {self.name}: {error}") from error
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        command = self._command
+        if sys.platform == "linux":
+            command = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), *command]
+        with self.log.open("ab") as log:
+            self._log_start = log.tell()
+            return subprocess.Popen(  # noqa: S603 - the command is ours
+                command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens when the process has ended."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to *timeout* seconds for the end and say whether it came."""
+        if self._process is None:
+            return True
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it with SIGKILL and wait until it is gone."""
+        self.send(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+
+    def stop(self, grace: float, *, number: signal.Signals = signal.SIGTERM) -> bool:
+        """Ask it to end with *number*, and kill it after *grace* seconds; say whether it ended by itself."""
+        self.send(number)
+        if self.wait(grace):
+            return True
+        self.kill()
+        return False
+
+    def log_tail(self, lines: int = 15) -> str:
+        """Return the last lines that it wrote since its last start."""
+        try:
+            with self.log.open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_start, end - _TAIL_BYTES))
+                text = log.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])

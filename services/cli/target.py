@@ -1,0 +1,111 @@
+"""Which cluster, and which corpus, a command is about."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from nats.aio.client import Client
+
+from services.cli.errors import CommandError, NotRunningError
+from services.cli.folder import DEFAULT_FOLDER, StackFolder, State
+from services.contract.settings import load
+from services.eventlog.jetstream.connection import close, connect
+from services.eventlog.settings import LogSettings
+
+#: options that several commands share
+ServerOption = Annotated[
+    str | None, typer.Option(help="Nodes of the cluster, nats://host:port, separated by commas; FI_NATS_URL otherwise.")
+]
+FolderOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a running `fiq up`; ./.fiq when nothing else says which cluster is meant."),
+]
+CorpusOption = Annotated[
+    Path | None,
+    typer.Option(help="Data directory, or one partition file; else FI_DATA_DIR, ./.fiq/corpus or ./corpus."),
+]
+
+
+#: how long a command tries to reach the cluster, seconds: somebody is waiting for it
+_PATIENCE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A cluster, and the state of the stack on this machine that it belongs to, if it is one."""
+
+    settings: LogSettings
+    state: State | None
+
+
+def find_cluster(
+    server: str | None, folder: Path | None, *, env: Mapping[str, str] = os.environ, fallback: bool = False
+) -> Target:
+    """Choose the cluster: *server*, else *folder*, else FI_NATS_URL, else ./.fiq, else with *fallback* the default.
+
+    Raises:
+        ConfigurationError: a setting is malformed.
+        NotRunningError: nothing says which one.
+    """
+    if server is not None:
+        return _named(env, server)
+    if folder is not None:
+        return _running(env, folder)
+    if env.get("FI_NATS_URL", "").strip():
+        return Target(load(LogSettings, env), None)
+    try:
+        return _running(env, DEFAULT_FOLDER)
+    except NotRunningError:
+        if fallback:
+            return Target(load(LogSettings, env), None)
+        raise
+
+
+def _named(env: Mapping[str, str], url: str) -> Target:
+    return Target(load(LogSettings, {**env, "FI_NATS_URL": url}), None)
+
+
+def _running(env: Mapping[str, str], folder: Path) -> Target:
+    state = StackFolder(folder).read()
+    return Target(_named(env, state.nats_url).settings, state)
+
+
+def find_corpus(corpus: Path | None, folder: Path | None, *, env: Mapping[str, str] = os.environ) -> Path:
+    """Choose the corpus: *corpus*, else the one in *folder*, else FI_DATA_DIR, ./.fiq/corpus or ./corpus.
+
+    Raises:
+        CommandError: there is none.
+    """
+    if corpus is not None:
+        candidates = [corpus]
+    elif folder is not None:
+        candidates = [StackFolder(folder).corpus]
+    elif env.get("FI_DATA_DIR", "").strip():
+        candidates = [Path(env["FI_DATA_DIR"].strip())]
+    else:
+        candidates = [StackFolder(DEFAULT_FOLDER).corpus, Path("corpus")]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    looked = " and ".join(str(candidate) for candidate in candidates)
+    raise CommandError(f"there is no corpus (looked for {looked}): name its data directory with --corpus")
+
+
+@asynccontextmanager
+async def connected(settings: LogSettings) -> AsyncIterator[Client]:
+    """Connect for the time of one command.
+
+    Raises:
+        LogUnavailableError: no server took the connection.
+    """
+    connection = await connect(settings, name="fiq", on_closed=lambda _: None, deadline=_PATIENCE)
+    try:
+        yield connection
+    finally:
+        await close(connection)

@@ -1,0 +1,332 @@
+"""`fiq up` as a user runs it: one command, a whole pipeline, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from services.cli.folder import StackFolder, State
+from tests.support.polling import eventually_sync
+
+START = 90.0
+FIQ = [sys.executable, "-m", "services.cli.main"]
+
+
+class Up:
+    """A `fiq up` that runs in a folder."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self._stdout, self._stderr = folder / "stdout", folder / "stderr"
+        with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
+            self.process = subprocess.Popen(
+                [*FIQ, "up", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0
+            )
+
+    @property
+    def stdout(self) -> str:
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    @property
+    def state(self) -> State:
+        return StackFolder(self.folder / ".fiq").read()
+
+    @property
+    def pids(self) -> list[int]:
+        return [member.pid for member in self.state.members]
+
+    def wait_ready(self) -> None:
+        def ready() -> bool:
+            assert self.process.poll() is None, self.stderr
+            return "fiq is up" in self.stdout
+
+        eventually_sync(ready, START)
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C: the terminal signals the whole group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+
+@contextmanager
+def running(folder: Path, *options: str) -> Iterator[Up]:
+    up = Up(folder, *options)
+    try:
+        up.wait_ready()
+        yield up
+    finally:
+        if up.process.poll() is None:
+            up.process.terminate()
+        up.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """One stack for the tests that only look."""
+    with running(tmp_path_factory.mktemp("up")) as started:
+        yield started
+
+
+def fiq(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*FIQ, *arguments],
+        cwd=folder,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def post(up: Up, consultation: str, payload: Any) -> dict[str, Any]:
+    body = json.dumps({"event_type": "MESSAGE_RECEIVED", "payload": payload}).encode()
+    request = urllib.request.Request(
+        f"{up.state.ingest_url}/consultations/{consultation}/events",
+        data=body,
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=10) as response:
+        assert response.status == 202
+        answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+def shown(up: Up, consultation: str, count: int) -> str:
+    """Wait until *count* events can be shown, and return what is printed."""
+
+    def complete() -> str:
+        result = fiq(up.folder, "show", consultation)
+        assert f"{consultation}: {count} event" in result.stdout, result.stderr
+        return result.stdout
+
+    return eventually_sync(complete)
+
+
+def alive(pids: list[int]) -> list[int]:
+    def lives(pid: int) -> bool:
+        try:
+            return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    return [pid for pid in pids if lives(pid)]
+
+
+def test_up_prints_what_to_paste(up: Up) -> None:
+    """The first screen has the addresses and an example for each way in."""
+    assert up.state.ingest_url in up.stdout
+    assert up.state.nats_url in up.stdout
+    assert [word for word in ("curl", "nats --server", "open_corpus", "fiq show") if word not in up.stdout] == []
+
+
+def test_the_printed_examples_work(up: Up) -> None:
+    """The curl command, then `fiq show` and the Python code, exactly as they were printed."""
+    curl = re.search(r"^  (curl .*?'$)", up.stdout, re.MULTILINE | re.DOTALL)
+    python = re.search(r"^  (python - .*?END)$", up.stdout, re.MULTILINE | re.DOTALL)
+    assert curl is not None
+    assert python is not None
+    post(up, "c-1", {"text": "hello"})
+
+    assert "hello" in shown(up, "c-1", 1)
+    script = python.group(1).replace("\n  ", "\n").replace("python", sys.executable, 1)
+    result = subprocess.run(["sh", "-c", script], cwd=up.folder, capture_output=True, text=True, check=False)
+    assert "{'text': 'hello'}" in result.stdout, result.stderr
+
+
+def test_an_event_goes_all_the_way(up: Up) -> None:
+    """What was posted is exported byte for byte, in stream order."""
+    for number in range(5):
+        post(up, "way", number)
+    shown(up, "way", 5)
+
+    result = fiq(up.folder, "export", "way", "--format", "ndjson")
+
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [document["event"]["payload"] for document in documents] == [0, 1, 2, 3, 4]
+    sequences = [document["sequence"] for document in documents]
+    assert sorted(set(sequences)) == sequences
+
+
+@pytest.mark.parametrize("form", ["ndjson", "json", "csv"])
+def test_an_export_to_a_file_is_the_one_to_stdout(up: Up, form: str) -> None:
+    """The file appears complete, and only its owner can read it."""
+    post(up, f"file-{form}", "x")
+    shown(up, f"file-{form}", 1)
+    path = up.folder / f"export.{form}"
+
+    written = fiq(up.folder, "export", f"file-{form}", "-f", form, "-o", str(path))
+    printed = fiq(up.folder, "export", f"file-{form}", "-f", form)
+
+    assert written.stdout == ""
+    assert printed.stdout.encode() == path.read_bytes().replace(b"\r\n", b"\n")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_failed_export_leaves_no_file(up: Up) -> None:
+    """An unknown consultation, and a folder that is not there, are errors without traces."""
+    path = up.folder / "nothing.json"
+
+    unknown = fiq(up.folder, "export", "unknown", "-o", str(path))
+    nowhere = fiq(up.folder, "export", "c-1", "-o", str(up.folder / "missing" / "file"))
+
+    assert (unknown.returncode, nowhere.returncode) == (1, 1)
+    assert "no consultation 'unknown'" in unknown.stderr
+    assert unknown.stderr.count("\n") == 1
+    assert "cannot write" in nowhere.stderr or "no consultation" in nowhere.stderr
+    assert not path.exists()
+
+
+def test_status_shows_nodes_stream_and_owners(up: Up) -> None:
+    """Each partition has one owner among the two persisters, and the corpus agrees with the broker."""
+    post(up, "status", 1)
+
+    def settled() -> dict[str, Any]:
+        result = fiq(up.folder, "status", "--json")
+        assert result.returncode == 0, result.stderr
+        document: dict[str, Any] = json.loads(result.stdout)
+        assert [len(one["owners"]) for one in document["partitions"]] == [1] * 16, document["workers"]
+        assert [one["lag"] for one in document["partitions"]] == [0] * 16
+        assert [one["committed"] for one in document["partitions"]] == [
+            one["acknowledged"] for one in document["partitions"]
+        ]
+        return document
+
+    document = eventually_sync(settled)
+    assert {owner for one in document["partitions"] for owner in one["owners"]} == {"persister-1", "persister-2"}
+    assert sorted(node["role"] for node in document["nodes"]) == ["leader", "replica", "replica"]
+    assert document["stream"]["messages"] > 0
+    assert document["remarks"] == []
+
+
+def test_status_prints_tables(up: Up) -> None:
+    """For people: nodes, streams and one line a partition."""
+    result = fiq(up.folder, "status")
+
+    assert result.returncode == 0, result.stderr
+    assert "fi-events:" in result.stdout
+    assert len(re.findall(r"^\d\d .*persister-[12] \(pid \d+\)", result.stdout, re.MULTILINE)) == 16
+
+
+def test_nats_context_leads_to_the_running_cluster(up: Up, tmp_path: Path) -> None:
+    """Without options the context is that of ./.fiq."""
+    result = fiq(up.folder, "nats-context", env={"XDG_CONFIG_HOME": str(tmp_path)})
+
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "nats/context/fiq.json").read_text())["url"] == up.state.nats_url
+
+
+def test_provision_finds_nothing_to_do(up: Up) -> None:
+    """The services made the streams; the command agrees with them."""
+    result = fiq(up.folder, "provision", "--folder", ".fiq")
+
+    assert result.returncode == 0, result.stderr
+    assert "16 partitions, 3 replicas" in result.stdout
+
+
+def test_a_second_up_in_the_folder_is_refused(up: Up) -> None:
+    """Two stacks on the same stores would destroy them."""
+    result = fiq(up.folder, "up")
+
+    assert result.returncode == 1
+    assert f"in use by process {up.process.pid}" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert up.process.poll() is None
+
+
+def test_a_killed_persister_is_started_again(up: Up) -> None:
+    """Users may kill what they like and watch: the process is replaced, and events keep arriving."""
+    before = up.state
+    victim = next(member for member in before.members if member.name == "persister-1")
+
+    os.kill(victim.pid, signal.SIGKILL)
+
+    eventually_sync(lambda: up.state != before)
+    assert "persister-1 ended with code -9; starting it again" in up.stderr
+    post(up, "after-the-kill", 1)
+    shown(up, "after-the-kill", 1)
+
+
+def test_status_outlasts_the_election_of_a_leader(up: Up) -> None:
+    """Whoever asks just after the stream's leader died gets an answer, if later."""
+    document = json.loads(fiq(up.folder, "status", "--json").stdout)
+    leader = next(node["name"] for node in document["nodes"] if node["role"] == "leader")
+    victim = next(member for member in up.state.members if member.name == leader)
+
+    os.kill(victim.pid, signal.SIGKILL)
+    result = fiq(up.folder, "status")
+
+    assert result.returncode == 0, result.stderr
+    assert "fi-events:" in result.stdout
+    eventually_sync(lambda: f"{leader} ended with code -9; starting it again" in up.stderr)
+
+
+def test_a_taken_port_is_refused(tmp_path: Path) -> None:
+    """A port that was asked for is not replaced by another one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = fiq(tmp_path, "up", "--port", str(port))
+
+    assert result.returncode == 1
+    assert f"port {port} is taken" in result.stderr
+
+
+def test_ctrl_c_stops_everything_and_the_data_stay(tmp_path: Path) -> None:
+    """Exit code 130, no process left; the next `up` in the folder goes on with the corpus and the stream."""
+    with running(tmp_path) as first:
+        post(first, "kept", "first")
+        pids = first.pids
+        first.interrupt()
+
+        assert first.process.wait(60) == 130
+        assert alive(pids) == []
+        assert "Traceback" not in first.stderr
+    assert "kept: 1 event\n" in fiq(tmp_path, "show", "kept").stdout
+    assert fiq(tmp_path, "status").returncode == 1
+
+    with running(tmp_path) as second:
+        post(second, "kept", "second")
+        assert "second" in shown(second, "kept", 2)
+        second.process.terminate()
+
+        assert second.process.wait(60) == 143
+
+
+def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
+    """Whoever is in a hurry need not wait for the orderly end."""
+    with running(tmp_path) as up:
+        pids = up.pids
+        up.interrupt()
+        eventually_sync(lambda: "stopping" in up.stderr)
+        up.interrupt()
+
+        assert up.process.wait(10) == 130
+        eventually_sync(lambda: alive(pids) == [], timeout=10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills children with their parent")
+def test_nothing_is_left_when_up_itself_is_killed(tmp_path: Path) -> None:
+    """kill -9 takes the whole stack along, and its folder can be used again."""
+    with running(tmp_path) as up:
+        pids = up.pids
+        up.process.kill()
+        up.process.wait(10)
+
+        eventually_sync(lambda: alive(pids) == [], timeout=10)
+    assert "nothing runs" in fiq(tmp_path, "status").stderr

@@ -1,0 +1,162 @@
+"""The command line as a whole: help, errors and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from services.cli.errors import NotRunningError
+from services.cli.main import FiqGroup, app
+
+COMMANDS = [
+    "demo",
+    "up",
+    "status",
+    "show",
+    "export",
+    "verify",
+    "recover",
+    "repack",
+    "nats-context",
+    "provision",
+    "version",
+]
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    """A runner in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return CliRunner()
+
+
+def failing_app(failure: BaseException) -> typer.Typer:
+    made = typer.Typer(cls=FiqGroup)
+
+    @made.command()
+    def fail() -> None:
+        raise failure
+
+    made.command(name="other")(lambda: None)
+    return made
+
+
+def test_help_lists_every_command(runner: CliRunner) -> None:
+    """`fiq --help` names what there is."""
+    result = runner.invoke(app, ["--help"])
+
+    assert result.exit_code == 0
+    assert [command for command in COMMANDS if command in result.output] == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(runner: CliRunner, command: str) -> None:
+    """`fiq COMMAND -h` works for each."""
+    result = runner.invoke(app, [command, "-h"])
+
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["show"], ["export", "c-1", "--format", "xml"], ["up", "--port", "0"], ["status", "--unknown"]],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(runner: CliRunner, arguments: list[str]) -> None:
+    """Usage errors go to stderr and are told apart from failures by their code."""
+    result = runner.invoke(app, arguments)
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Error" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["status"], "fiq up"),
+        (["nats-context"], "--server"),
+        (["show", "c-1"], "--corpus"),
+        (["export", "c-1"], "--corpus"),
+        (["status", "--folder", "elsewhere"], "elsewhere"),
+        (["provision", "--server", "http://127.0.0.1:1"], "FI_NATS_URL"),
+        (["show", "c-1", "--corpus", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_failure_is_one_line_that_says_what_to_do(runner: CliRunner, arguments: list[str], advice: str) -> None:
+    """Errors go to stderr without a traceback, and the exit code is 1."""
+    result = runner.invoke(app, arguments)
+
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("fiq: ")
+    assert result.stderr.count("\n") == 1
+    assert advice in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (NotRunningError("nothing here"), 1, "fiq: nothing here\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "some/file"), 1, "fiq: some/file: No space left on device\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=["an error of ours", "an error of the system", "Ctrl-C"],
+)
+def test_what_becomes_of_an_exception(failure: BaseException, code: int, message: str) -> None:
+    """Errors that were foreseen are shown without a traceback; Ctrl-C exits with 130."""
+    result = CliRunner().invoke(failing_app(failure), ["fail"])
+
+    assert result.exit_code == code
+    assert result.stderr == message
+
+
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    """An exception that nobody foresaw is a bug, and hidden bugs stay."""
+    result = CliRunner().invoke(failing_app(RuntimeError("bug")), ["fail"])
+
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """`fiq … | head -1` ends quietly."""
+    pipeline = f"'{sys.executable}' -m services.cli.main version | true"
+
+    result = subprocess.run(["sh", "-c", pipeline], capture_output=True, text=True, check=False)
+
+    assert result.stderr == ""
+
+
+def test_version_names_fiq_and_the_server(runner: CliRunner) -> None:
+    """`fiq version` says what a report of a fault needs."""
+    result = runner.invoke(app, ["version"])
+
+    assert result.exit_code == 0
+    assert "fiq " in result.output
+    assert "nats-server: v2." in result.output
+
+
+def test_no_command_shows_help(runner: CliRunner) -> None:
+    """`fiq` alone is a question."""
+    result = runner.invoke(app, [])
+
+    assert "Usage:" in result.output
+
+
+def test_h5py_is_imported_only_when_a_corpus_is_read() -> None:
+    """It takes a while, and most commands get along without it."""
+    commands = ["up", "status", "show", "export", "nats_context", "provision", "version"]
+    code = f"from services.cli.commands import {', '.join(commands)}; import sys; print(*sys.modules)"
+
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    assert "services.cli.commands.status" in modules
+    assert "h5py" not in modules

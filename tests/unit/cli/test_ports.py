@@ -1,0 +1,60 @@
+"""The choice of ports on loopback."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from services.cli import ports
+from services.cli.errors import CommandError
+from services.cli.ports import LOOPBACK, free_ports, is_free
+
+
+def test_chosen_ports_are_different_and_free() -> None:
+    """A choice of several never names one twice."""
+    chosen = free_ports(20)
+
+    assert len(set(chosen)) == 20
+    assert all(is_free(port) for port in chosen)
+
+
+def test_a_port_that_somebody_listens_on_is_not_free() -> None:
+    """A listening socket is seen, a closed one is forgotten."""
+    with socket.create_server((LOOPBACK, 0)) as server:
+        port = server.getsockname()[1]
+        assert not is_free(port)
+    assert is_free(port)
+
+
+def test_chosen_ports_lie_below_the_range_of_outgoing_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No client can be given the port of a node that is down."""
+    ranges = tmp_path / "range"
+    ranges.write_text("20000\t60999\n")
+    monkeypatch.setattr(ports, "_EPHEMERAL_RANGE", ranges)
+
+    assert max(free_ports(50)) < 20000
+
+
+@pytest.mark.parametrize("content", [None, "nonsense\n", "1024 65535\n"])
+def test_the_default_range_stands_in_for_an_unknown_or_a_total_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    """Other systems have no such file, and some machines give every port away."""
+    ranges = tmp_path / "range"
+    if content is not None:
+        ranges.write_text(content)
+    monkeypatch.setattr(ports, "_EPHEMERAL_RANGE", ranges)
+
+    assert max(free_ports(50)) < 32768
+
+
+def test_a_machine_without_free_ports_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says that something else must stop."""
+    monkeypatch.setattr(ports, "is_free", lambda _: False)
+
+    with pytest.raises(CommandError, match="stop something"):
+        free_ports(1)

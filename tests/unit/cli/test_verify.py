@@ -1,0 +1,56 @@
+"""`fiq verify`: what it prints, and its exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from services.cli.main import app
+from services.corpus import EventStore
+from tests.support import damage as damages
+from tests.support.corpus import IDENTITY, commit_range
+from tests.support.damage import damage
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A data directory with one partition."""
+    with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
+        commit_range(store, range(1, 201))
+    return tmp_path
+
+
+def test_a_clean_corpus_is_told_in_one_line(directory: Path) -> None:
+    """The exit code is 0."""
+    done = CliRunner().invoke(app, ["verify", str(directory)])
+    assert 0 == done.exit_code
+    assert "clean: 200 events of 7 consultations in 1 file, " in done.stdout
+    assert "" == done.stderr
+
+
+def test_problems_are_printed_up_to_a_limit(directory: Path) -> None:
+    """The exit code is 1; each line names file, consultation and row, and the JSON has all of them."""
+    damage(directory / "00.h5", damages.swap_rows)
+    done = CliRunner().invoke(app, ["verify", "--limit", "2", str(directory)])
+    assert 1 == done.exit_code
+    assert "00.h5 c-0003 row 5 (sequence " in done.stdout
+    assert "and 5 more; --json has all" in done.stdout
+    assert "7 problems: 200 events" in done.stdout
+    done = CliRunner().invoke(app, ["verify", "--json", str(directory / "00.h5")])
+    assert 1 == done.exit_code
+    report = json.loads(done.stdout)
+    assert (False, 7, 200) == (report["clean"], len(report["problems"]), report["events"])
+    assert "gap" == report["problems"][0]["kind"]
+
+
+def test_a_corpus_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """That is an error as of any command."""
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "missing")])
+    assert (1, "") == (done.exit_code, done.stdout)
+    assert "there is no corpus" in done.stderr
+    done = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert 1 == done.exit_code
+    assert "there are no partition files" in done.stderr
