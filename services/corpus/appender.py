@@ -1,0 +1,181 @@
+"""Appends to the two datasets of one consultation, whole chunks at a time.
+
+``Dataset.resize`` and slicing cost 300 to 590 µs an append; ``set_extent`` and ``write_direct_chunk`` cost 18 to 28,
+when the last, partly filled chunk is kept in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from services.corpus.chain import CHAIN_BYTES, chain_next
+from services.corpus.errors import AppendRefusedError, CorpusFormatError
+from services.corpus.format import (
+    EVENT_DTYPE,
+    EVENT_HEAD,
+    EVENTS_CHUNK,
+    MAX_BODY_BYTES,
+    PAYLOAD_CHUNK,
+)
+from services.corpus.records import EVENT_ID_BYTES, Record
+
+_MAX_SIGNED = 2**63 - 1
+_ROW_BYTES = EVENT_HEAD.size + CHAIN_BYTES
+
+
+class ChunkedTail:
+    """One dataset and the content of its last chunk, when that is partly filled.
+
+    Args:
+        dataset: h5py's low-level ``DatasetID``; one dimension, chunked, without filters.
+        item: bytes of an element.
+        chunk: elements of a chunk.
+    """
+
+    __slots__ = ("_chunk", "_dataset", "_item", "_tail", "length")
+
+    def __init__(self, dataset: Any, *, item: int, chunk: int, empty: bool = False) -> None:
+        self._dataset = dataset
+        self._item = item
+        self._chunk = chunk
+        self.length = 0 if empty else int(dataset.shape[0])
+        self._tail = b""
+        filled = self.length % chunk
+        if filled:
+            self._tail = bytes(dataset.read_direct_chunk((self.length - filled,))[1])[: filled * item]
+
+    def append(self, data: bytes) -> None:
+        """Append whole elements."""
+        item, size = self._item, self._chunk * self._item
+        place = self.length - len(self._tail) // item
+        pending = self._tail + data if self._tail else data
+        self.length += len(data) // item
+        self._dataset.set_extent((self.length,))
+        whole = len(pending) - len(pending) % size
+        for start in range(0, whole, size):
+            self._dataset.write_direct_chunk((place + start // item,), pending[start : start + size])
+        self._tail = pending[whole:]
+        if self._tail:
+            self._dataset.write_direct_chunk((place + whole // item,), self._tail.ljust(size, b"\0"))
+
+    def last(self) -> bytes:
+        """Return the last element; the dataset is not empty."""
+        if self._tail:
+            return self._tail[-self._item :]
+        chunk = self._dataset.read_direct_chunk((self.length - self._chunk,))[1]
+        return bytes(chunk)[-self._item :]
+
+
+class Tally:
+    """Counts the events of a partition, uncommitted ones included."""
+
+    __slots__ = ("events",)
+
+    def __init__(self, events: int) -> None:
+        self.events = events
+
+
+class Appender:
+    """The open datasets of one consultation, and the ids that it holds.
+
+    Args:
+        name: the consultation's id, for messages.
+        events: low-level id of its ``events`` dataset.
+        payload: low-level id of its ``payload`` dataset.
+        start: what its first event is chained to.
+        tally: counts what is appended.
+        new: whether both were just created.
+    """
+
+    __slots__ = ("_chain", "_events", "_events_id", "_ids", "_name", "_payload", "_tally", "last_sequence")
+
+    def __init__(self, name: str, events: Any, payload: Any, *, start: bytes, tally: Tally, new: bool) -> None:
+        self._name = name
+        self._chain = start
+        self._tally = tally
+        self._events_id = events
+        self._events = ChunkedTail(events, item=_ROW_BYTES, chunk=EVENTS_CHUNK, empty=new)
+        self._payload = ChunkedTail(payload, item=1, chunk=PAYLOAD_CHUNK, empty=new)
+        self._ids: set[bytes] | None = set() if new else None
+        self.last_sequence = 0
+        if self._events.length:
+            self._read_last_row()
+
+    @property
+    def ids_held(self) -> int:
+        """How many event ids are in memory."""
+        return len(self._ids) if self._ids is not None else 0
+
+    def ids(self) -> set[bytes]:
+        """Return the ids of all events, appended ones included."""
+        if self._ids is None:
+            self._ids = self._read_ids()
+        return self._ids
+
+    def append(self, records: Sequence[Record], committed: int) -> None:
+        """Append *records*.
+
+        Args:
+            committed: the sequence that the file has reached; those of the records are above it.
+
+        Raises:
+            AppendRefusedError: a sequence does not rise, or an id or a body is malformed. Nothing was appended.
+        """
+        rows, bodies = self._encode(records, committed)
+        self._payload.append(bodies)
+        self._events.append(rows)
+        self.last_sequence = records[-1].sequence
+        self._chain = rows[-CHAIN_BYTES:]
+        self._tally.events += len(records)
+        if self._ids is not None:
+            self._ids.update([record.event_id for record in records])
+
+    def _encode(self, records: Sequence[Record], committed: int) -> tuple[bytes, bytes]:
+        rows: list[bytes] = []
+        bodies: list[bytes] = []
+        offset, last, chain = self._payload.length, max(self.last_sequence, committed), self._chain
+        for record in records:
+            body = record.body
+            if record.sequence <= last:
+                raise AppendRefusedError(f"{self._name}: sequence {record.sequence} does not rise above {last}")
+            self._check(record)
+            length = len(body)
+            head = EVENT_HEAD.pack(record.sequence, record.received_ns, offset, length, 0, record.event_id)
+            chain = chain_next(chain, head, body)
+            rows += (head, chain)
+            bodies.append(body)
+            offset += length + 1
+            last = record.sequence
+        bodies.append(b"")
+        return b"".join(rows), b"\n".join(bodies)
+
+    def _check(self, record: Record) -> None:
+        if len(record.event_id) != EVENT_ID_BYTES:
+            raise AppendRefusedError(f"{self._name}: an event id has 16 bytes, not {len(record.event_id)}")
+        if b"\n" in record.body or not 0 < len(record.body) <= MAX_BODY_BYTES:
+            raise AppendRefusedError(f"{self._name}: a body is one line and not empty (sequence {record.sequence})")
+        if not -_MAX_SIGNED <= record.received_ns <= _MAX_SIGNED or record.sequence > _MAX_SIGNED:
+            raise AppendRefusedError(f"{self._name}: a number is out of range (sequence {record.sequence})")
+
+    def _read_last_row(self) -> None:
+        row = self._events.last()
+        sequence, _, offset, length, _, _ = EVENT_HEAD.unpack_from(row)
+        if offset + length + 1 != self._payload.length:
+            raise CorpusFormatError(
+                f"{self._name}: the last row ends at byte {offset + length + 1} of the payload, "
+                f"which has {self._payload.length}: the file is damaged, restore it from a backup"
+            )
+        self.last_sequence = sequence
+        self._chain = row[-CHAIN_BYTES:]
+
+    def _read_ids(self) -> set[bytes]:
+        ids: set[bytes] = set()
+        chunks = range(0, self._events.length, EVENTS_CHUNK)
+        for start in chunks:
+            raw = self._events_id.read_direct_chunk((start,))[1]
+            rows = np.frombuffer(raw, EVENT_DTYPE)[: self._events.length - start]
+            ids.update(rows["event_id"].tolist())
+        return ids

@@ -1,0 +1,123 @@
+"""The errors of the corpus, a tree of their own: the package imports no other package of the project.
+
+::
+
+    CorpusError
+        TransientCorpusError            wait, or reopen the store, and try again
+            CorpusLockedError           another process holds the file
+            CorpusIOError               the system refused a read or a write: disk full, I/O error
+        PermanentCorpusError            an operator must act; the message says how
+            CorpusNotFoundError         there is no corpus, or no partition file, at that path
+            CorpusExistsError           a partition file stands where a new one was to be created
+            ArchivedFileError           the file is an archive, which is only read
+            CorpusFormatError           the file is no partition file, damaged, or of another version
+                IdentityMismatchError   the file belongs to another store, volume, partition or stream
+                JournalError            the journal is missing, damaged, or belongs to another file
+            UnsupportedFileSystemError  the file system is a remote one, without the locks and syncs that are needed
+        CorpusUsageError                the caller broke a rule of the interface
+            AppendRefusedError          the records are malformed, or out of order
+            StoreFailedError            the store failed before: abandon() it and open it again
+        UnknownConsultationError        no partition file holds a consultation of that id
+
+No message holds a payload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class CorpusError(Exception):
+    """Anything that this package raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+class TransientCorpusError(CorpusError):
+    """Raised when the same call may succeed later."""
+
+
+class CorpusLockedError(TransientCorpusError):
+    """Raised when another process holds the lock that the operation needs."""
+
+
+class CorpusIOError(TransientCorpusError):
+    """Raised when the system refuses a read, write or sync; what was committed before is safe."""
+
+
+class PermanentCorpusError(CorpusError):
+    """Raised when only an operator can help."""
+
+
+class CorpusNotFoundError(PermanentCorpusError):
+    """Raised when a directory, a partition file, or any partition file in a directory is missing."""
+
+
+class CorpusExistsError(PermanentCorpusError):
+    """Raised when a file would be created over an existing one."""
+
+
+class ArchivedFileError(PermanentCorpusError):
+    """Raised when an archive, a file that ``fiq repack`` made, is opened for writing."""
+
+
+class CorpusFormatError(PermanentCorpusError):
+    """Raised when a file's content is not what the format says."""
+
+
+class IdentityMismatchError(CorpusFormatError):
+    """Raised when a partition file is not the one that was expected.
+
+    Attributes:
+        field: the first field of the identity that differs.
+        expected: the value that the caller asked for.
+        found: the value that the file holds.
+    """
+
+    def __init__(self, message: str, *, field: str, expected: object, found: object) -> None:
+        super().__init__(message)
+        self.field = field
+        self.expected = expected
+        self.found = found
+
+
+class JournalError(CorpusFormatError):
+    """Raised when the journal beside a partition file cannot be used; nothing of it is skipped silently."""
+
+
+class UnsupportedFileSystemError(PermanentCorpusError):
+    """Raised when a corpus would live on a remote file system."""
+
+
+class CorpusUsageError(CorpusError):
+    """Raised when the caller breaks a rule of the interface."""
+
+
+class AppendRefusedError(CorpusUsageError):
+    """Raised when records to append are malformed or their sequences do not rise."""
+
+
+class StoreFailedError(CorpusUsageError):
+    """Raised by every call after a failure, until the store is abandoned and opened again."""
+
+
+class UnknownConsultationError(CorpusError, KeyError):
+    """Raised when no partition file holds the consultation."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@contextmanager
+def system_errors(operation: str) -> Iterator[None]:
+    """Turn an ``OSError`` inside the block into a CorpusIOError that names the *operation*.
+
+    Raises:
+        CorpusIOError: the block raised an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CorpusIOError(f"cannot {operation}: {error.strerror or error}") from error

@@ -1,0 +1,114 @@
+"""The consultations of an open partition file: finds, creates, and keeps the recently used ones open."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from h5py import h5d, h5g, h5p, h5s, h5t
+
+from services.corpus.appender import Appender, Tally
+from services.corpus.chain import chain_start
+from services.corpus.errors import AppendRefusedError
+from services.corpus.format import (
+    CONSULTATIONS,
+    EVENT_DTYPE,
+    EVENTS,
+    EVENTS_CHUNK,
+    PAYLOAD,
+    PAYLOAD_CHUNK,
+    is_consultation_id,
+)
+from services.corpus.records import Identity
+
+
+class OpenConsultations:
+    """A bounded set of appenders, the least recently used of which is closed first.
+
+    Args:
+        root: low-level id of the root group.
+        identity: what the file says of itself.
+        events: how many it holds.
+        limit: how many consultations stay open; each takes about 35 KB in HDF5.
+        ids_limit: how many event ids stay in memory in all; each takes some 100 bytes.
+    """
+
+    def __init__(self, root: Any, identity: Identity, *, events: int, limit: int, ids_limit: int) -> None:
+        self._group = h5g.open(root, CONSULTATIONS.encode())
+        self._identity = identity
+        self._tally = Tally(events)
+        self._limit = limit
+        self._ids_limit = ids_limit
+        self._open: OrderedDict[str, Appender] = OrderedDict()
+        self._ids_held = 0
+        self._events_plan, self._payload_plan = _chunked(EVENTS_CHUNK), _chunked(PAYLOAD_CHUNK)
+        self._empty = h5s.create_simple((0,), (h5s.UNLIMITED,))
+        self._row_type = h5t.py_create(EVENT_DTYPE)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def events(self) -> int:
+        """How many events the file holds, uncommitted ones included."""
+        return self._tally.events
+
+    def find(self, consultation: str) -> Appender | None:
+        """Return the appender of a consultation; None when the file has no such."""
+        appender = self._open.get(consultation)
+        if appender is not None:
+            self._open.move_to_end(consultation)
+            return appender
+        name = consultation.encode()
+        if not is_consultation_id(consultation) or name not in self._group:
+            return None
+        group = h5g.open(self._group, name)
+        events, payload = h5d.open(group, EVENTS.encode()), h5d.open(group, PAYLOAD.encode())
+        return self._keep(consultation, events, payload, new=False)
+
+    def find_or_create(self, consultation: str) -> Appender:
+        """Return the appender of a consultation, creating its group when it has none.
+
+        Raises:
+            AppendRefusedError: the id cannot name a group.
+        """
+        found = self.find(consultation)
+        if found is not None:
+            return found
+        if not is_consultation_id(consultation):
+            raise AppendRefusedError("a consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -")
+        group = h5g.create(self._group, consultation.encode())
+        events = h5d.create(group, EVENTS.encode(), self._row_type, self._empty, self._events_plan)
+        payload = h5d.create(group, PAYLOAD.encode(), h5t.STD_U8LE, self._empty, self._payload_plan)
+        return self._keep(consultation, events, payload, new=True)
+
+    def count_ids(self, before: int, after: int) -> None:
+        """Take note that a consultation's ids in memory went from *before* to *after*; close old ones when too many."""
+        self._ids_held += after - before
+        while self._ids_held > self._ids_limit and len(self._open) > 1:
+            self._close_oldest()
+
+    def clear(self) -> None:
+        """Close all."""
+        self._open.clear()
+        self._ids_held = 0
+
+    def _keep(self, consultation: str, events: Any, payload: Any, *, new: bool) -> Appender:
+        start = chain_start(self._identity, consultation)
+        appender = Appender(consultation, events, payload, start=start, tally=self._tally, new=new)
+        self._open[consultation] = appender
+        if len(self._open) > self._limit:
+            self._close_oldest()
+        return appender
+
+    def _close_oldest(self) -> None:
+        _, appender = self._open.popitem(last=False)
+        self._ids_held -= appender.ids_held
+
+
+def _chunked(elements: int) -> Any:
+    plan = h5p.create(h5p.DATASET_CREATE)
+    plan.set_chunk((elements,))
+    plan.set_fill_time(h5d.FILL_TIME_NEVER)
+    plan.set_obj_track_times(False)
+    return plan

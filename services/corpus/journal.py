@@ -1,0 +1,226 @@
+"""The journal beside a partition file: ``<pp>.h5.wal``.
+
+::
+
+    0      slot A   magic, CRC, version, UUID of the pair, turn, start, number, link
+    4096   slot B   the same; the one with the higher turn counts
+    8192   records  see journal_records
+
+The slots say where the first live record lies. A checkpoint moves it on by writing the other slot, and the room before
+it is used again: when the front is free, an empty record sends the chain back there. So the journal is a ring while
+checkpoints keep up, and grows at its end while they wait.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from uuid import UUID
+
+from services.corpus.errors import JournalError
+from services.corpus.journal_records import RECORD_ALIGNMENT, JournalRecord, Position, encode, encode_jump
+from services.corpus.journal_scan import RECORDS_START, scan
+from services.corpus.pair import PAIR_VERSION, State
+from services.corpus.sectors import Sectors
+from services.corpus.storage import StorageIO, read_exactly, write_all
+
+_BLOCK = 4096
+_MAGIC = b"FIQWAL\0\0"
+_SLOT = struct.Struct("<8sII16sQQQI")  # magic, CRC of what follows it, version, UUID, turn, start, number, link
+_CRC_END = 12
+
+
+def new_journal(uuid: UUID) -> bytes:
+    """Return the content of the journal of a new file."""
+    return slots(uuid, 1, Position(number=0, link=0, offset=RECORDS_START))
+
+
+def slots(uuid: UUID, turn: int, start: Position) -> bytes:
+    """Return the head of a journal whose only slot has an odd *turn*."""
+    return bytes(_BLOCK) + _packed(uuid, turn, start).ljust(_BLOCK, b"\0")
+
+
+def write_start(io: StorageIO, fd: int, uuid: UUID, turn: int, start: Position) -> None:
+    """Write the slot of a *turn*, so that *start* is where the live records begin; the caller syncs."""
+    write_all(io, fd, _packed(uuid, turn, start), _BLOCK * (turn % 2))
+
+
+def read_start(fd: int, uuid: UUID, name: str) -> tuple[int, Position]:
+    """Return the turn of a journal and where its live records begin.
+
+    Args:
+        uuid: the UUID that the partition file states.
+
+    Raises:
+        JournalError: it is no journal, or that of another file.
+    """
+    found = [slot for offset in (0, _BLOCK) if (slot := _unpacked(read_exactly(fd, _SLOT.size, offset), name))]
+    if not found:
+        raise JournalError(
+            f"{name} is no journal, or both its headers are damaged: put the journal back that belongs to the file"
+        )
+    owner, turn, position = max(found, key=lambda slot: slot[1])
+    if owner != uuid:
+        raise JournalError(
+            f"{name} belongs to another file (UUID {owner}, this one has {uuid}): "
+            "files and journals were swapped; put each journal back beside its own file"
+        )
+    return turn, position
+
+
+def read_records(fd: int, uuid: UUID, state: State, name: str) -> tuple[Position, list[JournalRecord], bool]:
+    """Read the live records of a journal and check that they continue the file.
+
+    Args:
+        state: what the partition file says it has absorbed.
+
+    Returns:
+        Where the records begin, the records, and whether a torn one was dropped.
+
+    Raises:
+        JournalError: the journal is damaged, of another file, or older or newer than the file.
+    """
+    _, start = read_start(fd, uuid, name)
+    records, torn = scan(fd, uuid, start, name)
+    end = records[-1].behind.number if records else start.number
+    if state.absorbed < start.number:
+        raise JournalError(
+            f"{name} starts with record {start.number} but the file has only the first {state.absorbed}: the file is "
+            "older than its journal; restore both from the same backup, or move the journal away to go on from the file"
+        )
+    if max(state.target, state.absorbed) > end:
+        raise JournalError(
+            f"{name} ends before record {end} but the file has taken {state.target}: the journal is older than the "
+            "file, or was cut; restore both from the same backup"
+        )
+    links = {start.number: start.link} | {record.behind.number: record.link for record in records}
+    if links.get(state.absorbed) != state.link:
+        raise JournalError(
+            f"{name} and its file share their UUID but not their history: restore both from the same backup"
+        )
+    return start, records, torn
+
+
+class Journal:
+    """The writer's side of a journal: appends records, takes note of what a checkpoint has made superfluous.
+
+    Args:
+        fd: descriptor of the journal.
+        turn: of the slot that counts.
+        start: where the live records begin.
+        records: the live records.
+        turn_bytes: size from which the journal goes back to its front when that is free.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        io: StorageIO,
+        uuid: UUID,
+        turn: int,
+        start: Position,
+        records: Sequence[JournalRecord],
+        *,
+        turn_bytes: int,
+    ) -> None:
+        self.fd = fd
+        self.turn = turn
+        self._io = io
+        self._uuid = uuid
+        self._turn_bytes = turn_bytes
+        #: the live records, oldest first
+        self.records = list(records)
+        #: where the next record belongs
+        self.next = records[-1].behind if records else start
+        self._bytes_live = sum(_length(record) for record in records)
+        self._ceiling = self._find_ceiling()
+
+    @property
+    def bytes_live(self) -> int:
+        """Bytes of the records that no checkpoint has copied yet."""
+        return self._bytes_live
+
+    def append(self, file_size: int, table: Sectors, images: Sequence[memoryview]) -> JournalRecord:
+        """Write one record and make it durable; when this returns, it outlives a power cut.
+
+        Raises:
+            OSError: the system refused; the record may or may not count, which only reading the journal anew tells.
+        """
+        buffers, record = encode(self._uuid, self.next, file_size, table, images)
+        place = self._place(_length(record))
+        if place != self.next.offset:
+            self._jump(place, file_size)
+            buffers, record = encode(self._uuid, self.next, file_size, table, images)
+        offset = record.offset
+        for buffer in buffers:
+            offset = write_all(self._io, self.fd, buffer, offset)
+        self._io.fdatasync(self.fd)
+        self._take(record)
+        return record
+
+    def release(self, records: int) -> None:
+        """Forget the first *records* live ones: the slot that is durable says so already."""
+        self._bytes_live -= sum(_length(record) for record in self.records[:records])
+        del self.records[:records]
+        self._ceiling = self._find_ceiling()
+
+    def shrink(self, size: int) -> None:
+        """Give room behind the live records back to the disk, as far as the journal is larger than *size*.
+
+        Raises:
+            OSError: the system refused.
+        """
+        size = max(size, self._top())
+        if os.fstat(self.fd).st_size > size:
+            self._io.truncate(self.fd, size)
+
+    def _place(self, length: int) -> int:
+        """Return where a record of *length* bytes goes: on, back to the front, or behind everything live."""
+        at = self.next.offset
+        if self._ceiling is not None:
+            # behind a record there must always be room for a jump
+            return at if at + length + RECORD_ALIGNMENT <= self._ceiling else self._top()
+        free = min((record.offset for record in self.records), default=at) - RECORDS_START
+        if at + length > self._turn_bytes and free >= max(length + RECORD_ALIGNMENT, self._turn_bytes // 4):
+            return RECORDS_START
+        return at
+
+    def _jump(self, target: int, file_size: int) -> None:
+        content, record = encode_jump(self._uuid, self.next, file_size, target)
+        write_all(self._io, self.fd, content, record.offset)
+        # durable before what lies behind it, or a torn one could not be told from a damaged one
+        self._io.fdatasync(self.fd)
+        self._take(record)
+        self._ceiling = self._find_ceiling()
+
+    def _take(self, record: JournalRecord) -> None:
+        self.records.append(record)
+        self.next = record.behind
+        self._bytes_live += _length(record)
+
+    def _top(self) -> int:
+        return max((record.end for record in self.records), default=self.next.offset)
+
+    def _find_ceiling(self) -> int | None:
+        """Return the first live byte behind the next record's place; None when there is none."""
+        return min((record.offset for record in self.records if record.offset >= self.next.offset), default=None)
+
+
+def _length(record: JournalRecord) -> int:
+    return record.end - record.offset
+
+
+def _packed(uuid: UUID, turn: int, start: Position) -> bytes:
+    sealed = _SLOT.pack(_MAGIC, 0, PAIR_VERSION, uuid.bytes, turn, start.offset, start.number, start.link)
+    return sealed[:8] + struct.pack("<I", zlib.crc32(sealed[_CRC_END:])) + sealed[_CRC_END:]
+
+
+def _unpacked(raw: bytes, name: str) -> tuple[UUID, int, Position] | None:
+    magic, crc, version, uuid, turn, offset, number, link = _SLOT.unpack(raw)
+    if magic != _MAGIC or crc != zlib.crc32(raw[_CRC_END:]):
+        return None
+    if version != PAIR_VERSION:
+        raise JournalError(f"{name} has version {version} of the format, this program reads {PAIR_VERSION}")
+    return UUID(bytes=uuid), turn, Position(number, link, offset)

@@ -1,0 +1,99 @@
+"""The HDF5 side of an open store: the file's handles, and what HDF5's errors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import h5py
+import numpy as np
+
+from services.corpus.atomic_file import JournaledFile
+from services.corpus.caches import CHUNK_SLOTS, bound_metadata
+from services.corpus.errors import CorpusFormatError
+from services.corpus.format import COMMITTED, COMMITTED_EVENTS, LIBVER, read_identity
+from services.corpus.groups import OpenConsultations
+from services.corpus.records import Identity, check_identity
+
+
+class OpenPartition:
+    """A partition file open in HDF5 through its journaled file.
+
+    Args:
+        name: the file's name, for messages.
+        journaled: the file object; not closed here.
+        expected: the identity that the file must state; None accepts any.
+        limit: how many consultations stay open.
+        ids_limit: how many event ids stay in memory.
+        metadata_cache: limit of HDF5's metadata cache, in bytes of the file.
+
+    Raises:
+        CorpusFormatError: it is no partition file, or damaged.
+        IdentityMismatchError: its identity is another.
+        CorpusIOError: the system refused.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        journaled: JournaledFile,
+        expected: Identity | None,
+        *,
+        limit: int,
+        ids_limit: int,
+        metadata_cache: int,
+    ) -> None:
+        with hdf5_errors(name, journaled):
+            self._file = h5py.File(journaled, "r+", libver=LIBVER, rdcc_nslots=CHUNK_SLOTS)
+        try:
+            with hdf5_errors(name, journaled):
+                bound_metadata(self._file, metadata_cache)
+                self.identity = read_identity(self._file, name)
+                if expected is not None:
+                    check_identity(name, expected, self.identity)
+                if self._file.attrs.get("journal") != str(journaled.uuid):
+                    raise CorpusFormatError(f"{name}: its user block and its HDF5 content are of two files")
+                self.committed = int(self._file.attrs[COMMITTED])
+                self._committed_attribute = h5py.h5a.open(self._file.id, COMMITTED.encode())
+                self._events_attribute = h5py.h5a.open(self._file.id, COMMITTED_EVENTS.encode())
+                self.consultations = OpenConsultations(
+                    self._file.id,
+                    self.identity,
+                    events=int(self._file.attrs[COMMITTED_EVENTS]),
+                    limit=limit,
+                    ids_limit=ids_limit,
+                )
+        except BaseException:
+            journaled.discard()
+            self._file.close()
+            raise
+
+    def flush(self, sequence: int) -> None:
+        """Hand everything to the journaled file, with *sequence* as the one that is reached."""
+        self._events_attribute.write(np.array(self.consultations.events, np.uint64))
+        self._committed_attribute.write(np.array(sequence, np.uint64))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close every handle. HDF5 may want to write then: the journaled file must discard that."""
+        self.consultations.clear()
+        self._committed_attribute = self._events_attribute = None
+        try:
+            self._file.close()
+        except (OSError, RuntimeError, ValueError):
+            # HDF5 could not read what it needs for writing what is dropped anyway
+            return
+
+
+@contextmanager
+def hdf5_errors(name: str, journaled: JournaledFile) -> Iterator[None]:
+    """Turn an error of h5py inside the block into the corpus's own.
+
+    Raises:
+        CorpusIOError: the journaled file failed underneath.
+        CorpusFormatError: HDF5 does not accept the content.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise (journaled.failure or CorpusFormatError(f"{name}: HDF5: {error}")) from error

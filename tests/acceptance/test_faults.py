@@ -1,0 +1,160 @@
+"""What clients see when parts are missing, and that nothing that was accepted is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from uuid import uuid4
+
+import pytest
+from aiohttp import ClientResponse, ClientSession, ClientTimeout
+
+from services.cli.rehearsal.chaos import drained
+from services.cli.rehearsal.consultations import Post
+from services.cli.rehearsal.load import Accepted
+from services.cli.rehearsal.verification import verify
+from services.cli.stack import Stack
+from services.corpus import open_corpus
+from services.eventlog.settings import LogSettings
+from tests.support.polling import eventually
+
+
+class Client:
+    """Posts events and remembers what was accepted."""
+
+    def __init__(self, session: ClientSession, stack: Stack) -> None:
+        self._session = session
+        self.stack = stack
+        self.accepted: dict[str, Accepted] = {}
+        self._probe: Post | None = None
+
+    async def post(self, post: Post) -> ClientResponse:
+        """Send *post*; the response is read."""
+        response = await self._session.post(
+            f"{self.stack.ingest.url}/consultations/{post.consultation}/events",
+            data=post.body,
+            headers={"Content-Type": "application/json", "Idempotency-Key": post.key},
+        )
+        answer = await response.json(content_type=None)
+        if response.status == 202:
+            known = self.accepted.setdefault(post.key, Accepted(post, answer["sequence"]))
+            known.sequence = min(known.sequence, answer["sequence"])
+        return response
+
+    async def accepts(self) -> bool:
+        """Whether an event is accepted now: the same one until it is, as a refused one may be stored all the same."""
+        self._probe = self._probe or new_post()
+        if (await self.post(self._probe)).status != 202:
+            return False
+        self._probe = None
+        return True
+
+    async def is_verified(self) -> None:
+        """Assert that HDF5 holds what was accepted, once and in order."""
+        assert await drained(LogSettings(servers=tuple(self.stack.cluster.urls)), timeout=60)
+        verdict = verify(self.stack.data_dir, self.accepted.values())
+        assert [] == verdict.summary()
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[ClientSession]:
+    async with ClientSession(timeout=ClientTimeout(total=60)) as session:
+        yield session
+
+
+def new_post(size: int = 0) -> Post:
+    """Return an event of one of a hundred consultations, with *size* bytes of text."""
+    key = str(uuid4())
+    text = key.encode() + b"x" * size
+    return Post(f"c-{int(key[:2], 16) % 100}", key, b'{"event_type":"MESSAGE_RECEIVED","payload":"' + text + b'"}')
+
+
+async def test_a_retry_after_the_brokers_window_and_after_a_restart_of_all_nodes_is_one_event_in_hdf5(
+    start_stack: Callable[..., Stack], session: ClientSession
+) -> None:
+    """G2 has no time limit: what the broker has forgotten, the corpus knows."""
+    stack = await asyncio.to_thread(start_stack, FI_DUPLICATE_WINDOW="100ms")
+    client = Client(session, stack)
+    post = new_post()
+    first = await (await client.post(post)).json()
+
+    async def stored_anew() -> bool:
+        """The window is over when the broker takes the same message id for a new one."""
+        return "duplicate" not in await (await client.post(post)).json()
+
+    await eventually(stored_anew)
+    for index in range(stack.cluster.size):
+        stack.cluster.kill(index)
+    for index in range(stack.cluster.size):
+        stack.cluster.start_node(index)
+    await asyncio.to_thread(stack.cluster.wait_ready)
+
+    async def accepted_again() -> bool:
+        response = await client.post(post)
+        return response.status == 202 and (await response.json())["sequence"] > first["sequence"]
+
+    await eventually(accepted_again)
+    await client.is_verified()
+    with open_corpus(stack.data_dir) as corpus:
+        assert [first["sequence"]] == [event.sequence for event in corpus[post.consultation]]
+
+
+async def test_posts_go_on_with_one_node_down_and_come_back_after_two(
+    start_stack: Callable[..., Stack], session: ClientSession
+) -> None:
+    """One of three is no loss; two are told within the deadline, and nothing that was accepted is gone."""
+    deadline = 2.0
+    stack = await asyncio.to_thread(start_stack, FI_PUBLISH_DEADLINE=str(deadline))
+    client = Client(session, stack)
+    cluster = stack.cluster
+    await eventually(client.accepts)
+
+    cluster.kill(0)
+    await eventually(client.accepts)  # an election may be needed
+    for _ in range(50):
+        assert (await client.post(new_post())).status == 202
+
+    cluster.kill(1)
+    undecided = [new_post() for _ in range(20)]
+    started = time.monotonic()
+    refused = await asyncio.gather(*(client.post(post) for post in undecided))
+    assert {503} == {response.status for response in refused}
+    assert all(int(response.headers["Retry-After"]) > 0 for response in refused)
+    assert time.monotonic() - started < 2 * deadline
+
+    cluster.start_node(0)
+    cluster.start_node(1)
+    await eventually(client.accepts, timeout=60)
+    for post in undecided:  # may or may not have been stored: the same key is safe
+        await eventually(lambda post=post: _accepted(client, post))  # type: ignore[misc]
+    await asyncio.to_thread(cluster.wait_ready)
+    await client.is_verified()
+
+
+async def test_a_full_stream_refuses_until_the_persisters_have_drained_and_trimmed_it(
+    start_stack: Callable[..., Stack], session: ClientSession
+) -> None:
+    """G5: told early and honestly, and accepted again without anybody's help."""
+    stack = await asyncio.to_thread(start_stack, FI_STREAM_MAX_BYTES="1MiB")
+    client = Client(session, stack)
+    for persister in stack.persisters:
+        persister.process.kill()
+
+    response = await client.post(new_post(20_000))
+    while response.status == 202:
+        response = await client.post(new_post(20_000))
+    assert 503 == response.status
+    assert int(response.headers["Retry-After"]) > 0
+    assert (await response.json())["type"].endswith("log-full")
+
+    for persister in stack.persisters:
+        stack.restart(persister)
+    for _ in range(60):  # more than the stream holds at once
+        post = new_post(20_000)
+        await eventually(lambda post=post: _accepted(client, post))  # type: ignore[misc]
+    await client.is_verified()
+
+
+async def _accepted(client: Client, post: Post) -> bool:
+    return (await client.post(post)).status == 202

@@ -1,0 +1,41 @@
+"""The load, in a process of its own: ``python -m tests.benchmarks.agent`` takes a job on stdin, JSON both ways."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+import uvloop
+
+from tests.benchmarks import loads, pulls
+from tests.benchmarks.jobs import AppendJob, LoadJob, PullJob, Report
+
+_WORK: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Report]]]] = {
+    "http": (LoadJob, loads.over_http),
+    "publish": (LoadJob, loads.over_nats),
+    "pull": (PullJob, pulls.pull),
+    "append": (AppendJob, loads.append_each),
+}
+
+
+async def run(order: dict[str, Any]) -> Report:
+    """Do the job that *order* describes."""
+    kind, work = _WORK[order["kind"]]
+    gc.collect()
+    gc.freeze()
+    async with asyncio.timeout(order["timeout"]):
+        return await work(kind(**order["job"]))
+
+
+def main() -> None:
+    """Read the order, print the report."""
+    report = uvloop.run(run(orjson.loads(sys.stdin.buffer.read())))
+    sys.stdout.buffer.write(orjson.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

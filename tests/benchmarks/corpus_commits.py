@@ -1,0 +1,167 @@
+"""Benchmark of commits: the journaled store against plain flush + fsync, same layout, same code to append.
+
+``python -m tests.benchmarks.corpus_commits`` takes some minutes; the two take turns in every round, so that whatever
+else the machine does hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+
+from services.corpus import EventStore, Identity, Record
+from services.corpus.creation import create_pair
+from services.corpus.format import LIBVER
+from services.corpus.groups import OpenConsultations
+from services.corpus.storage import StorageIO
+
+#: consultations that a batch touches
+SPREADS = (10, 100, 500)
+#: events of a batch
+BATCH_EVENTS = 500
+#: bytes of an event, about
+BODY_BYTES = 400
+#: the first batches create the groups; they are not measured
+WARM_UP = 3
+
+JOURNALED = "journaled"
+PLAIN = "plain flush + fsync"
+_IDENTITY = Identity("bench", "bench", 1, 0, 1, "bench", "bench")
+
+Append = Callable[[str, Sequence[Record]], None]
+Commit = Callable[[int], None]
+
+
+@dataclass(slots=True)
+class Run:
+    """One file that was written.
+
+    Attributes:
+        seconds: of the measured batches, appends included.
+        commits_ms: duration of each commit.
+        checkpoints: how many ran beside them.
+    """
+
+    seconds: float = 0.0
+    commits_ms: list[float] = field(default_factory=list)
+    checkpoints: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Events a second."""
+        return BATCH_EVENTS * len(self.commits_ms) / self.seconds
+
+
+def journaled(path: Path, batches: int, spread: int) -> Run:
+    """Write with the store."""
+    with EventStore.create(path, _IDENTITY) as store:
+
+        def commit(sequence: int) -> None:
+            store.commit(sequence)
+
+        run = _write(store.append, commit, store.maybe_checkpoint, batches, spread)
+        run.checkpoints = store.stats.checkpoints
+    return run
+
+
+def plain(path: Path, batches: int, spread: int) -> Run:
+    """Write the same layout with the same appender, flushed and synced in place of a commit."""
+    create_pair(path, _IDENTITY, StorageIO())
+    with h5py.File(path, "r+", libver=LIBVER, rdcc_nslots=17) as file:
+        consultations = OpenConsultations(file.id, _IDENTITY, events=0, limit=2000, ids_limit=250_000)
+        descriptor = os.open(path, os.O_RDWR)
+
+        def append(consultation: str, records: Sequence[Record]) -> None:
+            consultations.find_or_create(consultation).append(records, 0)
+
+        def commit(sequence: int) -> None:
+            file.attrs.modify("committed_sequence", sequence)
+            file.flush()
+            os.fsync(descriptor)
+
+        try:
+            return _write(append, commit, lambda: None, batches, spread)
+        finally:
+            os.close(descriptor)
+            consultations.clear()
+
+
+def batch(number: int, spread: int) -> list[tuple[str, list[Record]]]:
+    """Make the events of a batch, by consultation."""
+    groups: dict[str, list[Record]] = {}
+    for sequence in range(number * BATCH_EVENTS + 1, (number + 1) * BATCH_EVENTS + 1):
+        body = b'{"event_type":"MESSAGE_RECEIVED","payload":"' + b"%d " % sequence * (BODY_BYTES // 8) + b'"}'
+        record = Record(sequence, time.time_ns(), sequence.to_bytes(16, "big"), body[:BODY_BYTES] + b'"}')
+        groups.setdefault(f"consultation-{sequence % spread}", []).append(record)
+    return list(groups.items())
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the value below which *share* of *values* lie."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def main(arguments: list[str]) -> int:
+    """Run, and print Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.corpus_commits", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=200, help="measured in each file")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made; its disk is what is measured")
+    options = parser.parse_args(arguments)
+    print("| consultations | target | events/s | commit p50 ms | p99 ms | p99/p50 | checkpoints | events/s, x plain |")
+    print("|---|---|---|---|---|---|---|---|")
+    for spread in SPREADS:
+        ours, theirs = _rounds(options.rounds, options.batches, spread, options.folder)
+        ratio = statistics.median(mine.rate / other.rate for mine, other in zip(ours, theirs, strict=True))
+        print(_row(spread, JOURNALED, ours, f"{ratio:.2f}"))
+        print(_row(spread, PLAIN, theirs, "1"), flush=True)
+    return 0
+
+
+def _rounds(rounds: int, batches: int, spread: int, folder: Path | None) -> tuple[list[Run], list[Run]]:
+    ours: list[Run] = []
+    theirs: list[Run] = []
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="fiq-bench-", dir=folder) as name:
+            turns = [(ours, journaled, "ours.h5"), (theirs, plain, "plain.h5")]
+            for runs, write, file in turns if number % 2 else reversed(turns):
+                runs.append(write(Path(name) / file, batches, spread))
+    return ours, theirs
+
+
+def _write(append: Append, commit: Commit, afterwards: Callable[[], object], batches: int, spread: int) -> Run:
+    run = Run()
+    for number in range(WARM_UP + batches):
+        groups = batch(number, spread)
+        started = time.perf_counter()
+        for consultation, records in groups:
+            append(consultation, records)
+        appended = time.perf_counter()
+        commit((number + 1) * BATCH_EVENTS)
+        committed = time.perf_counter()
+        afterwards()
+        if number >= WARM_UP:
+            run.commits_ms.append((committed - appended) * 1000)
+            run.seconds += time.perf_counter() - started
+    return run
+
+
+def _row(spread: int, target: str, runs: list[Run], ratio: str) -> str:
+    p50 = statistics.median(percentile(run.commits_ms, 0.5) for run in runs)
+    p99 = statistics.median(percentile(run.commits_ms, 0.99) for run in runs)
+    rate = statistics.median(run.rate for run in runs)
+    checkpoints = sum(run.checkpoints for run in runs)
+    return f"| {spread} | {target} | {rate:,.0f} | {p50:.1f} | {p99:.1f} | {p99 / p50:.1f} | {checkpoints} | {ratio} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""What the measuring process asks of the loading one, and what it gets back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+import orjson
+
+from tests.benchmarks.processes import ROOT
+
+#: seconds that the start of a process and its connections may take, on top of its work
+_START_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Clients that each send the next event when the last one is accepted.
+
+    Attributes:
+        target: port of an HTTP server, or URL of a node.
+        clients: how many at the same time.
+        seconds: how long it is measured.
+        warm_up: seconds before that.
+        limit: requests at most.
+        folder: where the dialogues are.
+    """
+
+    target: str
+    clients: int
+    seconds: float
+    warm_up: float
+    limit: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullJob:
+    """A consumer a partition, whose messages are thrown away.
+
+    Attributes:
+        url: of a node.
+        consumers: names of the durable consumers, which exist.
+        events: how many there are in all.
+        pull_events: messages that one request asks for.
+        pull_bytes: the same in bytes.
+        ack_events: every so many messages, and at the end, the last one is acknowledged.
+    """
+
+    url: str
+    consumers: list[str]
+    events: int
+    pull_events: int
+    pull_bytes: int
+    ack_events: int
+
+
+@dataclass(frozen=True, slots=True)
+class AppendJob:
+    """Events of a backlog, appended and flushed one by one.
+
+    Attributes:
+        path: of the HDF5 file, which is created.
+        events: how many.
+        spread: consultations that 500 events touch.
+        folder: where the dialogues are.
+    """
+
+    path: str
+    events: int
+    spread: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the process did.
+
+    Attributes:
+        seconds: the time that was measured.
+        events: done in it.
+        failures: requests that were not accepted, in and before it.
+        latencies_us: of each event, in microseconds; empty where that means nothing.
+    """
+
+    seconds: float
+    events: int
+    failures: int
+    latencies_us: list[int]
+
+    @property
+    def rate(self) -> float:
+        """Events a second."""
+        return self.events / self.seconds if self.seconds else 0.0
+
+
+def run(kind: str, job: LoadJob | PullJob | AppendJob, *, seconds: float) -> Report:
+    """Do *job* in a process of its own.
+
+    Args:
+        kind: http, publish, pull or append.
+        job: what to do.
+        seconds: that it may take at most, besides starting.
+
+    Raises:
+        RuntimeError: it failed; the message holds what it said.
+    """
+    timeout = seconds + _START_SECONDS
+    order = orjson.dumps({"kind": kind, "job": asdict(job), "timeout": timeout})
+    command = [sys.executable, "-m", "tests.benchmarks.agent"]
+    done = subprocess.run(command, input=order, capture_output=True, cwd=ROOT, timeout=timeout + 10, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the {kind} process failed: {done.stderr.decode('utf-8', 'replace')[-2000:]}")
+    return Report(**orjson.loads(done.stdout))

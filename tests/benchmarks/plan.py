@@ -1,0 +1,65 @@
+"""How much is measured, and how long it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: consultations that 500 events in a row touch, in the persister's benchmark
+SPREADS = (10, 100, 500)
+#: concurrent clients, in the latency benchmark
+CLIENTS = (1, 10, 50)
+#: concurrent clients, in the throughput benchmark
+FULL_LOAD = 50
+#: spread of the row with several partitions, and of the memory benchmark
+TYPICAL_SPREAD = 100
+#: partitions that the product has when nothing else is asked for
+PARTITIONS = 16
+#: processes of the row with several partitions
+WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The size of a run.
+
+    Attributes:
+        rounds: how often each target is measured, in turn with the others; the median counts.
+        seconds: how long a load lasts in the latency and throughput benchmarks.
+        warm_up: seconds before that, not counted.
+        limit: requests of one load at most, warm-up included.
+        backlog: events that the persister drains.
+        appended: events that are appended and flushed one by one, for each spread.
+        drain_timeout: seconds that one drain may take before the run is given up.
+        settle: seconds for which memory is watched before the load and after it.
+    """
+
+    rounds: int
+    seconds: float
+    warm_up: float
+    limit: int
+    backlog: int
+    appended: int
+    drain_timeout: float
+    settle: float
+
+
+FULL = Plan(
+    rounds=3,
+    seconds=5.0,
+    warm_up=1.0,
+    limit=100_000,
+    backlog=100_000,
+    appended=2_000,
+    drain_timeout=180.0,
+    settle=10.0,
+)
+QUICK = Plan(
+    rounds=1,
+    seconds=1.0,
+    warm_up=0.3,
+    limit=20_000,
+    backlog=10_000,
+    appended=300,
+    drain_timeout=60.0,
+    settle=1.0,
+)

@@ -1,0 +1,98 @@
+"""What a run brings, in the form of its JSON; and the few statistics that it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import TypedDict
+
+# -- what is measured, as the tables call it ----------------------------------------------------------------------
+POST = "POST"
+PUBLISH = "bare publish"
+OLD_WAY = "HDF5 in the request"
+EMPTY = "empty handler"
+PERSISTER = "persister"
+PULL = "bare pull"
+APPEND = "append + flush, each event"
+
+
+class About(TypedDict):
+    """Where, when and how it was measured."""
+
+    date: str
+    command: str
+    quick: bool
+    seconds: float
+    machine: dict[str, str]
+    data: str
+    rounds: int
+    backlog: int
+
+
+class Latency(TypedDict):
+    """One target at one concurrency: medians over the rounds."""
+
+    target: str
+    clients: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    events_per_s: float
+    samples: int
+    failures: int
+
+
+class Throughput(TypedDict):
+    """One target under full load."""
+
+    target: str
+    clients: int
+    events_per_s: float
+    rounds: list[float]
+    failures: int
+
+
+class Drain(TypedDict):
+    """One target that takes a backlog; batches are means, 0 where there are none."""
+
+    target: str
+    partitions: int
+    workers: int
+    spread: int
+    events: int
+    events_per_s: float
+    rounds: list[float]
+    batch_events: float
+    batch_consultations: float
+
+
+class Memory(TypedDict):
+    """The most that one process was seen to hold in each phase, in MB (10^6 bytes); 0 while it did not run."""
+
+    process: str
+    idle_mb: float
+    filling_mb: float
+    draining_mb: float
+    after_mb: float
+
+
+class Results(TypedDict, total=False):
+    """A run; a benchmark that was not asked for is missing."""
+
+    about: About
+    latency: list[Latency]
+    throughput: list[Throughput]
+    persister: list[Drain]
+    memory: list[Memory]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest of *values* that at least *share* (0 to 1) of them do not exceed; nan without values."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+def middle(values: Sequence[float]) -> float:
+    """Return the median; nan without values."""
+    return median(values) if values else math.nan

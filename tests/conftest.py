@@ -1,0 +1,43 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from services.cli.cluster import Cluster
+from tests.support.cluster import delete_streams, heal
+
+# the same examples in every run of `make test`; `make torture` draws new ones
+settings.register_profile("repeatable", derandomize=True)
+if os.environ.get("FIQ_TORTURE") != "long":
+    settings.load_profile("repeatable")
+
+# settings of the machine that runs the tests are none of theirs, nor of the processes that they start
+for _name in [name for name in os.environ if name.startswith("FI_")]:
+    del os.environ[_name]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes, shared by the tests of a module. Ask for `fresh_log` too where streams are used."""
+    with Cluster(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def single_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One node, for tests to which the number makes no difference; streams need FI_REPLICAS=1."""
+    with Cluster(tmp_path_factory.mktemp("node"), nodes=1) as running:
+        yield running
+
+
+@pytest.fixture
+async def fresh_log(cluster: Cluster) -> Cluster:
+    """Three healthy nodes without the product's streams, whatever the last test did to them."""
+    await heal(cluster)
+    await delete_streams(cluster)
+    return cluster

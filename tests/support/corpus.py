@@ -1,0 +1,78 @@
+"""Helpers of the corpus's tests: events to append, and what stock h5py finds in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import h5py
+
+from services.corpus import EventStore, Identity, Record
+
+IDENTITY = Identity(
+    store="main",
+    volume="0b9f6a52-7d83-4c1e-9d6a-52f0c7a9b101",
+    epoch=1,
+    partition=0,
+    partitions=16,
+    stream="fi-events",
+    stream_created="2026-11-23T10:00:00.000000000Z",
+)
+
+#: consultation -> its (sequence, id, body), in the order of the file
+Contents = dict[str, list[tuple[int, bytes, bytes]]]
+
+
+@lru_cache(50_000)
+def record(sequence: int) -> Record:
+    """Make the event of a sequence: always the same one, so that any file can be checked without its history."""
+    padding = "p" * (sequence * 37 % 700)
+    body = f'{{"event_type":"MESSAGE_RECEIVED","payload":{{"n":{sequence},"text":"{padding}"}}}}'
+    return Record(sequence, 1_700_000_000_000_000_000 + sequence, sequence.to_bytes(16, "little"), body.encode())
+
+
+def consultation_of(sequence: int, consultations: int) -> str:
+    """Return the consultation of a sequence: always the same one."""
+    return f"c-{sequence * 2_654_435_761 % 2**32 % consultations:04d}"
+
+
+def append_range(store: EventStore, sequences: Iterable[int], consultations: int = 7) -> None:
+    """Append the events of *sequences*, without a commit."""
+    groups: dict[str, list[Record]] = {}
+    for sequence in sequences:
+        groups.setdefault(consultation_of(sequence, consultations), []).append(record(sequence))
+    for consultation, records in groups.items():
+        store.append(consultation, records)
+
+
+def commit_range(store: EventStore, sequences: range, consultations: int = 7) -> None:
+    """Append the events of *sequences* and commit the last one."""
+    append_range(store, sequences, consultations)
+    store.commit(sequences[-1])
+
+
+def expected(last: int, consultations: int = 7) -> Contents:
+    """Return what a file holds once the sequences 1 to *last* are committed."""
+    contents: Contents = {}
+    for sequence in range(1, last + 1):
+        event = record(sequence)
+        consultation = consultation_of(sequence, consultations)
+        contents.setdefault(consultation, []).append((sequence, event.event_id, event.body))
+    return contents
+
+
+def stock_contents(path: Path) -> tuple[int, Contents]:
+    """Read a partition file with stock h5py: the committed sequence, and every event."""
+    with h5py.File(path, "r") as file:
+        return int(file.attrs["committed_sequence"]), dict(_consultations(file["consultations"]))
+
+
+def _consultations(groups: h5py.Group) -> Iterator[tuple[str, list[tuple[int, bytes, bytes]]]]:
+    for name, group in groups.items():
+        payload = group["payload"][:].tobytes()
+        events = []
+        for sequence, _, offset, length, _, event_id, _ in group["events"][:].tolist():
+            assert payload[offset + length : offset + length + 1] == b"\n"
+            events.append((sequence, event_id, payload[offset : offset + length]))
+        yield name, events

@@ -1,0 +1,142 @@
+"""The HTTP edge in the test's own process: the real server, over a log in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from aiohttp import ClientSession
+from aiohttp.web import Application
+
+from services.contract.event import Event
+from services.contract.management import bind
+from services.eventlog.protocol import Appended
+from services.ingest.app import OpenLog, make_app
+from services.ingest.handlers import METRICS
+from services.ingest.server import HttpServer
+from services.ingest.settings import Settings
+
+
+@dataclass
+class MemoryLog:
+    """An EventWriter that keeps events in a list, and fails or waits when it is told to."""
+
+    events: list[Event] = field(default_factory=list)
+    error: Exception | None = None
+    gate: asyncio.Event | None = None
+    waiting: int = 0
+    closed: bool = False
+    reasons: list[str] = field(default_factory=list)
+
+    async def append(self, event: Event) -> Appended:
+        if self.gate is not None:
+            self.waiting += 1
+            try:
+                await self.gate.wait()
+            finally:
+                self.waiting -= 1
+        if self.error is not None:
+            raise self.error
+        for sequence, stored in enumerate(self.events, start=1):
+            if stored.message_id == event.message_id:
+                return Appended(sequence, duplicate=True)
+        self.events.append(event)
+        return Appended(len(self.events), duplicate=False)
+
+    async def ready(self) -> list[str]:
+        return self.reasons
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[OpenLog]:
+        yield OpenLog(self, self.ready)
+        self.closed = True
+
+
+class Edge:
+    """A running server and a client for it."""
+
+    def __init__(self, app: Application, server: HttpServer, log: MemoryLog, port: int, client: ClientSession) -> None:
+        self.app = app
+        self.server = server
+        self.log = log
+        self.port = port
+        self.client = client
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the value of a metric's sample; 0 when there is none."""
+        return self.app[METRICS].registry.get_sample_value(name, labels) or 0.0
+
+    async def post(self, consultation: str = "c-1", body: bytes = b'{"event_type":"A"}', **headers: str) -> Reply:
+        """Post *body*; header names are given with underscores."""
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        names.setdefault("Content-Type", "application/json")
+        return await self.request("POST", f"/consultations/{consultation}/events", data=body, headers=names)
+
+    async def request(self, method: str, path: str, **options: Any) -> Reply:
+        async with self.client.request(method, self.url + path, **options) as response:
+            content = await response.read()
+            return Reply(response.status, dict(response.headers), content)
+
+    async def raw(self, request: bytes, *, end: bool = False, timeout: float = 5.0) -> bytes:
+        """Send bytes, and return all that comes until the server closes or falls silent for 0.3 s.
+
+        Args:
+            request: what is sent.
+            end: close the sending side afterwards.
+            timeout: seconds within which the first byte, or the end, must come.
+        """
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(request)
+            if end:
+                writer.write_eof()
+            answer = b""
+            async with asyncio.timeout(timeout):
+                answer = await reader.read(65536)
+            with contextlib.suppress(TimeoutError):
+                while chunk := await asyncio.wait_for(reader.read(65536), 0.3):
+                    answer += chunk
+            return answer
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that has been read."""
+
+    status: int
+    headers: dict[str, str]
+    content: bytes
+
+    @property
+    def json(self) -> Any:
+        return orjson.loads(self.content)
+
+
+@asynccontextmanager
+async def running_edge(log: MemoryLog | None = None, **settings: Any) -> AsyncIterator[Edge]:
+    """Run the server on a free port of loopback until the block ends."""
+    log = log or MemoryLog()
+    values = Settings(port=0, **settings)
+    app = make_app(values, log.open)
+    sock = bind(values.host, values.port, "FI_HOST, FI_PORT")
+    port = sock.getsockname()[1]
+    server = HttpServer(app, sock, grace=values.shutdown_grace)
+    await server.start()
+    try:
+        async with ClientSession() as client:
+            yield Edge(app, server, log, port, client)
+    finally:
+        await server.stop()

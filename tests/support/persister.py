@@ -1,0 +1,192 @@
+"""A partition without a broker: a scripted follower, a real partition file, and what ended up in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID
+
+from services.contract.errors import TransientError
+from services.contract.event import Event
+from services.corpus import EventStore, Identity, StorageIO, StoreOptions, open_corpus
+from services.eventlog.protocol import Appended, Delivery, LogIdentity
+from services.persister.dead_letters import DeadLetters, PoisonLimit
+from services.persister.metrics import Metrics
+from services.persister.runner import Limits, PartitionRunner, State
+from tests.support.polling import eventually
+
+LOG = LogIdentity("fi-events", "2026-11-23T10:00:00Z")
+VOLUME = "0b9f6a52-7d83-4c1e-9d6a-52f0c7a9b101"
+IDENTITY = Identity("main", VOLUME, 1, 0, 1, LOG.name, LOG.created)
+
+
+def event(number: int, consultation: str = "c1") -> Event:
+    """Make the event with this *number*: always the same one."""
+    body = b'{"event_type":"T","payload":%d}' % number
+    return Event(consultation, UUID(int=number), 1_700_000_000_000_000_000 + number, body)
+
+
+def delivery(sequence: int, *, of: int | None = None, consultation: str = "c1") -> Delivery:
+    """Deliver the event with number *of* (by default the sequence) at *sequence*."""
+    made = event(sequence if of is None else of, consultation)
+    return Delivery(sequence, consultation, made.headers(), made.body, f"token-{sequence}")
+
+
+def poison(sequence: int, headers: Mapping[str, str] | None = None, body: bytes = b"garbage") -> Delivery:
+    """Deliver what is no event."""
+    return Delivery(sequence, "c1", headers, body, f"token-{sequence}")
+
+
+class Stream:
+    """The deliveries of a partition and what became of them.
+
+    Attributes:
+        acknowledged: sequences, in order.
+        followers: how many were started.
+        interrupted: errors that a runner raised through its follower.
+    """
+
+    def __init__(self, *deliveries: Delivery) -> None:
+        self.deliveries = list(deliveries)
+        self.acknowledged: list[int] = []
+        self.followers = 0
+        self.advanced: list[int] = []
+        self.on_acknowledge: Callable[[int], None] = lambda _: None
+        self.changed = asyncio.Event()
+
+    def add(self, *deliveries: Delivery) -> None:
+        """Publish more."""
+        self.deliveries += deliveries
+        self.changed.set()
+
+    def follower(self) -> ScriptedFollower:
+        """Make a follower; each start begins where it is told."""
+        return ScriptedFollower(self)
+
+
+class ScriptedFollower:
+    """Follows a :class:`Stream`."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._position = 0
+        self._error: Exception | None = None
+
+    async def start(self, after: int) -> None:
+        self._stream.followers += 1
+        self._position = after
+
+    async def batch(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
+        while True:
+            self._stream.changed.clear()
+            if self._error is not None:
+                raise self._error
+            found = [one for one in self._stream.deliveries if one.sequence > self._position][:max_events]
+            if found:
+                self._position = found[-1].sequence
+                return found
+            await self._stream.changed.wait()
+
+    async def acknowledge(self, delivery: Delivery) -> None:
+        self._stream.on_acknowledge(delivery.sequence)
+        self._stream.acknowledged.append(delivery.sequence)
+
+    def advance(self, sequence: int) -> None:
+        self._stream.advanced.append(sequence)
+
+    def interrupt(self, error: Exception) -> None:
+        self._error = error
+        self._stream.changed.set()
+
+    async def close(self) -> None:
+        pass
+
+
+class DeadStream:
+    """Takes dead letters, or refuses them while it is *down*."""
+
+    def __init__(self) -> None:
+        self.letters: list[tuple[str, bytes, dict[str, str]]] = []
+        self.down = False
+        self.attempts = 0
+        self.gate: asyncio.Event | None = None
+
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> Appended:
+        self.attempts += 1
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.down:
+            raise TransientError("the dead-letter stream is out of reach")
+        self.letters.append((subject, body, headers))
+        return Appended(len(self.letters), duplicate=False)
+
+    @property
+    def reasons(self) -> list[tuple[int, str]]:
+        """Sequence and reason of each letter."""
+        return [(int(headers["Fi-Stream-Sequence"]), headers["Fi-Reason"]) for _, _, headers in self.letters]
+
+
+class Rig:
+    """One partition runner on a real file in *folder*."""
+
+    def __init__(self, folder: Path, stream: Stream, hdf5: ThreadPoolExecutor, limit: PoisonLimit | None) -> None:
+        self.path = folder / "00.h5"
+        self.stream = stream
+        self.dead = DeadStream()
+        self.metrics = Metrics()
+        self.io = StorageIO()
+        self.opened = 0
+        self.store: EventStore | None = None
+        self.wrap: Callable[[EventStore], None] = lambda _: None
+        self.runner = PartitionRunner(
+            0,
+            open_store=self._open,
+            follower=stream.follower,
+            dead_letters=DeadLetters(self.dead, 0, LOG, max_bytes=2**20),
+            hdf5=hdf5,
+            limits=Limits(events=100, size=2**20),
+            metrics=self.metrics,
+            poison_limit=limit,
+        )
+
+    def _open(self) -> EventStore:
+        self.opened += 1
+        options = StoreOptions(io=self.io)
+        if self.path.exists():
+            self.store = EventStore.open(self.path, expected=IDENTITY, options=options)
+        else:
+            self.store = EventStore.create(self.path, IDENTITY, options)
+        self.wrap(self.store)
+        return self.store
+
+    async def reach(self, sequence: int) -> None:
+        """Wait until *sequence* is acknowledged."""
+        await eventually(lambda: sequence in self.stream.acknowledged)
+
+    async def be(self, state: State) -> None:
+        """Wait for a state of the runner."""
+        await eventually(lambda: self.runner.state is state)
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        """Return the value of a metric of this partition."""
+        return self.metrics.registry.get_sample_value(name, {"partition": "00", **labels})
+
+    def content(self) -> dict[str, list[int]]:
+        """Return each consultation's sequences, as a reader sees them now."""
+        return contents(self.path)
+
+
+def contents(path: Path) -> dict[str, list[int]]:
+    """Return each consultation's sequences in the partition file at *path*."""
+    with open_corpus(path) as corpus:
+        return {name: [record.sequence for record in corpus[name]] for name in corpus.consultations()}
+
+
+@contextmanager
+def rig(folder: Path, stream: Stream, *, limit: PoisonLimit | None = None) -> Iterator[Rig]:
+    """Make a :class:`Rig`; its runner is the test's to start and stop."""
+    with ThreadPoolExecutor(1) as hdf5:
+        yield Rig(folder, stream, hdf5, limit)

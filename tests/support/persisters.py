@@ -1,0 +1,188 @@
+"""Persister processes on a real cluster, the events that they get, and what they made of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import orjson
+from nats.aio.client import Client
+
+from services.cli import monitoring
+from services.cli.cluster import Cluster
+from services.contract.event import Event
+from services.contract.ids import new_event_id
+from services.corpus import CorpusError, open_corpus
+from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.connection import close, connect
+from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.provision import provision
+from services.eventlog.jetstream.publisher import Publisher
+from services.eventlog.protocol import LogIdentity
+from services.eventlog.settings import LogSettings
+from tests.support.polling import eventually
+from tests.support.service import Service
+
+#: few, so that starting and stopping is quick
+PARTITIONS = 4
+
+#: consultation -> its event ids, in order
+Contents = dict[str, list[UUID]]
+
+
+class Persister(Service):
+    """``python -m services.persister`` on *cluster* with its data in *data*."""
+
+    def __init__(self, folder: Path, cluster: Cluster, data: Path, *arguments: str, **settings: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {
+            "FI_NATS_URL": cluster.url,
+            "FI_PARTITIONS": str(PARTITIONS),
+            "FI_STREAM_MAX_BYTES": "64MiB",
+            "FI_REPLICAS": str(cluster.size),
+            "FI_DATA_DIR": str(data),
+            "FI_PERSISTER_PORT": "0",
+        }
+        super().__init__(folder, "services.persister", *arguments, **{**own, **settings})
+
+    async def port(self) -> int:
+        """Wait until it has reached the cluster and return its port."""
+        line = await asyncio.to_thread(self.wait_for, "PERSISTER_STARTED")
+        return int(line["port"])
+
+    async def ask(self, path: str) -> tuple[int, str]:
+        """Return the status and the body of an endpoint."""
+        status, body = await asyncio.to_thread(monitoring.get, await self.port(), path)
+        return status, body.decode()
+
+    async def ready(self) -> Persister:
+        """Wait until it is ready."""
+
+        async def check() -> bool:
+            status, body = await self.ask("/readyz")
+            assert status == 200, body
+            return True
+
+        await eventually(check)
+        return self
+
+    async def not_ready(self, reason: str) -> str:
+        """Wait until /readyz names *reason*, and return all of it."""
+
+        async def check() -> str:
+            status, body = await self.ask("/readyz")
+            assert status == 503, body
+            assert reason in body, body
+            return body
+
+        return await eventually(check)
+
+    async def end(self) -> int:
+        """Ask it to stop and return its exit code."""
+        self.terminate()
+        return await asyncio.to_thread(self.wait)
+
+
+@dataclass
+class Log:
+    """A provisioned log to publish on."""
+
+    cluster: Cluster
+    nc: Client
+    settings: LogSettings
+    identity: LogIdentity
+    publisher: Publisher
+
+    @property
+    def api(self) -> JetStreamApi:
+        return JetStreamApi(self.nc)
+
+    async def publish(self, count: int, *, consultations: int = 12) -> Contents:
+        """Publish *count* new events over some consultations, and return them."""
+        events = [
+            Event(f"c{number % consultations}", new_event_id(), 1, b'{"event_type":"T","payload":%d}' % number)
+            for number in range(count)
+        ]
+        for event in events:
+            await self.publisher.append(event)
+        made: Contents = {}
+        for event in events:
+            made.setdefault(event.consultation, []).append(event.event_id)
+        return made
+
+    async def state(self) -> dict[str, Any]:
+        """Return the state of the stream."""
+        info = await self.api.stream_info(STREAM)
+        assert info is not None
+        return dict(info["state"])
+
+    async def dead(self) -> list[dict[str, str]]:
+        """Return the headers of all dead letters."""
+        info = await self.api.stream_info("fi-dead")
+        assert info is not None
+        found = [await self.api.get_message("fi-dead", s + 1) for s in range(info["state"]["last_seq"])]
+        return [message["headers"] for message in found if message is not None]
+
+
+@asynccontextmanager
+async def provisioned(cluster: Cluster, **changes: Any) -> AsyncIterator[Log]:
+    """Provision the log on *cluster*, which has none."""
+    own = {"partitions": PARTITIONS, "max_bytes": 64 * 2**20, "replicas": cluster.size}
+    settings = LogSettings(servers=tuple(cluster.urls), **{**own, **changes})
+    nc = await connect(settings, name="test", on_closed=lambda _: None)
+    identity = await provision(nc, settings)
+    publisher = Publisher(nc, deadline=20, max_in_flight=100)
+    await publisher.start()
+    yield Log(cluster, nc, settings, identity, publisher)
+    await publisher.close()
+    await close(nc)
+
+
+def corpus_of(data: Path) -> Contents:
+    """Return what the partition files in *data* hold; nothing while there are none."""
+    try:
+        with open_corpus(data) as corpus:
+            return {name: [record.event_id for record in corpus[name]] for name in corpus.consultations()}
+    except CorpusError:
+        return {}
+
+
+async def persisted(data: Path, *published: Contents) -> None:
+    """Wait until *data* holds exactly what was *published*, each consultation in order."""
+    expected = joined(published)
+    await eventually(lambda: {name: len(ids) for name, ids in corpus_of(data).items()} == _sizes(expected))
+    assert expected == corpus_of(data)
+
+
+def joined(parts: Iterable[Contents]) -> Contents:
+    """Return several publications as one."""
+    result: Contents = {}
+    for part in parts:
+        for name, ids in part.items():
+            result[name] = result.get(name, []) + ids
+    return result
+
+
+def _sizes(contents: Contents) -> dict[str, int]:
+    return {name: len(ids) for name, ids in contents.items()}
+
+
+async def service_infos(nc: Client) -> list[dict[str, Any]]:
+    """Return what the persisters say of themselves in the NATS service API."""
+    inbox = nc.new_inbox()
+    subscription = await nc.subscribe(inbox)
+    await nc.publish("$SRV.INFO.fi-persister", b"", reply=inbox)
+    found = []
+    try:
+        while True:
+            answer = await subscription.next_msg(timeout=0.4)
+            if answer.data:  # nobody there: an empty message with a status
+                found.append(orjson.loads(answer.data))
+    except TimeoutError:
+        await subscription.unsubscribe()
+        return found

@@ -1,0 +1,164 @@
+"""Writers to be killed, and what must be found after any crash.
+
+The tests of tests/torture run in two sizes: a small one in `make test`, a long one in `make torture`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from services.corpus import EventStore, StoreOptions
+from services.corpus.journal import read_records
+from services.corpus.pair import read_state, read_uuid
+from services.corpus.recovery import journal_path
+from tests.support.corpus import IDENTITY, commit_range, consultation_of, expected, record, stock_contents
+
+#: events of a commit
+BATCH = 20
+#: consultations that they are spread over
+CONSULTATIONS = 40
+#: a start of a writer is bounded by this, seconds
+_START_SECONDS = 30.0
+
+LONG = os.environ.get("FIQ_TORTURE") == "long"
+
+_context = get_context("forkserver")
+_context.set_forkserver_preload([__name__])
+
+
+def times(quick: int, long: int) -> int:
+    """Return how often to do something: in `make test`, or in `make torture`."""
+    return long if LONG else quick
+
+
+@dataclass(slots=True)
+class Killed:
+    """What the kills met.
+
+    Attributes:
+        kills: how many there were.
+        in_checkpoints: how many left the partition file half copied.
+        with_records: how many left commits that only the journal held.
+        compacted: how many left a journal that had been compacted while a reader held the file.
+        turned: how many left a journal whose live records had gone back to its front.
+    """
+
+    kills: int = 0
+    in_checkpoints: int = 0
+    with_records: int = 0
+    turned: int = 0
+    compacted: int = 0
+
+
+def small_options(**changes: object) -> StoreOptions:
+    """Return options under which everything that is rare happens often: checkpoints, turns, closings, compactions."""
+    values: dict[str, object] = {
+        "open_consultations": 15,
+        "known_ids": 300,
+        "checkpoint_bytes": 60_000,
+        "cached_pages": 64,
+        "journal_limit": 150_000,
+    }
+    return StoreOptions(**(values | changes))  # type: ignore[arg-type]
+
+
+@contextmanager
+def held_by_a_reader(path: Path) -> Iterator[None]:
+    """Lock the file as every reader does: checkpoints wait."""
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def write_until_killed(path: str, told: Connection) -> None:
+    """Commit batch after batch, telling each one that is acknowledged. Runs in a process of its own."""
+    with EventStore.open(Path(path), expected=None, options=small_options()) as store:
+        told.send(store.committed)
+        while True:
+            commit_range(store, range(store.committed + 1, store.committed + 1 + BATCH), CONSULTATIONS)
+            told.send(store.committed)
+            store.maybe_checkpoint()
+
+
+def kill_writer(path: Path, seconds: float) -> int:
+    """Run a writer, kill it with -9 after *seconds*; return the last sequence that it acknowledged."""
+    receiver, sender = _context.Pipe(duplex=False)
+    writer = _context.Process(target=write_until_killed, args=(str(path), sender))
+    writer.start()
+    sender.close()
+    try:
+        if not receiver.poll(_START_SECONDS):
+            raise TimeoutError("the writer did not start")
+        acknowledged = int(receiver.recv())
+        # the moment of the kill is what is random here; nothing is waited for
+        writer.join(seconds)
+        writer.kill()
+        writer.join(_START_SECONDS)
+        while receiver.poll():
+            acknowledged = int(receiver.recv())
+    except EOFError:
+        return acknowledged
+    finally:
+        writer.kill()
+        writer.join(_START_SECONDS)
+        receiver.close()
+        writer.close()
+    return acknowledged
+
+
+def check_recovered(path: Path, acknowledged: int) -> int:
+    """Open what a crash left; the file must hold the acknowledged batches or one more, for us and for stock h5py.
+
+    Returns:
+        The sequence that was recovered.
+    """
+    with EventStore.open(path, expected=IDENTITY, options=small_options()) as store:
+        recovered = store.committed
+        for sequence in range(max(1, recovered - 2 * BATCH), recovered + 1):
+            assert store.has_event(consultation_of(sequence, CONSULTATIONS), record(sequence).event_id)
+        unknown = record(recovered + 1)
+        assert not store.has_event(consultation_of(recovered + 1, CONSULTATIONS), unknown.event_id)
+    assert recovered in (acknowledged, acknowledged + BATCH)
+    assert (recovered, expected(recovered, CONSULTATIONS)) == stock_contents(path)
+    return recovered
+
+
+def look_at(path: Path, killed: Killed) -> None:
+    """Count what a kill left, before anything is recovered."""
+    journal = journal_path(path)
+    with path.open("rb") as file, journal.open("rb") as wal:
+        state, uuid = read_state(file.fileno(), path.name), read_uuid(file.fileno(), path.name)
+        _, records, _ = read_records(wal.fileno(), uuid, state, journal.name)
+    killed.kills += 1
+    killed.in_checkpoints += state.target != state.absorbed
+    killed.with_records += bool(records)
+    killed.compacted += any(record.count > 1 for record in records)
+    killed.turned += any(record.next != record.end for record in records)
+
+
+def kill_again_and_again(path: Path, kills: int, seed: int, *, renew: int = 25) -> Killed:
+    """Kill *kills* writers, each of which goes on where the last one was killed, so that damage would add up.
+
+    Args:
+        renew: after so many kills it starts over with an empty file, or the checks would take ever longer.
+    """
+    chance = random.Random(seed)
+    killed = Killed()
+    while killed.kills < kills:
+        if killed.kills % renew == 0:
+            for file in path.parent.glob(f"{path.name}*"):
+                file.unlink()
+            EventStore.create(path, IDENTITY).close()
+        with held_by_a_reader(path) if chance.random() < 0.25 else nullcontext():
+            acknowledged = kill_writer(path, chance.uniform(0.0, 0.12))
+        look_at(path, killed)
+        check_recovered(path, acknowledged)
+    return killed

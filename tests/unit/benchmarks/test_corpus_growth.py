@@ -1,0 +1,40 @@
+"""The growth benchmark: files of the sizes that its table names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from services.corpus import verify_corpus
+from tests.benchmarks.corpus_filling import Series, append_batches, fill, verify
+from tests.benchmarks.corpus_growth import CONSULTATIONS, EVENTS, table
+
+
+@pytest.mark.parametrize("series", [CONSULTATIONS, EVENTS], ids=lambda series: series.name)
+def test_the_batches_of_a_step_bring_what_is_missing_to_its_size(series: Series) -> None:
+    """The steps before count, and every consultation gets its share."""
+    smaller, size = series.sizes[:2]
+    shares = Counter[str]()
+    for start, stop in ((0, smaller), (smaller, size)):
+        for batch in series.batches(start, stop):
+            shares.update(dict(batch))
+    if series.consultations:
+        assert (size, series.consultations) == (shares.total(), len(shares))
+    else:
+        assert (size, {series.events}) == (len(shares), set(shares.values()))
+
+
+def test_a_step_measures_a_sound_file(tmp_path: Path) -> None:
+    """A small one, through all that a row of the table needs."""
+    series = Series("consultations", sizes=(600, 700), events=2, consultations=0)
+    path = tmp_path / "growing.h5"
+    for size in series.sizes:
+        filled = fill(series, path, size)
+        measured = append_batches(path)
+        verified = verify(path)
+        assert "| consultations | " in table([("consultations", filled, measured, verified)])
+    report = verify_corpus(path)
+    # eleven batches of 500 to known and to new consultations, after each of the two steps
+    assert (True, 2 * 700 + 2 * 22 * 500) == (report.clean, report.events)

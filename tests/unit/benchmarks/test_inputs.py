@@ -1,0 +1,100 @@
+"""What the benchmarks post, and how they read answers and logs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import orjson
+import pytest
+
+from services.contract.event import check_body
+from tests.benchmarks import dialogues
+from tests.benchmarks.drains import read_log
+from tests.benchmarks.http_client import answer_status, post
+from tests.benchmarks.plan import SPREADS
+
+ROW = 'ID,section_header,section_text,dialogue\n7,GENHX,Fine.,"Doctor:  Hello. \n and?\nGuest_family: Hi: there. "\n'
+
+
+@pytest.fixture
+def generated(tmp_path: Path) -> dialogues.Dialogues:
+    return dialogues.load(tmp_path)
+
+
+def test_a_line_of_a_dialogue_is_an_event_and_its_summary_the_last(tmp_path: Path) -> None:
+    """A line without a speaker belongs to the one before."""
+    (tmp_path / "mts-dialog").mkdir()
+    (tmp_path / "mts-dialog" / "a.csv").write_text(ROW)
+    (bodies,) = dialogues.load(tmp_path).consultations
+    payloads = [orjson.loads(check_body(body))["payload"] for body in bodies]
+    assert payloads == [
+        {"speaker": "Doctor", "text": "Hello."},
+        {"speaker": "Doctor", "text": "and?"},
+        {"speaker": "Guest_family", "text": "Hi: there."},
+        {"section": "GENHX", "text": "Fine."},
+    ]
+
+
+def test_generated_consultations_stand_in_and_are_called_so(generated: dialogues.Dialogues) -> None:
+    """The report must not claim real dialogues that were not there."""
+    assert generated.source == "generated consultations"
+    assert len(generated.bodies) > 10_000
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_500_events_in_a_row_touch_as_many_consultations_as_asked_for(
+    generated: dialogues.Dialogues, spread: int
+) -> None:
+    """And each gets the same number of them."""
+    events = list(dialogues.backlog(generated, 1000, spread))
+    for start in (0, 500):
+        shares = Counter(event.consultation for event in events[start : start + 500])
+        assert list(shares.values()) == [500 // spread] * spread
+
+
+def test_a_consultation_of_a_backlog_has_the_same_length_whatever_the_spread(generated: dialogues.Dialogues) -> None:
+    """Only the interleaving differs between the rows of the table."""
+    for spread in (10, 100):
+        shares = Counter(event.consultation for event in dialogues.backlog(generated, 10_000, spread))
+        assert set(shares.values()) == {dialogues.CONSULTATION_EVENTS}
+    assert len({event.event_id for event in dialogues.backlog(generated, 10_000, 100)}) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"HTTP/1.1 202 Accepted\r\nContent-Length: 2\r\n\r\n{}", 202),
+        (b"HTTP/1.1 202 Accepted\r\ncontent-length: 2\r\n\r\n{", 0),
+        (b"HTTP/1.1 202 Accepted\r\nContent-Le", 0),
+        (b"HTTP/1.1 204 No Content\r\nServer: x\r\n\r\n", 204),
+    ],
+)
+def test_an_answer_counts_when_it_is_complete(data: bytes, expected: int) -> None:
+    """The client reads status and length, nothing else."""
+    assert answer_status(data) == expected
+
+
+def test_a_request_carries_its_key_and_its_length() -> None:
+    """It is sent as it is."""
+    head, _, body = post(7001, "c-1", "k", b"{}").partition(b"\r\n\r\n")
+    assert body == b"{}"
+    assert head.startswith(b"POST /consultations/c-1/events HTTP/1.1\r\n")
+    assert {b"Idempotency-Key: k", b"Content-Length: 2", b"Content-Type: application/json"} < set(head.split(b"\r\n"))
+
+
+def test_a_drain_lasts_from_the_first_request_to_the_last_commit(tmp_path: Path) -> None:
+    """Starting the process and placing its partitions is no part of it; a line that is being written waits."""
+    lines = [
+        {"event": "PERSISTER_STARTED", "timestamp": "2026-01-01T00:00:00Z"},
+        {"event": "EVENT_WORKER_STARTED", "timestamp": "2026-01-01T00:00:01Z"},
+        {"event": "EVENT_WORKER_STARTED", "timestamp": "2026-01-01T00:00:02Z"},
+        {"event": "EVENT_PERSISTED", "timestamp": "2026-01-01T00:00:03Z", "persisted": 60, "consultations": 5},
+        {"event": "EVENT_PERSISTED", "timestamp": "2026-01-01T00:00:05Z", "persisted": 40, "consultations": 7},
+    ]
+    log = tmp_path / "log"
+    log.write_bytes(b"plain text\n" + b"\n".join(map(orjson.dumps, lines)) + b'\n{"event": "EVENT_PER')
+    drain = read_log(log)
+    assert drain.persisted == 100
+    assert drain.rate == 25.0
+    assert drain.batches == [60, 40]

@@ -1,0 +1,198 @@
+"""The journal: what recovery takes from it, and which journals are refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from services.corpus import CorpusFormatError, CorpusNotFoundError, EventStore, JournalError, StoreOptions, open_corpus
+from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
+
+_FIRST_RECORD = 8192
+
+
+@pytest.fixture
+def wal(path: Path) -> Path:
+    return path.with_name(path.name + ".wal")
+
+
+@pytest.fixture
+def crashed(path: Path) -> Path:
+    """A file whose three commits, up to the sequence 30, are in the journal only."""
+    _crash_after(path, 3)
+    return path
+
+
+def test_commits_that_only_the_journal_holds_are_recovered(crashed: Path) -> None:
+    """A crash before the first checkpoint loses nothing; stock h5py opens the file once the store was open again."""
+    assert stock_contents(crashed) == (0, {})
+    with EventStore.open(crashed, expected=IDENTITY) as store:
+        assert (store.committed, store.stats.records_recovered) == (30, 3)
+        assert (30, expected(30)) == stock_contents(crashed)
+
+
+@pytest.mark.parametrize("cut", [1, 500, 4096, 5000])
+def test_a_torn_tail_is_dropped(crashed: Path, wal: Path, cut: int) -> None:
+    """The last record, cut short by a crash, was never acknowledged."""
+    with wal.open("r+b") as file:
+        file.truncate(_last_record(wal) + cut)
+    with EventStore.open(crashed, expected=IDENTITY) as store:
+        assert store.committed == 20
+        commit_range(store, range(21, 41))
+    assert (40, expected(40)) == stock_contents(crashed)
+
+
+def test_a_bit_flipped_in_the_last_record_drops_it(crashed: Path, wal: Path) -> None:
+    """A damaged tail cannot be told from a torn one."""
+    _flip(wal, _last_record(wal) + 700)
+    with EventStore.open(crashed, expected=IDENTITY) as store:
+        assert (store.committed, store.stats.torn_records) == (20, 1)
+    assert (20, expected(20)) == stock_contents(crashed)
+
+
+@pytest.mark.parametrize("place", [_FIRST_RECORD, _FIRST_RECORD + 20, _FIRST_RECORD + 80, _FIRST_RECORD + 1500])
+def test_a_bit_flipped_before_the_last_record_is_refused_loudly(crashed: Path, wal: Path, place: int) -> None:
+    """Records behind it were acknowledged: the journal is never shortened silently. Readers refuse it too."""
+    _flip(wal, place)
+    with pytest.raises(JournalError, match="restore the file and its journal from a backup"):
+        EventStore.open(crashed, expected=IDENTITY)
+    with open_corpus(crashed) as corpus, pytest.raises(JournalError):
+        len(corpus)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_one_damaged_header_is_survived(path: Path, wal: Path, slot: int) -> None:
+    """Two headers are written in turn; a power cut may destroy the one that is being written."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 11))
+        assert store.checkpoint()
+        commit_range(store, range(11, 21))
+        assert store.checkpoint()
+    # the newer one has the odd or even generation 3
+    older = 0 if wal.read_bytes()[4096 + 32] == 3 else 1
+    if slot == older:
+        _flip(wal, 4096 * slot + 40)
+        with EventStore.open(path, expected=IDENTITY) as store:
+            assert store.committed == 20
+    else:
+        _flip(wal, 4096 * older + 40)
+        _flip(wal, 4096 * slot + 40)
+        with pytest.raises(JournalError, match="both its headers are damaged"):
+            EventStore.open(path, expected=IDENTITY)
+
+
+def test_a_missing_journal_is_refused(crashed: Path, wal: Path) -> None:
+    """Commits may have been in it."""
+    wal.unlink()
+    with pytest.raises(JournalError, match="put the journal back that belongs to the file"):
+        EventStore.open(crashed, expected=IDENTITY)
+
+
+def test_a_missing_file_is_named(crashed: Path, wal: Path) -> None:
+    """A journal alone cannot be opened, and no file is created beside it."""
+    crashed.unlink()
+    with pytest.raises(CorpusNotFoundError, match="though its journal stands there"):
+        EventStore.open(crashed, expected=IDENTITY)
+    with pytest.raises(JournalError, match=r"holds commits but 00\.h5 is missing"):
+        EventStore.create(crashed, IDENTITY)
+    assert wal.exists()
+    assert not crashed.exists()
+
+
+def test_swapped_journals_are_refused(crashed: Path, wal: Path, tmp_path: Path) -> None:
+    """A UUID in both binds a journal to its file."""
+    other = tmp_path / "01.h5"
+    EventStore.create(other, IDENTITY).close()
+    shutil.copy(wal, tmp_path / "01.h5.wal")
+    with pytest.raises(JournalError, match="belongs to another file"):
+        EventStore.open(other, expected=IDENTITY)
+
+
+def test_a_file_that_is_older_than_its_journal_is_refused(path: Path, wal: Path, tmp_path: Path) -> None:
+    """The journal holds only what changed since a checkpoint that the restored file has not seen."""
+    backup = shutil.copy(path, tmp_path / "backup")
+    _work_with_a_checkpoint(path)
+    shutil.copy(backup, path)
+    with pytest.raises(JournalError, match="older than its journal"):
+        EventStore.open(path, expected=IDENTITY)
+
+
+def test_a_journal_that_is_older_than_its_file_is_refused(path: Path, wal: Path, tmp_path: Path) -> None:
+    """Its records would take the file back to a state between two others."""
+    backup = shutil.copy(wal, tmp_path / "backup")
+    _work_with_a_checkpoint(path)
+    shutil.copy(backup, wal)
+    with pytest.raises(JournalError, match="older than the file"):
+        EventStore.open(path, expected=IDENTITY)
+
+
+def test_histories_that_diverged_are_refused(path: Path, wal: Path, tmp_path: Path) -> None:
+    """Two copies of a pair that both went on have the same UUID and as many records, but not the same ones."""
+    first, second = tmp_path / "a", tmp_path / "b"
+    for copy, last in ((first, 10), (second, 11)):
+        copy.mkdir()
+        shutil.copy(path, copy / "00.h5")
+        shutil.copy(wal, copy / "00.h5.wal")
+        with EventStore.open(copy / "00.h5", expected=IDENTITY) as store:
+            commit_range(store, range(1, last))
+    shutil.copy(second / "00.h5.wal", first / "00.h5.wal")
+    with pytest.raises(JournalError, match="not their history"):
+        EventStore.open(first / "00.h5", expected=IDENTITY)
+
+
+def test_a_backup_of_both_files_is_a_good_one(path: Path, wal: Path, tmp_path: Path) -> None:
+    """A pair restored together goes on from where it was."""
+    commit_some = EventStore.open(path, expected=IDENTITY)
+    commit_range(commit_some, range(1, 11))
+    backups = [shutil.copy(file, tmp_path / f"{file.name}.backup") for file in (path, wal)]
+    commit_range(commit_some, range(11, 21))
+    commit_some.close()
+    for backup, file in zip(backups, (path, wal), strict=True):
+        shutil.copy(backup, file)
+    with EventStore.open(path, expected=IDENTITY) as store:
+        assert store.committed == 10
+
+
+def test_anything_else_is_no_partition_file(path: Path) -> None:
+    """A damaged head, or a file of another kind, is named as such."""
+    _flip(path, 20)
+    with pytest.raises(CorpusFormatError, match=r"00\.h5 is no partition file"):
+        EventStore.open(path, expected=IDENTITY)
+
+
+def test_the_journal_stays_bounded(path: Path, wal: Path) -> None:
+    """Its room is used again after each checkpoint."""
+    with EventStore.open(path, expected=IDENTITY, options=StoreOptions(checkpoint_bytes=200_000)) as store:
+        for start in range(1, 3001, 30):
+            commit_range(store, range(start, start + 30))
+            store.maybe_checkpoint()
+        assert store.stats.journaled_bytes > 1_500_000
+    assert wal.stat().st_size <= 2 * 200_000
+
+
+def _crash_after(path: Path, commits: int) -> None:
+    store = EventStore.open(path, expected=IDENTITY)
+    for start in range(1, 10 * commits, 10):
+        commit_range(store, range(start, start + 10))
+    store.abandon()
+
+
+def _work_with_a_checkpoint(path: Path) -> None:
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 11))
+        assert store.checkpoint()
+        commit_range(store, range(11, 21))
+        store.abandon()
+
+
+def _last_record(wal: Path) -> int:
+    content = wal.read_bytes()
+    return content.rindex(b"FIQRECRD")
+
+
+def _flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)

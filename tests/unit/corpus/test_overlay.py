@@ -1,0 +1,97 @@
+"""The pages over a file, and the index of what only the journal holds."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from services.corpus.overlay import PageOverlay
+from services.corpus.sectors import SECTOR, Extents, SectorIndex
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 80)
+    fd = os.open(tmp_path / "file", os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+def _content(overlay: PageOverlay) -> bytes:
+    buffer = bytearray(overlay.size)
+    overlay.read_into(0, memoryview(buffer))
+    return bytes(buffer)
+
+
+def test_an_overlay_behaves_like_a_file_in_memory(fd: int) -> None:
+    """Writes, shrinks, growths, commits and rollbacks against a plain bytearray."""
+    chance = random.Random(3)
+    size = os.fstat(fd).st_size
+    overlay = PageOverlay(fd, fd, size, SectorIndex.of(()))
+    model = bytearray(os.pread(fd, size, 0))
+    committed = bytes(model)
+    for step in range(1500):
+        action = chance.random()
+        if action < 0.7:
+            offset, data = chance.randrange(len(model) + 3000), chance.randbytes(chance.randrange(1, 9000))
+            overlay.write(offset, data)
+            model.extend(bytes(max(0, offset + len(data) - len(model))))
+            model[offset : offset + len(data)] = data
+        elif action < 0.85:
+            size = chance.randrange(1, len(model) + 5000)
+            overlay.truncate(size)
+            del model[size:]
+            model.extend(bytes(size - len(model)))
+        elif action < 0.95:
+            overlay.commit()
+            committed = bytes(model)
+        else:
+            overlay.rollback()
+            model = bytearray(committed)
+        if step % 25 == 0:
+            assert bytes(model) == _content(overlay)
+
+
+def test_only_the_sectors_that_differ_are_changes(fd: int) -> None:
+    """HDF5 rewrites whole chunks; the journal takes what is new in them."""
+    overlay = PageOverlay(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
+    overlay.write(1024, os.pread(fd, 4096, 1024))
+    overlay.write(5 * SECTOR + 7, b"!")
+    overlay.write(6 * SECTOR, b"!")
+    overlay.write(20 * SECTOR, b"!")
+    table, images = overlay.changes()
+    assert table.tolist() == [[5, 2], [20, 1]]
+    assert sum(map(len, images)) == 3 * SECTOR
+    assert b"!"[0] == images[0][7]
+
+
+def test_a_shrink_is_journaled_as_zeros(fd: int) -> None:
+    """A later growth over the cut must find zeros, also after a recovery that applies both."""
+    overlay = PageOverlay(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
+    overlay.truncate(100)
+    table, images = overlay.changes()
+    assert table.tolist() == [[0, 40]]
+    assert bytes(40 * SECTOR - 100) == b"".join(images)[100:]
+
+
+def test_the_newest_image_of_a_sector_counts(tmp_path: Path) -> None:
+    """Of records that change the same sectors the last one is seen, whole or in part."""
+    journal = tmp_path / "journal"
+    journal.write_bytes(b"".join(bytes([n]) * SECTOR for n in range(10)))
+    older = Extents(np.array([[2, 3], [9, 1]], np.uint64), images=0)
+    newer = Extents(np.array([[3, 1], [5, 1]], np.uint64), images=5 * SECTOR)
+    index = SectorIndex.of([older, newer])
+    buffer = bytearray(b"\xff" * (SECTOR * 5))
+    fd = os.open(journal, os.O_RDONLY)
+    index.patch(fd, SECTOR * 2 - 10, memoryview(buffer))
+    runs = [
+        (offset // SECTOR, [content[n] for n in range(0, len(content), SECTOR)]) for offset, content in index.runs(fd)
+    ]
+    os.close(fd)
+    assert [buffer[place] for place in (0, 10, 10 + SECTOR, 10 + 2 * SECTOR, 10 + 3 * SECTOR)] == [0xFF, 0, 5, 2, 6]
+    assert runs == [(2, [0, 5, 2, 6]), (9, [3])]

@@ -1,0 +1,96 @@
+"""Recovery without the service."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+
+from services.corpus import CorpusLockedError, EventStore, JournalError, recover_partition, verify_corpus
+from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
+
+_WRITER = """
+import sys
+from pathlib import Path
+from services.corpus import EventStore
+from tests.support.corpus import commit_range
+
+with EventStore.open(Path(sys.argv[1]), expected=None) as store:
+    while True:
+        commit_range(store, range(store.committed + 1, store.committed + 21), 40)
+        print(store.committed, flush=True)
+"""
+
+
+def test_what_a_killed_writer_committed_is_in_the_file_afterwards(path: Path) -> None:
+    """After kill -9 stock tools see all of it, and verification finds nothing wrong, before and after."""
+    # given
+    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    acknowledged = [int(writer.stdout.readline()) for _ in range(10)][-1]
+    writer.kill()
+    acknowledged = max([acknowledged, *(int(line) for line in writer.communicate()[0].splitlines())])
+    assert verify_corpus(path).clean
+    # when
+    recovered = recover_partition(path)
+    # then
+    assert recovered.committed in (acknowledged, acknowledged + 20)
+    assert recovered.committed // 20 == recovered.replayed
+    assert "" == recovered.held_back
+    assert (recovered.committed, expected(recovered.committed, 40)) == stock_contents(path)
+    report = verify_corpus(path)
+    assert (True, recovered.committed, 0) == (report.clean, report.events, report.partitions[0].journal_records)
+
+
+def test_a_torn_commit_is_counted_and_dropped(path: Path) -> None:
+    """It was never acknowledged."""
+    store = EventStore.open(path, expected=IDENTITY)
+    commit_range(store, range(1, 21))
+    commit_range(store, range(21, 41))
+    store.abandon()
+    wal = path.with_name("00.h5.wal")
+    content = bytearray(wal.read_bytes())
+    content[-3000:] = bytes(3000)
+    while not any(content[-4096:]):
+        del content[-4096:]
+    content[-600:] = b"x" * 600
+    wal.write_bytes(content)
+    recovered = recover_partition(path)
+    assert (20, 1, 1) == (recovered.committed, recovered.replayed, recovered.torn)
+    assert (20, expected(20)) == stock_contents(path)
+
+
+def test_a_second_recovery_finds_nothing_to_do(path: Path) -> None:
+    """And changes nothing."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 21))
+    recover_partition(path)
+    again = recover_partition(path)
+    assert (20, 0, 0, "") == (again.committed, again.replayed, again.torn, again.held_back)
+
+
+def test_a_file_whose_writer_lives_is_refused(path: Path) -> None:
+    """There is nothing to recover."""
+    with EventStore.open(path, expected=IDENTITY), pytest.raises(CorpusLockedError, match="another process writes"):
+        recover_partition(path)
+
+
+def test_a_reader_holds_the_copy_back_and_nothing_is_lost(path: Path) -> None:
+    """The journal keeps it."""
+    store = EventStore.open(path, expected=IDENTITY)
+    commit_range(store, range(1, 21))
+    store.abandon()
+    with h5py.File(path, "r"):
+        assert recover_partition(path).held_back
+    assert 1 == recover_partition(path).replayed
+    assert (20, expected(20)) == stock_contents(path)
+
+
+def test_a_file_without_its_journal_is_refused(path: Path) -> None:
+    """What the journal held would be lost silently."""
+    path.with_name("00.h5.wal").unlink()
+    with pytest.raises(JournalError, match="has no journal"):
+        recover_partition(path)

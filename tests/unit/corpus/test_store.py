@@ -1,0 +1,248 @@
+"""The event store: what it takes, what it finds again, what it refuses."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from services.corpus import (
+    AppendRefusedError,
+    EventStore,
+    Record,
+    StoreFailedError,
+    StoreOptions,
+    UnsupportedFileSystemError,
+    filesystems,
+    open_corpus,
+)
+from tests.support.corpus import IDENTITY, append_range, commit_range, expected, record, stock_contents
+
+
+def test_what_was_committed_is_found_again(path: Path) -> None:
+    """After close and open the file holds every committed event, and the sequence that the commit named."""
+    # given
+    with EventStore.open(path, expected=IDENTITY) as store:
+        for start in range(1, 401, 50):
+            commit_range(store, range(start, start + 50))
+    # when
+    with EventStore.open(path, expected=IDENTITY) as store:
+        committed = store.committed
+    # then
+    assert committed == 400
+    assert (400, expected(400)) == stock_contents(path)
+
+
+def test_a_commit_without_events_moves_the_sequence(path: Path) -> None:
+    """A batch of which every event was a duplicate or poison is handled all the same."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        store.commit(12)
+    with EventStore.open(path, expected=IDENTITY) as store:
+        assert store.committed == 12
+
+
+def test_an_event_is_known_before_and_after_its_commit_and_after_a_reopen(path: Path) -> None:
+    """has_event covers what is committed and what is only appended."""
+    first, second, unknown = record(1), record(2), record(3)
+    with EventStore.open(path, expected=IDENTITY) as store:
+        assert not store.has_event("c", first.event_id)
+        store.append("c", [first])
+        assert store.has_event("c", first.event_id)
+        store.commit(1)
+        store.append("c", [second])
+        store.commit(2)
+    with EventStore.open(path, expected=IDENTITY) as store:
+        assert [store.has_event("c", event.event_id) for event in (first, second, unknown)] == [True, True, False]
+        assert not store.has_event("other", first.event_id)
+
+
+def test_ids_that_end_in_zeros_are_kept_whole(path: Path) -> None:
+    """An id is 16 bytes, whatever they are."""
+    ids = [bytes(16), b"a" * 15 + b"\0", bytes(15) + b"a"]
+    with EventStore.open(path, expected=IDENTITY) as store:
+        store.append("c", [Record(n, 0, event_id, b"{}") for n, event_id in enumerate(ids, 1)])
+        store.commit(3)
+    with EventStore.open(path, expected=IDENTITY) as store:
+        assert [store.has_event("c", event_id) for event_id in ids] == [True] * 3
+    assert ids == [event_id for _, event_id, _ in stock_contents(path)[1]["c"]]
+
+
+def test_what_is_not_committed_is_gone_after_a_close(path: Path) -> None:
+    """close() drops what no commit covered, and keeps the rest."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 31))
+        append_range(store, range(31, 61))
+    assert (30, expected(30)) == stock_contents(path)
+
+
+def test_an_abandoned_store_writes_nothing(path: Path) -> None:
+    """After abandon() both files are byte for byte what they were after the last commit."""
+    # given
+    store = EventStore.open(path, expected=IDENTITY)
+    commit_range(store, range(1, 31))
+    files = [path, path.with_name("00.h5.wal")]
+    before = [file.read_bytes() for file in files]
+    append_range(store, range(31, 2000))
+    # when
+    store.abandon()
+    # then
+    assert before == [file.read_bytes() for file in files]
+    with EventStore.open(path, expected=IDENTITY) as store:
+        assert store.committed == 30
+        commit_range(store, range(31, 61))
+    assert (60, expected(60)) == stock_contents(path)
+
+
+def test_a_store_that_failed_refuses_everything_until_it_is_opened_again(path: Path) -> None:
+    """After an error nobody knows what HDF5 holds in memory: the store is of no use any more."""
+    store = EventStore.open(path, expected=IDENTITY)
+    commit_range(store, range(1, 11))
+    with pytest.raises(AppendRefusedError):
+        store.append("c-0001", [record(3)])
+    for call in (
+        lambda: store.append("c-0001", [record(11)]),
+        lambda: store.has_event("c-0001", bytes(16)),
+        lambda: store.commit(11),
+        store.checkpoint,
+        store.maybe_checkpoint,
+    ):
+        with pytest.raises(StoreFailedError, match="abandon it and open it again"):
+            call()
+    store.close()
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(11, 21))
+    assert (20, expected(20)) == stock_contents(path)
+
+
+@pytest.mark.parametrize(
+    ("consultation", "records"),
+    [
+        ("c", [record(7), record(7)]),
+        ("c", [record(8), record(7)]),
+        ("c", [record(5)]),
+        ("c", [Record(7, 0, b"short", b"{}")]),
+        ("c", [Record(7, 0, bytes(16), b'{"a":\n1}')]),
+        ("c", [Record(7, 0, bytes(16), b"")]),
+        ("c", [Record(7, 2**63, bytes(16), b"{}")]),
+        ("a/b", [record(7)]),
+        ("", [record(7)]),
+        ("x" * 129, [record(7)]),
+    ],
+)
+def test_a_record_that_would_break_the_format_is_refused(path: Path, consultation: str, records: list[Record]) -> None:
+    """Sequences rise above what is committed, ids have 16 bytes, bodies are one line, names are consultation ids."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 7))
+        with pytest.raises(AppendRefusedError):
+            store.append(consultation, records)
+    EventStore.open(path, expected=IDENTITY).close()
+    assert (6, expected(6)) == stock_contents(path)
+
+
+def test_a_commit_below_an_appended_event_is_refused(path: Path) -> None:
+    """Such an event would be delivered again though the file holds it."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        store.append("c", [record(9)])
+        with pytest.raises(AppendRefusedError, match="below 9"):
+            store.commit(8)
+
+
+def test_consultations_that_were_closed_for_others_go_on_where_they_were(path: Path) -> None:
+    """With room for three consultations, sixty are appended to in turn, and duplicates are found in all of them."""
+    options = StoreOptions(open_consultations=3, known_ids=40, cached_pages=8)
+    with EventStore.open(path, expected=IDENTITY, options=options) as store:
+        for start in range(1, 1201, 40):
+            batch = range(start, start + 40)
+            commit_range(store, batch, consultations=60)
+            assert store.stats.open_consultations <= 3
+        for consultation, events in expected(1200, 60).items():
+            assert all(store.has_event(consultation, event_id) for _, event_id, _ in events)
+            assert not store.has_event(consultation, record(1201).event_id)
+    assert (1200, expected(1200, 60)) == stock_contents(path)
+
+
+def test_large_and_tiny_events_stand_side_by_side(path: Path) -> None:
+    """A body of 1 MiB spans many chunks; its neighbours of a few bytes share one."""
+    sizes = [2, 1 << 20, 2, 4095, 4096, 4097, 1 << 20, 3]
+    bodies = [b'"' + b"x" * (size - 2) + b'"' for size in sizes]
+    with EventStore.open(path, expected=IDENTITY) as store:
+        for sequence, body in enumerate(bodies, 1):
+            store.append("c", [Record(sequence, 0, uuid4().bytes, body)])
+            store.commit(sequence)
+    with open_corpus(path) as corpus:
+        assert bodies == [event.raw for event in corpus["c"]]
+
+
+def test_thousands_of_consultations_fit_into_one_file(path: Path) -> None:
+    """Groups are many and small; each is found again."""
+    with EventStore.open(path, expected=IDENTITY, options=StoreOptions(open_consultations=500)) as store:
+        for start in range(1, 2401, 800):
+            commit_range(store, range(start, start + 800), consultations=1200)
+    assert (2400, expected(2400, 1200)) == stock_contents(path)
+
+
+def test_every_way_to_cut_a_run_of_events_into_appends_gives_the_same_file(tmp_path: Path) -> None:
+    """Chunks are filled across appends, commits and reopens."""
+    chance = random.Random(5)
+    path = tmp_path / "00.h5"
+    EventStore.create(path, IDENTITY).close()
+    done = 0
+    while done < 600:
+        with EventStore.open(path, expected=IDENTITY) as store:
+            for _ in range(chance.randrange(1, 6)):
+                size = chance.choice([1, 2, 31, 32, 33, 64, 100])
+                for sequence in range(done + 1, done + size + 1):
+                    append_range(store, [sequence], consultations=2)
+                done += size
+                store.commit(done)
+    assert (done, expected(done, 2)) == stock_contents(path)
+
+
+def test_stats_count_what_was_done(path: Path) -> None:
+    """An operator sees commits, events, checkpoints and the journal's size."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 101))
+        append_range(store, [101])
+        stats = store.stats
+        assert (stats.commits, stats.events, stats.uncommitted_events) == (1, 100, 1)
+        assert 0 < stats.journal_bytes == stats.journaled_bytes
+        store.commit(101)
+        assert store.checkpoint()
+        stats = store.stats
+        assert (
+            stats.commits,
+            stats.events,
+            stats.uncommitted_events,
+            stats.checkpoints,
+            stats.journal_bytes,
+        ) == (2, 101, 0, 1, 0)
+
+
+def test_a_checkpoint_is_made_when_the_journal_is_long_or_old(path: Path) -> None:
+    """maybe_checkpoint() keeps the journal bounded under load, and stock readers up to date when idle."""
+    with EventStore.open(path, expected=IDENTITY, options=StoreOptions(checkpoint_bytes=1)) as store:
+        commit_range(store, range(1, 11))
+        assert store.maybe_checkpoint()
+        assert not store.maybe_checkpoint()
+    with EventStore.open(path, expected=IDENTITY, options=StoreOptions(checkpoint_seconds=0)) as store:
+        commit_range(store, range(11, 21))
+        assert store.maybe_checkpoint()
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(21, 31))
+        assert not store.maybe_checkpoint()
+
+
+def test_a_remote_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS and its like do not keep what flock and fdatasync promise."""
+    monkeypatch.setattr(filesystems, "_file_system_type", lambda _: 0x6969)
+    with pytest.raises(UnsupportedFileSystemError, match="NFS"):
+        EventStore.create(tmp_path / "00.h5", IDENTITY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_local_file_system_can_be_told(tmp_path: Path) -> None:
+    """The type of the test's own directory is read from the system."""
+    assert filesystems._file_system_type(tmp_path) != 0
+    filesystems.check_file_system(tmp_path)

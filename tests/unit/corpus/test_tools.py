@@ -1,0 +1,132 @@
+"""Analysts' tools open the files: stock h5py, h5dump, pandas."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from services.corpus import CorpusUsageError, EventStore, open_corpus, write_index
+from services.corpus.format import EVENT_DTYPE, EVENT_HEAD
+from tests.support.corpus import IDENTITY, commit_range
+
+
+@pytest.fixture
+def filled(path: Path) -> Path:
+    """A file with the sequences 1 to 200, its journal empty."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 201))
+    return path
+
+
+@pytest.fixture
+def h5dump() -> str:
+    """The program; where it is missing the test is skipped, but not where CI asks for every tool."""
+    program = shutil.which("h5dump")
+    if program is None:
+        message = "h5dump is not installed (package hdf5-tools)"
+        if os.environ.get("FIQ_CI_REQUIRE_TOOLS") or os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return program
+
+
+def test_the_packed_row_and_the_table_agree() -> None:
+    """Rows are packed by struct and read by numpy."""
+    chain = bytes(range(32))
+    row = np.frombuffer(EVENT_HEAD.pack(1, -2, 3, 4, 5, b"0123456789abcdef") + chain, EVENT_DTYPE)[0]
+    assert row.item() == (1, -2, 3, 4, 5, b"0123456789abcdef", chain)
+
+
+def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
+    """Names, types, chunks and attributes are those of docs/corpus-format.md."""
+    with h5py.File(filled, "r") as file:
+        consultation = file["consultations/c-0003"]
+        assert sorted(consultation) == ["events", "payload"]
+        events, payload = consultation["events"], consultation["payload"]
+        assert (events.dtype, events.chunks, events.maxshape) == (EVENT_DTYPE, (32,), (None,))
+        assert (np.uint8, (4096,), (None,)) == (payload.dtype, payload.chunks, payload.maxshape)
+        assert {
+            "format": "fiq-corpus",
+            "format_version": 2,
+            "store": "main",
+            "volume": IDENTITY.volume,
+            "epoch": 1,
+            "partition": 0,
+            "partitions": 16,
+            "stream": "fi-events",
+            "stream_created": IDENTITY.stream_created,
+            "committed_sequence": 200,
+            "committed_events": 200,
+        } == {name: value for name, value in file.attrs.items() if name != "journal"}
+
+
+def test_a_payload_dataset_is_ndjson(filled: Path) -> None:
+    """Line n of the payload is the body of row n."""
+    with h5py.File(filled, "r") as file, open_corpus(filled) as corpus:
+        lines = file["consultations/c-0003/payload"][:].tobytes().split(b"\n")
+        assert [event.raw for event in corpus["c-0003"]] == lines[:-1]
+        assert lines[-1] == b""
+
+
+def test_a_stock_table_becomes_a_pandas_frame(filled: Path) -> None:
+    """The line that docs/corpus-format.md gives to those who do not use this package."""
+    pandas = pytest.importorskip("pandas")
+    with h5py.File(filled, "r") as file:
+        table = file["consultations/c-0003/events"][:]
+    frame = pandas.DataFrame(table.tolist(), columns=table.dtype.names)
+    assert table["seq"].tolist() == frame["seq"].tolist()
+    assert len(frame["event_id"][0]) == 16
+
+
+def test_a_consultation_becomes_a_pandas_frame(filled: Path) -> None:
+    """Columns are typed; times are in UTC."""
+    pytest.importorskip("pandas")
+    with open_corpus(filled) as corpus:
+        events = list(corpus["c-0003"])
+        frame = corpus["c-0003"].to_frame()
+    assert list(frame.columns) == ["sequence", "received", "event_id", "event_type", "payload"]
+    assert [event.sequence for event in events] == frame["sequence"].tolist()
+    assert [str(event.event_id) for event in events] == frame["event_id"].tolist()
+    assert [event.payload for event in events] == frame["payload"].tolist()
+    assert str(frame["received"].dtype) == "datetime64[ns, UTC]"
+    assert [event.received_ns for event in events] == [moment.value for moment in frame["received"]]
+
+
+def test_a_frame_without_pandas_says_what_to_install(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pandas is an extra."""
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with open_corpus(filled) as corpus, pytest.raises(CorpusUsageError, match=r"pip install 'fiq\[pandas\]'"):
+        corpus["c-0003"].to_frame()
+
+
+def test_h5dump_reads_a_file_while_its_writer_works(filled: Path, h5dump: str) -> None:
+    """HDF5 1.10, as Debian has it, opens what HDF5 2.0 writes through the journal."""
+    with EventStore.open(filled, expected=IDENTITY) as store:
+        commit_range(store, range(201, 301))
+        header = _run(h5dump, "-H", str(filled))
+        rows = _run(h5dump, "-d", "/consultations/c-0003/events", "-c", "1", str(filled))
+    assert 'GROUP "c-0003"' in header
+    assert 'H5T_STD_U64LE "seq"' in rows
+    with open_corpus(filled) as corpus:
+        first = next(iter(corpus["c-0003"]))
+    # an opaque id is printed in hexadecimal
+    assert ":".join(f"{byte:02x}" for byte in first.id_bytes) in rows
+
+
+def test_h5dump_follows_the_links_of_the_index(filled: Path, h5dump: str) -> None:
+    """corpus.h5 opens every partition file."""
+    write_index(filled.parent)
+    index = str(filled.with_name("corpus.h5"))
+    assert 'EXTERNAL_LINK "00"' in _run(h5dump, "-H", index)
+    assert "H5T_OPAQUE" in _run(h5dump, "-H", "-d", "/partitions/00/consultations/c-0003/events", index)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

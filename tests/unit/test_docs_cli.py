@@ -1,0 +1,65 @@
+"""docs/cli.md cannot rot: every command, argument and option of the command line stands in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from services.cli.main import app
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+GROUP: Any = typer.main.get_command(app)
+
+
+def section(command: str) -> str:
+    """Return what the document says of *command*, without its heading."""
+    found = re.search(rf"^## fiq {re.escape(command)}\n(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
+    return found.group(1) if found else ""
+
+
+def parameters() -> Iterator[tuple[str, str]]:
+    """Yield each command with each of its parameters' names as a user writes them."""
+    for command in GROUP.commands.values():
+        for parameter in command.params:
+            is_argument = parameter.param_type_name == "argument"
+            names = [parameter.name.upper()] if is_argument else [*parameter.opts, *parameter.secondary_opts]
+            for name in names:
+                if name not in {"-h", "--help"}:
+                    yield command.name, name
+
+
+@pytest.mark.parametrize("command", list(GROUP.commands))
+def test_every_command_has_a_section(command: str) -> None:
+    """A command that nobody can read about does not exist."""
+    assert section(command).strip()
+
+
+@pytest.mark.parametrize(("command", "name"), list(parameters()), ids=lambda value: str(value).lstrip("-"))
+def test_every_parameter_is_documented(command: str, name: str) -> None:
+    """Options stand in the section of their command, in code font."""
+    assert re.search(rf"`(?:[^`\n]* )?{re.escape(name)}\b[^`\n]*`", section(command)), f"fiq {command} {name}"
+
+
+def test_no_section_is_about_a_command_that_is_gone() -> None:
+    """The document follows the program in both directions."""
+    described = re.findall(r"^## fiq ([\w-]+)$", DOCUMENT, re.MULTILINE)
+
+    assert sorted(GROUP.commands) == sorted(described)
+
+
+@pytest.mark.parametrize("command", list(GROUP.commands))
+def test_no_documented_option_is_gone(command: str) -> None:
+    """An option that the section's table lists is one that the command takes."""
+    known = {name for parameter in GROUP.commands[command].params for name in parameter.opts}
+    listed = {
+        name
+        for row in re.findall(r"^\| (`-.*?) \|", section(command), re.MULTILINE)
+        for name in re.findall(r"`(--?[\w-]+)", row)
+    }
+
+    assert listed <= known

@@ -1,0 +1,86 @@
+"""docs/metrics.md holds every metric, as the code has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
+
+from services.corpus import StoreStats
+from services.ingest.metrics import OUTCOMES
+from services.ingest.metrics import Metrics as IngestMetrics
+from services.persister.metrics import FAILURE_KINDS
+from services.persister.metrics import Metrics as PersisterMetrics
+from services.persister.runner import State
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+def persister_metrics() -> PersisterMetrics:
+    """Return metrics with a sample each: one that has labels and no sample does not show them."""
+    metrics = PersisterMetrics()
+    partition = metrics.of(0)
+    partition.state(State.FOLLOWING)
+    partition.committed(1)
+    partition.queue(1, 1)
+    partition.store(StoreStats(1, 1, 1, False, 0, "", 0.0, 0, 1, 1, 0, 0, 1, 0, 1, 0.1, 0.1))
+    metrics.repairs.labels("gap")
+    return metrics
+
+
+#: the section of each service, and its metrics
+SECTIONS: dict[str, CollectorRegistry] = {
+    "Ingest": IngestMetrics().registry,
+    "Persister": persister_metrics().registry,
+}
+#: labels that say which bucket a sample belongs to
+_IMPLIED_LABELS = {"le"}
+
+
+def own_metrics(registry: CollectorRegistry) -> list[Metric]:
+    return [metric for metric in registry.collect() if metric.name.startswith("fi_")]
+
+
+def full_name(metric: Metric) -> str:
+    return f"{metric.name}_total" if metric.type == "counter" else metric.name
+
+
+def section(title: str) -> list[str]:
+    """Return the lines below the heading *title*, up to the next."""
+    _, _, rest = DOCS.read_text().partition(f"\n## {title}\n")
+    return rest.partition("\n## ")[0].splitlines()
+
+
+CASES = [(title, metric) for title, registry in SECTIONS.items() for metric in own_metrics(registry)]
+
+
+@pytest.mark.parametrize(("title", "metric"), CASES, ids=[full_name(metric) for _, metric in CASES])
+def test_each_metric_is_documented_with_type_and_labels(title: str, metric: Metric) -> None:
+    """In its service's section, beginning with the help text that /metrics shows."""
+    labels = {label for sample in metric.samples for label in sample.labels} - _IMPLIED_LABELS
+    (row,) = [line for line in section(title) if line.startswith(f"| `{full_name(metric)}` |")]
+    _, _, kind, documented, meaning = (cell.strip() for cell in row.split("|")[:5])
+    assert kind == metric.type
+    assert {label.strip("` ") for label in documented.split(",") if label} == labels
+    assert meaning
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_no_metric_is_documented_that_does_not_exist(title: str) -> None:
+    """What was renamed or removed must go from the manual too."""
+    rows = [line.split("`")[1] for line in section(title) if line.startswith("| `")]
+    assert sorted(rows) == sorted(full_name(metric) for metric in own_metrics(SECTIONS[title]))
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_each_outcome_of_a_publish_is_documented(outcome: str) -> None:
+    """An alert needs to know the values of a label."""
+    assert f"`{outcome}`" in "\n".join(section("Ingest"))
+
+
+@pytest.mark.parametrize("value", [*State, *FAILURE_KINDS])
+def test_each_state_and_kind_of_failure_is_documented(value: str) -> None:
+    """The same for partitions."""
+    assert f"`{value}`" in "\n".join(section("Persister"))

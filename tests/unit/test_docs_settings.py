@@ -1,0 +1,38 @@
+"""docs/settings.md holds every setting, as the code has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.contract.command import shown
+from services.contract.settings import Variable, variables
+from services.eventlog.settings import LogSettings
+from services.ingest.settings import Settings
+from services.persister.settings import PersisterSettings
+
+DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
+#: every settings class of the project
+CLASSES: tuple[type, ...] = (LogSettings, Settings, PersisterSettings)
+VARIABLES = {variable.name: variable for cls in CLASSES for variable in variables(cls)}
+
+
+@pytest.mark.parametrize("variable", VARIABLES.values(), ids=VARIABLES.keys())
+def test_each_setting_is_documented_with_its_default(variable: Variable) -> None:
+    """Name, default and meaning stand in one row, word for word."""
+    row = f"| `{variable.name}` | `{shown(variable.default)}` | {variable.doc} |"
+    assert row in DOCS.read_text().splitlines()
+
+
+def test_no_setting_is_documented_that_does_not_exist() -> None:
+    """What was renamed or removed must go from the manual too."""
+    rows = [line.split("`")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(VARIABLES)
+
+
+def test_a_setting_that_two_classes_share_means_the_same_in_both() -> None:
+    """FI_LOG_LEVEL is read by both services."""
+    for cls in CLASSES:
+        for variable in variables(cls):
+            assert variable == VARIABLES[variable.name]
