@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -67,6 +67,25 @@ async def unless_stopped(work: Coroutine[Any, Any, T], stop: Stop) -> T | None:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+async def cancellable(work: Awaitable[T]) -> T:
+    """Await a library's *work* without losing a cancellation in it.
+
+    Before Python 3.12 ``asyncio.wait_for``, which nats-py's requests end in, returns its result and forgets the
+    cancellation when both come in one turn of the loop (cpython gh-86296): a task that was asked to end, once, would go
+    on for ever, and a deadline around it would never strike.
+
+    Raises:
+        asyncio.CancelledError: the calling task was cancelled meanwhile, whatever came of *work*.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        return await work
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def settle() -> None:

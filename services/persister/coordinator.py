@@ -69,6 +69,7 @@ class Coordinator:
         self._log = get_logger("coordinator")
         self._runners: dict[int, PartitionRunner] = {}
         self._placed = Placed({}, {})
+        self._shared: set[int] = set()  # partitions of the volume that were shared among its processes
         self._advance_at: dict[int, float] = {}
         self._place_at = 0.0
         self._trouble = "partitions have not been placed yet"
@@ -106,6 +107,10 @@ class Coordinator:
                 f"no partition of store {log.store} is placed on this volume: all {log.partitions} are on others; "
                 f"FI_VOLUMES is {self._deployment.volumes}, and a partition does not move by itself"
             )
+        problems += [
+            f"partition {partition_name(p)} is placed here, and was not shared among the volume's processes yet"
+            for p in sorted(self._placed.here.keys() - self._shared)
+        ]
         for partition, runner in sorted(self._runners.items()):
             if runner.state is not State.FOLLOWING:
                 reason = f": {runner.reason}" if runner.reason else ""
@@ -150,6 +155,7 @@ class Coordinator:
         for partition in new:
             runner = self._runners[partition] = self._make_runner(self._placed.here[partition])
             runner.start()
+        self._shared = set(self._placed.here)
         if new or given_up:
             self._log.info("PARTITIONS_SHARED", partitions=self.partitions, processes=len(alive))
             self.on_change(self.partitions)

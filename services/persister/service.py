@@ -18,7 +18,7 @@ from nats.aio.client import Client
 
 from services.contract.command import product_version
 from services.contract.errors import BindError
-from services.contract.lifecycle import Stop, settle, unless_stopped
+from services.contract.lifecycle import Stop, cancellable, settle, unless_stopped
 from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
 from services.corpus import StoreOptions
@@ -53,6 +53,8 @@ _DEAD_LETTER_DEADLINE = 5.0
 _DEAD_LETTERS_IN_FLIGHT = 256
 #: seconds that an answer of /healthz, /readyz or /metrics gets to be written at the end
 _FLUSH_SECONDS = 1.0
+#: the service's end may take this long to be announced, seconds
+_FAREWELL_SECONDS = 2.0
 
 
 async def serve(settings: PersisterSettings, stop: Stop) -> None:
@@ -212,8 +214,10 @@ async def _announced(nc: Client, volume: Volume, worker: str, coordinator: Coord
     try:
         yield
     finally:
-        with contextlib.suppress(nats.errors.Error):  # the connection may be gone, and the service with it
-            await service.stop()
+        # the connection may be gone, and the service with it
+        with contextlib.suppress(nats.errors.Error, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                await cancellable(service.stop())
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nats
 import orjson
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.cli.assets import find_nats_server
@@ -57,11 +58,20 @@ async def scripted(url: str, script: Callable[[int], bytes | None]) -> AsyncIter
     connection = await nats.connect(url, name="scripted broker")
     broker = ScriptedBroker(script)
     await connection.subscribe("fi.events.*", cb=broker.answer)
-    await connection.flush()
+    await taken(connection)
     try:
         yield broker
     finally:
         await connection.close()
+
+
+async def taken(connection: Client) -> None:
+    """Wait until the server has seen everything that was sent on *connection* so far, subscriptions included.
+
+    nats-py's flush writes its PING past the buffer in which they wait, so only a second one is behind them.
+    """
+    for _ in range(2):
+        await connection.flush()
 
 
 def stored(sequence: int = 1, *, duplicate: bool = False) -> bytes:

@@ -65,5 +65,13 @@ class Service:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        """Wait for its end and return the exit code."""
-        return self.process.wait(END_TIMEOUT)
+        """Wait for its end and return the exit code.
+
+        Raises:
+            AssertionError: it did not end; with the last lines of its log.
+        """
+        try:
+            return self.process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            last = "\n".join(str(line) for line in self.lines[-20:])
+            raise AssertionError(f"did not end within {END_TIMEOUT:g} s; its last lines:\n{last}") from None

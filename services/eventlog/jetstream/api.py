@@ -16,6 +16,7 @@ from nats.aio.msg import Msg
 from nats.js.api import Header
 
 from services.contract.errors import FiqError
+from services.contract.lifecycle import cancellable
 from services.eventlog.errors import LogRefusedError, LogUnavailableError
 
 #: error codes (``err_code``) of the broker after which the same request may succeed
@@ -183,7 +184,7 @@ class JetStreamApi:
         payload = b"" if body is None else orjson.dumps(body)
         timeout = self._timeout if timeout is None else timeout
         try:
-            return await self._nc.request(f"$JS.API.{suffix}", payload, timeout=timeout)
+            return await cancellable(self._nc.request(f"$JS.API.{suffix}", payload, timeout=timeout))
         except nats.errors.NoRespondersError:
             raise NoRespondersError(f"{suffix}: nobody serves the JetStream API") from None
         except TimeoutError:

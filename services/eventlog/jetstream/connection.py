@@ -17,6 +17,7 @@ import nats.errors
 from nats.aio.client import Client
 
 from services.contract.errors import ConfigurationError
+from services.contract.lifecycle import cancellable
 from services.contract.logs import get_logger
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.tolerance import TolerantClient
@@ -89,7 +90,7 @@ class Connection(TolerantClient):
 
     async def _first_connect(self, settings: LogSettings, name: str, inbox_prefix: str) -> None:
         while True:
-            await self.connect(
+            attempt = self.connect(
                 servers=list(settings.servers),
                 name=name,
                 inbox_prefix=inbox_prefix,
@@ -104,6 +105,7 @@ class Connection(TolerantClient):
                 max_outstanding_pings=MAX_OUTSTANDING_PINGS,
                 pending_size=PENDING_BYTES,
             )
+            await cancellable(attempt)
             if self.is_connected:
                 return
             # nats-py returns in state CONNECTING when a server says neither PONG nor -ERR (slow authentication)

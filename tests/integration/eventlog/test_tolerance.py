@@ -19,6 +19,7 @@ from services.eventlog.jetstream.placement import Placements
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.protocol import Delivery
 from services.eventlog.settings import LogSettings
+from tests.support.broker import taken
 from tests.support.raw_nats import HEADERS, SUBJECTS, message, publish_raw
 
 
@@ -63,7 +64,7 @@ async def test_a_request_with_a_reply_subject_that_is_no_text_leaves_the_connect
     """Anybody may ask `$SRV.PING`, which persisters listen to."""
     nc, _ = follower
     subscription = await nc.subscribe("$SRV.PING")
-    await nc.flush()
+    await taken(nc)
     await publish_raw(single_node.urls[0], [b"PUB $SRV.PING \xff\xfe 1\r\nx\r\n", b"PUB $SRV.PING a\x0bb 1\r\nx\r\n"])
     assert "�" in (await subscription.next_msg(timeout=5)).reply
     assert (await subscription.next_msg(timeout=5)).reply == "a\x0bb"

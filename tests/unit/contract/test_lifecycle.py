@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from services.contract.lifecycle import Stop, unless_stopped
+from services.contract.lifecycle import Stop, cancellable, unless_stopped
 
 PROGRAM = """
 import asyncio, sys, time
@@ -124,3 +124,66 @@ async def test_an_error_while_work_is_being_cancelled_is_not_lost() -> None:
 
     with pytest.raises(OSError, match="disk"):
         await unless_stopped(work(), stop)
+
+
+async def answered_by(answer: asyncio.Future[str]) -> str:
+    """Wait as nats-py's requests do."""
+    return await asyncio.wait_for(answer, 60)
+
+
+async def test_a_cancellation_counts_that_comes_together_with_the_answer() -> None:
+    """wait_for alone returns the answer on Python 3.11, and a process that was asked to stop goes on."""
+    answer = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(cancellable(answered_by(answer)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    answer.set_result("here")
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+
+
+async def test_a_cancellation_counts_that_comes_together_with_an_error() -> None:
+    """The error would be taken for the broker's, and the request repeated."""
+    answer = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(cancellable(answered_by(answer)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    answer.set_exception(OSError("gone"))
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+
+
+async def test_a_request_in_the_clean_up_of_a_cancelled_task_is_answered() -> None:
+    """Only a cancellation during the work counts, not the one that the clean-up is for."""
+    answer = asyncio.get_running_loop().create_future()
+    answer.set_result("released")
+    outcome = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            outcome.append(await cancellable(answered_by(answer)))
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+    assert outcome == ["released"]
+
+
+async def test_a_deadline_strikes_that_comes_together_with_the_answer() -> None:
+    """asyncio.timeout works by a cancellation too."""
+    loop = asyncio.get_running_loop()
+    answer = loop.create_future()
+
+    async def work() -> None:
+        async with asyncio.timeout(60) as deadline:
+            loop.call_soon(deadline.reschedule, loop.time() - 1)
+            loop.call_soon(lambda: loop.call_soon(answer.set_result, "late"))
+            await cancellable(answered_by(answer))
+
+    with pytest.raises(TimeoutError):
+        await work()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,6 +47,8 @@ class Rig:
     def __init__(self, folder: Path, placements: MemoryPlacements) -> None:
         self.alive = ["us"]
         self.left = False
+        self.look = threading.Event()
+        self.look.set()
         self.runners: dict[int, FakeRunner] = {}
         self.changes: list[list[int]] = []
         volume = Volume.open(folder, "main")
@@ -62,6 +65,7 @@ class Rig:
         self.coordinator.on_change = self.changes.append
 
     def _alive(self) -> list[str]:
+        assert self.look.wait(5)
         return self.alive
 
     def _leave(self) -> None:
@@ -92,6 +96,22 @@ async def test_a_process_that_is_alone_runs_everything(tmp_path: Path) -> None:
     await rig.coordinator.stop()
     assert all(runner.stopped for runner in rig.runners.values())
     assert rig.left
+
+
+async def test_partitions_that_were_placed_and_not_yet_shared_are_not_ready(tmp_path: Path) -> None:
+    """Nobody runs them in the moment between."""
+    rig = Rig(tmp_path, MemoryPlacements())
+    rig.look.clear()
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: rig.coordinator.problems() != ["partitions have not been placed yet"])
+    assert [f"partition 0{p} is placed here, and was not shared" for p in range(4)] == [
+        problem.partition(" among")[0] for problem in rig.coordinator.problems()
+    ]
+    rig.look.set()
+    await eventually(lambda: rig.coordinator.problems() == [])
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()
 
 
 async def test_a_newcomer_gets_its_share(tmp_path: Path) -> None:
