@@ -1,0 +1,106 @@
+"""What each NATS user may do: the subjects that its role sends and hears, found by watching it work, and no others.
+
+Whoever may ask the stream's leader for a message (``STREAM.MSG.GET``, ``DIRECT.GET``), create a consumer or take a
+snapshot may read events, which are medical data: ingest may none of it, the provisioner neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.eventlog.jetstream.names import (
+    DEAD_PREFIX,
+    DEAD_STREAM,
+    EVENTS_PREFIX,
+    EVENTS_SUBJECT,
+    STREAM,
+    Role,
+    inbox_prefix,
+)
+
+#: name of the persisters in the NATS service API
+_SERVICE = "fi-persister"
+_STREAMS = (STREAM, DEAD_STREAM)
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """Subjects that a user may publish on and subscribe to; *answers*: to a request also on the subject it names."""
+
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+    answers: bool = False
+
+
+def _api(*suffixes: str) -> tuple[str, ...]:
+    return tuple(f"$JS.API.{suffix}" for suffix in suffixes)
+
+
+def _each(pattern: str) -> tuple[str, ...]:
+    return tuple(pattern.format(stream) for stream in _STREAMS)
+
+
+def _inbox(role: Role) -> str:
+    return f"{inbox_prefix(role)}.>"
+
+
+PERMISSIONS: dict[Role, Permissions] = {
+    Role.INGEST: Permissions(
+        publish=(EVENTS_SUBJECT, *_api(f"STREAM.INFO.{STREAM}")),
+        subscribe=(_inbox(Role.INGEST),),
+    ),
+    Role.PERSISTER: Permissions(
+        publish=(
+            *_api(
+                f"STREAM.INFO.{STREAM}",
+                f"STREAM.MSG.GET.{STREAM}",
+                f"STREAM.PURGE.{STREAM}",
+                f"DIRECT.GET.{STREAM}",
+                f"CONSUMER.LIST.{STREAM}",
+                f"CONSUMER.INFO.{STREAM}.*",
+                # <consumer>.fi.events.<partition>.*: the filter stands in the subject, its asterisk as itself
+                f"CONSUMER.CREATE.{STREAM}.*.{EVENTS_PREFIX}.*.*",
+                f"CONSUMER.RESET.{STREAM}.*",
+                f"CONSUMER.MSG.NEXT.{STREAM}.*",
+            ),
+            f"$JS.ACK.{STREAM}.>",
+            f"$JS.ACK.*.*.{STREAM}.>",  # the form with domain and account: feature_flags { js_ack_fc_v2: true }
+            f"{DEAD_PREFIX}.*",
+        ),
+        subscribe=(
+            _inbox(Role.PERSISTER),
+            *(
+                subject
+                for verb in ("PING", "INFO", "STATS")
+                for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{_SERVICE}", f"$SRV.{verb}.{_SERVICE}.*")
+            ),
+        ),
+        answers=True,
+    ),
+    Role.PROVISIONER: Permissions(
+        publish=_api("INFO", *_each("STREAM.INFO.{}"), *_each("STREAM.CREATE.{}"), *_each("STREAM.UPDATE.{}")),
+        subscribe=(_inbox(Role.PROVISIONER),),
+    ),
+    Role.OPS: Permissions(
+        publish=(
+            *_api(
+                "INFO",
+                "STREAM.NAMES",
+                "STREAM.LIST",
+                "STREAM.INFO.*",
+                "CONSUMER.NAMES.*",
+                "CONSUMER.LIST.*",
+                "CONSUMER.INFO.*.*",
+                # `nats stream view` and `nats stream get`
+                *_each("STREAM.MSG.GET.{}"),
+                *_each("DIRECT.GET.{}"),
+                *_each("DIRECT.GET.{}.>"),
+                # `nats stream backup`
+                *_each("STREAM.SNAPSHOT.{}"),
+            ),
+            *_each("$JS.SNAPSHOT.ACK.{}.>"),
+            *(f"$SRV.{verb}{tail}" for verb in ("PING", "INFO", "STATS") for tail in ("", ".>")),
+        ),
+        subscribe=(_inbox(Role.OPS),),
+    ),
+}
