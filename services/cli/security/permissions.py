@@ -1,7 +1,7 @@
 """What each NATS user may do: the subjects that its role sends and hears, found by watching it work, and no others.
 
-Whoever may ask the stream's leader for a message (``STREAM.MSG.GET``, ``DIRECT.GET``), create a consumer or take a
-snapshot may read events, which are medical data: ingest may none of it, the provisioner neither.
+Whoever may ask for a message (``STREAM.MSG.GET``, ``DIRECT.GET``), create a consumer or take a snapshot reads events,
+which are medical data: the services and ``ops`` may, the provisioner not.
 """
 
 from __future__ import annotations
@@ -44,19 +44,23 @@ def _inbox(role: Role) -> str:
     return f"{inbox_prefix(role)}.>"
 
 
+#: what both services ask to show the log in their metrics: state, backlog, age of what waits, living persisters
+_WATCH = (
+    *_api(*_each("STREAM.INFO.{}"), f"CONSUMER.LIST.{STREAM}", f"DIRECT.GET.{STREAM}"),
+    f"$SRV.INFO.{_SERVICE}",
+)
+
 PERMISSIONS: dict[Role, Permissions] = {
     Role.INGEST: Permissions(
-        publish=(EVENTS_SUBJECT, *_api(f"STREAM.INFO.{STREAM}")),
+        publish=(EVENTS_SUBJECT, *_WATCH),
         subscribe=(_inbox(Role.INGEST),),
     ),
     Role.PERSISTER: Permissions(
         publish=(
+            *_WATCH,
             *_api(
-                f"STREAM.INFO.{STREAM}",
                 f"STREAM.MSG.GET.{STREAM}",
                 f"STREAM.PURGE.{STREAM}",
-                f"DIRECT.GET.{STREAM}",
-                f"CONSUMER.LIST.{STREAM}",
                 f"CONSUMER.INFO.{STREAM}.*",
                 # <consumer>.fi.events.<partition>.*: the filter stands in the subject, its asterisk as itself
                 f"CONSUMER.CREATE.{STREAM}.*.{EVENTS_PREFIX}.*.*",
@@ -91,13 +95,21 @@ PERMISSIONS: dict[Role, Permissions] = {
                 "CONSUMER.NAMES.*",
                 "CONSUMER.LIST.*",
                 "CONSUMER.INFO.*.*",
-                # `nats stream view` and `nats stream get`
+                # `nats stream get`
                 *_each("STREAM.MSG.GET.{}"),
                 *_each("DIRECT.GET.{}"),
                 *_each("DIRECT.GET.{}.>"),
                 # `nats stream backup`
                 *_each("STREAM.SNAPSHOT.{}"),
+                # `fiq restore`
+                f"CONSUMER.RESET.{STREAM}.*",
+                # `nats stream view` makes a consumer and deletes it: of fi-events that could be a persister's
+                f"CONSUMER.CREATE.{DEAD_STREAM}.>",
+                f"CONSUMER.DURABLE.CREATE.{DEAD_STREAM}.*",
+                f"CONSUMER.MSG.NEXT.{DEAD_STREAM}.*",
+                f"CONSUMER.DELETE.{DEAD_STREAM}.*",
             ),
+            f"$JS.ACK.{DEAD_STREAM}.>",
             *_each("$JS.SNAPSHOT.ACK.{}.>"),
             *(f"$SRV.{verb}{tail}" for verb in ("PING", "INFO", "STATS") for tail in ("", ".>")),
         ),
