@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -72,3 +75,25 @@ class Secured:
         """Return what the nodes' logs say of refused subjects, since the nodes were started first."""
         logs = [node.log.read_text(errors="replace") for node in self.cluster.nodes]
         return [found for log in logs for found in _VIOLATION.findall(log)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    errors: list[str]
+
+
+def fiq(environment: dict[str, str], *arguments: str) -> Outcome:
+    """Run the command line as a process of its own, with these variables and none of the machine's."""
+    return run("services.cli.main", environment, *arguments)
+
+
+def run(module: str, environment: dict[str, str], *arguments: str) -> Outcome:
+    """Run ``python -m MODULE`` until it ends by itself."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FI_")} | environment
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return Outcome(done.returncode, done.stdout, done.stderr.splitlines())
