@@ -9,10 +9,12 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from services.cli.cluster import Cluster
+from services.cli.security.authority import Authority, Pair
 from services.cli.security.deployment import Deployment
 from services.cli.security.files import Owner
 from services.cli.security.layout import Layout
@@ -23,10 +25,10 @@ from services.eventlog.settings import LogSettings
 _VIOLATION = re.compile(r"Permissions Violation.*")
 
 
-def make_deployment(folder: Path) -> Layout:
+def make_deployment(folder: Path, *, encrypt: bool = False) -> Layout:
     """Do what ``fiq init`` does, for this process's own user."""
     deployment = Deployment(folder, Owner.myself())
-    deployment.complete()
+    deployment.complete(encrypt=encrypt)
     return deployment.layout
 
 
@@ -97,3 +99,11 @@ def run(module: str, environment: dict[str, str], *arguments: str) -> Outcome:
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     return Outcome(done.returncode, done.stdout, done.stderr.splitlines())
+
+
+def replace_certificate(layout: Layout, node: str, *, start: datetime, lifetime: timedelta, hosts: list[str]) -> None:
+    """Give *node* a certificate of the deployment's authority that an operator would not make."""
+    authority = Authority(Pair(layout.ca_certificate.read_bytes(), layout.ca_key.read_bytes()))
+    pair = authority.sign(node, hosts, start=start, lifetime=lifetime)
+    layout.node_certificate(node).write_bytes(pair.certificate)
+    layout.node_key(node).write_bytes(pair.key)

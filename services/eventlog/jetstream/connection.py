@@ -59,6 +59,7 @@ class Connection(RefusalAwareClient):
         super().__init__()
         self._settings = settings
         self._on_closed = on_closed
+        self._connecting = False
         self._established = False
         self._failures: list[str] = []
         self._signer: Signer | None = None
@@ -72,9 +73,10 @@ class Connection(RefusalAwareClient):
             LogAccessError: the servers that answer do not let us in.
             LogUnavailableError: no server took the connection within *deadline* seconds.
         """
+        options: dict[str, Any] = {"name": name, "inbox_prefix": inbox_prefix, **self._credentials()}
         try:
             async with asyncio.timeout(deadline):
-                await self._first_connect(name, inbox_prefix)
+                await self._first_connect(options)
         except TimeoutError:
             await self._abandon()
             raise LogUnavailableError(self._unreachable(deadline)) from None
@@ -92,19 +94,20 @@ class Connection(RefusalAwareClient):
 
     # -- the first connect --------------------------------------------------------------------------------------------
 
-    async def _first_connect(self, name: str, inbox_prefix: str) -> None:
-        """Try one server after the other: nats-py's own loop over them hangs when a TLS handshake fails."""
-        context = tls_context(self._settings)
+    def _credentials(self) -> dict[str, Any]:
         self._signer = read_signer(self._settings)
-        options: dict[str, Any] = {"name": name, "inbox_prefix": inbox_prefix}
-        if context is not None:
+        options: dict[str, Any] = {} if self._signer is None else {"signature_cb": self._sign}
+        if (context := tls_context(self._settings)) is not None:
             options |= {"tls": context, "tls_handshake_first": True}
-        if self._signer is not None:
-            options["signature_cb"] = self._sign
+        return options
+
+    async def _first_connect(self, options: dict[str, Any]) -> None:
+        """Try one server after the other: nats-py's own loop over them hangs when a TLS handshake fails."""
         while True:
             refused: dict[str, str] = {}
             servers = random.sample(self._settings.servers, len(self._settings.servers))
             for server in servers:
+                self._connecting = True
                 try:
                     await self._try(server, options)
                 except (OSError, nats.errors.Error) as error:  # a TimeoutError is an OSError
@@ -114,6 +117,8 @@ class Connection(RefusalAwareClient):
                 else:
                     self._add_to_pool(servers)
                     return
+                finally:
+                    self._connecting = False
                 await self._abandon()
             if refused:
                 raise LogAccessError(_refused(refused))
@@ -148,8 +153,8 @@ class Connection(RefusalAwareClient):
     async def _abandon(self) -> None:
         writer = getattr(self._transport, "_io_writer", None)
         if writer is not None and self._settings.ca_file:
-            # waiting for the end of a TLS connection that never came to be takes for ever
             writer.transport.abort()
+            self._transport = None  # or close() waits for the end of a TLS connection that never came to be
         with contextlib.suppress(TimeoutError, OSError, nats.errors.Error):
             async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
                 await self.close()
@@ -207,7 +212,7 @@ class Connection(RefusalAwareClient):
     # -- callbacks: nats-py wants coroutine functions --------------------------------------------------------------
 
     async def _when_error(self, error: Exception) -> None:
-        if not self._established:
+        if self._connecting:
             raise error  # nats-py would try for ever otherwise; the loop of the first connect is ours
         refusal = Refusal.parse(str(error))
         if refusal is not None:

@@ -65,9 +65,10 @@ def read_signer(settings: LogSettings) -> Signer | None:
         remedy = "it is users/<role>.seed of `fiq init`, and belongs to whom this process runs as (--owner)"
         raise _problem(SEED_VARIABLE, settings.seed_file, f"{error.strerror}; {remedy}") from None
     try:
-        return Signer(nkeys.from_seed(bytearray(seed.strip())), public_key(seed))
+        public = public_key(seed)
     except ValueError as error:
         raise _problem(SEED_VARIABLE, settings.seed_file, str(error)) from None
+    return Signer(nkeys.from_seed(bytearray(seed.strip())), public)
 
 
 def public_key(seed: bytes) -> str:

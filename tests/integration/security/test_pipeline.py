@@ -92,6 +92,7 @@ async def test_everything_works_and_nothing_is_refused(provisioned: Secured, tmp
                     await _trimmed(nc)
                 assert 0 == await second.end()
                 assert "" == second.errors
+                assert "LIBRARY" not in {line["event"] for line in second.lines}
     assert [] == secured.violations()
 
 
