@@ -151,9 +151,8 @@ class Connection(RefusalAwareClient):
         self._server_pool[:0] = [Srv(uri) for uri in uris if uri.netloc not in known]
 
     async def _abandon(self) -> None:
-        writer = getattr(self._transport, "_io_writer", None)
-        if writer is not None and self._settings.ca_file:
-            writer.transport.abort()
+        if self._writer is not None and self._settings.ca_file:
+            self._writer.transport.abort()
             self._transport = None  # or close() waits for the end of a TLS connection that never came to be
         with contextlib.suppress(TimeoutError, OSError, nats.errors.Error):
             async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
@@ -190,6 +189,9 @@ class Connection(RefusalAwareClient):
         await super()._process_info(info, initial_connection)
         for server in self._server_pool:
             server.tls_name = None
+        if initial_connection and self._settings.ca_file and self._writer is not None:
+            # nats-py makes the protocol by hand: told nothing, it answers the end of TLS so that the loop warns of it
+            self._writer.transport.get_protocol()._over_ssl = True
 
     async def _process_err(self, err_msg: str) -> None:
         """Come back when a reload of the node has thrown this user out: the seed's file may hold its next one."""
@@ -202,9 +204,12 @@ class Connection(RefusalAwareClient):
     def _server_name(self) -> str:
         return str(self._server_info.get("server_name", ""))
 
+    @property
+    def _writer(self) -> Any:
+        return getattr(self._transport, "_io_writer", None)  # nats-py offers no way to its socket
+
     def _limit_tcp_silence(self) -> None:
-        writer = getattr(self._transport, "_io_writer", None)  # nats-py offers no way to its socket
-        sock = writer.get_extra_info("socket") if writer is not None else None
+        sock = self._writer.get_extra_info("socket") if self._writer is not None else None
         option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
         if sock is not None and option is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, TCP_USER_TIMEOUT_MS)
