@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from services.cli.security.authority import check_host
 from services.cli.security.deployment import Deployment
 from services.cli.security.files import Owner
 
+_OWNER = re.compile(r"([0-9]{1,9})(?::([0-9]{1,9}))?", re.ASCII)
 #: whom the image's processes run as
 IMAGE_UID = 10001
 
@@ -99,7 +101,7 @@ def _hosts(value: str) -> list[str]:
 def _owner(value: str) -> Owner:
     if not value:
         return Owner(IMAGE_UID, IMAGE_UID) if os.geteuid() == 0 else Owner.myself()
-    uid, _, gid = value.partition(":")
-    if not (uid.isdecimal() and (gid or uid).isdecimal()):
+    match = _OWNER.fullmatch(value)
+    if match is None:
         raise CommandError(f"--owner {value}: give numbers, such as 10001 or 10001:10001")
-    return Owner(int(uid), int(gid or uid))
+    return Owner(int(match[1]), int(match[2] or match[1]))

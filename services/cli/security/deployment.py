@@ -72,6 +72,7 @@ class Deployment:
 
     def renew_certificates(self, hosts: Sequence[str] = ()) -> None:
         """Give every node a new key and certificate by the same authority, for *hosts* or the names of the old one."""
+        self._must_exist()
         with self._at_work():
             authority = self._authority(may_make=False)
             known = self.layout.known_nodes()
@@ -84,6 +85,7 @@ class Deployment:
 
     def begin_users(self) -> None:
         """Make the users' next seeds, and let the nodes take both: step 1 of 2."""
+        self._must_exist()
         with self._at_work():
             self._check_users()
             for user in USERS:
@@ -97,6 +99,7 @@ class Deployment:
         Raises:
             CommandError: no rotation is under way.
         """
+        self._must_exist()
         with self._at_work():
             self._check_users()
             if not any(self.layout.next_seed(user).exists() for user in USERS):
@@ -109,6 +112,10 @@ class Deployment:
             self._write_nats()
 
     # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _must_exist(self) -> None:
+        if not self.layout.secrets.is_dir():
+            raise CommandError(f"{self.layout.secrets} does not exist: make it with  fiq init {self.layout.folder}")
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
