@@ -26,7 +26,7 @@ class Validity:
 
 
 def certificates(nc: Client) -> list[Validity]:
-    """Return the certificates of the connection *nc*; none when it is not encrypted, or closed."""
+    """Return the certificates of the connection *nc*; none when it is not encrypted."""
     transport = getattr(nc, "_transport", None)  # nats-py offers no way to its socket
     writer = getattr(transport, "_io_writer", None)
     tls: ssl.SSLObject | None = writer.get_extra_info("ssl_object") if writer is not None else None

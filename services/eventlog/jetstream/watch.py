@@ -61,6 +61,7 @@ class LogWatch:
         self._api = JetStreamApi(nc, timeout=PROBE_TIMEOUT_SECONDS)
         self._list_api = JetStreamApi(nc, timeout=_LIST_TIMEOUT_SECONDS)
         self._seen = dict.fromkeys(PARTS, time.monotonic())
+        self._said: dict[str, str] = {}
         self._partitions = 0
         self._offset = 0.0
         self._stores: dict[str, tuple[PartitionReport, ...]] = {}
@@ -93,9 +94,12 @@ class LogWatch:
                 reason = repr(error)
             else:
                 self._seen[part] = time.monotonic()
+                self._said.pop(part, None)
                 return
             self._metrics.failures.labels(part).inc()
-            _log.warning("OBSERVATION_FAILED", part=part, reason=reason)
+            if self._said.get(part) != reason:  # once for each reason, or an outage would fill the log
+                self._said[part] = reason
+                _log.warning("OBSERVATION_FAILED", part=part, reason=reason)
         if time.monotonic() - self._seen[part] > KEPT_SECONDS:
             self._metrics.forget(part)
 
