@@ -36,6 +36,9 @@ VOLUME_KEY = "fi_volume"
 #: metadata of a consumer: counts the partition's moves from volume to volume
 EPOCH_KEY = "fi_epoch"
 
+#: name of the persisters in the NATS service API (ADR-32): what `nats micro ls` and `fiq status` show
+PERSISTER_SERVICE = "fi-persister"
+
 _CONSUMER_NAME = re.compile(rf"{WORKERS_PREFIX}-([a-z0-9]{{1,32}})-([0-9]{{2}})", re.ASCII)
 
 
