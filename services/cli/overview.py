@@ -7,12 +7,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-import orjson
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 
 from services.cli import monitoring
 from services.cli.folder import State
@@ -20,6 +17,7 @@ from services.cli.target import Target, connected
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream import names
 from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.processes import persister_infos
 from services.eventlog.jetstream.report import (
     ClusterReport,
     PartitionReport,
@@ -31,10 +29,6 @@ from services.eventlog.jetstream.report import (
 from services.eventlog.partitions import partition_name
 from services.eventlog.settings import LogSettings
 
-#: the persisters' name in the NATS service API (ADR-32)
-PERSISTER_SERVICE = "fi-persister"
-#: how long the first answer of a persister is awaited, and how long a further one, seconds
-_FIRST_ANSWER, _NEXT_ANSWER = 1.0, 0.25
 #: how long an election may keep the broker from answering, seconds
 _ELECTION = 12.0
 _PAUSE = 0.25
@@ -169,12 +163,11 @@ def _is_healthy(url: str) -> bool:
 async def _workers(connection: Client, state: State | None) -> list[Worker]:
     known = {} if state is None else {str(member.pid): member.name for member in state.members}
     workers = []
-    for answer in await _ask_all(connection, f"$SRV.INFO.{PERSISTER_SERVICE}"):
-        metadata = answer.get("metadata") or {}
+    for metadata in await persister_infos(connection):
         pid = metadata.get("pid", "")
         workers.append(
             Worker(
-                name=known.get(pid) or metadata.get("worker", answer.get("id", "")),
+                name=known.get(pid) or metadata.get("worker", ""),
                 host=metadata.get("host", ""),
                 pid=pid,
                 volume=metadata.get("volume", ""),
@@ -182,26 +175,6 @@ async def _workers(connection: Client, state: State | None) -> list[Worker]:
             )
         )
     return sorted(workers, key=lambda worker: worker.name)
-
-
-async def _ask_all(connection: Client, subject: str) -> list[dict[str, Any]]:
-    """Return everybody's answer to a request without a body, in whatever number they come."""
-    answers: asyncio.Queue[Msg] = asyncio.Queue()
-    inbox = connection.new_inbox()
-    subscription = await connection.subscribe(inbox, cb=answers.put)
-    found: list[dict[str, Any]] = []
-    try:
-        await connection.publish(subject, reply=inbox)
-        while True:
-            message = await asyncio.wait_for(answers.get(), _NEXT_ANSWER if found else _FIRST_ANSWER)
-            if not message.data:  # status 503: nobody offers the service
-                break
-            found.append(orjson.loads(message.data))
-    except TimeoutError:
-        pass
-    finally:
-        await subscription.unsubscribe()
-    return found
 
 
 def _partition(report: PartitionReport, workers: list[Worker], committed: Mapping[int, int]) -> Partition:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from aiohttp import web
 
 from services.contract.management import CachedCheck, ReadinessCheck, add_management_routes
+from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import EventWriter
 from services.ingest.answers import Answers
 from services.ingest.handlers import (
@@ -40,10 +41,12 @@ class OpenLog:
     Attributes:
         writer: takes the events.
         ready: says what is wrong with the log; nothing when it takes events.
+        watching: while entered, keeps the metrics of the log up to date; a log in memory has none.
     """
 
     writer: EventWriter
     ready: ReadinessCheck
+    watching: Callable[[LogMetrics], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
 
 
 #: opens the log at start, and closes it when the application ends
@@ -70,7 +73,8 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         async with open_log() as opened:
             app[WRITER] = opened.writer
             check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
-            yield
+            async with opened.watching(metrics.log):
+                yield
 
     async def ready() -> list[str]:
         if answers.closing:

@@ -10,6 +10,7 @@ from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.report import stream_ready
 from services.eventlog.jetstream.startup import reach
+from services.eventlog.jetstream.watch import watching
 from services.ingest.app import OpenLog
 from services.ingest.settings import Settings
 
@@ -36,7 +37,11 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None]) -> Asyn
         publisher = Publisher(client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight)
         await publisher.start()
         try:
-            yield OpenLog(publisher, lambda: stream_ready(client, settings.log))
+            yield OpenLog(
+                publisher,
+                lambda: stream_ready(client, settings.log),
+                lambda metrics: watching(client, settings.log, metrics),
+            )
         finally:
             await publisher.close()
     finally:

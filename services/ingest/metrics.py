@@ -7,6 +7,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from services.eventlog.metrics import LogMetrics
 from services.ingest.problems import registry as problems
 
 #: from a publish without fsync to the longest deadline, seconds
@@ -33,6 +34,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
+        self.log = LogMetrics(self.registry)
 
         # A rise of 4xx: look which problem it is, then at the clients. 503: look at the publishes below. 500: our own
         # fault, the log has a line REQUEST_FAILED for each.

@@ -178,6 +178,7 @@ class Coordinator:
     async def _look_after(self) -> None:
         while True:
             await asyncio.sleep(OBSERVE_SECONDS)
+            await self._measure()
             for runner in list(self._runners.values()):
                 await runner.look_after()
             try:
@@ -186,6 +187,16 @@ class Coordinator:
                 await self._trim()
             except (TransientError, PermanentError) as error:
                 self._log.warning("OBSERVATION_FAILED", reason=str(error))
+
+    async def _measure(self) -> None:
+        volume = self._deployment.volume
+        try:
+            free, size = await asyncio.to_thread(volume.room)
+        except OSError as error:
+            self._log.warning("OBSERVATION_FAILED", reason=f"the data directory cannot be measured: {error.strerror}")
+            return
+        self._metrics.volume_free.labels(volume.uuid).set(free)
+        self._metrics.volume_size.labels(volume.uuid).set(size)
 
     async def _observe(self) -> None:
         if not self._runners:

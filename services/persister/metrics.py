@@ -16,6 +16,7 @@ from prometheus_client import (
 )
 
 from services.corpus import StoreStats
+from services.eventlog.metrics import LogMetrics
 from services.eventlog.partitions import partition_name
 from services.persister.batch import Written
 
@@ -62,6 +63,21 @@ class Metrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
+        self.log = LogMetrics(registry)
+        # joins a process's metrics with its store: … * on (instance) group_left (store, volume) fi_persister_info
+        self.info = Gauge(
+            "fi_persister_info",
+            "1; the labels say what the process writes",
+            ("store", "volume", "host"),
+            registry=registry,
+        )
+        # free below a tenth: commits will fail, partitions retry, events wait in the stream; nothing is lost
+        self.volume_free = Gauge(
+            "fi_volume_free_bytes", "Room left for the data directory", ("volume",), registry=registry
+        )
+        self.volume_size = Gauge(
+            "fi_volume_size_bytes", "Size of the data directory's file system", ("volume",), registry=registry
+        )
         # grows for minutes: persisters are too slow, or a partition stands still (see fi_persister_partition_state)
         self.queue_length = Gauge(
             "fi_queue_length", "Events of the partition that are not committed yet", _PARTITION, registry=registry

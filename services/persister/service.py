@@ -25,12 +25,13 @@ from services.corpus import StoreOptions
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.connection import close
 from services.eventlog.jetstream.follower import JetStreamFollower
-from services.eventlog.jetstream.names import Role, consumer_name
+from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.provision import stream_identity
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.startup import reach
 from services.eventlog.jetstream.trim import Trimmer
+from services.eventlog.jetstream.watch import watching
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity
 from services.persister.assignment import Deployment, open_store
@@ -42,8 +43,6 @@ from services.persister.runner import Limits, PartitionRunner
 from services.persister.settings import PersisterSettings
 from services.persister.volume import Volume
 
-#: name of the service that `nats micro ls` and `fiq status` show
-MICRO_NAME = "fi-persister"
 #: HDF5's metadata caches of all partition files together; in memory they take 20 times as much, bytes
 METADATA_CACHE_BYTES = 2 << 20
 #: pages of 4 KiB that all partition files of the process keep in memory together
@@ -68,6 +67,7 @@ async def serve(settings: PersisterSettings, stop: Stop) -> None:
     with bind(settings.host, settings.port, "FI_PERSISTER_HOST, FI_PERSISTER_PORT") as sock:
         volume = await asyncio.to_thread(Volume.open, settings.data_dir, settings.log.store)
         metrics = Metrics()
+        metrics.info.labels(volume.store, volume.uuid, socket.gethostname()).set(1)
         readiness = Readiness()
         async with _management(sock, metrics, readiness) as port:
             nc = await _reached(settings, stop)
@@ -75,7 +75,8 @@ async def serve(settings: PersisterSettings, stop: Stop) -> None:
                 try:
                     settle()
                     log.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
-                    await _persist(nc, settings, volume, metrics, readiness, stop)
+                    async with watching(nc, settings.log, metrics.log):
+                        await _persist(nc, settings, volume, metrics, readiness, stop)
                 finally:
                     await close(nc)
     log.info("PERSISTER_STOPPED", reason=stop.reason)
@@ -206,7 +207,7 @@ async def _announced(nc: Client, volume: Volume, worker: str, coordinator: Coord
     coordinator.on_change = changed
     service = await nats.micro.add_service(
         nc,
-        name=MICRO_NAME,
+        name=PERSISTER_SERVICE,
         version=product_version(),
         description="Writes partitions of fi-events into HDF5.",
         metadata=metadata,

@@ -64,6 +64,15 @@ class Volume:
         """Return the path of a partition's file."""
         return self.directory / f"{partition_name(partition)}.h5"
 
+    def room(self) -> tuple[int, int]:
+        """Return how many bytes this process may still write on the volume's file system, and that one's size.
+
+        Raises:
+            OSError: the directory cannot be reached.
+        """
+        found = os.statvfs(self.directory)
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
     @property
     def workers(self) -> Path:
         """The directory of the live processes' lock files."""

@@ -158,13 +158,15 @@ class JetStreamApi:
         answer = await self.request(f"STREAM.PURGE.{stream}", {"seq": sequence})
         return int(answer.get("purged", 0))
 
-    async def get_message(self, stream: str, sequence: int) -> StoredMessage | None:
+    async def get_message(self, stream: str, sequence: int, *, next_of: str | None = None) -> StoredMessage | None:
         """Return the message at *sequence*, or None when the stream holds none there.
 
-        A direct get (ADR-31): any replica answers, so one that lags may not have the newest messages yet.
+        With *next_of*, a subject with or without wildcards, return the first one of it from *sequence* on. A direct get
+        (ADR-31): any replica answers, so one that lags may not have the newest messages yet.
         """
         operation = f"DIRECT.GET.{stream}"
-        message = await self._ask(operation, {"seq": sequence}, None)
+        wanted: dict[str, Any] = {"seq": sequence} if next_of is None else {"seq": sequence, "next_by_subj": next_of}
+        message = await self._ask(operation, wanted, None)
         headers = message.headers or {}
         status = headers.get("Status")
         if status == "404":

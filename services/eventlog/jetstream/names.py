@@ -37,6 +37,9 @@ VOLUME_KEY = "fi_volume"
 #: metadata of a consumer: counts the partition's moves from volume to volume
 EPOCH_KEY = "fi_epoch"
 
+#: name of the persisters in the NATS service API (ADR-32): what `nats micro ls` and `fiq status` show
+PERSISTER_SERVICE = "fi-persister"
+
 
 class Role(StrEnum):
     """What a process is to the broker: each role has a NATS user and an inbox prefix of its own."""

@@ -137,12 +137,28 @@ async def cluster_report(nc: Client, settings: LogSettings) -> ClusterReport:
     info = await api.stream_info(names.STREAM)
     server = nc.connected_url.netloc if nc.connected_url is not None else ""
     if info is None:
-        return ClusterReport(server, None, _partitions(settings, settings.partitions, {}, frozenset()))
+        return ClusterReport(server, None, _partitions(settings.store, settings.partitions, {}, frozenset()))
     stream = read_stream(info)
     found, missing = await api.survey_consumers(names.STREAM)
     by_name = {consumer["name"]: consumer for consumer in found}
     count = stream.partitions or settings.partitions
-    return ClusterReport(server, stream, _partitions(settings, count, by_name, frozenset(missing)))
+    return ClusterReport(server, stream, _partitions(settings.store, count, by_name, frozenset(missing)))
+
+
+async def store_reports(
+    api: JetStreamApi, partitions: int, default_store: str
+) -> dict[str, tuple[PartitionReport, ...]]:
+    """Return the partitions of every store that has a consumer; of *default_store* alone while there is none.
+
+    Raises:
+        LogUnavailableError: no answer.
+        LogRefusedError: the broker refuses to tell.
+    """
+    found, missing = await api.survey_consumers(names.STREAM)
+    by_name = {consumer["name"]: consumer for consumer in found}
+    parsed = (names.parse_consumer_name(name) for name in [*by_name, *missing])
+    stores = sorted({store for store, _ in filter(None, parsed)}) or [default_store]
+    return {store: _partitions(store, partitions, by_name, frozenset(missing)) for store in stores}
 
 
 async def stream_ready(nc: Client, settings: LogSettings) -> list[str]:
@@ -199,9 +215,9 @@ def _replica(peer: Mapping[str, Any]) -> ReplicaReport:
 
 
 def _partitions(
-    settings: LogSettings, count: int, found: Mapping[str, Mapping[str, Any]], missing: frozenset[str]
+    store: str, count: int, found: Mapping[str, Mapping[str, Any]], missing: frozenset[str]
 ) -> tuple[PartitionReport, ...]:
-    consumers = [names.consumer_name(settings.store, partition) for partition in range(count)]
+    consumers = [names.consumer_name(store, partition) for partition in range(count)]
     return tuple(
         _partition(partition, name, found[name])
         if name in found

@@ -51,22 +51,26 @@ class Rig:
         self.look.set()
         self.runners: dict[int, FakeRunner] = {}
         self.changes: list[list[int]] = []
-        volume = Volume.open(folder, "main")
+        self.volume = Volume.open(folder, "main")
+        self.metrics = Metrics()
         members = SimpleNamespace(name="us", alive=self._alive, leave=self._leave)
         self.coordinator = Coordinator(
-            Deployment(volume, 1, LogSettings(partitions=4), LOG),
+            Deployment(self.volume, 1, LogSettings(partitions=4), LOG),
             members=cast("Any", members),
             placements=placements,
             make_runner=cast("Any", self._make),
-            api=cast("Any", None),
+            api=cast("Any", SimpleNamespace(stream_info=self._no_stream)),
             trimmer=cast("Any", None),
-            metrics=Metrics(),
+            metrics=self.metrics,
         )
         self.coordinator.on_change = self.changes.append
 
     def _alive(self) -> list[str]:
         assert self.look.wait(5)
         return self.alive
+
+    async def _no_stream(self, _: str) -> None:
+        return None
 
     def _leave(self) -> None:
         self.left = True
@@ -191,6 +195,32 @@ async def test_a_data_directory_that_takes_no_marker_is_shown_and_tried_again(
     full = False
     await eventually(lambda: rig.changes == [[0, 1, 2, 3]])
     assert [] == rig.coordinator.problems()
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()
+
+
+async def test_the_disks_room_is_shown_also_while_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator wants to see a full disk before anything else; one that cannot be measured ends nothing."""
+    monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 0.01)
+    free = iter([10, None, 9])
+
+    def room(_: Volume) -> tuple[int, int]:
+        found = next(free, 9)
+        if found is None:
+            raise OSError(5, "Input/output error")
+        return found, 100
+
+    monkeypatch.setattr(Volume, "room", room)
+    rig = Rig(tmp_path, MemoryPlacements())
+    rig.alive = ["other"]
+    work = asyncio.create_task(rig.coordinator.run())
+
+    def shown(name: str) -> float | None:
+        return rig.metrics.registry.get_sample_value(name, {"volume": rig.volume.uuid})
+
+    await eventually(lambda: shown("fi_volume_free_bytes") == 9)
+    assert 100 == shown("fi_volume_size_bytes")
     work.cancel()
     await asyncio.wait({work})
     await rig.coordinator.stop()

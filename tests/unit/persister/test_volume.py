@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,12 @@ def test_open_leaves_no_descriptor_behind(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     Volume.open(tmp_path, "main")
     assert before == len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_room_is_what_the_file_system_says(tmp_path: Path) -> None:
+    """As `df` shows it: what is left for this user, and all of it."""
+    volume = Volume.open(tmp_path, "main")
+    expected = shutil.disk_usage(tmp_path)
+    free, size = volume.room()
+    assert expected.total == size
+    assert 0 < free <= size

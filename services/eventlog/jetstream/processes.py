@@ -1,0 +1,92 @@
+"""Which persister processes live just now: everybody's answer in the NATS service API (ADR-32).
+
+The broker passes the question on to whoever is subscribed, so a process that is gone is missing at once; nobody keeps a
+list that could be wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import nats.errors
+import orjson
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from services.eventlog.errors import LogRefusedError, LogUnavailableError
+from services.eventlog.jetstream.names import PERSISTER_SERVICE
+
+#: how long the first answer of a persister is awaited, and how long a further one, seconds
+_FIRST_ANSWER, _NEXT_ANSWER = 1.0, 0.25
+_SUBJECT = f"$SRV.INFO.{PERSISTER_SERVICE}"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveProcess:
+    """A persister process that answered.
+
+    Attributes:
+        store: the store that it writes.
+        volume: UUID of its volume.
+        partitions: numbers of those that it runs, whatever state they are in.
+    """
+
+    store: str
+    volume: str
+    partitions: frozenset[int]
+
+
+async def live_processes(nc: Client) -> list[LiveProcess]:
+    """Return every persister process that answers.
+
+    Raises:
+        LogUnavailableError: the connection is gone.
+        LogRefusedError: the user of the connection may not ask, so silence means nothing.
+    """
+    infos = await persister_infos(nc)
+    refused = [text for text in getattr(nc, "violations", ()) if _SUBJECT.lower() in text.lower()]
+    if refused and not infos:
+        raise LogRefusedError(f"the NATS user may not ask which persisters live: {refused[0]}")
+    return [
+        LiveProcess(
+            store=metadata.get("store", ""),
+            volume=metadata.get("volume", ""),
+            partitions=frozenset(int(name) for name in metadata.get("partitions", "").split(",") if name.isdigit()),
+        )
+        for metadata in infos
+    ]
+
+
+async def persister_infos(nc: Client) -> list[dict[str, str]]:
+    """Return what every persister process says of itself, in whatever number they come.
+
+    Raises:
+        LogUnavailableError: the connection is gone.
+    """
+    answers: asyncio.Queue[Msg] = asyncio.Queue()
+    inbox = nc.new_inbox()
+    try:
+        subscription = await nc.subscribe(inbox, cb=answers.put)
+        try:
+            await nc.publish(_SUBJECT, reply=inbox)
+            return await _collected(answers)
+        finally:
+            await subscription.unsubscribe()
+    except (nats.errors.Error, OSError) as error:
+        raise LogUnavailableError(f"{_SUBJECT}: {type(error).__name__}") from error
+
+
+async def _collected(answers: asyncio.Queue[Msg]) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = []
+    try:
+        while True:
+            async with asyncio.timeout(_NEXT_ANSWER if found else _FIRST_ANSWER):
+                message = await answers.get()
+            if not message.data:  # status 503: nobody offers the service
+                return found
+            answer: dict[str, Any] = orjson.loads(message.data)
+            found.append(answer.get("metadata") or {})
+    except TimeoutError:
+        return found
