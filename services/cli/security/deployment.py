@@ -102,7 +102,10 @@ class Deployment:
         self._must_exist()
         with self._at_work():
             self._check_users()
-            if not any(self.layout.next_seed(user).exists() for user in USERS):
+            accounts = self.layout.nats / "accounts.conf"
+            # the last step of a run that was cut short may be missing
+            complete = accounts.exists() and accounts.read_bytes() == self._accounts()
+            if complete and not any(self.layout.next_seed(user).exists() for user in USERS):
                 raise CommandError("no rotation of users is under way: begin one with  --rotate users")
             for user in USERS:
                 following = self.layout.next_seed(user)
@@ -215,9 +218,12 @@ class Deployment:
                     raise CommandError(f"{path} is {error}: put it back, or remove it for a new one") from None
         return list(dict.fromkeys(keys))
 
+    def _accounts(self) -> bytes:
+        return configuration.accounts({user: self._keys(user) for user in USERS}).encode()
+
     def _write_nats(self, *, encrypt: bool = False) -> None:
         nats = self.layout.nats
-        self._secrets.put(nats / "accounts.conf", configuration.accounts({u: self._keys(u) for u in USERS}).encode())
+        self._secrets.put(nats / "accounts.conf", self._accounts())
         self._secrets.put(nats / "client-tls.conf", configuration.client_tls().encode())
         self._secrets.put(nats / "route-tls.conf", configuration.route_tls().encode())
         at_rest = nats / "at-rest.conf"

@@ -13,13 +13,12 @@ from services.eventlog.jetstream.names import (
     DEAD_STREAM,
     EVENTS_PREFIX,
     EVENTS_SUBJECT,
+    PERSISTER_SERVICE,
     STREAM,
     Role,
     inbox_prefix,
 )
 
-#: name of the persisters in the NATS service API
-_SERVICE = "fi-persister"
 _STREAMS = (STREAM, DEAD_STREAM)
 
 
@@ -47,7 +46,7 @@ def _inbox(role: Role) -> str:
 #: what both services ask to show the log in their metrics: state, backlog, age of what waits, living persisters
 _WATCH = (
     *_api(*_each("STREAM.INFO.{}"), f"CONSUMER.LIST.{STREAM}", f"DIRECT.GET.{STREAM}"),
-    f"$SRV.INFO.{_SERVICE}",
+    f"$SRV.INFO.{PERSISTER_SERVICE}",
 )
 
 PERMISSIONS: dict[Role, Permissions] = {
@@ -76,7 +75,11 @@ PERMISSIONS: dict[Role, Permissions] = {
             *(
                 subject
                 for verb in ("PING", "INFO", "STATS")
-                for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{_SERVICE}", f"$SRV.{verb}.{_SERVICE}.*")
+                for subject in (
+                    f"$SRV.{verb}",
+                    f"$SRV.{verb}.{PERSISTER_SERVICE}",
+                    f"$SRV.{verb}.{PERSISTER_SERVICE}.*",
+                )
             ),
         ),
         answers=True,

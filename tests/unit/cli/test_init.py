@@ -334,6 +334,22 @@ def test_users_are_renewed_in_two_steps(tmp_path: Path) -> None:
     assert not list(layout.users.glob("*.next"))
 
 
+@pytest.mark.parametrize("moved", range(len(USERS) + 1))
+def test_a_second_step_that_was_cut_short_is_finished_by_the_next_run(tmp_path: Path, moved: int) -> None:
+    """Wherever it ended: some seeds in their places, accounts.conf still with both keys."""
+    layout = made(tmp_path)
+    made(tmp_path, "--rotate", "users")
+    new = {user: public_key(layout.next_seed(user).read_bytes()) for user in USERS}
+    for user in USERS[:moved]:
+        layout.seed(user).write_bytes(layout.next_seed(user).read_bytes())
+        layout.next_seed(user).unlink()
+
+    made(tmp_path, "--rotate", "users-finish")
+
+    assert new == {user: public_key(layout.seed(user).read_bytes()) for user in USERS}
+    assert set(new.values()) == set(re.findall(r"nkey: (U\w+)", (layout.nats / "accounts.conf").read_text()))
+
+
 def test_a_second_step_without_a_first_is_refused(tmp_path: Path) -> None:
     """Nothing would be new."""
     made(tmp_path)
