@@ -144,5 +144,7 @@ class _Forward(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write *record* without its exception's text, which could quote data."""
         kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
-        values = {"message": record.getMessage(), "error": kind}
+        # asyncio puts the repr of what it was about, exceptions with their texts among it, behind the first line
+        message = record.getMessage().partition("\n")[0]
+        values = {"message": message, "error": kind}
         get_logger(record.name).log(record.levelno, "LIBRARY", **{k: v for k, v in values.items() if v is not None})

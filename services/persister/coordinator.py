@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from services.contract.errors import PermanentError, TransientError
 from services.contract.logs import get_logger
@@ -31,6 +32,8 @@ OBSERVE_SECONDS = 2.0
 #: how often an idle partition's committed sequence follows the stream, seconds
 ADVANCE_SECONDS = 30.0
 
+#: a partition whose file does not answer for this long is not ready, seconds
+HUNG_SECONDS = 10.0
 #: above this share of the stream's limit idle partitions follow at once, so that trim finds something
 _HURRY_FULLNESS = 0.6
 
@@ -90,6 +93,7 @@ class Coordinator:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._share())
                 group.create_task(self._look_after())
+                group.create_task(self._observe_always())
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
@@ -115,6 +119,11 @@ class Coordinator:
             if runner.state is not State.FOLLOWING:
                 reason = f": {runner.reason}" if runner.reason else ""
                 problems.append(f"partition {partition_name(partition)} is {runner.state}{reason}")
+            elif runner.disk_wait > HUNG_SECONDS:
+                problems.append(
+                    f"partition {partition_name(partition)} has waited for its file for {runner.disk_wait:.0f} s: "
+                    "does the disk answer?"
+                )
         problems += [f"partition {partition_name(p)}: {reason}" for p, reason in sorted(self._placed.refused.items())]
         return problems
 
@@ -176,17 +185,26 @@ class Coordinator:
     # -- looking after ------------------------------------------------------------------------------------------------
 
     async def _look_after(self) -> None:
+        """Do what a disk may keep waiting."""
         while True:
             await asyncio.sleep(OBSERVE_SECONDS)
-            await self._measure()
             for runner in list(self._runners.values()):
                 await runner.look_after()
-            try:
-                await self._observe()
-                await self._advance_idle()
-                await self._trim()
-            except (TransientError, PermanentError) as error:
-                self._log.warning("OBSERVATION_FAILED", reason=str(error))
+            await self._try(self._advance_idle())
+            await self._measure()
+
+    async def _observe_always(self) -> None:
+        """Do what only the broker may keep waiting: numbers must not stand still when a disk does."""
+        while True:
+            await asyncio.sleep(OBSERVE_SECONDS)
+            await self._try(self._observe())
+            await self._try(self._trim())
+
+    async def _try(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except (TransientError, PermanentError) as error:
+            self._log.warning("OBSERVATION_FAILED", reason=str(error))
 
     async def _measure(self) -> None:
         volume = self._deployment.volume

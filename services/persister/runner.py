@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from services.contract import logs
 from services.contract.errors import FiqError, PermanentError, TransientError
@@ -116,6 +116,7 @@ class PartitionRunner:
         self._busy_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._calls: dict[asyncio.Future[Any], float] = {}  # on the file: when each was made
 
     def start(self) -> None:
         """Begin in a task of its own."""
@@ -130,6 +131,11 @@ class PartitionRunner:
             self._task.cancel()
         # whoever waits here may be cancelled: that must neither cancel the task a second time nor get lost
         await asyncio.wait({self._task})
+
+    @property
+    def disk_wait(self) -> float:
+        """For how long the oldest call on the partition's file has waited for its answer, seconds; 0 without one."""
+        return time.monotonic() - min(self._calls.values()) if self._calls else 0.0
 
     @property
     def idle_at(self) -> int | None:
@@ -306,8 +312,13 @@ class PartitionRunner:
     async def _in_thread(self, call: Callable[[], T]) -> T:
         """Run *call* in the HDF5 thread; also when the caller is cancelled meanwhile it runs to its end first."""
         future = asyncio.get_running_loop().run_in_executor(self._hdf5, call)
+        self._calls[future] = time.monotonic()
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait({future})
+            if not future.cancelled():
+                future.exception()  # nobody else asks for it, and asyncio would log its text, which may quote data
             raise
+        finally:
+            del self._calls[future]

@@ -43,6 +43,8 @@ PENDING_BYTES = 8 * 2**20
 TCP_USER_TIMEOUT_MS = 4000
 #: an orderly close may take this long, seconds
 CLOSE_TIMEOUT_SECONDS = 5.0
+#: how often it is looked at whether a lost connection is still being made anew, seconds
+WATCH_SECONDS = 2.0
 #: more than the headers of any message of ours take, bytes
 HEADERS_BYTES = 1024
 
@@ -239,6 +241,7 @@ class Connection(RefusalAwareClient):
     async def _when_disconnected(self) -> None:
         if self._established:
             _log.warning("LOG_DISCONNECTED")
+            asyncio.get_running_loop().call_later(WATCH_SECONDS, self._watch_reconnecting)
 
     async def _when_reconnected(self) -> None:
         self._limit_tcp_silence()
@@ -246,11 +249,23 @@ class Connection(RefusalAwareClient):
         self.forget()
         _log.info("LOG_RECONNECTED", server=self._server_name)
 
-    async def _when_closed(self) -> None:
-        if not self._established:
+    def _watch_reconnecting(self) -> None:
+        """End the connection when nobody tries to reconnect any more: an error that nats-py does not expect ends its
+        task for that without a word, and a process with a dead client would look alive for ever."""
+        if not self._established or self.is_connected:
             return
+        task = self._reconnection_task
+        if self.is_closed or (task is not None and task.done()):
+            self._end("the client stopped reconnecting")
+            return
+        asyncio.get_running_loop().call_later(WATCH_SECONDS, self._watch_reconnecting)
+
+    async def _when_closed(self) -> None:
+        if self._established:
+            self._end(str(self.last_error or "") or "the client gave the connection up")
+
+    def _end(self, reason: str) -> None:
         self._established = False
-        reason = str(self.last_error or "") or "the client gave the connection up"
         _log.error("LOG_CLOSED", reason=reason)
         self._on_closed(f"the connection to the log was closed: {reason}")
 

@@ -23,7 +23,7 @@ from nats.aio.subscription import Subscription
 
 from services.contract.logs import get_logger
 from services.eventlog.errors import LogUnavailableError, PlacementError
-from services.eventlog.jetstream.api import ApiError, JetStreamApi
+from services.eventlog.jetstream.api import JetStreamApi, PermanentApiError
 from services.eventlog.jetstream.continuity import check_log
 from services.eventlog.jetstream.detour import next_event
 from services.eventlog.jetstream.names import STREAM, filter_subject
@@ -178,7 +178,7 @@ class JetStreamFollower:
         await check_log(self._api, self._consumer, self._identity, after)
         try:
             await self._api.reset_consumer(STREAM, self._consumer, after + 1)
-        except ApiError as error:
+        except PermanentApiError as error:  # the transient ones pass
             raise PlacementError(
                 f"the broker would not reset consumer {self._consumer}: {error}; see `nats consumer info`"
             ) from error

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import re
 
+from nats.aio import client
 from nats.aio.client import Client
 from nats.protocol import parser
+
+from services.eventlog.jetstream.transport import LoopNeutralTransport
 
 # The server separates the parts of a line by blanks and ends it by CR LF; nats-py's own patterns split at every white
 # space, which a subject may hold. They are globals of its module, so every client of the process gets these.
 parser.MSG_RE = re.compile(rb"\AMSG[ \t]+([^ \t\n]+)[ \t]+([^ \t\n]+)[ \t]+(([^ \t\n]+)[ \t]+)?(\d+)\r\n")
 parser.HMSG_RE = re.compile(rb"\AHMSG[ \t]+([^ \t\n]+)[ \t]+([^ \t\n]+)[ \t]+(([^ \t\n]+)[ \t]+)?(\d+)[ \t]+(\d+)\r\n")
+# a client makes its transports itself
+client.TcpTransport = LoopNeutralTransport  # type: ignore[attr-defined]
 
 
 class TolerantClient(Client):

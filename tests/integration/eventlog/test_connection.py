@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import struct
+import threading
 import time
 from pathlib import Path
+from typing import Self
 
 import pytest
+import uvloop
+from nats.aio.msg import Msg
 
 from services.cli.cluster import Cluster
 from services.contract.errors import ConfigurationError
@@ -92,6 +98,88 @@ async def test_an_end_that_nobody_asked_for_is_reported(single_node: Cluster) ->
     await eventually(lambda: reasons)
     assert len(reasons) == 1
     assert "maximum payload violation" in reasons[0].lower()
+
+
+def test_a_node_that_resets_handshakes_is_tried_until_it_takes_one() -> None:
+    """On uvloop, as in production: a write to a closed transport is a RuntimeError there, which ended all trying."""
+    uvloop.run(_outlast_resets(20))
+
+
+async def _outlast_resets(count: int) -> None:
+    with _Moody(count) as node:
+        nc = await connect(LogSettings(servers=(node.url,)), name="test", on_closed=pytest.fail)
+        for number in range(40):  # what is written in the handshake of a reconnect
+            await nc.subscribe(f"a.{number}", cb=_ignore)
+        node.drop_first.set()
+        await eventually(lambda: node.connections > 1 + count and nc.is_connected)
+        await close(nc)
+
+
+async def _ignore(_: Msg) -> None:
+    pass
+
+
+class _Moody(threading.Thread):
+    """Takes a connection, drops it when told, resets the next ones within their handshakes, and takes the one after.
+
+    A thread with plain sockets: the reset must overtake the client's loop, so that its answer to the greeting meets a
+    transport that is closed already.
+    """
+
+    def __init__(self, resets: int) -> None:
+        super().__init__(daemon=True)
+        self.connections = 0
+        self.drop_first = threading.Event()
+        self._resets = resets
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"nats://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # the test is over
+            while True:
+                connection, _ = self._socket.accept()
+                self.connections += 1
+                with connection:
+                    self._talk(connection, self.connections)
+
+    def _talk(self, connection: socket.socket, number: int) -> None:
+        connection.sendall(b'INFO {"server_name":"n1","version":"2.15.1","max_payload":2097152,"headers":true}\r\n')
+        if 1 < number <= 1 + self._resets:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return
+        connection.settimeout(0.05)
+        while not (number == 1 and self.drop_first.is_set()):
+            with contextlib.suppress(TimeoutError):
+                data = connection.recv(65536)
+                if not data:
+                    return
+                connection.sendall(data.count(b"PING\r\n") * b"PONG\r\n")
+
+
+async def test_a_client_that_nobody_reconnects_any_more_is_reported(
+    single_node: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nats-py does not expect ends its task in silence; the process must not live on, deaf and mute."""
+    monkeypatch.setattr("services.eventlog.jetstream.connection.WATCH_SECONDS", 0.05)
+    reasons: list[str] = []
+    nc = await connect(LogSettings(servers=tuple(single_node.urls)), name="test", on_closed=reasons.append)
+    single_node.kill(0)
+    try:
+        await eventually(lambda: nc.is_reconnecting and nc._reconnection_task is not None)
+        assert nc._reconnection_task is not None
+        nc._reconnection_task.cancel()
+        await eventually(lambda: reasons)
+    finally:
+        single_node.start_node(0)
+    assert reasons == ["the connection to the log was closed: the client stopped reconnecting"]
+    await close(nc)
 
 
 async def test_an_orderly_close_is_not_reported(single_node: Cluster) -> None:

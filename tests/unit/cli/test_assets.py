@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ import pytest
 from services.cli import assets
 from services.cli.assets import find_nats_conf, find_nats_server
 from services.cli.errors import MissingServerError
+from services.cli.security.layout import NATS_FILES
 
 
 def make_server(folder: Path) -> Path:
@@ -20,6 +22,14 @@ def make_server(folder: Path) -> Path:
     server.write_text("#!/bin/sh\n")
     server.chmod(0o755)
     return server
+
+
+def laid_out(folder: Path) -> Path:
+    """Put the configuration into *folder* with the files that it includes, all empty, and return its path."""
+    (folder / "security").mkdir()
+    for name in NATS_FILES:
+        (folder / "security" / name).touch()
+    return Path(shutil.copy(find_nats_conf(), folder))
 
 
 def test_the_server_beside_the_running_python_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,16 +102,16 @@ def test_nats_server_accepts_the_configuration(tmp_path: Path, cluster_listen: s
     }
 
     result = subprocess.run(
-        [find_nats_server(), "-t", "-c", find_nats_conf()], env=env, capture_output=True, text=True, check=False
+        [find_nats_server(), "-t", "-c", laid_out(tmp_path)], env=env, capture_output=True, text=True, check=False
     )
 
     assert result.returncode == 0, result.stderr
 
 
-def test_an_unset_variable_is_refused_by_nats_server() -> None:
+def test_an_unset_variable_is_refused_by_nats_server(tmp_path: Path) -> None:
     """No node comes up with half of its values: the format has no defaults."""
     result = subprocess.run(
-        [find_nats_server(), "-t", "-c", find_nats_conf()], env={}, capture_output=True, text=True, check=False
+        [find_nats_server(), "-t", "-c", laid_out(tmp_path)], env={}, capture_output=True, text=True, check=False
     )
 
     assert result.returncode == 1

@@ -43,6 +43,13 @@ def test_what_libraries_log_comes_as_json_without_the_text_of_exceptions() -> No
     assert "patient" not in str(line)
 
 
+def test_what_asyncio_tells_of_a_task_that_nobody_awaited_is_one_line_without_its_error() -> None:
+    """Behind the first line stands the exception with its text."""
+    (line,) = lines("logging.getLogger('asyncio').error('Task was lost\\nfuture: <ValueError(a patient)>')")
+    assert line["message"] == "Task was lost"
+    assert "patient" not in str(line)
+
+
 def test_a_log_that_cannot_be_written_fails_nothing() -> None:
     """A reader that went away must not turn a stored event into an error."""
     program = (

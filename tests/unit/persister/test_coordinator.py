@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.placement import Placement
 from services.eventlog.settings import LogSettings
 from services.persister.assignment import Deployment
@@ -31,6 +32,12 @@ class FakeRunner:
         self.gate = asyncio.Event()
         self.gate.set()
         self.stopping = self.stopped = False
+        self.disk_wait = 0.0
+        self.disk = asyncio.Event()
+        self.disk.set()
+
+    async def look_after(self) -> None:
+        await self.disk.wait()
 
     def start(self) -> None:
         pass
@@ -44,7 +51,7 @@ class FakeRunner:
 class Rig:
     """A coordinator among fakes, on a real volume."""
 
-    def __init__(self, folder: Path, placements: MemoryPlacements) -> None:
+    def __init__(self, folder: Path, placements: MemoryPlacements, api: object = None) -> None:
         self.alive = ["us"]
         self.left = False
         self.look = threading.Event()
@@ -59,7 +66,7 @@ class Rig:
             members=cast("Any", members),
             placements=placements,
             make_runner=cast("Any", self._make),
-            api=cast("Any", SimpleNamespace(stream_info=self._no_stream)),
+            api=cast("Any", api or SimpleNamespace(stream_info=self._no_stream)),
             trimmer=cast("Any", None),
             metrics=self.metrics,
         )
@@ -74,6 +81,9 @@ class Rig:
 
     def _leave(self) -> None:
         self.left = True
+
+    async def nothing(self) -> None:
+        """Stand in for what needs a broker."""
 
     def _make(self, placement: Placement) -> FakeRunner:
         made = self.runners[placement.partition] = FakeRunner(placement)
@@ -221,6 +231,37 @@ async def test_the_disks_room_is_shown_also_while_nothing_runs(tmp_path: Path, m
 
     await eventually(lambda: shown("fi_volume_free_bytes") == 9)
     assert 100 == shown("fi_volume_size_bytes")
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()
+
+
+async def test_a_disk_that_hangs_is_shown_and_the_backlog_is_still_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that stand still while events pile up would look like health."""
+    monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 0.01)
+    asked = 0
+
+    async def list_consumers(_: str) -> list[dict[str, Any]]:
+        nonlocal asked
+        asked += 1
+        raise LogUnavailableError("no answer")
+
+    async def stream_info(_: str) -> None:
+        return None
+
+    api = SimpleNamespace(list_consumers=list_consumers, stream_info=stream_info)
+    rig = Rig(tmp_path, MemoryPlacements(), api=api)
+    monkeypatch.setattr(rig.coordinator, "_trim", rig.nothing)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4)
+    rig.runners[2].disk.clear()
+    rig.runners[2].disk_wait = 11.0
+    before = asked
+    await eventually(lambda: asked >= before + 10)
+    assert ["partition 02 has waited for its file for 11 s: does the disk answer?"] == rig.coordinator.problems()
+    rig.runners[2].disk.set()
     work.cancel()
     await asyncio.wait({work})
     await rig.coordinator.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import shutil
 import threading
@@ -400,3 +401,38 @@ async def test_no_log_line_quotes_an_event(part: Rig, stream: Stream, capsys: py
     printed = capsys.readouterr()
     assert "EVENT_SET_ASIDE" in printed.out
     assert "hush" not in printed.out + printed.err
+
+
+async def test_a_call_on_the_file_that_does_not_come_back_is_counted(part: Rig, stream: Stream) -> None:
+    """A disk that hangs raises no error, so only the time tells."""
+    stream.add(delivery(1))
+    part.runner.start()
+    await part.reach(1)
+    gate = threading.Event()
+    call = asyncio.create_task(part.runner._in_thread(lambda: gate.wait(30)))
+    await eventually(lambda: part.runner.disk_wait > 0.2)
+    gate.set()
+    assert await call
+    await eventually(lambda: part.runner.disk_wait == 0)
+    await part.runner.stop()
+
+
+async def test_what_fails_in_the_thread_after_a_cancellation_is_not_quoted(
+    part: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio logs an exception that nobody asked for, with its text."""
+    gate = threading.Event()
+
+    def fail() -> None:
+        gate.wait(30)
+        raise ValueError("a patient's words")
+
+    call = asyncio.create_task(part.runner._in_thread(fail))
+    await asyncio.sleep(0)
+    call.cancel()
+    gate.set()
+    await asyncio.wait({call})
+    del call
+    gc.collect()
+    await asyncio.sleep(0)
+    assert "words" not in caplog.text
