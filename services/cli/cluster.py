@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from services.cli.errors import ChildFailedError, PortTakenError
 from services.cli.monitoring import NodeView, view
 from services.cli.ports import LOOPBACK, free_ports
 from services.cli.processes import ManagedProcess
+from services.cli.security.layout import NATS_FILES, Layout
 
 #: how long a start may take, seconds: on two busy cores an election alone takes up to ten
 START_TIMEOUT = 60.0
@@ -46,7 +48,13 @@ class Cluster:
     """
 
     def __init__(
-        self, folder: Path, *, nodes: int = 3, max_file_store: str = "6GB", client_ports: tuple[int, ...] = ()
+        self,
+        folder: Path,
+        *,
+        nodes: int = 3,
+        max_file_store: str = "6GB",
+        client_ports: tuple[int, ...] = (),
+        security: Path | None = None,
     ) -> None:
         """Describe a cluster; nothing is started.
 
@@ -55,6 +63,8 @@ class Cluster:
             nodes: 3 or more, or 1 for a single server without raft.
             max_file_store: what streams may reserve on each node, as nats.conf writes sizes.
             client_ports: fixed ports for clients, one a node; free ones are chosen otherwise.
+            security: a folder that ``fiq init`` made: TLS and users as there. Without it everybody on loopback may
+                do everything.
         """
         if client_ports and len(client_ports) != nodes:
             raise ValueError(f"{nodes} client ports are needed, one a node")
@@ -62,7 +72,8 @@ class Cluster:
         self.size = nodes
         self._max_file_store = max_file_store
         self._client_ports = client_ports
-        self._server, self._conf = find_nats_server(), find_nats_conf()
+        self._security = None if security is None else Layout(security.absolute())
+        self._server = find_nats_server()
         self.ports: list[NodePorts] = []
         self.nodes: list[ManagedProcess] = []
 
@@ -108,6 +119,7 @@ class Cluster:
     def launch(self) -> None:
         """Choose ports and start all nodes, without waiting."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._configure()
         self.ports = self._choose_ports()
         self.nodes = [self._describe(index) for index in range(self.size)]
         for node in self.nodes:
@@ -135,6 +147,18 @@ class Cluster:
     def resume(self, index: int) -> None:
         """Let a frozen node go on."""
         self.nodes[index].send(signal.SIGCONT)
+
+    def reload(self) -> None:
+        """Have every running node read its configuration and certificates again, after each has been checked.
+
+        Raises:
+            ChildFailedError: the configuration is bad; nothing was reloaded, for a node that gets a bad one keeps the
+                old one and says so in its log only.
+        """
+        for node in self.nodes:
+            node.check("-t")
+        for node in self.nodes:
+            node.send(signal.SIGHUP)
 
     def running(self, index: int) -> bool:
         """Whether the node's process lives."""
@@ -227,6 +251,24 @@ class Cluster:
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _conf(self) -> Path:
+        return self.folder / "nats.conf"
+
+    def _configure(self) -> None:
+        """Put the configuration into the folder, with the files that it includes: its own or the deployment's."""
+        self._conf.write_bytes(find_nats_conf().read_bytes())
+        included = self.folder / "security"
+        if included.is_symlink():
+            included.unlink()
+        if self._security is not None:
+            shutil.rmtree(included, ignore_errors=True)
+            included.symlink_to(self._security.nats)
+            return
+        included.mkdir(exist_ok=True)
+        for name in NATS_FILES:
+            (included / name).write_text("# a cluster on loopback: nothing here\n", encoding="utf-8")
+
     def _choose_ports(self) -> list[NodePorts]:
         free = iter(free_ports(3 * self.size))
         fixed = dict(enumerate(self._client_ports))
@@ -253,5 +295,11 @@ class Cluster:
             "NODE_STORE_DIR": json.dumps(str(self._store(name))),
             "NODE_MAX_FILE_STORE": self._max_file_store,
         }
+        if self._security is not None:
+            env |= {
+                "NODE_CERT": json.dumps(str(self._security.node_certificate(name))),
+                "NODE_KEY": json.dumps(str(self._security.node_key(name))),
+                "NODE_CA": json.dumps(str(self._security.ca_certificate)),
+            }
         command = [str(self._server), "-c", str(self._conf)]
         return ManagedProcess(name, command, env=env, log=self.folder / f"{name}.log")

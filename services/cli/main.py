@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from services.cli.commands.demo import demo
 from services.cli.commands.export import export
+from services.cli.commands.init import init
 from services.cli.commands.nats_context import nats_context
 from services.cli.commands.provision import provision
 from services.cli.commands.recover import recover
@@ -64,6 +65,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
+app.command()(init)
 app.command()(up)
 app.command()(status)
 app.command()(show)

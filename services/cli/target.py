@@ -16,6 +16,7 @@ from services.cli.errors import CommandError, NotRunningError
 from services.cli.folder import DEFAULT_FOLDER, StackFolder, State
 from services.contract.settings import load
 from services.eventlog.jetstream.connection import close, connect
+from services.eventlog.jetstream.names import Role
 from services.eventlog.settings import LogSettings
 
 #: options that several commands share
@@ -98,13 +99,14 @@ def find_corpus(corpus: Path | None, folder: Path | None, *, env: Mapping[str, s
 
 
 @asynccontextmanager
-async def connected(settings: LogSettings) -> AsyncIterator[Client]:
+async def connected(settings: LogSettings, role: Role = Role.OPS) -> AsyncIterator[Client]:
     """Connect for the time of one command.
 
     Raises:
+        LogAccessError: the nodes do not let us in.
         LogUnavailableError: no server took the connection.
     """
-    connection = await connect(settings, name="fiq", on_closed=lambda _: None, deadline=_PATIENCE)
+    connection = await connect(settings, name="fiq", role=role, on_closed=lambda _: None, deadline=_PATIENCE)
     try:
         yield connection
     finally:

@@ -10,6 +10,8 @@
     PermanentError
         LogRefusedError             the broker refuses for good: configuration, permission, size
             ProvisionError          the stream cannot be what the settings ask for
+            LogForbiddenError       the NATS user of this process may not do that
+        LogAccessError              the nodes do not let this process in: certificates, TLS, user
         StartupError                the cluster was out of reach for too long at start
         LogMismatchError            the log is not the one that the sink's position belongs to
         PlacementError              a partition's place is contradictory: consumer, file and volume disagree
@@ -42,6 +44,14 @@ class LogRefusedError(PermanentError):
 
 class ProvisionError(LogRefusedError):
     """Raised when the stream or a consumer cannot be made what the settings ask for."""
+
+
+class LogForbiddenError(LogRefusedError):
+    """Raised when the NATS user of this process has no permission for a subject; nothing was sent or heard."""
+
+
+class LogAccessError(PermanentError):
+    """Raised when the nodes do not let this process in: their certificates, TLS itself, or its user."""
 
 
 class StartupError(PermanentError):

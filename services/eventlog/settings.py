@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from services.contract.settings import boolean, integer, seconds, setting, size
+from services.contract.settings import boolean, integer, seconds, setting, size, text
 
 _STORE = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
 
@@ -38,6 +38,18 @@ class LogSettings:
         ("nats://127.0.0.1:4222",),
         parse=_servers,
         doc="Nodes of the cluster, separated by commas; one that answers is enough, the others are learned from it.",
+    )
+    ca_file: str = setting(
+        "FI_NATS_CA_FILE",
+        "",
+        parse=text,
+        doc="PEM file of the authority that signed the nodes' certificates. When set, nothing but TLS 1.3 is spoken.",
+    )
+    seed_file: str = setting(
+        "FI_NATS_SEED_FILE",
+        "",
+        parse=text,
+        doc="File with the nkey seed of this process' NATS user; read again at each connect, so it may be rotated.",
     )
     partitions: int = setting(
         "FI_PARTITIONS",

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from services.eventlog.jetstream.connection import check_max_payload, close
+from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.report import stream_ready
 from services.eventlog.jetstream.startup import reach
@@ -30,7 +31,7 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None]) -> Asyn
         ConfigurationError: the broker takes no message as large as FI_MAX_EVENT_BYTES.
         ProvisionError: the stream is not what the settings ask for.
     """
-    client = await reach(settings.log, name=CONNECTION_NAME, on_closed=on_closed)
+    client = await reach(settings.log, name=CONNECTION_NAME, role=Role.INGEST, on_closed=on_closed)
     try:
         check_max_payload(client, settings.max_event_bytes)
         publisher = Publisher(client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight)

@@ -25,7 +25,7 @@ from services.corpus import StoreOptions
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.connection import close
 from services.eventlog.jetstream.follower import JetStreamFollower
-from services.eventlog.jetstream.names import PERSISTER_SERVICE, consumer_name
+from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.provision import stream_identity
 from services.eventlog.jetstream.publisher import Publisher
@@ -101,7 +101,7 @@ async def _reached(settings: PersisterSettings, stop: Stop) -> Client | None:
     def lost(reason: str) -> None:
         stop.request(reason, failed=True)
 
-    return await unless_stopped(reach(settings.log, name="fi-persister", on_closed=lost), stop)
+    return await unless_stopped(reach(settings.log, name="fi-persister", role=Role.PERSISTER, on_closed=lost), stop)
 
 
 async def _persist(

@@ -5,32 +5,65 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from services.cli.errors import CommandError
+from services.cli.security.layout import Layout
 from services.cli.target import FolderOption, ServerOption, find_cluster
+from services.eventlog.jetstream.names import Role, inbox_prefix
 
 #: how a file of ours is told from a user's own
 _MARK = "written by fiq"
+
+
+class User(StrEnum):
+    """Users that a person may be; the services' own are theirs."""
+
+    OPS = "ops"
+    PROVISIONER = "provisioner"
+    SYSTEM = "system"
 
 
 def nats_context(
     server: ServerOption = None,
     folder: FolderOption = None,
     name: Annotated[str, typer.Option(help="Name of the context.")] = "fiq",
+    user: Annotated[
+        User | None, typer.Option(help="User of a deployment: its seed and the authority go into the context.")
+    ] = None,
+    deployment: Annotated[
+        Path, typer.Option(help="Folder that `fiq init` made, for --user; the current one by default.")
+    ] = Path(),
     select: Annotated[bool, typer.Option("--select", help="Make it the context that `nats` uses by default.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a context that fiq did not write.")] = False,
 ) -> None:
     """Write a context file, so that `nats --context fiq stream info fi-events` works."""
-    target = find_cluster(server, folder)
+    target = find_cluster(server, folder, fallback=user is not None)
     path = context_path(name)
-    write_context(path, ",".join(target.settings.servers), force=force)
+    access = {} if user is None else access_of(user, deployment)
+    write_context(path, ",".join(target.settings.servers), access, force=force)
     if select:
         _replace(path.parent.parent / "context.txt", name)
     typer.echo(f"wrote {path}; try  nats {'' if select else f'--context {name} '}stream info fi-events")
+
+
+def access_of(user: User, deployment: Path) -> dict[str, object]:
+    """Return what a context needs for *user*: where its seed and the authority are, and how to speak TLS.
+
+    Raises:
+        CommandError: there is no such file in the folder *deployment*.
+    """
+    layout = Layout(deployment.absolute())
+    for path in (layout.seed(user), layout.ca_certificate):
+        if not os.access(path, os.R_OK):
+            problem = "cannot be read: run this as the owner of the secrets" if path.exists() else "does not exist"
+            raise CommandError(f"{path} {problem}; name the folder of `fiq init` with --deployment")
+    access: dict[str, object] = {"nkey": str(layout.seed(user)), "ca": str(layout.ca_certificate), "tls_first": True}
+    return access if user is User.SYSTEM else access | {"inbox_prefix": inbox_prefix(Role(user))}
 
 
 def context_path(name: str, env: Mapping[str, str] = os.environ) -> Path:
@@ -45,15 +78,15 @@ def context_path(name: str, env: Mapping[str, str] = os.environ) -> Path:
     return Path(base) / "nats" / "context" / f"{name}.json"
 
 
-def write_context(path: Path, url: str, *, force: bool) -> None:
-    """Write the context file.
+def write_context(path: Path, url: str, access: Mapping[str, object], *, force: bool) -> None:
+    """Write the context file; *access* are the fields that say who one is.
 
     Raises:
         CommandError: there is one that fiq did not write, and *force* is not set.
     """
     if path.exists() and not force and not _is_ours(path):
         raise CommandError(f"{path} was not written by fiq: choose another --name, or replace it with --force")
-    content = {"description": f"Free Intelligence event log ({_MARK})", "url": url}
+    content = {"description": f"Free Intelligence event log ({_MARK})", "url": url, **access}
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     _replace(path, json.dumps(content, indent=2) + "\n")
 

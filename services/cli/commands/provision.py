@@ -8,6 +8,7 @@ import typer
 
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
 from services.eventlog.jetstream import names
+from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.provision import provision as provision_log
 from services.eventlog.protocol import LogIdentity
 
@@ -27,5 +28,5 @@ def provision(server: ServerOption = None, folder: FolderOption = None) -> None:
 
 
 async def _provision(target: Target) -> LogIdentity:
-    async with connected(target.settings) as connection:
+    async with connected(target.settings, Role.PROVISIONER) as connection:
         return await provision_log(connection, target.settings)

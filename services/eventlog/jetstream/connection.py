@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import nats.errors
-from nats.aio.client import Client
+from nats.aio.client import Client, Srv
 
 from services.contract.errors import ConfigurationError
 from services.contract.lifecycle import cancellable
 from services.contract.logs import get_logger
-from services.eventlog.errors import LogUnavailableError
-from services.eventlog.jetstream.tolerance import TolerantClient
+from services.eventlog.errors import LogAccessError, LogUnavailableError
+from services.eventlog.jetstream.access import why_refused
+from services.eventlog.jetstream.credentials import CA_VARIABLE, Signer, read_signer, tls_context
+from services.eventlog.jetstream.names import Role, inbox_prefix
+from services.eventlog.jetstream.refusals import Refusal, RefusalAwareClient
 from services.eventlog.settings import LogSettings
 
 #: the first connect may take this long over all servers, seconds
@@ -42,40 +46,40 @@ CLOSE_TIMEOUT_SECONDS = 5.0
 #: more than the headers of any message of ours take, bytes
 HEADERS_BYTES = 1024
 
-#: violations that are kept for later messages
-_MAX_VIOLATIONS = 20
-_VIOLATION = "permissions violation"
+#: what a node says to a connection whose user was changed or removed
+_USER_GONE = "authorization violation"
 
 _log = get_logger("eventlog.connection")
 
 
-class Connection(TolerantClient):
-    """A NATS client that knows what it was refused and whether its end is wanted.
+class Connection(RefusalAwareClient):
+    """A NATS client that gets in or says why not, comes back by itself, and knows whether its end is wanted."""
 
-    Attributes:
-        violations: the permission violations that the server reported, oldest first: the only sign of a request that
-            the user of this connection may not send.
-    """
-
-    def __init__(self, on_closed: Callable[[str], None]) -> None:
+    def __init__(self, settings: LogSettings, on_closed: Callable[[str], None]) -> None:
         super().__init__()
-        self.violations: list[str] = []
+        self._settings = settings
         self._on_closed = on_closed
+        self._connecting = False
         self._established = False
         self._failures: list[str] = []
+        self._signer: Signer | None = None
+        self._told = ""
 
-    async def open(self, settings: LogSettings, *, name: str, inbox_prefix: str, deadline: float) -> None:
+    async def open(self, *, name: str, inbox_prefix: str, deadline: float) -> None:
         """Connect to one of the servers; :func:`connect` is the way to call it.
 
         Raises:
+            ConfigurationError: the authority's or the seed's file cannot be used.
+            LogAccessError: the servers that answer do not let us in.
             LogUnavailableError: no server took the connection within *deadline* seconds.
         """
+        options: dict[str, Any] = {"name": name, "inbox_prefix": inbox_prefix, **self._credentials()}
         try:
             async with asyncio.timeout(deadline):
-                await self._first_connect(settings, name, inbox_prefix)
+                await self._first_connect(options)
         except TimeoutError:
             await self._abandon()
-            raise LogUnavailableError(self._unreachable(settings, deadline)) from None
+            raise LogUnavailableError(self._unreachable(deadline)) from None
         except BaseException:
             await self._abandon()
             raise
@@ -88,52 +92,124 @@ class Connection(TolerantClient):
         """Do not report the end of the connection as a failure."""
         self._established = False
 
-    async def _first_connect(self, settings: LogSettings, name: str, inbox_prefix: str) -> None:
+    # -- the first connect --------------------------------------------------------------------------------------------
+
+    def _credentials(self) -> dict[str, Any]:
+        self._signer = read_signer(self._settings)
+        options: dict[str, Any] = {} if self._signer is None else {"signature_cb": self._sign}
+        if (context := tls_context(self._settings)) is not None:
+            options |= {"tls": context, "tls_handshake_first": True}
+        return options
+
+    async def _first_connect(self, options: dict[str, Any]) -> None:
+        """Try one server after the other: nats-py's own loop over them hangs when a TLS handshake fails."""
         while True:
-            attempt = self.connect(
-                servers=list(settings.servers),
-                name=name,
-                inbox_prefix=inbox_prefix,
-                error_cb=self._when_error,
-                disconnected_cb=self._when_disconnected,
-                reconnected_cb=self._when_reconnected,
-                closed_cb=self._when_closed,
-                connect_timeout=CONNECT_TIMEOUT_SECONDS,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=RECONNECT_WAIT_SECONDS,  # type: ignore[arg-type]  # annotated int, used in sleep()
-                ping_interval=PING_INTERVAL_SECONDS,
-                max_outstanding_pings=MAX_OUTSTANDING_PINGS,
-                pending_size=PENDING_BYTES,
-            )
-            await cancellable(attempt)
-            if self.is_connected:
-                return
-            # nats-py returns in state CONNECTING when a server says neither PONG nor -ERR (slow authentication)
-            self._failures.append("the server ended the handshake")
-            await self.close()
-            self._server_pool.clear()
+            refused: dict[str, str] = {}
+            servers = random.sample(self._settings.servers, len(self._settings.servers))
+            for server in servers:
+                self._connecting = True
+                try:
+                    await self._try(server, options)
+                except (OSError, nats.errors.Error) as error:  # a TimeoutError is an OSError
+                    self._failures.append(str(error) or type(error).__name__)
+                    if (reason := why_refused(error, self._settings, self._signer)) is not None:
+                        refused[server] = reason
+                else:
+                    self._add_to_pool(servers)
+                    return
+                finally:
+                    self._connecting = False
+                await self._abandon()
+            if refused:
+                raise LogAccessError(_refused(refused))
             await asyncio.sleep(RECONNECT_WAIT_SECONDS)
 
+    async def _try(self, server: str, options: dict[str, Any]) -> None:
+        self._server_pool.clear()
+        attempt = self.connect(
+            servers=[server],
+            error_cb=self._when_error,
+            disconnected_cb=self._when_disconnected,
+            reconnected_cb=self._when_reconnected,
+            closed_cb=self._when_closed,
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_WAIT_SECONDS,  # type: ignore[arg-type]  # annotated int, used in sleep()
+            ping_interval=PING_INTERVAL_SECONDS,
+            max_outstanding_pings=MAX_OUTSTANDING_PINGS,
+            pending_size=PENDING_BYTES,
+            **options,
+        )
+        await cancellable(attempt)
+        if not self.is_connected:
+            # nats-py returns in state CONNECTING when a server says neither PONG nor -ERR (slow authentication)
+            raise nats.errors.Error("the server ended the handshake")
+
+    def _add_to_pool(self, servers: list[str]) -> None:
+        known = {server.uri.netloc for server in self._server_pool}
+        uris = [self._parse_server_uri(server) for server in servers]
+        self._server_pool[:0] = [Srv(uri) for uri in uris if uri.netloc not in known]
+
     async def _abandon(self) -> None:
+        if self._writer is not None and self._settings.ca_file:
+            self._writer.transport.abort()
+            self._transport = None  # or close() waits for the end of a TLS connection that never came to be
         with contextlib.suppress(TimeoutError, OSError, nats.errors.Error):
             async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
                 await self.close()
 
-    def _unreachable(self, settings: LogSettings, deadline: float) -> str:
+    def _unreachable(self, deadline: float) -> str:
         reasons = ", ".join(dict.fromkeys(self._failures)) or "no answer"
-        servers = ", ".join(_without_secrets(url) for url in settings.servers)
+        servers = ", ".join(_without_secrets(url) for url in self._settings.servers)
+        hint = "" if self._settings.ca_file else f"; nodes that speak TLS need {CA_VARIABLE}, too"
         return (
             f"no NATS server took the connection within {deadline:g} s: {servers} ({reasons}). "
-            "Start the cluster, or set FI_NATS_URL to its nodes"
+            f"Start the cluster, or set FI_NATS_URL to its nodes{hint}"
         )
+
+    # -- what nats-py asks at each connect ----------------------------------------------------------------------------
+
+    def _connect_command(self) -> bytes:
+        """Introduce ourselves with the seed as it is now: it may have been rotated since the last connect."""
+        if self._established:
+            try:
+                self._signer = read_signer(self._settings)
+            except ConfigurationError as error:  # it is being written, or gone: go on with the one we know
+                self._tell(str(error))
+        self._public_nkey = None if self._signer is None else self._signer.public_key
+        return super()._connect_command()
+
+    def _sign(self, nonce: str) -> bytes:
+        if self._signer is None:
+            raise nats.errors.Error("no key to sign with")
+        return self._signer.sign(nonce)
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        """Learn of other servers; each has to show its own address in its certificate, and not the first one's."""
+        await super()._process_info(info, initial_connection)
+        for server in self._server_pool:
+            server.tls_name = None
+        if initial_connection and self._settings.ca_file and self._writer is not None:
+            # nats-py makes the protocol by hand: told nothing, it answers the end of TLS so that the loop warns of it
+            self._writer.transport.get_protocol()._over_ssl = True
+
+    async def _process_err(self, err_msg: str) -> None:
+        """Come back when a reload of the node has thrown this user out: the seed's file may hold its next one."""
+        if self._established and _USER_GONE in err_msg:
+            await self._process_op_err(nats.errors.AuthorizationError())
+            return
+        await super()._process_err(err_msg)
 
     @property
     def _server_name(self) -> str:
         return str(self._server_info.get("server_name", ""))
 
+    @property
+    def _writer(self) -> Any:
+        return getattr(self._transport, "_io_writer", None)  # nats-py offers no way to its socket
+
     def _limit_tcp_silence(self) -> None:
-        writer = getattr(self._transport, "_io_writer", None)  # nats-py offers no way to its socket
-        sock = writer.get_extra_info("socket") if writer is not None else None
+        sock = self._writer.get_extra_info("socket") if self._writer is not None else None
         option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
         if sock is not None and option is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, TCP_USER_TIMEOUT_MS)
@@ -141,21 +217,24 @@ class Connection(TolerantClient):
     # -- callbacks: nats-py wants coroutine functions --------------------------------------------------------------
 
     async def _when_error(self, error: Exception) -> None:
-        if not self._established:
-            self._failures.append(str(error) or type(error).__name__)
+        if self._connecting:
+            raise error  # nats-py would try for ever otherwise; the loop of the first connect is ours
+        refusal = Refusal.parse(str(error))
+        if refusal is not None:
+            self.note(refusal, str(error))
             return
-        if _VIOLATION in str(error).lower():
-            self._note_violation(str(error))
+        reason = why_refused(error, self._settings, self._signer)
+        if reason is not None:
+            self._tell(f"a node does not let this process in: {reason}")
             return
         # our callbacks' own errors come this way too, and their text might quote a message
         detail = str(error) if isinstance(error, nats.errors.Error | OSError) else ""
         _log.warning("LOG_CONNECTION_ERROR", error=type(error).__name__, detail=detail)
 
-    def _note_violation(self, text: str) -> None:
-        if text in self.violations or len(self.violations) >= _MAX_VIOLATIONS:
-            return
-        self.violations.append(text)
-        _log.error("LOG_PERMISSION_VIOLATION", detail=text, action="give the NATS user of this service the subject")
+    def _tell(self, reason: str) -> None:
+        if reason != self._told:  # it is tried four times a second
+            self._told = reason
+            _log.error("LOG_ACCESS_REFUSED", reason=reason)
 
     async def _when_disconnected(self) -> None:
         if self._established:
@@ -163,6 +242,8 @@ class Connection(TolerantClient):
 
     async def _when_reconnected(self) -> None:
         self._limit_tcp_silence()
+        self._told = ""
+        self.forget()
         _log.info("LOG_RECONNECTED", server=self._server_name)
 
     async def _when_closed(self) -> None:
@@ -179,7 +260,7 @@ async def connect(
     *,
     name: str,
     on_closed: Callable[[str], None],
-    inbox_prefix: str = "_INBOX",
+    role: Role | None = None,
     deadline: float = CONNECT_DEADLINE_SECONDS,
 ) -> Connection:
     """Connect to the cluster of *settings*.
@@ -189,14 +270,18 @@ async def connect(
         name: shown in the server's monitoring, such as ``fi-ingest``.
         on_closed: called with a reason when the connection ends for good without :func:`close`: the process is of no
             use from then on and should stop. Losing a server is no such end; that reconnects for ever.
-        inbox_prefix: where answers arrive; users with restricted permissions have one each.
+        role: of the process: its user hears answers under a prefix of its own. Without one, the prefix that a user
+            without restrictions has.
         deadline: seconds for the whole first connect.
 
     Raises:
+        ConfigurationError: the file of FI_NATS_CA_FILE or FI_NATS_SEED_FILE cannot be used.
+        LogAccessError: no server that answers lets this process in; it names each with the reason.
         LogUnavailableError: no server took the connection in time; it names the servers and their answers.
     """
-    nc = Connection(on_closed)
-    await nc.open(settings, name=name, inbox_prefix=inbox_prefix, deadline=deadline)
+    nc = Connection(settings, on_closed)
+    prefix = "_INBOX" if role is None else inbox_prefix(role)
+    await nc.open(name=name, inbox_prefix=prefix, deadline=deadline)
     return nc
 
 
@@ -229,6 +314,14 @@ def check_max_payload(nc: Client, event_bytes: int) -> None:
 def server_info(nc: Client) -> dict[str, Any]:
     """Return what the connected server said of itself when the connection was made (the INFO of the protocol)."""
     return dict(nc._server_info)
+
+
+def _refused(reasons: dict[str, str]) -> str:
+    """Say which servers refuse and why, servers with the same reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for server, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(_without_secrets(server))
+    return "; ".join(f"{', '.join(sorted(servers))}: {reason}" for reason, servers in by_reason.items())
 
 
 def _without_secrets(url: str) -> str:

@@ -28,6 +28,7 @@ from services.eventlog.jetstream.continuity import check_log
 from services.eventlog.jetstream.detour import next_event
 from services.eventlog.jetstream.names import STREAM, filter_subject
 from services.eventlog.jetstream.pulls import Pulls
+from services.eventlog.jetstream.refusals import Refusal, listen
 from services.eventlog.protocol import Delivery, LogIdentity
 
 #: how often an idle pull says that it is alive, seconds
@@ -74,6 +75,7 @@ class JetStreamFollower:
         self._nc = nc
         self._api = JetStreamApi(nc)
         self._consumer = consumer
+        self._pull_subject = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{consumer}"
         self._partition = partition
         self._subject_prefix = len(filter_subject(partition)) - 1
         self._identity = identity
@@ -95,6 +97,7 @@ class JetStreamFollower:
         self._progress = True  # something was delivered since the last repair
         self._alive_at = 0.0
         self._error: Exception | None = None
+        self._deafen: Callable[[], None] = lambda: None
 
     async def start(self, after: int) -> None:
         """Deliver everything behind position *after*.
@@ -109,6 +112,8 @@ class JetStreamFollower:
         self._ready.clear()
         self._ready_bytes = 0
         self._committed = self._seen = after
+        self._deafen()
+        self._deafen = listen(self._nc, self._when_refused)
         await self._begin(after)
 
     async def batch(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
@@ -117,6 +122,7 @@ class JetStreamFollower:
         Raises:
             LogMismatchError: the stream was re-created.
             PlacementError: the consumer was deleted.
+            LogForbiddenError: the user of the connection may not follow the consumer.
         """
         while self._error is not None or not self._ready:
             if self._error is not None:
@@ -156,8 +162,15 @@ class JetStreamFollower:
 
     async def close(self) -> None:
         """Deliver no more."""
+        self._deafen()
         await self._drop_subscription()
         self._ready.clear()
+
+    def _when_refused(self, refusal: Refusal) -> None:
+        """Give up what would otherwise look like silence, or never be trimmed: pulls, answers, acknowledgements."""
+        is_ack = refusal.verb == "publish" and f".{STREAM}.{self._consumer}.".lower() in refusal.subject
+        if is_ack or refusal.hits(self._pull_subject, self._pulls.inbox or "-"):
+            self.interrupt(refusal.error())
 
     # -- start and repair ---------------------------------------------------------------------------------------------
 
@@ -249,9 +262,7 @@ class JetStreamFollower:
                 self._alive_at = time.monotonic()
             self._pulls.sent(pull)
             try:
-                await self._nc.publish(
-                    f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{self._consumer}", orjson.dumps(request), reply=pull.inbox
-                )
+                await self._nc.publish(self._pull_subject, orjson.dumps(request), reply=pull.inbox)
             except nats_errors.Error:
                 self._doubtful("connection")
                 return

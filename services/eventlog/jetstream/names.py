@@ -7,6 +7,7 @@ An event is published on ``fi.events.<consultation>``; the server's subject tran
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 
 from services.eventlog.partitions import partition_name
 
@@ -39,7 +40,22 @@ EPOCH_KEY = "fi_epoch"
 #: name of the persisters in the NATS service API (ADR-32): what `nats micro ls` and `fiq status` show
 PERSISTER_SERVICE = "fi-persister"
 
+
+class Role(StrEnum):
+    """What a process is to the broker: each role has a NATS user and an inbox prefix of its own."""
+
+    INGEST = "ingest"
+    PERSISTER = "persister"
+    PROVISIONER = "provisioner"
+    OPS = "ops"
+
+
 _CONSUMER_NAME = re.compile(rf"{WORKERS_PREFIX}-([a-z0-9]{{1,32}})-([0-9]{{2}})", re.ASCII)
+
+
+def inbox_prefix(role: Role) -> str:
+    """Return what the subjects begin with on which answers to *role* arrive; its user may subscribe to no others."""
+    return f"_INBOX_{role}"
 
 
 def subject_of(consultation: str) -> str:

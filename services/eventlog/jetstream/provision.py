@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from nats.aio.client import Client
 
 from services.contract.logs import get_logger
-from services.eventlog.errors import LogUnavailableError, ProvisionError
+from services.eventlog.errors import LogForbiddenError, LogUnavailableError, ProvisionError
 from services.eventlog.jetstream import names
 from services.eventlog.jetstream.api import NOT_ENABLED_ERR_CODES, ApiError, JetStreamApi, NoRespondersError
-from services.eventlog.jetstream.connection import Connection, server_info
+from services.eventlog.jetstream.connection import server_info
 from services.eventlog.jetstream.definitions import dead_stream_config, stream_config
 from services.eventlog.jetstream.drift import Config, changes, check_ownership, own_metadata, size_setting
 from services.eventlog.protocol import LogIdentity
@@ -61,10 +61,16 @@ async def provision(nc: Client, settings: LogSettings, *, deadline: float = DEAD
     """
     check_version(str(server_info(nc).get("version", "")))
     api = JetStreamApi(nc, timeout=ANSWER_SECONDS)
-    patience = _Patience(nc, deadline)
-    await patience.retry(lambda: _check_jetstream(nc, api))
-    info = await patience.retry(lambda: _ensure(api, stream_config(settings), patience))
-    await patience.retry(lambda: _ensure(api, dead_stream_config(settings), patience))
+    patience = _Patience(deadline)
+    try:
+        await patience.retry(lambda: _check_jetstream(nc, api))
+        info = await patience.retry(lambda: _ensure(api, stream_config(settings), patience))
+        await patience.retry(lambda: _ensure(api, dead_stream_config(settings), patience))
+    except LogForbiddenError as error:
+        raise ProvisionError(
+            f"the NATS user may not provision ({error}): run `fiq provision` as one who may, and set "
+            "FI_PROVISION=false here"
+        ) from error
     return _identity(info)
 
 
@@ -77,7 +83,7 @@ async def stream_identity(nc: Client, settings: LogSettings, *, deadline: float 
     """
     check_version(str(server_info(nc).get("version", "")))
     api = JetStreamApi(nc, timeout=ANSWER_SECONDS)
-    info = await _Patience(nc, deadline).retry(lambda: api.stream_info(names.STREAM))
+    info = await _Patience(deadline).retry(lambda: api.stream_info(names.STREAM))
     if info is None:
         raise ProvisionError(f"stream {names.STREAM} does not exist: run `fiq provision`, or set FI_PROVISION=true")
     check_ownership(stream_config(settings), info["config"])
@@ -179,16 +185,10 @@ def _refusal(error: ApiError, config: Config) -> str:
 class _Patience:
     """Repeats what is unavailable just now until the time is over."""
 
-    def __init__(self, nc: Client, seconds: float) -> None:
-        self._nc = nc
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._start = self._loop.time()
-        self._old_violations = len(self._violations)
-
-    @property
-    def _violations(self) -> list[str]:
-        return self._nc.violations if isinstance(self._nc, Connection) else []
 
     @property
     def elapsed(self) -> float:
@@ -201,18 +201,9 @@ class _Patience:
             try:
                 return await operation()
             except LogUnavailableError as error:
-                self._give_up(error)
+                if self.elapsed + _RETRY_SECONDS > self._seconds:
+                    raise LogUnavailableError(
+                        f"the cluster did not get ready within {self._seconds:g} s: {error}. "
+                        "Check that a majority of its nodes runs"
+                    ) from error
                 await asyncio.sleep(_RETRY_SECONDS)
-
-    def _give_up(self, error: LogUnavailableError) -> None:
-        refused = self._violations[self._old_violations :]
-        if refused:
-            raise ProvisionError(
-                f"the NATS user may not provision ({refused[0]}): run `fiq provision` as one who may, and set "
-                "FI_PROVISION=false here"
-            ) from error
-        if self.elapsed + _RETRY_SECONDS > self._seconds:
-            raise LogUnavailableError(
-                f"the cluster did not get ready within {self._seconds:g} s: {error}. "
-                "Check that a majority of its nodes runs"
-            ) from error

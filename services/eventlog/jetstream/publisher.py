@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import nats.errors
@@ -29,6 +29,7 @@ from services.eventlog.errors import (
 from services.eventlog.jetstream.acks import DUPLICATE_IN_FLIGHT, Again, read_ack
 from services.eventlog.jetstream.connection import PENDING_BYTES
 from services.eventlog.jetstream.names import stream_of, subject_of
+from services.eventlog.jetstream.refusals import Refusal, listen
 from services.eventlog.protocol import Appended, EventWriter
 
 #: an attempt without an answer is repeated after this; each further one waits twice as long, seconds
@@ -46,8 +47,9 @@ ROOM_BYTES = 64 * 2**10
 
 @dataclass(slots=True)
 class _Slot:
-    """One call in flight: where its next answer goes, and when it stops waiting for one."""
+    """One call in flight: its subject, where its next answer goes, and when it stops waiting for one."""
 
+    subject: str
     answer: asyncio.Future[Msg | None]
     due: float
 
@@ -87,6 +89,7 @@ class Publisher(EventWriter):
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._closing: asyncio.Future[None] | None = None
+        self._deafen: Callable[[], None] = lambda: None
 
     @property
     def in_flight(self) -> int:
@@ -96,6 +99,7 @@ class Publisher(EventWriter):
     async def start(self) -> None:
         """Subscribe to the answers."""
         self._prefix = f"{self._nc.new_inbox()}."
+        self._deafen = listen(self._nc, self._when_refused)
         self._subscription = await self._nc.subscribe(f"{self._prefix}*", cb=self._take_answer)
 
     async def append(self, event: Event) -> Appended:
@@ -116,11 +120,12 @@ class Publisher(EventWriter):
             DuplicateInFlightError: until the deadline, somebody else was storing the same message id.
             TooManyInFlightError: this publisher has its limit under way; nothing was sent.
             LogRefusedError: the broker refuses for good, or the message is too large for it.
+            LogForbiddenError: the user of the connection may not publish on *subject*.
         """
         self._admit(body, headers)
         token = next(self._tokens)
         message = _Message(subject, body, headers, self._prefix + token, stream_of(subject))
-        slot = self._slots[token] = _Slot(self._loop.create_future(), 0.0)
+        slot = self._slots[token] = _Slot(subject, self._loop.create_future(), 0.0)
         try:
             return await self._deliver(message, slot)
         finally:
@@ -140,6 +145,7 @@ class Publisher(EventWriter):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._deafen()
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             with contextlib.suppress(nats.errors.Error, OSError):
@@ -211,6 +217,11 @@ class Publisher(EventWriter):
         slot = self._slots.get(answer.subject[len(self._prefix) :])
         if slot is not None and not slot.answer.done():
             slot.answer.set_result(answer)
+
+    def _when_refused(self, refusal: Refusal) -> None:
+        for slot in self._slots.values():
+            if refusal.hits(slot.subject, self._prefix) and not slot.answer.done():
+                slot.answer.set_exception(refusal.error())
 
     def _tick(self) -> None:
         now = self._loop.time()

@@ -292,7 +292,7 @@ async def test_a_subject_that_the_routes_do_not_carry_is_read_otherwise(log: Log
     info = await log.api.consumer_info(STREAM, log.consumer)
     assert info is not None
     elsewhere = next(i for i, name in enumerate(log.cluster.names) if name != info["cluster"]["leader"])
-    connection = Connection(lambda _: None)
+    connection = Connection(LogSettings(), lambda _: None)
     await connection.connect(log.cluster.urls[elsewhere], allow_reconnect=False)
     await log.publish(3)
     leader = await asyncio.to_thread(log.cluster.wait_stream_leader, STREAM)  # a route would cut the subject

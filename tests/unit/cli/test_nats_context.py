@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from services.cli.commands.nats_context import context_path, write_context
 from services.cli.errors import CommandError
 from services.cli.main import app
+from services.cli.security.deployment import Deployment
+from services.cli.security.files import Owner
 
 URL = "nats://127.0.0.1:4222,nats://127.0.0.1:4223"
 
@@ -58,8 +60,8 @@ def test_a_context_of_ours_is_written_again(tmp_path: Path) -> None:
     """Ports change from run to run: a second write replaces the first."""
     path = tmp_path / "fiq.json"
 
-    write_context(path, "nats://127.0.0.1:1", force=False)
-    write_context(path, "nats://127.0.0.1:2", force=False)
+    write_context(path, "nats://127.0.0.1:1", {}, force=False)
+    write_context(path, "nats://127.0.0.1:2", {}, force=False)
 
     assert json.loads(path.read_text())["url"] == "nats://127.0.0.1:2"
 
@@ -71,8 +73,44 @@ def test_a_foreign_context_is_replaced_with_force_only(tmp_path: Path, content: 
     path.write_text(content)
 
     with pytest.raises(CommandError, match="--force"):
-        write_context(path, URL, force=False)
+        write_context(path, URL, {}, force=False)
     assert path.read_text() == content
 
-    write_context(path, URL, force=True)
+    write_context(path, URL, {}, force=True)
     assert json.loads(path.read_text())["url"] == URL
+
+
+def test_a_user_of_a_deployment_brings_seed_authority_and_inbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ADR-21 names nkey, ca, tls_first and inbox_prefix; paths are absolute, and no secret is copied."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    Deployment(tmp_path / "deployment", Owner.myself()).complete()
+    secrets = tmp_path / "deployment/secrets"
+    monkeypatch.chdir(tmp_path)
+
+    result = CliRunner().invoke(app, ["nats-context", "--server", URL, "--user", "ops", "--deployment", "deployment"])
+
+    assert result.exit_code == 0, result.output
+    context = json.loads((tmp_path / "nats/context/fiq.json").read_text())
+    del context["description"]
+    expected = {
+        "url": URL,
+        "nkey": str(secrets / "users/ops.seed"),
+        "ca": str(secrets / "ca.pem"),
+        "tls_first": True,
+        "inbox_prefix": "_INBOX_ops",
+    }
+    assert expected == context
+
+
+def test_a_user_without_a_seed_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the wrong folder there is nothing to write."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    arguments = ["nats-context", "--server", URL, "--user", "ops", "--deployment", str(tmp_path)]
+
+    result = CliRunner().invoke(app, arguments)
+
+    assert result.exit_code == 1
+    assert f"{tmp_path}/secrets/users/ops.seed does not exist" in result.output
+    assert not (tmp_path / "nats").exists()

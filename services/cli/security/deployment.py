@@ -1,0 +1,256 @@
+"""Makes the secrets of a deployment, completes them, and renews them: what ``fiq init`` does.
+
+A second run changes nothing. What is derived (the files for nats-server) is written from what it derives from (seeds,
+certificates), so that a run that was cut short is finished by the next one. The authority is made once: nothing here
+ever replaces it, because every process trusts it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets as random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from services.cli.errors import CommandError
+from services.cli.security import configuration, environment, seeds
+from services.cli.security.authority import Authority, Pair, belong_together, make_authority, names_in, start_of
+from services.cli.security.configuration import USERS
+from services.cli.security.files import Owner, Secrets
+from services.cli.security.layout import Layout
+from services.eventlog.jetstream.credentials import public_key
+
+#: nodes of a deployment on one machine
+NODES = 3
+#: how every node can be reached from its own machine
+_LOCAL = ("localhost", "127.0.0.1")
+_AUTHORITY = "Free Intelligence event log"
+#: name of the API token that is made at the beginning
+_TOKEN = "default"  # noqa: S105 - its name
+_AT_REST_BYTES = 32
+
+
+class Deployment:
+    """A folder with the secrets of one deployment.
+
+    Args:
+        folder: made when it is missing.
+        owner: who may read them: whom the services and the nodes run as.
+    """
+
+    def __init__(self, folder: Path, owner: Owner) -> None:
+        self.layout = Layout(folder.absolute())
+        self._secrets = Secrets(owner)
+
+    @property
+    def changes(self) -> list[str]:
+        """What has been done, a line each."""
+        return self._secrets.changes
+
+    def complete(self, hosts: Sequence[str] = (), *, encrypt: bool = False) -> None:
+        """Make whatever is missing.
+
+        Args:
+            hosts: machine of each node, in order; without them three nodes, or those that there are.
+            encrypt: let the nodes encrypt what they store, from the beginning.
+
+        Raises:
+            CommandError: something is there that cannot be completed; nothing of it was touched.
+        """
+        with self._at_work():
+            authority = self._authority()
+            nodes = self._nodes(hosts)
+            for node, names in nodes.items():
+                self._ensure_node(authority, node, names, asked=bool(hosts))
+            for user in USERS:
+                self._ensure_seed(user)
+            self._write_nats(encrypt=encrypt)
+            self._ensure_token()
+            self._ensure_environment(dict(zip(nodes, hosts, strict=True)) if hosts else {})
+
+    def renew_certificates(self, hosts: Sequence[str] = ()) -> None:
+        """Give every node a new key and certificate by the same authority, for *hosts* or the names of the old one."""
+        self._must_exist()
+        with self._at_work():
+            authority = self._authority(may_make=False)
+            known = self.layout.known_nodes()
+            if hosts and len(hosts) < len(known):
+                raise CommandError(f"there are {len(known)} nodes ({', '.join(known)}): name as many --hosts")
+            for node, names in self._nodes(hosts).items():
+                path = self.layout.node_certificate(node)
+                wanted = names if hosts or not path.exists() else self._names(node)
+                self._write_node(node, authority.sign(node, wanted, start=start_of(datetime.now(UTC))))
+
+    def begin_users(self) -> None:
+        """Make the users' next seeds, and let the nodes take both: step 1 of 2."""
+        self._must_exist()
+        with self._at_work():
+            self._check_users()
+            for user in USERS:
+                if not self.layout.next_seed(user).exists():
+                    self._secrets.create(self.layout.next_seed(user), seeds.new_seed())
+            self._write_nats()
+
+    def finish_users(self) -> None:
+        """Put the next seeds into their places, and let the nodes take these alone: step 2 of 2.
+
+        Raises:
+            CommandError: no rotation is under way.
+        """
+        self._must_exist()
+        with self._at_work():
+            self._check_users()
+            accounts = self.layout.nats / "accounts.conf"
+            # the last step of a run that was cut short may be missing
+            complete = accounts.exists() and accounts.read_bytes() == self._accounts()
+            if complete and not any(self.layout.next_seed(user).exists() for user in USERS):
+                raise CommandError("no rotation of users is under way: begin one with  --rotate users")
+            for user in USERS:
+                following = self.layout.next_seed(user)
+                if following.exists():
+                    self._secrets.put(self.layout.seed(user), following.read_bytes())
+                    self._secrets.remove(following)
+            self._write_nats()
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _must_exist(self) -> None:
+        if not self.layout.secrets.is_dir():
+            raise CommandError(f"{self.layout.secrets} does not exist: make it with  fiq init {self.layout.folder}")
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        layout = self.layout
+        if not layout.folder.exists():
+            self._secrets.folder(layout.folder, owner=Owner.myself())
+        for folder in (layout.secrets, layout.nodes, layout.users, layout.nats, layout.clients):
+            self._secrets.folder(folder)
+        with self._secrets.alone(layout.secrets):
+            self._secrets.put(layout.ignore, b"*\n")
+            yield
+
+    def _authority(self, *, may_make: bool = True) -> Authority:
+        certificate, key = self.layout.ca_certificate, self.layout.ca_key
+        if may_make and not certificate.exists() and not key.exists():
+            if self.layout.known_nodes():
+                raise CommandError(f"{certificate} and {key} are gone, the nodes' certificates are not: {_PUT_BACK}")
+            pair = make_authority(_AUTHORITY, now=datetime.now(UTC))
+            # the key belongs to whoever runs this, and to no service
+            self._secrets.create(key, pair.key, owner=Owner.myself())
+            self._secrets.create(certificate, pair.certificate)
+        for path in (certificate, key):
+            if not path.exists():
+                raise CommandError(f"{path} is gone: {_PUT_BACK}")
+        self._secrets.mend(certificate)
+        self._secrets.mend(key, owner=Owner.myself())
+        try:
+            return Authority(Pair(certificate.read_bytes(), key.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"{certificate} and {key} cannot be used ({error}): {_PUT_BACK}") from None
+
+    def _nodes(self, hosts: Sequence[str]) -> dict[str, list[str]]:
+        """Return the nodes and the names that a certificate of each must have besides the node's own."""
+        known = self.layout.known_nodes()
+        names = (
+            [f"n{number + 1}" for number in range(len(hosts))]
+            if hosts
+            else known or [f"n{i + 1}" for i in range(NODES)]
+        )
+        surplus = [node for node in known if node not in names]
+        if surplus:
+            raise CommandError(
+                f"there are nodes for which no host was named: {', '.join(surplus)}; name all --hosts, in order"
+            )
+        return {node: [*_LOCAL, *hosts[index : index + 1]] for index, node in enumerate(names)}
+
+    def _names(self, node: str) -> list[str]:
+        try:
+            return [name for name in names_in(self.layout.node_certificate(node).read_bytes()) if name != node]
+        except ValueError:
+            raise CommandError(
+                f"{self.layout.node_certificate(node)} cannot be read: renew it with  --rotate certificates --hosts …"
+            ) from None
+
+    def _ensure_node(self, authority: Authority, node: str, names: Sequence[str], *, asked: bool) -> None:
+        certificate, key = self.layout.node_certificate(node), self.layout.node_key(node)
+        if not certificate.exists() and not key.exists():
+            self._write_node(node, authority.sign(node, names, start=start_of(datetime.now(UTC))))
+            return
+        if not key.exists() or not certificate.exists():
+            raise CommandError(f"{key} or {certificate} is gone: {_RENEW}")
+        pair = Pair(certificate.read_bytes(), key.read_bytes())
+        if not belong_together(pair) or not authority.signed(pair.certificate):
+            raise CommandError(f"{certificate} is not of this deployment, or its key is another one's: {_RENEW}")
+        missing = [name for name in names if name not in self._names(node)]
+        if asked and missing:
+            raise CommandError(f"{certificate} is not for {', '.join(missing)}: {_RENEW} and the same --hosts")
+        self._secrets.mend(certificate)
+        self._secrets.mend(key)
+
+    def _write_node(self, node: str, pair: Pair) -> None:
+        self._secrets.put(self.layout.node_key(node), pair.key)
+        self._secrets.put(self.layout.node_certificate(node), pair.certificate)
+
+    def _ensure_seed(self, user: str) -> None:
+        path = self.layout.seed(user)
+        if not path.exists():
+            self._secrets.create(path, seeds.new_seed())
+        self._secrets.mend(path)
+        if self.layout.next_seed(user).exists():
+            self._secrets.mend(self.layout.next_seed(user))
+
+    def _check_users(self) -> None:
+        missing = [str(self.layout.seed(user)) for user in USERS if not self.layout.seed(user).exists()]
+        if missing:
+            raise CommandError(
+                f"{', '.join(missing)}: there is no such file; make the deployment with  fiq init  first"
+            )
+
+    def _keys(self, user: str) -> list[str]:
+        keys = []
+        for path in (self.layout.seed(user), self.layout.next_seed(user)):
+            if path.exists():
+                try:
+                    keys.append(public_key(path.read_bytes()))
+                except ValueError as error:
+                    raise CommandError(f"{path} is {error}: put it back, or remove it for a new one") from None
+        return list(dict.fromkeys(keys))
+
+    def _accounts(self) -> bytes:
+        return configuration.accounts({user: self._keys(user) for user in USERS}).encode()
+
+    def _write_nats(self, *, encrypt: bool = False) -> None:
+        nats = self.layout.nats
+        self._secrets.put(nats / "accounts.conf", self._accounts())
+        self._secrets.put(nats / "client-tls.conf", configuration.client_tls().encode())
+        self._secrets.put(nats / "route-tls.conf", configuration.route_tls().encode())
+        at_rest = nats / "at-rest.conf"
+        if at_rest.exists():  # another key would make what is stored unreadable
+            if encrypt and configuration.at_rest("") == at_rest.read_text(encoding="utf-8"):
+                raise CommandError(f"{at_rest} says that the disks are not encrypted: see docs/security.md")
+            self._secrets.mend(at_rest)
+            return
+        key = random.token_urlsafe(_AT_REST_BYTES) if encrypt else ""
+        self._secrets.create(at_rest, configuration.at_rest(key).encode())
+
+    def _ensure_token(self) -> None:
+        """Make the first API token: the clients' file has it, the service's its hash."""
+        if not self.layout.tokens.exists():
+            token = random.token_urlsafe(32)
+            digest = hashlib.sha256(token.encode()).hexdigest()
+            text = f"# name, SHA-256 of the token, scopes, prefix of the ids\n{_TOKEN} {digest} read,write *\n"
+            self._secrets.put(self.layout.token(_TOKEN), f"{token}\n".encode())
+            self._secrets.create(self.layout.tokens, text.encode())
+        for path in (self.layout.tokens, *self.layout.clients.glob("*.token")):
+            self._secrets.mend(path)
+
+    def _ensure_environment(self, hosts: dict[str, str]) -> None:
+        if not self.layout.environment.exists():
+            text = environment.dotenv(self._secrets.owner, hosts)
+            self._secrets.create(self.layout.environment, text.encode(), owner=Owner.myself())
+
+
+_PUT_BACK = "put the authority back from your copy; a new one would be trusted by nobody, so fiq makes none"
+_RENEW = "renew all with  --rotate certificates"

@@ -1,0 +1,140 @@
+"""Writes secrets: for their owner alone, whole or not at all, and never another file in the place of an old one.
+
+Containers mount single files, and a mount stays with the file that it found: what is renewed must be written into the
+same file. So a change truncates; whoever reads meanwhile (a node at its reload, a service at a connect) tries again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.cli.errors import CommandError
+
+FILE_MODE = 0o600
+FOLDER_MODE = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A user and a group by their numbers."""
+
+    uid: int
+    gid: int
+
+    @classmethod
+    def myself(cls) -> Owner:
+        """Return who runs this process."""
+        return cls(os.geteuid(), os.getegid())
+
+    def __str__(self) -> str:
+        return f"{self.uid}:{self.gid}"
+
+
+@dataclass
+class Secrets:
+    """Writes files and folders that *owner* alone may read.
+
+    Attributes:
+        owner: whose they are.
+        changes: what was done, a line each.
+    """
+
+    owner: Owner
+    changes: list[str] = field(default_factory=list)
+
+    def folder(self, path: Path, *, owner: Owner | None = None) -> None:
+        """Make a folder, or put its owner and mode right."""
+        new = not path.exists()
+        if new:
+            path.mkdir(mode=FOLDER_MODE, parents=True)
+        self._mend(path, FOLDER_MODE, owner or self.owner, silent=new)
+        if new:
+            self.changes.append(f"made {path}")
+
+    def create(self, path: Path, content: bytes, *, owner: Owner | None = None) -> None:
+        """Write a file that must not exist yet; after a crash it is whole or missing.
+
+        Raises:
+            FileExistsError: it does exist.
+        """
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        try:
+            with open(descriptor, "wb") as file:
+                _fill(file.fileno(), content)
+            self._mend(temporary, FILE_MODE, owner or self.owner, silent=True)
+            os.link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.changes.append(f"made {path}")
+
+    def put(self, path: Path, content: bytes) -> None:
+        """Write a file unless it holds *content* already; one that exists stays the same file."""
+        if not path.exists():
+            self.create(path, content)
+            return
+        if path.read_bytes() != content:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            with open(descriptor, "wb") as file:
+                _fill(file.fileno(), content)
+            self.changes.append(f"wrote {path}")
+        self.mend(path)
+
+    def mend(self, path: Path, *, owner: Owner | None = None) -> None:
+        """Put owner and mode of a file right."""
+        self._mend(path, FILE_MODE, owner or self.owner)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink()
+        self.changes.append(f"removed {path}")
+
+    @contextlib.contextmanager
+    def alone(self, folder: Path) -> Iterator[None]:
+        """Be the only one that writes into *folder*.
+
+        Raises:
+            CommandError: another process does just now.
+        """
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise CommandError(f"another fiq init is at work in {folder}: wait for it") from None
+        finally:
+            os.close(descriptor)
+
+    def _mend(self, path: Path, mode: int, owner: Owner, *, silent: bool = False) -> None:
+        found = path.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            raise CommandError(f"{path} is a symbolic link: secrets must be files of their own, replace it")
+        before = len(self.changes)
+        if Owner(found.st_uid, found.st_gid) != owner:
+            try:
+                os.chown(path, owner.uid, owner.gid)
+            except PermissionError:
+                raise CommandError(
+                    f"{path} cannot be given to {owner}: run as root, or name yourself with --owner"
+                ) from None
+            self.changes.append(f"gave {path} to {owner}")
+        if stat.S_IMODE(found.st_mode) != mode:
+            path.chmod(mode)
+            self.changes.append(f"took {path} from everybody else")
+        if silent:
+            del self.changes[before:]
+
+
+def _fill(descriptor: int, content: bytes) -> None:
+    os.ftruncate(descriptor, 0)
+    written = 0
+    while written < len(content):
+        written += os.pwrite(descriptor, content[written:], written)
+    os.fsync(descriptor)

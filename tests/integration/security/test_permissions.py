@@ -1,0 +1,211 @@
+"""Each role is refused what it must not do, at once and in words that say what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from services.cli.security.permissions import PERMISSIONS
+from services.contract.event import Event
+from services.contract.ids import new_event_id
+from services.eventlog.errors import LogForbiddenError, ProvisionError
+from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.connection import Connection, close, connect
+from services.eventlog.jetstream.follower import JetStreamFollower
+from services.eventlog.jetstream.names import STREAM, Role
+from services.eventlog.jetstream.placement import Placements
+from services.eventlog.jetstream.provision import provision
+from services.eventlog.jetstream.publisher import Publisher
+from services.eventlog.protocol import LogIdentity
+from tests.support.polling import eventually
+from tests.support.security import Secured, fiq, run
+
+#: what a request to a subject without permission takes at most: far below the time-outs of requests, seconds
+QUICK = 4.0
+
+#: role -> subjects that its user must not publish on
+FORBIDDEN = {
+    Role.INGEST: [
+        "fi.dead.0",
+        "fi.events",
+        "fi.events.1.c1",
+        "$JS.API.INFO",
+        "$JS.API.STREAM.CREATE.fi-events",
+        "$JS.API.STREAM.UPDATE.fi-events",
+        "$JS.API.STREAM.DELETE.fi-events",
+        "$JS.API.STREAM.PURGE.fi-events",
+        "$JS.API.STREAM.MSG.DELETE.fi-events",
+        "$JS.API.STREAM.SNAPSHOT.fi-events",
+        "$JS.API.CONSUMER.CREATE.fi-events.mine",
+        "$JS.API.CONSUMER.RESET.fi-events.fi-workers-main-00",
+        "$JS.API.CONSUMER.MSG.NEXT.fi-events.fi-workers-main-00",
+        "$JS.ACK.fi-events.fi-workers-main-00.1.1.1.1.0",
+        "_INBOX_persister.x",
+        "$SYS.REQ.SERVER.PING",
+    ],
+    Role.PERSISTER: [
+        "fi.events.c1",
+        "fi.events.1.c1",
+        "$JS.API.INFO",
+        "$JS.API.STREAM.CREATE.fi-events",
+        "$JS.API.STREAM.UPDATE.fi-events",
+        "$JS.API.STREAM.DELETE.fi-events",
+        "$JS.API.STREAM.PURGE.fi-dead",
+        "$JS.API.STREAM.MSG.DELETE.fi-events",
+        "$JS.API.STREAM.RESTORE.fi-events",
+        "$JS.API.CONSUMER.CREATE.fi-events.mine",
+        "$JS.API.CONSUMER.CREATE.fi-dead.mine",
+        "$JS.API.CONSUMER.DELETE.fi-events.fi-workers-main-00",
+        "_INBOX_ops.x",
+        "$SYS.REQ.SERVER.PING",
+    ],
+    Role.PROVISIONER: [
+        "fi.events.c1",
+        "fi.dead.0",
+        "$JS.API.STREAM.CREATE.other",
+        "$JS.API.STREAM.DELETE.fi-events",
+        "$JS.API.STREAM.PURGE.fi-events",
+        "$JS.API.STREAM.MSG.GET.fi-events",
+        "$JS.API.DIRECT.GET.fi-events",
+        "$JS.API.STREAM.SNAPSHOT.fi-events",
+        "$JS.API.CONSUMER.CREATE.fi-events.mine",
+        "$JS.API.CONSUMER.DELETE.fi-events.fi-workers-main-00",
+        "$SYS.REQ.SERVER.PING",
+    ],
+    Role.OPS: [
+        "fi.events.c1",
+        "fi.dead.0",
+        "$JS.API.STREAM.CREATE.fi-events",
+        "$JS.API.STREAM.UPDATE.fi-events",
+        "$JS.API.STREAM.DELETE.fi-events",
+        "$JS.API.STREAM.PURGE.fi-events",
+        "$JS.API.STREAM.MSG.DELETE.fi-events",
+        "$JS.API.STREAM.RESTORE.fi-events",
+        "$JS.API.CONSUMER.CREATE.fi-events.mine",
+        "$JS.API.CONSUMER.DELETE.fi-events.fi-workers-main-00",
+        "$JS.API.CONSUMER.MSG.NEXT.fi-events.fi-workers-main-00",
+        "$JS.ACK.fi-events.fi-workers-main-00.1.1.1.1.0",
+        "$SYS.REQ.SERVER.PING",
+    ],
+}
+#: subjects that nobody may listen to besides his own inbox
+UNHEARD = ["fi.events.>", "fi.dead.>", ">", "_INBOX.>", "$JS.ACK.>", "$JS.API.>", "$SYS.>"]
+
+
+@pytest.mark.parametrize(
+    ("role", "subject"), [(role, subject) for role, subjects in FORBIDDEN.items() for subject in subjects]
+)
+async def test_a_role_may_not_publish_what_is_not_its_own(secured: Secured, role: Role, subject: str) -> None:
+    """The request ends with an error that names the subject, long before its time-out."""
+    async with secured.connected(role) as nc:
+        with pytest.raises(LogForbiddenError) as refused:
+            await nc.request(subject, b"", timeout=60)
+    assert f"may not publish on {subject.lower()}" in str(refused.value)
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("subject", [*UNHEARD, "another's inbox"])
+async def test_a_role_may_not_listen_to_others(secured: Secured, role: Role, subject: str) -> None:
+    """Neither to events as they are published nor to answers that are meant for somebody else."""
+    if subject == "another's inbox":
+        subject = f"_INBOX_{Role.OPS if role is Role.INGEST else Role.INGEST}.>"
+    async with secured.connected(role) as nc:
+        await nc.subscribe(subject)
+        await eventually(lambda: nc.violations)
+        assert f'subscription to "{subject.lower()}"' in nc.violations[0]
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_no_role_has_everything(role: Role) -> None:
+    """An empty list would mean that to nats-server."""
+    granted = PERMISSIONS[role]
+    assert granted.publish
+    assert granted.subscribe
+    assert not {">", "*", "$JS.>", "$JS.API.>"} & {*granted.publish, *granted.subscribe}
+
+
+@pytest.fixture
+async def stranger(secured: Secured) -> AsyncIterator[Connection]:
+    """A connection as ingest, to try with what is not ingest's."""
+    async with secured.connected(Role.INGEST) as nc:
+        yield nc
+
+
+async def test_a_wrong_inbox_is_told_with_the_first_request_and_with_all_that_follow(secured: Secured) -> None:
+    """A process with another role's seed: its questions arrive, the answers never would."""
+    settings = secured.settings(Role.INGEST)
+    nc = await connect(settings, name="test", role=Role.OPS, on_closed=pytest.fail)
+    for _ in range(2):
+        with pytest.raises(LogForbiddenError, match="may not subscribe to _inbox_ops"):
+            await JetStreamApi(nc, timeout=60).stream_info(STREAM)
+    await close(nc)
+
+
+async def test_provisioning_says_who_may(stranger: Connection, secured: Secured) -> None:
+    """Not a time-out after half a minute."""
+    started = time.monotonic()
+    with pytest.raises(ProvisionError, match=r"may not provision.*run `fiq provision`"):
+        await provision(stranger, secured.settings(Role.INGEST))
+    assert time.monotonic() - started < QUICK
+
+
+async def test_placement_says_what_is_missing(stranger: Connection, secured: Secured) -> None:
+    """A claim by somebody who may not create consumers."""
+    with pytest.raises(LogForbiddenError, match=r"consumer\.create\.fi-events\.fi-workers-main-00"):
+        await Placements(stranger, secured.settings(Role.INGEST)).claim(0, "volume", 1)
+
+
+async def test_a_publisher_says_what_is_missing(secured: Secured) -> None:
+    """And does not try until its deadline; others' messages in flight are not affected."""
+    async with secured.connected(Role.OPS) as nc:
+        publisher = Publisher(nc, deadline=60, max_in_flight=10)
+        await publisher.start()
+        with pytest.raises(LogForbiddenError, match=r"may not publish on fi\.events\.c1"):
+            await publisher.append(Event("C1", new_event_id(), 1, b"{}"))
+        assert 0 == publisher.in_flight
+        await publisher.close()
+
+
+async def test_a_follower_says_what_is_missing(secured: Secured) -> None:
+    """Silence of the consumer would look like an idle partition."""
+    identity = await _identity(secured)
+    async with secured.connected(Role.PERSISTER) as owner:
+        await Placements(owner, secured.settings(Role.PERSISTER, replicas=3)).claim(0, "volume", 1)
+    async with secured.connected(Role.OPS) as nc:  # may reset it, and not pull from it
+        follower = JetStreamFollower(nc, "fi-workers-main-00", 0, identity, max_events=10, max_bytes=2**20)
+        await follower.start(0)
+        with pytest.raises(LogForbiddenError, match=r"consumer\.msg\.next"):
+            async with asyncio.timeout(QUICK):
+                await follower.batch(max_events=10, max_bytes=2**20)
+        await follower.close()
+
+
+async def _identity(secured: Secured) -> LogIdentity:
+    async with secured.connected(Role.PROVISIONER) as nc:
+        return await provision(nc, secured.settings(Role.PROVISIONER, max_bytes=2**24, dead_max_bytes=2**20))
+
+
+def test_a_service_with_another_roles_seed_ends_with_one_line(secured: Secured, tmp_path: Path) -> None:
+    """Ingest as ops: it could not store a single event."""
+    own = secured.environment(Role.INGEST) | {"FI_NATS_SEED_FILE": str(secured.layout.seed(Role.OPS))}
+
+    done = run("services.ingest", own | {"FI_PORT": "0", "FI_PROVISION": "true", "FI_STARTUP_TIMEOUT": "30"})
+
+    assert 1 == done.code
+    assert 1 == len(done.errors), done.errors
+    assert "may not subscribe to _inbox_ingest" in done.errors[0]
+
+
+def test_a_command_with_another_roles_seed_ends_with_one_line(secured: Secured) -> None:
+    """`fiq provision` as ops."""
+    own = secured.environment(Role.OPS)
+
+    done = fiq(own, "provision")
+
+    assert 1 == done.code
+    assert 1 == len(done.errors), done.errors
+    assert "may not provision" in done.errors[0]

@@ -1,0 +1,420 @@
+"""`fiq init`: the secrets of a deployment, made once, for their owner alone, and renewed on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import ssl
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from typer.testing import CliRunner
+
+from services.cli.main import app
+from services.cli.security import configuration
+from services.cli.security.authority import NODE_LIFETIME, names_in, not_after
+from services.cli.security.configuration import USERS
+from services.cli.security.layout import NATS_FILES, Layout
+from services.eventlog.jetstream.credentials import public_key
+from services.eventlog.jetstream.names import Role
+
+#: what a deployment of three nodes has in `secrets`
+FILES = {
+    ".gitignore",
+    "ca.key",
+    "ca.pem",
+    "clients/default.token",
+    "tokens",
+    *(f"nats/{name}" for name in NATS_FILES),
+    *(f"nodes/n{number}.{kind}" for number in (1, 2, 3) for kind in ("pem", "key")),
+    *(f"users/{user}.seed" for user in ("ingest", "persister", "provisioner", "ops", "system")),
+}
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to somebody else")
+
+
+def init(folder: Path, *arguments: str, owner: str = "") -> Any:
+    """Run the command, as the owner of what it makes unless another one is named."""
+    whom = owner or f"{os.geteuid()}:{os.getegid()}"
+    return CliRunner().invoke(app, ["init", str(folder), "--owner", whom, *arguments])
+
+
+def made(folder: Path, *arguments: str) -> Layout:
+    """Run it, and return where things are."""
+    done = init(folder, *arguments)
+    assert done.exit_code == 0, done.output
+    return Layout(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below *folder* by its name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_it_makes_everything_that_a_deployment_needs(tmp_path: Path) -> None:
+    """Authority, three nodes, five users, an API token, the files for nats-server, variables for compose."""
+    layout = made(tmp_path / "deployment")
+
+    assert FILES == set(contents(layout.secrets))
+    assert {".env", "secrets"} == {path.name for path in layout.folder.iterdir()}
+
+
+def test_nobody_else_may_read_any_of_it(tmp_path: Path) -> None:
+    """Files 0600, folders 0700, whatever the umask says."""
+    before = os.umask(0)
+    try:
+        layout = made(tmp_path / "deployment")
+    finally:
+        os.umask(before)
+
+    for path in (layout.folder, *layout.folder.rglob("*")):
+        wanted = 0o700 if path.is_dir() else 0o600
+        assert wanted == stat.S_IMODE(path.stat().st_mode), path
+
+
+@as_root
+def test_root_gives_it_to_the_user_of_the_image_but_the_authoritys_key(tmp_path: Path) -> None:
+    """File secrets keep the owner of the host; no container needs what makes certificates."""
+    assert CliRunner().invoke(app, ["init", str(tmp_path / "deployment")]).exit_code == 0
+
+    layout = Layout(tmp_path / "deployment")
+    for path in layout.secrets.rglob("*"):
+        assert (0 if path == layout.ca_key else 10001) == path.stat().st_uid, path
+    assert "FIQ_UID=10001\nFIQ_GID=10001\n" in layout.environment.read_text()
+
+
+@as_root
+def test_an_owner_can_be_named(tmp_path: Path) -> None:
+    """By number, with a group or without."""
+    assert init(tmp_path / "deployment", owner="1234:5678").exit_code == 0
+
+    found = Layout(tmp_path / "deployment").seed("ops").stat()
+    assert (1234, 5678) == (found.st_uid, found.st_gid)
+
+
+def test_a_second_run_changes_nothing_and_says_so(tmp_path: Path) -> None:
+    """It may stand in a script."""
+    layout = made(tmp_path)
+    before = contents(tmp_path)
+
+    done = init(tmp_path)
+
+    assert f"{tmp_path}: everything is there, nothing was changed\n" == done.output
+    assert before == contents(layout.folder)
+
+
+@pytest.mark.parametrize("lost", ["users/ops.seed", "nats/accounts.conf", "tokens"])
+def test_what_is_missing_is_made_again_and_the_rest_stays(tmp_path: Path, lost: str) -> None:
+    """Of seeds a new one, which accounts.conf then has; derived files as they were."""
+    layout = made(tmp_path)
+    before = contents(layout.secrets)
+    (layout.secrets / lost).unlink()
+
+    done = init(tmp_path)
+
+    after = contents(layout.secrets)
+    follows = {"users/ops.seed": {"nats/accounts.conf"}, "tokens": {"clients/default.token"}}.get(lost, set())
+    assert f"made {layout.secrets / lost}" in done.output
+    assert {lost, *follows} >= {name for name in after if before[name] != after[name]}
+    assert public_key(layout.seed("ops").read_bytes()) in (layout.nats / "accounts.conf").read_text()
+
+
+def test_modes_that_are_too_open_are_mended(tmp_path: Path) -> None:
+    """A copy that lost them is closed again, and the output says which."""
+    layout = made(tmp_path)
+    layout.seed("ops").chmod(0o644)
+
+    done = init(tmp_path)
+
+    assert f"took {layout.seed('ops')} from everybody else" in done.output
+    assert 0o600 == stat.S_IMODE(layout.seed("ops").stat().st_mode)
+
+
+def test_a_secret_that_is_a_symbolic_link_is_refused(tmp_path: Path) -> None:
+    """Root would write, and give away, whatever it points to."""
+    layout = made(tmp_path / "deployment")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    layout.seed("ops").unlink()
+    layout.seed("ops").symlink_to(victim)
+
+    done = init(tmp_path / "deployment")
+
+    assert 1 == done.exit_code
+    assert "symbolic link" in done.output
+    assert "mine" == victim.read_text()
+
+
+# -- the authority ----------------------------------------------------------------------------------------------------
+
+
+def test_certificates_are_the_authoritys_and_good_for_both_sides(tmp_path: Path) -> None:
+    """A route is a connection between equals; names are the node's own and loopback's."""
+    layout = made(tmp_path)
+    authority = x509.load_pem_x509_certificate(layout.ca_certificate.read_bytes())
+
+    for node in ("n1", "n2", "n3"):
+        certificate = x509.load_pem_x509_certificate(layout.node_certificate(node).read_bytes())
+        certificate.verify_directly_issued_by(authority)
+        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        assert {"serverAuth", "clientAuth"} == {one._name for one in usage}
+        assert [node, "localhost", "127.0.0.1"] == names_in(layout.node_certificate(node).read_bytes())
+        assert timedelta(0) < NODE_LIFETIME - (certificate.not_valid_after_utc - datetime.now(UTC)) < timedelta(days=1)
+
+
+def test_openssl_accepts_the_chain_in_its_strictest_mode(tmp_path: Path) -> None:
+    """Python 3.13 verifies like that by default."""
+    layout = made(tmp_path)
+    context = ssl.create_default_context(cafile=layout.ca_certificate)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(layout.node_certificate("n1"), layout.node_key("n1"))
+
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client_side = context.wrap_bio(to_client, to_server, server_hostname="127.0.0.1")
+    server_side = server.wrap_bio(to_server, to_client, server_side=True)
+    done = [False, False]
+    for _ in range(4):
+        for index, side in enumerate((client_side, server_side)):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            done[index] = True
+
+    assert [True, True] == done
+
+
+@pytest.mark.parametrize("lost", [["ca.key"], ["ca.pem"], ["ca.key", "ca.pem"]])
+def test_an_authority_that_is_gone_is_not_replaced(tmp_path: Path, lost: list[str]) -> None:
+    """Nobody would trust the new one: the operator puts the old one back."""
+    layout = made(tmp_path)
+    for name in lost:
+        (layout.secrets / name).unlink()
+    before = contents(layout.secrets)
+
+    for arguments in ([], ["--rotate", "certificates"]):
+        done = init(tmp_path, *arguments)
+
+        assert 1 == done.exit_code
+        assert "put the authority back" in done.output
+        assert before == contents(layout.secrets)
+
+
+def test_a_certificate_of_another_authority_is_noticed(tmp_path: Path) -> None:
+    """Two deployments mixed up; renewing heals it."""
+    layout, other = made(tmp_path / "a"), made(tmp_path / "b")
+    for kind in (Layout.node_certificate, Layout.node_key):
+        kind(layout, "n2").write_bytes(kind(other, "n2").read_bytes())
+
+    refused = init(tmp_path / "a")
+    assert 1 == refused.exit_code
+    assert f"{layout.node_certificate('n2')} is not of this deployment" in refused.output
+
+    made(tmp_path / "a", "--rotate", "certificates")
+    made(tmp_path / "a")
+
+
+# -- hosts ------------------------------------------------------------------------------------------------------------
+
+
+def test_hosts_stand_in_the_certificates_and_in_the_environment(tmp_path: Path) -> None:
+    """One node each, in order; names and addresses."""
+    layout = made(tmp_path, "--hosts", "a.example.org,10.0.0.2, b.example.org")
+
+    local = ["localhost", "127.0.0.1"]
+    names = {node: names_in(layout.node_certificate(node).read_bytes()) for node in layout.known_nodes()}
+    assert {
+        "n1": ["n1", *local, "a.example.org"],
+        "n2": ["n2", *local, "10.0.0.2"],
+        "n3": ["n3", *local, "b.example.org"],
+    } == names
+    text = layout.environment.read_text()
+    assert "FI_NATS_URL=nats://a.example.org:4222,nats://10.0.0.2:4222,nats://b.example.org:4222\n" in text
+    assert '"nats://10.0.0.2:6222"' in text
+
+
+def test_hosts_that_join_get_certificates_and_the_others_keep_theirs(tmp_path: Path) -> None:
+    """From three nodes to five."""
+    layout = made(tmp_path, "--hosts", "a,b,c")
+    before = contents(layout.nodes)
+
+    made(tmp_path, "--hosts", "a,b,c,d,e")
+
+    after = contents(layout.nodes)
+    assert ["n1", "n2", "n3", "n4", "n5"] == layout.known_nodes()
+    assert before == {name: content for name, content in after.items() if name in before}
+    made(tmp_path)
+
+
+def test_other_hosts_need_a_renewal(tmp_path: Path) -> None:
+    """A certificate is not changed in passing: a node must be reloaded afterwards."""
+    layout = made(tmp_path, "--hosts", "a,b,c")
+    before = contents(layout.secrets)
+
+    refused = init(tmp_path, "--hosts", "a,b,x")
+    assert 1 == refused.exit_code
+    assert "n3.pem is not for x: renew all with  --rotate certificates" in refused.output
+    assert before == contents(layout.secrets)
+
+    made(tmp_path, "--rotate", "certificates", "--hosts", "a,b,x")
+    assert ["n3", "localhost", "127.0.0.1", "x"] == names_in(layout.node_certificate("n3").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("hosts", "problem"),
+    [
+        ("a,b", "2 nodes make no cluster"),
+        ("a,b,b", "name it once"),
+        ("a,b,c d", "neither a host's name nor an address"),
+        ("a,b,-c", "neither a host's name nor an address"),
+        ("a,b,c;rm", "neither a host's name nor an address"),
+    ],
+)
+def test_hosts_that_make_no_cluster_are_refused(tmp_path: Path, hosts: str, problem: str) -> None:
+    """Before anything is made."""
+    done = init(tmp_path / "deployment", "--hosts", hosts)
+
+    assert 1 == done.exit_code
+    assert problem in done.output
+    assert not (tmp_path / "deployment").exists()
+
+
+@pytest.mark.parametrize("owner", ["me", "1:", "1:me", "-1"])
+def test_an_owner_that_is_no_number_is_refused(tmp_path: Path, owner: str) -> None:
+    """Names mean other users in a container."""
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "deployment"), f"--owner={owner}"])
+
+    assert (1, False) == (done.exit_code, (tmp_path / "deployment").exists())
+
+
+# -- renewing ---------------------------------------------------------------------------------------------------------
+
+
+def test_certificates_are_renewed_by_the_same_authority_for_the_same_names(tmp_path: Path) -> None:
+    """In the same files: a container has mounted them one by one."""
+    layout = made(tmp_path, "--hosts", "a,b,c")
+    before, inode = contents(layout.secrets), layout.node_certificate("n2").stat().st_ino
+
+    done = init(tmp_path, "--rotate", "certificates")
+
+    after = contents(layout.secrets)
+    assert "SIGHUP" in done.output
+    assert {f"nodes/n{n}.{kind}" for n in (1, 2, 3) for kind in ("pem", "key")} == {
+        name for name in after if before[name] != after[name]
+    }
+    assert inode == layout.node_certificate("n2").stat().st_ino
+    assert ["n2", "localhost", "127.0.0.1", "b"] == names_in(after["nodes/n2.pem"])
+    assert not_after(before["nodes/n2.pem"]) <= not_after(after["nodes/n2.pem"])
+    made(tmp_path)
+
+
+def test_users_are_renewed_in_two_steps(tmp_path: Path) -> None:
+    """First the nodes take both keys, then the seeds change and the nodes take the new ones alone."""
+    layout = made(tmp_path)
+    accounts = layout.nats / "accounts.conf"
+    old = {user: public_key(layout.seed(user).read_bytes()) for user in USERS}
+    inode = layout.seed("ingest").stat().st_ino
+
+    assert "--rotate users-finish" in init(tmp_path, "--rotate", "users").output
+    new = {user: public_key(layout.next_seed(user).read_bytes()) for user in USERS}
+    assert {*old.values(), *new.values()} == set(re.findall(r"nkey: (U\w+)", accounts.read_text()))
+    assert old == {user: public_key(layout.seed(user).read_bytes()) for user in USERS}
+    assert f"{tmp_path}: everything is there, nothing was changed" in init(tmp_path, "--rotate", "users").output
+
+    made(tmp_path, "--rotate", "users-finish")
+    assert new == {user: public_key(layout.seed(user).read_bytes()) for user in USERS}
+    assert set(new.values()) == set(re.findall(r"nkey: (U\w+)", accounts.read_text()))
+    assert inode == layout.seed("ingest").stat().st_ino
+    assert not list(layout.users.glob("*.next"))
+
+
+@pytest.mark.parametrize("moved", range(len(USERS) + 1))
+def test_a_second_step_that_was_cut_short_is_finished_by_the_next_run(tmp_path: Path, moved: int) -> None:
+    """Wherever it ended: some seeds in their places, accounts.conf still with both keys."""
+    layout = made(tmp_path)
+    made(tmp_path, "--rotate", "users")
+    new = {user: public_key(layout.next_seed(user).read_bytes()) for user in USERS}
+    for user in USERS[:moved]:
+        layout.seed(user).write_bytes(layout.next_seed(user).read_bytes())
+        layout.next_seed(user).unlink()
+
+    made(tmp_path, "--rotate", "users-finish")
+
+    assert new == {user: public_key(layout.seed(user).read_bytes()) for user in USERS}
+    assert set(new.values()) == set(re.findall(r"nkey: (U\w+)", (layout.nats / "accounts.conf").read_text()))
+
+
+def test_a_second_step_without_a_first_is_refused(tmp_path: Path) -> None:
+    """Nothing would be new."""
+    made(tmp_path)
+
+    done = init(tmp_path, "--rotate", "users-finish")
+
+    assert 1 == done.exit_code
+    assert "begin one with  --rotate users" in done.output
+
+
+@pytest.mark.parametrize("what", ["certificates", "users", "users-finish"])
+def test_nothing_can_be_renewed_that_was_never_made(tmp_path: Path, what: str) -> None:
+    """A wrong folder must not become half a deployment."""
+    done = init(tmp_path / "elsewhere", "--rotate", what)
+
+    assert 1 == done.exit_code
+    assert "fiq init" in done.output
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_the_token_is_kept_as_a_hash_for_the_service(tmp_path: Path) -> None:
+    """Who reads the service's file cannot post."""
+    layout = made(tmp_path)
+
+    token = layout.token("default").read_text().strip()
+    name, digest, *_ = layout.tokens.read_text().splitlines()[-1].split()
+    assert ("default", hashlib.sha256(token.encode()).hexdigest()) == (name, digest)
+    assert len(token) >= 40
+
+
+def test_disks_are_encrypted_only_from_the_beginning(tmp_path: Path) -> None:
+    """Another key, or one that comes later, would make what is stored unreadable."""
+    key = made(tmp_path / "with", "--encrypt").nats / "at-rest.conf"
+    before = key.read_text()
+    made(tmp_path / "with")
+    made(tmp_path / "with", "--encrypt")
+    assert before == key.read_text()
+    assert re.search(r'^key: "[\w-]{43}"\ncipher: aes$', before, re.MULTILINE)
+
+    made(tmp_path / "without")
+    refused = init(tmp_path / "without", "--encrypt")
+    assert 1 == refused.exit_code
+    assert "not encrypted" in refused.output
+
+
+def test_no_secret_stands_in_what_nodes_and_compose_read(tmp_path: Path) -> None:
+    """Public keys only; and the output names files, no contents."""
+    done = init(tmp_path)
+    layout = Layout(tmp_path)
+    secrets = [layout.seed(user).read_text().strip() for user in USERS] + [layout.token("default").read_text().strip()]
+    shown = [done.output, layout.environment.read_text(), *(path.read_text() for path in layout.nats.iterdir())]
+
+    assert not [1 for secret in secrets for text in shown if secret in text]
+    assert b"*\n" == layout.ignore.read_bytes()
+
+
+def test_accounts_need_a_subject_for_each_user() -> None:
+    """nats-server takes an empty list for everything."""
+    with pytest.raises(ValueError, match="at least one subject"):
+        configuration._subjects([])
+
+
+def test_every_role_has_a_user_and_the_system_account_one() -> None:
+    """In this order they stand in accounts.conf."""
+    assert (*Role, "system") == USERS
