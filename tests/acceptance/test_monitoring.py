@@ -5,23 +5,26 @@ from __future__ import annotations
 import asyncio
 import http.client
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
-import nats
 import pytest
-from prometheus_client import CollectorRegistry, start_http_server
 
-from services.cli.ports import LOOPBACK
-from services.cli.stack import Stack
-from services.eventlog.jetstream.certificates import Validity
-from services.eventlog.metrics import LogMetrics
+from services.cli import monitoring
+from services.cli.cluster import Cluster
+from services.cli.ports import LOOPBACK, free_ports
+from services.eventlog.jetstream.names import Role
+from tests.support.persisters import Persister
 from tests.support.polling import eventually_sync
 from tests.support.prometheus import Prometheus, dashboard_queries, running_prometheus, tool
+from tests.support.security import Secured, fiq, make_deployment
+from tests.support.service import Service
 
+#: the deployment's settings of the log
+LOG = {"FI_PARTITIONS": "4", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "16MiB"}
 #: pause between two posts, seconds
 PACE = 0.1
 #: what is posted twice with one key, one in so many
@@ -68,54 +71,77 @@ class Client:
             connection.close()
 
 
+class Persisters:
+    """Two processes on one volume, each on a port of its own that stays."""
+
+    def __init__(self, secured: Secured, folder: Path) -> None:
+        self.ports = free_ports(2)
+        self._secured = secured
+        self._folder = folder
+        self._running: list[Persister] = []
+
+    def start(self) -> None:
+        """Start both, without waiting."""
+        own = {**self._secured.environment(Role.PERSISTER), **LOG}
+        self._running = [
+            Persister(
+                self._folder / str(port),
+                self._secured.cluster,
+                self._folder / "data",
+                **own,
+                FI_PERSISTER_PORT=str(port),
+            )
+            for port in self.ports
+        ]
+
+    def kill(self) -> None:
+        """End both with SIGKILL."""
+        for persister in self._running:
+            persister.process.kill()
+        for persister in self._running:
+            persister.process.wait()
+
+
 @dataclass(frozen=True)
 class Monitored:
-    """The stack, its Prometheus, and a client at work."""
+    """The pipeline's persisters, its Prometheus, its nodes, and a client at work."""
 
-    stack: Stack
+    persisters: Persisters
     prometheus: Prometheus
+    secured: Secured
     client: Client
 
 
 @pytest.fixture(scope="module")
 def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
-    """Three nodes, ingest, two persisters; events, retries, one dead letter; Prometheus with the rules of deploy/."""
-    tool("prometheus")  # before the stack is started in vain
+    """Three nodes with TLS and users, ingest, two persisters; events, retries, one dead letter; a real Prometheus."""
+    tool("prometheus")  # before all the rest is started in vain
     folder = tmp_path_factory.mktemp("monitored")
-    settings = {"FI_STREAM_MAX_BYTES": "64MiB", "FI_PARTITIONS": "4"}
-    with Stack(folder / "stack", env=settings) as stack, _certificates() as port, Client(stack.ingest.port) as client:
-        asyncio.run(_set_aside(stack))
-        targets = {
-            "ingest": [stack.ingest.port],
-            "persister": [service.port for service in stack.persisters],
-            "nats": [port],
-        }
-        prometheus_folder = folder / "prometheus"
-        prometheus_folder.mkdir()
-        with running_prometheus(prometheus_folder, targets, HURRY) as prometheus:
-            yield Monitored(stack, prometheus, client)
+    layout = make_deployment(folder / "deployment")
+    with ExitStack() as stack:
+        secured = Secured(stack.enter_context(Cluster(folder / "cluster", security=layout.folder)), layout)
+        done = fiq(secured.environment(Role.PROVISIONER) | LOG, "provision")
+        assert (0, []) == (done.code, done.errors)
+        persisters = Persisters(secured, folder)
+        stack.callback(persisters.kill)
+        persisters.start()
+        own = {**secured.environment(Role.INGEST), **LOG, "FI_PORT": "0"}
+        ingest = stack.enter_context(Service(folder, "services.ingest", **own))
+        port = int(ingest.wait_for("INGEST_STARTED")["port"])
+        # ready when the persisters have claimed the partitions
+        eventually_sync(lambda: monitoring.get(port, "/readyz")[0] == 200, PATIENCE)
+        asyncio.run(_set_aside(secured))
+        client = stack.enter_context(Client(port))
+        targets = {"ingest": [port], "persister": persisters.ports}
+        (folder / "prometheus").mkdir()
+        prometheus = stack.enter_context(running_prometheus(folder / "prometheus", targets, HURRY))
+        yield Monitored(persisters, prometheus, secured, client)
 
 
-@contextmanager
-def _certificates() -> Iterator[int]:
-    """Serve the one metric that a stack without TLS does not have, as a service with TLS shows it."""
-    registry = CollectorRegistry()
-    LogMetrics(registry).certificates([Validity("node", "n1", time.time() + 30 * 86400)])
-    shown = registry.restricted_registry(["fi_certificate_expiry_timestamp_seconds"])
-    server, thread = start_http_server(0, LOOPBACK, shown)
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-async def _set_aside(stack: Stack) -> None:
+async def _set_aside(secured: Secured) -> None:
     """Publish what is no event."""
-    connection = await nats.connect(stack.cluster.urls)
-    await connection.request("fi.events.c1", b"garbage", timeout=10)
-    await connection.close()
+    async with secured.connected(Role.INGEST) as nc:
+        await nc.request("fi.events.c1", b"garbage", timeout=10)
 
 
 def test_every_panel_of_the_dashboard_has_data(monitored: Monitored) -> None:
@@ -137,14 +163,14 @@ def test_alerts_fire_when_the_persisters_are_gone_and_stop_when_they_are_back(mo
     calm = {"FiqDeadLetters"}
     eventually_sync(lambda: monitored.prometheus.firing() == calm, PATIENCE)
 
-    for persister in monitored.stack.persisters:
-        persister.process.kill()
+    monitored.persisters.kill()
     storm = calm | {"FiqVolumeAway", "FiqBacklogOld", "FiqTargetDown"}
     # the volume's alert speaks for its partitions, too
     wrong = {"FiqPartitionWithoutOwner", "FiqNoIngest", "FiqUnwatched", "FiqNoLeader"}
     eventually_sync(lambda: monitored.prometheus.firing() & (storm | wrong) == storm, PATIENCE)
 
-    for persister in monitored.stack.persisters:
-        monitored.stack.restart(persister)
+    monitored.persisters.start()
     eventually_sync(lambda: monitored.prometheus.firing() == calm, PATIENCE)
     assert {202} == set(monitored.client.answers)
+    # what the metrics ask of the broker, the services' users may ask
+    assert [] == monitored.secured.violations()

@@ -213,22 +213,32 @@ async def test_one_lost_answer_is_bridged(log: Log, monkeypatch: pytest.MonkeyPa
         assert failures == seen("fi_log_observation_failures_total", part="partitions")
 
 
-async def test_a_watch_that_may_not_ask_takes_nobody_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence after a refusal means nothing; it is counted, and partitions are not shown as ownerless."""
-    monkeypatch.setattr(watch_module, "PROBE_TIMEOUT_SECONDS", 0.2)
-    monkeypatch.setattr(watch_module, "_LIST_TIMEOUT_SECONDS", 0.2)
-    users = """
-    authorization { users: [ { user: watcher, password: none, permissions: {
-        publish: { deny: ["$SRV.>", "$JS.>"] }
-        subscribe: { allow: ["_INBOX.>"] } } } ] }
-    """
-    with plain_server(tmp_path, users) as url:
-        settings = LogSettings(servers=(url.replace("//", "//watcher:none@"),), replicas=1, partitions=2)
+@pytest.mark.parametrize(
+    ("denied", "owners", "failures"), [('"x"', {("00", "main", "v1"): 0.0}, 0), ('"$SRV.>"', {}, 1)]
+)
+async def test_a_watch_that_may_not_ask_takes_nobody_for_dead(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    denied: str,
+    owners: dict[tuple[str, ...], float],
+    failures: int,
+) -> None:
+    """Nobody there is one thing; silence after a refusal means nothing, it is counted and nobody is shown as dead."""
+    placed = PartitionReport(0, "fi-workers-main-00", exists=True, answered=True, volume="v1")
+
+    async def reports(*_: object) -> dict[str, tuple[PartitionReport, ...]]:
+        return {"main": (placed,)}
+
+    monkeypatch.setattr(watch_module, "store_reports", reports)
+    user = f"{{ user: watcher, password: none, permissions: {{ publish: {{ deny: [{denied}] }} }} }}"
+    with plain_server(tmp_path, f"authorization {{ users: [ {user} ] }}") as url:
+        settings = LogSettings(servers=(url.replace("//", "//watcher:none@"),), replicas=1, partitions=1)
         async with _connected(settings) as nc:
             seen = Watched(nc, settings)
-            await seen.until(lambda: seen("fi_log_observation_failures_total", part="processes") == 1)
+            await seen.watch.look()
             assert (1, 0) == (seen("fi_log_connected"), seen("fi_log_available"))
-            assert {} == seen.series("fi_partition_owners")
+            assert owners == seen.series("fi_partition_owners")
+            assert failures == seen("fi_log_observation_failures_total", part="processes")
 
 
 async def test_it_looks_beside_the_work_and_ends_with_it(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,9 +71,10 @@ def test_promtool_runs_the_tests_of_the_rules(path: Path) -> None:
 
 @pytest.mark.parametrize("alert", ALERTS)
 def test_each_alert_is_shown_to_fire_and_to_stay_quiet(alert: str) -> None:
-    """An alert that always fires is as bad as one that never does."""
-    outcomes = {bool(case["exp_alerts"]) for case in cases_of_alerts() if case["alertname"] == alert}
-    assert {True, False} == outcomes
+    """An alert that always fires is as bad as one that never does; one with a `for` is shown to wait as well."""
+    fires = [bool(case["exp_alerts"]) for case in cases_of_alerts() if case["alertname"] == alert]
+    assert fires.count(True) >= 1
+    assert fires.count(False) >= 1 + ("for" in ALERTS[alert])
 
 
 def test_no_test_is_about_an_alert_that_does_not_exist() -> None:
