@@ -10,6 +10,7 @@ from pathlib import Path
 
 from services.cli.doctor import corpus, log, machine, monitored, nodes
 from services.cli.doctor.finding import Finding, error, unknown
+from services.cli.errors import CommandError
 from services.cli.target import Target, connected
 from services.contract.errors import FiqError
 from services.contract.settings import load
@@ -88,7 +89,7 @@ async def _ask(target: Target) -> tuple[log.LogView, list[Finding]]:
         except FiqError as problem:
             violations = connection.violations if isinstance(connection, Connection) else []
             if violations:
-                raise FiqError(f"this user may not ask: {violations[0]}") from problem
+                raise CommandError(f"this user may not ask: {violations[0]}") from problem
             raise
         violations = connection.violations if isinstance(connection, Connection) else []
     meaning, action = "that part was not looked at", "use the user `ops`"

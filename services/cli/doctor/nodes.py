@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import select
 import socket
 import ssl
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ from services.eventlog.jetstream.provision import check_version
 TIMEOUT = 3.0
 #: certificates that end within these times, seconds
 SOON, VERY_SOON = 30 * 86400, 7 * 86400
+#: a node that has said nothing for so long waits for a TLS handshake, seconds; its own patience is three
+_SILENCE = 1.0
 _INFO = b"INFO "
 
 
@@ -48,32 +51,38 @@ def greet(address: str) -> Greeting | None:
     host = host.strip("[]")
     try:
         with socket.create_connection((host, int(port)), TIMEOUT) as plain:
-            line = _line(plain)
-            info = json.loads(line.removeprefix(_INFO)) if line.startswith(_INFO) else None
-            if info is None:
-                return None
-            secured = info.get("tls_required") or info.get("tls_available")
-            return Greeting(address, info, _certificate(plain, host) if secured else b"")
+            # with handshake_first a node says nothing before it is spoken to in TLS
+            if not select.select([plain], [], [], _SILENCE)[0]:
+                with _secured(plain, host) as secured:
+                    return _greeting(address, _line(secured), secured.getpeercert(binary_form=True) or b"")
+            greeting = _greeting(address, _line(plain), b"")
+            if greeting is None or not (greeting.info.get("tls_required") or greeting.info.get("tls_available")):
+                return greeting
+            with _secured(plain, host) as secured:
+                return Greeting(address, greeting.info, secured.getpeercert(binary_form=True) or b"")
     except (OSError, ValueError):
         return None
 
 
-def _line(plain: socket.socket) -> bytes:
+def _greeting(address: str, line: bytes, certificate: bytes) -> Greeting | None:
+    return Greeting(address, json.loads(line.removeprefix(_INFO)), certificate) if line.startswith(_INFO) else None
+
+
+def _line(connection: socket.socket) -> bytes:
     """Read up to the end of the line, and nothing behind it: the next byte is of the TLS handshake."""
     line = bytearray()
     while not line.endswith(b"\n") and len(line) < 1 << 16:
-        if not (byte := plain.recv(1)):
+        if not (byte := connection.recv(1)):
             break
         line += byte
     return bytes(line)
 
 
-def _certificate(plain: socket.socket, host: str) -> bytes:
+def _secured(plain: socket.socket, host: str) -> ssl.SSLSocket:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # it is only looked at: whether it is trusted is found out by logging in
-    with context.wrap_socket(plain, server_hostname=host) as secured:
-        return secured.getpeercert(binary_form=True) or b""
+    return context.wrap_socket(plain, server_hostname=host)
 
 
 def addresses(servers: Sequence[str], greetings: Sequence[Greeting]) -> list[str]:

@@ -232,6 +232,16 @@ def test_a_nodes_certificate_is_judged_by_its_end(
     assert level is authority.level
 
 
+def test_a_node_that_wants_tls_before_anything_is_greeted_too(tmp_path: Path) -> None:
+    """With handshake_first it says nothing to whoever waits for its first word."""
+    _make_certificate(tmp_path, -1, 400)
+    pair = f'cert_file: "{tmp_path}/cert.pem", key_file: "{tmp_path}/key.pem"'
+    with plain_server(tmp_path, f"tls {{ {pair}, handshake_first: true, timeout: 5 }}") as url:
+        greeting = greeted(url)
+    assert greeting.certificate
+    assert greeting.info["tls_required"]
+
+
 def test_a_missing_or_broken_authority_is_an_error(tmp_path: Path) -> None:
     """FI_NATS_CA_FILE names a file that is not there, or something else."""
     assert "No such file" in only(nodes.check_certificates([], str(tmp_path / "ca.pem"), 0.0), Level.ERROR).what
