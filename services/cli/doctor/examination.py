@@ -18,6 +18,9 @@ from services.eventlog.jetstream.connection import Connection
 from services.ingest.settings import Settings as IngestSettings
 from services.persister.settings import PersisterSettings
 
+_NOT_ASKED = "what only the broker knows was not looked at"
+_ASK_AS = "set FI_NATS_SEED_FILE to the seed of the user `ops`"
+
 
 @dataclass(frozen=True, slots=True)
 class Patient:
@@ -68,6 +71,8 @@ def _examine(patient: Patient, clock_offset: float, held_back: float) -> Iterato
     try:
         seen, refused = asyncio.run(_ask(patient.target))
         yield from refused
+    except CommandError as problem:
+        yield error("permissions", str(problem), _NOT_ASKED, _ASK_AS)
     except FiqError as problem:
         yield log.unreachable(problem)
     if seen is not None:
@@ -92,8 +97,7 @@ async def _ask(target: Target) -> tuple[log.LogView, list[Finding]]:
                 raise CommandError(f"this user may not ask: {violations[0]}") from problem
             raise
         violations = connection.violations if isinstance(connection, Connection) else []
-    meaning, action = "that part was not looked at", "use the user `ops`"
-    return seen, [error("permissions", f"this user may not ask: {text}", meaning, action) for text in violations]
+    return seen, [error("permissions", f"this user may not ask: {text}", _NOT_ASKED, _ASK_AS) for text in violations]
 
 
 def _directory(directory: Path | None, seen: log.LogView | None) -> Iterator[Finding]:

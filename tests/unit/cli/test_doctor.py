@@ -330,6 +330,27 @@ def test_a_cluster_out_of_reach_is_a_finding_and_the_rest_is_still_looked_at(
     assert {("nodes", "error"), ("versions", "ok"), ("sync_interval", "unknown"), ("corpus", "unknown")} <= levels
 
 
+def test_a_user_that_may_not_ask_is_an_error(tmp_path: Path) -> None:
+    """The request runs into its timeout, and only the connection's error callback knows why."""
+    user = '{ user: a, password: b, permissions: { publish: { deny: "$JS.API.>" } } }'
+    jetstream = f'jetstream {{ store_dir: "{tmp_path}/js" }}'
+    with plain_server(tmp_path, f"{jetstream}\nauthorization {{ users: [ {user} ] }}") as url:
+        command = [sys.executable, "-m", "services.cli.main", "doctor", "--json", "--server"]
+        done = subprocess.run(
+            [*command, url.replace("//", "//a:b@")],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert 1 == done.returncode
+    (finding,) = [one for one in orjson.loads(done.stdout)["findings"] if one["check"] == "permissions"]
+    assert "this user may not ask" in finding["what"]
+    assert "`ops`" in finding["action"]
+    assert "a:b" not in done.stdout + done.stderr
+
+
 def test_a_reader_that_holds_a_file_is_named(tmp_path: Path) -> None:
     """By its process id, as the kernel's list of locks has it; the writer is none."""
     file, journal = tmp_path / "00.h5", tmp_path / "00.h5.wal"
