@@ -5,6 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,11 +144,15 @@ def test_a_backup_that_fails_at_any_step_leaves_nothing(
     assert before == names(tmp_path)
 
 
-def test_what_a_killed_backup_leaves_does_not_look_like_one(volume: Path, tmp_path: Path) -> None:
-    """The manifest is written last, and under a hidden name: restore refuses the rest."""
-    left = tmp_path / ".saved.4711.new"
-    run("backup", left, "--corpus", volume, "--offline")
-    (left / "manifest.json").unlink()
+@pytest.mark.parametrize("step", ["verify_corpus", "_publish"])
+def test_what_a_backup_killed_with_9_leaves_does_not_look_like_one(volume: Path, tmp_path: Path, step: str) -> None:
+    """A hidden directory without a manifest, which restore refuses; the next backup does not mind it."""
+    code = killed_in(
+        f"services.cli.backup.making.{step}", "backup", tmp_path / "saved", "--corpus", volume, "--offline"
+    )
+    assert -signal.SIGKILL == code
+    (left,) = tmp_path.glob(".saved.*.new")
+    assert not (tmp_path / "saved").exists()
     refused(run("restore", left, "--to", tmp_path / "new", "--offline"), r"is no backup: it has no manifest\.json")
     assert (0, "") == _outcome(run("backup", tmp_path / "saved", "--corpus", volume, "--offline"))
 
@@ -274,11 +282,47 @@ def test_a_manifest_and_files_that_disagree_are_refused(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_directory_without_an_identity_is_what_an_interrupted_restore_leaves(saved: Path, tmp_path: Path) -> None:
-    """Persisters refuse it, and so does the next restore, with what to do."""
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_what_a_restore_killed_with_9_leaves_is_refused_by_everybody(saved: Path, tmp_path: Path, number: int) -> None:
+    """After any number of the moves: persisters miss the identity, and the next restore says what to do."""
     target = tmp_path / "new"
-    (target / ".restore-4711").mkdir(parents=True)
-    (target / "00.h5").write_bytes((saved / "00.h5").read_bytes())
-    with pytest.raises(VolumeError):
+    move = "services.corpus.storage.StorageIO.rename"
+    assert -signal.SIGKILL == killed_in(move, "restore", saved, "--to", target, "--offline", after=number)
+    assert number == len([name for name in names(target) if ".h5" in name])
+    with pytest.raises(VolumeError, match=r"no volume\.json"):
         Volume.open(target, "main")
     refused(run("restore", saved, "--to", target, "--offline"), "was interrupted: remove everything in it")
+    shutil.rmtree(target)
+    assert (0, "") == _outcome(run("restore", saved, "--to", target, "--offline"))
+
+
+# -- support ----------------------------------------------------------------------------------------------------------
+
+
+def killed_in(name: str, *arguments: object, after: int = 0) -> int:
+    """Run the command in a process that kills itself when a function is called, *after* so many calls; return its end.
+
+    Args:
+        name: dotted name of the function.
+    """
+    program = """
+import os, signal, sys
+from pkgutil import resolve_name
+from services.cli.main import main
+
+place, name = sys.argv.pop(1).rsplit(".", 1)
+calls, owner = int(sys.argv.pop(1)), resolve_name(place)
+original = getattr(owner, name)
+
+def call(*args, **kwargs):
+    global calls
+    calls -= 1
+    if calls < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(owner, name, call)
+main()
+"""
+    command = [sys.executable, "-c", program, name, str(after), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
