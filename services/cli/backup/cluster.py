@@ -87,5 +87,5 @@ async def hold_trim(target: Target, manifest: Manifest, seen: ClusterView) -> No
             except LogUnavailableError as error:
                 raise RestoreRefusedError(
                     f"consumer {name} could not be set back to sequence {sequence} ({error}), so a trim might delete "
-                    "what the backup lacks: use a NATS user that may (the persisters' may), or --offline"
+                    "what the backup lacks: use the NATS user `ops`, or --offline"
                 ) from error

@@ -196,6 +196,7 @@ def _skip(path: Path, sequence: int) -> None:
 
 def _move(stage: Path, target: Path, manifest: Manifest, unborn: tuple[int, ...]) -> None:
     io = StorageIO()
+    (target / "volume.json").unlink(missing_ok=True)  # of an empty volume; what follows is none of its
     for partition in unborn:
         marker = target / f"{partition_name(partition)}.claim"
         marker.write_text(f"{manifest.volume}\n", encoding="ascii")

@@ -65,7 +65,7 @@ def _examine(patient: Patient, clock_offset: float, held_back: float) -> Iterato
         greeting for address in expected if address not in known and (greeting := nodes.greet(address)) is not None
     ]
     yield from nodes.check_greetings(expected, found, ingest.max_event_bytes)
-    yield from nodes.check_certificates(found, patient.env.get("FI_NATS_CA_FILE"), time.time() + clock_offset)
+    yield from nodes.check_certificates(found, settings.ca_file, time.time() + clock_offset)
 
     seen = None
     try:

@@ -133,7 +133,7 @@ def check_greetings(expected: Sequence[str], found: Sequence[Greeting], event_by
         yield ok("limits", f"max_payload leaves room for events of {event_bytes} bytes")
 
 
-def check_certificates(found: Sequence[Greeting], ca_file: str | None, now: float) -> Iterator[Finding]:
+def check_certificates(found: Sequence[Greeting], ca_file: str, now: float) -> Iterator[Finding]:
     """Look at when the nodes' certificates, and that of their authority, end."""
     for greeting in found:
         if greeting.certificate:

@@ -225,7 +225,7 @@ def test_a_nodes_certificate_is_judged_by_its_end(
     with plain_server(tmp_path, tls) as url:
         greeting = greeted(url)
     assert greeting.certificate
-    (finding,) = nodes.check_certificates([greeting], None, time.time())
+    (finding,) = nodes.check_certificates([greeting], "", time.time())
     assert (level, "certificates") == (finding.level, finding.check)
     assert text in finding.what
     (_, authority) = nodes.check_certificates([greeting], str(tmp_path / "cert.pem"), time.time())
@@ -253,9 +253,9 @@ def test_plain_text_is_fine_on_loopback_only(tmp_path: Path) -> None:
     """Beyond it everybody on the way reads along."""
     with plain_server(tmp_path) as url:
         greeting = greeted(url)
-    fine(nodes.check_certificates([greeting], None, time.time()))
+    fine(nodes.check_certificates([greeting], "", time.time()))
     elsewhere = nodes.Greeting("192.0.2.1:4222", greeting.info, b"")
-    assert "plain text" in only(nodes.check_certificates([elsewhere], None, time.time()), Level.WARNING).what
+    assert "plain text" in only(nodes.check_certificates([elsewhere], "", time.time()), Level.WARNING).what
 
 
 # -- the monitoring port ----------------------------------------------------------------------------------------------
