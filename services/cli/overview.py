@@ -110,7 +110,7 @@ async def collect(target: Target, corpus: Path | None) -> Overview:
     async with connected(target.settings) as connection:
         report = await _report(connection, target.settings)
         dead = await JetStreamApi(connection).stream_info(names.DEAD_STREAM)
-        workers = await _workers(connection, target.state)
+        workers = await ask_workers(connection, target.state)
     if report.stream is None:
         remarks.append(f"there is no stream {names.STREAM}: start a service, or run  fiq provision")
     if not workers:
@@ -166,7 +166,8 @@ def _is_healthy(url: str) -> bool:
     return port is not None and monitoring.get(port, "/healthz")[0] == 200
 
 
-async def _workers(connection: Client, state: State | None) -> list[Worker]:
+async def ask_workers(connection: Client, state: State | None) -> list[Worker]:
+    """Return the persisters that answer, by name; *state* has the names of those that ``fiq up`` started."""
     known = {} if state is None else {str(member.pid): member.name for member in state.members}
     workers = []
     for answer in await _ask_all(connection, f"$SRV.INFO.{PERSISTER_SERVICE}"):
