@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from services.cli.commands.backup import backup
 from services.cli.commands.demo import demo
+from services.cli.commands.doctor import doctor
 from services.cli.commands.export import export
 from services.cli.commands.nats_context import nats_context
 from services.cli.commands.provision import provision
@@ -68,6 +69,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(up)
 app.command()(status)
+app.command()(doctor)
 app.command()(show)
 app.command()(export)
 app.command()(verify)

@@ -52,13 +52,17 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A persister process that answered: its name here, where it runs, its volume and its partitions."""
+    """A persister process that answered: its name here, where it runs, its volume, its partitions, its own port.
+
+    *address* is host:port of its `/readyz` and `/metrics` as it listens there; empty when it does not say.
+    """
 
     name: str
     host: str
     pid: str
     volume: str
     partitions: tuple[str, ...]
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +184,7 @@ async def ask_workers(connection: Client, state: State | None) -> list[Worker]:
                 pid=pid,
                 volume=metadata.get("volume", ""),
                 partitions=tuple(sorted(filter(None, metadata.get("partitions", "").split(",")))),
+                address=metadata.get("address", ""),
             )
         )
     return sorted(workers, key=lambda worker: worker.name)
