@@ -21,6 +21,7 @@ from services.cli.commands.provision import provision
 from services.cli.commands.recover import recover
 from services.cli.commands.repack import repack
 from services.cli.commands.restore import restore
+from services.cli.commands.rolling_restart import rolling_restart, wait
 from services.cli.commands.show import show
 from services.cli.commands.status import status
 from services.cli.commands.up import up
@@ -78,6 +79,8 @@ app.command()(repack)
 app.command()(backup)
 app.command()(restore)
 app.command(name="nats-context")(nats_context)
+app.command(name="rolling-restart")(rolling_restart)
+app.command()(wait)
 app.command()(provision)
 app.command()(version)
 

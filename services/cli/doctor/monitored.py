@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import orjson
 from rich.filesize import decimal
 
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
+from services.cli.monitoring import ask
 
 #: one answer may take this long, seconds
 TIMEOUT = 3.0
@@ -32,16 +31,7 @@ def monitoring_urls(given: Sequence[str], expected: Sequence[str]) -> list[str]:
 
 def get(url: str, path: str) -> tuple[int, bytes]:
     """Ask for *path* below *url*; (0, b"") when there is no answer."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=TIMEOUT)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read()
-    except (OSError, http.client.HTTPException):
-        return 0, b""
-    finally:
-        connection.close()
+    return ask(url, path, timeout=TIMEOUT)
 
 
 def check_monitoring(
