@@ -43,8 +43,8 @@ def compare(manifest: Manifest, seen: ClusterView | None) -> Fit:
     """Compare a backup with the cluster; None stands for a cluster that has no stream."""
     if seen is None:
         problem = (
-            f"the cluster has no stream {STREAM}. If it was deleted by mistake, restore it from its own backup first "
-            "(`nats stream restore`). Otherwise the events since the backup are gone"
+            f"the cluster has no stream {STREAM}, so it cannot bring what the backup lacks. Is it the right cluster? "
+            "If the stream is lost: docs/operations.md, `A lost stream`"
         )
         return Fit(problems=(problem,))
     fatal = tuple(
@@ -66,10 +66,10 @@ def compare(manifest: Manifest, seen: ClusterView | None) -> Fit:
 def _created_anew(manifest: Manifest, seen: ClusterView) -> str:
     return (
         f"the backup belongs to the stream created at {manifest.stream_created}, but the cluster's {STREAM} was "
-        f"created at {seen.created}: it was deleted and made anew, its sequences began at 1 again, and no persister "
-        "will go on with these files. Either restore the old stream from its own backup (`nats stream restore`) and "
-        "repeat; or read the backup where it is (`fiq show ID --corpus BACKUP`), and let persisters begin a new data "
-        "directory for the new stream"
+        f"created at {seen.created}: it was deleted and made anew, or restored from a backup of its own, which makes "
+        "it a new one, too. Its sequences may mean other events, so no persister will go on with these files. Read the "
+        "backup where it is (`fiq show ID --corpus BACKUP`), and let persisters begin a new data directory for the new "
+        "stream: docs/operations.md, `A lost stream`"
     )
 
 

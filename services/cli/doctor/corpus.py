@@ -77,7 +77,7 @@ def _places(
             continue
         if info.identity.stream_created != stream.created:
             what = f"{name}.h5 belongs to the stream created at {info.identity.stream_created}, not {stream.created}"
-            action = "restore that stream, or begin a new data directory"
+            action = "begin a new data directory, and keep this one: docs/operations.md, `A lost stream`"
             yield error("corpus", what, "the stream was deleted and made anew: persisters refuse the file", action)
         elif info.committed > stream.last_sequence:
             what = f"{name}.h5 holds sequence {info.committed}, the stream ends at {stream.last_sequence}"

@@ -187,7 +187,7 @@ async def test_a_stream_made_anew_is_told_with_what_to_do(log: Log, tmp_path: Pa
     await provision(log.nc, log.settings)
     reason = await refused(log, "restore", saved, "--to", data)
     assert "it was deleted and made anew" in reason
-    assert "nats stream restore" in reason
+    assert "let persisters begin a new data directory" in reason
     assert "restored although" in await done(log, "restore", saved, "--to", data, "--force")
     with Persister(tmp_path / "b", log.cluster, data) as persister:
         await persister.not_ready("the stream was deleted and created anew")
