@@ -9,6 +9,9 @@
             PortTakenError          a port was taken by somebody else between the choice and the start
             AlreadyRunningError     another fiq holds the folder
             NotRunningError         nothing runs where the command looked
+            BackupError             a backup cannot be made, or is not what its manifest says
+            RestoreRefusedError     a backup does not fit what runs now, or where it would go
+            NotWholeError           the cluster did not get whole in time
 """
 
 from __future__ import annotations
@@ -38,3 +41,15 @@ class AlreadyRunningError(CommandError):
 
 class NotRunningError(CommandError):
     """Raised when nothing runs where the command looked."""
+
+
+class BackupError(CommandError):
+    """Raised when a backup cannot be made, or is not what its manifest says."""
+
+
+class RestoreRefusedError(CommandError):
+    """Raised when a backup does not fit what runs now, or where it would go; nothing was put there."""
+
+
+class NotWholeError(CommandError):
+    """Raised when the cluster did not get whole again in time: whatever was to come next was not begun."""

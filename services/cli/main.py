@@ -12,13 +12,17 @@ import structlog
 import typer
 from typer.core import TyperGroup
 
+from services.cli.commands.backup import backup
 from services.cli.commands.demo import demo
+from services.cli.commands.doctor import doctor
 from services.cli.commands.export import export
 from services.cli.commands.init import init
 from services.cli.commands.nats_context import nats_context
 from services.cli.commands.provision import provision
 from services.cli.commands.recover import recover
 from services.cli.commands.repack import repack
+from services.cli.commands.restore import restore
+from services.cli.commands.rolling_restart import rolling_restart, wait
 from services.cli.commands.show import show
 from services.cli.commands.status import status
 from services.cli.commands.up import up
@@ -68,12 +72,17 @@ app.command()(demo)
 app.command()(init)
 app.command()(up)
 app.command()(status)
+app.command()(doctor)
 app.command()(show)
 app.command()(export)
 app.command()(verify)
 app.command()(recover)
 app.command()(repack)
+app.command()(backup)
+app.command()(restore)
 app.command(name="nats-context")(nats_context)
+app.command(name="rolling-restart")(rolling_restart)
+app.command()(wait)
 app.command()(provision)
 app.command()(version)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.client
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -53,7 +55,13 @@ class NodeView:
 
 def get(port: int, path: str) -> tuple[int, bytes]:
     """Ask for *path* on loopback and return status and body, or (0, b"") when there is no answer."""
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=TIMEOUT)
+    return ask(f"http://{LOOPBACK}:{port}", path)
+
+
+def ask(url: str, path: str, *, timeout: float = TIMEOUT) -> tuple[int, bytes]:
+    """Ask for *path* below *url* and return status and body, or (0, b"") when there is no answer."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or LOOPBACK, parts.port or 80, timeout=timeout)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
@@ -73,6 +81,41 @@ def view(name: str, port: int, store: Path) -> NodeView:
     jsz: dict[str, Any] = orjson.loads(body)
     if not Path(jsz.get("config", {}).get("store_dir", "")).is_relative_to(store):
         return NodeView(name)
+    return _read(name, health, jsz)
+
+
+def whole(views: Sequence[NodeView]) -> list[str]:
+    """Return what keeps the nodes from being a whole cluster; nothing when all of them may serve, and one may go.
+
+    Whole means: each node is healthy, a meta leader sees them all, and every replica of every stream is current.
+    """
+    ill = [f"{seen.name} is not healthy" for seen in views if not seen.healthy]
+    if ill or len(views) <= 1:
+        return ill
+    if not any(seen.leads_meta and seen.meta_current == len(views) for seen in views):
+        return ["no meta leader sees all nodes"]
+    reasons = []
+    for name in sorted({name for seen in views for name in seen.streams}):
+        leaders = [
+            seen.streams[name] for seen in views if name in seen.streams and seen.streams[name].leader == seen.name
+        ]
+        if not leaders:
+            reasons.append(f"stream {name} has no leader")
+        elif not all(stream.current for stream in leaders):
+            reasons.append(f"not every replica of stream {name} is current")
+    return reasons
+
+
+def view_at(url: str) -> NodeView:
+    """Ask the node whose monitoring port is at *url*; one that does not answer is called by its URL."""
+    status, body = ask(url, "/varz")
+    name = orjson.loads(body).get("server_name", url) if status == 200 else url
+    health, _ = ask(url, "/healthz")
+    status, body = ask(url, "/jsz?streams=true") if health else (0, b"")
+    return _read(name, health, orjson.loads(body)) if status == 200 else NodeView(name)
+
+
+def _read(name: str, health: int, jsz: dict[str, Any]) -> NodeView:
     meta = jsz.get("meta_cluster") or {}
     members = [_is_current(peer) for peer in meta.get("replicas") or []]
     accounts = jsz.get("account_details") or []

@@ -46,13 +46,17 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A persister process that answered: its name here, where it runs, its volume and its partitions."""
+    """A persister process that answered: its name here, where it runs, its volume, its partitions, its own port.
+
+    *address* is host:port of its `/readyz` and `/metrics` as it listens there; empty when it does not say.
+    """
 
     name: str
     host: str
     pid: str
     volume: str
     partitions: tuple[str, ...]
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ async def collect(target: Target, corpus: Path | None) -> Overview:
     async with connected(target.settings) as connection:
         report = await _report(connection, target.settings)
         dead = await JetStreamApi(connection).stream_info(names.DEAD_STREAM)
-        workers = await _workers(connection, target.state)
+        workers = await ask_workers(connection, target.state)
     if report.stream is None:
         remarks.append(f"there is no stream {names.STREAM}: start a service, or run  fiq provision")
     if not workers:
@@ -160,7 +164,8 @@ def _is_healthy(url: str) -> bool:
     return port is not None and monitoring.get(port, "/healthz")[0] == 200
 
 
-async def _workers(connection: Client, state: State | None) -> list[Worker]:
+async def ask_workers(connection: Client, state: State | None) -> list[Worker]:
+    """Return the persisters that answer, by name; *state* has the names of those that ``fiq up`` started."""
     known = {} if state is None else {str(member.pid): member.name for member in state.members}
     workers = []
     for metadata in await persister_infos(connection):
@@ -172,6 +177,7 @@ async def _workers(connection: Client, state: State | None) -> list[Worker]:
                 pid=pid,
                 volume=metadata.get("volume", ""),
                 partitions=tuple(sorted(filter(None, metadata.get("partitions", "").split(",")))),
+                address=metadata.get("address", ""),
             )
         )
     return sorted(workers, key=lambda worker: worker.name)

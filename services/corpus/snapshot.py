@@ -8,6 +8,8 @@ from pathlib import Path
 
 from services.corpus.errors import CorpusNotFoundError, JournalError, system_errors
 from services.corpus.journal import read_records
+from services.corpus.journal_records import Position
+from services.corpus.journal_scan import RECORDS_START
 from services.corpus.locks import LOCK_WAIT, lock, unlock
 from services.corpus.pair import State, read_state, read_uuid
 from services.corpus.recovery import journal_path
@@ -44,7 +46,7 @@ class SnapshotFile:
             undo.callback(os.close, self._fd)
             refusal = f"{path.name} is being written to, by a checkpoint or by another program; try again"
             lock(self._fd, exclusive=False, timeout=LOCK_WAIT, refusal=refusal)
-            uuid, state = read_uuid(self._fd, path.name), read_state(self._fd, path.name)
+            self.uuid, self.state = uuid, state = read_uuid(self._fd, path.name), read_state(self._fd, path.name)
             self._wal = self._open_journal(state)
             if self._wal >= 0:
                 undo.callback(os.close, self._wal)
@@ -54,6 +56,8 @@ class SnapshotFile:
             self._index = SectorIndex.of([record.extents for record in records])
             self.size = records[-1].file_size if records else os.fstat(self._fd).st_size
             undo.pop_all()
+        #: the record that the next commit writes: its number, and the link to the one before; the offset says nothing
+        self.end = records[-1].behind if records else Position(state.absorbed, state.link, RECORDS_START)
         #: how many commits only the journal holds
         self.journal_records = len(records)
 

@@ -76,7 +76,7 @@ async def serve(settings: PersisterSettings, stop: Stop) -> None:
                     settle()
                     log.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
                     async with watching(nc, settings.log, metrics.log):
-                        await _persist(nc, settings, volume, metrics, readiness, stop)
+                        await _persist(nc, settings, port, volume, metrics, readiness, stop)
                 finally:
                     await close(nc)
     log.info("PERSISTER_STOPPED", reason=stop.reason)
@@ -105,7 +105,13 @@ async def _reached(settings: PersisterSettings, stop: Stop) -> Client | None:
 
 
 async def _persist(
-    nc: Client, settings: PersisterSettings, volume: Volume, metrics: Metrics, readiness: Readiness, stop: Stop
+    nc: Client,
+    settings: PersisterSettings,
+    port: int,
+    volume: Volume,
+    metrics: Metrics,
+    readiness: Readiness,
+    stop: Stop,
 ) -> None:
     publisher = Publisher(nc, deadline=_DEAD_LETTER_DEADLINE, max_in_flight=_DEAD_LETTERS_IN_FLIGHT)
     await publisher.start()
@@ -116,7 +122,7 @@ async def _persist(
         members.join()
         readiness.coordinator = coordinator
         try:
-            async with _announced(nc, volume, members.name, coordinator):
+            async with _announced(nc, volume, members.name, f"{settings.host}:{port}", coordinator):
                 await unless_stopped(coordinator.run(), stop)
         finally:
             get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
@@ -190,14 +196,17 @@ def _coordinator(
 
 
 @asynccontextmanager
-async def _announced(nc: Client, volume: Volume, worker: str, coordinator: Coordinator) -> AsyncIterator[None]:
-    """Be visible to `nats micro ls`, and tell there which partitions run here."""
+async def _announced(
+    nc: Client, volume: Volume, worker: str, address: str, coordinator: Coordinator
+) -> AsyncIterator[None]:
+    """Be visible to `nats micro ls`, and tell there which partitions run here, and where `/readyz` is."""
     metadata = {
         "worker": worker,
         "volume": volume.uuid,
         "store": volume.store,
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
+        "address": address,
         "partitions": "",
     }
 

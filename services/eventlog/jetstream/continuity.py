@@ -37,11 +37,11 @@ async def check_log(api: JetStreamApi, consumer: str, identity: LogIdentity, aft
 async def _check(api: JetStreamApi, consumer: str, identity: LogIdentity, after: int) -> None:
     stream = await api.stream_info(STREAM)
     if stream is None:
-        raise LogMismatchError(f"stream {STREAM} does not exist: restore it from its backup, or run `fiq provision`")
+        raise LogMismatchError(f"stream {STREAM} does not exist: see docs/operations.md, `A lost stream`")
     if (found := LogIdentity(STREAM, stream["created"])) != identity:
         raise LogMismatchError(
             f"stream {STREAM} was created at {found.created}, but this partition's file belongs to the one "
-            f"created at {identity.created}: restore that stream, or begin a new corpus in another directory"
+            f"created at {identity.created}: begin a new corpus in another directory, and keep this one"
         )
     _check_range(stream["state"]["first_seq"], stream["state"]["last_seq"], after)
     if await api.consumer_info(STREAM, consumer) is None:

@@ -71,7 +71,10 @@ def consumer_config(settings: LogSettings, partition: int, metadata: Mapping[str
     return {
         "name": name,
         "durable_name": name,
-        "description": f"Persister of store {settings.store}, partition {partition_name(partition)}.",
+        "description": (
+            f"Persister of store {settings.store}, partition {partition_name(partition)}. It lives on the volume whose "
+            f"volume.json has {names.VOLUME_KEY} (metadata). Do not edit: that would replace the metadata."
+        ),
         "deliver_policy": "all",
         "ack_policy": "all",
         "ack_wait": ACK_WAIT_SECONDS * _NANOSECONDS,

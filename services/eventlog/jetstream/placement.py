@@ -63,7 +63,7 @@ class Placements:
         except ApiError as error:
             if error.err_code != STREAM_NOT_FOUND:
                 raise
-            raise LogMismatchError(f"stream {STREAM} was deleted: restore it from its backup") from error
+            raise LogMismatchError(f"stream {STREAM} was deleted: see docs/operations.md, `A lost stream`") from error
         for info in infos:
             partition = names.get(info["name"])
             if partition is not None:

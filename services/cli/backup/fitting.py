@@ -1,0 +1,122 @@
+"""Whether a backup fits the cluster as it is now: what stands against a restore, what it means, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from services.cli.backup.cluster import ClusterView
+from services.cli.backup.manifest import Manifest
+from services.eventlog.jetstream.names import STREAM
+from services.eventlog.partitions import partition_name
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Sequences of one partition that neither the backup nor the stream has, both ends included."""
+
+    partition: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a comparison found.
+
+    Attributes:
+        fatal: why nothing may be restored, whatever the operator says.
+        problems: why nothing is restored unless the operator insists.
+        gaps: what is lost for good if he does.
+        unborn: partitions that live on this volume and have no file in the backup: they begin anew.
+        remarks: what an operator should know all the same.
+    """
+
+    fatal: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    unborn: tuple[int, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def compare(manifest: Manifest, seen: ClusterView | None) -> Fit:
+    """Compare a backup with the cluster; None stands for a cluster that has no stream."""
+    if seen is None:
+        problem = (
+            f"the cluster has no stream {STREAM}, so it cannot bring what the backup lacks. Is it the right cluster? "
+            "If the stream is lost: docs/operations.md, `A lost stream`"
+        )
+        return Fit(problems=(problem,))
+    fatal = tuple(
+        f"a persister of this volume runs: {worker.name} on {worker.host}, pid {worker.pid}. Stop all persisters of "
+        "the volume first; two directories with one identity would fight for its partitions"
+        for worker in seen.workers
+        if worker.volume == manifest.volume
+    )
+    if seen.created != manifest.stream_created:
+        return Fit(fatal, (_created_anew(manifest, seen),))
+    unborn = _unborn(manifest, seen)
+    gaps = tuple(_gaps(manifest, unborn, seen))
+    problems = [*_misplaced(manifest, seen), *_ahead(manifest, seen)]
+    if gaps:
+        problems.append(_trimmed(gaps, seen))
+    return Fit(fatal, tuple(problems), gaps, unborn, tuple(_unplaced(manifest, seen)))
+
+
+def _created_anew(manifest: Manifest, seen: ClusterView) -> str:
+    return (
+        f"the backup belongs to the stream created at {manifest.stream_created}, but the cluster's {STREAM} was "
+        f"created at {seen.created}: it was deleted and made anew, or restored from a backup of its own, which makes "
+        "it a new one, too. Its sequences may mean other events, so no persister will go on with these files. Read the "
+        "backup where it is (`fiq show ID --corpus BACKUP`), and let persisters begin a new data directory for the new "
+        "stream: docs/operations.md, `A lost stream`"
+    )
+
+
+def _misplaced(manifest: Manifest, seen: ClusterView) -> Iterator[str]:
+    for entry in manifest.contents:
+        place = seen.placed.get(entry.partition)
+        if place is not None and (place.volume, place.epoch) != (manifest.volume, entry.epoch):
+            yield (
+                f"partition {partition_name(entry.partition)} lives on volume {place.volume or '(none)'}, epoch "
+                f"{place.epoch} by now; the backup has it of volume {manifest.volume}, epoch {entry.epoch}: it is "
+                "a stale copy, which persisters refuse"
+            )
+
+
+def _ahead(manifest: Manifest, seen: ClusterView) -> Iterator[str]:
+    most = max((entry.committed for entry in manifest.contents), default=0)
+    if most > seen.last:
+        yield (
+            f"the backup holds sequence {most} but stream {STREAM} ends at {seen.last}: the stream lost events, or was "
+            "restored from an older backup than this one. Persisters refuse that; take an older backup of the corpus, "
+            "or begin a new data directory"
+        )
+
+
+def _unborn(manifest: Manifest, seen: ClusterView) -> tuple[int, ...]:
+    held = {entry.partition for entry in manifest.contents}
+    return tuple(p for p, place in sorted(seen.placed.items()) if place.volume == manifest.volume and p not in held)
+
+
+def _gaps(manifest: Manifest, unborn: Sequence[int], seen: ClusterView) -> Iterator[Gap]:
+    reached = {entry.partition: entry.committed for entry in manifest.contents} | dict.fromkeys(unborn, 0)
+    for partition, committed in sorted(reached.items()):
+        if committed < seen.first - 1:
+            yield Gap(partition, committed + 1, seen.first - 1)
+
+
+def _trimmed(gaps: Sequence[Gap], seen: ClusterView) -> str:
+    which = ", ".join(f"{partition_name(gap.partition)} from {gap.first}" for gap in gaps)
+    return (
+        f"the stream begins at sequence {seen.first} by now; what came before was trimmed, because every store had "
+        f"committed it. The backup lacks it (partition {which}, up to {seen.first - 1}). Take a newer backup, or "
+        "recover the files of the lost volume, or copy the consultations from another store. With --force these "
+        "sequences are given up for good"
+    )
+
+
+def _unplaced(manifest: Manifest, seen: ClusterView) -> Iterator[str]:
+    names = [partition_name(entry.partition) for entry in manifest.contents if entry.partition not in seen.placed]
+    if names:
+        yield f"partition {', '.join(names)} has no consumer any more: the volume claims it again when persisters start"

@@ -1,0 +1,210 @@
+"""Puts a backup back: checked file by file beside its place, then moved there, the volume's identity last.
+
+Whoever looks into the directory meanwhile finds partition files without an identity, which persisters refuse; and the
+claim lock is held, so none can start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.cli.backup.fitting import Gap
+from services.cli.backup.making import OnProgress, read_volume, sync_file
+from services.cli.backup.manifest import MANIFEST_NAME, VOLUME_COPY, FileEntry, Manifest
+from services.cli.errors import BackupError, CommandError, RestoreRefusedError
+from services.corpus import EventStore, StorageIO, open_corpus
+from services.corpus.filesystems import check_file_system
+from services.corpus.locks import try_lock
+from services.eventlog.partitions import partition_name
+
+_STAGE = ".restore"
+#: what a volume without any partition may consist of; anything else is data, or somebody's
+_EMPTY = frozenset({"volume.lock", "workers", "volume.json", "lost+found"})
+_PIECE_BYTES = 4 << 20
+_SPARE_BYTES = 16 << 20
+
+
+@contextmanager
+def reserved(target: Path) -> Iterator[None]:
+    """Keep persisters out of *target*, which becomes an empty directory if it is none yet.
+
+    Raises:
+        RestoreRefusedError: it holds something, or a persister uses it.
+        OSError: it cannot be made or written.
+    """
+    made = not target.exists()
+    target.mkdir(mode=0o750, parents=True, exist_ok=True)
+    lock = target / "volume.lock"
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        if not try_lock(fd, exclusive=True):
+            raise RestoreRefusedError(f"a persister is just starting in {target}: stop it first")
+        _check_unused(target)
+        yield
+    except BaseException:
+        if made:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+def check_source(source: Path, manifest: Manifest) -> None:
+    """Compare the names and sizes of the backup's files with its manifest; :func:`put_back` compares the contents.
+
+    Raises:
+        BackupError: a file is missing, was added, or has another size.
+    """
+    listed = {entry.name: entry.bytes for entry in manifest.files}
+    found = {path.name: path.stat().st_size for path in source.iterdir() if path.name != MANIFEST_NAME}
+    for name in sorted(listed.keys() | found.keys()):
+        if name not in found:
+            raise BackupError(f"{source} lacks {name}, which its manifest lists: take another backup")
+        if name not in listed:
+            raise BackupError(
+                f"{source} has {name}, which its manifest does not list: remove it, or take another backup"
+            )
+        if listed[name] != found[name]:
+            raise BackupError(
+                f"{source / name} has {found[name]} bytes, the manifest says {listed[name]}: it is damaged"
+            )
+
+
+def put_back(
+    source: Path,
+    manifest: Manifest,
+    target: Path,
+    *,
+    gaps: tuple[Gap, ...],
+    unborn: tuple[int, ...],
+    on_progress: OnProgress,
+) -> None:
+    """Copy the backup in *source* to *target*, which :func:`reserved` holds.
+
+    Args:
+        source: the backup.
+        manifest: of the backup.
+        target: the data directory.
+        gaps: sequences that are given up; the partitions go on behind them.
+        unborn: partitions to begin anew: their claims are marked as under way.
+        on_progress: called with the fraction that is done, and with what.
+
+    Raises:
+        BackupError: a file is not what the manifest says; nothing was put there.
+        OSError, CorpusError: the system refused; nothing was put there.
+    """
+    check_file_system(target)
+    _check_room(manifest, target)
+    stage = target / f"{_STAGE}-{os.getpid()}"
+    try:
+        stage.mkdir(mode=0o750)
+        _copy(source, manifest, stage, on_progress)
+        _check_contents(stage, manifest)
+        for gap in gaps:
+            if gap.partition not in unborn:
+                _skip(stage / f"{partition_name(gap.partition)}.h5", gap.last)
+        _move(stage, target, manifest, unborn)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_unused(target: Path) -> None:
+    for path in (target / "workers").glob("*.lock"):
+        if _is_locked(path):
+            raise RestoreRefusedError(f"a persister runs in {target}: stop all of its processes first")
+    found = sorted(path.name for path in target.iterdir() if path.name not in _EMPTY)
+    if any(name.startswith(_STAGE) for name in found):
+        raise RestoreRefusedError(
+            f"an earlier restore into {target} was interrupted: remove everything in it, then try again"
+        )
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise RestoreRefusedError(f"{target} is not empty ({found[0]}{more}): move what is there away first")
+
+
+def _is_locked(path: Path) -> bool:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return not try_lock(fd, exclusive=True)
+    finally:
+        os.close(fd)
+
+
+def _check_room(manifest: Manifest, target: Path) -> None:
+    needed = sum(entry.bytes for entry in manifest.files) + _SPARE_BYTES
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise CommandError(f"{target} has {free} bytes free, the backup needs {needed}")
+
+
+def _copy(source: Path, manifest: Manifest, stage: Path, on_progress: OnProgress) -> None:
+    total = sum(entry.bytes for entry in manifest.files) or 1
+    done = 0
+    for entry in manifest.files:
+
+        def tell(count: int, name: str = entry.name) -> None:
+            nonlocal done
+            done += count
+            on_progress(done / total, f"copying {name}")
+
+        _copy_file(source / entry.name, stage / entry.name, entry, tell)
+
+
+def _copy_file(source: Path, target: Path, entry: FileEntry, tell: Callable[[int], None]) -> None:
+    made = hashlib.sha256()
+    with source.open("rb") as file, target.open("xb") as copy:
+        os.fchmod(copy.fileno(), 0o640)
+        while piece := file.read(_PIECE_BYTES):
+            made.update(piece)
+            copy.write(piece)
+            tell(len(piece))
+        copy.flush()
+        os.fsync(copy.fileno())
+    if made.hexdigest() != entry.sha256:
+        raise BackupError(
+            f"{source} is not what the manifest says (SHA-256 differs): it is damaged; take another backup"
+        )
+
+
+def _check_contents(stage: Path, manifest: Manifest) -> None:
+    """Compare what the files say of themselves: the manifest may be the one of another backup."""
+    volume, store = read_volume(stage / VOLUME_COPY)
+    expected = {(e.file, e.partition, e.epoch, e.committed, e.consultations, e.events) for e in manifest.contents}
+    found = set()
+    if manifest.contents:
+        with open_corpus(stage) as corpus:
+            for info in corpus.partitions:
+                own = info.identity
+                found.add((info.path.name, own.partition, own.epoch, info.committed, info.consultations, info.events))
+                stated = (own.volume, own.store, own.partitions, own.stream, own.stream_created)
+                if stated != (volume, store, manifest.partitions, manifest.stream, manifest.stream_created):
+                    raise BackupError(f"{info.path.name} is of another volume or stream than the manifest says")
+    if (volume, store) != (manifest.volume, manifest.store) or found != expected:
+        raise BackupError("the manifest does not describe these files: it was changed, or is of another backup")
+
+
+def _skip(path: Path, sequence: int) -> None:
+    """Let the partition go on behind *sequence*, although it has not got what comes before."""
+    with EventStore.open(path, expected=None) as store:
+        store.commit(sequence)
+
+
+def _move(stage: Path, target: Path, manifest: Manifest, unborn: tuple[int, ...]) -> None:
+    io = StorageIO()
+    (target / "volume.json").unlink(missing_ok=True)  # of an empty volume; what follows is none of its
+    for partition in unborn:
+        marker = target / f"{partition_name(partition)}.claim"
+        marker.write_text(f"{manifest.volume}\n", encoding="ascii")
+        sync_file(marker, io)
+    for entry in manifest.files:
+        if entry.name != VOLUME_COPY:
+            io.rename(stage / entry.name, target / entry.name)
+    io.sync_directory(target)
+    # the last: from now on persisters take the directory for the volume
+    io.rename(stage / VOLUME_COPY, target / "volume.json")
+    io.sync_directory(target)

@@ -1,0 +1,154 @@
+"""The files on this machine and the processes that write them: whether they fit the cluster, and what they wait for."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.cli.backup.making import read_volume
+from services.cli.doctor.finding import Finding, error, ok, unknown, warning
+from services.cli.doctor.monitored import get
+from services.cli.errors import BackupError
+from services.cli.overview import Worker
+from services.corpus import CorpusError, open_corpus
+from services.corpus.reader import PartitionInfo
+from services.eventlog.jetstream.report import ClusterReport
+from services.eventlog.partitions import partition_name
+
+#: checkpoints that wait for so long are held back, seconds
+HELD_BACK = 60.0
+_WAITING = "fi_persister_checkpoint_waiting_seconds"
+
+
+def check_files(directory: Path, report: ClusterReport | None) -> Iterator[Finding]:
+    """Compare the partition files with where the cluster has their partitions.
+
+    Args:
+        directory: a data directory.
+        report: of the cluster; None when it could not be asked.
+    """
+    try:
+        volume, _ = read_volume(directory / "volume.json")
+        with open_corpus(directory) as corpus:
+            infos = {info.identity.partition: info for info in corpus.partitions}
+    except (BackupError, CorpusError) as problem:
+        yield error("corpus", str(problem), "its partitions stand still, or will at the next start", "see what it says")
+        return
+    found = list(_volume(infos, volume)) + ([] if report is None else list(_places(directory, volume, infos, report)))
+    yield from found
+    if not found:
+        events = sum(info.events for info in infos.values())
+        yield ok("corpus", f"volume {volume}: {len(infos)} partition files, {events} events; `fiq verify` reads them")
+
+
+def _volume(infos: Mapping[int, PartitionInfo], volume: str) -> Iterator[Finding]:
+    for info in infos.values():
+        if info.identity.volume != volume:
+            meaning = "persisters refuse it"
+            what = f"{info.path.name} belongs to volume {info.identity.volume}, volume.json says {volume}"
+            yield error("corpus", what, meaning, "move the pair back to where it belongs")
+        if not info.has_journal and not info.archived:
+            meaning = "commits that only it held are lost, and persisters refuse the file"
+            yield error("corpus", f"{info.path.name} has no journal", meaning, "put the journal back, or `fiq restore`")
+
+
+def _places(
+    directory: Path, volume: str, infos: Mapping[int, PartitionInfo], report: ClusterReport
+) -> Iterator[Finding]:
+    stream = report.stream
+    for one in report.partitions:
+        name, info = partition_name(one.partition), infos.get(one.partition)
+        if info is None:
+            if one.volume == volume and not (directory / f"{name}.claim").exists():
+                meaning = "it stands still: an empty file in its place would split the history"
+                action = "put the pair back, or `fiq restore` the volume"
+                yield error("corpus", f"partition {name} lives here, but {name}.h5 is gone", meaning, action)
+            continue
+        if one.volume and (one.volume, one.epoch) != (volume, info.identity.epoch):
+            what = (
+                f"{name}.h5 lies here (epoch {info.identity.epoch}), the partition on {one.volume} (epoch {one.epoch})"
+            )
+            yield error("corpus", what, "it is a stale copy, persisters refuse it", "move it away")
+        if stream is None:
+            continue
+        if info.identity.stream_created != stream.created:
+            what = f"{name}.h5 belongs to the stream created at {info.identity.stream_created}, not {stream.created}"
+            action = "begin a new data directory, and keep this one: docs/operations.md, `A lost stream`"
+            yield error("corpus", what, "the stream was deleted and made anew: persisters refuse the file", action)
+        elif info.committed > stream.last_sequence:
+            what = f"{name}.h5 holds sequence {info.committed}, the stream ends at {stream.last_sequence}"
+            yield error("corpus", what, "the stream lost events: persisters refuse it", "see docs/operations.md")
+        elif 0 < info.committed < stream.first_sequence - 1:
+            what = f"{name}.h5 ends at {info.committed}, the stream begins at {stream.first_sequence}"
+            yield error("corpus", what, "the file is an old copy: events between are gone", "put the newest copy back")
+
+
+def check_workers(workers: Sequence[Worker], directory: Path | None, held_back: float = HELD_BACK) -> Iterator[Finding]:
+    """Ask the persisters that can be reached from here whether they are ready, and what they wait for."""
+    for worker in workers:
+        url = _url(worker)
+        status, body = get(url, "/readyz") if url else (0, b"")
+        label = f"persister {worker.name} (pid {worker.pid} on {worker.host})"
+        if not status:
+            yield unknown("persisters", f"{label}: its port is not reachable from here", "run fiq doctor on its host")
+            continue
+        if status == 200:
+            yield ok("persisters", f"{label} is ready: partition {', '.join(worker.partitions) or '(none)'}")
+        else:
+            reason = body.decode("utf-8", "replace").strip()[:500]
+            action = "docs/operations.md says what each reason means"
+            yield error("persisters", f"{label} is not ready: {reason}", "events of those partitions wait", action)
+        yield from _held_back(url, directory, held_back)
+
+
+def _url(worker: Worker) -> str:
+    """Return where a persister's endpoints are; empty when it listens on loopback of another host."""
+    host, _, port = worker.address.rpartition(":")
+    if not port.isdigit():
+        return ""
+    local = worker.host == socket.gethostname()
+    if host in {"127.0.0.1", "::1", "localhost"}:
+        return f"http://{host}:{port}" if local else ""
+    wildcard = host in {"0.0.0.0", "::", "*", ""}  # noqa: S104 - compared, not bound
+    return f"http://{('127.0.0.1' if local else worker.host) if wildcard else host}:{port}"
+
+
+def _held_back(url: str, directory: Path | None, limit: float) -> Iterator[Finding]:
+    status, body = get(url, "/metrics")
+    if status != 200:
+        return
+    for family in text_string_to_metric_families(body.decode("utf-8")):
+        for sample in family.samples:
+            if sample.name == _WAITING and sample.value >= limit:
+                name = sample.labels["partition"]
+                holders = readers(directory / f"{name}.h5") if directory is not None else []
+                who = f"; it is held by pid {', '.join(map(str, holders))}" if holders else ""
+                yield warning(
+                    "checkpoints",
+                    f"checkpoints of partition {name} have waited for {sample.value:.0f} s{who}",
+                    "stock readers see an older state, and the journal grows; commits go on",
+                    f"close the program that has {name}.h5 open (`lsof {name}.h5`), or make room on the disk",
+                )
+
+
+def readers(path: Path, locks: Path = Path("/proc/locks")) -> list[int]:
+    """Return the processes other than its writer that hold a shared lock on a partition file, as Linux tells."""
+    try:
+        stat = path.stat()
+        journal = path.with_name(path.name + ".wal").stat()
+        lines = locks.read_text().splitlines()
+    except OSError:
+        return []
+    # "1: FLOCK  ADVISORY  READ 18259 fe:00:10018838 0 EOF"
+    held = [line.replace("->", "").split() for line in lines]
+    found = [(words[3], int(words[4]), words[5]) for words in held if len(words) > 5 and words[1] == "FLOCK"]
+    writers = {pid for kind, pid, place in found if kind == "WRITE" and place == _place(journal)}
+    return sorted({pid for kind, pid, place in found if kind == "READ" and place == _place(stat)} - writers - {0, -1})
+
+
+def _place(stat: os.stat_result) -> str:
+    return f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"

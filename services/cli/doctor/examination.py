@@ -1,0 +1,108 @@
+"""The whole examination: every check, whatever the others met."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.cli.doctor import corpus, log, machine, monitored, nodes
+from services.cli.doctor.finding import Finding, error, unknown
+from services.cli.errors import CommandError
+from services.cli.target import Target, connected
+from services.contract.errors import FiqError
+from services.contract.settings import load
+from services.eventlog.jetstream.connection import Connection
+from services.ingest.settings import Settings as IngestSettings
+from services.persister.settings import PersisterSettings
+
+_NOT_ASKED = "what only the broker knows was not looked at"
+_ASK_AS = "set FI_NATS_SEED_FILE to the seed of the user `ops`"
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """What is examined.
+
+    Attributes:
+        target: the cluster.
+        directory: the data directory; None when there is none here.
+        monitoring: URLs of the nodes' monitoring ports; the usual ones when empty.
+        env: settings of the services.
+    """
+
+    target: Target
+    directory: Path | None
+    monitoring: Sequence[str]
+    env: Mapping[str, str]
+
+
+def examine(patient: Patient, *, clock_offset: float = 0.0, held_back: float = corpus.HELD_BACK) -> list[Finding]:
+    """Run every check and return the findings, in the order in which an operator thinks.
+
+    Args:
+        patient: what is examined.
+        clock_offset: seconds that this machine's clock is taken to be ahead; for tests.
+        held_back: seconds for which checkpoints may wait.
+    """
+    return list(_examine(patient, clock_offset, held_back))
+
+
+def _examine(patient: Patient, clock_offset: float, held_back: float) -> Iterator[Finding]:
+    settings = patient.target.settings
+    persister, ingest = load(PersisterSettings, patient.env), load(IngestSettings, patient.env)
+    yield from machine.versions()
+    yield from machine.limits()
+    yield from machine.memory(persister)
+    yield from machine.secrets(patient.env)
+
+    known = nodes.addresses(settings.servers, [])
+    found = [greeting for address in known if (greeting := nodes.greet(address)) is not None]
+    expected = nodes.addresses(settings.servers, found)
+    found += [
+        greeting for address in expected if address not in known and (greeting := nodes.greet(address)) is not None
+    ]
+    yield from nodes.check_greetings(expected, found, ingest.max_event_bytes)
+    yield from nodes.check_certificates(found, settings.ca_file, time.time() + clock_offset)
+
+    seen = None
+    try:
+        seen, refused = asyncio.run(_ask(patient.target))
+        yield from refused
+    except CommandError as problem:
+        yield error("permissions", str(problem), _NOT_ASKED, _ASK_AS)
+    except FiqError as problem:
+        yield log.unreachable(problem)
+    if seen is not None:
+        yield from log.check_clocks(seen, clock_offset)
+    urls = monitored.monitoring_urls(patient.monitoring, expected)
+    yield from monitored.check_monitoring(urls, clock_offset, () if seen is None else seen.clocks)
+    if seen is not None:
+        yield from log.check_stream(seen, settings)
+        yield from log.check_dead_letters(seen)
+        yield from log.check_placement(seen, persister.volumes)
+        yield from corpus.check_workers(seen.workers, patient.directory, held_back)
+    yield from _directory(patient.directory, seen)
+
+
+async def _ask(target: Target) -> tuple[log.LogView, list[Finding]]:
+    async with connected(target.settings) as connection:
+        try:
+            seen = await log.examine(connection, target.settings, target.state)
+        except FiqError as problem:
+            violations = connection.violations if isinstance(connection, Connection) else []
+            if violations:
+                raise CommandError(f"this user may not ask: {violations[0]}") from problem
+            raise
+        violations = connection.violations if isinstance(connection, Connection) else []
+    return seen, [error("permissions", f"this user may not ask: {text}", _NOT_ASKED, _ASK_AS) for text in violations]
+
+
+def _directory(directory: Path | None, seen: log.LogView | None) -> Iterator[Finding]:
+    if directory is None:
+        yield unknown("corpus", "there is no data directory here", "run fiq doctor on the host of each volume, too")
+        return
+    yield from machine.data_directory(directory)
+    yield from corpus.check_files(directory, None if seen is None else seen.report)

@@ -1,0 +1,85 @@
+"""What operators run, as the user `ops` of a secured deployment: nothing of it is refused by any node."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import orjson
+import pytest
+
+from services.eventlog.jetstream.names import Role
+from services.eventlog.jetstream.provision import provision
+from services.eventlog.jetstream.publisher import Publisher
+from tests.support.persisters import Log, Persister, persisted
+from tests.support.security import Outcome, Secured, fiq
+
+#: the deployment's settings of the log
+LOG = {"FI_PARTITIONS": "4", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "16MiB"}
+_CHANGES = {"partitions": 4, "max_bytes": 64 * 2**20, "dead_max_bytes": 16 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def provisioned(secured: Secured) -> Secured:
+    """The streams, made by the provisioner as an operator does it."""
+    done = fiq(secured.environment(Role.PROVISIONER) | LOG, "provision")
+    assert (0, []) == (done.code, done.errors)
+    return secured
+
+
+async def ops(secured: Secured, *arguments: object) -> Outcome:
+    environment = secured.environment(Role.OPS) | LOG
+    return await asyncio.to_thread(fiq, environment, *map(str, arguments))
+
+
+async def test_backup_restore_and_doctor_need_no_more_than_ops_may(provisioned: Secured, tmp_path: Path) -> None:
+    """A lost volume comes back, and the doctor finds certificates, and nothing wrong that it can see."""
+    secured, data, saved = provisioned, tmp_path / "data", tmp_path / "saved"
+    own = {**secured.environment(Role.PERSISTER), **LOG}
+    async with secured.connected(Role.INGEST) as nc, secured.connected(Role.PROVISIONER) as provisioner:
+        identity = await provision(provisioner, secured.settings(Role.PROVISIONER, **_CHANGES))
+        publisher = Publisher(nc, deadline=20, max_in_flight=100)
+        await publisher.start()
+        log = Log(secured.cluster, nc, secured.settings(Role.INGEST, **_CHANGES), identity, publisher)
+        with Persister(tmp_path / "a", secured.cluster, data, **own) as persister:
+            await persister.ready()
+            before = await log.publish(20)
+            await persisted(data, before)
+            done = await ops(secured, "backup", saved, "--corpus", data)
+            assert 0 == done.code, done.errors
+            after = await log.publish(20)
+            await persisted(data, before, after)
+
+            monitoring = ",".join(f"http://127.0.0.1:{ports.monitoring}" for ports in secured.cluster.ports)
+            done = await ops(secured, "doctor", "--corpus", data, "--monitoring", monitoring, "--json")
+            report = orjson.loads(done.out)
+            assert (0, "ok") == (done.code, report["worst"]), [
+                one for one in report["findings"] if one["level"] != "ok"
+            ]
+            certificates = [one["what"] for one in report["findings"] if one["check"] == "certificates"]
+            assert 4 == len(certificates)  # three nodes and the authority
+            assert all("is good until" in what for what in certificates)
+            persister.process.kill()
+            await asyncio.to_thread(persister.process.wait)
+        shutil.rmtree(data)
+        done = await ops(secured, "restore", saved, "--to", data)
+        assert 0 == done.code, done.errors
+        with Persister(tmp_path / "b", secured.cluster, data, **own) as persister:
+            await persister.ready()
+            await persisted(data, before, after)
+            assert 0 == await persister.end()
+        await publisher.close()
+    assert [] == secured.violations()
+
+
+async def test_a_user_that_may_not_ask_is_told_instead_of_a_sound_cluster(provisioned: Secured) -> None:
+    """The provisioner may not look at who runs: the rest is still looked at."""
+    environment = provisioned.environment(Role.PROVISIONER) | LOG
+    done = await asyncio.to_thread(fiq, environment, "doctor", "--json")
+    assert 1 == done.code
+    found = orjson.loads(done.out)["findings"]
+    assert ["this user may not ask"] == [
+        one["what"].partition(":")[0] for one in found if (one["check"], one["level"]) == ("permissions", "error")
+    ]
+    assert {"ok"} == {one["level"] for one in found if one["check"] == "certificates"}
