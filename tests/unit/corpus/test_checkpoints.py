@@ -17,18 +17,6 @@ from tests.support.faulty_io import FailingIO
 from tests.support.polling import eventually_sync
 
 
-class _FailingDirectory(FailingIO):
-    """Fails the calls that change or sync a directory, too."""
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._pass("rename")
-        super().rename(source, target)
-
-    def sync_directory(self, directory: Path) -> None:
-        self._pass("sync_directory")
-        super().sync_directory(directory)
-
-
 class _SlowIO(StorageIO):
     """Holds the sync that ends a checkpoint's copy until it is told to go on."""
 
@@ -212,7 +200,7 @@ def test_a_compaction_without_room_changes_nothing(path: Path) -> None:
 @pytest.mark.parametrize("kind", ["rename", "sync_directory"])
 def test_a_compaction_that_cannot_be_installed_leaves_no_lock(path: Path, kind: str) -> None:
     """Whichever journal is there, the next store opens it, in the same process as well."""
-    io = _FailingDirectory(kind, 0, errno.EIO)
+    io = FailingIO(kind, 0, errno.EIO)
     options = StoreOptions(io=io, checkpoint_seconds=0, journal_limit=100_000)
     store = EventStore.open(path, expected=IDENTITY, options=options)
     descriptors = _descriptors()
