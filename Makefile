@@ -49,6 +49,7 @@ bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, the curve of ba
 	$(BIN)/python -m tests.benchmarks.corpus_commits
 	$(BIN)/python -m tests.benchmarks.corpus_curve
 	$(BIN)/python -m tests.benchmarks.corpus_growth
+	$(BIN)/python -m tests.benchmarks.persister_curve
 
 lock: $(VENV)/.dev ## renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile $(LOCK) --extra cluster --group build pyproject.toml -o requirements/run.txt
