@@ -8,7 +8,7 @@ ARGS   ?=
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fiq needs Python >= 3.11: make PYTHON=python3.12 ...")'
@@ -45,6 +45,12 @@ format: $(VENV)/.dev ## apply ruff's formatting and safe fixes
 bench: $(VENV)/.dev ## measure against the named references; prints Markdown and JSON
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
+bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, the curve of batch sizes, growth; prints Markdown
+	$(BIN)/python -m tests.benchmarks.corpus_commits
+	$(BIN)/python -m tests.benchmarks.corpus_curve
+	$(BIN)/python -m tests.benchmarks.corpus_growth
+	$(BIN)/python -m tests.benchmarks.persister_curve
+
 lock: $(VENV)/.dev ## renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile $(LOCK) --extra cluster --group build pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile $(LOCK) --all-extras --group build --group test --group check --group lock -c requirements/run.txt pyproject.toml -o requirements/dev.txt
@@ -53,4 +59,4 @@ LOCK := -q --universal --python-version 3.11 --generate-hashes --no-emit-index-u
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
-.PHONY: help demo test torture check format bench lock clean
+.PHONY: help demo test torture check format bench bench-corpus lock clean

@@ -130,11 +130,12 @@ class CommittingFile(FileObject):
 
     def rollback(self) -> None:
         """Drop the batch and take writes again; the caller has closed every HDF5 handle of the file."""
-        self._overlay.rollback()
+        self._indexed = len(self._journal.records)
+        self._overlay.rollback(self._index())
         self._frozen = False
 
     def _bound_memory(self) -> None:
-        if self._overlay.committed_pages > self._cached_pages:
+        if self._overlay.pages > self._cached_pages:
             self._indexed = len(self._journal.records)
             self._overlay.rebase(self._index())
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from services.corpus.errors import CorpusError, CorpusIOError, StoreFailedError
+from services.corpus.errors import CorpusError, CorpusFormatError, CorpusIOError, StoreFailedError
 from services.corpus.overlay import PageOverlay
 from services.corpus.storage import Buffer
 
@@ -23,18 +23,18 @@ class FileObject:
         self.name = name
         self._overlay = overlay
         self._position = 0
+        #: place and length of the last read, while somebody wants to know
+        self._located: tuple[int, int] | None = None
         self._frozen = self._closed = False
         #: the error after which nothing may be written any more
         self.failure: CorpusError | None = None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the position, as files do."""
-        if whence == os.SEEK_CUR:
-            offset += self._position
-        elif whence == os.SEEK_END:
-            offset += self._overlay.size
+        if whence:
+            offset += self._position if whence == os.SEEK_CUR else self._overlay.size
         self._position = offset
-        return self._position
+        return offset
 
     def tell(self) -> int:
         """Return the position."""
@@ -43,6 +43,8 @@ class FileObject:
     def readinto(self, buffer: Buffer) -> int:
         """Fill the whole *buffer*, with zeros past the end: h5py does not check for short reads."""
         view = memoryview(buffer).cast("B")
+        if self._located is not None:
+            self._located = self._position, len(view)
         if self._closed:
             # HDF5 may hold on to a file that it could not close; the descriptor may be another file's by now
             view[:] = bytes(len(view))
@@ -71,6 +73,36 @@ class FileObject:
                 raise self._remember(f"read {self.name}", error) from error
         self._position += size
         return size
+
+    def locate(self, read: Callable[[], object], length: int) -> int:
+        """Return the byte offset of what HDF5 reads when *read* is called, *length* bytes at last.
+
+        Raises:
+            CorpusFormatError: it read something else.
+        """
+        self._located = (0, 0)
+        try:
+            read()
+            place, span = self._located
+        finally:
+            self._located = None
+        if span != length:
+            raise CorpusFormatError(f"{self.name}: HDF5 read {span} bytes instead of a chunk of {length}")
+        return place
+
+    def peek(self, place: int, length: int) -> bytes:
+        """Return *length* bytes at *place*; the position stays."""
+        out = bytearray(length)
+        with self._remembered(f"read {self.name}"):
+            self._overlay.read_into(place, memoryview(out))
+        return bytes(out)
+
+    def put(self, place: int, data: Buffer) -> None:
+        """Keep *data*, which belongs at *place*, for the next commit; the position stays."""
+        try:
+            self._overlay.write(place, data)
+        except OSError as error:
+            raise self._remember(f"read {self.name}", error) from error
 
     def truncate(self, size: int | None = None) -> int:
         """Set the size, at the next commit."""

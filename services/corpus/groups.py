@@ -20,6 +20,7 @@ from services.corpus.format import (
     is_consultation_id,
 )
 from services.corpus.records import Identity
+from services.corpus.tails import Tails
 
 
 class OpenConsultations:
@@ -27,14 +28,16 @@ class OpenConsultations:
 
     Args:
         root: low-level id of the root group.
+        tails: makes what grows a dataset.
         identity: what the file says of itself.
         events: how many it holds.
         limit: how many consultations stay open; each takes about 35 KB in HDF5.
         ids_limit: how many event ids stay in memory in all; each takes some 100 bytes.
     """
 
-    def __init__(self, root: Any, identity: Identity, *, events: int, limit: int, ids_limit: int) -> None:
+    def __init__(self, root: Any, tails: Tails, identity: Identity, *, events: int, limit: int, ids_limit: int) -> None:
         self._group = h5g.open(root, CONSULTATIONS.encode())
+        self._tails = tails
         self._identity = identity
         self._tally = Tally(events)
         self._limit = limit
@@ -95,7 +98,7 @@ class OpenConsultations:
 
     def _keep(self, consultation: str, events: Any, payload: Any, *, new: bool) -> Appender:
         start = chain_start(self._identity, consultation)
-        appender = Appender(consultation, events, payload, start=start, tally=self._tally, new=new)
+        appender = Appender(consultation, events, payload, self._tails, start=start, tally=self._tally, new=new)
         self._open[consultation] = appender
         if len(self._open) > self._limit:
             self._close_oldest()
@@ -110,5 +113,6 @@ def _chunked(elements: int) -> Any:
     plan = h5p.create(h5p.DATASET_CREATE)
     plan.set_chunk((elements,))
     plan.set_fill_time(h5d.FILL_TIME_NEVER)
+    plan.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     plan.set_obj_track_times(False)
     return plan

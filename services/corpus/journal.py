@@ -16,14 +16,23 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from uuid import UUID
 
 from services.corpus.errors import JournalError
-from services.corpus.journal_records import RECORD_ALIGNMENT, JournalRecord, Position, encode, encode_jump
+from services.corpus.journal_records import (
+    HEADER_BYTES,
+    RECORD_ALIGNMENT,
+    JournalRecord,
+    Position,
+    aligned,
+    encode_jump,
+    padded_table,
+    seal,
+)
 from services.corpus.journal_scan import RECORDS_START, scan
 from services.corpus.pair import PAIR_VERSION, State
-from services.corpus.sectors import Sectors
+from services.corpus.sectors import SECTOR, Sectors
 from services.corpus.storage import StorageIO, read_exactly, write_all
 
 _BLOCK = 4096
@@ -142,20 +151,30 @@ class Journal:
         """Bytes of the records that no checkpoint has copied yet."""
         return self._bytes_live
 
-    def append(self, file_size: int, table: Sectors, images: Sequence[memoryview]) -> JournalRecord:
+    def append(self, file_size: int, table: Sectors, images: Iterable[memoryview]) -> JournalRecord:
         """Write one record and make it durable; when this returns, it outlives a power cut.
+
+        Args:
+            file_size: size of the partition file once it is applied, bytes.
+            table: the runs of sectors that it changes.
+            images: their content, in pieces of whole sectors; each is used before the next one is taken.
 
         Raises:
             OSError: the system refused; the record may or may not count, which only reading the journal anew tells.
         """
-        buffers, record = encode(self._uuid, self.next, file_size, table, images)
-        place = self._place(_length(record))
+        sectors, body = int(table[:, 1].sum()), padded_table(table)
+        length = aligned(HEADER_BYTES + len(body) + SECTOR * sectors, RECORD_ALIGNMENT)
+        place = self._place(length)
         if place != self.next.offset:
             self._jump(place, file_size)
-            buffers, record = encode(self._uuid, self.next, file_size, table, images)
-        offset = record.offset
-        for buffer in buffers:
-            offset = write_all(self._io, self.fd, buffer, offset)
+        crc, offset = zlib.crc32(body), self.next.offset + HEADER_BYTES + len(body)
+        for image in images:
+            crc = zlib.crc32(image, crc)
+            offset = write_all(self._io, self.fd, image, offset)
+        header, record = seal(self._uuid, self.next, file_size, table, sectors, crc)
+        write_all(self._io, self.fd, bytes(record.end - offset), offset)
+        # without its header the record does not count
+        write_all(self._io, self.fd, header + body, record.offset)
         self._io.fdatasync(self.fd)
         self._take(record)
         return record

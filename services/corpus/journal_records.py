@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -127,24 +126,6 @@ def parse(raw: bytes) -> Header | None:
     if magic != MAGIC or crc != zlib.crc32(raw[_SEALED_FROM:HEADER_BYTES]):
         return None
     return Header(crc, *rest)
-
-
-def encode(
-    uuid: UUID, position: Position, file_size: int, table: Sectors, images: Sequence[memoryview]
-) -> tuple[list[bytes | memoryview], JournalRecord]:
-    """Build a record for *position*.
-
-    Returns:
-        The buffers to write, one after another, and the record as a scan would find it.
-    """
-    body = padded_table(table)
-    body_crc = zlib.crc32(body)
-    for image in images:
-        body_crc = zlib.crc32(image, body_crc)
-    sectors = sum(len(image) for image in images) // SECTOR
-    header, record = seal(uuid, position, file_size, table, sectors, body_crc)
-    padding = bytes(record.end - record.extents.images - SECTOR * sectors)
-    return [header + body, *images, padding], record
 
 
 def encode_jump(uuid: UUID, position: Position, file_size: int, target: int) -> tuple[bytes, JournalRecord]:

@@ -2,20 +2,19 @@
 
 ::
 
-    batch       pages changed since the last commit; a rollback drops them
-    committed   pages committed since the last checkpoint began; they give way to the index when they are many
+    pages       pages that changed since the last checkpoint began; they give way to the index when they are many
     sealed      pages that the checkpoint under way is copying
     index       sectors whose newest image only the journal holds
     file        everything else, read when it is needed
 
-What changed is found at the commit by comparing each page of the batch with what it was, sector by sector. So only the
-sectors that really differ are journaled, however HDF5 wrote them.
+A batch changes its pages in place and marks the sectors that it changes: these are what a commit puts into the
+journal. A rollback forgets every page, since the journal and the file give all that is committed.
 """
 
 from __future__ import annotations
 
 import os
-from itertools import islice
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -25,10 +24,12 @@ from services.corpus.storage import Buffer
 #: bytes of a page
 PAGE = 4096
 
-_ZERO_PAGE = bytes(PAGE)
 _SECTORS_A_PAGE = PAGE // SECTOR
-#: pages that are compared at once
-_SLAB_PAGES = 256
+_PAGE_BITS, _SECTOR_BITS = PAGE.bit_length() - 1, SECTOR.bit_length() - 1
+_WITHIN = PAGE - 1
+_ZEROS = bytes(PAGE)
+#: bytes of images that are handed out at once
+_SLAB_BYTES = 1 << 20
 
 
 class PageOverlay:
@@ -45,22 +46,30 @@ class PageOverlay:
         self._file = file
         self._journal = journal
         self._index = index
-        self._committed: dict[int, bytearray] = {}
+        self._pages: dict[int, bytearray] = {}
         self._sealed: dict[int, bytearray] = {}
-        self._batch: dict[int, bytearray] = {}
-        self._before: dict[int, bytes | bytearray] = {}
+        #: the sectors that the batch changes: a bit each, by page
+        self._marks: dict[int, int] = {}
         self._committed_size = size
+        #: what lies behind this has never been written, bytes
+        self._used = max(size, os.fstat(file).st_size)
+        self._slab = bytearray(_SLAB_BYTES)
         self.size = size
 
     @property
-    def committed_pages(self) -> int:
-        """How many committed pages are kept in memory."""
-        return len(self._committed) + len(self._sealed)
+    def pages(self) -> int:
+        """How many pages are kept in memory."""
+        return len(self._pages) + len(self._sealed)
 
     @property
     def bytes_held(self) -> int:
         """Memory that the pages take."""
-        return PAGE * (len(self._committed) + len(self._sealed) + 2 * len(self._batch))
+        return PAGE * self.pages
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was written since the last commit, even if to the same effect."""
+        return bool(self._marks) or self.size != self._committed_size
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill *out* with the content from *offset* on; what lies past the end reads as zeros."""
@@ -68,63 +77,72 @@ class PageOverlay:
         for page in range(offset // PAGE, -(-end // PAGE)):
             start = page * PAGE
             low, high = max(start, offset), min(start + PAGE, end)
-            content = self._batch.get(page) or self._load(page)
+            content = self._pages.get(page) or self._sealed.get(page) or self._load(page)
             out[low - offset : high - offset] = content[low - start : high - start]
 
     def write(self, offset: int, data: Buffer) -> None:
         """Put *data* into the batch."""
-        end = offset + len(data)
-        page, within = divmod(offset, PAGE)
-        if end <= (page + 1) * PAGE:
-            (self._batch.get(page) or self._page(page))[within : within + len(data)] = data
+        size = len(data)
+        within = offset & _WITHIN
+        stop = within + size
+        if 0 < size <= SECTOR and stop <= PAGE:
+            # an object header, or what a consultation gets: a thousand times a batch
+            page = offset >> _PAGE_BITS
+            (self._pages.get(page) or self._page(page))[within:stop] = data
+            self._marks[page] = self._marks.get(page, 0) | _MARKS[within >> _SECTOR_BITS][(stop - 1) >> _SECTOR_BITS]
         else:
-            self._write_across(offset, memoryview(data), end)
-        if end > self.size:
-            self.size = end
+            self._write_pages(offset, bytes(data))
+        if offset + size > self.size:
+            self.size = offset + size
 
     def truncate(self, size: int) -> None:
         """Set the size; bytes that a shrink cuts off read as zeros if the content grows over them again."""
         end = max(self.size, self._committed_size) if size < self.size else size
-        start = size
-        while start < end:
-            stop = min(end, (start // PAGE + 1) * PAGE)
-            self._page(start // PAGE)[start % PAGE : start % PAGE + stop - start] = bytes(stop - start)
-            start = stop
+        for start in range(size, end, 1 << 20):
+            self._write_pages(start, bytes(min(1 << 20, end - start)))
         self.size = size
 
-    def changes(self) -> tuple[Sectors, list[memoryview]]:
-        """Return what the batch changes: runs of sectors (first, count) in rising order, and their new images."""
-        tables, images = [np.empty((0, 2), np.uint64)], []
-        pages = iter(sorted(self._batch))
-        while slab := list(islice(pages, _SLAB_PAGES)):
-            sectors, content = self._compare(slab)
-            if len(sectors):
-                tables.append(runs_of(sectors))
-                images.append(content)
-        return np.concatenate(tables), images
+    def changes(self) -> tuple[Sectors, Iterator[memoryview]]:
+        """Return what the batch changes.
 
-    @property
-    def changed(self) -> bool:
-        """Whether anything was written since the last commit, even if to the same effect."""
-        return bool(self._batch) or self.size != self._committed_size
+        Returns:
+            The runs of sectors (first, count) in rising order, and their new images, some at a time: each is to be used
+            before the next one is taken.
+        """
+        pages = sorted(self._marks)
+        marks = np.array([self._marks[page] for page in pages], np.uint8)
+        rows, sectors = np.nonzero(np.unpackbits(marks, bitorder="little").reshape(-1, _SECTORS_A_PAGE))
+        numbers = np.array(pages, np.uint64)[rows] * np.uint64(_SECTORS_A_PAGE) + sectors.astype(np.uint64)
+        return runs_of(numbers), self._images(pages)
+
+    def _images(self, pages: list[int]) -> Iterator[memoryview]:
+        slab, at = self._slab, 0
+        for page in pages:
+            if at > _SLAB_BYTES - PAGE:
+                yield memoryview(slab)[:at]
+                at = 0
+            content = self._pages[page]
+            for low, high in _STRETCHES[self._marks[page]]:
+                slab[at : at + high - low] = content[low:high]
+                at += high - low
+        yield memoryview(slab)[:at]
 
     def commit(self) -> None:
-        """Move the batch down: the journal holds it now."""
-        self._committed.update(self._batch)
-        self._batch.clear()
-        self._before.clear()
+        """Take the batch for committed: the journal holds it now."""
+        self._marks.clear()
         self._committed_size = self.size
+        self._used = max(self._used, self.size)
 
-    def rollback(self) -> None:
-        """Drop the batch."""
-        self._batch.clear()
-        self._before.clear()
+    def rollback(self, index: SectorIndex) -> None:
+        """Drop the batch and all pages: *index*, the journal and the file give what is committed."""
+        self._marks.clear()
         self.size = self._committed_size
+        self.rebase(index)
 
     def seal(self) -> None:
         """Set the committed pages apart: a checkpoint copies them while others are committed."""
-        self._sealed.update(self._committed)
-        self._committed = {}
+        self._sealed.update(self._pages)
+        self._pages = {page: self._sealed.pop(page) for page in self._marks}
 
     def drop_sealed(self, index: SectorIndex) -> None:
         """Drop the sealed pages, which the file holds now; *index* has what neither it nor the other pages do."""
@@ -133,44 +151,59 @@ class PageOverlay:
 
     def rebase(self, index: SectorIndex, journal: int | None = None) -> None:
         """Drop the committed pages: *index*, the *journal* and the file give their content from now on."""
-        self._committed.clear()
+        self._pages = {page: self._pages[page] for page in self._marks}
         self._sealed.clear()
         self._index = index
         self._journal = self._journal if journal is None else journal
 
     def _page(self, page: int) -> bytearray:
-        own = self._batch.get(page)
+        """Return a page that is going to change: a sealed one is no longer what the checkpoint copies."""
+        own = self._sealed.pop(page, None)
         if own is None:
-            before = self._load(page)
-            own = self._batch[page] = bytearray(before)
-            self._before[page] = before
+            own = self._load(page)
+        self._pages[page] = own
         return own
 
-    def _load(self, page: int) -> bytes | bytearray:
-        committed = self._committed.get(page) or self._sealed.get(page)
-        if committed is not None:
-            return committed
-        start = page * PAGE
-        content = os.pread(self._file, PAGE, start)
-        if len(content) < PAGE:
-            content = content.ljust(PAGE, b"\0") if content else _ZERO_PAGE
+    def _load(self, page: int) -> bytearray:
+        content = bytearray(PAGE)
+        if page * PAGE >= self._used:
+            return content
+        os.preadv(self._file, [content], page * PAGE)
         if len(self._index):
-            patched = bytearray(content)
-            self._index.patch(self._journal, start, memoryview(patched))
-            return patched
+            self._index.patch(self._journal, page * PAGE, memoryview(content))
         return content
 
-    def _write_across(self, offset: int, data: memoryview, end: int) -> None:
-        start = offset
-        while start < end:
-            stop = min(end, (start // PAGE + 1) * PAGE)
-            self._page(start // PAGE)[start % PAGE : start % PAGE + stop - start] = data[start - offset : stop - offset]
-            start = stop
+    def _write_pages(self, offset: int, data: bytes) -> None:
+        """Write what goes over several sectors; what is equal, and zeros behind the end of what is new, is not marked.
 
-    def _compare(self, pages: list[int]) -> tuple[Sectors, memoryview]:
-        new = np.frombuffer(b"".join([self._batch[page] for page in pages]), np.uint64).reshape(-1, SECTOR // 8)
-        old = np.frombuffer(b"".join([self._before[page] for page in pages]), np.uint64).reshape(-1, SECTOR // 8)
-        differing = np.flatnonzero((new != old).any(axis=1))
-        first = np.repeat(np.array(pages, np.uint64) * np.uint64(_SECTORS_A_PAGE), _SECTORS_A_PAGE)
-        sectors = first + np.tile(np.arange(_SECTORS_A_PAGE, dtype=np.uint64), len(pages))
-        return sectors[differing], memoryview(new[differing].tobytes())
+        HDF5 writes a chunk whole when it is new, and then most of it are zeros over zeros.
+        """
+        at, end = offset, offset + len(data)
+        while at < end:
+            page, within = at >> _PAGE_BITS, at & _WITHIN
+            stop = min(PAGE, within + end - at)
+            new = data[at - offset : at - offset + stop - within]
+            own = self._pages.get(page) or self._page(page)
+            old = own[within:stop]
+            if old != new:
+                own[within:stop] = new
+                used = stop
+                if old == _ZEROS[: len(new)]:
+                    while own[(low := (used - 1) & -SECTOR) : used] == _ZEROS[: used - low]:
+                        used = low
+                marks = _MARKS[within >> _SECTOR_BITS][(used - 1) >> _SECTOR_BITS]
+                self._marks[page] = self._marks.get(page, 0) | marks
+            at += stop - within
+
+
+def _stretches(marks: int) -> list[tuple[int, int]]:
+    """Return where in a page the stretches of marked sectors begin and end, bytes."""
+    bits = [0, *(marks >> sector & 1 for sector in range(_SECTORS_A_PAGE)), 0]
+    bounds = [SECTOR * place for place in range(_SECTORS_A_PAGE + 1) if bits[place] != bits[place + 1]]
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+#: the stretches by the marks of a page
+_STRETCHES = [_stretches(marks) for marks in range(1 << _SECTORS_A_PAGE)]
+#: the marks of all sectors from the first to the last
+_MARKS = [[(2 << last) - (1 << first) for last in range(_SECTORS_A_PAGE)] for first in range(_SECTORS_A_PAGE)]

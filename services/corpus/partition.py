@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import h5py
 import numpy as np
@@ -14,6 +15,7 @@ from services.corpus.errors import CorpusFormatError
 from services.corpus.format import COMMITTED, COMMITTED_EVENTS, LIBVER, read_identity
 from services.corpus.groups import OpenConsultations
 from services.corpus.records import Identity, check_identity
+from services.corpus.tails import ChunkedTail
 
 
 class OpenPartition:
@@ -58,6 +60,7 @@ class OpenPartition:
                 self._events_attribute = h5py.h5a.open(self._file.id, COMMITTED_EVENTS.encode())
                 self.consultations = OpenConsultations(
                     self._file.id,
+                    partial(ChunkedTail, journaled),
                     self.identity,
                     events=int(self._file.attrs[COMMITTED_EVENTS]),
                     limit=limit,

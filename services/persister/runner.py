@@ -307,6 +307,7 @@ class PartitionRunner:
             consultations=written.consultations,
             bytes=size,
             duration_s=round(seconds, 6),
+            age_s=None if oldest is None else round(max(0.0, time.time() - oldest / 1e9), 6),
         )
 
     async def _in_thread(self, call: Callable[[], T]) -> T:

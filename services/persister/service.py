@@ -23,6 +23,7 @@ from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
 from services.corpus import StoreOptions
 from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import close
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name
@@ -153,9 +154,10 @@ def _coordinator(
     metrics: Metrics,
 ) -> Coordinator:
     identity = deployment.identity
+    budget = Budget(settings.buffer_events, settings.buffer_bytes)
 
     def sharing() -> int:
-        """Return among how many partitions buffers and caches are divided; one that comes later gets a smaller part."""
+        """Return among how many partitions the caches are divided; one that comes later gets a smaller part."""
         return max(1, len(coordinator.partitions))
 
     def make_runner(placement: Placement) -> PartitionRunner:
@@ -167,8 +169,7 @@ def _coordinator(
                 consumer_name(settings.log.store, partition),
                 partition,
                 identity,
-                max_events=max(64, settings.buffer_events // sharing()),
-                max_bytes=settings.buffer_bytes // sharing(),
+                budget=budget,
                 on_repair=lambda reason: metrics.repairs.labels(reason).inc(),
             )
 

@@ -42,7 +42,7 @@ class PersisterSettings:
         "FI_BATCH_EVENTS",
         8192,
         parse=integer(1, 65536),
-        doc="Events committed together, at most; a partition's part of FI_BUFFER_EVENTS is another limit.",
+        doc="Events committed together, at most; what a partition gets of FI_BUFFER_EVENTS is another limit.",
     )
     batch_bytes: int = setting(
         "FI_BATCH_BYTES",
@@ -52,15 +52,15 @@ class PersisterSettings:
     )
     buffer_events: int = setting(
         "FI_BUFFER_EVENTS",
-        16384,
+        32768,
         parse=integer(64, 2**20),
-        doc="Events that a process holds in memory for all of its partitions together; bounds its memory.",
+        doc="Events that a process fetches and holds in all; a quarter is divided, the rest goes to busy partitions.",
     )
     buffer_bytes: int = setting(
         "FI_BUFFER_BYTES",
-        32 * 2**20,
+        64 * 2**20,
         parse=size(2**20, 2**32),
-        doc="The same in bytes; each partition gets an equal part, but room for two of the largest messages at least.",
+        doc="The same in bytes; each partition has room for two of the largest messages at least.",
     )
     open_consultations: int = setting(
         "FI_OPEN_CONSULTATIONS",

@@ -14,6 +14,7 @@ import orjson
 
 from services.cli.processes import ManagedProcess
 from services.contract.logs import EVENT_PERSISTED, EVENT_WORKER_STARTED
+from services.eventlog.jetstream.pulls import MAX_BYTES, MAX_EVENTS
 from services.persister.settings import PersisterSettings
 from tests.benchmarks import dialogues, processes, streams
 from tests.benchmarks.jobs import AppendJob, PullJob, run
@@ -150,8 +151,8 @@ def _pull(bench: Bench, partitions: int) -> float:
         url=bench.cluster.urls[0],
         consumers=names,
         events=bench.plan.backlog,
-        pull_events=max(32, settings.buffer_events // partitions // 2),
-        pull_bytes=max(4 * 2**20, settings.buffer_bytes // partitions // 2),
+        pull_events=min(MAX_EVENTS, settings.buffer_events // partitions // 2),
+        pull_bytes=max(4 * 2**20, min(MAX_BYTES, settings.buffer_bytes // partitions // 2)),
         ack_events=settings.batch_events // partitions,
     )
     report = run("pull", job, seconds=bench.plan.drain_timeout)

@@ -18,7 +18,8 @@ class FailingIO(StorageIO):
     """Lets some calls through, then fails the next of a kind, once.
 
     Args:
-        kind: ``pwrite``, ``fdatasync``, ``fsync``, ``truncate``, ``allocate`` or ``reserve``.
+        kind: ``pwrite``, ``fdatasync``, ``fsync``, ``truncate``, ``allocate``, ``reserve``, ``rename`` or
+            ``sync_directory``.
         after: how many calls of that kind succeed first.
         code: the ``errno``.
         partly: whether a failing write leaves its first half behind.
@@ -62,6 +63,14 @@ class FailingIO(StorageIO):
     def reserve(self, fd: int, offset: int, length: int) -> None:
         self._pass("reserve")
         super().reserve(fd, offset, length)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._pass("rename")
+        super().rename(source, target)
+
+    def sync_directory(self, directory: Path) -> None:
+        self._pass("sync_directory")
+        super().sync_directory(directory)
 
     def _pass(self, kind: str) -> None:
         if self._is_due(kind):

@@ -60,6 +60,12 @@ class Persister(Service):
         status, body = await asyncio.to_thread(monitoring.get, await self.port(), path)
         return status, body.decode()
 
+    async def samples(self) -> dict[str, float]:
+        """Return its metrics, by name with labels."""
+        _, text = await self.ask("/metrics")
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
     async def ready(self) -> Persister:
         """Wait until it is ready."""
 
@@ -102,10 +108,10 @@ class Log:
     def api(self) -> JetStreamApi:
         return JetStreamApi(self.nc)
 
-    async def publish(self, count: int, *, consultations: int = 12) -> Contents:
-        """Publish *count* new events over some consultations, and return them."""
+    async def publish(self, count: int, *, consultations: int = 12, at: int = 1) -> Contents:
+        """Publish *count* new events over some consultations, accepted *at* so many ns since 1970, and return them."""
         events = [
-            Event(f"c{number % consultations}", new_event_id(), 1, b'{"event_type":"T","payload":%d}' % number)
+            Event(f"c{number % consultations}", new_event_id(), at, b'{"event_type":"T","payload":%d}' % number)
             for number in range(count)
         ]
         for event in events:

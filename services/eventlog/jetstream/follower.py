@@ -24,6 +24,7 @@ from nats.aio.subscription import Subscription
 from services.contract.logs import get_logger
 from services.eventlog.errors import LogUnavailableError, PlacementError
 from services.eventlog.jetstream.api import JetStreamApi, PermanentApiError
+from services.eventlog.jetstream.budget import Budget, Held, Share
 from services.eventlog.jetstream.continuity import check_log
 from services.eventlog.jetstream.detour import next_event
 from services.eventlog.jetstream.names import STREAM, filter_subject
@@ -56,8 +57,7 @@ class JetStreamFollower:
         consumer: name of the partition's durable consumer.
         partition: its number.
         identity: the log that the sink's position belongs to.
-        max_events: events held in memory and asked for together, at most.
-        max_bytes: the same in bytes; raised to twice the largest message that the broker takes.
+        budget: the memory for events that the followers of this process share.
         on_repair: called with a short reason at each repair, for a counter.
     """
 
@@ -68,8 +68,7 @@ class JetStreamFollower:
         partition: int,
         identity: LogIdentity,
         *,
-        max_events: int,
-        max_bytes: int,
+        budget: Budget,
         on_repair: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._nc = nc
@@ -79,15 +78,17 @@ class JetStreamFollower:
         self._partition = partition
         self._subject_prefix = len(filter_subject(partition)) - 1
         self._identity = identity
-        self._max_events = max_events
-        # half of it must hold the largest message that the broker takes, or that message would never come
-        self._max_bytes = max(max_bytes, 2 * (nc.max_payload + MESSAGE_OVERHEAD_BYTES))
+        self._budget = budget
+        self._largest = nc.max_payload + MESSAGE_OVERHEAD_BYTES
+        self._share: Share | None = None
         self._on_repair = on_repair
         self._log = get_logger("follower").bind(consumer=consumer)
         self._subscription: Subscription | None = None
-        self._pulls = Pulls(self._max_events, self._max_bytes)
+        self._pulls = Pulls(self._largest)
         self._ready: deque[Delivery] = deque()
         self._ready_bytes = 0
+        self._in_hand = self._in_hand_bytes = 0  # the batch that is being worked on
+        self._pending = 0  # what the log held behind the last delivery
         self._wake = asyncio.Event()
         self._committed = 0  # what the sink has: where repairs start
         self._seen = 0  # last sequence put into the buffer: what repairs skip
@@ -109,8 +110,9 @@ class JetStreamFollower:
         """
         self._error = None
         await self._drop_subscription()
-        self._ready.clear()
-        self._ready_bytes = 0
+        self._hold_nothing()
+        if self._share is None:
+            self._share = self._budget.join(self._held, largest=self._largest)
         self._committed = self._seen = after
         self._deafen()
         self._deafen = listen(self._nc, self._when_refused)
@@ -124,6 +126,10 @@ class JetStreamFollower:
             PlacementError: the consumer was deleted.
             LogForbiddenError: the user of the connection may not follow the consumer.
         """
+        if self._in_hand:  # the one before is done
+            self._in_hand = self._in_hand_bytes = 0
+            if not self._doubt:
+                await self._pull_more()
         while self._error is not None or not self._ready:
             if self._error is not None:
                 raise self._error
@@ -164,7 +170,10 @@ class JetStreamFollower:
         """Deliver no more."""
         self._deafen()
         await self._drop_subscription()
-        self._ready.clear()
+        self._hold_nothing()
+        if self._share is not None:
+            self._share.leave()
+            self._share = None
 
     def _when_refused(self, refusal: Refusal) -> None:
         """Give up what would otherwise look like silence, or never be trimmed: pulls, answers, acknowledgements."""
@@ -248,10 +257,24 @@ class JetStreamFollower:
             size += len(delivery.body)
             taken.append(delivery)
         self._ready_bytes -= size
+        self._in_hand, self._in_hand_bytes = len(taken), size
         return taken
 
+    def _held(self) -> Held:
+        promised = self._pulls.promised
+        return Held(
+            promised + len(self._ready) + self._in_hand,
+            self._pulls.promised_bytes + self._ready_bytes + self._in_hand_bytes,
+            busy=self._pending > promised,
+        )
+
+    def _hold_nothing(self) -> None:
+        self._pulls.clear()
+        self._ready.clear()
+        self._ready_bytes = self._in_hand = self._in_hand_bytes = self._pending = 0
+
     async def _pull_more(self) -> None:
-        while (pull := self._pulls.next(len(self._ready), self._ready_bytes)) is not None:
+        while self._share is not None and (pull := self._pulls.next(self._share.room())) is not None:
             request = {
                 "batch": pull.events,
                 "max_bytes": pull.max_bytes,
@@ -293,6 +316,7 @@ class JetStreamFollower:
             self._doubtful("gap" if delivery > self._next_delivery else "repeat")
             return False
         self._next_delivery += 1
+        self._pending = int(tokens[offset + 3])
         self._progress = True
         self._pulls.delivered(_wire_size(message))
         if sequence <= self._seen:

@@ -1,4 +1,4 @@
-"""Bookkeeping of pipelined pull requests: two halves of the buffer in turn, so that the broker never waits for us.
+"""Bookkeeping of pipelined pull requests: the next one is under way before the last is finished.
 
 What is *promised* is what was asked for and neither arrived nor was declined by the broker. A replicated consumer sends
 a message once its delivery is agreed upon among the nodes, but the status that ends its request at once: the end of a
@@ -10,6 +10,14 @@ turn, so messages cannot be told apart by request either; only the sums are know
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from services.eventlog.jetstream.budget import Room
+
+#: one request brings at most these
+MAX_EVENTS = 8192
+MAX_BYTES = 16 * 2**20
+#: a request is worth sending when it can bring this part of what may be held in all
+_WORTH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +39,14 @@ class Pulls:
     """The pull requests of one consumer.
 
     Args:
-        max_events: events in the buffer and promised together, at most.
-        max_bytes: the same in bytes, about.
+        largest: bytes of the largest message: a request that could not bring it would end at once, again and again.
     """
 
     #: a pull that found nothing ends after this time and is renewed
     EXPIRES_NS = 30_000_000_000
 
-    def __init__(self, max_events: int, max_bytes: int) -> None:
-        self._half_events = max(1, max_events // 2)
-        self._half_bytes = max_bytes // 2
+    def __init__(self, largest: int) -> None:
+        self._largest = largest
         self._events = 0
         self._bytes = 0
         self._number = 0
@@ -51,16 +57,29 @@ class Pulls:
         """How many events may still come."""
         return self._events
 
+    @property
+    def promised_bytes(self) -> int:
+        """The same in bytes, about."""
+        return self._bytes
+
     def clear(self) -> None:
         """Forget every request."""
         self._events = self._bytes = 0
 
-    def next(self, buffered: int, buffered_bytes: int) -> Pull | None:
-        """Return a request to send now, or None when the buffer has no room for what it could bring."""
-        if buffered + self._events > self._half_events or buffered_bytes + self._bytes > self._half_bytes:
+    def next(self, room: Room) -> Pull | None:
+        """Return a request to send now; None when there is no *room* that makes one worth it."""
+        least_events, least_size = 1, self._largest
+        if self._events:  # without a request under way any is worth it
+            least_events = max(least_events, min(room.all_events // _WORTH, MAX_EVENTS // 2))
+            least_size = max(least_size, min(room.all_size // _WORTH, MAX_BYTES // 2))
+        if room.events < least_events or room.size < least_size:
             return None
         self._number += 1
-        return Pull(f"{self.inbox}.{self._number}", self._half_events, self._half_bytes)
+        return Pull(f"{self.inbox}.{self._number}", min(room.events, MAX_EVENTS), min(room.size, self._most_bytes))
+
+    @property
+    def _most_bytes(self) -> int:
+        return max(MAX_BYTES, self._largest)
 
     def sent(self, pull: Pull) -> None:
         """Note that *pull* is under way."""

@@ -14,6 +14,7 @@ from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.eventlog.errors import LogMismatchError, PlacementError
 from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.budget import Budget, Held
 from services.eventlog.jetstream.connection import Connection, close, connect
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import STREAM, consumer_name, subject_of
@@ -52,10 +53,11 @@ class Log:
         for _ in range(count):
             await self.publisher.append(Event("c1", new_event_id(), 1, b'{"event_type":"T"}'))
 
-    def follower(self, on_repair: Callable[[str], None] = lambda _: None, max_events: int = 64) -> JetStreamFollower:
-        return JetStreamFollower(
-            self.nc, self.consumer, 0, self.identity, max_events=max_events, max_bytes=0, on_repair=on_repair
-        )
+    def follower(
+        self, on_repair: Callable[[str], None] = lambda _: None, max_events: int = 64, budget: Budget | None = None
+    ) -> JetStreamFollower:
+        budget = budget or Budget(max_events, 0)
+        return JetStreamFollower(self.nc, self.consumer, 0, self.identity, budget=budget, on_repair=on_repair)
 
 
 @pytest.fixture
@@ -111,6 +113,24 @@ async def test_the_buffer_holds_no_more_than_it_may(log: Log) -> None:
     await eventually(everything_sent_has_come)
     assert list(range(2, 201)) == sequences(await take(follower, 199))
     await follower.close()
+
+
+async def test_a_busy_follower_takes_what_idle_ones_of_its_process_leave(log: Log) -> None:
+    """An equal part of it would keep the batches of the one small; those that are idle keep their minimum."""
+    budget = Budget(256, 2**24)
+    shares = [budget.join(lambda: Held(16, 0, busy=False), largest=2**10) for _ in range(3)]
+    await log.publish(600)
+    follower = log.follower(budget=budget)
+    await follower.start(0)
+    taken = await take(follower, 1)
+    await eventually(lambda: len(follower._ready) > 256 // 4)
+    while len(taken) < 600:
+        batch = await follower.batch(max_events=8192, max_bytes=2**24)
+        taken += batch
+        assert len(batch) <= follower._held().events <= 256 - 3 * 16
+    assert list(range(1, 601)) == sequences(taken)
+    await follower.close()
+    assert 256 - 3 * 16 > shares[0].room().all_events
 
 
 async def test_an_idle_follower_gets_a_new_event_at_once(log: Log) -> None:
@@ -299,7 +319,7 @@ async def test_a_subject_that_the_routes_do_not_carry_is_read_otherwise(log: Log
     await publish_raw(log.cluster.urls[leader], [message(b"a\rb")])
     await eventually(lambda: _last_is(log, 4))
     await log.publish(3)
-    follower = JetStreamFollower(connection, log.consumer, 0, log.identity, max_events=64, max_bytes=0)
+    follower = JetStreamFollower(connection, log.consumer, 0, log.identity, budget=Budget(64, 0))
     await follower.start(0)
     taken = await take(follower, 7)
     assert list(range(1, 8)) == sequences(taken)

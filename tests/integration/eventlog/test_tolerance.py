@@ -12,6 +12,7 @@ import pytest
 from nats.aio.client import Client
 
 from services.cli.cluster import Cluster
+from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import consumer_name
@@ -29,7 +30,7 @@ async def follower(single_node: Cluster) -> AsyncIterator[tuple[Client, JetStrea
     nc = await connect(settings, name="test", on_closed=lambda _: None)
     identity = await provision(nc, settings)
     await Placements(nc, settings).claim(0, "volume", 1)
-    made = JetStreamFollower(nc, consumer_name("main", 0), 0, identity, max_events=64, max_bytes=0)
+    made = JetStreamFollower(nc, consumer_name("main", 0), 0, identity, budget=Budget(64, 0))
     await made.start(0)
     yield nc, made
     await made.close()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from services.corpus.overlay import PageOverlay
-from services.corpus.sectors import SECTOR, Extents, SectorIndex
+from services.corpus.sectors import SECTOR, Extents, SectorIndex, Sectors
+from services.corpus.storage import Buffer
 
 
 @pytest.fixture
@@ -28,11 +29,34 @@ def _content(overlay: PageOverlay) -> bytes:
     return bytes(buffer)
 
 
-def test_an_overlay_behaves_like_a_file_in_memory(fd: int) -> None:
-    """Writes, shrinks, growths, commits and rollbacks against a plain bytearray."""
+class _Images:
+    """A journal of nothing but images, and the index of what it holds."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._extents: list[Extents] = []
+
+    def take(self, table: Sectors, images: Iterable[Buffer]) -> None:
+        self._extents.append(Extents(table, os.fstat(self.fd).st_size))
+        for image in images:
+            os.pwrite(self.fd, image, os.fstat(self.fd).st_size)
+
+    def index(self) -> SectorIndex:
+        return SectorIndex.of(self._extents)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[_Images]:
+    fd = os.open(tmp_path / "images", os.O_RDWR | os.O_CREAT)
+    yield _Images(fd)
+    os.close(fd)
+
+
+def test_an_overlay_behaves_like_a_file_in_memory(fd: int, journal: _Images) -> None:
+    """Writes, shrinks, growths, commits, rollbacks and full memory against a plain bytearray."""
     chance = random.Random(3)
     size = os.fstat(fd).st_size
-    overlay = PageOverlay(fd, fd, size, SectorIndex.of(()))
+    overlay = PageOverlay(fd, journal.fd, size, SectorIndex.of(()))
     model = bytearray(os.pread(fd, size, 0))
     committed = bytes(model)
     for step in range(1500):
@@ -47,11 +71,17 @@ def test_an_overlay_behaves_like_a_file_in_memory(fd: int) -> None:
             overlay.truncate(size)
             del model[size:]
             model.extend(bytes(size - len(model)))
-        elif action < 0.95:
+        elif action < 0.93:
+            journal.take(*overlay.changes())
             overlay.commit()
             committed = bytes(model)
+        elif action < 0.95:
+            overlay.seal()
+        elif action < 0.97:
+            # in the middle of a batch, as when a compacted journal takes the old one's place
+            overlay.rebase(journal.index())
         else:
-            overlay.rollback()
+            overlay.rollback(journal.index())
             model = bytearray(committed)
         if step % 25 == 0:
             assert bytes(model) == _content(overlay)
@@ -66,17 +96,19 @@ def test_only_the_sectors_that_differ_are_changes(fd: int) -> None:
     overlay.write(20 * SECTOR, b"!")
     table, images = overlay.changes()
     assert table.tolist() == [[5, 2], [20, 1]]
-    assert sum(map(len, images)) == 3 * SECTOR
-    assert b"!"[0] == images[0][7]
+    content = b"".join(map(bytes, images))
+    assert len(content) == 3 * SECTOR
+    assert content[7:8] == b"!"
 
 
 def test_a_shrink_is_journaled_as_zeros(fd: int) -> None:
     """A later growth over the cut must find zeros, also after a recovery that applies both."""
     overlay = PageOverlay(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
+    os.pwrite(fd, b"\1" * os.fstat(fd).st_size, 0)
     overlay.truncate(100)
     table, images = overlay.changes()
     assert table.tolist() == [[0, 40]]
-    assert bytes(40 * SECTOR - 100) == b"".join(images)[100:]
+    assert bytes(40 * SECTOR - 100) == b"".join(map(bytes, images))[100:]
 
 
 def test_the_newest_image_of_a_sector_counts(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from nats.aio.msg import Msg
 
+from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.protocol import LogIdentity
 
@@ -15,7 +18,7 @@ from services.eventlog.protocol import LogIdentity
 @pytest.fixture
 def follower() -> JetStreamFollower:
     nc = cast("Any", SimpleNamespace(max_payload=2**20))
-    return JetStreamFollower(nc, "fi-workers-main-00", 0, LogIdentity("fi-events", ""), max_events=64, max_bytes=0)
+    return JetStreamFollower(nc, "fi-workers-main-00", 0, LogIdentity("fi-events", ""), budget=Budget(64, 0))
 
 
 def delivered(follower: JetStreamFollower, number: int) -> None:
@@ -27,6 +30,20 @@ def heartbeat(follower: JetStreamFollower, sent: int) -> str:
     headers = {"Status": "100", "Description": "Idle Heartbeat", "Nats-Last-Consumer": str(sent)}
     follower._status(Msg(_client=cast("Any", None), subject="inbox.1", headers=headers))
     return follower._doubt
+
+
+async def test_a_batch_waits_for_no_more_than_its_first_event(
+    follower: JetStreamFollower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is idle is written within 100 ms, so nothing may be added to the time that the broker and the disk take."""
+    follower._alive_at = time.monotonic()
+    waiting = asyncio.create_task(follower.batch(max_events=8192, max_bytes=2**24))
+    await asyncio.sleep(0)
+    timers: list[float] = []
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_at", lambda when, *_, **__: timers.append(when))
+    delivered(follower, 1)
+    assert [101] == [one.sequence for one in await waiting]
+    assert [] == timers
 
 
 def test_a_heartbeat_that_agrees_raises_no_doubt(follower: JetStreamFollower) -> None:

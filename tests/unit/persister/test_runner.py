@@ -52,6 +52,27 @@ class FullDisk(StorageIO):
         return super().pwrite(fd, data, offset)
 
 
+async def test_an_event_is_written_as_soon_as_it_is_there(
+    part: Rig, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No timer stands between an idle partition's event and its commit: not one more event is waited for."""
+    part.runner.start()
+    await part.be(State.FOLLOWING)
+    loop = asyncio.get_running_loop()
+    for sequence in range(1, 6):
+        acknowledged = asyncio.Event()
+        timers: list[float] = []
+        stream.on_acknowledge = lambda _, acknowledged=acknowledged: acknowledged.set()  # type: ignore[misc]
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "call_at", lambda when, *_, timers=timers, **__: timers.append(when))
+            stream.add(delivery(sequence))
+            await acknowledged.wait()
+        assert [] == timers
+    await part.runner.stop()
+    assert {"c1": [1, 2, 3, 4, 5]} == part.content()
+    assert 5 == part.metrics.registry.get_sample_value("fi_persister_batch_events_count")
+
+
 async def test_an_acknowledgement_follows_its_commit(part: Rig, stream: Stream) -> None:
     """The other order would lose the events of a crash between the two."""
     committed: list[tuple[int, int]] = []
