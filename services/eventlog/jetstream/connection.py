@@ -189,9 +189,14 @@ class Connection(RefusalAwareClient):
         await super()._process_info(info, initial_connection)
         for server in self._server_pool:
             server.tls_name = None
-        if initial_connection and self._settings.ca_file and self._writer is not None:
-            # nats-py makes the protocol by hand: told nothing, it answers the end of TLS so that the loop warns of it
-            self._writer.transport.get_protocol()._over_ssl = True
+        if initial_connection and self._settings.ca_file:
+            self._announce_tls()
+
+    def _announce_tls(self) -> None:
+        """Tell the protocol, which nats-py makes by hand, that it is over TLS: the loop warns of each end otherwise."""
+        protocol = self._writer.transport.get_protocol() if self._writer is not None else None
+        if protocol is not None:  # the connection may have ended already
+            protocol._over_ssl = True
 
     async def _process_err(self, err_msg: str) -> None:
         """Come back when a reload of the node has thrown this user out: the seed's file may hold its next one."""
