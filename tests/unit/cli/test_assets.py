@@ -91,7 +91,7 @@ def configuration(folder: Path, layout: Layout | None) -> Path:
 def test_nats_server_accepts_the_configuration(
     tmp_path: Path, cluster_listen: str, routes: str, *, secured: bool
 ) -> None:
-    """The file parses with values as compose and the embedded cluster give them, with a deployment's files and without."""
+    """With values as compose and the embedded cluster give them, with a deployment's files and without."""
     layout = make_deployment(tmp_path / "deployment", encrypt=True) if secured else None
     env = {
         "NODE_NAME": "n1",
