@@ -118,7 +118,6 @@ class Cluster:
 
     def launch(self) -> None:
         """Choose ports and start all nodes, without waiting."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._configure()
         self.ports = self._choose_ports()
         self.nodes = [self._describe(index) for index in range(self.size)]
@@ -257,6 +256,7 @@ class Cluster:
 
     def _configure(self) -> None:
         """Put the configuration into the folder, with the files that it includes: its own or the deployment's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._conf.write_bytes(find_nats_conf().read_bytes())
         included = self.folder / "security"
         if included.is_symlink():

@@ -26,9 +26,11 @@ FIQ_GID={gid}
 """
 
 _HOSTS = """
-# the machines, one node each: {nodes}
+# the machines, one node each: alike on all of them
 FI_NATS_URL={url}
 NODE_ROUTES={routes}
+# and what differs: which one this is
+{nodes}
 """
 
 
@@ -43,7 +45,7 @@ def dotenv(owner: Owner, hosts: Mapping[str, str]) -> str:
     if not hosts:
         return text
     return text + _HOSTS.format(
-        nodes=", ".join(f"{node} on {host}" for node, host in hosts.items()),
+        nodes="\n".join(f"#NODE_NAME={node}\n#NODE_HOST={host}" for node, host in hosts.items()),
         url=",".join(_url(host, 4222) for host in hosts.values()),
         routes=_list([_url(host, 6222) for host in hosts.values()]),
     )

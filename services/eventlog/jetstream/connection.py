@@ -22,9 +22,10 @@ from services.contract.lifecycle import cancellable
 from services.contract.logs import get_logger
 from services.eventlog.errors import LogAccessError, LogUnavailableError
 from services.eventlog.jetstream.access import why_refused
-from services.eventlog.jetstream.credentials import CA_VARIABLE, Signer, read_signer, tls_context
+from services.eventlog.jetstream.credentials import CA_VARIABLE
+from services.eventlog.jetstream.identity import IdentifiedClient
 from services.eventlog.jetstream.names import Role, inbox_prefix
-from services.eventlog.jetstream.refusals import Refusal, RefusalAwareClient
+from services.eventlog.jetstream.refusals import Refusal
 from services.eventlog.settings import LogSettings
 
 #: the first connect may take this long over all servers, seconds
@@ -48,24 +49,17 @@ WATCH_SECONDS = 2.0
 #: more than the headers of any message of ours take, bytes
 HEADERS_BYTES = 1024
 
-#: what a node says to a connection whose user was changed or removed
-_USER_GONE = "authorization violation"
-
 _log = get_logger("eventlog.connection")
 
 
-class Connection(RefusalAwareClient):
+class Connection(IdentifiedClient):
     """A NATS client that gets in or says why not, comes back by itself, and knows whether its end is wanted."""
 
     def __init__(self, settings: LogSettings, on_closed: Callable[[str], None]) -> None:
-        super().__init__()
-        self._settings = settings
+        super().__init__(settings)
         self._on_closed = on_closed
         self._connecting = False
-        self._established = False
         self._failures: list[str] = []
-        self._signer: Signer | None = None
-        self._told = ""
 
     async def open(self, *, name: str, inbox_prefix: str, deadline: float) -> None:
         """Connect to one of the servers; :func:`connect` is the way to call it.
@@ -75,7 +69,7 @@ class Connection(RefusalAwareClient):
             LogAccessError: the servers that answer do not let us in.
             LogUnavailableError: no server took the connection within *deadline* seconds.
         """
-        options: dict[str, Any] = {"name": name, "inbox_prefix": inbox_prefix, **self._credentials()}
+        options: dict[str, Any] = {"name": name, "inbox_prefix": inbox_prefix, **self.credentials()}
         try:
             async with asyncio.timeout(deadline):
                 await self._first_connect(options)
@@ -95,13 +89,6 @@ class Connection(RefusalAwareClient):
         self._established = False
 
     # -- the first connect --------------------------------------------------------------------------------------------
-
-    def _credentials(self) -> dict[str, Any]:
-        self._signer = read_signer(self._settings)
-        options: dict[str, Any] = {} if self._signer is None else {"signature_cb": self._sign}
-        if (context := tls_context(self._settings)) is not None:
-            options |= {"tls": context, "tls_handshake_first": True}
-        return options
 
     async def _first_connect(self, options: dict[str, Any]) -> None:
         """Try one server after the other: nats-py's own loop over them hangs when a TLS handshake fails."""
@@ -169,46 +156,9 @@ class Connection(RefusalAwareClient):
             f"Start the cluster, or set FI_NATS_URL to its nodes{hint}"
         )
 
-    # -- what nats-py asks at each connect ----------------------------------------------------------------------------
-
-    def _connect_command(self) -> bytes:
-        """Introduce ourselves with the seed as it is now: it may have been rotated since the last connect."""
-        if self._established:
-            try:
-                self._signer = read_signer(self._settings)
-            except ConfigurationError as error:  # it is being written, or gone: go on with the one we know
-                self._tell(str(error))
-        self._public_nkey = None if self._signer is None else self._signer.public_key
-        return super()._connect_command()
-
-    def _sign(self, nonce: str) -> bytes:
-        if self._signer is None:
-            raise nats.errors.Error("no key to sign with")
-        return self._signer.sign(nonce)
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        """Learn of other servers; each has to show its own address in its certificate, and not the first one's."""
-        await super()._process_info(info, initial_connection)
-        for server in self._server_pool:
-            server.tls_name = None
-        if initial_connection and self._settings.ca_file and self._writer is not None:
-            # nats-py makes the protocol by hand: told nothing, it answers the end of TLS so that the loop warns of it
-            self._writer.transport.get_protocol()._over_ssl = True
-
-    async def _process_err(self, err_msg: str) -> None:
-        """Come back when a reload of the node has thrown this user out: the seed's file may hold its next one."""
-        if self._established and _USER_GONE in err_msg:
-            await self._process_op_err(nats.errors.AuthorizationError())
-            return
-        await super()._process_err(err_msg)
-
     @property
     def _server_name(self) -> str:
         return str(self._server_info.get("server_name", ""))
-
-    @property
-    def _writer(self) -> Any:
-        return getattr(self._transport, "_io_writer", None)  # nats-py offers no way to its socket
 
     def _limit_tcp_silence(self) -> None:
         sock = self._writer.get_extra_info("socket") if self._writer is not None else None
@@ -227,16 +177,11 @@ class Connection(RefusalAwareClient):
             return
         reason = why_refused(error, self._settings, self._signer)
         if reason is not None:
-            self._tell(f"a node does not let this process in: {reason}")
+            self.tell(f"a node does not let this process in: {reason}")
             return
         # our callbacks' own errors come this way too, and their text might quote a message
         detail = str(error) if isinstance(error, nats.errors.Error | OSError) else ""
         _log.warning("LOG_CONNECTION_ERROR", error=type(error).__name__, detail=detail)
-
-    def _tell(self, reason: str) -> None:
-        if reason != self._told:  # it is tried four times a second
-            self._told = reason
-            _log.error("LOG_ACCESS_REFUSED", reason=reason)
 
     async def _when_disconnected(self) -> None:
         if self._established:
@@ -245,7 +190,6 @@ class Connection(RefusalAwareClient):
 
     async def _when_reconnected(self) -> None:
         self._limit_tcp_silence()
-        self._told = ""
         self.forget()
         _log.info("LOG_RECONNECTED", server=self._server_name)
 

@@ -29,7 +29,7 @@ from services.eventlog.errors import (
 from services.eventlog.jetstream.acks import DUPLICATE_IN_FLIGHT, Again, read_ack
 from services.eventlog.jetstream.connection import PENDING_BYTES
 from services.eventlog.jetstream.names import stream_of, subject_of
-from services.eventlog.jetstream.refusals import Refusal, listen
+from services.eventlog.jetstream.refusals import Refusal, check_hearing, listen, must_hear
 from services.eventlog.protocol import Appended, EventWriter
 
 #: an attempt without an answer is repeated after this; each further one waits twice as long, seconds
@@ -97,10 +97,15 @@ class Publisher(EventWriter):
         return len(self._slots)
 
     async def start(self) -> None:
-        """Subscribe to the answers."""
+        """Subscribe to the answers.
+
+        Raises:
+            LogForbiddenError: the user of the connection may not hear them.
+        """
         self._prefix = f"{self._nc.new_inbox()}."
         self._deafen = listen(self._nc, self._when_refused)
         self._subscription = await self._nc.subscribe(f"{self._prefix}*", cb=self._take_answer)
+        await check_hearing(self._nc, timeout=ATTEMPT_SECONDS)
 
     async def append(self, event: Event) -> Appended:
         """Store *event*; see :meth:`services.eventlog.protocol.EventWriter.append`.
@@ -156,6 +161,7 @@ class Publisher(EventWriter):
     def _admit(self, body: bytes, headers: dict[str, str]) -> None:
         if self._subscription is None or self._closing is not None:
             raise LogUnavailableError("the publisher is not open: nothing was sent")
+        must_hear(self._nc)
         if len(self._slots) >= self._max_in_flight:
             raise TooManyInFlightError(f"{self._max_in_flight} appends are under way, nothing was sent")
         # nats-py checks the body alone, and the server ends the connection of whoever exceeds the sum

@@ -8,14 +8,17 @@ passed on to whoever publishes or subscribes without a request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from services.contract.lifecycle import cancellable
 from services.contract.logs import get_logger
 from services.eventlog.errors import LogForbiddenError
 from services.eventlog.jetstream.credentials import SEED_VARIABLE
@@ -69,12 +72,13 @@ class RefusalAwareClient(TolerantClient):
 
     Attributes:
         violations: what the server reported, oldest first, each once.
+        deaf: the refusal of an inbox of this connection: no answer can arrive until it connects anew.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.violations: list[str] = []
-        self._deaf: Refusal | None = None
+        self.deaf: Refusal | None = None
         self._listeners: list[RefusalListener] = []
 
     def listen(self, listener: RefusalListener) -> Callable[[], None]:
@@ -85,7 +89,7 @@ class RefusalAwareClient(TolerantClient):
     def note(self, refusal: Refusal, text: str) -> None:
         """Pass on what the server reported in *text*."""
         if refusal.verb == "subscription" and refusal.hits("", self._inbox_prefix.decode()):
-            self._deaf = refusal
+            self.deaf = refusal
         for listener in list(self._listeners):
             listener(refusal)
         if text in self.violations or len(self.violations) >= _MAX_VIOLATIONS:
@@ -95,7 +99,7 @@ class RefusalAwareClient(TolerantClient):
 
     def forget(self) -> None:
         """Try what was refused again: this is another connection, perhaps with other permissions."""
-        self._deaf = None
+        self.deaf = None
 
     async def request(
         self,
@@ -110,8 +114,8 @@ class RefusalAwareClient(TolerantClient):
         Raises:
             LogForbiddenError: the user may not publish on *subject*, or not hear the answer.
         """
-        if self._deaf is not None:
-            raise self._deaf.error()
+        if self.deaf is not None:
+            raise self.deaf.error()
         refused: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         inbox = self._inbox_prefix.decode()
 
@@ -137,6 +141,23 @@ class RefusalAwareClient(TolerantClient):
 def listen(nc: Client, listener: RefusalListener) -> Callable[[], None]:
     """Have *listener* called for each refusal of *nc*, if that is a client that knows them; return what ends that."""
     return nc.listen(listener) if isinstance(nc, RefusalAwareClient) else _nothing
+
+
+async def check_hearing(nc: Client, *, timeout: float) -> None:
+    """Make sure that the inboxes subscribed to so far are heard; the broker answers in turn, so one round trip tells.
+
+    Raises:
+        LogForbiddenError: the user may not listen to them.
+    """
+    with contextlib.suppress(nats.errors.Error, OSError):  # what the connection lacks otherwise, others will find out
+        await cancellable(nc.flush(timeout=timeout))  # type: ignore[arg-type]  # annotated int, used in wait_for()
+    must_hear(nc)
+
+
+def must_hear(nc: Client) -> None:
+    """Raise LogForbiddenError when answers on *nc* cannot arrive."""
+    if isinstance(nc, RefusalAwareClient) and nc.deaf is not None:
+        raise nc.deaf.error()
 
 
 def _nothing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +12,8 @@ import pytest
 from services.cli import assets
 from services.cli.assets import find_nats_conf, find_nats_server
 from services.cli.errors import MissingServerError
-from services.cli.security.layout import NATS_FILES
+from services.cli.security.layout import NATS_FILES, Layout
+from tests.support.security import make_deployment
 
 
 def make_server(folder: Path) -> Path:
@@ -22,14 +22,6 @@ def make_server(folder: Path) -> Path:
     server.write_text("#!/bin/sh\n")
     server.chmod(0o755)
     return server
-
-
-def laid_out(folder: Path) -> Path:
-    """Put the configuration into *folder* with the files that it includes, all empty, and return its path."""
-    (folder / "security").mkdir()
-    for name in NATS_FILES:
-        (folder / "security" / name).touch()
-    return Path(shutil.copy(find_nats_conf(), folder))
 
 
 def test_the_server_beside_the_running_python_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +72,27 @@ def test_a_missing_configuration_is_a_clear_error(tmp_path: Path, monkeypatch: p
         find_nats_conf()
 
 
+def configuration(folder: Path, layout: Layout | None) -> Path:
+    """Return nats.conf with the files beside it that it includes: empty ones, or those of a deployment."""
+    conf = folder / "nats.conf"
+    conf.write_bytes(find_nats_conf().read_bytes())
+    (folder / "security").mkdir()
+    for name in NATS_FILES:
+        (folder / "security" / name).write_bytes(b"" if layout is None else (layout.nats / name).read_bytes())
+    return conf
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["loopback", "secured"])
 @pytest.mark.parametrize(
     ("cluster_listen", "routes"),
     [("0.0.0.0:6222", '["nats://n1:6222", "nats://n2:6222", "nats://n3:6222"]'), ("127.0.0.1:0", "[]")],
     ids=["cluster", "single node"],
 )
-def test_nats_server_accepts_the_configuration(tmp_path: Path, cluster_listen: str, routes: str) -> None:
-    """The file parses with values as compose and the embedded cluster give them."""
+def test_nats_server_accepts_the_configuration(
+    tmp_path: Path, cluster_listen: str, routes: str, *, secured: bool
+) -> None:
+    """With values as compose and the embedded cluster give them, with a deployment's files and without."""
+    layout = make_deployment(tmp_path / "deployment", encrypt=True) if secured else None
     env = {
         "NODE_NAME": "n1",
         "NODE_TAGS": "az:1",
@@ -100,9 +106,13 @@ def test_nats_server_accepts_the_configuration(tmp_path: Path, cluster_listen: s
         "NODE_STORE_DIR": f'"{tmp_path} with a space"',
         "NODE_MAX_FILE_STORE": "6GB",
     }
+    if layout is not None:
+        certificate, key = layout.node_certificate("n1"), layout.node_key("n1")
+        env |= {"NODE_CERT": str(certificate), "NODE_KEY": str(key), "NODE_CA": str(layout.ca_certificate)}
 
+    conf = configuration(tmp_path, layout)
     result = subprocess.run(
-        [find_nats_server(), "-t", "-c", laid_out(tmp_path)], env=env, capture_output=True, text=True, check=False
+        [find_nats_server(), "-t", "-c", conf], env=env, capture_output=True, text=True, check=False
     )
 
     assert result.returncode == 0, result.stderr
@@ -110,9 +120,8 @@ def test_nats_server_accepts_the_configuration(tmp_path: Path, cluster_listen: s
 
 def test_an_unset_variable_is_refused_by_nats_server(tmp_path: Path) -> None:
     """No node comes up with half of its values: the format has no defaults."""
-    result = subprocess.run(
-        [find_nats_server(), "-t", "-c", laid_out(tmp_path)], env={}, capture_output=True, text=True, check=False
-    )
+    conf = configuration(tmp_path, None)
+    result = subprocess.run([find_nats_server(), "-t", "-c", conf], env={}, capture_output=True, text=True, check=False)
 
     assert result.returncode == 1
     assert "NODE_NAME" in result.stderr

@@ -1,0 +1,48 @@
+"""What the embedded cluster puts beside its nats.conf: nothing, or the files of a deployment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from services.cli.cluster import Cluster
+from services.cli.security.deployment import Deployment
+from services.cli.security.files import Owner
+from services.cli.security.layout import NATS_FILES
+
+
+def included(folder: Path) -> dict[str, str]:
+    """Return what nats.conf in *folder* includes, without comments."""
+    lines = {name: (folder / "security" / name).read_text().splitlines() for name in NATS_FILES}
+    return {name: "\n".join(line for line in text if not line.startswith("#")).strip() for name, text in lines.items()}
+
+
+def test_without_security_the_files_are_there_and_empty(tmp_path: Path) -> None:
+    """An include of a file that is missing would end the node."""
+    Cluster(tmp_path)._configure()
+
+    assert dict.fromkeys(NATS_FILES, "") == included(tmp_path)
+
+
+def test_with_security_they_are_the_deployments_own(tmp_path: Path) -> None:
+    """Not copies: what is renewed there is what a reload reads."""
+    deployment = Deployment(tmp_path / "deployment", Owner.myself())
+    deployment.complete()
+    Cluster(tmp_path / "cluster", security=tmp_path / "deployment")._configure()
+
+    accounts = tmp_path / "cluster/security/accounts.conf"
+    assert deployment.layout.nats / "accounts.conf" == accounts.resolve()
+    deployment.begin_users()
+    assert 2 * 5 == accounts.read_text().count("nkey: U")
+
+
+def test_a_folder_can_change_from_one_to_the_other(tmp_path: Path) -> None:
+    """The deployment's files stay as they are."""
+    deployment = Deployment(tmp_path / "deployment", Owner.myself())
+    deployment.complete()
+    before = (deployment.layout.nats / "accounts.conf").read_text()
+
+    for security in (None, tmp_path / "deployment", None):
+        Cluster(tmp_path / "cluster", security=security)._configure()
+        assert (security is None) == ("" == included(tmp_path / "cluster")["accounts.conf"])
+
+    assert before == (deployment.layout.nats / "accounts.conf").read_text()
