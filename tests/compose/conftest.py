@@ -17,13 +17,12 @@ from tests.support.compose.stack import DEPLOYMENT, IMAGE, Deployment
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[None]:
+def engine() -> None:
     """A Docker engine with Compose v2, without anything that killed tests left."""
     reason = missing()
     if reason is not None:
         _unable(reason)
     clean_up_after_the_dead()
-    yield
 
 
 @pytest.fixture(scope="session")

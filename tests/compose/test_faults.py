@@ -46,9 +46,7 @@ async def test_kill_9_of_the_leader(stack: Deployment, dialogues: Iterator[list[
     await _hurt(stack, next(dialogues), killed(stack, leader))
 
 
-async def test_the_leader_is_cut_off_from_the_network(
-    stack: Deployment, dialogues: Iterator[list[list[Post]]]
-) -> None:
+async def test_the_leader_is_cut_off_from_the_network(stack: Deployment, dialogues: Iterator[list[list[Post]]]) -> None:
     """It cannot acknowledge anything alone; the two others go on without it."""
     leader = await stack.leader()
     await _hurt(stack, next(dialogues), disconnected(stack, leader))

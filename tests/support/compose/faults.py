@@ -54,7 +54,8 @@ def slow(deployment: Deployment, service: str, *, rate: str = "4mbit", loss: flo
     pid = docker("inspect", "--format", "{{.State.Pid}}", container).strip()
     interface = _enter(pid, "ip", "-o", "route", "show", "default").split(" dev ")[1].split()[0]
     lossy = ("INPUT", "-i", interface, "-p", "tcp", "-m", "statistic", "--mode", "random", "--probability", f"{loss}")
-    _enter(pid, "tc", "qdisc", "add", "dev", interface, "root", "tbf", "rate", rate, "burst", "16kb", "latency", "400ms")
+    queue = ("tbf", "rate", rate, "burst", "16kb", "latency", "400ms")
+    _enter(pid, "tc", "qdisc", "add", "dev", interface, "root", *queue)
     _enter(pid, "iptables", "-A", *lossy, "-j", "DROP")
     try:
         yield
