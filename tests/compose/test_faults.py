@@ -19,8 +19,8 @@ from tests.support.polling import eventually
 
 pytestmark = pytest.mark.timeout(300)
 
-#: each test posts this share of all dialogues
-SHARE = 8
+#: each test posts one of so many parts of all dialogues
+SHARE = 14
 #: the fault begins when this share of a test's events is accepted
 BEGIN = 0.3
 #: and ends after this time, seconds; longer than a client's ping takes to miss a node

@@ -9,7 +9,8 @@ import os
 import random
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from services.contract.settings import load
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.names import Role
-from services.eventlog.jetstream.report import ClusterReport, cluster_report
+from services.eventlog.jetstream.report import StreamReport, cluster_report
 from services.eventlog.settings import LogSettings
 from tests.support.compose.engine import PREFIX, ROOT, EngineError, clean_up, docker
 from tests.support.polling import eventually
@@ -150,46 +151,50 @@ class Deployment:
             },
         )
 
-    async def report(self) -> ClusterReport:
-        """Return what the log says of itself.
+    @asynccontextmanager
+    async def reports(self) -> AsyncIterator[Callable[[], Awaitable[StreamReport | None]]]:
+        """Yield a function that asks for the stream's state; None while nobody answers."""
+        nc: Client | None = None
 
-        Raises:
-            LogUnavailableError: nothing, just now.
-        """
-        settings = await asyncio.to_thread(lambda: self.settings)
-        nc: Client = await connect(settings, name="test", role=Role.OPS, on_closed=lambda _: None, deadline=5)
+        async def asked() -> StreamReport | None:
+            nonlocal nc
+            try:
+                if nc is None:
+                    settings = await asyncio.to_thread(lambda: self.settings)
+                    nc = await connect(settings, name="test", role=Role.OPS, on_closed=lambda _: None, deadline=5)
+                return (await cluster_report(nc, LogSettings())).stream
+            except LogUnavailableError:
+                return None
+
         try:
-            return await cluster_report(nc, settings)
+            yield asked
         finally:
-            await close(nc)
+            if nc is not None:
+                await close(nc)
 
     async def leader(self) -> str:
         """Wait until a node leads the stream, and return its name."""
+        async with self.reports() as ask:
 
-        async def asked() -> str:
-            try:
-                stream = (await self.report()).stream
-            except LogUnavailableError:
-                return ""
-            return stream.leader if stream is not None else ""
+            async def led() -> str:
+                stream = await ask()
+                return stream.leader if stream is not None else ""
 
-        return await eventually(asked, timeout=60)
+            return await eventually(led, timeout=60)
 
     async def is_whole(self) -> None:
-        """Wait until every container is healthy and every copy of the stream has everything."""
+        """Wait until every copy of the stream has everything and every container is healthy."""
+        async with self.reports() as ask:
 
-        async def whole() -> bool:
-            try:
-                stream = (await self.report()).stream
-            except LogUnavailableError:
-                return False
-            return (
-                stream is not None
-                and len(stream.replicas) == len(NODES) - 1
-                and all(replica.current and replica.alive for replica in stream.replicas)
-            )
+            async def whole() -> bool:
+                stream = await ask()
+                return (
+                    stream is not None
+                    and len(stream.replicas) == len(NODES) - 1
+                    and all(replica.current and replica.alive for replica in stream.replicas)
+                )
 
-        await eventually(whole, timeout=90)
+            await eventually(whole, timeout=90)
         await eventually(lambda: {"healthy"} == self.states(), timeout=90)
 
     def states(self) -> set[str]:
