@@ -38,9 +38,17 @@ def image(engine: None) -> str:
     return IMAGE
 
 
+@pytest.fixture
+def stack(shared_stack: Deployment) -> Deployment:
+    """The whole of compose.yaml with TLS, permissions and the balancer, healthy, whatever the last test did to it."""
+    if shared_stack.states() != {"healthy"}:
+        shared_stack.up()
+    return shared_stack
+
+
 @pytest.fixture(scope="session")
-def stack(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """The whole of compose.yaml with TLS, permissions and the balancer, shared by all tests: leave it whole."""
+def shared_stack(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """One stack for all tests of a session."""
     deployment = Deployment(tmp_path_factory.mktemp("deployment"), "stack")
     try:
         deployment.prepare()

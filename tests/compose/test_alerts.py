@@ -8,7 +8,7 @@ import pytest
 from aiohttp import ClientSession
 
 from tests.support.compose.faults import killed
-from tests.support.compose.stack import Deployment
+from tests.support.compose.stack import NODES, Deployment
 from tests.support.polling import eventually
 
 pytestmark = pytest.mark.timeout(420)
@@ -26,7 +26,8 @@ async def firing(stack: Deployment, session: ClientSession) -> set[str]:
 
 async def test_a_dead_node_and_a_volume_without_processes_are_told_until_they_are_back(stack: Deployment) -> None:
     """One node and all persisters are killed: nothing is lost, and an operator is called for both."""
-    dead = next(node for node in ("n1", "n2", "n3") if node != await stack.leader())
+    leader = await stack.leader()
+    dead = next(node for node in NODES if node != leader)
     expected = {"FiqReplicaOffline", "FiqVolumeAway"}
     async with ClientSession() as session:
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -25,7 +28,7 @@ NOWHERE = ("-e", "FI_NATS_URL=nats://127.0.0.1:1")
 @contextmanager
 def container(image: str, *arguments: str) -> Iterator[str]:
     """Run the image, read-only as everywhere, until the block ends; without an init: the command is process 1."""
-    options = ("--read-only", "--label", f"com.docker.compose.project={PREFIX}-lone", "--tmpfs", "/data:mode=1777")
+    options = ("--read-only", "--label", f"com.docker.compose.project={PREFIX}-{os.getpid()}-lone", "-v", "/data")
     found = docker("run", "-d", *options, *arguments).strip()
     try:
         yield found
@@ -62,12 +65,20 @@ def test_the_image_says_what_it_is_and_runs_as_nobody_s_user(image: str) -> None
 
 
 @pytest.mark.parametrize("module", ["services.ingest", "services.persister"])
-def test_a_stop_right_after_the_start_ends_it_in_order(image: str, module: str) -> None:
-    """As process 1 it would not even get a signal that nobody listens for: then it were killed after the grace time."""
+def test_a_stop_during_the_imports_ends_it_in_order(image: str, module: str) -> None:
+    """Process 1 does not even get a signal that nobody listens for: it would be killed after the grace time."""
     with container(image, *NOWHERE, image, "python3", "-m", module) as found:
+        status = Path("/proc", str(inspect(found)["State"]["Pid"]), "status")
+        eventually_sync(lambda: _minds_sigterm(status))
         docker("stop", "-t", "60", found)
         state = inspect(found)["State"]
         assert (0, False) == (state["ExitCode"], state["OOMKilled"])
+
+
+def _minds_sigterm(status: Path) -> bool:
+    """Whether the process holds the signal, or has a handler for it."""
+    masks = dict(line.split(":\t") for line in status.read_text().splitlines() if line.startswith("Sig"))
+    return any(int(masks[name], 16) & 1 << (signal.SIGTERM - 1) for name in ("SigBlk", "SigCgt"))
 
 
 def test_a_wrong_setting_is_exit_code_2_and_one_line(image: str) -> None:
@@ -95,13 +106,14 @@ def test_what_ends_by_itself_is_started_again(stack: Deployment) -> None:
 
 @pytest.mark.parametrize("service", ["ingest", "persister"])
 def test_a_stop_is_exit_code_0_and_the_log_is_json_lines(stack: Deployment, service: str) -> None:
-    """What was in flight is finished first; the last line says why it stopped."""
+    """What was in flight is finished first; one of the last lines says why it stopped."""
     found = stack.containers(service)[0]
     docker("stop", "-t", "60", found)
-    assert 0 == inspect(found)["State"]["ExitCode"]
-    assert f"{service.upper()}_STOPPED" == lines(found)[-1]["event"]
+    state, events = inspect(found)["State"], [line["event"] for line in lines(found)]
     docker("start", found)
     eventually_sync(lambda: {"healthy"} == stack.states(), timeout=90)
+    assert 0 == state["ExitCode"]
+    assert f"{service.upper()}_STOPPED" in events[-5:]
 
 
 def test_a_lame_duck_exits_with_0(stack: Deployment) -> None:
@@ -109,6 +121,6 @@ def test_a_lame_duck_exits_with_0(stack: Deployment) -> None:
     node = stack.container("n2")
     stack("stop", "n2")
     state = inspect(node)["State"]
-    assert (0, False) == (state["ExitCode"], state["OOMKilled"])
     stack("start", "n2")
     eventually_sync(lambda: {"healthy"} == stack.states(), timeout=90)
+    assert (0, False) == (state["ExitCode"], state["OOMKilled"])

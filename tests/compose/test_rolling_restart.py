@@ -72,7 +72,7 @@ async def test_a_client_that_retries_once_sees_no_failure(stack: Deployment) -> 
         for number in range(CLIENTS):
             group.create_task(client.run(f"rolling-{number}", finished))
         try:
-            await asyncio.to_thread(run, "./rolling-restart", cwd=stack.folder, timeout=480)
+            await asyncio.to_thread(run, "env", "FIQ_SETTLE=4", "./rolling-restart", cwd=stack.folder, timeout=540)
         finally:
             finished.set()
     assert [] == client.failed

@@ -37,7 +37,7 @@ DEPLOYMENT = ROOT / "deploy" / "nats-cluster"
 IMAGE = f"{PREFIX}:image"
 NODES = ("n1", "n2", "n3")
 #: services that do their work and end
-ONE_SHOT = ("volumes", "provision")
+ONE_SHOT = {"volumes", "provision"}
 #: where ports are looked for that stay the same over restarts: below those that the kernel and the engine hand out
 _PORTS = range(20_000, 30_000)
 #: settings that make a stack small; an empty port is one that the engine chooses, anew at each start of a container
@@ -67,26 +67,24 @@ class Deployment:
         folder: for the copy of the compose file, its configuration and the secrets.
         name: told apart from the other projects of this process by it.
         env: variables on top of SMALL.
-        file: the compose file.
+        files: the compose files.
     """
 
     def __init__(
-        self, folder: Path, name: str, env: Mapping[str, str] | None = None, *, file: str = "compose.yaml"
+        self, folder: Path, name: str, env: Mapping[str, str] | None = None, files: tuple[str, ...] = ("compose.yaml",)
     ) -> None:
         self.folder = folder
         self.project = f"{PREFIX}-{os.getpid()}-{name}"
         self.accepted: dict[str, Accepted] = {}
-        self.compose = DockerCompose(folder, compose_file_name=file)
-        self._env = {**SMALL, "COMPOSE_PROJECT_NAME": self.project, "FIQ_PORT": f"{_free_port()}", **(env or {})}
+        self.compose = DockerCompose(folder, compose_file_name=list(files))
+        self.env = {**SMALL, "COMPOSE_PROJECT_NAME": self.project, "FIQ_PORT": f"{_free_port()}", **(env or {})}
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Lay the folder out, as docs/deploy.md says."""
-        shutil.copytree(DEPLOYMENT, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secrets", ".env"))
-        user = f"{os.getuid()}:{os.getgid()}"
-        docker("run", "--rm", "-u", user, "-v", f"{self.folder}:/deployment", IMAGE, "fiq", "init", "/deployment")
-        self.configure(self._env)
+        lay_out(self.folder)
+        self.configure(self.env)
 
     def configure(self, env: Mapping[str, str]) -> None:
         """Add variables to the deployment's .env."""
@@ -137,44 +135,13 @@ class Deployment:
         """How the ops user reaches the nodes that have a port just now, from this host."""
         addresses = []
         for node in NODES:
-            try:
-                addresses.append(f"nats://{self.address(node, 4222)}")
-            except EngineError:  # it is stopped, or disconnected
-                continue
-        layout = Layout(self.folder)
-        return load(
-            LogSettings,
-            {
-                "FI_NATS_URL": ",".join(addresses),
-                "FI_NATS_CA_FILE": str(layout.ca_certificate),
-                "FI_NATS_SEED_FILE": str(layout.seed(Role.OPS)),
-            },
-        )
-
-    @asynccontextmanager
-    async def reports(self) -> AsyncIterator[Callable[[], Awaitable[StreamReport | None]]]:
-        """Yield a function that asks for the stream's state; None while nobody answers."""
-        nc: Client | None = None
-
-        async def asked() -> StreamReport | None:
-            nonlocal nc
-            try:
-                if nc is None:
-                    settings = await asyncio.to_thread(lambda: self.settings)
-                    nc = await connect(settings, name="test", role=Role.OPS, on_closed=lambda _: None, deadline=5)
-                return (await cluster_report(nc, LogSettings())).stream
-            except LogUnavailableError:
-                return None
-
-        try:
-            yield asked
-        finally:
-            if nc is not None:
-                await close(nc)
+            with contextlib.suppress(EngineError):  # it is stopped, or disconnected
+                addresses.append(self.address(node, 4222))
+        return ops_settings(self.folder, addresses)
 
     async def leader(self) -> str:
         """Wait until a node leads the stream, and return its name."""
-        async with self.reports() as ask:
+        async with reports(lambda: self.settings) as ask:
 
             async def led() -> str:
                 stream = await ask()
@@ -184,23 +151,13 @@ class Deployment:
 
     async def is_whole(self) -> None:
         """Wait until every copy of the stream has everything and every container is healthy."""
-        async with self.reports() as ask:
-
-            async def whole() -> bool:
-                stream = await ask()
-                return (
-                    stream is not None
-                    and len(stream.replicas) == len(NODES) - 1
-                    and all(replica.current and replica.alive for replica in stream.replicas)
-                )
-
-            await eventually(whole, timeout=90)
+        await stream_is_whole(lambda: self.settings)
         await eventually(lambda: {"healthy"} == self.states(), timeout=90)
 
     def states(self) -> set[str]:
         """Return the health of every container of the project; ``exited`` for one that has ended."""
         template = "{{if .State.Running}}{{if .State.Health}}{{.State.Health.Status}}{{end}}{{else}}exited{{end}}"
-        lasting = [service for service in self("config", "--services").split() if service not in ONE_SHOT]
+        lasting = set(self("config", "--services").split()) - ONE_SHOT
         return set(docker("inspect", "--format", template, *self.containers(*lasting)).split())
 
     # -- load and corpus ----------------------------------------------------------------------------------------------
@@ -218,22 +175,74 @@ class Deployment:
         wanted = len(self.accepted)
 
         async def all_there() -> bool:
-            return len(await asyncio.to_thread(self._dump)) >= wanted
+            return len(await asyncio.to_thread(self.dump)) >= wanted
 
         await eventually(all_there, timeout=timeout)
-        lines = await asyncio.to_thread(self._dump)
-        verdict = compare(_consultations(lines), self.accepted.values())
+        lines = await asyncio.to_thread(self.dump)
+        verdict = compare(consultations_in(lines), self.accepted.values())
         assert [] == verdict.summary()
         assert wanted == verdict.persisted
 
-    def _dump(self) -> list[str]:
+    def dump(self) -> list[str]:
+        """Return every event that the volume holds, a line each, consultation by consultation."""
         return self("exec", "-T", "persister", "python3", "-c", _DUMP).splitlines()
 
 
-def _consultations(lines: list[str]) -> Iterator[tuple[str, list[Found]]]:
+def consultations_in(lines: list[str]) -> Iterator[tuple[str, list[Found]]]:
+    """Return the consultations of dumped lines, each with its events."""
     rows = (line.split(" ") for line in lines)
     for name, events in groupby(rows, key=lambda row: row[0]):
         yield name, [(event, int(sequence), base64.b64decode(raw)) for _, event, sequence, raw in events]
+
+
+def ops_settings(folder: Path, addresses: list[str]) -> LogSettings:
+    """Return how the ops user of the deployment in *folder* reaches nodes at *addresses*."""
+    layout = Layout(folder)
+    return load(
+        LogSettings,
+        {
+            "FI_NATS_URL": ",".join(f"nats://{address}" for address in addresses) or "nats://127.0.0.1:1",
+            "FI_NATS_CA_FILE": str(layout.ca_certificate),
+            "FI_NATS_SEED_FILE": str(layout.seed(Role.OPS)),
+        },
+    )
+
+
+@asynccontextmanager
+async def reports(settings: Callable[[], LogSettings]) -> AsyncIterator[Callable[[], Awaitable[StreamReport | None]]]:
+    """Yield a function that asks for the stream's state; None while nobody answers."""
+    nc: Client | None = None
+
+    async def asked() -> StreamReport | None:
+        nonlocal nc
+        try:
+            if nc is None:
+                found = await asyncio.to_thread(settings)
+                nc = await connect(found, name="test", role=Role.OPS, on_closed=lambda _: None, deadline=5)
+            return (await cluster_report(nc, LogSettings())).stream
+        except LogUnavailableError:
+            return None
+
+    try:
+        yield asked
+    finally:
+        if nc is not None:
+            await close(nc)
+
+
+async def stream_is_whole(settings: Callable[[], LogSettings]) -> None:
+    """Wait until every copy of the stream has everything."""
+    async with reports(settings) as ask:
+
+        async def whole() -> bool:
+            stream = await ask()
+            return (
+                stream is not None
+                and len(stream.replicas) == len(NODES) - 1
+                and all(replica.current and replica.alive for replica in stream.replicas)
+            )
+
+        await eventually(whole, timeout=120)
 
 
 def _free_port() -> int:
@@ -242,6 +251,13 @@ def _free_port() -> int:
             sock.bind(("127.0.0.1", port))
             return port
     raise EngineError("no port is free")
+
+
+def lay_out(folder: Path, *options: str) -> None:
+    """Copy the deployment's files into *folder*, and make its secrets with ``fiq init``."""
+    shutil.copytree(DEPLOYMENT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secrets", ".env"))
+    user = f"{os.getuid()}:{os.getgid()}"
+    docker("run", "--rm", "-u", user, "-v", f"{folder}:/deployment", IMAGE, "fiq", "init", "/deployment", *options)
 
 
 def inspect(container: str) -> dict[str, Any]:
