@@ -11,11 +11,12 @@ from typing import Any
 
 import orjson
 import pytest
+from aiohttp import ClientSession
 
 from tests.support.compose.engine import PREFIX, docker
-from tests.support.compose.faults import crash, restarts
+from tests.support.compose.faults import crash, killed, restarts
 from tests.support.compose.stack import Deployment, inspect
-from tests.support.polling import eventually_sync
+from tests.support.polling import eventually, eventually_sync
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -102,6 +103,25 @@ def test_what_ends_by_itself_is_started_again(stack: Deployment) -> None:
     crash(stack, "ingest")
     eventually_sync(lambda: restarts(stack, "ingest") >= before + 2)
     eventually_sync(lambda: {"healthy"} == stack.states(), timeout=90)
+
+
+async def test_without_any_ingest_the_balancer_tells_clients_to_come_back(stack: Deployment) -> None:
+    """In the form of ingest's own answers, so that a client needs to know one only."""
+    async with ClientSession() as session:
+
+        async def answer() -> tuple[int, str, str]:
+            body = b'{"event_type": "MESSAGE_RECEIVED"}'
+            async with session.post(f"{stack.url}/consultations/nobody/events", data=body) as got:
+                return got.status, got.headers.get("Retry-After", ""), got.content_type
+
+        with killed(stack, "ingest"):
+            expected = (503, "2", "application/problem+json")
+
+            async def told() -> bool:
+                return expected == await answer()
+
+            await eventually(told)
+    await eventually(lambda: {"healthy"} == stack.states(), timeout=90)
 
 
 @pytest.mark.parametrize("service", ["ingest", "persister"])
