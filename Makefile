@@ -54,6 +54,8 @@ bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, the curve of ba
 lock: $(VENV)/.dev ## renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile $(LOCK) --extra cluster --group build pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile $(LOCK) --all-extras --group build --group test --group check --group lock -c requirements/run.txt pyproject.toml -o requirements/dev.txt
+	$(BIN)/uv pip compile $(LOCK) -c requirements/run.txt pyproject.toml -o requirements/image.txt
+	$(BIN)/uv pip compile $(LOCK) -c requirements/run.txt --group build -o requirements/build.txt
 LOCK := -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --upgrade
 
 clean: ## remove the environment and every cache

@@ -9,10 +9,9 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+from services.contract.signals import STOP_SIGNALS, release
 
-#: what asks a service to stop
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+T = TypeVar("T")
 
 
 class Stop:
@@ -100,7 +99,10 @@ def settle() -> None:
 
 
 def stop_on_signals(stop: Stop, *, notify: Callable[[str], None] | None = None) -> None:
-    """Install handlers on the running loop: the first signal calls ``stop.request``, the next one kills the process."""
+    """Install handlers on the running loop: the first signal calls ``stop.request``, the next one kills the process.
+
+    Signals that were held (:func:`services.contract.signals.hold`) are taken from here on.
+    """
     loop = asyncio.get_running_loop()
 
     def handle(number: signal.Signals) -> None:
@@ -114,3 +116,4 @@ def stop_on_signals(stop: Stop, *, notify: Callable[[str], None] | None = None) 
 
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, handle, number)
+    release()

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-import uvloop
-
-from services.contract import logs
-from services.contract.command import complain, load_or_exit, parser, product_version
-from services.contract.errors import FiqError
-from services.contract.lifecycle import Stop, stop_on_signals
-from services.ingest.settings import Settings
-
-PROGRAM = "fiq-ingest"
+from services.contract import signals
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until a signal comes, and return the exit code."""
-    parser(PROGRAM, "Takes events over HTTP and appends them to the log.", Settings).parse_args(arguments)
-    settings = load_or_exit(PROGRAM, Settings, os.environ)
-    logs.configure("ingest", level=settings.log_level)
-    try:
-        return uvloop.run(_run(settings))
-    except FiqError as error:
-        return complain(PROGRAM, error)
+    from services.ingest import command  # not above: a signal must find the process holding it
 
-
-async def _run(settings: Settings) -> int:
-    stop = Stop()
-    stop_on_signals(stop)
-    # only now: these imports take a while, and from here on a signal ends the process in an orderly way
-    from services.ingest.service import serve
-
-    await serve(settings, stop, version=product_version())
-    return stop.exit_code
+    return command.main(arguments)
 
 
 if __name__ == "__main__":
+    signals.hold()
     sys.exit(main())

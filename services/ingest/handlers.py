@@ -48,11 +48,11 @@ async def post_event(request: web.Request) -> web.Response:
     app = request.app
     answers = app[ANSWERS]
     consultation: str | None = None
-    answers.enter()
+    size = _size(request, app[SETTINGS])
+    answers.enter(size)
     try:
         consultation = _consultation(request)
-        if answers.in_flight > app[SETTINGS].max_in_flight:  # before the body: what is being read takes memory, too
-            raise TooManyInFlightError("too many requests are being read or stored")
+        _check_room(answers, app[SETTINGS])  # before the body: what is being read takes memory, too
         event = Event(consultation, _event_id(request), received_ns, await _body(request, app[SETTINGS]))
         app[METRICS].body_size.observe(len(event.body))
         appended = await app[WRITER].append(event)
@@ -63,7 +63,7 @@ async def post_event(request: web.Request) -> web.Response:
         problem = _not_appended(app, error)
         return answers.refused(problem, started=started, consultation=consultation)
     finally:
-        answers.leave()
+        answers.leave(size)
 
 
 async def continue_or_refuse(request: web.Request) -> None:
@@ -90,6 +90,24 @@ async def get_problem(request: web.Request) -> web.Response:
         raise web.HTTPNotFound
     document = {"type": problem.type, "title": problem.title, "status": problem.status, "detail": problem.detail}
     return web.Response(body=orjson.dumps(document), content_type="application/json", headers={"Server": SERVER})
+
+
+def _size(request: web.Request, settings: Settings) -> int:
+    """Return the most that the body may take: what is declared, or the largest that is accepted."""
+    declared = request.content_length
+    return settings.max_event_bytes if declared is None else min(declared, settings.max_event_bytes)
+
+
+def _check_room(answers: Answers, settings: Settings) -> None:
+    """Check that there is room for one more request.
+
+    Raises:
+        TooManyInFlightError: there is none.
+    """
+    if answers.in_flight > settings.max_in_flight:
+        raise TooManyInFlightError("too many requests are being read or stored")
+    if answers.in_flight_bytes > settings.max_in_flight_bytes and answers.in_flight > 1:
+        raise TooManyInFlightError("too many bytes are being read or stored")
 
 
 def _consultation(request: web.Request) -> str:

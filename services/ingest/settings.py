@@ -32,6 +32,12 @@ class Settings:
         parse=integer(1, 1_000_000),
         doc="Events that this process stores at the same time; a client beyond it gets 429. Bounds the memory.",
     )
+    max_in_flight_bytes: int = setting(
+        "FI_MAX_IN_FLIGHT_BYTES",
+        256 * 2**20,
+        parse=size(2**20, 2**40),
+        doc="Bytes of their bodies together; beyond it 429, too. Less where the container's memory limit is small.",
+    )
     max_event_bytes: int = setting(
         "FI_MAX_EVENT_BYTES",
         2**20,

@@ -33,6 +33,10 @@ class Verdict:
         return self.problems[:_NAMED] + ([f"and {more} more"] if more > 0 else [])
 
 
+#: an event of the corpus: its id, its sequence, its body
+Found = tuple[str, int, bytes]
+
+
 def verify(path: Path, accepted: Iterable[Accepted]) -> Verdict:
     """Compare the corpus at *path* with what clients were told.
 
@@ -41,22 +45,29 @@ def verify(path: Path, accepted: Iterable[Accepted]) -> Verdict:
     """
     from services.corpus import open_corpus  # h5py takes long to import, and most commands need none of it
 
+    with open_corpus(path) as corpus:
+        found = (
+            (name, [(str(event.event_id), event.sequence, event.raw) for event in corpus[name]])
+            for name in sorted(corpus.consultations())
+        )
+        return compare(found, accepted)
+
+
+def compare(found: Iterable[tuple[str, list[Found]]], accepted: Iterable[Accepted]) -> Verdict:
+    """Compare the consultations of a corpus, each with its events in their order, with what clients were told."""
     wanted: dict[str, dict[str, Accepted]] = defaultdict(dict)
     for one in accepted:
         wanted[one.post.consultation][one.post.key] = one
     verdict = Verdict()
-    with open_corpus(path) as corpus:
-        found = set(corpus.consultations())
-        verdict.consultations = len(found)
-        verdict.problems += [f"{name}: not in the corpus" for name in sorted(wanted.keys() - found)]
-        for name in sorted(found):
-            events = [(str(event.event_id), event.sequence, event.raw) for event in corpus[name]]
-            verdict.persisted += len(events)
-            verdict.problems += _compare(name, events, wanted.get(name, {}))
+    for name, events in found:
+        verdict.consultations += 1
+        verdict.persisted += len(events)
+        verdict.problems += _compare(name, events, wanted.pop(name, {}))
+    verdict.problems += [f"{name}: not in the corpus" for name in sorted(wanted)]
     return verdict
 
 
-def _compare(name: str, events: list[tuple[str, int, bytes]], wanted: dict[str, Accepted]) -> list[str]:
+def _compare(name: str, events: list[Found], wanted: dict[str, Accepted]) -> list[str]:
     problems = []
     if len({key for key, _, _ in events}) != len(events):
         problems.append(f"{name}: an event is there twice")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -189,9 +190,10 @@ async def test_what_the_log_cannot_take_is_answered_with_retry_after(
         assert edge.metric("fi_ingest_requests_total", status=str(status), problem=expected) == 1.0
 
 
-async def test_the_limit_counts_bodies_that_are_still_being_read() -> None:
+@pytest.mark.parametrize("limit", [{"max_in_flight": 2}, {"max_in_flight_bytes": 2 * 18}])
+async def test_the_limits_count_bodies_that_are_still_being_read(limit: dict[str, Any]) -> None:
     """They take memory, too: slow clients with large bodies must not add up without a bound."""
-    async with running_edge(max_in_flight=2) as edge:
+    async with running_edge(**limit) as edge:
         head = b"POST /consultations/c-1/events HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         slow = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(2)]
         for _, writer in slow:

@@ -1,0 +1,146 @@
+"""The product's image, and its processes as the first ones of their containers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import ClientSession
+
+from tests.support.compose.engine import PREFIX, docker
+from tests.support.compose.faults import crash, killed, restarts
+from tests.support.compose.stack import Deployment, inspect
+from tests.support.polling import eventually, eventually_sync
+
+pytestmark = pytest.mark.timeout(300)
+
+#: megabytes that the image may have: a third more than it has
+LARGEST = 300
+#: a cluster that is not there, for services that are stopped before they miss it
+NOWHERE = ("-e", "FI_NATS_URL=nats://127.0.0.1:1")
+
+
+@contextmanager
+def container(image: str, *arguments: str) -> Iterator[str]:
+    """Run the image, read-only as everywhere, until the block ends; without an init: the command is process 1."""
+    options = ("--read-only", "--label", f"com.docker.compose.project={PREFIX}-{os.getpid()}-lone", "-v", "/data")
+    found = docker("run", "-d", *options, *arguments).strip()
+    try:
+        yield found
+    finally:
+        docker("rm", "-fv", found)
+
+
+def lines(found: str) -> list[dict[str, Any]]:
+    """Return the log of a container; each line is a JSON document."""
+    return [orjson.loads(line) for line in docker("logs", found).splitlines()]
+
+
+def test_the_image_has_nothing_that_only_its_building_needs(image: str) -> None:
+    """No pip, compiler, cache, certificate bundle or index of the machine that built it."""
+    code = (
+        "import importlib.util as u, pathlib, shutil; "
+        "print([m for m in ('pip', 'setuptools', 'hatchling', 'nats_server') if u.find_spec(m)], "
+        "[c for c in ('pip', 'gcc', 'cc', 'curl') if shutil.which(c)], "
+        "[str(p) for p in (pathlib.Path('/build'), pathlib.Path('/root/.cache')) if p.exists()])"
+    )
+    assert "[] [] []\n" == docker("run", "--rm", "-u", "0", image, "python3", "-c", code)
+    history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
+    assert [] == [word for word in ("PIP_", "ca.pem", "find-links", "index-url") if word in history]
+    assert int(docker("image", "inspect", "--format", "{{.Size}}", image)) < LARGEST * 10**6
+
+
+def test_the_image_says_what_it_is_and_runs_as_nobody_s_user(image: str) -> None:
+    """A number that is the same everywhere, so that the owner of a volume is, too."""
+    config = orjson.loads(docker("image", "inspect", image))[0]["Config"]
+    assert "10001:10001" == config["User"]
+    assert "fiq" == config["Labels"]["org.opencontainers.image.title"]
+    assert config["Healthcheck"]["Test"]
+    assert docker("run", "--rm", "--read-only", image, "fiq", "version").startswith("fiq ")
+
+
+@pytest.mark.parametrize("module", ["services.ingest", "services.persister"])
+def test_a_stop_during_the_imports_ends_it_in_order(image: str, module: str) -> None:
+    """Process 1 does not even get a signal that nobody listens for: it would be killed after the grace time."""
+    with container(image, *NOWHERE, image, "python3", "-m", module) as found:
+        status = Path("/proc", str(inspect(found)["State"]["Pid"]), "status")
+        eventually_sync(lambda: _minds_sigterm(status))
+        docker("stop", "-t", "60", found)
+        state = inspect(found)["State"]
+        assert (0, False) == (state["ExitCode"], state["OOMKilled"])
+
+
+def _minds_sigterm(status: Path) -> bool:
+    """Whether the process holds the signal, or has a handler for it."""
+    masks = dict(line.split(":\t") for line in status.read_text().splitlines() if line.startswith("Sig"))
+    return any(int(masks[name], 16) & 1 << (signal.SIGTERM - 1) for name in ("SigBlk", "SigCgt"))
+
+
+def test_a_wrong_setting_is_exit_code_2_and_one_line(image: str) -> None:
+    """What `docker ps -a` shows, and what it needs to be mended."""
+    with container(image, "-e", "FI_PORT=http", image, "python3", "-m", "services.ingest") as found:
+        assert "2\n" == docker("wait", found)
+        assert 2 == inspect(found)["State"]["ExitCode"]
+
+
+def test_bounds_follow_the_containers_memory(image: str) -> None:
+    """The kernel would end a process that fills buffers made for more."""
+    with container(image, "-m", "192m", *NOWHERE, image, "python3", "-m", "services.persister") as found:
+        line = eventually_sync(lambda: next((line for line in lines(found) if line["event"] == "MEMORY_BOUNDED"), None))
+        assert line is not None
+        assert (192 * 2**20, True) == (line["limit"], int(line["FI_BUFFER_BYTES"]) < 32 * 2**20)
+
+
+def test_what_ends_by_itself_is_started_again(stack: Deployment) -> None:
+    """As after a crash or a lack of memory: the restart policy, and the services find together again."""
+    before = restarts(stack, "ingest")
+    crash(stack, "ingest")
+    eventually_sync(lambda: restarts(stack, "ingest") >= before + 2)
+    eventually_sync(lambda: {"healthy"} == stack.states(), timeout=90)
+
+
+async def test_without_any_ingest_the_balancer_tells_clients_to_come_back(stack: Deployment) -> None:
+    """In the form of ingest's own answers, so that a client needs to know one only."""
+    async with ClientSession() as session:
+
+        async def answer() -> tuple[int, str, str]:
+            body = b'{"event_type": "MESSAGE_RECEIVED"}'
+            async with session.post(f"{stack.url}/consultations/nobody/events", data=body) as got:
+                return got.status, got.headers.get("Retry-After", ""), got.content_type
+
+        with killed(stack, "ingest"):
+            expected = (503, "2", "application/problem+json")
+
+            async def told() -> bool:
+                return expected == await answer()
+
+            await eventually(told)
+    await eventually(lambda: {"healthy"} == stack.states(), timeout=90)
+
+
+@pytest.mark.parametrize("service", ["ingest", "persister"])
+def test_a_stop_is_exit_code_0_and_the_log_is_json_lines(stack: Deployment, service: str) -> None:
+    """What was in flight is finished first; one of the last lines says why it stopped."""
+    found = stack.containers(service)[0]
+    docker("stop", "-t", "60", found)
+    state, events = inspect(found)["State"], [line["event"] for line in lines(found)]
+    docker("start", found)
+    eventually_sync(lambda: {"healthy"} == stack.states(), timeout=90)
+    assert 0 == state["ExitCode"]
+    assert f"{service.upper()}_STOPPED" in events[-5:]
+
+
+def test_a_lame_duck_exits_with_0(stack: Deployment) -> None:
+    """The stop signal of a node hands its leaderships over; compose waits for that, and calls it no failure."""
+    node = stack.container("n2")
+    stack("stop", "n2")
+    state = inspect(node)["State"]
+    stack("start", "n2")
+    eventually_sync(lambda: {"healthy"} == stack.states(), timeout=90)
+    assert (0, False) == (state["ExitCode"], state["OOMKilled"])

@@ -1,0 +1,101 @@
+"""What compose makes of the files, and what it must refuse."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.compose.engine import docker
+from tests.support.compose.stack import DEPLOYMENT
+
+#: what `fiq init` and the operator of a host write
+HOST = {
+    "NODE_NAME": "n1",
+    "NODE_HOST": "a.example",
+    "NODE_ADDRESS": "192.0.2.1",
+    "NODE_ROUTES": '["nats://a.example:6222"]',
+    "FI_NATS_URL": "nats://a.example:4222",
+}
+FILES = ("compose.yaml", "compose.host.yaml")
+#: fields of 1.29 that Compose v2 does not print, or prints otherwise, are not compared: it only has to take the file
+V1 = "docker-compose"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The deployment's files without secrets; nothing reads those here."""
+    shutil.copytree(DEPLOYMENT, tmp_path / "fiq", ignore=shutil.ignore_patterns("secrets", ".env"))
+    return tmp_path / "fiq"
+
+
+def config(folder: Path, file: str) -> dict[str, Any]:
+    (folder / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in HOST.items()))
+    text = docker("compose", "-f", file, "--profile", "*", "config", cwd=folder)
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_has_rights_that_it_does_not_need(engine: None, folder: Path, file: str) -> None:
+    """Every container: no capability, nothing to write to but volumes, no new privileges, bounded in every way."""
+    for name, service in config(folder, file)["services"].items():
+        assert ["ALL"] == service["cap_drop"], name
+        assert (["CHOWN"] if name == "volumes" else []) == service.get("cap_add", []), name
+        assert service["read_only"] is True, name
+        assert ["no-new-privileges:true"] == service["security_opt"], name
+        assert {"max-size", "max-file"} == service["logging"]["options"].keys(), name
+        assert int(service["mem_limit"]) > 0, name
+        assert service["pids_limit"] > 0, name
+        assert "privileged" not in service, name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_only_volumes_is_started_as_root(engine: None, folder: Path, file: str) -> None:
+    """And it ends before anything else begins. The images of the others name a user of their own."""
+    own = {"balancer", "prometheus", "grafana", "nats-exporter"}
+    users = {name: service.get("user") for name, service in config(folder, file)["services"].items() if name not in own}
+    assert {"volumes"} == {name for name, user in users.items() if user != "10001:10001"}
+
+
+def test_no_port_is_open_beyond_loopback(engine: None, folder: Path) -> None:
+    """One host: who wants more says so in .env."""
+    services = config(folder, "compose.yaml")["services"]
+    addresses = {port["host_ip"] for service in services.values() for port in service.get("ports", [])}
+    assert {"127.0.0.1"} == addresses
+
+
+def test_of_a_host_only_the_nodes_ports_are_open_to_the_others(engine: None, folder: Path) -> None:
+    """Ingest stays on loopback until FIQ_ADDRESS says otherwise; nothing of the persisters is open."""
+    services = config(folder, "compose.host.yaml")["services"]
+    opened = {(name, port["host_ip"]) for name, service in services.items() for port in service.get("ports", [])}
+    assert {("node", "192.0.2.1"), ("ingest", "127.0.0.1")} == opened
+
+
+@pytest.mark.parametrize("variable", sorted(HOST))
+def test_a_host_without_a_name_is_refused(engine: None, folder: Path, variable: str) -> None:
+    """Compose says which variable is missing, instead of starting a node that nobody finds."""
+    text = "".join(f"{name}='{value}'\n" for name, value in HOST.items() if name != variable)
+    (folder / ".env").write_text(text)
+    command = ["docker", "compose", "-f", "compose.host.yaml", "config"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert 0 != done.returncode
+    assert variable in done.stderr
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_docker_compose_1_29_takes_the_files_too(engine: None, folder: Path, file: str) -> None:
+    """It is what Debian 12 has. It starts the same services."""
+    if shutil.which(V1) is None:
+        if os.environ.get("FIQ_REQUIRE_DOCKER") == "1":
+            pytest.fail(f"there is no {V1}")
+        pytest.skip(f"there is no {V1}")
+    services = config(folder, file)["services"]
+    done = subprocess.run([V1, "-f", file, "config"], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert 0 == done.returncode, done.stderr
+    assert set(services) == set(yaml.safe_load(done.stdout)["services"])

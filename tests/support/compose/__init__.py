@@ -1,0 +1,1 @@
+"""The product's containers, as compose starts them."""

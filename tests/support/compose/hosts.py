@@ -1,0 +1,89 @@
+"""Three hosts on one machine: a compose project each, with a network of its own, and one network as the wire."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from services.eventlog.settings import LogSettings
+from tests.support.compose.engine import PREFIX, EngineError, clean_up, docker, run
+from tests.support.compose.stack import DEPLOYMENT, Deployment, lay_out, ops_settings
+
+#: names of the machines, as `fiq init --hosts` gets them; a node each
+HOSTS = ("host1", "host2", "host3")
+#: files that a host needs of the secrets, besides its own node's; the authority's key stays with the operator
+SHARED = ("ca.pem", "nats", "users/ingest.seed", "users/persister.seed", "users/ops.seed")
+#: what stands for the hosts' network cards
+_WIRE = """\
+services:
+  node: { networks: { host: {}, wire: { aliases: ["${NODE_HOST}"] } } }
+  provision: { networks: { host: {}, wire: {} } }
+  ingest: { networks: { host: {}, wire: {} } }
+  persister: { networks: { host: {}, wire: {} } }
+  ops: { networks: { host: {}, wire: {} } }
+networks:
+  wire: { external: true, name: "${WIRE}" }
+"""
+
+
+class Hosts:
+    """The machines of a deployment, and the folder of its operator."""
+
+    def __init__(self, folder: Path) -> None:
+        self.operator = folder / "operator"
+        self.wire = f"{PREFIX}-{os.getpid()}-wire"
+        self._folder = folder
+        self.machines = [self._machine(index) for index in range(len(HOSTS))]
+
+    def prepare(self) -> None:
+        """Make the secrets, the wire, and the folder of each host."""
+        lay_out(self.operator, "--hosts", ",".join(HOSTS))
+        docker("network", "create", "--label", f"com.docker.compose.project={self.wire}", self.wire)
+        for index in range(len(HOSTS)):
+            self.equip(index)
+
+    def equip(self, index: int) -> None:
+        """Lay out the folder of a host: what docs/deploy.md says to copy there, and its .env."""
+        machine = self.machines[index]
+        shutil.rmtree(machine.folder, ignore_errors=True)
+        ignored = shutil.ignore_patterns("secrets", ".env")
+        shutil.copytree(DEPLOYMENT, machine.folder, ignore=ignored)
+        (machine.folder / "wire.yaml").write_text(_WIRE)
+        node = f"nodes/n{index + 1}"
+        files = [".env", *(f"secrets/{path}" for path in (*SHARED, f"{node}.pem", f"{node}.key"))]
+        if index == 0:
+            files.append("secrets/users/provisioner.seed")
+        run("cp", "-a", "--parents", *files, str(machine.folder), cwd=self.operator)
+        machine.configure(machine.env)
+
+    def remove(self) -> None:
+        """Remove everything of all hosts, and the wire."""
+        for machine in self.machines:
+            machine.remove()
+        clean_up(self.wire)
+
+    @property
+    def settings(self) -> LogSettings:
+        """How the ops user reaches the nodes that run."""
+        addresses = []
+        for machine in self.machines:
+            with contextlib.suppress(EngineError, ValueError):  # it is away
+                addresses.append(machine.address("node", 4222))
+        return ops_settings(self.operator, addresses)
+
+    def _machine(self, index: int) -> Deployment:
+        env = {
+            "NODE_NAME": f"n{index + 1}",
+            "NODE_HOST": HOSTS[index],
+            "NODE_ADDRESS": "127.0.0.1",
+            "NATS_PORT": "",
+            "NATS_ROUTE_PORT": "",
+            "WIRE": self.wire,
+            "FI_VOLUMES": f"{len(HOSTS)}",
+            "FI_PARTITIONS": "6",
+            "FIQ_PERSISTERS": "1",
+        }
+        files = ("compose.host.yaml", "wire.yaml")
+        return Deployment(self._folder / HOSTS[index], HOSTS[index], env, files)

@@ -1,0 +1,266 @@
+"""A deployment in a folder of its own: the compose file as it is, secrets by ``fiq init``, and its containers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import random
+import shutil
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import orjson
+from nats.aio.client import Client
+from testcontainers.compose import DockerCompose
+
+from services.cli.rehearsal.consultations import Post
+from services.cli.rehearsal.load import Accepted, Load
+from services.cli.rehearsal.verification import Found, compare
+from services.cli.security.layout import Layout
+from services.contract.settings import load
+from services.eventlog.errors import LogUnavailableError
+from services.eventlog.jetstream.connection import close, connect
+from services.eventlog.jetstream.names import Role
+from services.eventlog.jetstream.report import StreamReport, cluster_report
+from services.eventlog.settings import LogSettings
+from tests.support.compose.engine import PREFIX, ROOT, EngineError, clean_up, docker
+from tests.support.polling import eventually
+
+DEPLOYMENT = ROOT / "deploy" / "nats-cluster"
+#: the image under test
+IMAGE = f"{PREFIX}:image"
+NODES = ("n1", "n2", "n3")
+#: services that do their work and end
+ONE_SHOT = {"volumes", "provision"}
+#: where ports are looked for that stay the same over restarts: below those that the kernel and the engine hand out
+_PORTS = range(20_000, 30_000)
+#: settings that make a stack small; an empty port is one that the engine chooses, anew at each start of a container
+SMALL = {
+    "FIQ_IMAGE": IMAGE,
+    "FI_STREAM_MAX_BYTES": "256MiB",
+    "FI_DEAD_MAX_BYTES": "16MiB",
+    "NATS_MAX_FILE_STORE": "1GB",
+    "FIQ_HEALTH_INTERVAL": "2s",
+    **dict.fromkeys(("NATS_PORT_1", "NATS_PORT_2", "NATS_PORT_3", "PROMETHEUS_PORT"), ""),
+}
+#: prints every event of the corpus, as it is committed, one line each
+_DUMP = """
+import base64, sys
+from services.corpus import open_corpus
+with open_corpus("/data") as corpus:
+    for name in sorted(corpus.consultations()):
+        for event in corpus[name]:
+            print(name, event.event_id, event.sequence, base64.b64encode(event.raw).decode())
+"""
+
+
+class Deployment:
+    """One compose project. Everything but :meth:`load` and :meth:`is_verified` blocks.
+
+    Args:
+        folder: for the copy of the compose file, its configuration and the secrets.
+        name: told apart from the other projects of this process by it.
+        env: variables on top of SMALL.
+        files: the compose files.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, env: Mapping[str, str] | None = None, files: tuple[str, ...] = ("compose.yaml",)
+    ) -> None:
+        self.folder = folder
+        self.project = f"{PREFIX}-{os.getpid()}-{name}"
+        self.accepted: dict[str, Accepted] = {}
+        self.compose = DockerCompose(folder, compose_file_name=list(files))
+        self.env = {**SMALL, "COMPOSE_PROJECT_NAME": self.project, "FIQ_PORT": f"{_free_port()}", **(env or {})}
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Lay the folder out, as docs/deploy.md says."""
+        lay_out(self.folder)
+        self.configure(self.env)
+
+    def configure(self, env: Mapping[str, str]) -> None:
+        """Add variables to the deployment's .env."""
+        with (self.folder / ".env").open("a", encoding="utf-8") as file:
+            file.writelines(f"{name}={value}\n" for name, value in env.items())
+
+    def up(self) -> None:
+        """Start everything, and wait until all of it is healthy."""
+        self.compose.start()
+
+    def remove(self) -> None:
+        """Remove containers, networks and volumes."""
+        clean_up(self.project)
+
+    def logs(self) -> str:
+        """Return the end of what every container wrote."""
+        return self("logs", "--no-color", "--tail", "40")
+
+    def __call__(self, *arguments: str, timeout: float = 120) -> str:
+        """Run ``docker compose ARGUMENT…`` in the project, and return its output."""
+        command = self.compose.docker_compose_command()
+        return docker(*command[1:], *arguments, cwd=self.folder, timeout=timeout)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def containers(self, *services: str) -> list[str]:
+        """Return the ids of the containers of *services*, stopped ones too."""
+        return self("ps", "-aq", *services).split()
+
+    def container(self, service: str) -> str:
+        """Return the id of the only container of *service*."""
+        (found,) = self.containers(service)
+        return found
+
+    def address(self, service: str, port: int) -> str:
+        """Return ``host:port`` on this host of a published port, as it is now."""
+        return docker("port", self.container(service), str(port)).splitlines()[0]
+
+    @property
+    def url(self) -> str:
+        """Where clients post."""
+        return f"http://{self.address('balancer', 7001)}"
+
+    # -- the log ------------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> LogSettings:
+        """How the ops user reaches the nodes that have a port just now, from this host."""
+        addresses = []
+        for node in NODES:
+            with contextlib.suppress(EngineError):  # it is stopped, or disconnected
+                addresses.append(self.address(node, 4222))
+        return ops_settings(self.folder, addresses)
+
+    async def leader(self) -> str:
+        """Wait until a node leads the stream, and return its name."""
+        async with reports(lambda: self.settings) as ask:
+
+            async def led() -> str:
+                stream = await ask()
+                return stream.leader if stream is not None else ""
+
+            return await eventually(led, timeout=60)
+
+    async def is_whole(self) -> None:
+        """Wait until every copy of the stream has everything and every container is healthy."""
+        await stream_is_whole(lambda: self.settings)
+        await eventually(lambda: {"healthy"} == self.states(), timeout=90)
+
+    def states(self) -> set[str]:
+        """Return the health of every container of the project; ``exited`` for one that has ended."""
+        template = "{{if .State.Running}}{{if .State.Health}}{{.State.Health.Status}}{{end}}{{else}}exited{{end}}"
+        lasting = set(self("config", "--services").split()) - ONE_SHOT
+        return set(docker("inspect", "--format", template, *self.containers(*lasting)).split())
+
+    # -- load and corpus ----------------------------------------------------------------------------------------------
+
+    def load(self, clients: int = 8) -> Load:
+        """Return clients that post to the balancer, some posts twice; :meth:`count_in` takes their outcome."""
+        return Load(self.url, clients=clients, repeats=0.05)
+
+    async def post(self, load: Load, consultations: list[list[Post]]) -> None:
+        """Post everything, until each event is accepted."""
+        self.accepted.update((await load.run(consultations)).accepted)
+
+    async def is_verified(self, timeout: float = 60) -> None:
+        """Wait until HDF5 holds what clients were told, and assert that it is there once and in order."""
+        wanted = len(self.accepted)
+
+        async def all_there() -> bool:
+            return len(await asyncio.to_thread(self.dump)) >= wanted
+
+        await eventually(all_there, timeout=timeout)
+        lines = await asyncio.to_thread(self.dump)
+        verdict = compare(consultations_in(lines), self.accepted.values())
+        assert [] == verdict.summary()
+        assert wanted == verdict.persisted
+
+    def dump(self) -> list[str]:
+        """Return every event that the volume holds, a line each, consultation by consultation."""
+        return self("exec", "-T", "persister", "python3", "-c", _DUMP).splitlines()
+
+
+def consultations_in(lines: list[str]) -> Iterator[tuple[str, list[Found]]]:
+    """Return the consultations of dumped lines, each with its events."""
+    rows = (line.split(" ") for line in lines)
+    for name, events in groupby(rows, key=lambda row: row[0]):
+        yield name, [(event, int(sequence), base64.b64decode(raw)) for _, event, sequence, raw in events]
+
+
+def ops_settings(folder: Path, addresses: list[str]) -> LogSettings:
+    """Return how the ops user of the deployment in *folder* reaches nodes at *addresses*."""
+    layout = Layout(folder)
+    return load(
+        LogSettings,
+        {
+            "FI_NATS_URL": ",".join(f"nats://{address}" for address in addresses) or "nats://127.0.0.1:1",
+            "FI_NATS_CA_FILE": str(layout.ca_certificate),
+            "FI_NATS_SEED_FILE": str(layout.seed(Role.OPS)),
+        },
+    )
+
+
+@asynccontextmanager
+async def reports(settings: Callable[[], LogSettings]) -> AsyncIterator[Callable[[], Awaitable[StreamReport | None]]]:
+    """Yield a function that asks for the stream's state; None while nobody answers."""
+    nc: Client | None = None
+
+    async def asked() -> StreamReport | None:
+        nonlocal nc
+        try:
+            if nc is None:
+                found = await asyncio.to_thread(settings)
+                nc = await connect(found, name="test", role=Role.OPS, on_closed=lambda _: None, deadline=5)
+            return (await cluster_report(nc, LogSettings())).stream
+        except LogUnavailableError:
+            return None
+
+    try:
+        yield asked
+    finally:
+        if nc is not None:
+            await close(nc)
+
+
+async def stream_is_whole(settings: Callable[[], LogSettings]) -> None:
+    """Wait until every copy of the stream has everything."""
+    async with reports(settings) as ask:
+
+        async def whole() -> bool:
+            stream = await ask()
+            return (
+                stream is not None
+                and len(stream.replicas) == len(NODES) - 1
+                and all(replica.current and replica.alive for replica in stream.replicas)
+            )
+
+        await eventually(whole, timeout=120)
+
+
+def _free_port() -> int:
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise EngineError("no port is free")
+
+
+def lay_out(folder: Path, *options: str) -> None:
+    """Copy the deployment's files into *folder*, and make its secrets with ``fiq init``."""
+    shutil.copytree(DEPLOYMENT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secrets", ".env"))
+    user = f"{os.getuid()}:{os.getgid()}"
+    docker("run", "--rm", "-u", user, "-v", f"{folder}:/deployment", IMAGE, "fiq", "init", "/deployment", *options)
+
+
+def inspect(container: str) -> dict[str, Any]:
+    """Return what the engine knows of a container."""
+    found: dict[str, Any] = orjson.loads(docker("inspect", container))[0]
+    return found

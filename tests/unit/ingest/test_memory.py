@@ -1,0 +1,24 @@
+"""Bounds that follow the container's memory."""
+
+from __future__ import annotations
+
+from services.ingest.memory import BASE_BYTES, COPIES, within
+from services.ingest.settings import Settings
+
+DEFAULTS = Settings()
+
+
+def test_without_a_limit_and_with_a_large_one_nothing_changes() -> None:
+    """What was set stays."""
+    assert DEFAULTS == within(DEFAULTS, None)
+    assert DEFAULTS == within(DEFAULTS, 2**40)
+
+
+def test_bodies_in_flight_fit_into_what_is_left() -> None:
+    """With each of their copies."""
+    assert 2**25 == within(DEFAULTS, BASE_BYTES + COPIES * 2**25).max_in_flight_bytes
+
+
+def test_one_event_of_the_largest_size_is_always_taken() -> None:
+    """However small the limit is."""
+    assert DEFAULTS.max_event_bytes == within(DEFAULTS, 1).max_in_flight_bytes
