@@ -14,6 +14,7 @@ from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.eventlog.errors import LogForbiddenError, ProvisionError
 from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import Connection, close, connect
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import STREAM, Role
@@ -182,7 +183,7 @@ async def test_a_follower_says_what_is_missing(secured: Secured) -> None:
     async with secured.connected(Role.PERSISTER) as owner:
         await Placements(owner, secured.settings(Role.PERSISTER, replicas=3)).claim(0, "volume", 1)
     async with secured.connected(Role.OPS) as nc:  # may reset it, and not pull from it
-        follower = JetStreamFollower(nc, "fi-workers-main-00", 0, identity, max_events=10, max_bytes=2**20)
+        follower = JetStreamFollower(nc, "fi-workers-main-00", 0, identity, budget=Budget(64, 2**20))
         await follower.start(0)
         with pytest.raises(LogForbiddenError, match=r"consumer\.msg\.next"):
             async with asyncio.timeout(QUICK):
