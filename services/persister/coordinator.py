@@ -77,6 +77,7 @@ class Coordinator:
         self._place_at = 0.0
         self._trouble = "partitions have not been placed yet"
         self.on_change: Callable[[list[int]], None] = lambda _: None
+        self.on_progress: Callable[[dict[int, int]], None] = lambda _: None
 
     @property
     def partitions(self) -> list[int]:
@@ -198,6 +199,7 @@ class Coordinator:
         while True:
             await asyncio.sleep(OBSERVE_SECONDS)
             await self._try(self._observe())
+            self.on_progress({p: at for p, runner in self._runners.items() if (at := runner.committed) is not None})
             await self._try(self._trim())
 
     async def _try(self, work: Coroutine[Any, Any, None]) -> None:

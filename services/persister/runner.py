@@ -133,6 +133,12 @@ class PartitionRunner:
         await asyncio.wait({self._task})
 
     @property
+    def committed(self) -> int | None:
+        """The stream sequence that the file has reached; None unless the partition is followed just now."""
+        store = self._file.store
+        return store.committed if store is not None and self.state is State.FOLLOWING else None
+
+    @property
     def disk_wait(self) -> float:
         """For how long the oldest call on the partition's file has waited for its answer, seconds; 0 without one."""
         return time.monotonic() - min(self._calls.values()) if self._calls else 0.0

@@ -28,6 +28,7 @@ from services.eventlog.jetstream.connection import close
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name
 from services.eventlog.jetstream.placement import Placement, Placements
+from services.eventlog.jetstream.processes import show_committed
 from services.eventlog.jetstream.provision import stream_identity
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.startup import reach
@@ -209,12 +210,17 @@ async def _announced(
         "pid": str(os.getpid()),
         "address": address,
         "partitions": "",
+        "committed": "",
     }
 
     def changed(partitions: list[int]) -> None:
         metadata["partitions"] = ",".join(partition_name(p) for p in partitions)
 
+    def progressed(committed: dict[int, int]) -> None:
+        metadata["committed"] = show_committed(committed)
+
     coordinator.on_change = changed
+    coordinator.on_progress = progressed
     service = await nats.micro.add_service(
         nc,
         name=PERSISTER_SERVICE,

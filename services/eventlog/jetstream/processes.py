@@ -7,6 +7,7 @@ list that could be wrong.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from nats.aio.msg import Msg
 
 from services.eventlog.errors import LogRefusedError, LogUnavailableError
 from services.eventlog.jetstream.names import PERSISTER_SERVICE
+from services.eventlog.partitions import partition_name
 
 #: how long the first answer of a persister is awaited, and how long a further one, seconds
 _FIRST_ANSWER, _NEXT_ANSWER = 1.0, 0.25
@@ -31,11 +33,24 @@ class LiveProcess:
         store: the store that it writes.
         volume: UUID of its volume.
         partitions: numbers of those that it runs, whatever state they are in.
+        committed: of those that it follows, the stream sequence that their file has reached, or had a moment ago.
     """
 
     store: str
     volume: str
     partitions: frozenset[int]
+    committed: Mapping[int, int]
+
+
+def show_committed(committed: Mapping[int, int]) -> str:
+    """Return *committed* as it stands in the metadata of a process, such as ``00:38,03:41``."""
+    return ",".join(f"{partition_name(partition)}:{sequence}" for partition, sequence in sorted(committed.items()))
+
+
+def read_committed(text: str) -> dict[int, int]:
+    """Undo :func:`show_committed`; what is malformed is left out."""
+    pairs = (pair.partition(":") for pair in text.split(","))
+    return {int(p): int(sequence) for p, _, sequence in pairs if p.isdecimal() and sequence.isdecimal()}
 
 
 async def live_processes(nc: Client) -> list[LiveProcess]:
@@ -54,6 +69,7 @@ async def live_processes(nc: Client) -> list[LiveProcess]:
             store=metadata.get("store", ""),
             volume=metadata.get("volume", ""),
             partitions=frozenset(int(name) for name in metadata.get("partitions", "").split(",") if name.isdigit()),
+            committed=read_committed(metadata.get("committed", "")),
         )
         for metadata in infos
     ]

@@ -1,9 +1,11 @@
 """Deletes from the stream what every store has committed: the broker itself deletes nothing (DESIGN, section 5).
 
-What counts as committed is the acknowledgement floor of each consumer, which never runs ahead of the sink; the runner
-of an idle partition moves it forward. So a partition file that is younger than the last trim never lacks an event that
-is gone, and one that does is an old copy, which the follower refuses. A store whose consumers are not all there has
-committed nothing of the missing partitions: nothing is trimmed until they are.
+What counts as committed is what the partition files hold, as the processes that run them tell in the service API, and
+no more than the acknowledgement floor of the consumer. The floor alone does not do: a purge moves that of a consumer
+that has caught up to the last sequence it has looked at (nats-server 2.15.1), past where the file stands. So a partition
+file that is younger than the last trim never lacks an event that is gone, and one that does is an old copy, which the
+follower refuses. Where nobody runs a partition, nothing is trimmed until somebody does; so it is when a consumer of a
+store is missing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from nats.aio.client import Client
 
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM, parse_consumer_name
+from services.eventlog.jetstream.processes import LiveProcess, live_processes
 
 #: above this share of ``max_bytes`` committed events go whatever their age
 FULLNESS_LIMIT = 0.7
@@ -49,6 +52,7 @@ class Trimmer:
     """
 
     def __init__(self, nc: Client, *, partitions: int, retention: float) -> None:
+        self._nc = nc
         self._api = JetStreamApi(nc)
         self._partitions = partitions
         self._retention = retention
@@ -66,6 +70,8 @@ class Trimmer:
         fullness = state["bytes"] / stream["config"]["max_bytes"]
         consumers = await self._api.list_consumers(STREAM)
         committed = committed_everywhere(consumers, self._partitions)
+        if committed >= state["first_seq"] and state["messages"]:
+            committed = committed_everywhere(consumers, self._partitions, await live_processes(self._nc))
         if committed < state["first_seq"] or state["messages"] == 0:
             return Trimmed(committed, 0, fullness)
         keep_from = committed + 1
@@ -94,12 +100,15 @@ class Trimmer:
         return datetime.fromisoformat(message["time"]).timestamp()
 
 
-def committed_everywhere(consumers: Iterable[Mapping[str, Any]], partitions: int) -> int:
-    """Return the sequence up to which every store has committed every event; 0 when no store is complete.
+def committed_everywhere(
+    consumers: Iterable[Mapping[str, Any]], partitions: int, processes: Iterable[LiveProcess] | None = None
+) -> int:
+    """Return the sequence up to which every store has committed every event; 0 when that of a partition is unknown.
 
     Args:
         consumers: the ``CONSUMER.LIST`` entries of the stream.
         partitions: how many consumers a store must have.
+        processes: the living persisters; without them an upper bound is returned, from the consumers alone.
     """
     floors: dict[str, dict[int, int]] = defaultdict(dict)
     for info in consumers:
@@ -110,4 +119,18 @@ def committed_everywhere(consumers: Iterable[Mapping[str, Any]], partitions: int
         floors[store][partition] = info["ack_floor"]["stream_seq"]
     if not floors or any(len(found) < partitions for found in floors.values()):
         return 0
+    if processes is not None:
+        told = _told(processes)
+        for store, found in floors.items():
+            for partition, floor in found.items():
+                found[partition] = min(floor, told.get((store, partition), 0))
     return min(min(found.values()) for found in floors.values())
+
+
+def _told(processes: Iterable[LiveProcess]) -> dict[tuple[str, int], int]:
+    told: dict[tuple[str, int], int] = {}
+    for process in processes:
+        for partition, sequence in process.committed.items():
+            key = process.store, partition
+            told[key] = max(sequence, told.get(key, 0))  # a file never goes back, so the greatest is nearest
+    return told

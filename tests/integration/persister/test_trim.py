@@ -74,3 +74,44 @@ async def test_a_store_that_is_behind_holds_it_back(log: Log, tmp_path: Path) ->
             await behind.ready()
             await persisted(second, events)
             await eventually(lambda: _empty(log))
+
+
+async def test_a_purge_that_moves_the_floors_lets_nothing_be_trimmed_past_a_file(log: Log, tmp_path: Path) -> None:
+    """The floor of a consumer that has caught up jumps to the stream's end; the file would be refused at a restart."""
+    data = tmp_path / "data"
+    with Persister(tmp_path, log.cluster, data) as persister:
+        await persister.ready()
+        first = await log.publish(4, consultations=1)
+        await persisted(data, first)
+        await eventually(lambda: _advanced(persister, 4))  # next in half a minute
+        second = await log.publish(PARTITIONS * 3)
+        await persisted(data, first, second)
+        reached = await _committed(persister)
+        assert min(reached.values()) < 4 + 3 * PARTITIONS
+        await log.api.purge("fi-events", 3)
+        await eventually(lambda: _floors_above(log, min(reached.values())))
+
+        trimmed = await Trimmer(log.nc, partitions=PARTITIONS, retention=0).trim()
+
+        assert trimmed.committed <= min((await _committed(persister)).values())
+        assert 0 == await persister.end()
+    with Persister(tmp_path / "again", log.cluster, data) as persister:
+        await persister.ready()
+        third = await log.publish(5)
+        await persisted(data, first, second, third)
+
+
+async def _floors_above(log: Log, sequence: float) -> bool:
+    infos = await log.api.list_consumers("fi-events")
+    return min(info["ack_floor"]["stream_seq"] for info in infos) > sequence
+
+
+async def _committed(persister: Persister) -> dict[str, float]:
+    """Return what each partition's file has reached."""
+    samples = await persister.samples()
+    return {name: value for name, value in samples.items() if name.startswith("fi_persister_committed_sequence{")}
+
+
+async def _advanced(persister: Persister, sequence: int) -> bool:
+    committed = await _committed(persister)
+    return len(committed) == PARTITIONS and min(committed.values()) == sequence

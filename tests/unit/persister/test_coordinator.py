@@ -33,6 +33,7 @@ class FakeRunner:
         self.gate.set()
         self.stopping = self.stopped = False
         self.disk_wait = 0.0
+        self.committed = 7
         self.disk = asyncio.Event()
         self.disk.set()
 
