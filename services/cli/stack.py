@@ -46,8 +46,8 @@ class Service:
         return f"http://{LOOPBACK}:{self.port}"
 
     def is_ready(self) -> bool:
-        """Whether ``/readyz`` says so, of this process."""
-        return self.process.running and monitoring.get(self.port, "/readyz")[0] == 200
+        """Whether ``/readyz`` says so, of this process: another stack's may have got the port first."""
+        return monitoring.ready_pid(self.port) == self.process.pid and self.process.running
 
 
 class Stack:
