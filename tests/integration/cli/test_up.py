@@ -291,6 +291,7 @@ def test_ctrl_c_stops_everything_and_the_data_stay(tmp_path: Path) -> None:
     """Exit code 130, no process left; the next `up` in the folder goes on with the corpus and the stream."""
     with running(tmp_path) as first:
         post(first, "kept", "first")
+        shown(first, "kept", 1)
         pids = first.pids
         first.interrupt()
 
