@@ -100,6 +100,11 @@ class Stack:
         return self.services[0]
 
     @property
+    def displaced(self) -> bool:
+        """Whether ingest had to take another port than the usual one."""
+        return self._fixed_port is None and self.ingest.port != PREFERRED_PORT
+
+    @property
     def persisters(self) -> list[Service]:
         """The persisters, by index."""
         return self.services[1:]
