@@ -36,7 +36,7 @@ class Settings:
         "FI_MAX_IN_FLIGHT_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**40),
-        doc="Bytes of bodies that are read or stored at the same time; beyond it 429. Less where the container has little memory.",
+        doc="Bytes of bodies that are read or stored at the same time; beyond it 429. Less in a small container.",
     )
     max_event_bytes: int = setting(
         "FI_MAX_EVENT_BYTES",
