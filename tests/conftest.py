@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from services.cli import stack
 from services.cli.cluster import Cluster
+from services.cli.ports import free_ports
 from tests.support.cluster import delete_streams, heal
 
 # the same examples in every run of `make test`; `make torture` draws new ones
@@ -41,3 +43,9 @@ async def fresh_log(cluster: Cluster) -> Cluster:
     await heal(cluster)
     await delete_streams(cluster)
     return cluster
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_port() -> None:
+    """Keep the stacks of this process away from the default port, which a developer's `fiq up` may want."""
+    stack.PREFERRED_PORT = free_ports(1)[0]

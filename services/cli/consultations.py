@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from services.cli.errors import CommandError
+from services.contract.errors import InvalidIdError
+from services.contract.ids import check_consultation_id
 
 if TYPE_CHECKING:
     from services.corpus import Consultation, EventRecord
@@ -37,8 +39,12 @@ def opened(path: Path, consultation: str) -> Iterator[Consultation]:
     """Open the corpus at *path* for *consultation*.
 
     Raises:
-        CommandError: the corpus cannot be read, or has no such consultation.
+        CommandError: that is no consultation's id, the corpus cannot be read, or has no such consultation.
     """
+    try:
+        check_consultation_id(consultation)
+    except InvalidIdError as error:
+        raise CommandError(f"{consultation!r} is no consultation's id: {error}") from None
     from services.corpus import CorpusError, UnknownConsultationError, open_corpus  # h5py is slow to import
 
     try:

@@ -73,8 +73,10 @@ class StackFolder:
 
         Raises:
             AlreadyRunningError: another process does already.
-            CommandError: the folder cannot be written.
+            CommandError: the folder cannot be written, or is none.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise CommandError(f"{self.path} is no directory; name another with --folder")
         try:
             self._prepare()
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -1,4 +1,4 @@
-"""What a node says of itself on its monitoring port: health, leaderships, replicas."""
+"""What a node says of itself on its monitoring port: health, leaderships, replicas; and whether a service is ready."""
 
 from __future__ import annotations
 
@@ -70,6 +70,18 @@ def ask(url: str, path: str, *, timeout: float = TIMEOUT) -> tuple[int, bytes]:
         return 0, b""
     finally:
         connection.close()
+
+
+def ready_pid(port: int) -> int | None:
+    """Return the id of the process that says on *port* that it is ready, or None when none does."""
+    status, body = get(port, "/readyz")
+    if status != 200:
+        return None
+    try:
+        pid = orjson.loads(body)["pid"]
+    except (orjson.JSONDecodeError, TypeError, KeyError):  # whoever listens there is no service of ours
+        return None
+    return pid if isinstance(pid, int) else None
 
 
 def view(name: str, port: int, store: Path) -> NodeView:

@@ -46,8 +46,8 @@ class Service:
         return f"http://{LOOPBACK}:{self.port}"
 
     def is_ready(self) -> bool:
-        """Whether ``/readyz`` says so, of this process."""
-        return self.process.running and monitoring.get(self.port, "/readyz")[0] == 200
+        """Whether ``/readyz`` says so, of this process: another stack's may have got the port first."""
+        return monitoring.ready_pid(self.port) == self.process.pid and self.process.running
 
 
 class Stack:
@@ -98,6 +98,11 @@ class Stack:
     def ingest(self) -> Service:
         """The HTTP edge."""
         return self.services[0]
+
+    @property
+    def displaced(self) -> bool:
+        """Whether ingest had to take another port than the usual one."""
+        return self._fixed_port is None and self.ingest.port != PREFERRED_PORT
 
     @property
     def persisters(self) -> list[Service]:

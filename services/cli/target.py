@@ -14,6 +14,7 @@ from nats.aio.client import Client
 
 from services.cli.errors import CommandError, NotRunningError
 from services.cli.folder import DEFAULT_FOLDER, StackFolder, State
+from services.contract.errors import ConfigurationError
 from services.contract.settings import load
 from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.names import Role
@@ -55,7 +56,7 @@ def find_cluster(
         NotRunningError: nothing says which one.
     """
     if server is not None:
-        return _named(env, server)
+        return _asked_for(env, server)
     if folder is not None:
         return _running(env, folder)
     if env.get("FI_NATS_URL", "").strip():
@@ -66,6 +67,15 @@ def find_cluster(
         if fallback:
             return Target(load(LogSettings, env), None)
         raise
+
+
+def _asked_for(env: Mapping[str, str], server: str) -> Target:
+    try:
+        return _named(env, server)
+    except ConfigurationError as error:  # names what the user wrote, not the setting that it stands for
+        raise ConfigurationError(
+            [problem.replace("FI_NATS_URL=", "--server ", 1) for problem in error.problems]
+        ) from None
 
 
 def _named(env: Mapping[str, str], url: str) -> Target:

@@ -1,7 +1,7 @@
 """The endpoints that every service has: ``/healthz``, ``/readyz`` and ``/metrics``.
 
 ``/healthz`` says that the event loop turns: 503 when its last tick is overdue. ``/readyz`` says that the work can be
-done now, and if not, why. ``/metrics`` is the Prometheus text format.
+done now, and if not, why, and which process says so. ``/metrics`` is the Prometheus text format.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -123,7 +124,7 @@ def add_management_routes(app: web.Application, registry: CollectorRegistry, rea
 
     async def readyz(_: web.Request) -> web.Response:
         reasons = await ready()
-        body = {"status": "not ready" if reasons else "ready", "reasons": reasons}
+        body = {"status": "not ready" if reasons else "ready", "reasons": reasons, "pid": os.getpid()}
         return web.json_response(body, status=503 if reasons else 200)
 
     async def metrics(_: web.Request) -> web.Response:

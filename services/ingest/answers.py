@@ -31,28 +31,24 @@ class Answers:
     Attributes:
         closing: close each connection with its answer, because the service is stopping.
         in_flight: events that are being read or stored just now.
-        in_flight_bytes: what their bodies take.
     """
 
     def __init__(self, metrics: Metrics, *, retry_after: float) -> None:
         self.closing = False
         self.in_flight = 0
-        self.in_flight_bytes = 0
         self._metrics = metrics
         self._retry_after = str(math.ceil(retry_after))
         self._log = get_logger("ingest").bind()
         self._idle = asyncio.Event()
         metrics.in_flight.set_function(lambda: self.in_flight)
 
-    def enter(self, size: int) -> None:
-        """Count a request with a body of *size* bytes as in flight."""
+    def enter(self) -> None:
+        """Count a request as in flight."""
         self.in_flight += 1
-        self.in_flight_bytes += size
 
-    def leave(self, size: int) -> None:
-        """Count it as done."""
+    def leave(self) -> None:
+        """Count a request as done."""
         self.in_flight -= 1
-        self.in_flight_bytes -= size
         if not self.in_flight and self.closing:
             self._idle.set()
 

@@ -11,8 +11,10 @@ from aiohttp import web
 from services.contract.management import CachedCheck, ReadinessCheck, add_management_routes
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import EventWriter
+from services.ingest.admission import Admission
 from services.ingest.answers import Answers
 from services.ingest.handlers import (
+    ADMISSION,
     ANSWERS,
     METRICS,
     SETTINGS,
@@ -66,6 +68,10 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
     app[SETTINGS] = settings
     app[METRICS] = metrics
     app[ANSWERS] = answers
+    # one event of the largest size is always taken: a limit below it would refuse such events for ever
+    size = max(settings.max_in_flight_bytes, settings.max_event_bytes)
+    app[ADMISSION] = admission = Admission(events=settings.max_in_flight, size=size)
+    metrics.bytes_in_flight.set_function(lambda: admission.size)
     check: CachedCheck | None = None
 
     async def log(app: web.Application) -> AsyncIterator[None]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 from multidict import CIMultiDictProxy
 
 from services.ingest import problems
+from services.ingest.admission import Share
 from services.ingest.problems import RequestRefusedError
 
 
@@ -27,29 +28,41 @@ def check_content(request: web.Request, *, limit: int) -> None:
         raise too_large(limit)
 
 
-async def read_body(request: web.Request, *, limit: int, timeout: float) -> bytes:
+async def read_body(request: web.Request, share: Share, *, limit: int, timeout: float) -> bytes:
     """Read the whole body.
 
     Args:
-        request: whose body it is; its ``client_max_size`` is *limit*.
+        request: whose body it is.
+        share: takes the bytes as they come.
         limit: most bytes.
         timeout: most seconds.
 
     Raises:
         RequestRefusedError: it was too large, too slow, or badly framed.
+        TooManyInFlightError: the process has no memory for it.
         ConnectionError: the client has gone.
     """
+    content = request.content
     try:
-        if request.content.is_eof():  # came with the headers, as most do: spare the timer
-            return await request.read()
-        async with asyncio.timeout(timeout):
-            return await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise too_large(limit) from None
+        if content.is_eof():  # came with the headers, as most do: spare the timer
+            return await _read(content, share, limit)
+        async with asyncio.timeout(timeout) as bound:
+            share.read_within(bound)
+            return await _read(content, share, limit)
     except TimeoutError:
+        if share.given_up:
+            return share.complete()  # which says why not
         raise RequestRefusedError(problems.BODY_TIMEOUT) from None
     except web.RequestPayloadError:
         raise RequestRefusedError(problems.MALFORMED_REQUEST) from None
+
+
+async def _read(content: StreamReader, share: Share, limit: int) -> bytes:
+    while chunk := await content.readany():
+        if share.size + len(chunk) > limit:
+            raise too_large(limit)
+        share.take(chunk)
+    return share.complete()
 
 
 def too_large(limit: int) -> RequestRefusedError:

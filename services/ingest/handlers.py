@@ -21,6 +21,7 @@ from services.eventlog.errors import (
 from services.eventlog.protocol import EventWriter
 from services.ingest import metrics as outcomes
 from services.ingest import problems
+from services.ingest.admission import Admission, Share
 from services.ingest.answers import SERVER, Answers
 from services.ingest.body import check_content, read_body
 from services.ingest.metrics import Metrics
@@ -31,6 +32,7 @@ SETTINGS = web.AppKey("settings", Settings)
 WRITER = web.AppKey("writer", EventWriter)
 METRICS = web.AppKey("metrics", Metrics)
 ANSWERS = web.AppKey("answers", Answers)
+ADMISSION = web.AppKey("admission", Admission)
 
 #: what becomes of an event that the log did not take
 _APPEND_ERRORS: dict[type[FiqError], tuple[Problem, str]] = {
@@ -48,13 +50,14 @@ async def post_event(request: web.Request) -> web.Response:
     app = request.app
     answers = app[ANSWERS]
     consultation: str | None = None
-    size = _size(request, app[SETTINGS])
-    answers.enter(size)
+    share: Share | None = None
+    answers.enter()
     try:
         consultation = _consultation(request)
-        _check_room(answers, app[SETTINGS])  # before the body: what is being read takes memory, too
-        event = Event(consultation, _event_id(request), received_ns, await _body(request, app[SETTINGS]))
+        share = app[ADMISSION].share()
+        event = Event(consultation, _event_id(request), received_ns, await _body(request, share, app[SETTINGS]))
         app[METRICS].body_size.observe(len(event.body))
+        share.store()
         appended = await app[WRITER].append(event)
         return answers.accepted(event, appended, started)
     except RequestRefusedError as refusal:
@@ -63,7 +66,9 @@ async def post_event(request: web.Request) -> web.Response:
         problem = _not_appended(app, error)
         return answers.refused(problem, started=started, consultation=consultation)
     finally:
-        answers.leave(size)
+        if share is not None:
+            share.release()
+        answers.leave()
 
 
 async def continue_or_refuse(request: web.Request) -> None:
@@ -92,24 +97,6 @@ async def get_problem(request: web.Request) -> web.Response:
     return web.Response(body=orjson.dumps(document), content_type="application/json", headers={"Server": SERVER})
 
 
-def _size(request: web.Request, settings: Settings) -> int:
-    """Return the most that the body may take: what is declared, or the largest that is accepted."""
-    declared = request.content_length
-    return settings.max_event_bytes if declared is None else min(declared, settings.max_event_bytes)
-
-
-def _check_room(answers: Answers, settings: Settings) -> None:
-    """Check that there is room for one more request.
-
-    Raises:
-        TooManyInFlightError: there is none.
-    """
-    if answers.in_flight > settings.max_in_flight:
-        raise TooManyInFlightError("too many requests are being read or stored")
-    if answers.in_flight_bytes > settings.max_in_flight_bytes and answers.in_flight > 1:
-        raise TooManyInFlightError("too many bytes are being read or stored")
-
-
 def _consultation(request: web.Request) -> str:
     try:
         return check_consultation_id(request.match_info["consultation"])
@@ -129,10 +116,10 @@ def _event_id(request: web.Request) -> UUID:
         raise RequestRefusedError(problems.INVALID_IDEMPOTENCY_KEY) from None
 
 
-async def _body(request: web.Request, settings: Settings) -> bytes:
+async def _body(request: web.Request, share: Share, settings: Settings) -> bytes:
     limit = settings.max_event_bytes
     check_content(request, limit=limit)
-    raw = await read_body(request, limit=limit, timeout=settings.body_timeout)
+    raw = await read_body(request, share, limit=limit, timeout=settings.body_timeout)
     try:
         return check_body(raw)
     except NotJsonError:

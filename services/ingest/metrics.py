@@ -52,10 +52,17 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        # Near FI_MAX_IN_FLIGHT: clients are about to get 429. Start another ingest, or find out why publishes are slow.
+        # Near FI_MAX_IN_FLIGHT: clients are about to get 429, unless most of them are only slow to send their bodies.
+        # Start another ingest, or find out why publishes are slow.
         self.in_flight = Gauge(
             "fi_ingest_requests_in_flight",
             "Posted events that are being read or stored just now.",
+            registry=self.registry,
+        )
+        # Near FI_MAX_IN_FLIGHT_BYTES: clients are about to get 429. As above; or raise the limit, if there is memory.
+        self.bytes_in_flight = Gauge(
+            "fi_ingest_bytes_in_flight",
+            "Bytes of bodies that are being read or stored just now.",
             registry=self.registry,
         )
         # Sizes near FI_MAX_EVENT_BYTES: somebody is about to get 413; events should be small.

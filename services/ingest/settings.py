@@ -30,13 +30,13 @@ class Settings:
         "FI_MAX_IN_FLIGHT",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Events that this process stores at the same time; a client beyond it gets 429. Bounds the memory.",
+        doc="Events that this process stores at the same time; a client beyond it gets 429.",
     )
     max_in_flight_bytes: int = setting(
         "FI_MAX_IN_FLIGHT_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**40),
-        doc="Bytes of their bodies together; beyond it 429, too. Less where the container's memory limit is small.",
+        doc="Bytes of bodies that are read or stored at the same time; beyond it 429. Less in a small container.",
     )
     max_event_bytes: int = setting(
         "FI_MAX_EVENT_BYTES",

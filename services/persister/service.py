@@ -9,7 +9,7 @@ import socket
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import nats.errors
 import nats.micro
@@ -29,9 +29,8 @@ from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.processes import show_committed
-from services.eventlog.jetstream.provision import stream_identity
 from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.jetstream.startup import reach
+from services.eventlog.jetstream.startup import reach_log
 from services.eventlog.jetstream.trim import Trimmer
 from services.eventlog.jetstream.watch import watching
 from services.eventlog.partitions import partition_name
@@ -72,13 +71,15 @@ async def serve(settings: PersisterSettings, stop: Stop) -> None:
         metrics.info.labels(volume.store, volume.uuid, socket.gethostname()).set(1)
         readiness = Readiness()
         async with _management(sock, metrics, readiness) as port:
-            nc = await _reached(settings, stop)
-            if nc is not None:
+            reached = await _reached(settings, stop)
+            if reached is not None:
+                nc, identity = reached
+                deployment = _deployment(settings, volume, identity)
                 try:
                     settle()
                     log.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
                     async with watching(nc, settings.log, metrics.log):
-                        await _persist(nc, settings, port, volume, metrics, readiness, stop)
+                        await _persist(nc, settings, port, deployment, metrics, readiness, stop)
                 finally:
                     await close(nc)
     log.info("PERSISTER_STOPPED", reason=stop.reason)
@@ -97,20 +98,21 @@ class Readiness:
         return self.coordinator.problems()
 
 
-async def _reached(settings: PersisterSettings, stop: Stop) -> Client | None:
-    """Return a connection, or None when a stop was requested before there was one."""
+async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Client, LogIdentity] | None:
+    """Return a connection to the log and which one it is, or None when a stop was requested before that."""
 
     def lost(reason: str) -> None:
         stop.request(reason, failed=True)
 
-    return await unless_stopped(reach(settings.log, name="fi-persister", role=Role.PERSISTER, on_closed=lost), stop)
+    reaching = reach_log(settings.log, name="fi-persister", role=Role.PERSISTER, on_closed=lost)
+    return await unless_stopped(reaching, stop)
 
 
 async def _persist(
     nc: Client,
     settings: PersisterSettings,
     port: int,
-    volume: Volume,
+    deployment: Deployment,
     metrics: Metrics,
     readiness: Readiness,
     stop: Stop,
@@ -118,18 +120,23 @@ async def _persist(
     publisher = Publisher(nc, deadline=_DEAD_LETTER_DEADLINE, max_in_flight=_DEAD_LETTERS_IN_FLIGHT)
     await publisher.start()
     with ThreadPoolExecutor(1, thread_name_prefix="hdf5") as hdf5:
-        deployment = _deployment(settings, volume, await stream_identity(nc, settings.log))
+        volume = deployment.volume
         members = Members(volume.workers, uuid.uuid4().hex)
         coordinator = _coordinator(nc, settings, deployment, members, publisher, hdf5, metrics)
         members.join()
         readiness.coordinator = coordinator
         try:
-            async with _announced(nc, volume, members.name, f"{settings.host}:{port}", coordinator):
-                await unless_stopped(coordinator.run(), stop)
+            announced = _announced(nc, volume, members.name, f"{settings.host}:{port}", coordinator)
+            await unless_stopped(_run(announced, coordinator), stop)
         finally:
             get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
             await coordinator.stop()
             await publisher.close()
+
+
+async def _run(announced: AbstractAsyncContextManager[None], coordinator: Coordinator) -> None:
+    async with announced:
+        await coordinator.run()
 
 
 def _options(settings: PersisterSettings, sharing: int) -> StoreOptions:
@@ -221,12 +228,14 @@ async def _announced(
 
     coordinator.on_change = changed
     coordinator.on_progress = progressed
-    service = await nats.micro.add_service(
-        nc,
-        name=PERSISTER_SERVICE,
-        version=product_version(),
-        description="Writes partitions of fi-events into HDF5.",
-        metadata=metadata,
+    service = await cancellable(
+        nats.micro.add_service(
+            nc,
+            name=PERSISTER_SERVICE,
+            version=product_version(),
+            description="Writes partitions of fi-events into HDF5.",
+            metadata=metadata,
+        )
     )
     try:
         yield

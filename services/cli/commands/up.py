@@ -19,7 +19,7 @@ from services.cli import console
 from services.cli.errors import ChildFailedError
 from services.cli.folder import DEFAULT_FOLDER, StackFolder, State
 from services.cli.processes import ManagedProcess
-from services.cli.stack import Stack
+from services.cli.stack import PREFERRED_PORT, Stack
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: how often the processes are looked at, seconds
@@ -69,6 +69,8 @@ def _run(stack: Stack, home: StackFolder) -> None:
     try:
         _start(stack)
         home.write(State.of(stack))
+        if stack.displaced:
+            typer.echo(f"port {PREFERRED_PORT} is taken, using {stack.ingest.port}", err=True)
         typer.echo(_welcome(stack))
         _watch(stack, home)
     except _StopRequested as request:
@@ -107,6 +109,8 @@ def _stop(stack: Stack, number: signal.Signals | None) -> None:
     with contextlib.suppress(OSError):
         if killed:
             typer.echo(f"had to be killed: {', '.join(killed)}; nothing that was accepted is lost", err=True)
+        if number is not None:
+            typer.echo(f"stopped; the data stay in {_shown(stack.folder)}", err=True)
 
 
 @contextlib.contextmanager

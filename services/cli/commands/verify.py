@@ -68,9 +68,13 @@ def _print(report: Report, limit: int) -> None:
     more = len(report.problems) - limit
     if more > 0 and limit:
         typer.echo(f"and {more} more; --json has all")
-    verdict = "clean" if report.clean else f"{len(report.problems)} problem{'' if len(report.problems) == 1 else 's'}"
+    verdict = "clean" if report.clean else _count(len(report.problems), "problem")
     typer.echo(
-        f"{verdict}: {report.events} events of {report.consultations} consultations in "
-        f"{len(report.partitions)} file{'' if len(report.partitions) == 1 else 's'}, "
+        f"{verdict}: {_count(report.events, 'event')} of {_count(report.consultations, 'consultation')} in "
+        f"{_count(len(report.partitions), 'file')}, "
         f"{report.seconds:.1f} s, {report.events_per_second:,.0f} events/s"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

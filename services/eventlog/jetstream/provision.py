@@ -60,10 +60,10 @@ async def provision(nc: Client, settings: LogSettings, *, deadline: float = DEAD
         LogUnavailableError: the cluster was not able to within *deadline*; call again.
     """
     check_version(str(server_info(nc).get("version", "")))
-    api = JetStreamApi(nc, timeout=ANSWER_SECONDS)
+    api = JetStreamApi(nc, timeout=min(ANSWER_SECONDS, deadline))
     patience = _Patience(deadline)
     try:
-        await patience.retry(lambda: _check_jetstream(nc, api))
+        await patience.retry(lambda: _enabled(nc, api.request("INFO")))
         info = await patience.retry(lambda: _ensure(api, stream_config(settings), patience))
         await patience.retry(lambda: _ensure(api, dead_stream_config(settings), patience))
     except LogForbiddenError as error:
@@ -78,12 +78,13 @@ async def stream_identity(nc: Client, settings: LogSettings, *, deadline: float 
     """Check that the stream exists and is what *settings* ask for, change nothing, and return which log it is.
 
     Raises:
-        ProvisionError: there is no such stream, or it is another one.
+        ProvisionError: there is no JetStream, no such stream, or it is another one.
         LogUnavailableError: no answer within *deadline* seconds; call again.
     """
     check_version(str(server_info(nc).get("version", "")))
-    api = JetStreamApi(nc, timeout=ANSWER_SECONDS)
-    info = await _Patience(deadline).retry(lambda: api.stream_info(names.STREAM))
+    api = JetStreamApi(nc, timeout=min(ANSWER_SECONDS, deadline))
+    # not INFO of the account: a persister that does not provision may have no right to ask for it
+    info = await _Patience(deadline).retry(lambda: _enabled(nc, api.stream_info(names.STREAM)))
     if info is None:
         raise ProvisionError(f"stream {names.STREAM} does not exist: run `fiq provision`, or set FI_PROVISION=true")
     check_ownership(stream_config(settings), info["config"])
@@ -109,9 +110,10 @@ def _identity(info: Mapping[str, Any]) -> LogIdentity:
     return LogIdentity(names.STREAM, info["created"])
 
 
-async def _check_jetstream(nc: Client, api: JetStreamApi) -> None:
+async def _enabled(nc: Client, request: Awaitable[T]) -> T:
+    """Return the answer to *request*, or say that it can never come because JetStream is off."""
     try:
-        await api.request("INFO")
+        return await request
     except NoRespondersError:
         if not server_info(nc).get("jetstream"):
             raise _not_enabled() from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from nats.aio.client import Client
 
@@ -12,8 +13,12 @@ from services.contract.logs import get_logger
 from services.eventlog.errors import StartupError
 from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.names import Role
-from services.eventlog.jetstream.provision import provision
+from services.eventlog.jetstream.provision import DEADLINE_SECONDS, provision, stream_identity
+from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 #: one try to reach the cluster, seconds; each that fails is logged
 _TRY_SECONDS = 5.0
@@ -36,13 +41,45 @@ async def reach(settings: LogSettings, *, name: str, role: Role, on_closed: Call
         StartupError: no cluster within FI_STARTUP_TIMEOUT.
         ProvisionError: the stream is not what the settings ask for.
     """
+    client, _ = await _reach(settings, name, role, on_closed, provision if settings.provision else _nothing)
+    return client
+
+
+async def reach_log(
+    settings: LogSettings, *, name: str, role: Role, on_closed: Callable[[str], None]
+) -> tuple[Client, LogIdentity]:
+    """Do as :func:`reach`, and return which log it is, too; without provisioning the stream must exist already."""
+    return await _reach(settings, name, role, on_closed, provision if settings.provision else stream_identity)
+
+
+class _Step(Protocol[T_co]):
+    """What is done with a new connection, within *deadline* seconds."""
+
+    async def __call__(self, nc: Client, settings: LogSettings, *, deadline: float) -> T_co: ...
+
+
+async def _nothing(nc: Client, settings: LogSettings, *, deadline: float) -> None:
+    """Leave the streams to others."""
+
+
+async def _reach(
+    settings: LogSettings, name: str, role: Role, on_closed: Callable[[str], None], step: _Step[T]
+) -> tuple[Client, T]:
     log = get_logger("startup")
     loop = asyncio.get_running_loop()
     end = loop.time() + settings.startup_timeout
+
+    def within(limit: float) -> float:
+        return min(limit, max(_RETRY_SECONDS, end - loop.time()))
+
     while True:
-        deadline = min(_TRY_SECONDS, max(_RETRY_SECONDS, end - loop.time()))
         try:
-            return await _try(settings, name, role, on_closed, deadline)
+            client = await connect(settings, name=name, role=role, on_closed=on_closed, deadline=within(_TRY_SECONDS))
+            try:
+                return client, await step(client, settings, deadline=within(DEADLINE_SECONDS))
+            except BaseException:
+                await close(client)
+                raise
         except TransientError as error:
             left = end - loop.time()
             if left <= 0:
@@ -50,16 +87,3 @@ async def reach(settings: LogSettings, *, name: str, role: Role, on_closed: Call
                 raise StartupError(f"{waited}: {error}") from error
             log.warning("LOG_AWAITED", reason=str(error), seconds_left=round(left, 1))
         await asyncio.sleep(_RETRY_SECONDS)
-
-
-async def _try(
-    settings: LogSettings, name: str, role: Role, on_closed: Callable[[str], None], deadline: float
-) -> Client:
-    client = await connect(settings, name=name, role=role, on_closed=on_closed, deadline=deadline)
-    try:
-        if settings.provision:
-            await provision(client, settings)
-    except BaseException:
-        await close(client)
-        raise
-    return client

@@ -2,10 +2,10 @@
 
 What counts as committed is what the partition files hold, as the processes that run them tell in the service API, and
 no more than the acknowledgement floor of the consumer. The floor alone does not do: a purge moves that of a consumer
-that has caught up to the last sequence it has looked at (nats-server 2.15.1), past where the file stands. So a partition
-file that is younger than the last trim never lacks an event that is gone, and one that does is an old copy, which the
-follower refuses. Where nobody runs a partition, nothing is trimmed until somebody does; so it is when a consumer of a
-store is missing.
+that has caught up to the last sequence it has looked at (nats-server 2.15.1), past where the file stands. So a
+partition file that is younger than the last trim never lacks an event that is gone, and one that does is an old copy,
+which the follower refuses. Where nobody runs a partition, nothing is trimmed until somebody does, and no more is where
+a consumer of a store is missing.
 """
 
 from __future__ import annotations

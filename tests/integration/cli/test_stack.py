@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from services.cli import stack as module
 from services.cli.errors import ChildFailedError, PortTakenError
-from services.cli.ports import free_ports
+from services.cli.ports import free_ports, is_free
 from services.cli.stack import Stack
 from tests.support.polling import eventually_sync
 
@@ -81,6 +82,19 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(stack: Stack, tm
         second.start()
 
     assert second.processes == []
+
+
+def test_another_stack_on_the_port_is_not_taken_for_ours(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that start together may choose one port: who comes second takes another, and does not post to the first."""
+    looks = iter([True])  # the port looked free when it was chosen
+    monkeypatch.setattr(module, "PREFERRED_PORT", stack.ingest.port)
+    monkeypatch.setattr(module, "is_free", lambda port: next(looks, None) or is_free(port))
+
+    with Stack(tmp_path, nodes=1, persisters=1) as second:
+        assert second.ingest.port != stack.ingest.port
+        assert second.ingest.is_ready()
 
 
 def test_a_port_that_was_asked_for_is_used(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import psutil
 import pytest
 
 from services.cli.folder import StackFolder, State
+from services.cli.ports import LOOPBACK
+from services.cli.stack import PREFERRED_PORT
 from tests.support.polling import eventually_sync
 
 START = 90.0
@@ -78,9 +81,11 @@ def running(folder: Path, *options: str) -> Iterator[Up]:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """One stack for the tests that only look."""
-    with running(tmp_path_factory.mktemp("up")) as started:
-        yield started
+    """One stack for the tests that only look, on another port than the usual one, which is taken."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # somebody else has it: as good
+            held.enter_context(socket.create_server((LOOPBACK, PREFERRED_PORT)))
+        yield held.enter_context(running(tmp_path_factory.mktemp("up")))
 
 
 def fiq(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -134,6 +139,12 @@ def test_up_prints_what_to_paste(up: Up) -> None:
     assert up.state.ingest_url in up.stdout
     assert up.state.nats_url in up.stdout
     assert [word for word in ("curl", "nats --server", "open_corpus", "fiq show") if word not in up.stdout] == []
+
+
+def test_up_says_that_the_usual_port_is_taken(up: Up) -> None:
+    """Or whoever posts to the usual one wonders who answers."""
+    port = up.state.ingest_url.rpartition(":")[2]
+    assert f"port {PREFERRED_PORT} is taken, using {port}\n" in up.stderr
 
 
 def test_the_printed_examples_work(up: Up) -> None:
@@ -291,12 +302,14 @@ def test_ctrl_c_stops_everything_and_the_data_stay(tmp_path: Path) -> None:
     """Exit code 130, no process left; the next `up` in the folder goes on with the corpus and the stream."""
     with running(tmp_path) as first:
         post(first, "kept", "first")
+        shown(first, "kept", 1)
         pids = first.pids
         first.interrupt()
 
         assert first.process.wait(60) == 130
         assert alive(pids) == []
         assert "Traceback" not in first.stderr
+        assert "stopped; the data stay in .fiq" == first.stderr.splitlines()[-1]
     assert "kept: 1 event\n" in fiq(tmp_path, "show", "kept").stdout
     assert fiq(tmp_path, "status").returncode == 1
 

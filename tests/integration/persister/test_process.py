@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted, service_infos
 from tests.support.polling import eventually, eventually_sync
@@ -25,7 +26,11 @@ async def test_everything_accepted_is_in_hdf5_and_the_process_tells_of_itself(lo
         assert 200 == status
         written = [float(line.split()[-1]) for line in metrics.splitlines() if "fi_persister_events_total{" in line]
         assert 300 == sum(written)
-        (info,) = await service_infos(log.nc)
+
+        async def announced() -> list[dict[str, Any]]:
+            return await service_infos(log.nc)
+
+        (info,) = await eventually(announced)
         assert str(persister.process.pid) == info["metadata"]["pid"]
         assert "00,01,02,03" == info["metadata"]["partitions"]
         assert {"worker", "volume", "store", "host"} < info["metadata"].keys()
@@ -60,17 +65,20 @@ async def test_the_ack_rate_is_not_zero_while_events_are_acknowledged(log: Log, 
     """It looks back ten seconds; the observations every two seconds must not start it anew."""
     with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
         await persister.ready()
-        await persisted(tmp_path / "data", await log.publish(40))
+        published: list[int] = []
 
-        async def observed() -> bool:
+        async def observed() -> list[float]:
+            """Events of a moment ago count: on a busy machine those of the last round may be too old by now."""
+            published.append(sum(map(len, (await log.publish(40)).values())))
             _, metrics = await persister.ask("/metrics")
-            return "fi_queue_length{" in metrics
+            assert "fi_queue_length{" in metrics  # there has been an observation
+            rates = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("fi_queue_ack_rate{")]
+            assert 0 < sum(rates)
+            return rates
 
-        await eventually(observed)
-        _, metrics = await persister.ask("/metrics")
-        rates = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("fi_queue_ack_rate{")]
+        rates = await eventually(observed)
         assert PARTITIONS == len(rates)
-        assert 0 < sum(rates) <= 4.0 + 1e-9
+        assert sum(published) / 10 + 1e-9 >= sum(rates)
 
 
 async def test_a_second_process_takes_over_from_a_killed_one(log: Log, tmp_path: Path) -> None:
@@ -96,7 +104,11 @@ async def test_a_second_process_takes_over_from_a_killed_one(log: Log, tmp_path:
         events.append(await publishing)
         await persisted(data, *events)
         await second.ready()
-        assert [PARTITIONS] == await partitions()
+
+        async def alone() -> bool:
+            return await partitions() == [PARTITIONS]
+
+        await eventually(alone)
         assert 0 == await second.end()
 
 
@@ -222,10 +234,13 @@ async def test_a_second_signal_kills_the_workers_too(log: Log, tmp_path: Path) -
         pids = await worker_pids(log)
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        parent.terminate()
-        await asyncio.sleep(0.2)  # two signals at once would be one
-        parent.terminate()
-        assert -signal.SIGTERM == await asyncio.to_thread(parent.wait)
+
+        def ended() -> bool:
+            parent.terminate()  # signals that come at the same time are one: again until there were two
+            return parent.process.poll() is not None
+
+        await eventually(ended)
+        assert -signal.SIGTERM == parent.process.returncode
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
         await eventually(lambda: not any(alive(pid) for pid in pids))

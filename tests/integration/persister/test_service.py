@@ -15,6 +15,7 @@ from nats.aio.client import Client
 from services.contract.lifecycle import Stop
 from services.corpus import EventStore
 from services.eventlog.jetstream import startup
+from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
 from services.persister import assignment
 from services.persister.errors import VolumeBusyError
@@ -50,11 +51,11 @@ def run(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
     async def running() -> AsyncIterator[Run]:
         made = Run(tmp_path / "data", log.settings)
 
-        async def reach(*arguments: object, **options: object) -> Client:
-            made.client = await startup.reach(*arguments, **options)  # type: ignore[arg-type]
-            return made.client
+        async def reach_log(*arguments: object, **options: object) -> tuple[Client, LogIdentity]:
+            made.client, identity = await startup.reach_log(*arguments, **options)  # type: ignore[arg-type]
+            return made.client, identity
 
-        monkeypatch.setattr("services.persister.service.reach", reach)
+        monkeypatch.setattr("services.persister.service.reach_log", reach_log)
         try:
             yield made
         finally:
@@ -108,3 +109,22 @@ async def test_a_claim_lock_that_is_kept_for_a_while_delays_the_claims_only(
     async with run():
         await persisted(tmp_path / "data", await log.publish(20))
     assert [] == busy
+
+
+async def test_a_stop_is_heard_while_the_process_announces_itself(
+    run: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The announcement is a conversation with the cluster, which may fall silent in it."""
+    announcing = asyncio.Event()
+
+    async def add_service(*_: object, **__: object) -> None:
+        announcing.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("nats.micro.add_service", add_service)
+    async with run() as process:
+        await announcing.wait()
+        process.stop.request("the test says so")
+        await asyncio.wait({process.work}, timeout=20)
+        assert process.work.done()
+        assert [] == list((process.data / "workers").iterdir())

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+
+import nats.micro
+import orjson
 
 from services.cli.cluster import Cluster
 from services.contract.event import Event
 from services.contract.ids import new_event_id
+from services.eventlog.errors import LogUnavailableError
+from services.eventlog.jetstream.names import PERSISTER_SERVICE, consumer_name
+from services.eventlog.jetstream.placement import Placements
+from services.eventlog.jetstream.processes import show_committed
 from services.eventlog.jetstream.trim import Trimmer
-from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned
+from services.eventlog.partitions import partition_of
+from tests.support.persisters import PARTITIONS, Contents, Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
 
 
@@ -76,42 +85,62 @@ async def test_a_store_that_is_behind_holds_it_back(log: Log, tmp_path: Path) ->
             await eventually(lambda: _empty(log))
 
 
-async def test_a_purge_that_moves_the_floors_lets_nothing_be_trimmed_past_a_file(log: Log, tmp_path: Path) -> None:
+async def test_a_purge_that_moves_the_floors_lets_nothing_be_trimmed_past_a_file(log: Log) -> None:
     """The floor of a consumer that has caught up jumps to the stream's end; the file would be refused at a restart."""
-    data = tmp_path / "data"
-    with Persister(tmp_path, log.cluster, data) as persister:
-        await persister.ready()
-        first = await log.publish(4, consultations=1)
-        await persisted(data, first)
-        await eventually(lambda: _advanced(persister, 4))  # next in half a minute
-        second = await log.publish(PARTITIONS * 3)
-        await persisted(data, first, second)
-        reached = await _committed(persister)
-        assert min(reached.values()) < 4 + 3 * PARTITIONS
-        await log.api.purge("fi-events", 3)
-        await eventually(lambda: _floors_above(log, min(reached.values())))
+    events = await log.publish(12)
+    last = {
+        p: max(n for n, name in enumerate(_in_turn(events), 1) if partition_of(name, PARTITIONS) == p)
+        for p in range(PARTITIONS)
+    }
+    for partition, sequence in last.items():  # as if each file had come there, and no further
+        await Placements(log.nc, log.settings).claim(partition, "volume", 1)
+        await _caught_up(log, consumer_name("main", partition), sequence)
+    metadata = {"store": "main", "volume": "volume", "committed": show_committed(last)}
+    service = await nats.micro.add_service(log.nc, name=PERSISTER_SERVICE, version="0.0.0", metadata=metadata)
+    lowest = min(last.values())
+    await _floors_moved_by_purges(log, lowest)
+    trimmer = Trimmer(log.nc, partitions=PARTITIONS, retention=0)
 
-        trimmed = await Trimmer(log.nc, partitions=PARTITIONS, retention=0).trim()
+    assert lowest == (await trimmer.trim()).committed
 
-        assert trimmed.committed <= min((await _committed(persister)).values())
-        assert 0 == await persister.end()
-    with Persister(tmp_path / "again", log.cluster, data) as persister:
-        await persister.ready()
-        third = await log.publish(5)
-        await persisted(data, first, second, third)
+    assert lowest + 1 == (await log.state())["first_seq"]
+    await service.stop()
+    assert 0 == (await trimmer.trim()).committed
 
 
-async def _floors_above(log: Log, sequence: float) -> bool:
-    infos = await log.api.list_consumers("fi-events")
-    return min(info["ack_floor"]["stream_seq"] for info in infos) > sequence
+def _in_turn(events: Contents) -> list[str]:
+    """Return the consultation of each event, in the order in which they were published: one after the other."""
+    return [name for name, _ in sorted(events.items(), key=lambda item: int(item[0][1:]))]
 
 
-async def _committed(persister: Persister) -> dict[str, float]:
-    """Return what each partition's file has reached."""
-    samples = await persister.samples()
-    return {name: value for name, value in samples.items() if name.startswith("fi_persister_committed_sequence{")}
+async def _caught_up(log: Log, consumer: str, sequence: int) -> None:
+    """Put *consumer* behind *sequence*, and ask it for more, as a follower does: it looks through all that is there."""
+
+    async def reset() -> bool:
+        with contextlib.suppress(LogUnavailableError):  # it has no leader yet
+            await log.api.reset_consumer("fi-events", consumer, sequence + 1)
+            return True
+        return False
+
+    await eventually(reset)
+    pull = orjson.dumps({"batch": 1, "expires": 30 * 10**9})
+    inbox = log.nc.new_inbox()
+    await log.nc.subscribe(inbox)  # the server looks for nothing that nobody would hear
+    await log.nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.fi-events.{consumer}", pull, reply=inbox)
+
+    async def looking() -> bool:
+        info = await log.api.consumer_info("fi-events", consumer)
+        return info is not None and bool(info["num_waiting"] == 1)
+
+    await eventually(looking)
 
 
-async def _advanced(persister: Persister, sequence: int) -> bool:
-    committed = await _committed(persister)
-    return len(committed) == PARTITIONS and min(committed.values()) == sequence
+async def _floors_moved_by_purges(log: Log, lowest: int) -> None:
+    """Delete one event after the other, none of them behind *lowest*, until no floor is where it was put."""
+    victims = iter(range(2, lowest + 1))
+
+    async def moved() -> bool:
+        await log.api.purge("fi-events", next(victims, lowest))
+        return bool(min(i["ack_floor"]["stream_seq"] for i in await log.api.list_consumers("fi-events")) > lowest)
+
+    await eventually(moved)

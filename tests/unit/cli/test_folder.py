@@ -84,3 +84,11 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
 
     with pytest.raises(CommandError, match="--folder"), StackFolder(tmp_path / "file" / "stack").held():
         pass
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    """Said in so many words: "File exists" would be a riddle."""
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(CommandError, match=r"file is no directory"), StackFolder(file).held():
+        pass

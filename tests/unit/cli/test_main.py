@@ -86,8 +86,12 @@ def test_wrong_usage_exits_with_2(runner: CliRunner, arguments: list[str]) -> No
         (["show", "c-1"], "--corpus"),
         (["export", "c-1"], "--corpus"),
         (["status", "--folder", "elsewhere"], "elsewhere"),
-        (["provision", "--server", "http://127.0.0.1:1"], "FI_NATS_URL"),
+        (["provision", "--server", "http://127.0.0.1:1"], "--server 'http://127.0.0.1:1'"),
+        (["status", "--server", "foo"], "--server 'foo'"),
         (["show", "c-1", "--corpus", "nowhere"], "nowhere"),
+        (["show", "a/b", "--corpus", "."], "'a/b' is no consultation's id: "),
+        (["show", "", "--corpus", "."], "'' is no consultation's id: "),
+        (["up", "--folder", "/dev/null"], "/dev/null is no directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

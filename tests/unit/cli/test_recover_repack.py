@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def test_recover_says_that_a_writer_lives(file: Path) -> None:
     assert (1, "") == (done.exit_code, done.stdout)
     assert "another process writes 00.h5" in done.stderr
     assert "there is nothing to do" in done.stderr
+
+
+def test_recover_says_once_that_a_writer_lives(file: Path) -> None:
+    """Naming all of its files: sixteen times the same sentence hides anything else."""
+    other = file.with_name("01.h5")
+    with EventStore.open(file, expected=None), EventStore.create(other, replace(IDENTITY, partition=1)):
+        done = run("recover", file.parent)
+    assert 1 == done.exit_code
+    assert "another process writes 00.h5: " in done.stderr
+    assert "(and so for 01.h5)" in done.stderr
+    assert 1 == done.stderr.count("there is nothing to do")
 
 
 def test_recover_of_one_bad_file_recovers_the_others(file: Path) -> None:

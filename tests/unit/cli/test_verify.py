@@ -31,6 +31,14 @@ def test_a_clean_corpus_is_told_in_one_line(directory: Path) -> None:
     assert "" == done.stderr
 
 
+def test_one_is_no_plural(tmp_path: Path) -> None:
+    """Of events, consultations and files."""
+    with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
+        commit_range(store, range(1, 2))
+    done = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert "clean: 1 event of 1 consultation in 1 file, " in done.stdout
+
+
 def test_problems_are_printed_up_to_a_limit(directory: Path) -> None:
     """The exit code is 1; each line names file, consultation and row, and the JSON has all of them."""
     damage(directory / "00.h5", damages.swap_rows)

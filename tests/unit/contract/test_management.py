@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 
 import pytest
 from aiohttp import web
@@ -42,9 +44,10 @@ async def test_a_service_whose_loop_turns_is_alive_also_when_it_is_not_ready() -
 
 
 async def test_readiness_says_why_not() -> None:
-    """503 with every reason, 200 without one."""
+    """503 with every reason, 200 without one; and which process it is that answers on the port."""
     status, _, body = await get(Check("no leader", "no consumers"), "/readyz")
-    assert (status, body) == (503, '{"status": "not ready", "reasons": ["no leader", "no consumers"]}')
+    expected = {"status": "not ready", "reasons": ["no leader", "no consumers"], "pid": os.getpid()}
+    assert (status, json.loads(body)) == (503, expected)
     status, _, _ = await get(Check(), "/readyz")
     assert status == 200
 

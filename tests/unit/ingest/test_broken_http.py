@@ -20,7 +20,7 @@ JSON = b"Content-Type: application/json\r\n"
 
 @pytest.fixture
 async def edge() -> AsyncIterator[Edge]:
-    async with running_edge(body_timeout=0.3) as edge:
+    async with running_edge(body_timeout=1) as edge:
         yield edge
 
 
@@ -93,7 +93,7 @@ def test_no_bytes_make_the_service_fail_or_hang(cut: int, junk: bytes, head: byt
     """Whatever comes, the answer is no 5xx, and the next client is served."""
 
     async def one() -> None:
-        async with running_edge(body_timeout=0.05) as edge:
+        async with running_edge() as edge:
             request = (head + framing + BODY)[:cut] + junk
             answer = await edge.raw(request, end=True)
             assert all(status < 500 for status in statuses(answer)), request

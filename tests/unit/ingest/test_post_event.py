@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -188,25 +187,6 @@ async def test_what_the_log_cannot_take_is_answered_with_retry_after(
         assert (status, expected, "3") == (reply.status, slug(reply), reply.headers["Retry-After"])
         assert edge.metric("fi_ingest_publishes_total", outcome=outcome) == 1.0
         assert edge.metric("fi_ingest_requests_total", status=str(status), problem=expected) == 1.0
-
-
-@pytest.mark.parametrize("limit", [{"max_in_flight": 2}, {"max_in_flight_bytes": 2 * 18}])
-async def test_the_limits_count_bodies_that_are_still_being_read(limit: dict[str, Any]) -> None:
-    """They take memory, too: slow clients with large bodies must not add up without a bound."""
-    async with running_edge(**limit) as edge:
-        head = b"POST /consultations/c-1/events HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        slow = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(2)]
-        for _, writer in slow:
-            writer.write(head + b"Content-Length: 18\r\n\r\n{")
-        await eventually(lambda: edge.metric("fi_ingest_requests_in_flight") == 2)
-        reply = await edge.post(body=BODY)
-        assert (429, "too-many-in-flight") == (reply.status, slug(reply))
-        for reader, writer in slow:
-            writer.write(b'"event_type":"A"}')
-            assert b" 202 " in await reader.readline()
-            writer.close()
-            await writer.wait_closed()
-        assert 202 == (await edge.post(body=BODY)).status
 
 
 async def test_an_unexpected_error_is_500_without_its_text(edge: Edge, capsys: pytest.CaptureFixture[str]) -> None:
