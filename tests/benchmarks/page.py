@@ -45,6 +45,13 @@ _THROUGHPUT = """\
 runs meanwhile.
 """
 
+_SECURITY = """\
+## What security costs
+
+POST on the plain cluster and on one as `fiq init` makes it: TLS 1.3 between nodes and to clients, a user with nothing
+but its subjects for each service. Both run side by side and take turns; HTTP itself is plain in both.
+"""
+
 _PERSISTER = """\
 ## Events a second of the persister
 
@@ -64,7 +71,13 @@ _MEMORY = """\
 most that was seen in each phase, looked at ten times a second; 1 MB is 10^6 bytes.
 """
 
-_SECTIONS = {"latency": _LATENCY, "throughput": _THROUGHPUT, "persister": _PERSISTER, "memory": _MEMORY}
+_SECTIONS = {
+    "latency": _LATENCY,
+    "throughput": _THROUGHPUT,
+    "security": _SECURITY,
+    "persister": _PERSISTER,
+    "memory": _MEMORY,
+}
 
 
 def render(results: Results) -> str:

@@ -64,7 +64,7 @@ def latency(bench: Bench) -> list[Latency]:
                     of[OLD_WAY] = bench.load(old_port, clients)
                 for target, report in of.items():
                     reports.setdefault((clients, target), []).append(report)
-    return [_latency(target, clients, reports[clients, target]) for clients, target in sorted(reports, key=_order)]
+    return [summary(target, clients, reports[clients, target]) for clients, target in sorted(reports, key=_order)]
 
 
 def throughput(bench: Bench) -> list[Throughput]:
@@ -89,7 +89,9 @@ def _order(key: tuple[int, str]) -> tuple[int, int]:
     return clients, (POST, PUBLISH, OLD_WAY).index(target)
 
 
-def _latency(target: str, clients: int, reports: list[Report]) -> Latency:
+def summary(target: str, clients: int, reports: list[Report]) -> Latency:
+    """Return the medians over the rounds."""
+
     def at(share: float) -> float:
         return middle([percentile(report.latencies_us, share) / 1000 for report in reports])
 

@@ -14,6 +14,8 @@ OLD_WAY = "HDF5 in the request"
 EMPTY = "empty handler"
 PERSISTER = "persister"
 PULL = "bare pull"
+PLAIN = "POST, plain"
+SECURED = "POST, TLS and users"
 APPEND = "append + flush, each event"
 
 
@@ -83,6 +85,7 @@ class Results(TypedDict, total=False):
     about: About
     latency: list[Latency]
     throughput: list[Throughput]
+    security: list[Latency]
     persister: list[Drain]
     memory: list[Memory]
 

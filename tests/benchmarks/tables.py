@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from tests.benchmarks.aims import aims
-from tests.benchmarks.results import APPEND, EMPTY, PERSISTER, PUBLISH, PULL, Drain, Results
+from tests.benchmarks.results import APPEND, EMPTY, PERSISTER, PLAIN, PUBLISH, PULL, Drain, Results
 
 
 def latency(results: Results) -> str:
@@ -26,6 +26,26 @@ def latency(results: Results) -> str:
             ]
         )
     heads = "clients|target|p50 ms|p95 ms|p99 ms|p50 / bare publish|events/s|samples|failures"
+    return table(heads.split("|"), rows, text=2)
+
+
+def security(results: Results) -> str:
+    """Return the table of what security costs."""
+    rows = []
+    for row in results["security"]:
+        plain = _of(results["security"], target=PLAIN, clients=row["clients"])
+        rows.append(
+            [
+                f"{row['clients']}",
+                row["target"],
+                *(f"{value:.2f}" for value in (row["p50_ms"], row["p95_ms"], row["p99_ms"])),
+                _ratio(row["p50_ms"], plain["p50_ms"] if plain else math.nan),
+                _count(row["events_per_s"]),
+                _ratio(row["events_per_s"], plain["events_per_s"] if plain else math.nan),
+                f"{row['failures']}",
+            ]
+        )
+    heads = "clients|target|p50 ms|p95 ms|p99 ms|p50 / plain|events/s|events/s / plain|failures"
     return table(heads.split("|"), rows, text=2)
 
 
@@ -94,7 +114,13 @@ def verdicts(results: Results) -> str:
 
 def all_tables(results: Results) -> list[tuple[str, str]]:
     """Return key and table of each benchmark that was run, in order."""
-    makers = {"latency": latency, "throughput": throughput, "persister": persister, "memory": memory}
+    makers = {
+        "latency": latency,
+        "throughput": throughput,
+        "security": security,
+        "persister": persister,
+        "memory": memory,
+    }
     return [(key, make(results)) for key, make in makers.items() if key in results]
 
 

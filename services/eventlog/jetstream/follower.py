@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 import orjson
@@ -25,6 +24,7 @@ from services.contract.logs import get_logger
 from services.eventlog.errors import LogUnavailableError, PlacementError
 from services.eventlog.jetstream.api import JetStreamApi, PermanentApiError
 from services.eventlog.jetstream.budget import Budget, Held, Share
+from services.eventlog.jetstream.buffer import Buffer
 from services.eventlog.jetstream.continuity import check_log
 from services.eventlog.jetstream.detour import next_event
 from services.eventlog.jetstream.names import STREAM, filter_subject
@@ -85,9 +85,7 @@ class JetStreamFollower:
         self._log = get_logger("follower").bind(consumer=consumer)
         self._subscription: Subscription | None = None
         self._pulls = Pulls(self._largest)
-        self._ready: deque[Delivery] = deque()
-        self._ready_bytes = 0
-        self._in_hand = self._in_hand_bytes = 0  # the batch that is being worked on
+        self._buffer = Buffer()
         self._pending = 0  # what the log held behind the last delivery
         self._wake = asyncio.Event()
         self._committed = 0  # what the sink has: where repairs start
@@ -126,18 +124,16 @@ class JetStreamFollower:
             PlacementError: the consumer was deleted.
             LogForbiddenError: the user of the connection may not follow the consumer.
         """
-        if self._in_hand:  # the one before is done
-            self._in_hand = self._in_hand_bytes = 0
-            if not self._doubt:
-                await self._pull_more()
-        while self._error is not None or not self._ready:
+        if self._buffer.done() and not self._doubt:
+            await self._pull_more()
+        while self._error is not None or not self._buffer:
             if self._error is not None:
                 raise self._error
             if self._doubt:
                 await self._repair()
                 continue
             await self._wait()
-        events = self._take(max_events, max_bytes)
+        events = self._buffer.take(max_events, max_bytes)
         if not self._doubt:
             await self._pull_more()
         return events
@@ -224,7 +220,7 @@ class JetStreamFollower:
         delivery = await next_event(self._nc, self._partition, self._seen)
         if delivery is not None and delivery.sequence > self._seen:
             self._log.warning("EVENT_NOT_DELIVERED", sequence=delivery.sequence)
-            self._buffer(delivery)
+            self._keep(delivery)
 
     async def _drop_subscription(self) -> None:
         subscription, self._subscription = self._subscription, None
@@ -249,29 +245,18 @@ class JetStreamFollower:
             async with asyncio.timeout(left):
                 await self._wake.wait()
 
-    def _take(self, max_events: int, max_bytes: int) -> list[Delivery]:
-        taken: list[Delivery] = []
-        size = 0
-        while self._ready and len(taken) < max_events and (not taken or size + len(self._ready[0].body) <= max_bytes):
-            delivery = self._ready.popleft()
-            size += len(delivery.body)
-            taken.append(delivery)
-        self._ready_bytes -= size
-        self._in_hand, self._in_hand_bytes = len(taken), size
-        return taken
-
     def _held(self) -> Held:
         promised = self._pulls.promised
         return Held(
-            promised + len(self._ready) + self._in_hand,
-            self._pulls.promised_bytes + self._ready_bytes + self._in_hand_bytes,
+            promised + self._buffer.events,
+            self._pulls.promised_bytes + self._buffer.size,
             busy=self._pending > promised,
         )
 
     def _hold_nothing(self) -> None:
         self._pulls.clear()
-        self._ready.clear()
-        self._ready_bytes = self._in_hand = self._in_hand_bytes = self._pending = 0
+        self._buffer.clear()
+        self._pending = 0
 
     async def _pull_more(self) -> None:
         while self._share is not None and (pull := self._pulls.next(self._share.room())) is not None:
@@ -322,13 +307,12 @@ class JetStreamFollower:
         if sequence <= self._seen:
             return True  # handed out before the repair
         consultation = message.subject[self._subject_prefix :]
-        self._buffer(Delivery(sequence, consultation, message.headers, message.data, message.reply))
+        self._keep(Delivery(sequence, consultation, message.headers, message.data, message.reply))
         return False
 
-    def _buffer(self, delivery: Delivery) -> None:
+    def _keep(self, delivery: Delivery) -> None:
         self._seen = delivery.sequence
-        self._ready.append(delivery)
-        self._ready_bytes += len(delivery.body)
+        self._buffer.put(delivery)
         self._wake.set()
 
     def _status(self, message: Msg) -> bool:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 
 import pytest
-from nats.aio.client import Client
 
 from services.cli.cluster import Cluster
-from services.contract.event import Event
-from services.contract.ids import new_event_id
 from services.eventlog.errors import LogMismatchError, PlacementError
-from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget, Held
-from services.eventlog.jetstream.connection import Connection, close, connect
+from services.eventlog.jetstream.connection import Connection
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import STREAM, consumer_name, subject_of
 from services.eventlog.jetstream.placement import Placements
 from services.eventlog.jetstream.provision import provision
-from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.protocol import Delivery, LogIdentity
+from services.eventlog.protocol import Delivery
 from services.eventlog.settings import LogSettings
 from tests.support.cluster import delete_streams
+from tests.support.persisters import Log as ProvisionedLog
+from tests.support.persisters import provisioned
 from tests.support.polling import eventually
 from tests.support.raw_nats import message, publish_raw
 
@@ -31,27 +27,12 @@ from tests.support.raw_nats import message, publish_raw
 PARTITIONS = 1
 
 
-@dataclass
-class Log:
+class Log(ProvisionedLog):
     """A provisioned log with the one partition's consumer, and what the tests do with it."""
-
-    cluster: Cluster
-    nc: Client
-    settings: LogSettings
-    identity: LogIdentity
-    publisher: Publisher
 
     @property
     def consumer(self) -> str:
         return consumer_name(self.settings.store, 0)
-
-    @property
-    def api(self) -> JetStreamApi:
-        return JetStreamApi(self.nc)
-
-    async def publish(self, count: int) -> None:
-        for _ in range(count):
-            await self.publisher.append(Event("c1", new_event_id(), 1, b'{"event_type":"T"}'))
 
     def follower(
         self, on_repair: Callable[[str], None] = lambda _: None, max_events: int = 64, budget: Budget | None = None
@@ -62,15 +43,9 @@ class Log:
 
 @pytest.fixture
 async def log(fresh_log: Cluster) -> AsyncIterator[Log]:
-    settings = LogSettings(servers=tuple(fresh_log.urls), partitions=PARTITIONS, max_bytes=64 * 2**20)
-    nc = await connect(settings, name="test", on_closed=lambda _: None)
-    identity = await provision(nc, settings)
-    await Placements(nc, settings).claim(0, "volume", 1)
-    publisher = Publisher(nc, deadline=20, max_in_flight=100)
-    await publisher.start()
-    yield Log(fresh_log, nc, settings, identity, publisher)
-    await publisher.close()
-    await close(nc)
+    async with provisioned(fresh_log, partitions=PARTITIONS) as made:
+        await Placements(made.nc, made.settings).claim(0, "volume", 1)
+        yield Log(**vars(made))
 
 
 async def take(follower: JetStreamFollower, count: int, *, acknowledge: bool = True) -> list[Delivery]:
@@ -106,9 +81,9 @@ async def test_the_buffer_holds_no_more_than_it_may(log: Log) -> None:
     assert [1] == sequences(await take(follower, 1))
 
     async def everything_sent_has_come() -> bool:
-        assert len(follower._ready) <= 8
+        assert len(follower._buffer) <= 8
         info = await log.api.consumer_info(STREAM, log.consumer)
-        return info is not None and bool(info["delivered"]["consumer_seq"] == 1 + len(follower._ready))
+        return info is not None and bool(info["delivered"]["consumer_seq"] == 1 + len(follower._buffer))
 
     await eventually(everything_sent_has_come)
     assert list(range(2, 201)) == sequences(await take(follower, 199))
@@ -123,7 +98,7 @@ async def test_a_busy_follower_takes_what_idle_ones_of_its_process_leave(log: Lo
     follower = log.follower(budget=budget)
     await follower.start(0)
     taken = await take(follower, 1)
-    await eventually(lambda: len(follower._ready) > 256 // 4)
+    await eventually(lambda: len(follower._buffer) > 256 // 4)
     while len(taken) < 600:
         batch = await follower.batch(max_events=8192, max_bytes=2**24)
         taken += batch
