@@ -116,7 +116,8 @@ async def test_an_idle_follower_gets_a_new_event_at_once(log: Log) -> None:
     await log.publish(1)
     async with asyncio.timeout(2):
         delivery = (await waiting)[0]
-    assert (1, "c1", b'{"event_type":"T"}') == (delivery.sequence, delivery.consultation, delivery.body)
+    expected = (1, "c0", b'{"event_type":"T","payload":0}')
+    assert expected == (delivery.sequence, delivery.consultation, delivery.body)
     await follower.close()
 
 
