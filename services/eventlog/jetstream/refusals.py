@@ -144,13 +144,16 @@ def listen(nc: Client, listener: RefusalListener) -> Callable[[], None]:
 
 
 async def check_hearing(nc: Client, *, timeout: float) -> None:
-    """Make sure that the inboxes subscribed to so far are heard; the broker answers in turn, so one round trip tells.
+    """Make sure that the inboxes subscribed to so far are heard; the broker answers in turn, so a round trip tells.
+
+    It takes two: nats-py writes the PING of a flush past the buffer in which the subscriptions may still wait.
 
     Raises:
         LogForbiddenError: the user may not listen to them.
     """
     with contextlib.suppress(nats.errors.Error, OSError):  # what the connection lacks otherwise, others will find out
-        await cancellable(nc.flush(timeout=timeout))  # type: ignore[arg-type]  # annotated int, used in wait_for()
+        for _ in range(2):
+            await cancellable(nc.flush(timeout=timeout))  # type: ignore[arg-type]  # annotated int, used in wait_for()
     must_hear(nc)
 
 
