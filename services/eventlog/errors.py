@@ -7,6 +7,7 @@
         LogFullError                the stream is at its limit and takes no more
         DuplicateInFlightError      the same message id is being stored just now
         TooManyInFlightError        this process is at its own limit
+        CorpusAwayError             no persister answers for the partition
     PermanentError
         LogRefusedError             the broker refuses for good: configuration, permission, size
             ProvisionError          the stream cannot be what the settings ask for
@@ -36,6 +37,10 @@ class DuplicateInFlightError(TransientError):
 
 class TooManyInFlightError(TransientError):
     """Raised when this process has its limit of appends under way: nothing was sent."""
+
+
+class CorpusAwayError(TransientError):
+    """Raised when no persister answers for the partition of a consultation: its part of the corpus cannot be read."""
 
 
 class LogRefusedError(PermanentError):

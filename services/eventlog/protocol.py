@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
+from uuid import UUID
 
 from services.contract.event import Event
 
@@ -58,6 +59,21 @@ class Delivery:
     token: str
 
 
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """One event with its place, read from the log or from the corpus.
+
+    Attributes:
+        sequence: position in the log, from 1.
+        event: as it was stored.
+        persisted: read from the corpus; otherwise it still waits in the log.
+    """
+
+    sequence: int
+    event: Event
+    persisted: bool
+
+
 class EventWriter(Protocol):
     """The appending side."""
 
@@ -71,6 +87,35 @@ class EventWriter(Protocol):
             DuplicateInFlightError: the same message id is being stored by somebody else just now.
             TooManyInFlightError: this process has its limit of appends under way; nothing was sent.
             LogRefusedError: the log refuses for good; an operator must act.
+        """
+        ...
+
+
+class EventReader(Protocol):
+    """The reading side of the HTTP edge: the corpus through the persisters, then what still waits in the log."""
+
+    async def at(self, sequence: int) -> StoredEvent | None:
+        """Return the event at *sequence* of the log, or None when the log holds it no more.
+
+        Raises:
+            LogUnavailableError: no answer in time.
+        """
+        ...
+
+    async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        """Return the event that the corpus holds under *event_id*, or None when it holds none.
+
+        Raises:
+            CorpusAwayError: the partition's persister does not answer.
+        """
+        ...
+
+    async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
+        """Return at most *limit* events of *consultation* with positions above *after*, in order, without gaps.
+
+        Raises:
+            CorpusAwayError: the partition's persister does not answer, and the log alone cannot show that it has all.
+            LogUnavailableError: the log does not answer in time.
         """
         ...
 
