@@ -18,6 +18,7 @@ from services.cli.commands.doctor import doctor
 from services.cli.commands.export import export
 from services.cli.commands.init import init
 from services.cli.commands.nats_context import nats_context
+from services.cli.commands.post import post
 from services.cli.commands.provision import provision
 from services.cli.commands.recover import recover
 from services.cli.commands.repack import repack
@@ -73,6 +74,7 @@ app.command()(init)
 app.command()(up)
 app.command()(status)
 app.command()(doctor)
+app.command()(post)
 app.command()(show)
 app.command()(export)
 app.command()(verify)

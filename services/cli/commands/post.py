@@ -1,0 +1,212 @@
+"""``fiq post``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Annotated
+
+import typer
+
+from services.cli.errors import CommandError, NotRunningError
+from services.cli.folder import DEFAULT_FOLDER, StackFolder
+from services.cli.posting.checkpoint import Checkpoint, Posting
+from services.cli.posting.lines import Checked, check, is_regular, lines
+from services.cli.posting.poster import Poster, Tally
+from services.cli.progress import bar
+from services.client import FiqClient, Patience
+from services.contract.errors import InvalidIdError
+from services.contract.ids import check_consultation_id, event_id_from_key, new_event_id
+from services.contract.lifecycle import Stop, stop_on_signals, unless_stopped
+
+#: bad lines that are printed
+_SHOWN = 20
+#: one try of a batch, seconds
+_ATTEMPT = 30.0
+_DEFAULT_URL = "http://127.0.0.1:7001"
+#: of the posting: what is behind it for each line must fit, too
+_LONGEST_KEY = 200
+#: exit codes of the two signals: 128 and their numbers
+_STOPPED = {"SIGINT": 130, "SIGTERM": 143}
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How it is sent."""
+
+    url: str
+    token: str | None
+    ca_file: Path | None
+    consultation: str | None
+    concurrency: int
+    batch: int
+    patience: float
+
+
+def post(
+    file: Annotated[Path, typer.Argument(help="NDJSON, an event a line; - for stdin.")],
+    url: Annotated[
+        str | None, typer.Option(help="Of the service; that of a running `fiq up` or http://127.0.0.1:7001 otherwise.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of that `fiq up`; ./.fiq otherwise.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token; FI_TOKEN otherwise.")] = None,
+    ca_file: Annotated[Path | None, typer.Option(help="PEM file of the authority behind an https URL.")] = None,
+    consultation: Annotated[str | None, typer.Option(help="Of lines that name no consultation_id.")] = None,
+    key: Annotated[str | None, typer.Option(help="Of the posting, instead of the file's SHA-256.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Keeps how far it came; FILE.posting otherwise.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Batches on their way at the same time.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, max=1000, help="Events of a batch.")] = 500,
+    patience: Annotated[float, typer.Option(min=1, max=86400, help="How long each batch is tried, seconds.")] = 60,
+) -> None:
+    """Post the events of a file; go on where it was stopped, and repeat none.
+
+    Every line is looked at before the first one is sent. Events of one consultation keep their order.
+    """
+    _check_ids(consultation, key)
+    options = _Options(_url(url, folder), _token(token_file), ca_file, consultation, concurrency, batch, patience)
+    with _opened(file) as source:
+        if not is_regular(source):
+            _post(source, options, key or str(new_event_id()), state, None)
+            return
+        found = _checked(source, consultation)
+        source.seek(0)
+        place = state or file.with_name(f"{file.name}.posting")
+        _post(source, options, key or found.digest, place, found)
+
+
+def _post(source: IO[bytes], options: _Options, key: str, state: Path | None, found: Checked | None) -> None:
+    checkpoint = Checkpoint(state, Posting(key, options.url, options.consultation))
+    tally, stop, started = Tally(done=checkpoint.load()), Stop(), time.monotonic()
+
+    async def run() -> int | None:
+        stop_on_signals(stop)
+        return await unless_stopped(_send(source, options, key, found, tally, on_accepted), stop)
+
+    with bar("posting") as show:
+
+        def on_accepted() -> None:
+            checkpoint.save(tally.done)
+            show(tally.accepted / found.events if found else 0.0, f"{tally.accepted:,} events")
+
+        try:
+            retried = asyncio.run(run())
+        except CommandError as error:
+            checkpoint.save(tally.done, now=True)
+            raise CommandError(f"{error}\n{_how_far(tally, key, found)}") from None
+    if retried is None:
+        checkpoint.save(tally.done, now=True)
+        typer.echo(f"fiq: {stop.reason}: {_how_far(tally, key, found)}", err=True)
+        raise typer.Exit(_STOPPED[stop.reason])
+    checkpoint.clear()
+    seconds = time.monotonic() - started
+    typer.echo(
+        f"accepted    {tally.accepted:>10}\nduplicates  {tally.duplicates:>10}\n"
+        f"retried     {retried:>10}\nseconds     {seconds:>10.1f}"
+    )
+
+
+async def _send(
+    source: IO[bytes],
+    options: _Options,
+    key: str,
+    found: Checked | None,
+    tally: Tally,
+    on_accepted: Callable[[], None],
+) -> int:
+    """Send everything and return how many tries were made again."""
+    context = None if options.ca_file is None else _context(options.ca_file)
+    patience = Patience(deadline=options.patience, attempt=min(_ATTEMPT, options.patience))
+    size = None if found is None else found.size
+    async with (
+        FiqClient(
+            options.url, options.token, patience=patience, connections=options.concurrency, context=context
+        ) as client,
+        aclosing(lines(source, options.consultation, behind=tally.done, size=size)) as events,
+    ):
+        poster = Poster(client, key, tally, lanes=options.concurrency, batch=options.batch, on_accepted=on_accepted)
+        await poster.run(events)
+        return client.retries
+
+
+def _checked(source: IO[bytes], consultation: str | None) -> Checked:
+    with bar("checking") as show:
+        found = check(source, consultation, show)
+    if found.wrong:
+        for number, reason in found.wrong[:_SHOWN]:
+            typer.echo(f"line {number}: {reason}", err=True)
+        more = f", {len(found.wrong) - _SHOWN} more than are shown" if len(found.wrong) > _SHOWN else ""
+        raise CommandError(f"{len(found.wrong)} of {found.events} lines are no events{more}; nothing was sent")
+    return found
+
+
+def _how_far(tally: Tally, key: str, found: Checked | None) -> str:
+    far = f"{tally.accepted} lines were accepted, all up to line {tally.done} among them"
+    if found is None:
+        return f"{far}; the same input with  --key {shlex.quote(key)}  repeats none of them"
+    changed = "" if key != found.digest else f", after a change of the file with  --key {key}"
+    return f"{far}; the same command goes on behind it{changed}"
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[IO[bytes]]:
+    if str(file) == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        source = file.open("rb")
+    except OSError as error:
+        raise CommandError(f"cannot read {file}: {error.strerror}") from error
+    with source:
+        yield source
+
+
+def _check_ids(consultation: str | None, key: str | None) -> None:
+    try:
+        if consultation is not None:
+            check_consultation_id(consultation)
+        if key is not None:
+            event_id_from_key(key)
+    except InvalidIdError as error:
+        raise CommandError(str(error)) from None
+    if key is not None and (len(key) > _LONGEST_KEY or '"' in key):
+        raise CommandError(f"--key is at most {_LONGEST_KEY} characters, without quotes")
+
+
+def _url(url: str | None, folder: Path | None) -> str:
+    if url is not None:
+        return url
+    try:
+        return StackFolder(folder or DEFAULT_FOLDER).read().ingest_url
+    except NotRunningError:
+        if folder is not None:
+            raise
+        return _DEFAULT_URL
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("FI_TOKEN", "").strip() or None
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise CommandError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise CommandError(f"{file} holds no token") from None
+
+
+def _context(ca_file: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # of which SSLError is one
+        raise CommandError(f"cannot read certificates from {ca_file}: {error.strerror or error}") from error

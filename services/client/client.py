@@ -1,0 +1,233 @@
+"""The client: one object for a service, one method for each thing that it does."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+import orjson
+
+from services.client.errors import RefusedError, UnexpectedAnswerError
+from services.client.exchange import Exchange, Request
+from services.client.following import follow
+from services.client.patience import Patience
+from services.client.records import Accepted, StoredEvent
+from services.contract.ids import check_consultation_id, event_id_from_key, new_event_id
+
+#: an event as a program has it, or its JSON text, which is stored byte for byte
+EventBody = Mapping[str, Any] | bytes
+
+_JSON = "application/json"
+_NDJSON = "application/x-ndjson"
+_UNKNOWN_EVENT = "/problems/unknown-event"
+_LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+
+
+class FiqClient:
+    """Posts, reads and follows the events of one service; an async context manager.
+
+    Any number of tasks may use it. Each call goes on until it is decided: after a lost connection, a timeout and what
+    the service asks to retry, the same request is sent again under the same key, so that no try stores a second event.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        patience: Patience | None = None,
+        connections: int = 100,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
+        """Prepare; nothing is sent yet.
+
+        Args:
+            url: of the service, ``http://host:port`` or ``https://host:port``.
+            token: of `fiq token`; None where the service asks for none.
+            patience: how long each call is tried.
+            connections: most of them at a time.
+            context: for ``https``; None trusts the machine's authorities.
+
+        Raises:
+            ConfigurationError: *url* or *token* is malformed.
+        """
+        self._exchange = Exchange(url, token, patience or Patience(), connections=connections)
+        self._context = context
+
+    async def __aenter__(self) -> Self:
+        self._exchange.open(self._context)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._exchange.close()
+
+    @property
+    def retries(self) -> int:
+        """Tries that were made again, so far."""
+        return self._exchange.retries
+
+    async def post(self, consultation: str, event: EventBody, key: str | None = None) -> Accepted:
+        """Store *event* and return where it stands.
+
+        Args:
+            consultation: whose event it is.
+            event: with an ``event_type``.
+            key: names the event, so that a later call with it is a retry; a UUIDv7 is made where there is none.
+
+        Raises:
+            InvalidIdError: *consultation* or *key* is malformed.
+            RefusedError, UnexpectedAnswerError: a retry is of no use.
+            GaveUpError: not decided before the deadline.
+        """
+        key = _key(key)
+        headers = {"Content-Type": _JSON, "Idempotency-Key": key}
+        path = _events(consultation)
+        answer = await self._exchange.call(Request("POST", path, 202, headers, body=_json(event), events=1))
+        return _results(answer, 1)[0]
+
+    async def post_batch(
+        self,
+        consultation: str | None,
+        events: Sequence[EventBody],
+        key: str | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[Accepted]:
+        """Store *events*, all or none of them, and return where each stands.
+
+        An event's key is its own top-level ``event_id``, else ``<key>:<number>``.
+
+        Args:
+            consultation: of all; None when each event names its own by ``consultation_id``.
+            events: at most 1,000.
+            key: of the batch; a UUIDv7 is made where there is none.
+            numbers: of the events, ascending, from 1: 1, 2, 3 … by default. So a part of a batch has the keys of the
+                whole.
+
+        Raises:
+            InvalidIdError: *consultation* or *key* is malformed.
+            RefusedError: ``problem.lines`` tells which lines are to blame, by number.
+            UnexpectedAnswerError: a retry is of no use.
+            GaveUpError: not decided before the deadline.
+        """
+        if not events:
+            return []
+        headers = {"Content-Type": _NDJSON, "Idempotency-Key": _key(key)}
+        path = "events/batch" if consultation is None else f"{_events(consultation)}/batch"
+        body = _lines(events, numbers or range(1, len(events) + 1))
+        answer = await self._exchange.call(Request("POST", path, 202, headers, body=body, events=len(events)))
+        return _results(answer, len(events))
+
+    async def event(self, consultation: str, message_id: UUID | str) -> StoredEvent | None:
+        """Return one event, on its way to HDF5 or there; None when there is none.
+
+        Raises:
+            InvalidIdError: *consultation* is malformed.
+            ValueError: *message_id* is no UUID.
+            RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
+        """
+        path = f"{_events(consultation)}/{UUID(str(message_id))}"
+        try:
+            answer = await self._exchange.call(Request("GET", path, 200, {"Accept": _JSON}))
+        except RefusedError as refusal:
+            if refusal.type == _UNKNOWN_EVENT:
+                return None
+            raise
+        with _readable():
+            return StoredEvent.of(consultation, orjson.loads(answer))
+
+    async def read(self, consultation: str, after: int = 0, *, page: int = 500) -> AsyncGenerator[StoredEvent, None]:
+        """Yield the events of *consultation* in order, also those accepted a moment ago, and end.
+
+        Args:
+            consultation: whose events.
+            after: the sequence behind which to begin.
+            page: events of one request, at most 1,000.
+
+        Raises:
+            InvalidIdError: *consultation* is malformed.
+            RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
+        """
+        path = _events(consultation)
+        more = True
+        while more:
+            query = {"after": str(after), "limit": str(page)}
+            answer = await self._exchange.call(Request("GET", path, 200, {"Accept": _JSON}, query))
+            with _readable():
+                found = orjson.loads(answer)
+                events = [StoredEvent.of(consultation, record) for record in found["events"]]
+                more = found["next"] is not None
+            if more and not events:
+                raise UnexpectedAnswerError("a page without events is not the last one")
+            for event in events:
+                if event.sequence <= after:
+                    raise UnexpectedAnswerError("the events of an answer are not in order")
+                after = event.sequence
+                yield event
+
+    def follow(self, consultation: str, after: int = 0, *, silence: float = 60.0) -> AsyncGenerator[StoredEvent, None]:
+        """Yield the events of *consultation*, those that are there and those to come, for ever.
+
+        None is skipped, none comes twice, whatever breaks in between. Whoever has enough closes it (``aclose``).
+
+        Args:
+            consultation: whose events.
+            after: the sequence behind which to begin.
+            silence: seconds without a word after which a connection is replaced.
+
+        Raises:
+            InvalidIdError: *consultation* is malformed.
+            RefusedError, UnexpectedAnswerError: going on is of no use.
+            GaveUpError: no word from the service before the deadline; go on later behind the last event.
+        """
+        return follow(self._exchange, consultation, _events(consultation), after, silence=silence)
+
+
+def _events(consultation: str) -> str:
+    return f"consultations/{check_consultation_id(consultation)}/events"
+
+
+def _key(key: str | None) -> str:
+    if key is None:
+        return str(new_event_id())
+    event_id_from_key(key)  # refuses what is none
+    return key
+
+
+def _json(event: EventBody) -> bytes:
+    return event if isinstance(event, bytes) else orjson.dumps(event)
+
+
+def _lines(events: Sequence[EventBody], numbers: Sequence[int]) -> bytes:
+    lines: list[bytes] = []
+    for event, number in zip(events, numbers, strict=True):
+        if number <= len(lines):
+            raise ValueError("the numbers of events ascend, from 1")
+        lines += [b""] * (number - 1 - len(lines))  # an empty line is no event, but counts
+        lines.append(_json(event).translate(_LINE_BREAKS))
+    return b"\n".join(lines)
+
+
+def _results(answer: bytes, expected: int) -> list[Accepted]:
+    try:
+        found = orjson.loads(answer)
+        results = [Accepted.of(result) for result in found.get("results", [found])]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        results = []
+    if len(results) != expected:
+        raise UnexpectedAnswerError("a 202 does not say what was accepted", may_be_stored=True)
+    return results
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Take what cannot be read inside for what it is: no answer of this service."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError):
+        raise UnexpectedAnswerError("an answer cannot be read as events: is it the URL of fiq?") from None

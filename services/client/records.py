@@ -1,0 +1,121 @@
+"""What the service answers, as typed records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+#: media type of an error (RFC 9457)
+PROBLEM_TYPE = "application/problem+json"
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line of a batch, from 1, and why it was refused."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a request was not done.
+
+    Attributes:
+        type: decide by it; ``about:blank`` when the answer was no problem document.
+        status: of the answer.
+        title: the same for each problem of the type.
+        detail: of this one; quotes nothing of the request.
+        lines: of a batch, those that are to blame.
+    """
+
+    type: str
+    status: int
+    title: str = ""
+    detail: str = ""
+    lines: tuple[BadLine, ...] = ()
+
+    @classmethod
+    def of(cls, status: int, media_type: str, body: bytes) -> Problem:
+        """Read an answer; a body that is no problem document tells nothing but the status."""
+        if media_type == PROBLEM_TYPE:
+            try:
+                found = orjson.loads(body)
+                lines = tuple(BadLine(int(line["line"]), str(line["reason"])) for line in found.get("lines", ()))
+                return cls(str(found["type"]), status, str(found["title"]), str(found["detail"]), lines)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                pass  # cut off, or of another kind: the status stands for itself
+        return cls("about:blank", status)
+
+    def __str__(self) -> str:
+        """Say it on one line."""
+        text = self.detail or self.title
+        return f"{self.status} {self.type}: {text}" if text else f"status {self.status}"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An event that a quorum of the cluster has.
+
+    Attributes:
+        consultation: whose event it is.
+        message_id: the event's id, here and in HDF5.
+        sequence: its place in the stream.
+        duplicate: it was stored before, by an earlier try of the same key.
+    """
+
+    consultation: str
+    message_id: UUID
+    sequence: int
+    duplicate: bool
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Accepted:
+        """Read one result of a 202.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is none.
+        """
+        sequence = result["sequence"]
+        if not isinstance(sequence, int):
+            raise TypeError("sequence")
+        duplicate = result.get("duplicate", False) is True
+        return cls(str(result["consultation_id"]), UUID(result["message_id"]), sequence, duplicate)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """An event, read back.
+
+    Attributes:
+        consultation: whose event it is.
+        message_id: the event's id.
+        sequence: its place in the stream: events of a consultation are ordered by it.
+        persisted: whether it is in HDF5; otherwise it is safe in the stream, on its way there.
+        received: when the service took it, ISO 8601 in UTC with nanoseconds.
+        event: as it was posted.
+    """
+
+    consultation: str
+    message_id: UUID
+    sequence: int
+    persisted: bool
+    received: str
+    event: dict[str, Any]
+
+    @classmethod
+    def of(cls, consultation: str, record: Mapping[str, Any]) -> StoredEvent:
+        """Read one event of an answer about *consultation*.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is none.
+        """
+        sequence, event = record["sequence"], record["event"]
+        if not isinstance(sequence, int) or not isinstance(event, dict):
+            raise TypeError("sequence, event")
+        persisted = record["status"] == "persisted"
+        return cls(consultation, UUID(record["message_id"]), sequence, persisted, str(record["received"]), event)

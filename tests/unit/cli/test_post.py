@@ -1,0 +1,343 @@
+"""`fiq post`: what it sends, in which order, and what becomes of it when it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import signal
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from typer.testing import CliRunner
+
+from services.cli.main import app
+from services.contract.ids import event_id_from_key
+from tests.support.memory_service import MemoryService
+from tests.support.polling import eventually
+from tests.support.scripted_http import refused, scripted
+
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")
+SECRET = "secret-payload"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def number(self, row: str) -> float:
+        """Return what the result says behind *row*."""
+        found = re.search(rf"^{row} +([\d.]+)$", self.out, re.MULTILINE)
+        assert found, self
+        return float(found[1])
+
+
+async def started(*arguments: str | Path) -> asyncio.subprocess.Process:
+    command = [sys.executable, "-m", "services.cli.main", "post", *map(str, arguments)]
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+async def ended(process: asyncio.subprocess.Process, stdin: bytes | None = None) -> Ended:
+    out, err = await process.communicate(stdin)
+    assert process.returncode is not None
+    assert SECRET.encode() not in out + err
+    return Ended(process.returncode, out.decode(), err.decode())
+
+
+async def post(*arguments: str | Path, stdin: bytes | None = None) -> Ended:
+    """Run the command to its end."""
+    return await ended(await started(*arguments), stdin)
+
+
+def event(number: int, **members: Any) -> bytes:
+    return orjson.dumps({"event_type": "A", "n": number, "payload": SECRET, **members})
+
+
+def written(path: Path, events: list[bytes]) -> Path:
+    path.write_bytes(b"".join(body + b"\n" for body in events))
+    return path
+
+
+async def test_every_line_is_an_event_of_the_consultation_that_it_names(tmp_path: Path) -> None:
+    """Byte for byte, in order within a consultation, several batches at a time; empty lines are none."""
+    events = [event(number, consultation_id=f"c-{number % 7}") for number in range(300)]
+    file = written(tmp_path / "events.ndjson", [*events[:100], b"", *events[100:]])
+    service = MemoryService()
+    async with scripted(service.step) as server:
+        result = await post(file, "--url", server.url, "--batch", "20")
+    assert (0, "") == (result.code, result.err)
+    assert (300, 0, 0) == (result.number("accepted"), result.number("duplicates"), result.number("retried"))
+    for consultation in range(7):
+        assert events[consultation::7] == service.bodies(f"c-{consultation}")
+    assert max(service.sizes) == 20
+    assert not file.with_name("events.ndjson.posting").exists()
+
+
+async def test_lines_without_a_consultation_are_of_the_one_that_the_command_names(tmp_path: Path) -> None:
+    """Those that name their own stay there."""
+    events = [event(1), event(2, consultation_id="c-2"), event(3)]
+    service = MemoryService()
+    async with scripted(service.step) as server:
+        result = await post(written(tmp_path / "x", events), "--url", server.url, "--consultation", "c-1")
+    assert 0 == result.code
+    assert ([events[0], events[2]], [events[1]]) == (service.bodies("c-1"), service.bodies("c-2"))
+
+
+async def test_the_keys_are_those_of_the_file_and_the_lines(tmp_path: Path) -> None:
+    """An event_id is a line's own key; the others have the file's SHA-256, the block, the number in it."""
+    events = [event(1), b"", event(3, event_id="mine")]
+    file = written(tmp_path / "x", events)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    service = MemoryService()
+    async with scripted(service.step) as server:
+        await post(file, "--url", server.url, "--consultation", "c-1")
+    assert [event_id_from_key(f"{digest}.0:1"), event_id_from_key("mine")] == [key for _, key in service.events]
+
+
+@pytest.mark.parametrize("batches", [True, False], ids=["batches", "one by one"])
+async def test_posting_again_repeats_nothing(tmp_path: Path, batches: bool) -> None:
+    """Whether the service takes batches or not, today or after an update: the keys are the same."""
+    file = written(tmp_path / "x", [event(number) for number in range(30)])
+    service = MemoryService(batches=batches)
+    async with scripted(service.step) as server:
+        first = await post(file, "--url", server.url, "--consultation", "c-1", "--batch", "7")
+        service.batches = True
+        second = await post(file, "--url", server.url, "--consultation", "c-1")
+    assert (0, 0) == (first.code, second.code)
+    assert (0, 30, 30) == (first.number("duplicates"), second.number("duplicates"), len(service.events))
+
+
+async def test_a_batch_that_the_service_finds_too_large_is_sent_in_parts(tmp_path: Path) -> None:
+    """Its limits are its own."""
+    events = [event(number) for number in range(30)]
+    service = MemoryService(most=4)
+    async with scripted(service.step) as server:
+        result = await post(written(tmp_path / "x", events), "--url", server.url, "--consultation", "c-1")
+    assert (0, events) == (result.code, service.bodies("c-1"))
+
+
+async def test_blocks_of_a_long_file_do_not_mix(tmp_path: Path) -> None:
+    """A key has the number of the block in it: line 10,001 is line 1 of the second."""
+    events = [event(number) for number in range(10_050)]
+    service = MemoryService(numbered=False)
+    async with scripted(service.step) as server:
+        result = await post(written(tmp_path / "x", events), "--url", server.url, "--consultation", "c-1", "--key", "k")
+    assert (0, events) == (result.code, service.bodies("c-1"))
+    assert event_id_from_key("k.1:50") == list(service.events)[-1][1]
+
+
+async def test_a_file_with_bad_lines_is_not_sent(tmp_path: Path) -> None:
+    """Each is named by its number, none is quoted."""
+    bad = [
+        event(1),
+        b'{"no":"type"}',
+        b"",
+        f"{SECRET}".encode(),
+        event(5, consultation_id="a/b"),
+        event(6, consultation_id=7),
+        event(7, event_id="two words"),
+        b"[]",
+    ]
+    async with scripted(MemoryService().step) as server:
+        result = await post(written(tmp_path / "x", bad), "--url", server.url, "--consultation", "c-1")
+        nameless = await post(written(tmp_path / "y", [event(1)]), "--url", server.url)
+    assert (1, "") == (result.code, result.out)
+    assert ["2", "4", "5", "6", "7", "8"] == re.findall(r"^line (\d+): ", result.err, re.MULTILINE)
+    assert "6 of 7 lines are no events; nothing was sent" in result.err
+    assert (1, True) == (nameless.code, "--consultation" in nameless.err)
+    assert [] == server.seen
+
+
+async def test_from_a_pipe_lines_go_as_they_come() -> None:
+    """A bad one ends it; those before it are accepted. The key that is told repeats none of them."""
+    lines = b"\n".join([event(1), event(2), b"{}", event(4)])
+    service = MemoryService()
+    async with scripted(service.step) as server:
+        arguments = ("-", "--url", server.url, "--consultation", "c-1")
+        result = await post(*arguments, stdin=lines)
+        found = re.search(r"--key (\S+)", result.err)
+        assert found is not None
+        again = await post(*arguments, "--key", found[1], stdin=lines.replace(b"{}", event(3)))
+    assert 1 == result.code
+    assert "line 3: event_type is required" in result.err
+    assert "2 lines were accepted" in result.err
+    assert (0, 2) == (again.code, again.number("duplicates"))
+    assert [event(number) for number in (1, 2, 3, 4)] == service.bodies("c-1")
+
+
+async def test_an_open_pipe_is_posted_before_it_ends() -> None:
+    """Whoever follows a log sees each line arrive; the line that is not complete yet waits."""
+    service = MemoryService()
+    async with scripted(service.step) as server:
+        process = await started("-", "--url", server.url, "--consultation", "c-1")
+        assert process.stdin is not None
+        process.stdin.write(event(1) + b"\n" + event(2))
+        await process.stdin.drain()
+        await eventually(lambda: service.bodies("c-1") == [event(1)])
+        process.send_signal(signal.SIGINT)
+        result = await ended(process)
+    assert (130, [event(1)]) == (result.code, service.bodies("c-1"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_posting_that_was_stopped_goes_on_and_repeats_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """Also not the batch that was on its way: whether it was stored or not, its keys are the same."""
+    events = [event(n, consultation_id="c-1") for n in range(40)]
+    file = written(tmp_path / "events.ndjson", events)
+    service = MemoryService()
+    hold = asyncio.Event()
+
+    async def step(request: Any) -> Any:
+        answer = await service.step(request)
+        if len(service.sizes) == 2:  # stored, and never answered
+            await hold.wait()
+        return answer
+
+    async with scripted(step) as server:
+        process = await started(file, "--url", server.url, "--batch", "10", "--concurrency", "1")
+        await eventually(lambda: len(service.events) == 20)
+        process.send_signal(number)
+        stopped = await ended(process)
+        hold.set()
+        state = tmp_path / "events.ndjson.posting"
+        assert 0o600 == stat.S_IMODE(state.stat().st_mode)
+        assert SECRET not in state.read_text()
+        again = await post(file, "--url", server.url)
+    assert (128 + number, "") == (stopped.code, stopped.out)
+    assert f"{number.name}: 10 lines were accepted, all up to line 10" in stopped.err
+    assert "the same command goes on" in stopped.err
+    assert (0, 30, 10) == (again.code, again.number("accepted"), again.number("duplicates"))
+    assert events == service.bodies("c-1")
+    assert not state.exists()
+
+
+async def test_a_crash_repeats_nothing_either(tmp_path: Path) -> None:
+    """SIGKILL leaves no time to note how far it came: the keys alone see to it."""
+    events = [event(n, consultation_id=f"c-{n % 5}") for n in range(400)]
+    file = written(tmp_path / "events.ndjson", events)
+    service = MemoryService()
+    async with scripted(service.step) as server:
+        process = await started(file, "--url", server.url, "--batch", "3")
+        await eventually(lambda: len(service.events) > 50)
+        process.kill()
+        await process.communicate()
+        assert 400 > len(service.events)
+        again = await post(file, "--url", server.url)
+    assert (0, 400) == (again.code, len(service.events))
+    for consultation in range(5):
+        assert events[consultation::5] == service.bodies(f"c-{consultation}")
+
+
+async def test_a_refused_line_is_named_and_its_correction_goes_on(tmp_path: Path) -> None:
+    """By the number in the file. As the file has changed then, the command asks for the key instead of repeating."""
+    events = [event(n, consultation_id="c-1") for n in range(10)]
+    file = written(tmp_path / "events.ndjson", events)
+    service = MemoryService(refuses=events[7])
+    async with scripted(service.step) as server:
+        arguments = (file, "--url", server.url, "--batch", "4")
+        refusal = await post(*arguments)
+        service.refuses = None
+        events[7] = event(77, consultation_id="c-1")
+        written(file, events)
+        unsaid = await post(*arguments)
+        found = re.search(r"--key (\S+)", unsaid.err)
+        assert found is not None
+        said = await post(*arguments, "--key", found[1])
+    assert (1, True) == (refusal.code, "line 8: too bad (/problems/invalid-batch)" in refusal.err)
+    assert (1, True) == (unsaid.code, "has changed since" in unsaid.err)
+    assert (0, events) == (said.code, service.bodies("c-1"))
+
+
+async def test_a_service_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    """After --patience; what to do then is said."""
+    file = written(tmp_path / "x", [event(n) for n in range(3)])
+    async with scripted(refused(503, "log-full")) as server:
+        result = await post(file, "--url", server.url, "--consultation", "c-1", "--patience", "1")
+    assert 1 == result.code
+    assert "lines 1 to 3: not done within 1 s: 503 /problems/log-full" in result.err
+    assert "0 lines were accepted" in result.err
+    assert "the same command goes on" in result.err
+
+
+async def test_failures_that_pass_are_counted(tmp_path: Path) -> None:
+    """They cost time, nothing else."""
+    events = [event(n) for n in range(40)]
+    service = MemoryService(fails={1, 3})
+    async with scripted(service.step) as server:
+        result = await post(
+            written(tmp_path / "x", events), "--url", server.url, "--consultation", "c-1", "--batch", "10"
+        )
+    assert (0, 2, 0) == (result.code, result.number("retried"), result.number("duplicates"))
+    assert events == service.bodies("c-1")
+
+
+async def test_consultations_are_sent_side_by_side(tmp_path: Path) -> None:
+    """As many batches as --concurrency says, each consultation's one after the other."""
+    events = [event(n, consultation_id=f"c-{n}") for n in range(200)]
+    service = MemoryService(gate=asyncio.Event())
+    async with scripted(service.step) as server:
+        process = await started(written(tmp_path / "x", events), "--url", server.url, "--concurrency", "3")
+        await eventually(lambda: service.most_at_once == 3)
+        assert service.gate is not None
+        service.gate.set()
+        assert 0 == (await ended(process)).code
+    assert 3 == service.most_at_once
+
+
+@pytest.mark.parametrize("way", ["file", "environment"])
+async def test_the_token_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """From a file, or from FI_TOKEN; it is in no argument, where other users of the machine would see it."""
+    (tmp_path / "token").write_text("t0ken\n")
+    monkeypatch.setenv("FI_TOKEN", "t0ken" if way == "environment" else "another")
+    option: list[str | Path] = ["--token-file", tmp_path / "token"] if way == "file" else []
+    async with scripted(MemoryService().step) as server:
+        file = written(tmp_path / "x", [event(1)])
+        result = await post(file, "--url", server.url, "--consultation", "c-1", *option)
+    assert (0, "Bearer t0ken") == (result.code, server.seen[0].headers["Authorization"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["nowhere.ndjson"], "cannot read nowhere.ndjson"),
+        (["x", "--token-file", "nowhere"], "cannot read nowhere"),
+        (["x", "--consultation", "a/b"], "a consultation id is"),
+        (["x", "--key", "two words"], "an idempotency key is"),
+        (["x", "--key", "k" * 201], "--key is at most"),
+        (["x", "--folder", "nowhere"], "fiq up"),
+        (["x", "--url", "nonsense", "--consultation", "c-1"], "http://host:port"),
+        (["x", "--ca-file", "nowhere", "--consultation", "c-1"], "cannot read certificates from nowhere"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], advice: str
+) -> None:
+    """Without a traceback, with exit code 1."""
+    monkeypatch.chdir(tmp_path)
+    written(Path("x"), [event(1)])
+    result = CliRunner().invoke(app, ["post", *arguments])
+    assert (1, "") == (result.exit_code, result.stdout)
+    assert result.stderr.startswith("fiq: ")
+    assert advice in result.stderr
+
+
+async def test_the_documented_exit_codes_are_those_that_the_command_has(tmp_path: Path) -> None:
+    """docs/cli.md says what each means to a script."""
+    section = DOCUMENT.partition("\n## fiq post\n")[2].partition("\n## ")[0]
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)}
+    file = written(tmp_path / "x", [event(1)])
+    async with scripted(MemoryService().step, refused(401, "unauthorized")) as server:
+        options = ("--url", server.url, "--consultation", "c-1")
+        seen = {(await post(file, *options)).code, (await post(file, *options)).code, (await post(file, "--nope")).code}
+    assert documented == seen | {128 + signal.SIGINT, 128 + signal.SIGTERM}

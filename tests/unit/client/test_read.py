@@ -1,0 +1,189 @@
+"""Reading back: pages, one event, and following over connections that break."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+from uuid import UUID
+
+import orjson
+import pytest
+
+from services.client import FiqClient, GaveUpError, Patience, RefusedError, StoredEvent, UnexpectedAnswerError
+from services.client.server_sent import MessageReader
+from tests.support.polling import eventually
+from tests.support.scripted_http import Step, cut, lost, refused, says, scripted, silent, stream
+
+QUICK = Patience(deadline=20, attempt=5, first_pause=0.01, longest_pause=0.05)
+SHORT = Patience(deadline=0.4, attempt=0.1, first_pause=0.01, longest_pause=0.05)
+
+
+def record(sequence: int, *, status: str = "persisted") -> dict[str, Any]:
+    return {
+        "sequence": sequence,
+        "message_id": str(UUID(int=sequence)),
+        "received": "2026-11-25T01:02:03.000000004Z",
+        "status": status,
+        "event": {"event_type": "A", "n": sequence},
+    }
+
+
+def page(*sequences: int, more: bool = False) -> Step:
+    following = "/consultations/c-1/events?after=9" if more else None
+    document = {"consultation_id": "c-1", "events": [record(number) for number in sequences], "next": following}
+    return says(200, orjson.dumps(document), "application/json")
+
+
+def sent(sequence: int) -> bytes:
+    return f"id: {sequence}\ndata: {orjson.dumps(record(sequence)).decode()}\n\n".encode()
+
+
+async def taken(client: FiqClient, count: int, after: int = 0, silence: float = 60.0) -> list[int]:
+    """Follow c-1 until *count* events have come, and return their sequences."""
+    found: list[int] = []
+    async with aclosing(client.follow("c-1", after, silence=silence)) as events:
+        async for event in events:
+            found.append(event.sequence)
+            if len(found) == count:
+                break
+    return found
+
+
+async def test_pages_are_read_to_the_last_one() -> None:
+    """Each begins behind the last event of the one before."""
+    async with scripted(page(3, 5, more=True), page(9)) as server, FiqClient(server.url) as client:
+        events = [event async for event in client.read("c-1", 2, page=2)]
+    assert [3, 5, 9] == [event.sequence for event in events]
+    expected = StoredEvent("c-1", UUID(int=3), 3, True, "2026-11-25T01:02:03.000000004Z", {"event_type": "A", "n": 3})
+    assert expected == events[0]
+    assert [
+        "/consultations/c-1/events?after=2&limit=2",
+        "/consultations/c-1/events?after=5&limit=2",
+    ] == [request.path for request in server.seen]
+
+
+async def test_a_page_that_breaks_off_is_asked_for_again() -> None:
+    """From where it began: what came of it is not believed."""
+    broken = cut(200, b'{"consultation_id":"c-1","events":[')
+    steps = (page(1, more=True), broken, refused(503, "corpus-away"), page(2))
+    async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
+        assert [1, 2] == [event.sequence async for event in client.read("c-1")]
+    assert ["0", "1", "1", "1"] == [request.path.partition("after=")[2].partition("&")[0] for request in server.seen]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [page(2, 1), page(more=True), says(200, b"<html>"), says(200, b"[]"), says(200, b'{"events":[{}],"next":null}')],
+    ids=["out of order", "empty but not the last", "no JSON", "another document", "no records"],
+)
+async def test_a_page_that_cannot_be_is_not_believed(answer: Step) -> None:
+    """Better an error than a gap, or a loop."""
+    async with scripted(answer) as server, FiqClient(server.url) as client:
+        with pytest.raises(UnexpectedAnswerError):
+            [event async for event in client.read("c-1")]
+    assert 1 == len(server.seen)
+
+
+async def test_one_event_is_found_or_none() -> None:
+    """Queued or persisted."""
+    document = {"consultation_id": "c-1", **record(7, status="queued")}
+    steps = (says(200, orjson.dumps(document)), refused(404, "unknown-event"), refused(404, "not-found"))
+    async with scripted(*steps) as server, FiqClient(server.url) as client:
+        event = await client.event("c-1", UUID(int=7))
+        assert event is not None
+        assert (7, False, {"event_type": "A", "n": 7}) == (event.sequence, event.persisted, event.event)
+        assert None is await client.event("c-1", str(UUID(int=8)))
+        with pytest.raises(RefusedError):
+            await client.event("c-1", UUID(int=7))
+        with pytest.raises(ValueError, match="UUID"):
+            await client.event("c-1", "../../x")
+    assert f"/consultations/c-1/events/{UUID(int=7)}" == server.seen[0].path
+
+
+async def test_following_goes_on_behind_the_last_event_of_a_broken_connection() -> None:
+    """Each event once: what the second connection repeats is dropped, what the first cut off comes again."""
+    steps = (
+        stream(b"retry: 2000\n\n", sent(1), sent(2), sent(3)[:-9]),
+        lost,
+        stream(sent(2), sent(3), b": nothing new\n\n", sent(4)),
+        stream(sent(5), open_end=True),
+    )
+    async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
+        assert [1, 2, 3, 4, 5] == await taken(client, 5)
+    assert [None, "2", "2", "4"] == [request.headers.get("Last-Event-ID") for request in server.seen]
+    assert {"text/event-stream"} == {request.headers["Accept"] for request in server.seen}
+
+
+async def test_following_begins_behind_a_position() -> None:
+    """That of a program which was stopped."""
+    async with scripted(stream(sent(8), open_end=True)) as server, FiqClient(server.url) as client:
+        assert [8] == await taken(client, 1, after=7)
+    assert ("7", "/consultations/c-1/events?follow=1&after=7") == (
+        server.seen[0].headers["Last-Event-ID"],
+        server.seen[0].path,
+    )
+
+
+async def test_a_connection_that_falls_silent_is_replaced() -> None:
+    """The service sends a comment each 15 s: a longer silence is a dead line."""
+    steps = (stream(sent(1), open_end=True), stream(sent(2), open_end=True))
+    async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
+        assert [1, 2] == await taken(client, 2, silence=0.2)
+
+
+async def test_following_outlives_an_outage_that_is_shorter_than_the_deadline() -> None:
+    """Refusals that pass are waited for, as long as each is; the deadline counts from the last word."""
+    steps = (stream(sent(1)), refused(503, "corpus-away", retry_after="1"), lost, stream(sent(2), open_end=True))
+    async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
+        assert [1, 2] == await taken(client, 2)
+    assert server.seen[2].at - server.seen[1].at >= 1
+
+
+@pytest.mark.parametrize("failure", [lost, refused(429, "too-many-followers"), silent], ids=["lost", "429", "silent"])
+async def test_following_gives_up_after_the_deadline_without_a_word(failure: Step) -> None:
+    """Somebody must hear that nothing comes any more."""
+    async with scripted(failure) as server, FiqClient(server.url, patience=SHORT) as client:
+        with pytest.raises(GaveUpError) as caught:
+            await taken(client, 1, silence=0.1)
+    assert not caught.value.may_be_stored
+    assert len(server.seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (refused(403, "forbidden"), RefusedError),
+        (says(200, b"{}", "application/json"), UnexpectedAnswerError),
+        (stream(b"data: {}\n\n"), UnexpectedAnswerError),
+    ],
+    ids=["refused", "no stream", "no events"],
+)
+async def test_what_will_not_pass_ends_following_at_once(answer: Step, error: type[Exception]) -> None:
+    """As it ends a post."""
+    async with scripted(answer) as server, FiqClient(server.url, patience=QUICK) as client:
+        with pytest.raises(error):
+            await taken(client, 1)
+    assert 1 == len(server.seen)
+
+
+async def test_whoever_has_enough_lets_the_connection_go() -> None:
+    """A cancelled follower leaves nothing behind."""
+    async with scripted(stream(sent(1), open_end=True)) as server, FiqClient(server.url) as client:
+        task = asyncio.create_task(taken(client, 2))
+        await eventually(lambda: server.seen)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+TEXT = "\ufeffdata: one\r\n: comment\r\nid: 4\r\n\r\ndata:two\rdata: lines\r\rdata: ü\nevent: x\n\n\ndata: cut off\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_server_sent_events_may_come_in_any_pieces(size: int) -> None:
+    """Each of the three line ends, characters of several bytes, comments: cut anywhere."""
+    raw = TEXT.encode()
+    reader = MessageReader()
+    found = [data for at in range(0, len(raw), size) for data in reader.feed(raw[at : at + size])]
+    assert ["one", "two\nlines", "ü"] == found
