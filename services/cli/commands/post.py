@@ -148,11 +148,11 @@ def _checked(source: IO[bytes], consultation: str | None) -> Checked:
 
 
 def _how_far(tally: Tally, key: str, found: Checked | None) -> str:
-    far = f"{tally.accepted} lines were accepted, all up to line {tally.done} among them"
+    far = f"{tally.accepted} lines were accepted in this run; up to line {tally.done} all of them are"
     if found is None:
         return f"{far}; the same input with  --key {shlex.quote(key)}  repeats none of them"
     changed = "" if key != found.digest else f", after a change of the file with  --key {key}"
-    return f"{far}; the same command goes on behind it{changed}"
+    return f"{far}; the same command goes on behind that{changed}"
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

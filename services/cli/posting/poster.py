@@ -158,16 +158,19 @@ class Poster:
 
     async def _post(self, batch: Sequence[Line]) -> None:
         """Send *batch*, in parts where the service takes no such batch."""
-        try:
-            self._note(batch, await self._sent(batch))
-        except RefusedError as refusal:
-            if refusal.type in _NO_BATCHES and self._has_batches and not _alone(batch):
-                self._has_batches = False
-            elif refusal.status != 413 or _alone(batch):
-                raise
-            middle = len(batch) // 2
-            for part in (batch[:middle], batch[middle:]):
-                await self._post(part)
+        if self._has_batches or _alone(batch):
+            try:
+                self._note(batch, await self._sent(batch))
+            except RefusedError as refusal:
+                if refusal.type in _NO_BATCHES and not _alone(batch):
+                    self._has_batches = False
+                elif refusal.status != 413 or _alone(batch):
+                    raise
+            else:
+                return
+        part = (len(batch) + 1) // 2 if self._has_batches else 1
+        for start in range(0, len(batch), part):
+            await self._post(batch[start : start + part])
 
     async def _sent(self, batch: Sequence[Line]) -> list[Accepted]:
         first = batch[0]
@@ -175,8 +178,6 @@ class Poster:
         numbers = [(line.number - 1) % _BLOCK + 1 for line in batch]
         if _alone(batch):
             return [await self._client.post(first.consultation, first.body, first.event_id or f"{key}:{numbers[0]}")]
-        if not self._has_batches:
-            return [(await self._sent([line]))[0] for line in batch]
         consultation = None if first.named else first.consultation
         return await self._client.post_batch(consultation, [line.body for line in batch], key, numbers)
 

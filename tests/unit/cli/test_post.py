@@ -107,14 +107,14 @@ async def test_the_keys_are_those_of_the_file_and_the_lines(tmp_path: Path) -> N
 @pytest.mark.parametrize("batches", [True, False], ids=["batches", "one by one"])
 async def test_posting_again_repeats_nothing(tmp_path: Path, batches: bool) -> None:
     """Whether the service takes batches or not, today or after an update: the keys are the same."""
-    file = written(tmp_path / "x", [event(number) for number in range(30)])
+    file = written(tmp_path / "x", [event(number, consultation_id=f"c-{number % 9}") for number in range(90)])
     service = MemoryService(batches=batches)
     async with scripted(service.step) as server:
-        first = await post(file, "--url", server.url, "--consultation", "c-1", "--batch", "7")
+        first = await post(file, "--url", server.url)
         service.batches = True
-        second = await post(file, "--url", server.url, "--consultation", "c-1")
+        second = await post(file, "--url", server.url)
     assert (0, 0) == (first.code, second.code)
-    assert (0, 30, 30) == (first.number("duplicates"), second.number("duplicates"), len(service.events))
+    assert (0, 90, 90) == (first.number("duplicates"), second.number("duplicates"), len(service.events))
 
 
 async def test_a_batch_that_the_service_finds_too_large_is_sent_in_parts(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ async def test_from_a_pipe_lines_go_as_they_come() -> None:
         again = await post(*arguments, "--key", found[1], stdin=lines.replace(b"{}", event(3)))
     assert 1 == result.code
     assert "line 3: event_type is required" in result.err
-    assert "2 lines were accepted" in result.err
+    assert "2 lines were accepted in this run" in result.err
     assert (0, 2) == (again.code, again.number("duplicates"))
     assert [event(number) for number in (1, 2, 3, 4)] == service.bodies("c-1")
 
@@ -214,7 +214,7 @@ async def test_a_posting_that_was_stopped_goes_on_and_repeats_nothing(tmp_path: 
         assert SECRET not in state.read_text()
         again = await post(file, "--url", server.url)
     assert (128 + number, "") == (stopped.code, stopped.out)
-    assert f"{number.name}: 10 lines were accepted, all up to line 10" in stopped.err
+    assert f"{number.name}: 10 lines were accepted in this run; up to line 10 all of them are" in stopped.err
     assert "the same command goes on" in stopped.err
     assert (0, 30, 10) == (again.code, again.number("accepted"), again.number("duplicates"))
     assert events == service.bodies("c-1")
@@ -265,7 +265,7 @@ async def test_a_service_that_does_not_answer_is_given_up(tmp_path: Path) -> Non
         result = await post(file, "--url", server.url, "--consultation", "c-1", "--patience", "1")
     assert 1 == result.code
     assert "lines 1 to 3: not done within 1 s: 503 /problems/log-full" in result.err
-    assert "0 lines were accepted" in result.err
+    assert "0 lines were accepted in this run" in result.err
     assert "the same command goes on" in result.err
 
 

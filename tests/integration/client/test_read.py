@@ -1,0 +1,153 @@
+"""Batches, reading and following against real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import aclosing
+from pathlib import Path
+from uuid import uuid4
+
+import orjson
+import pytest
+
+from services.cli.stack import Stack
+from services.client import FiqClient, Patience, RefusedError
+from services.eventlog.jetstream.names import STREAM
+from tests.support.corpus_contents import holds
+from tests.support.polling import eventually
+
+#: longer than an election and a restart take on a busy machine
+PATIENCE = Patience(deadline=90)
+
+
+def body(number: int, **members: str) -> bytes:
+    return orjson.dumps({"event_type": "A", "n": number, **members})
+
+
+async def test_a_batch_is_stored_once_in_parts_and_line_by_line_too(stack: Stack) -> None:
+    """The key of a line is `<key>:<number>`, however it is sent; one that brings its own has that."""
+    events = [body(1), body(2, event_id="mine"), body(3)]
+    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+        first = await client.post_batch("batch", events, "file-1")
+        again = await client.post_batch("batch", events, "file-1")
+        part = await client.post_batch("batch", events[1:], "file-1", numbers=[2, 3])
+        alone = [
+            await client.post("batch", events[0], "file-1:1"),
+            await client.post("batch", events[1], "mine"),
+            await client.post("batch", events[2], "file-1:3"),
+        ]
+    assert [False] * 3 == [one.duplicate for one in first]
+    assert [(one.message_id, one.sequence, True) for one in first] == [
+        (one.message_id, one.sequence, one.duplicate) for one in again
+    ]
+    assert (again, again[1:]) == (alone, part)
+    await holds(stack.data_dir, "batch", events)
+
+
+async def test_a_batch_of_several_consultations_goes_where_each_line_says(stack: Stack) -> None:
+    """The answer is in the order of the lines."""
+    events = [body(number, consultation_id=f"several-{number % 2}") for number in range(6)]
+    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+        stored = await client.post_batch(None, events)
+    assert [f"several-{number % 2}" for number in range(6)] == [one.consultation for one in stored]
+    for number in range(2):
+        await holds(stack.data_dir, f"several-{number}", events[number::2])
+
+
+async def test_bad_lines_and_keys_of_other_events_are_named_by_number(stack: Stack) -> None:
+    """Of bad lines nothing is stored; beside a reused key the others are."""
+    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+        with pytest.raises(RefusedError) as bad:
+            await client.post_batch("named", [body(1), b'{"no":"type"}', b"secret-payload"])
+        await client.post_batch("named", [body(1)], "k")
+        with pytest.raises(RefusedError) as reused:
+            await client.post_batch("named", [body(7), body(2)], "k")
+    assert bad.value.problem is not None
+    assert reused.value.problem is not None
+    assert ([2, 3], False) == ([line.number for line in bad.value.problem.lines], bad.value.may_be_stored)
+    assert ([1], True) == ([line.number for line in reused.value.problem.lines], reused.value.may_be_stored)
+    assert "secret-payload" not in f"{bad.value}{bad.value.problem!r}"
+    await holds(stack.data_dir, "named", [body(1), body(2)])
+
+
+async def test_what_was_accepted_is_read_at_once(stack: Stack) -> None:
+    """All of it, in order, from any position, in pages of any size; each event by its id, too."""
+    events = [body(number) for number in range(40)]
+    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+        stored = await client.post_batch("read", events)
+        found = [event async for event in client.read("read", page=7)]
+        rest = [event async for event in client.read("read", found[24].sequence)]
+        one = await client.event("read", stored[3].message_id)
+        assert None is await client.event("read", uuid4())
+        assert [] == [event async for event in client.read("nobody")]
+    assert [orjson.loads(event) for event in events] == [event.event for event in found]
+    assert [(one.message_id, one.sequence) for one in stored] == [(one.message_id, one.sequence) for one in found]
+    assert [event.sequence for event in found[25:]] == [event.sequence for event in rest]
+    assert one is not None
+    assert (3, stored[3].sequence) == (one.event["n"], one.sequence)
+
+
+async def test_an_event_is_queued_and_then_persisted(stack: Stack) -> None:
+    """Either way it is safe."""
+    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+        stored = await client.post("queued", body(1))
+
+        async def persisted() -> bool:
+            found = await client.event("queued", stored.message_id)
+            assert found is not None
+            assert stored.sequence == found.sequence
+            return found.persisted
+
+        assert await eventually(persisted)
+
+
+async def test_following_skips_and_repeats_nothing_whatever_dies(stack: Stack) -> None:
+    """Ingest and the stream's leader are killed while events come."""
+    seen: list[int] = []
+
+    async def follow(client: FiqClient) -> None:
+        async with aclosing(client.follow("followed")) as events:
+            async for event in events:
+                seen.append(event.event["n"])  # noqa: PERF401 - it has no end
+
+    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+        follower = asyncio.create_task(follow(client))
+        for number in range(30):
+            await client.post("followed", body(number))
+            if number == 10:
+                await eventually(lambda: len(seen) == 11)
+                stack.ingest.process.kill()
+                await asyncio.to_thread(stack.restart, stack.ingest)
+            if number == 20:
+                leader = await asyncio.to_thread(stack.cluster.wait_stream_leader, STREAM)
+                stack.cluster.kill(leader)
+        await eventually(lambda: len(seen) >= 30 or follower.done(), timeout=60)
+        follower.cancel()
+    stack.cluster.start_node(leader)
+    await asyncio.to_thread(stack.cluster.wait_ready)
+    assert list(range(30)) == seen
+
+
+async def test_a_file_goes_in_batches_and_a_reused_key_is_named(stack: Stack, tmp_path: Path) -> None:
+    """`fiq post` sends a hundred lines in few requests; another file under the same key is refused by line."""
+    events = [body(number, consultation_id="posted") for number in range(100)]
+    file = tmp_path / "events.ndjson"
+    file.write_bytes(b"\n".join(events))
+
+    async def post(*options: str) -> tuple[int | None, str]:
+        command = [sys.executable, "-m", "services.cli.main", "post", str(file), "--url", stack.ingest.url, *options]
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+        out, err = await process.communicate()
+        return process.returncode, (out + err).decode()
+
+    code, _ = await post("--key", "one", "--batch", "50")
+    assert 0 == code
+    log = stack.logs / f"{stack.ingest.name}.log"
+    await eventually(lambda: log.read_bytes().count(b'"events":50') == 2)
+    await holds(stack.data_dir, "posted", events)
+    file.write_bytes(file.read_bytes().replace(b'"n":42', b'"n":43'))
+    code, told = await post("--key", "one")
+    assert (1, True) == (code, "line 43: " in told)
+    assert "/problems/idempotency-key-reused" in told
