@@ -10,7 +10,7 @@ from aiohttp import web
 
 from services.contract.management import CachedCheck, ReadinessCheck, add_management_routes
 from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import EventWriter
+from services.eventlog.protocol import EventReader, EventWriter
 from services.ingest.admission import Admission
 from services.ingest.answers import Answers
 from services.ingest.handlers import (
@@ -44,11 +44,13 @@ class OpenLog:
         writer: takes the events.
         ready: says what is wrong with the log; nothing when it takes events.
         watching: while entered, keeps the metrics of the log up to date; a log in memory has none.
+        reader: reads events back.
     """
 
     writer: EventWriter
     ready: ReadinessCheck
     watching: Callable[[LogMetrics], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
+    reader: EventReader | None = None
 
 
 #: opens the log at start, and closes it when the application ends
