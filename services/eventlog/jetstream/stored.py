@@ -1,14 +1,17 @@
-"""One event as the stream of events holds it, by its position."""
+"""One event as the stream of events holds it, by its position; and a reader that knows the stream alone."""
 
 from __future__ import annotations
+
+from uuid import UUID
 
 from nats.aio.client import Client
 
 from services.contract.errors import PoisonError
 from services.contract.event import decode
+from services.eventlog.errors import CorpusAwayError
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM
-from services.eventlog.protocol import StoredEvent
+from services.eventlog.protocol import EventReader, StoredEvent
 
 #: how long a node may take to answer, seconds
 TIMEOUT_SECONDS = 1.0
@@ -32,3 +35,22 @@ async def stored_at(nc: Client, sequence: int, *, timeout: float = TIMEOUT_SECON
     except PoisonError:
         return None
     return StoredEvent(message["seq"], event, persisted=False)
+
+
+class StreamReader(EventReader):
+    """Reads single events of the stream; the corpus is away to it."""
+
+    def __init__(self, nc: Client) -> None:
+        self._nc = nc
+
+    async def at(self, sequence: int) -> StoredEvent | None:
+        """See :meth:`services.eventlog.protocol.EventReader.at`."""
+        return await stored_at(self._nc, sequence)
+
+    async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        """Raise CorpusAwayError."""
+        raise CorpusAwayError(f"the corpus cannot be asked for event {event_id}")
+
+    async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
+        """Raise CorpusAwayError."""
+        raise CorpusAwayError("the corpus cannot be read")
