@@ -13,7 +13,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from services.contract.event import Event
-from services.contract.logs import EVENT_QUEUED, get_logger
+from services.contract.logs import BATCH_QUEUED, EVENT_QUEUED, get_logger
 from services.eventlog.protocol import Appended
 from services.ingest import problems
 from services.ingest.batch import Line
@@ -24,8 +24,6 @@ from services.ingest.problems import CONTENT_TYPE, Problem
 SERVER = "fiq"
 #: decimals of seconds in log lines: microseconds
 _DECIMALS = 6
-#: the log line of a batch
-BATCH_QUEUED = "BATCH_QUEUED"
 _REUSED_IN_BATCH = "Each of lines names one whose key is another event's; results says where the others are stored."
 
 
