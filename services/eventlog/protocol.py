@@ -6,7 +6,7 @@ to one. The acknowledgement informs operators and trim only: the sink holds the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -87,6 +87,17 @@ class EventWriter(Protocol):
             DuplicateInFlightError: the same message id is being stored by somebody else just now.
             TooManyInFlightError: this process has its limit of appends under way; nothing was sent.
             LogRefusedError: the log refuses for good; an operator must act.
+        """
+        ...
+
+    async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
+        """Store *events*, all with message ids of their own, and return their positions in the same order.
+
+        At once or not at all while each of them is new. When the log holds some of them already, the others are stored
+        one by one. ``duplicate`` also marks an event that an earlier attempt of this very call stored.
+
+        Raises:
+            Exception: as :meth:`append`; then any of them may be stored, and appending all of them again is safe.
         """
         ...
 

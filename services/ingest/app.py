@@ -10,7 +10,7 @@ from aiohttp import web
 
 from services.contract.management import CachedCheck, ReadinessCheck, add_management_routes
 from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import EventWriter
+from services.eventlog.protocol import EventReader, EventWriter
 from services.ingest.admission import Admission
 from services.ingest.answers import Answers
 from services.ingest.handlers import (
@@ -18,18 +18,19 @@ from services.ingest.handlers import (
     ANSWERS,
     METRICS,
     SETTINGS,
-    WRITER,
-    continue_or_refuse,
+    STORING,
+    expecter,
     get_problem,
     options,
-    post_event,
+    poster,
 )
+from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
 from services.ingest.problems import TYPE_PREFIX
+from services.ingest.resources import RESOURCES
 from services.ingest.settings import Settings
+from services.ingest.storing import Storing
 
-#: path of the event resource
-EVENTS_PATH = "/consultations/{consultation}/events"
 #: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
 READY_SECONDS = 1.0
 #: seconds after which the broker's silence is an answer: most probes wait no longer than this
@@ -44,11 +45,13 @@ class OpenLog:
         writer: takes the events.
         ready: says what is wrong with the log; nothing when it takes events.
         watching: while entered, keeps the metrics of the log up to date; a log in memory has none.
+        reader: reads events back.
     """
 
     writer: EventWriter
     ready: ReadinessCheck
     watching: Callable[[LogMetrics], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
+    reader: EventReader | None = None
 
 
 #: opens the log at start, and closes it when the application ends
@@ -70,14 +73,17 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
     app[ANSWERS] = answers
     # one event of the largest size is always taken: a limit below it would refuse such events for ever
     size = max(settings.max_in_flight_bytes, settings.max_event_bytes)
-    app[ADMISSION] = admission = Admission(events=settings.max_in_flight, size=size)
+    app[ADMISSION] = admission = Admission(
+        events=settings.max_in_flight, size=size, batched=settings.max_batched_events
+    )
     metrics.bytes_in_flight.set_function(lambda: admission.size)
     check: CachedCheck | None = None
 
     async def log(app: web.Application) -> AsyncIterator[None]:
         nonlocal check
         async with open_log() as opened:
-            app[WRITER] = opened.writer
+            keys = Keys(opened.reader, metrics, wait=settings.key_lookup_wait)
+            app[STORING] = Storing(opened.writer, keys, metrics, answers)
             check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
             async with opened.watching(metrics.log):
                 yield
@@ -88,8 +94,9 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         return ["the service is starting"] if check is None else await check()
 
     app.cleanup_ctx.append(log)
-    app.router.add_post(EVENTS_PATH, post_event, expect_handler=continue_or_refuse)
-    app.router.add_route("OPTIONS", EVENTS_PATH, options)
+    for resource in RESOURCES:
+        app.router.add_post(resource.path, poster(resource), expect_handler=expecter(resource))
+        app.router.add_route("OPTIONS", resource.path, options)
     app.router.add_get(TYPE_PREFIX + "{slug}", get_problem)
     add_management_routes(app, metrics.registry, ready)
     return app

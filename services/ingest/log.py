@@ -10,6 +10,7 @@ from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.report import stream_ready
 from services.eventlog.jetstream.startup import reach
+from services.eventlog.jetstream.stored import StreamReader
 from services.eventlog.jetstream.watch import watching
 from services.ingest.app import OpenLog
 from services.ingest.settings import Settings
@@ -41,6 +42,7 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None]) -> Asyn
                 publisher,
                 lambda: stream_ready(client, settings.log),
                 lambda metrics: watching(client, settings.log, metrics),
+                StreamReader(client),
             )
         finally:
             await publisher.close()

@@ -13,9 +13,10 @@ from services.ingest.problems import registry as problems
 #: from a publish without fsync to the longest deadline, seconds
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _BYTES = (128, 256, 512, 1024, 2048, 4096, 16384, 65536, 262144, 1048576)
+_EVENTS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000)
 
 #: values of the label ``outcome``
-STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED = OUTCOMES = (
+STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED, REUSED, NOT_COMPARED = OUTCOMES = (
     "stored",
     "duplicate",
     "full",
@@ -23,7 +24,11 @@ STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED = OUTCOMES = (
     "duplicate_in_flight",
     "too_many_in_flight",
     "refused",
+    "key_reused",
+    "key_not_compared",
 )
+#: values of the label ``by``
+MEMORY, LOG, CORPUS, NOBODY = CHECKERS = ("memory", "log", "corpus", "nobody")
 
 
 class Metrics:
@@ -85,6 +90,22 @@ class Metrics:
         self.duplicates = Counter(
             "fi_ingest_duplicates_total",
             "Accepted events that the log held already.",
+            registry=self.registry,
+        )
+        # key_reused among the outcomes above: a client uses one key for several events. nobody: persisters are away or
+        # slow, so old keys are not recognised; see fi_partition_owners.
+        checks = Counter(
+            "fi_ingest_key_checks_total",
+            "Keys of clients that were compared with what is stored under them, by who showed that.",
+            ["by"],
+            registry=self.registry,
+        )
+        self.key_checks = {checker: checks.labels(checker) for checker in CHECKERS}
+        # Batches of few events: their client could send more at a time, which is faster for everybody.
+        self.batch_events = Histogram(
+            "fi_ingest_batch_events",
+            "Events of batches that were valid.",
+            buckets=_EVENTS,
             registry=self.registry,
         )
         self.outcomes = {outcome: self.publishes.labels(outcome) for outcome in OUTCOMES}

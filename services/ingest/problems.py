@@ -44,24 +44,28 @@ class Problem:
         """The problem's type, a URI reference."""
         return TYPE_PREFIX + self.slug
 
-    def render(self, detail: str | None = None) -> bytes:
-        """Return the JSON body of an answer."""
+    def render(self, detail: str | None = None, members: Mapping[str, object] | None = None) -> bytes:
+        """Return the JSON body of an answer, with further *members* (RFC 9457, section 3.2)."""
         document = {
             "type": self.type,
             "title": self.title,
             "status": self.status,
             "detail": self.detail if detail is None else detail,
+            **(members or {}),
         }
         return orjson.dumps(document)
 
 
 class RequestRefusedError(FiqError):
-    """Raised when a request is answered with a problem; *detail* must not quote the request."""
+    """Raised when a request is answered with a problem; *detail* and *members* must not quote the request."""
 
-    def __init__(self, problem: Problem, detail: str | None = None) -> None:
+    def __init__(
+        self, problem: Problem, detail: str | None = None, members: Mapping[str, object] | None = None
+    ) -> None:
         super().__init__(problem.title)
         self.problem = problem
         self.detail = detail
+        self.members = members
 
 
 MALFORMED_REQUEST = Problem(
@@ -95,11 +99,14 @@ DUPLICATE_IN_FLIGHT = Problem(
     retry=True,
 )
 BODY_TOO_LARGE = Problem("body-too-large", 413, "Body too large", "The body is larger than this service takes.")
+TOO_MANY_EVENTS = Problem(
+    "too-many-events", 413, "Too many events", "A batch holds at most 1,000 events; nothing was stored."
+)
 UNSUPPORTED_MEDIA_TYPE = Problem(
     "unsupported-media-type",
     415,
     "Unsupported media type",
-    "Send Content-Type: application/json, in UTF-8.",
+    "This resource does not take such a Content-Type; JSON must be in UTF-8.",
 )
 UNSUPPORTED_CONTENT_ENCODING = Problem(
     "unsupported-content-encoding",
@@ -112,6 +119,18 @@ EXPECTATION_FAILED = Problem(
 )
 INVALID_EVENT = Problem(
     "invalid-event", 422, "Body is not an event", "An event is a JSON object with a non-empty string event_type."
+)
+INVALID_BATCH = Problem(
+    "invalid-batch",
+    422,
+    "Batch holds lines that are no events",
+    "Nothing was stored; each member of lines says what is wrong with its line.",
+)
+IDEMPOTENCY_KEY_REUSED = Problem(
+    "idempotency-key-reused",
+    422,
+    "Key of another event",
+    "An event with another body was stored under this key before, and is kept. Send this one under a key of its own.",
 )
 TOO_MANY_IN_FLIGHT = Problem(
     "too-many-in-flight",
@@ -138,6 +157,13 @@ LOG_UNAVAILABLE = Problem(
     503,
     "Event log is unavailable",
     "No quorum answered in time. The event may or may not be stored: retry with the same Idempotency-Key.",
+    retry=True,
+)
+KEY_NOT_COMPARED = Problem(
+    "key-not-compared",
+    503,
+    "Key cannot be compared now",
+    "An event is stored under this key, and nothing that can show its body answers. Retry with the same key.",
     retry=True,
 )
 LOG_REFUSED = Problem(

@@ -44,6 +44,24 @@ class Settings:
         parse=size(1, 64 * 2**20),
         doc="Largest body; a larger one gets 413. The broker's max_payload must be at least 1 KiB larger.",
     )
+    max_batch_bytes: int = setting(
+        "FI_MAX_BATCH_BYTES",
+        8 * 2**20,
+        parse=size(1, 256 * 2**20),
+        doc="Largest body of a batch; a larger one gets 413. Each of its events is bound by FI_MAX_EVENT_BYTES, too.",
+    )
+    max_batched_events: int = setting(
+        "FI_MAX_BATCHED_EVENTS",
+        8000,
+        parse=integer(1000, 1_000_000),
+        doc="Events of batches that this process stores at the same time, besides FI_MAX_IN_FLIGHT; beyond it 429.",
+    )
+    key_lookup_wait: float = setting(
+        "FI_KEY_LOOKUP_WAIT",
+        0.1,
+        parse=seconds(0, 10),
+        doc="How long the corpus may delay the answer to a key that the broker does not know; 0 never asks it.",
+    )
     body_timeout: float = setting(
         "FI_BODY_TIMEOUT",
         30.0,

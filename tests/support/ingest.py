@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 import orjson
 from aiohttp import ClientSession
@@ -15,7 +16,8 @@ from aiohttp.web import Application
 
 from services.contract.event import Event
 from services.contract.management import bind
-from services.eventlog.protocol import Appended
+from services.eventlog.errors import CorpusAwayError, LogUnavailableError
+from services.eventlog.protocol import Appended, StoredEvent
 from services.ingest.app import OpenLog, make_app
 from services.ingest.handlers import METRICS
 from services.ingest.server import HttpServer
@@ -32,6 +34,12 @@ class MemoryLog:
     waiting: int = 0
     closed: bool = False
     reasons: list[str] = field(default_factory=list)
+    #: how many events each batch had
+    batches: list[int] = field(default_factory=list)
+    reader: MemoryReader | None = None
+
+    def __post_init__(self) -> None:
+        self.reader = self.reader or MemoryReader(self)
 
     async def append(self, event: Event) -> Appended:
         if self.gate is not None:
@@ -48,13 +56,61 @@ class MemoryLog:
         self.events.append(event)
         return Appended(len(self.events), duplicate=False)
 
+    async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
+        self.batches.append(len(events))
+        return [await self.append(event) for event in events]
+
     async def ready(self) -> list[str]:
         return self.reasons
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[OpenLog]:
-        yield OpenLog(self, self.ready)
+        yield OpenLog(self, self.ready, reader=self.reader)
         self.closed = True
+
+
+@dataclass
+class MemoryReader:
+    """An EventReader over a log in memory and a corpus in a list, which counts what it is asked.
+
+    Attributes:
+        log: whose events it reads.
+        corpus: what has been persisted.
+        trimmed: positions that the log holds no more.
+        silent: neither log nor corpus answers.
+        gate: what the corpus waits for before it answers.
+        asked: names of the questions, in their order.
+    """
+
+    log: MemoryLog
+    corpus: list[StoredEvent] = field(default_factory=list)
+    trimmed: set[int] = field(default_factory=set)
+    silent: bool = False
+    gate: asyncio.Event | None = None
+    asked: list[str] = field(default_factory=list)
+
+    async def at(self, sequence: int) -> StoredEvent | None:
+        self.asked.append("at")
+        if self.silent:
+            raise LogUnavailableError("silent")
+        if sequence in self.trimmed or not 0 < sequence <= len(self.log.events):
+            return None
+        return StoredEvent(sequence, self.log.events[sequence - 1], persisted=False)
+
+    async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        self.asked.append("find")
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.silent:
+            raise CorpusAwayError("silent")
+        wanted = (consultation, event_id)
+        found = (stored for stored in self.corpus if (stored.event.consultation, stored.event.event_id) == wanted)
+        return next(found, None)
+
+    async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
+        events = enumerate(self.log.events, start=1)
+        found = [StoredEvent(at, event, False) for at, event in events if event.consultation == consultation]
+        return [stored for stored in found if stored.sequence > after][:limit]
 
 
 class Edge:

@@ -1,0 +1,68 @@
+"""What this process stored lately under which key, so that most retries are compared without asking anybody."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from services.contract.event import Event
+
+#: keys that are remembered; about 300 bytes each
+MOST = 32_768
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a key stands for.
+
+    Attributes:
+        first: position of the first event under the key.
+        last: position at which the log last reported it: another one once it has forgotten the first.
+        digest: of the first event's body.
+    """
+
+    first: int
+    last: int
+    digest: bytes
+
+
+class Remembered:
+    """The keys used most recently, at most *most* of them. Holds digests, no events."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._known: OrderedDict[bytes, Known] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, event: Event) -> Known | None:
+        """Return what the key of *event* stands for, or None."""
+        name = _name(event)
+        known = self._known.get(name)
+        if known is not None:
+            self._known.move_to_end(name)
+        return known
+
+    def put(self, event: Event, known: Known) -> None:
+        """Remember what the key of *event* stands for, and forget the key unused for longest if need be."""
+        name = _name(event)
+        self._known[name] = known
+        self._known.move_to_end(name)
+        if len(self._known) > self._most:
+            self._known.popitem(last=False)
+
+    def forget(self, event: Event) -> None:
+        """Forget the key of *event*."""
+        self._known.pop(_name(event), None)
+
+
+def digest(body: bytes) -> bytes:
+    """Return what tells a body from another one."""
+    return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
+
+
+def _name(event: Event) -> bytes:
+    return hashlib.blake2b(event.message_id.encode("ascii"), digest_size=_DIGEST_BYTES).digest()

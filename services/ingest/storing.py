@@ -1,0 +1,138 @@
+"""Hand events to the log, and see to it that each key means one event."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from services.contract.errors import FiqError
+from services.contract.event import Event
+from services.eventlog.errors import (
+    DuplicateInFlightError,
+    LogFullError,
+    LogRefusedError,
+    LogUnavailableError,
+    TooManyInFlightError,
+)
+from services.eventlog.protocol import Appended, EventWriter
+from services.ingest import metrics as outcomes
+from services.ingest import problems
+from services.ingest.answers import Answers
+from services.ingest.batch import Line
+from services.ingest.keys import KeyCheck, Keys
+from services.ingest.metrics import Metrics
+from services.ingest.problems import Problem, RequestRefusedError
+
+#: what becomes of an event that the log did not take
+_APPEND_ERRORS: dict[type[FiqError], tuple[Problem, str]] = {
+    LogFullError: (problems.LOG_FULL, outcomes.FULL),
+    LogUnavailableError: (problems.LOG_UNAVAILABLE, outcomes.UNAVAILABLE),
+    DuplicateInFlightError: (problems.DUPLICATE_IN_FLIGHT, outcomes.IN_FLIGHT),
+    TooManyInFlightError: (problems.TOO_MANY_IN_FLIGHT, outcomes.LIMIT),
+    LogRefusedError: (problems.LOG_REFUSED, outcomes.REFUSED),
+}
+#: and of one whose key means another event
+_KEY_OUTCOMES = {
+    problems.IDEMPOTENCY_KEY_REUSED: outcomes.REUSED,
+    problems.KEY_NOT_COMPARED: outcomes.NOT_COMPARED,
+}
+_BATCH_FAILED = "Some events of the batch may be stored, none twice: retry all of it with the same keys."
+
+
+class Storing:
+    """Stores events, one or a batch of them."""
+
+    def __init__(self, writer: EventWriter, keys: Keys, metrics: Metrics, answers: Answers) -> None:
+        self._writer = writer
+        self._keys = keys
+        self._metrics = metrics
+        self._answers = answers
+
+    @contextlib.contextmanager
+    def refusing(self, detail: str | None = None) -> Iterator[None]:
+        """Count why the log, or this process, took no event inside, and raise what the client is told.
+
+        Args:
+            detail: says more than the problem's own.
+
+        Raises:
+            RequestRefusedError: in place of an error of the log.
+        """
+        try:
+            yield
+        except tuple(_APPEND_ERRORS) as error:
+            kind = next(kind for kind in _APPEND_ERRORS if isinstance(error, kind))
+            problem, outcome = _APPEND_ERRORS[kind]
+            self._metrics.outcomes[outcome].inc()
+            if kind is LogRefusedError:
+                self._answers.log_refused(str(error))
+            raise RequestRefusedError(problem, detail) from None
+
+    async def one(self, event: Event, *, keyed: bool) -> Appended:
+        """Store *event*; *keyed*: the client gave it its id.
+
+        Raises:
+            RequestRefusedError: the log did not take it, or its key means another event.
+        """
+        with self.refusing():
+            if not keyed:
+                appended = await self._writer.append(event)
+            else:
+                check = self._keys.check(event)
+                try:
+                    outcome = await self._settle(check, await self._writer.append(event))
+                finally:
+                    check.end()
+                if isinstance(outcome, Problem):
+                    raise RequestRefusedError(outcome)
+                appended = outcome
+        self._stored([appended])
+        return appended
+
+    async def batch(self, lines: Sequence[Line]) -> list[Appended | Problem]:
+        """Store the events of *lines*, and return for each where it stands, or why it is not the one under its key.
+
+        Lines with the same id, which have the same body, are one event.
+
+        Raises:
+            RequestRefusedError: the log did not take all of them, or a key cannot be compared now.
+        """
+        events: dict[str, Line] = {}
+        for line in lines:
+            events.setdefault(line.event.message_id, line)
+        with self.refusing(_BATCH_FAILED):
+            checks = [self._keys.check(line.event) if line.keyed else None for line in events.values()]
+            try:
+                appended = await self._writer.append_batch([line.event for line in events.values()])
+                settled: Sequence[Appended | Problem] = appended
+                if any(checks):
+                    settled = await asyncio.gather(*map(self._settle, checks, appended))
+            finally:
+                for check in filter(None, checks):
+                    check.end()
+        self._stored([outcome for outcome in settled if isinstance(outcome, Appended)])
+        found = dict(zip(events, settled, strict=True))
+        if problems.KEY_NOT_COMPARED in settled:
+            raise RequestRefusedError(problems.KEY_NOT_COMPARED, _BATCH_FAILED)
+        return [_repeated(found[line.event.message_id], line is not events[line.event.message_id]) for line in lines]
+
+    async def _settle(self, check: KeyCheck | None, appended: Appended) -> Appended | Problem:
+        if check is None:
+            return appended
+        try:
+            return await check.settle(appended)
+        except RequestRefusedError as refusal:
+            self._metrics.outcomes[_KEY_OUTCOMES[refusal.problem]].inc()
+            return refusal.problem
+
+    def _stored(self, events: Sequence[Appended]) -> None:
+        known = sum(appended.duplicate for appended in events)
+        self._metrics.outcomes[outcomes.DUPLICATE].inc(known)
+        self._metrics.outcomes[outcomes.STORED].inc(len(events) - known)
+        self._metrics.duplicates.inc(known)
+
+
+def _repeated(outcome: Appended | Problem, again: bool) -> Appended | Problem:
+    """Return the outcome of a line, which is a duplicate when its event stands *again* in the batch."""
+    return Appended(outcome.sequence, duplicate=True) if again and isinstance(outcome, Appended) else outcome
