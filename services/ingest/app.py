@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from services.contract.management import CachedCheck, ReadinessCheck, add_management_routes
+from services.contract.management import CachedCheck, ReadinessCheck
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import EventWriter
 from services.ingest.admission import Admission
@@ -28,6 +28,8 @@ from services.ingest.metrics import Metrics
 from services.ingest.problems import TYPE_PREFIX
 from services.ingest.settings import Settings
 
+#: what keeps the service from taking events just now
+READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
 #: path of the event resource
 EVENTS_PATH = "/consultations/{consultation}/events"
 #: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
@@ -91,5 +93,5 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
     app.router.add_post(EVENTS_PATH, post_event, expect_handler=continue_or_refuse)
     app.router.add_route("OPTIONS", EVENTS_PATH, options)
     app.router.add_get(TYPE_PREFIX + "{slug}", get_problem)
-    add_management_routes(app, metrics.registry, ready)
+    app[READY] = ready
     return app

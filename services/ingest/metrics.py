@@ -40,7 +40,7 @@ class Metrics:
         # fault, the log has a line REQUEST_FAILED for each.
         self.requests = Counter(
             "fi_ingest_requests_total",
-            "Answers by status and problem (empty for 202); management endpoints are not counted.",
+            "Answers by status and problem (empty for 202); the management listener's are not counted.",
             ["status", "problem"],
             registry=self.registry,
         )

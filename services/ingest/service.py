@@ -7,11 +7,14 @@ import contextlib
 
 from services.contract.lifecycle import Stop, settle
 from services.contract.logs import get_logger
-from services.contract.management import bind
-from services.ingest.app import make_app
+from services.contract.management import bind, managed
+from services.ingest.app import READY, make_app
+from services.ingest.handlers import METRICS
 from services.ingest.log import open_log
 from services.ingest.server import HttpServer
 from services.ingest.settings import Settings
+
+_MANAGEMENT = "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"
 
 
 async def serve(settings: Settings, stop: Stop, *, version: str) -> None:
@@ -23,20 +26,25 @@ async def serve(settings: Settings, stop: Stop, *, version: str) -> None:
     log = get_logger("ingest")
     # before the cluster is waited for: a taken port is known at once
     sock = bind(settings.host, settings.port, "FI_HOST, FI_PORT")
+    management = bind(settings.management_host, settings.management_port, _MANAGEMENT)
 
     def lost(reason: str) -> None:
         stop.request(reason, failed=True)
 
-    server = HttpServer(make_app(settings, lambda: open_log(settings, lost)), sock, grace=settings.shutdown_grace)
-    try:
-        if await _started(server, stop):
-            settle()
-            host, port = sock.getsockname()[:2]
-            log.info("INGEST_STARTED", host=host, port=port, version=version)
-            await stop.wait()
-        log.info("INGEST_STOPPING", reason=stop.reason)
-    finally:
-        await server.stop()
+    app = make_app(settings, lambda: open_log(settings, lost))
+    server = HttpServer(app, sock, grace=settings.shutdown_grace)
+    # first and last: probes learn why nothing is served yet, and what is still in flight
+    async with managed(management, app[METRICS].registry, app[READY], _MANAGEMENT):
+        try:
+            if await _started(server, stop):
+                settle()
+                host, port = sock.getsockname()[:2]
+                management_port = management.getsockname()[1]
+                log.info("INGEST_STARTED", host=host, port=port, management_port=management_port, version=version)
+                await stop.wait()
+            log.info("INGEST_STOPPING", reason=stop.reason)
+        finally:
+            await server.stop()
     log.info("INGEST_STOPPED", reason=stop.reason)
 
 

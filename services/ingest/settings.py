@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.contract.logs import level
-from services.contract.settings import integer, nested, port, seconds, setting, size, text
+from services.contract.settings import integer, nested, seconds, setting, size, text
+from services.contract.settings import port as tcp_port
 from services.eventlog.settings import LogSettings
 
 
@@ -19,7 +20,19 @@ class Settings:
         parse=text,
         doc="Address to listen on. Anything but loopback lets everybody who reaches it post events.",
     )
-    port: int = setting("FI_PORT", 7001, parse=port, doc="TCP port to listen on; 0 takes a free one and logs it.")
+    port: int = setting("FI_PORT", 7001, parse=tcp_port, doc="TCP port to listen on; 0 takes a free one and logs it.")
+    management_host: str = setting(
+        "FI_MANAGEMENT_HOST",
+        "127.0.0.1",
+        parse=text,
+        doc="Address of ingest's /healthz, /readyz and /metrics, which know no tokens: loopback or an inner network.",
+    )
+    management_port: int = setting(
+        "FI_MANAGEMENT_PORT",
+        7101,
+        parse=tcp_port,
+        doc="TCP port of ingest's /healthz, /readyz and /metrics; 0 takes a free one and logs it.",
+    )
     publish_deadline: float = setting(
         "FI_PUBLISH_DEADLINE",
         5.0,

@@ -162,7 +162,7 @@ def _dropped(stack: Stack) -> int:
     """Return how many duplicates the persisters dropped, from their metrics (a killed one's count is gone)."""
     count = 0.0
     for service in stack.persisters:
-        _, body = monitoring.get(service.port, "/metrics")
+        _, body = monitoring.get(service.management_port, "/metrics")
         for family in text_string_to_metric_families(body.decode()):
             if family.name == "fi_persister_duplicates":
                 count += sum(sample.value for sample in family.samples if sample.name.endswith("_total"))

@@ -14,7 +14,8 @@ from services.ingest.settings import Settings
 
 
 def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("FI_")} | settings
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FI_")}
+    env |= {"FI_MANAGEMENT_PORT": "0"} | settings
     command = [sys.executable, "-m", "services.ingest", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
 
