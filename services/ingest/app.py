@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
 from services.contract.management import CachedCheck, ReadinessCheck
+from services.contract.tokens import Scope
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import EventWriter
+from services.ingest.access import OPEN, Gate
 from services.ingest.admission import Admission
 from services.ingest.answers import Answers
+from services.ingest.changes import WatchedFiles
 from services.ingest.handlers import (
     ADMISSION,
     ANSWERS,
@@ -26,10 +32,13 @@ from services.ingest.handlers import (
 )
 from services.ingest.metrics import Metrics
 from services.ingest.problems import TYPE_PREFIX
+from services.ingest.rates import Rates
 from services.ingest.settings import Settings
+from services.ingest.tokens import VARIABLE, Tokens
 
 #: what keeps the service from taking events just now
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
+GATE = web.AppKey("gate", Gate)
 #: path of the event resource
 EVENTS_PATH = "/consultations/{consultation}/events"
 #: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
@@ -64,9 +73,13 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         settings: of the process.
         open_log: called once, at start; may take as long as it needs.
     """
-    app = web.Application(client_max_size=settings.max_event_bytes)
     metrics = Metrics()
     answers = Answers(metrics, retry_after=settings.retry_after)
+    tokens = Tokens(settings.token_file)
+    rates = Rates(settings.rate, settings.rate_burst)
+    gate = Gate(answers, metrics, tokens, rates, lambda: None)
+    app = web.Application(client_max_size=settings.max_event_bytes, middlewares=[gate.middleware()])
+    app[GATE] = gate
     app[SETTINGS] = settings
     app[METRICS] = metrics
     app[ANSWERS] = answers
@@ -90,8 +103,40 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         return ["the service is starting"] if check is None else await check()
 
     app.cleanup_ctx.append(log)
-    app.router.add_post(EVENTS_PATH, post_event, expect_handler=continue_or_refuse)
-    app.router.add_route("OPTIONS", EVENTS_PATH, options)
-    app.router.add_get(TYPE_PREFIX + "{slug}", get_problem)
+    _watch_tokens(app, tokens, rates, metrics)
+    gate.add(app, "POST", EVENTS_PATH, post_event, Scope.WRITE, expect=continue_or_refuse)
+    gate.add(app, "OPTIONS", EVENTS_PATH, options, OPEN)
+    gate.add(app, "GET", TYPE_PREFIX + "{slug}", get_problem, OPEN)
     app[READY] = ready
     return app
+
+
+def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: Metrics) -> None:
+    """Read the tokens now, and again whenever their file has changed.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or is none.
+    """
+    if not tokens.asked_for:
+        return
+
+    def load() -> None:
+        tokens.load()
+        rates.keep(tokens.names)
+
+    watched = WatchedFiles(VARIABLE, [tokens.path], load, lambda good: metrics.token_file_broken.set(0 if good else 1))
+    watched.start()
+    app.cleanup_ctx.append(beside(watched.run))
+
+
+def beside(run: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Return a cleanup context of aiohttp that lets *run* go on for as long as the application does."""
+
+    async def context(_: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(run())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    return context

@@ -61,7 +61,9 @@ async def post_event(request: web.Request) -> web.Response:
         appended = await app[WRITER].append(event)
         return answers.accepted(event, appended, started)
     except RequestRefusedError as refusal:
-        return answers.refused(refusal.problem, refusal.detail, started=started, consultation=consultation)
+        return answers.refused(
+            refusal.problem, refusal.detail, started=started, headers=refusal.headers, consultation=consultation
+        )
     except tuple(_APPEND_ERRORS) as error:
         problem = _not_appended(app, error)
         return answers.refused(problem, started=started, consultation=consultation)

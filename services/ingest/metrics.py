@@ -24,6 +24,9 @@ STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED = OUTCOMES = (
     "too_many_in_flight",
     "refused",
 )
+#: values of the label ``reason``: no token, none of ours or ended, without the scope, for other consultations, and a
+#: route that does not say what it takes (a fault of ours)
+MISSING, UNKNOWN, SCOPE, PREFIX, UNSTATED = ACCESS_REASONS = ("missing", "unknown", "scope", "prefix", "unstated")
 
 
 class Metrics:
@@ -87,6 +90,22 @@ class Metrics:
             "Accepted events that the log held already.",
             registry=self.registry,
         )
+        # unknown or missing: a client was not told of a new token, or somebody tries; ACCESS_REFUSED in the log says
+        # from where. scope, prefix: a client does what its token is not for.
+        self.access = Counter(
+            "fi_ingest_access_refused_total",
+            "Requests that were refused for what their token is, or is not.",
+            ["reason"],
+            registry=self.registry,
+        )
+        # 1: the file has been changed, and cannot be read or is none; FILE_REFUSED in the log has the reason. What it
+        # said before stays in force until the process is restarted, which it would not survive.
+        self.token_file_broken = Gauge(
+            "fi_ingest_token_file_broken",
+            "1 while FI_TOKEN_FILE is no good and its former content is in force.",
+            registry=self.registry,
+        )
+        self.access_refused = {reason: self.access.labels(reason) for reason in ACCESS_REASONS}
         self.outcomes = {outcome: self.publishes.labels(outcome) for outcome in OUTCOMES}
         self.accepted = self.requests.labels("202", "")
         self.refused = {problem: self.requests.labels(str(problem.status), problem.slug) for problem in problems()}

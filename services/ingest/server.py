@@ -60,7 +60,7 @@ class Protocol(RequestHandler):
         if isinstance(exc, ConnectionError):
             raise exc
         if isinstance(exc, RequestRefusedError):
-            return self._answers.refused(exc.problem, exc.detail)
+            return self._answers.refused(exc.problem, exc.detail, headers=exc.headers)
         if status < 500:
             return self._answers.refused(problems.of_status(status))
         if exc is not None:

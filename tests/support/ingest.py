@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,11 +133,14 @@ class Reply:
 
 
 @asynccontextmanager
-async def running_edge(log: MemoryLog | None = None, **settings: Any) -> AsyncIterator[Edge]:
-    """Run the server on a free port of loopback until the block ends."""
+async def running_edge(
+    log: MemoryLog | None = None, *, extend: Callable[[Application], None] = lambda _: None, **settings: Any
+) -> AsyncIterator[Edge]:
+    """Run the server on a free port of loopback until the block ends; *extend* may add routes to its application."""
     log = log or MemoryLog()
     values = Settings(port=0, management_port=0, **settings)
     app = make_app(values, log.open)
+    extend(app)
     sock = bind(values.host, values.port, "FI_HOST, FI_PORT")
     management = bind(values.management_host, values.management_port, "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT")
     ports = sock.getsockname()[1], management.getsockname()[1]
