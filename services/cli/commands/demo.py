@@ -70,7 +70,7 @@ def demo(
 
 def _rehearse(place: Path, events: int, clients: int, seed: int) -> None:
     consultations = generate(events, seed=seed)
-    stack = Stack(place, env={"FI_STREAM_MAX_BYTES": _STREAM_BYTES})
+    stack = Stack(place, env={"FI_STREAM_MAX_BYTES": _STREAM_BYTES, "FI_TOKEN_FILE": ""})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops in the same order as Ctrl-C
     with _progress() as progress:
         try:

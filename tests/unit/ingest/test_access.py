@@ -13,9 +13,10 @@ from structlog.testing import capture_logs
 
 from services.contract.errors import ConfigurationError
 from services.contract.tokens import Scope, Token, digest_of, render
-from services.ingest import audit, changes
+from services.ingest import changes
 from services.ingest.access import GRANT, OPEN
 from services.ingest.app import GATE, make_app
+from services.ingest.rates import Bucket
 from services.ingest.settings import Settings
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
 from tests.support.polling import eventually
@@ -43,7 +44,7 @@ async def edge(file: Path) -> AsyncIterator[Edge]:
         yield edge
 
 
-def bearer(name: str) -> dict[str, str]:
+def bearer(name: str) -> dict[str, Any]:
     return {"Authorization": f"Bearer {SECRETS[name]}"}
 
 
@@ -73,7 +74,8 @@ async def test_a_token_with_the_scope_gets_through(edge: Edge) -> None:
 )
 async def test_without_a_good_token_it_is_401_with_a_challenge(edge: Edge, value: str | None, challenge: str) -> None:
     """None, a wrong one, its hash, one that has ended (RFC 6750, section 3): nothing is stored."""
-    reply = await edge.post(**({} if value is None else {"Authorization": value}))
+    headers: dict[str, Any] = {} if value is None else {"Authorization": value}
+    reply = await edge.post(**headers)
     assert (401, "/problems/unauthorized", challenge) == told(reply)
     assert [] == edge.log.events
 
@@ -288,11 +290,11 @@ async def test_a_flood_of_refusals_does_not_fill_the_log(file: Path, monkeypatch
     """What was left out is told with the next line; the metric counts all of them."""
     with capture_logs() as entries:
         async with running_edge(token_file=str(file)) as edge:
-            monkeypatch.setattr(audit.Bucket, "take", lambda *_: 1.0)
+            monkeypatch.setattr(Bucket, "take", lambda *_: 1.0)
             for _ in range(3):
                 await edge.post()
             assert [] == refusals(entries)
-            monkeypatch.setattr(audit.Bucket, "take", lambda *_: 0.0)
+            monkeypatch.setattr(Bucket, "take", lambda *_: 0.0)
             await edge.post()
             assert 4.0 == edge.metric("fi_ingest_access_refused_total", reason="missing")
     assert [3] == [entry["left_out"] for entry in refusals(entries)]
