@@ -33,7 +33,9 @@ from services.ingest.handlers import (
 from services.ingest.metrics import Metrics
 from services.ingest.problems import TYPE_PREFIX
 from services.ingest.rates import Rates
+from services.ingest.server import TLS
 from services.ingest.settings import Settings
+from services.ingest.tls import CERTIFICATE_VARIABLE, KEY_VARIABLE, Certificate, check_both
 from services.ingest.tokens import VARIABLE, Tokens
 
 #: what keeps the service from taking events just now
@@ -104,6 +106,8 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
 
     app.cleanup_ctx.append(log)
     _watch_tokens(app, tokens, rates, metrics)
+    if check_both(settings.tls_cert, settings.tls_key):
+        _watch_certificate(app, Certificate(settings.tls_cert, settings.tls_key), settings, metrics)
     gate.add(app, "POST", EVENTS_PATH, post_event, Scope.WRITE, expect=continue_or_refuse)
     gate.add(app, "OPTIONS", EVENTS_PATH, options, OPEN)
     gate.add(app, "GET", TYPE_PREFIX + "{slug}", get_problem, OPEN)
@@ -126,6 +130,26 @@ def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: M
 
     watched = WatchedFiles(VARIABLE, [tokens.path], load, lambda good: metrics.token_file_broken.set(0 if good else 1))
     watched.start()
+    app.cleanup_ctx.append(beside(watched.run))
+
+
+def _watch_certificate(app: web.Application, certificate: Certificate, settings: Settings, metrics: Metrics) -> None:
+    """Read the certificate now, and again whenever its files have changed.
+
+    Raises:
+        ConfigurationError: it cannot be read, or its key is another one's.
+    """
+
+    def load() -> None:
+        certificate.load()
+        metrics.certificate_expiry.clear()
+        metrics.certificate_expiry.labels(certificate.shown.name).set(certificate.shown.expires)
+
+    paths = [settings.tls_cert, settings.tls_key]
+    what = f"{CERTIFICATE_VARIABLE}, {KEY_VARIABLE}"
+    watched = WatchedFiles(what, paths, load, lambda good: metrics.certificate_broken.set(0 if good else 1))
+    watched.start()
+    app[TLS] = certificate.context
     app.cleanup_ctx.append(beside(watched.run))
 
 

@@ -105,6 +105,19 @@ class Metrics:
             "1 while FI_TOKEN_FILE is no good and its former content is in force.",
             registry=self.registry,
         )
+        # two weeks before the end: renew it; nothing is restarted
+        self.certificate_expiry = Gauge(
+            "fi_ingest_certificate_expiry_timestamp_seconds",
+            "End of the certificate that clients see, Unix time; absent with plain HTTP.",
+            ["name"],
+            registry=self.registry,
+        )
+        # 1: the pair has been changed, and cannot be read or does not belong together; as above
+        self.certificate_broken = Gauge(
+            "fi_ingest_certificate_broken",
+            "1 while FI_TLS_CERT and FI_TLS_KEY are no good and their former content is shown.",
+            registry=self.registry,
+        )
         self.access_refused = {reason: self.access.labels(reason) for reason in ACCESS_REASONS}
         self.outcomes = {outcome: self.publishes.labels(outcome) for outcome in OUTCOMES}
         self.accepted = self.requests.labels("202", "")

@@ -14,7 +14,7 @@ from services.contract.management import bind, managed
 from services.ingest.app import READY, make_app
 from services.ingest.handlers import METRICS
 from services.ingest.log import open_log
-from services.ingest.server import HttpServer
+from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
 
 _MANAGEMENT = "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"
@@ -48,8 +48,8 @@ async def _serve(settings: Settings, stop: Stop, version: str, sock: socket.sock
             if await _started(server, stop):
                 settle()
                 host, port = sock.getsockname()[:2]
-                management_port = management.getsockname()[1]
-                log.info("INGEST_STARTED", host=host, port=port, management_port=management_port, version=version)
+                where = {"host": host, "port": port, "management_port": management.getsockname()[1], "tls": TLS in app}
+                log.info("INGEST_STARTED", **where, version=version)
                 await stop.wait()
             log.info("INGEST_STOPPING", reason=stop.reason)
         finally:

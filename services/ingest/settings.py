@@ -45,6 +45,18 @@ class Settings:
         parse=boolean,
         doc="Listen beyond loopback without FI_TOKEN_FILE: whoever reaches the port may post and read everything.",
     )
+    tls_cert: str = setting(
+        "FI_TLS_CERT",
+        "",
+        parse=text,
+        doc="PEM file with ingest's certificate and its signers', read again when it changes; empty is plain HTTP.",
+    )
+    tls_key: str = setting(
+        "FI_TLS_KEY",
+        "",
+        parse=text,
+        doc="PEM file with the key of FI_TLS_CERT, without a password; TLS 1.2 or newer is spoken, and nothing else.",
+    )
     rate: float = setting(
         "FI_RATE",
         0.0,

@@ -18,7 +18,7 @@ from services.contract.management import bind, managed
 from services.eventlog.protocol import Appended
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS
-from services.ingest.server import HttpServer
+from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
 
 
@@ -71,9 +71,10 @@ class Edge:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if TLS in self.app else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, /, **labels: str) -> float:
         """Return the value of a metric's sample; 0 when there is none."""
         return self.app[METRICS].registry.get_sample_value(name, labels) or 0.0
 
