@@ -99,6 +99,13 @@ class Metrics:
         self.dead_letters = Counter(
             "fi_persister_dead_letters", "Messages moved to stream fi-dead", _PARTITION, registry=registry
         )
+        # any: a client used a key for two events; the second is in fi-dead, its reason names the first
+        self.reused_keys = Counter(
+            "fi_persister_reused_keys",
+            "Events moved to stream fi-dead as the corpus held their id with another body",
+            _PARTITION,
+            registry=registry,
+        )
         self.bytes = Counter("fi_persister_bytes", "Bytes of bodies taken", _PARTITION, registry=registry)
         self.batch_events = Histogram(
             "fi_persister_batch_events",
@@ -187,7 +194,7 @@ class PartitionMetrics:
         self._metrics = metrics
         self._name = partition_name(partition)
         self._acks = RateWindow()
-        for counter in (metrics.events, metrics.duplicates, metrics.dead_letters, metrics.bytes):
+        for counter in (metrics.events, metrics.duplicates, metrics.dead_letters, metrics.reused_keys, metrics.bytes):
             counter.labels(self._name)  # shown as 0 from the start: a counter that appears as 1 has no increase
         for kind in FAILURE_KINDS:
             metrics.failures.labels(self._name, kind)
@@ -224,6 +231,10 @@ class PartitionMetrics:
     def dead_letter(self) -> None:
         """Note a message that was set aside."""
         self._metrics.dead_letters.labels(self._name).inc()
+
+    def reused_key(self) -> None:
+        """Note an event that was set aside since another one has its id."""
+        self._metrics.reused_keys.labels(self._name).inc()
 
     def failed(self, kind: str) -> None:
         """Note a failure: transient, unexpected or permanent."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from services.contract.event import Event
 from services.corpus import EventStore
 from services.eventlog.errors import PlacementError
 from services.eventlog.protocol import Delivery
-from services.persister.batch import Sorted, Written, sort, write
+from services.persister.batch import Sorted, Written, append, sort
 
 
 class PartitionFile:
@@ -56,7 +57,7 @@ class PartitionFile:
     def take(
         self, store: EventStore, batch: Sequence[Delivery], condemned: Mapping[int, str]
     ) -> tuple[Sorted, Written | None]:
-        """Decode *batch*, and write it at once when there is nothing to set aside; None stands for not written yet.
+        """Decode *batch*, and :meth:`write` it at once when none of it is poison; None stands for not written yet.
 
         Raises:
             PlacementError: the file was deleted or replaced.
@@ -66,7 +67,26 @@ class PartitionFile:
         sorted_ = sort(batch, condemned)
         if sorted_.poison:
             return sorted_, None
-        return sorted_, write(store, sorted_.events, batch[-1].sequence)
+        return sorted_, self.write(store, sorted_.events, batch[-1].sequence)
+
+    def write(self, store: EventStore, events: Sequence[tuple[int, Event]], reached: int) -> Written:
+        """Append *events* and commit them with *reached*; with reused keys among them the :meth:`commit` must follow.
+
+        Raises:
+            CorpusError: nothing was committed.
+        """
+        written = append(store, events)
+        if not written.reused:
+            self.commit(store, written, reached)
+        return written
+
+    def commit(self, store: EventStore, written: Written, reached: int) -> None:
+        """Commit what :meth:`write` appended, once what it did not take is safe elsewhere.
+
+        Raises:
+            CorpusError: nothing was committed.
+        """
+        store.commit(reached)
 
     def advance(self, store: EventStore, sequence: int) -> bool:
         """Move the committed sequence forward; False when a batch has taken it further already, or it was closed.
@@ -75,7 +95,7 @@ class PartitionFile:
             PlacementError: the file was deleted or replaced.
             CorpusError: it was not committed.
         """
-        if store is not self.store or store.committed >= sequence:
+        if store is not self.store or store.uncommitted or store.committed >= sequence:
             return False
         _check_in_place(store)
         store.commit(sequence)

@@ -31,7 +31,7 @@ from services.corpus import (
 from services.eventlog.errors import PlacementError
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import Delivery, Follower
-from services.persister.batch import Sorted, Written, write
+from services.persister.batch import Sorted, Written
 from services.persister.checkpoints import CheckpointWatch
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.metrics import Metrics
@@ -264,9 +264,12 @@ class PartitionRunner:
             sorted_, written = await self._in_thread(lambda: self._file.take(store, batch, self._suspects.condemned))
             if written is None:
                 await self._set_aside(batch, sorted_)
-                written = await self._in_thread(lambda: write(store, sorted_.events, reached))
+                written = await self._in_thread(lambda: self._file.write(store, sorted_.events, reached))
             else:
                 self._judge_good(batch)
+            if written.reused:
+                await self._set_reused_aside(batch, written)
+                await self._in_thread(lambda: self._file.commit(store, written, reached))
         except (FiqError, TransientCorpusError, PermanentCorpusError, StoreFailedError):
             raise
         except (OSError, MemoryError):  # the machine's trouble, not the message's
@@ -298,6 +301,15 @@ class PartitionRunner:
             self._metrics.dead_letter()
             self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason)
 
+    async def _set_reused_aside(self, batch: list[Delivery], written: Written) -> None:
+        """Keep what came under a used id: a client's mistake, so it is no poison and counts for no flood."""
+        deliveries = {delivery.sequence: delivery for delivery in batch}
+        for reused in written.reused:
+            reason = f"its consultation holds this message id with another body, at sequence {reused.first}"
+            await self._dead.send(deliveries[reused.sequence], reason)
+            self._metrics.reused_key()
+            self._log.warning("EVENT_KEY_REUSED", sequence=reused.sequence, first_sequence=reused.first)
+
     def _report(self, batch: list[Delivery], sorted_: Sorted, written: Written, seconds: float) -> None:
         oldest = min((event.received_ns for _, event in sorted_.events), default=None)
         size = sum(len(delivery.body) for delivery in batch)
@@ -309,7 +321,7 @@ class PartitionRunner:
             last_sequence=batch[-1].sequence,
             persisted=written.persisted,
             duplicates=written.duplicates,
-            dead=len(sorted_.poison),
+            dead=len(sorted_.poison) + len(written.reused),
             consultations=written.consultations,
             bytes=size,
             duration_s=round(seconds, 6),
