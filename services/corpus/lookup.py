@@ -7,7 +7,7 @@ a few steps; an id is searched from the first row on, in steps between which a c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Set
+from collections.abc import Collection, Generator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,10 +83,17 @@ class StoredConsultation:
 
     def body(self, row: StoredRow) -> bytes:
         """Return the body of the event in *row*, byte for byte."""
-        end = row.offset + row.length
-        first = row.offset - row.offset % PAYLOAD_CHUNK
+        return self.bodies([row])[0]
+
+    def bodies(self, rows: Sequence[StoredRow]) -> list[bytes]:
+        """Return the bodies of the events in *rows*, which follow each other in the table."""
+        if not rows:
+            return []
+        first = rows[0].offset - rows[0].offset % PAYLOAD_CHUNK
+        end = rows[-1].offset + rows[-1].length
         chunks = [self._payload.read_direct_chunk((start,))[1] for start in range(first, end, PAYLOAD_CHUNK)]
-        return b"".join(chunks)[row.offset - first : end - first]
+        content = b"".join(chunks)
+        return [content[row.offset - first : row.offset - first + row.length] for row in rows]
 
     def search(self, ids: Collection[bytes]) -> Generator[None, None, dict[bytes, StoredRow]]:
         """Search the rows of *ids* in steps of a millisecond or less; the result is the generator's value."""

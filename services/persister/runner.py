@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from services.contract import logs
 from services.contract.errors import FiqError, PermanentError, TransientError
@@ -71,6 +71,18 @@ class Limits:
     size: int
 
 
+class Answers(Protocol):
+    """Answers questions about partitions whose files are open."""
+
+    async def open(self, partition: int, file: PartitionFile, store: EventStore) -> None:
+        """Answer for *partition* from now on."""
+        ...
+
+    async def close(self, partition: int) -> None:
+        """Answer for it no more. Idempotent."""
+        ...
+
+
 class PartitionRunner:
     """One partition of this process.
 
@@ -83,6 +95,7 @@ class PartitionRunner:
         limits: how much is committed together.
         metrics: of this process.
         poison_limit: when bad messages are a flood.
+        desk: answers questions about the partition while its file is open.
     """
 
     def __init__(
@@ -96,6 +109,7 @@ class PartitionRunner:
         limits: Limits,
         metrics: Metrics,
         poison_limit: PoisonLimit | None = None,
+        desk: Answers | None = None,
     ) -> None:
         self.partition = partition
         self.state = State.STARTING
@@ -109,6 +123,7 @@ class PartitionRunner:
         self._log = logs.get_logger("runner").bind(partition=partition_name(partition))
         self._checkpoints = CheckpointWatch(self._log)
         self._poison_limit = poison_limit or PoisonLimit()
+        self._desk = desk
         self._follower: Follower | None = None
         self._judged = 0  # last sequence that the poison limit has counted
         self._suspects = Suspects()
@@ -198,6 +213,8 @@ class PartitionRunner:
         self._change(State.RETRYING if self.reason else State.STARTING, self.reason)
         store = await self._in_thread(self._file.open)
         self._metrics.committed(store.committed)
+        if self._desk is not None:
+            await self._desk.open(self.partition, self._file, store)
         self._follower = self._make_follower()
         await self._follower.start(store.committed)
         self._busy_at = time.monotonic()
@@ -239,6 +256,8 @@ class PartitionRunner:
 
     async def _release(self, *, abandon: bool = False) -> None:
         """Let go of the consumer, then of the file; with *abandon* what is not committed may be what went wrong."""
+        if self._desk is not None:
+            await self._desk.close(self.partition)
         follower, self._follower = self._follower, None
         if follower is not None:
             try:

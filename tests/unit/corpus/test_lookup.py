@@ -31,6 +31,8 @@ def test_every_row_and_body_is_what_was_appended(store: EventStore) -> None:
         held = found(store, name)
         rows = [held.row(index) for index in range(len(held))]
         assert events == [(row.sequence, row.event_id, held.body(row)) for row in rows]
+        assert [body for _, _, body in events[3:40]] == held.bodies(rows[3:40])
+        assert [] == held.bodies([])
 
 
 def test_a_reader_sees_what_is_appended_to_chunks_that_it_has_read(store: EventStore) -> None:
