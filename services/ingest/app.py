@@ -10,7 +10,7 @@ from aiohttp import web
 
 from services.contract.management import CachedCheck, ReadinessCheck, add_management_routes
 from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import EventWriter
+from services.eventlog.protocol import EventBrowser, EventWriter
 from services.ingest.admission import Admission
 from services.ingest.answers import Answers
 from services.ingest.handlers import (
@@ -26,10 +26,23 @@ from services.ingest.handlers import (
 )
 from services.ingest.metrics import Metrics
 from services.ingest.problems import TYPE_PREFIX
+from services.ingest.reading import (
+    FOLLOWERS,
+    READER,
+    READS,
+    Reads,
+    get_event,
+    list_consultations,
+    list_events,
+)
+from services.ingest.reading import options as read_options
+from services.ingest.reading_follow import Followers
 from services.ingest.settings import Settings
 
-#: path of the event resource
-EVENTS_PATH = "/consultations/{consultation}/events"
+#: paths of the resources
+CONSULTATIONS_PATH = "/consultations"
+EVENTS_PATH = CONSULTATIONS_PATH + "/{consultation}/events"
+EVENT_PATH = EVENTS_PATH + "/{message_id}"
 #: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
 READY_SECONDS = 1.0
 #: seconds after which the broker's silence is an answer: most probes wait no longer than this
@@ -43,11 +56,13 @@ class OpenLog:
     Attributes:
         writer: takes the events.
         ready: says what is wrong with the log; nothing when it takes events.
+        reader: shows the events that are stored.
         watching: while entered, keeps the metrics of the log up to date; a log in memory has none.
     """
 
     writer: EventWriter
     ready: ReadinessCheck
+    reader: EventBrowser
     watching: Callable[[LogMetrics], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
 
 
@@ -78,6 +93,10 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         nonlocal check
         async with open_log() as opened:
             app[WRITER] = opened.writer
+            app[READER] = opened.reader
+            app[FOLLOWERS] = Followers(
+                opened.reader, metrics, limit=settings.max_followers, interval=settings.follow_interval
+            )
             check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
             async with opened.watching(metrics.log):
                 yield
@@ -87,9 +106,18 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
             return ["the service is stopping"]
         return ["the service is starting"] if check is None else await check()
 
+    async def end_following(app: web.Application) -> None:
+        await app[FOLLOWERS].close()
+
+    app[READS] = Reads()
     app.cleanup_ctx.append(log)
+    app.on_shutdown.append(end_following)
     app.router.add_post(EVENTS_PATH, post_event, expect_handler=continue_or_refuse)
     app.router.add_route("OPTIONS", EVENTS_PATH, options)
+    app.router.add_get(EVENTS_PATH, list_events)
+    for path, handler in ((EVENT_PATH, get_event), (CONSULTATIONS_PATH, list_consultations)):
+        app.router.add_get(path, handler)
+        app.router.add_route("OPTIONS", path, read_options)
     app.router.add_get(TYPE_PREFIX + "{slug}", get_problem)
     add_management_routes(app, metrics.registry, ready)
     return app

@@ -85,7 +85,7 @@ async def continue_or_refuse(request: web.Request) -> None:
 
 async def options(_: web.Request) -> web.Response:
     """Say which methods the event resource has."""
-    return web.Response(status=204, headers={"Allow": "OPTIONS, POST", "Server": SERVER})
+    return web.Response(status=204, headers={"Allow": "GET, HEAD, OPTIONS, POST", "Server": SERVER})
 
 
 async def get_problem(request: web.Request) -> web.Response:

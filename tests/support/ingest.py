@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 import orjson
 from aiohttp import ClientSession
@@ -15,7 +16,7 @@ from aiohttp.web import Application
 
 from services.contract.event import Event
 from services.contract.management import bind
-from services.eventlog.protocol import Appended
+from services.eventlog.protocol import Appended, Page, StoredEvent
 from services.ingest.app import OpenLog, make_app
 from services.ingest.handlers import METRICS
 from services.ingest.server import HttpServer
@@ -24,7 +25,15 @@ from services.ingest.settings import Settings
 
 @dataclass
 class MemoryLog:
-    """An EventWriter that keeps events in a list, and fails or waits when it is told to."""
+    """An EventWriter and EventBrowser over a list of events, which fails or waits when it is told to.
+
+    Attributes:
+        persisted: how many of the first events count as persisted.
+        read_error: what every read raises.
+        page_events: events of a page, at most.
+        reads: pages that were read.
+        looks: questions for news.
+    """
 
     events: list[Event] = field(default_factory=list)
     error: Exception | None = None
@@ -32,6 +41,11 @@ class MemoryLog:
     waiting: int = 0
     closed: bool = False
     reasons: list[str] = field(default_factory=list)
+    persisted: int = 0
+    read_error: Exception | None = None
+    page_events: int = 1000
+    reads: int = 0
+    looks: int = 0
 
     async def append(self, event: Event) -> Appended:
         if self.gate is not None:
@@ -48,12 +62,58 @@ class MemoryLog:
         self.events.append(event)
         return Appended(len(self.events), duplicate=False)
 
+    async def at(self, sequence: int) -> StoredEvent | None:
+        found = self._numbered(lambda stored: stored.sequence == sequence)
+        return found[0] if found else None
+
+    async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        found = await self.locate(consultation, event_id)
+        return found if found is not None and found.persisted else None
+
+    async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
+        return (await self.page(consultation, after, limit)).events
+
+    async def page(self, consultation: str, after: int, limit: int) -> Page:
+        self.reads += 1
+        if self.read_error is not None:
+            raise self.read_error
+        found = self._numbered(lambda one: one.event.consultation == consultation and one.sequence > after)
+        shown = found[: min(limit, self.page_events)]
+        more = len(found) > len(shown)
+        return Page(shown, shown[-1].sequence if more else max(after, len(self.events)), more)
+
+    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        if self.read_error is not None:
+            raise self.read_error
+        found = self._numbered(lambda one: (one.event.consultation, one.event.event_id) == (consultation, event_id))
+        return found[0] if found else None
+
+    async def has_news(self, consultation: str, after: int) -> bool:
+        self.looks += 1
+        if self.read_error is not None:
+            raise self.read_error
+        return bool(self._numbered(lambda one: one.event.consultation == consultation and one.sequence > after))
+
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
+        if self.read_error is not None:
+            raise self.read_error
+        names = sorted({event.consultation for event in self.events[: self.persisted]})
+        names = [name for name in names if name.startswith(prefix) and name > after]
+        return names[:limit], len(names) > limit
+
+    def _numbered(self, wanted: Callable[[StoredEvent], bool]) -> list[StoredEvent]:
+        stored = (
+            StoredEvent(sequence, event, persisted=sequence <= self.persisted)
+            for sequence, event in enumerate(self.events, start=1)
+        )
+        return [one for one in stored if wanted(one)]
+
     async def ready(self) -> list[str]:
         return self.reasons
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[OpenLog]:
-        yield OpenLog(self, self.ready)
+        yield OpenLog(self, self.ready, self)
         self.closed = True
 
 

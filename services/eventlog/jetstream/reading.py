@@ -23,28 +23,13 @@ from services.eventlog.jetstream.reading_corpus import CorpusReading
 from services.eventlog.jetstream.reading_stream import StreamReading
 from services.eventlog.jetstream.reading_wire import Consultations, Events, EventsAnswer, Row
 from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import EventReader, StoredEvent
+from services.eventlog.protocol import EventBrowser, Page, StoredEvent
 from services.eventlog.settings import LogSettings
 
 #: how long one answer of a persister or of the broker may take, seconds
 TIMEOUT_SECONDS = 4.0
 #: bodies that a page takes from the stream, at most, but for a single event, bytes
 PAGE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Some events of a consultation.
-
-    Attributes:
-        events: in stream order.
-        reached: position up to which they are complete: the next page comes after it.
-        more: whether there may be further ones behind it.
-    """
-
-    events: list[StoredEvent]
-    reached: int
-    more: bool
 
 
 @dataclass(slots=True)
@@ -56,8 +41,8 @@ class _Tail:
     more: bool
 
 
-class JetStreamReader(EventReader):
-    """The reading side of the log and of one store's corpus; see :class:`services.eventlog.protocol.EventReader`.
+class JetStreamReader(EventBrowser):
+    """The reading side of the log and of one store's corpus; see :class:`services.eventlog.protocol.EventBrowser`.
 
     Args:
         nc: the connection; it stays the caller's to close.

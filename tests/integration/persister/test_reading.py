@@ -17,10 +17,10 @@ from services.contract.ids import new_event_id
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.reading import JetStreamReader, Page
+from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.jetstream.reading_stream import StreamReading
 from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import StoredEvent
+from services.eventlog.protocol import Page, StoredEvent
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
 

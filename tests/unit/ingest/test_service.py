@@ -60,7 +60,7 @@ async def test_a_stop_while_it_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -
     @asynccontextmanager
     async def opener(_: Settings, __: Callable[[str], None]) -> AsyncIterator[OpenLog]:
         await asyncio.Event().wait()
-        yield OpenLog(MemoryLog(), MemoryLog().ready)
+        yield OpenLog(MemoryLog(), MemoryLog().ready, MemoryLog())
 
     monkeypatch.setattr(service, "open_log", opener)
     stop = Stop()
