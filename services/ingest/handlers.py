@@ -91,9 +91,13 @@ def expecter(resource: Resource) -> Handler:
     return expect  # type: ignore[return-value]  # None is "go on"
 
 
-async def options(_: web.Request) -> web.Response:
-    """Say which methods the event resource has."""
-    return web.Response(status=204, headers={"Allow": "OPTIONS, POST", "Server": SERVER})
+def options(methods: str) -> Handler:
+    """Return the handler that says which *methods* a resource has."""
+
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=204, headers={"Allow": methods, "Server": SERVER})
+
+    return answer
 
 
 async def get_problem(request: web.Request) -> web.Response:

@@ -123,6 +123,18 @@ class Settings:
         parse=seconds(1, 3600),
         doc="What Retry-After says in 409, 429 and 503, rounded up to whole seconds.",
     )
+    max_followers: int = setting(
+        "FI_MAX_FOLLOWERS",
+        100,
+        parse=integer(0, 100_000),
+        doc="Clients that follow consultations through this process; one more gets 429. Each takes 2 MiB at most.",
+    )
+    follow_interval: float = setting(
+        "FI_FOLLOW_INTERVAL",
+        0.25,
+        parse=seconds(0.01, 60),
+        doc="How often the log is asked for news of each consultation that is followed: one cheap request.",
+    )
     shutdown_grace: float = setting(
         "FI_SHUTDOWN_GRACE",
         10.0,
