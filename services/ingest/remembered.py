@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.contract.event import Event
 
@@ -13,8 +13,7 @@ MOST = 32_768
 _DIGEST_BYTES = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(NamedTuple):
     """What a key stands for.
 
     Attributes:
@@ -65,4 +64,5 @@ def digest(body: bytes) -> bytes:
 
 
 def _name(event: Event) -> bytes:
-    return hashlib.blake2b(event.message_id.encode("ascii"), digest_size=_DIGEST_BYTES).digest()
+    name = event.event_id.bytes + event.consultation.encode("ascii")
+    return hashlib.blake2b(name, digest_size=_DIGEST_BYTES).digest()
