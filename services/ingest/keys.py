@@ -19,7 +19,7 @@ from services.eventlog.protocol import Appended, EventReader, StoredEvent
 from services.ingest import problems
 from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, Metrics
 from services.ingest.problems import RequestRefusedError
-from services.ingest.remembered import Known, Remembered, digest
+from services.ingest.remembered import Known, Remembered, digest, name_of
 
 #: a duplicate is looked for this long: replicas lag, and persisters are restarted, seconds
 COMPARE_SECONDS = 1.0
@@ -54,7 +54,7 @@ class Keys:
             event: to be published.
             ask: the corpus, too; :meth:`KeyCheck.ask` may still do so.
         """
-        check = KeyCheck(self, event, self._remembered.get(event))
+        check = KeyCheck(self, event, name := name_of(event), self._remembered.get(name))
         if ask:
             check.ask()
         return check
@@ -82,11 +82,14 @@ class KeyCheck:
         spared: the corpus need not be asked: what it says of another event of the batch goes for this one.
     """
 
-    def __init__(self, keys: Keys, event: Event, known: Known | None) -> None:
+    __slots__ = ("_event", "_keys", "_known", "_name", "lookup", "spared")
+
+    def __init__(self, keys: Keys, event: Event, name: bytes, known: Known | None) -> None:
         self.lookup: asyncio.Future[StoredEvent | None] | None = None
         self.spared = False
         self._keys = keys
         self._event = event
+        self._name = name
         self._known = known
 
     def ask(self) -> None:
@@ -127,7 +130,7 @@ class KeyCheck:
         if known is not None and appended.sequence >= known.last:
             return self._compare(known, own, appended, MEMORY)
         if known is not None:  # the log has begun anew
-            remembered.forget(self._event)
+            remembered.forget(self._name)
         if appended.duplicate:
             stored, by = await self._stored(appended.sequence)
             known = Known(stored.sequence, appended.sequence, digest(stored.event.body))
@@ -137,7 +140,7 @@ class KeyCheck:
         if first is not None and first.sequence < known.first:
             known, by = Known(first.sequence, appended.sequence, digest(first.event.body)), CORPUS
         if asked:
-            remembered.put(self._event, known)
+            remembered.put(self._name, known)
         return self._compare(known, own, appended, by)
 
     def end(self) -> None:
@@ -151,7 +154,7 @@ class KeyCheck:
         if known.digest != own:
             raise RequestRefusedError(problems.IDEMPOTENCY_KEY_REUSED)
         if known.last != appended.sequence:
-            self._keys._remembered.put(self._event, Known(known.first, appended.sequence, known.digest))
+            self._keys._remembered.put(self._name, Known(known.first, appended.sequence, known.digest))
         return Appended(known.first, appended.duplicate or known.first != appended.sequence)
 
     async def _stored(self, sequence: int) -> tuple[StoredEvent, str]:
