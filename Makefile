@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS   ?=
+# files of tests that run at a time: most of them wait for brokers, not for the processor
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 
@@ -27,8 +29,8 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 demo: $(VENV)/.run ## run the pipeline on an embedded cluster, kill parts of it, verify the corpus
 	$(BIN)/fiq demo $(ARGS)
 
-test: $(VENV)/.dev ## run every test (ARGS="-k name" to choose)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev ## run every test (ARGS="-k name" to choose, WORKERS=0 for one process)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 torture: $(VENV)/.dev ## the crash tests in full: 500 kills, 2,000 power cuts, full disks, bit flips
 	FIQ_TORTURE=long $(BIN)/python -m pytest tests/torture $(ARGS)

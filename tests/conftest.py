@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -18,9 +19,20 @@ settings.register_profile("repeatable", derandomize=True)
 if os.environ.get("FIQ_TORTURE") != "long":
     settings.load_profile("repeatable")
 
+# a shell that starts the tests in the background lets them ignore SIGINT, and so all processes that they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # settings of the machine that runs the tests are none of theirs, nor of the processes that they start
 for _name in [name for name in os.environ if name.startswith("FI_")]:
     del os.environ[_name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let `pytest -n 2 --dist loadgroup` keep each file in one worker, and all containers: they share one stack."""
+    for item in items:
+        file = item.location[0]
+        group = "compose" if file.startswith("tests/compose/") else file
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="module")

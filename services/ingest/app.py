@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
-from services.contract.management import CachedCheck, ReadinessCheck, add_management_routes
+from services.contract.management import CachedCheck, ReadinessCheck
+from services.contract.tokens import Scope
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import EventReader, EventWriter
+from services.ingest.access import GATE, OPEN, Gate
 from services.ingest.admission import Admission
 from services.ingest.answers import Answers
+from services.ingest.changes import WatchedFiles
 from services.ingest.handlers import (
     ADMISSION,
     ANSWERS,
@@ -27,10 +33,16 @@ from services.ingest.handlers import (
 from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
 from services.ingest.problems import TYPE_PREFIX
+from services.ingest.rates import Rates
 from services.ingest.resources import RESOURCES
+from services.ingest.server import TLS
 from services.ingest.settings import Settings
 from services.ingest.storing import Storing
+from services.ingest.tls import CERTIFICATE_VARIABLE, KEY_VARIABLE, Certificate, check_both
+from services.ingest.tokens import VARIABLE, Tokens
 
+#: what keeps the service from taking events just now
+READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
 #: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
 READY_SECONDS = 1.0
 #: seconds after which the broker's silence is an answer: most probes wait no longer than this
@@ -65,9 +77,13 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         settings: of the process.
         open_log: called once, at start; may take as long as it needs.
     """
-    app = web.Application(client_max_size=settings.max_event_bytes)
     metrics = Metrics()
     answers = Answers(metrics, retry_after=settings.retry_after)
+    tokens = Tokens(settings.token_file)
+    rates = Rates(settings.rate, settings.rate_burst)
+    gate = Gate(answers, metrics, tokens, rates, lambda: None)
+    app = web.Application(client_max_size=settings.max_event_bytes, middlewares=[gate.middleware()])
+    app[GATE] = gate
     app[SETTINGS] = settings
     app[METRICS] = metrics
     app[ANSWERS] = answers
@@ -94,9 +110,64 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         return ["the service is starting"] if check is None else await check()
 
     app.cleanup_ctx.append(log)
+    _watch_tokens(app, tokens, rates, metrics)
+    if check_both(settings.tls_cert, settings.tls_key):
+        _watch_certificate(app, Certificate(settings.tls_cert, settings.tls_key), settings, metrics)
     for resource in RESOURCES:
-        app.router.add_post(resource.path, poster(resource), expect_handler=expecter(resource))
-        app.router.add_route("OPTIONS", resource.path, options)
-    app.router.add_get(TYPE_PREFIX + "{slug}", get_problem)
-    add_management_routes(app, metrics.registry, ready)
+        each = "{consultation}" not in resource.path
+        gate.add(app, "POST", resource.path, poster(resource), Scope.WRITE, each=each, expect=expecter(resource))
+        gate.add(app, "OPTIONS", resource.path, options, OPEN)
+    gate.add(app, "GET", TYPE_PREFIX + "{slug}", get_problem, OPEN)
+    app[READY] = ready
     return app
+
+
+def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: Metrics) -> None:
+    """Read the tokens now, and again whenever their file has changed.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or is none.
+    """
+    if not tokens.asked_for:
+        return
+
+    def load() -> None:
+        tokens.load()
+        rates.keep(tokens.names)
+
+    watched = WatchedFiles(VARIABLE, [tokens.path], load, lambda good: metrics.token_file_broken.set(0 if good else 1))
+    watched.start()
+    app.cleanup_ctx.append(beside(watched.run))
+
+
+def _watch_certificate(app: web.Application, certificate: Certificate, settings: Settings, metrics: Metrics) -> None:
+    """Read the certificate now, and again whenever its files have changed.
+
+    Raises:
+        ConfigurationError: it cannot be read, or its key is another one's.
+    """
+
+    def load() -> None:
+        certificate.load()
+        metrics.certificate_expiry.clear()
+        metrics.certificate_expiry.labels(certificate.shown.name).set(certificate.shown.expires)
+
+    paths = [settings.tls_cert, settings.tls_key]
+    what = f"{CERTIFICATE_VARIABLE}, {KEY_VARIABLE}"
+    watched = WatchedFiles(what, paths, load, lambda good: metrics.certificate_broken.set(0 if good else 1))
+    watched.start()
+    app[TLS] = certificate.context
+    app.cleanup_ctx.append(beside(watched.run))
+
+
+def beside(run: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Return a cleanup context of aiohttp that lets *run* go on for as long as the application does."""
+
+    async def context(_: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(run())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    return context

@@ -12,7 +12,9 @@ from aiohttp.typedefs import Handler
 from services.contract.errors import InvalidIdError, PoisonError
 from services.contract.event import Event, InvalidBodyError, NotJsonError, check_body
 from services.contract.ids import bare_key, check_consultation_id, event_id_from_key, new_event_id
+from services.contract.tokens import Scope
 from services.ingest import problems
+from services.ingest.access import GATE, GRANT
 from services.ingest.admission import Admission, Share
 from services.ingest.answers import SERVER, Answers
 from services.ingest.batch import Place, consultation_of, read_batch, split_array, split_lines
@@ -58,7 +60,12 @@ def poster(resource: Resource) -> Handler:
                 return await post(request, form, share, consultation, received_ns, started)
         except RequestRefusedError as refusal:
             return answers.refused(
-                refusal.problem, refusal.detail, members=refusal.members, started=started, consultation=consultation
+                refusal.problem,
+                refusal.detail,
+                members=refusal.members,
+                headers=refusal.headers,
+                started=started,
+                consultation=consultation,
             )
         finally:
             if share is not None:
@@ -106,6 +113,8 @@ async def _post_one(
 ) -> web.Response:
     app = request.app
     event, keyed = await _read_one(request, form, share, of_path, received_ns)
+    if of_path is None:
+        app[GATE].require(request, Scope.WRITE, (event.consultation,))
     app[METRICS].body_size.observe(len(event.body))
     share.store()
     appended = await app[STORING].one(event, keyed=keyed)
@@ -153,6 +162,9 @@ async def _post_batch(
     raw = await _body(request, form, share)
     lines = await read_batch(raw, *_BATCHES[form], place)
     del raw  # the lines are copies
+    if of_path is None:
+        app[GATE].require(request, Scope.WRITE, {line.event.consultation for line in lines})
+    request[GRANT].take_more(len(lines) - 1)  # the request itself counted as one
     app[METRICS].batch_events.observe(len(lines))
     share.store_batch(len(lines))
     outcomes = await app[STORING].batch(lines)

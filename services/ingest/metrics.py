@@ -29,6 +29,9 @@ STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED, REUSED, NOT_COM
 )
 #: values of the label ``by``
 MEMORY, LOG, CORPUS, NOBODY = CHECKERS = ("memory", "log", "corpus", "nobody")
+#: values of the label ``reason``: no token, none of ours or ended, without the scope, for other consultations, and a
+#: route that does not say what it takes (a fault of ours)
+MISSING, UNKNOWN, SCOPE, PREFIX, UNSTATED = ACCESS_REASONS = ("missing", "unknown", "scope", "prefix", "unstated")
 
 
 class Metrics:
@@ -45,7 +48,7 @@ class Metrics:
         # fault, the log has a line REQUEST_FAILED for each.
         self.requests = Counter(
             "fi_ingest_requests_total",
-            "Answers by status and problem (empty for 202); management endpoints are not counted.",
+            "Answers by status and problem (empty for 202); the management listener's are not counted.",
             ["status", "problem"],
             registry=self.registry,
         )
@@ -108,6 +111,35 @@ class Metrics:
             buckets=_EVENTS,
             registry=self.registry,
         )
+        # unknown or missing: a client was not told of a new token, or somebody tries; ACCESS_REFUSED in the log says
+        # from where. scope, prefix: a client does what its token is not for.
+        self.access = Counter(
+            "fi_ingest_access_refused_total",
+            "Requests that were refused for what their token is, or is not.",
+            ["reason"],
+            registry=self.registry,
+        )
+        # 1: the file has been changed, and cannot be read or is none; FILE_REFUSED in the log has the reason. What it
+        # said before stays in force until the process is restarted, which it would not survive.
+        self.token_file_broken = Gauge(
+            "fi_ingest_token_file_broken",
+            "1 while FI_TOKEN_FILE is no good and its former content is in force.",
+            registry=self.registry,
+        )
+        # two weeks before the end: renew it; nothing is restarted
+        self.certificate_expiry = Gauge(
+            "fi_ingest_certificate_expiry_timestamp_seconds",
+            "End of the certificate that clients see, Unix time; absent with plain HTTP.",
+            ["name"],
+            registry=self.registry,
+        )
+        # 1: the pair has been changed, and cannot be read or does not belong together; as above
+        self.certificate_broken = Gauge(
+            "fi_ingest_certificate_broken",
+            "1 while FI_TLS_CERT and FI_TLS_KEY are no good and their former content is shown.",
+            registry=self.registry,
+        )
+        self.access_refused = {reason: self.access.labels(reason) for reason in ACCESS_REASONS}
         self.outcomes = {outcome: self.publishes.labels(outcome) for outcome in OUTCOMES}
         self.accepted = self.requests.labels("202", "")
         self.refused = {problem: self.requests.labels(str(problem.status), problem.slug) for problem in problems()}

@@ -60,12 +60,18 @@ class RequestRefusedError(FiqError):
     """Raised when a request is answered with a problem; *detail* and *members* must not quote the request."""
 
     def __init__(
-        self, problem: Problem, detail: str | None = None, members: Mapping[str, object] | None = None
+        self,
+        problem: Problem,
+        detail: str | None = None,
+        members: Mapping[str, object] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(problem.title)
         self.problem = problem
         self.detail = detail
         self.members = members
+        self.headers = headers
 
 
 MALFORMED_REQUEST = Problem(
@@ -78,6 +84,15 @@ INVALID_IDEMPOTENCY_KEY = Problem(
     "Send at most one Idempotency-Key header: 1 to 255 visible ASCII characters, quoted or not.",
 )
 INVALID_JSON = Problem("invalid-json", 400, "Body is not JSON", "The body must be one JSON text in UTF-8.")
+UNAUTHORIZED = Problem(
+    "unauthorized",
+    401,
+    "No valid token",
+    "Send Authorization: Bearer and a token of this service that has neither ended nor been revoked.",
+)
+FORBIDDEN = Problem(
+    "forbidden", 403, "Not allowed", "The token is not for this: it lacks the scope, or is for other consultations."
+)
 NOT_FOUND = Problem("not-found", 404, "No such resource", "Nothing is served at this path.")
 INVALID_CONSULTATION_ID = Problem(
     "invalid-consultation-id",
@@ -137,6 +152,13 @@ TOO_MANY_IN_FLIGHT = Problem(
     429,
     "Too many requests in flight",
     "This process stores as many events at once as it may; nothing was stored. Retry with the same key.",
+    retry=True,
+)
+RATE_LIMITED = Problem(
+    "rate-limited",
+    429,
+    "Over the rate",
+    "The token has sent more than its rate allows; nothing was stored. Retry with the same key.",
     retry=True,
 )
 INTERNAL_ERROR = Problem(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from typing import Any
 
 from aiohttp import web
@@ -23,6 +24,11 @@ _KEEPALIVE_SECONDS = 75.0
 _LINGER_SECONDS = 5.0
 #: seconds that aiohttp gets to write answers that are ready, once nothing is in flight any more
 _FLUSH_SECONDS = 0.5
+#: seconds for a handshake, and for the other side's farewell
+_TLS_OPTIONS: dict[str, Any] = {"ssl_handshake_timeout": 10.0, "ssl_shutdown_timeout": 2.0}
+
+#: what the listener shows; absent for plain HTTP
+TLS = web.AppKey("tls", ssl.SSLContext)
 
 
 class Protocol(RequestHandler):
@@ -60,7 +66,7 @@ class Protocol(RequestHandler):
         if isinstance(exc, ConnectionError):
             raise exc
         if isinstance(exc, RequestRefusedError):
-            return self._answers.refused(exc.problem, exc.detail)
+            return self._answers.refused(exc.problem, exc.detail, headers=exc.headers)
         if status < 500:
             return self._answers.refused(problems.of_status(status))
         if exc is not None:
@@ -90,8 +96,11 @@ class HttpServer:
         """
         await self._runner.setup()
         loop = asyncio.get_running_loop()
+        tls = self._app.get(TLS)
         try:
-            self._listener = await loop.create_server(self._connect, sock=self._sock, backlog=_BACKLOG)
+            self._listener = await loop.create_server(
+                self._connect, sock=self._sock, backlog=_BACKLOG, **({} if tls is None else _TLS_OPTIONS | {"ssl": tls})
+            )
         except OSError as error:
             raise BindError(f"cannot listen (FI_HOST, FI_PORT): {error.strerror or error}") from error
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.contract.logs import level
-from services.contract.settings import integer, nested, port, seconds, setting, size, text
+from services.contract.settings import boolean, integer, nested, number, seconds, setting, size, text
+from services.contract.settings import port as tcp_port
 from services.eventlog.settings import LogSettings
 
 
@@ -17,9 +18,57 @@ class Settings:
         "FI_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address to listen on. Anything but loopback lets everybody who reaches it post events.",
+        doc="Address to listen on. Anything but loopback needs FI_TOKEN_FILE, or FI_ALLOW_ANONYMOUS.",
     )
-    port: int = setting("FI_PORT", 7001, parse=port, doc="TCP port to listen on; 0 takes a free one and logs it.")
+    port: int = setting("FI_PORT", 7001, parse=tcp_port, doc="TCP port to listen on; 0 takes a free one and logs it.")
+    management_host: str = setting(
+        "FI_MANAGEMENT_HOST",
+        "127.0.0.1",
+        parse=text,
+        doc="Address of ingest's /healthz, /readyz and /metrics, which know no tokens: loopback or an inner network.",
+    )
+    management_port: int = setting(
+        "FI_MANAGEMENT_PORT",
+        7101,
+        parse=tcp_port,
+        doc="TCP port of ingest's /healthz, /readyz and /metrics; 0 takes a free one and logs it.",
+    )
+    token_file: str = setting(
+        "FI_TOKEN_FILE",
+        "",
+        parse=text,
+        doc="File with the API tokens' hashes (`fiq token`), read again when it changes; without it none is asked for.",
+    )
+    allow_anonymous: bool = setting(
+        "FI_ALLOW_ANONYMOUS",
+        False,
+        parse=boolean,
+        doc="Listen beyond loopback without FI_TOKEN_FILE: whoever reaches the port may post and read everything.",
+    )
+    tls_cert: str = setting(
+        "FI_TLS_CERT",
+        "",
+        parse=text,
+        doc="PEM file with ingest's certificate and its signers', read again when it changes; empty is plain HTTP.",
+    )
+    tls_key: str = setting(
+        "FI_TLS_KEY",
+        "",
+        parse=text,
+        doc="PEM file with the key of FI_TLS_CERT, without a password; TLS 1.2 or newer is spoken, and nothing else.",
+    )
+    rate: float = setting(
+        "FI_RATE",
+        0.0,
+        parse=number(0, 1_000_000),
+        doc="Requests and events a second that one token may send in the long run, beyond it 429; 0 is no limit.",
+    )
+    rate_burst: int = setting(
+        "FI_RATE_BURST",
+        1000,
+        parse=integer(1, 1_000_000),
+        doc="Requests and events that a token may send at once; a larger batch is taken when none of it is used.",
+    )
     publish_deadline: float = setting(
         "FI_PUBLISH_DEADLINE",
         5.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +15,12 @@ from aiohttp import ClientSession
 from aiohttp.web import Application
 
 from services.contract.event import Event
-from services.contract.management import bind
+from services.contract.management import bind, managed
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.protocol import Appended, StoredEvent
-from services.ingest.app import OpenLog, make_app
+from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS
-from services.ingest.server import HttpServer
+from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
 
 
@@ -116,18 +116,21 @@ class MemoryReader:
 class Edge:
     """A running server and a client for it."""
 
-    def __init__(self, app: Application, server: HttpServer, log: MemoryLog, port: int, client: ClientSession) -> None:
+    def __init__(
+        self, app: Application, server: HttpServer, log: MemoryLog, ports: tuple[int, int], client: ClientSession
+    ) -> None:
         self.app = app
         self.server = server
         self.log = log
-        self.port = port
+        self.port, self.management_port = ports
         self.client = client
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if TLS in self.app else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, /, **labels: str) -> float:
         """Return the value of a metric's sample; 0 when there is none."""
         return self.app[METRICS].registry.get_sample_value(name, labels) or 0.0
 
@@ -141,6 +144,11 @@ class Edge:
         async with self.client.request(method, self.url + path, **options) as response:
             content = await response.read()
             return Reply(response.status, dict(response.headers), content)
+
+    async def manage(self, path: str, method: str = "GET") -> Reply:
+        """Ask the management listener."""
+        async with self.client.request(method, f"http://127.0.0.1:{self.management_port}{path}") as response:
+            return Reply(response.status, dict(response.headers), await response.read())
 
     async def raw(self, request: bytes, *, end: bool = False, timeout: float = 15.0) -> bytes:
         """Send bytes, and return all that comes until the server closes or falls silent for a second.
@@ -182,17 +190,22 @@ class Reply:
 
 
 @asynccontextmanager
-async def running_edge(log: MemoryLog | None = None, **settings: Any) -> AsyncIterator[Edge]:
-    """Run the server on a free port of loopback until the block ends."""
+async def running_edge(
+    log: MemoryLog | None = None, *, extend: Callable[[Application], None] = lambda _: None, **settings: Any
+) -> AsyncIterator[Edge]:
+    """Run the server on a free port of loopback until the block ends; *extend* may add routes to its application."""
     log = log or MemoryLog()
-    values = Settings(port=0, **settings)
+    values = Settings(port=0, management_port=0, **settings)
     app = make_app(values, log.open)
+    extend(app)
     sock = bind(values.host, values.port, "FI_HOST, FI_PORT")
-    port = sock.getsockname()[1]
+    management = bind(values.management_host, values.management_port, "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT")
+    ports = sock.getsockname()[1], management.getsockname()[1]
     server = HttpServer(app, sock, grace=values.shutdown_grace)
-    await server.start()
-    try:
-        async with ClientSession() as client:
-            yield Edge(app, server, log, port, client)
-    finally:
-        await server.stop()
+    async with managed(management, app[METRICS].registry, app[READY], "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"):
+        await server.start()
+        try:
+            async with ClientSession() as client:
+                yield Edge(app, server, log, ports, client)
+        finally:
+            await server.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from services.contract.errors import PermanentError
 from services.eventlog.errors import LogMismatchError, PlacementError
@@ -10,10 +11,13 @@ from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.protocol import LogIdentity
 
-#: how often a log that cannot be followed is looked at again before it is refused
-CONFIRMATIONS = 4
-#: pause between two looks, seconds
-CONFIRM_PAUSE_SECONDS = 0.5
+#: pause between two looks at a log that cannot be followed, seconds
+PAUSE_SECONDS = 0.5
+#: a log is refused when it cannot be followed for this long, seconds
+PATIENCE_SECONDS = 2.0
+#: the same for one that ends before the file does: a leader may still be applying what it has, after a restart of all
+#: nodes for as long as that takes, seconds
+LAG_SECONDS = 30.0
 
 
 async def check_log(api: JetStreamApi, consumer: str, identity: LogIdentity, after: int) -> None:
@@ -26,12 +30,21 @@ async def check_log(api: JetStreamApi, consumer: str, identity: LogIdentity, aft
         PlacementError: *consumer* is gone.
         LogUnavailableError: no answer.
     """
-    for _ in range(CONFIRMATIONS):
+    started = time.monotonic()
+    while True:
         try:
             return await _check(api, consumer, identity, after)
+        except _EndsEarlyError as error:
+            if time.monotonic() - started >= LAG_SECONDS:
+                raise LogMismatchError(str(error)) from None
         except PermanentError:
-            await asyncio.sleep(CONFIRM_PAUSE_SECONDS)
-    return await _check(api, consumer, identity, after)
+            if time.monotonic() - started >= PATIENCE_SECONDS:
+                raise
+        await asyncio.sleep(PAUSE_SECONDS)
+
+
+class _EndsEarlyError(Exception):
+    """The log ends before the position: lost, or not applied yet."""
 
 
 async def _check(api: JetStreamApi, consumer: str, identity: LogIdentity, after: int) -> None:
@@ -52,7 +65,7 @@ async def _check(api: JetStreamApi, consumer: str, identity: LogIdentity, after:
 
 def _check_range(first: int, last: int, after: int) -> None:
     if after > last:
-        raise LogMismatchError(
+        raise _EndsEarlyError(
             f"the corpus holds sequence {after} but stream {STREAM} ends at {last}: "
             "the stream lost events (restored from an older backup?)"
         )

@@ -9,6 +9,7 @@ import pytest
 
 from services.cli.cluster import Cluster
 from services.eventlog.errors import LogMismatchError, PlacementError
+from services.eventlog.jetstream import continuity
 from services.eventlog.jetstream.budget import Budget, Held
 from services.eventlog.jetstream.connection import Connection
 from services.eventlog.jetstream.follower import JetStreamFollower
@@ -221,11 +222,26 @@ async def test_a_stream_recreated_while_following_stops_the_follower(log: Log) -
     await follower.close()
 
 
-async def test_a_position_beyond_the_stream_is_refused(log: Log) -> None:
+async def test_a_position_beyond_the_stream_is_refused(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker would accept the reset and deliver nothing until it gets there."""
+    monkeypatch.setattr(continuity, "LAG_SECONDS", 0.5)
     await log.publish(3)
     with pytest.raises(LogMismatchError, match="ends at 3"):
         await log.follower().start(4)
+
+
+async def test_a_leader_that_lags_behind_the_file_is_waited_for(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart of all nodes it says a smaller last sequence until it has applied what it has."""
+    monkeypatch.setattr(continuity, "PATIENCE_SECONDS", 0.5)
+    await log.publish(3)
+    follower = log.follower()
+    starting = asyncio.create_task(follower.start(4))
+    done, _ = await asyncio.wait({starting}, timeout=1.5)
+    assert not done, "it gave up, or followed a log that ends before its position"
+    await log.publish(2)
+    await starting
+    assert [5] == sequences(await take(follower, 1))
+    await follower.close()
 
 
 async def test_a_position_before_trimmed_events_is_refused(log: Log) -> None:

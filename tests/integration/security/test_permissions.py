@@ -23,7 +23,7 @@ from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.protocol import LogIdentity
 from tests.support.polling import eventually
-from tests.support.security import Secured, fiq, run
+from tests.support.security import PORTS, Secured, fiq, run
 
 #: what a refusal takes at most on a busy machine: below the deadlines of those who are refused, seconds
 QUICK = 20.0
@@ -203,7 +203,7 @@ def test_a_service_with_another_roles_seed_ends_with_one_line(
     """It could not hear a single answer: known at the start, not with the first event."""
     wrong = {"FI_NATS_SEED_FILE": str(secured.layout.seed(Role.OPS)), "FI_DATA_DIR": str(tmp_path / "data")}
 
-    done = run(module, secured.environment(role) | wrong | {"FI_PORT": "0", "FI_PERSISTER_PORT": "0"})
+    done = run(module, secured.environment(role) | wrong | PORTS)
 
     assert 1 == done.code
     assert 1 == len(done.errors), done.errors
