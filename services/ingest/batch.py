@@ -6,6 +6,8 @@ import asyncio
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 from uuid import UUID
 
 import orjson
@@ -41,13 +43,31 @@ class Place:
     max_event_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """An event with its number in the batch, from 1; *keyed*: the client gave it its id."""
+class Key(Enum):
+    """Where the id of a line is from: made here, the line's own key, the key of the batch and the line's number."""
+
+    NONE = "none"
+    OWN = "own"
+    BATCH = "batch"
+
+
+class Line(NamedTuple):
+    """One event of a batch.
+
+    Attributes:
+        number: in the batch, from 1.
+        event: that it holds.
+        key: where its id is from.
+    """
 
     number: int
     event: Event
-    keyed: bool
+    key: Key
+
+    @property
+    def name(self) -> tuple[str, bytes]:
+        """Consultation and id: the same for lines that are one event."""
+        return self.event.consultation, self.event.event_id.bytes
 
 
 #: reads one event
@@ -88,14 +108,14 @@ def split_array(raw: bytes) -> Iterator[tuple[int, bytes]]:
 def _read_batch(raw: bytes, split: Split, read: ReadDraft, place: Place) -> list[Line]:
     lines: list[Line] = []
     wrong: list[dict[str, object]] = []
-    seen: dict[str, Line] = {}
+    seen: dict[tuple[str, bytes], Line] = {}
     for number, text in split(raw):
         if len(lines) + len(wrong) >= MAX_EVENTS:
             raise RequestRefusedError(problems.TOO_MANY_EVENTS)
         try:
             line = _line(number, text, read, place)
-            first = seen.setdefault(line.event.message_id, line)
-            if first.event.body != line.event.body:
+            first = seen.setdefault(line.name, line)
+            if first is not line and first.event.body != line.event.body:
                 raise PoisonError(f"the id is that of line {first.number}, the body is not")
             lines.append(line)
         except PoisonError as error:
@@ -113,9 +133,9 @@ def _line(number: int, text: bytes, read: ReadDraft, place: Place) -> Line:
     draft = read(text)
     if len(draft.body) > place.max_event_bytes:
         raise PoisonError(f"the event as it is stored is larger than {place.max_event_bytes} bytes")
-    event_id, keyed = _event_id(number, draft, place.key)
+    event_id, key = _event_id(number, draft, place.key)
     consultation = consultation_of(draft, place.consultation)
-    return Line(number, Event(consultation, event_id, place.received_ns, draft.body), keyed)
+    return Line(number, Event(consultation, event_id, place.received_ns, draft.body), key)
 
 
 def consultation_of(draft: Draft, of_path: str | None) -> str:
@@ -131,9 +151,9 @@ def consultation_of(draft: Draft, of_path: str | None) -> str:
     return of_path or draft.consultation or ""
 
 
-def _event_id(number: int, draft: Draft, key: str | None) -> tuple[UUID, bool]:
+def _event_id(number: int, draft: Draft, key: str | None) -> tuple[UUID, Key]:
     if draft.event_id is not None:
-        return draft.event_id, True
+        return draft.event_id, Key.OWN
     if key is not None:
-        return event_id_of_line(key, number), True
-    return new_event_id(), False
+        return event_id_of_line(key, number), Key.BATCH
+    return new_event_id(), Key.NONE

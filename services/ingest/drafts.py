@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from services.contract.errors import InvalidIdError
@@ -11,8 +10,7 @@ from services.contract.event import InvalidBodyError, read_body
 from services.contract.ids import check_consultation_id, event_id_from_key
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """One event.
 
     Attributes:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Iterable
 
-from services.contract.errors import FiqError
 from services.contract.event import Event
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.protocol import Appended, EventReader, StoredEvent
 from services.ingest import problems
 from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, Metrics
 from services.ingest.problems import RequestRefusedError
-from services.ingest.remembered import Known, Remembered, digest
+from services.ingest.remembered import Known, Remembered, digest, name_of
 
 #: a duplicate is looked for this long: replicas lag, and persisters are restarted, seconds
 COMPARE_SECONDS = 1.0
@@ -47,28 +47,78 @@ class Keys:
         self._remembered = Remembered()
         self._questions = asyncio.Semaphore(_QUESTIONS)
 
-    def check(self, event: Event) -> KeyCheck:
-        """Begin to ask what the client's key of *event* stands for, before it is published; end it by all means."""
-        known = self._remembered.get(event)
-        lookup = None
-        if known is None and self._reader is not None and self._wait > 0:
-            lookup = asyncio.ensure_future(self._reader.find(event.consultation, event.event_id))
-        return KeyCheck(self, event, known, lookup)
+    def check(self, event: Event, *, ask: bool = True) -> KeyCheck:
+        """Begin to find out what the client's key of *event* stands for, before it is published; end it by all means.
+
+        Args:
+            event: to be published.
+            ask: the corpus, too; :meth:`KeyCheck.ask` may still do so.
+        """
+        check = KeyCheck(self, event, name := name_of(event), self._remembered.get(name))
+        if ask:
+            check.ask()
+        return check
+
+    async def hear(self, checks: Iterable[KeyCheck]) -> None:
+        """Wait for what the corpus says to *checks*, which the log has answered; for a moment only, in all."""
+        open_ones = {check.lookup for check in checks if check.lookup is not None and not check.lookup.done()}
+        if open_ones:
+            await asyncio.wait(open_ones, timeout=self._wait)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the corpus is asked about keys that the log does not know."""
+        return self._reader is not None and self._wait > 0
 
     def _answered(self, by: str) -> None:
         self._checks[by].inc()
 
 
 class KeyCheck:
-    """One event under a client's key."""
+    """One event under a client's key.
 
-    def __init__(
-        self, keys: Keys, event: Event, known: Known | None, lookup: asyncio.Future[StoredEvent | None] | None
-    ) -> None:
+    Attributes:
+        lookup: the question to the corpus, if it is asked.
+        spared: the corpus need not be asked: what it says of another event of the batch goes for this one.
+    """
+
+    __slots__ = ("_event", "_keys", "_known", "_name", "lookup", "spared")
+
+    def __init__(self, keys: Keys, event: Event, name: bytes, known: Known | None) -> None:
+        self.lookup: asyncio.Future[StoredEvent | None] | None = None
+        self.spared = False
         self._keys = keys
         self._event = event
+        self._name = name
         self._known = known
-        self._lookup = lookup
+
+    def ask(self) -> None:
+        """Ask the corpus, unless it is known what the key stands for."""
+        reader = self._keys._reader
+        if self._known is None and self.lookup is None and reader is not None and self._keys.asks:
+            self.lookup = asyncio.ensure_future(reader.find(self._event.consultation, self._event.event_id))
+
+    @property
+    def answered(self) -> bool:
+        """Whether the corpus has been asked and has said what it holds."""
+        lookup = self.lookup
+        return lookup is not None and lookup.done() and not lookup.cancelled() and lookup.exception() is None
+
+    def came_before(self, appended: Appended) -> bool | None:
+        """Return whether the key stands for an older event than the one at *appended*; None when nobody said."""
+        if self._known is not None:
+            return self._known.first < appended.sequence
+        if self.lookup is None:
+            return None if self._keys.asks else False
+        if not self.answered:
+            return None
+        first = self.lookup.result()
+        return first is not None and first.sequence < appended.sequence
+
+    def must_look(self, appended: Appended) -> bool:
+        """Whether :meth:`settle` must look for an event that the log has, and only the log or the corpus can show."""
+        known = self._known
+        return appended.duplicate and (known is None or appended.sequence < known.last)
 
     async def settle(self, appended: Appended) -> Appended:
         """Return where the first event with this key stands, once the log has taken the event at *appended*.
@@ -76,36 +126,35 @@ class KeyCheck:
         Raises:
             RequestRefusedError: the first one had another body, or there is a first one that nobody can show.
         """
-        known, remembered = self._known, self._keys._remembered
+        known, remembered, own = self._known, self._keys._remembered, digest(self._event.body)
         if known is not None and appended.sequence >= known.last:
-            return self._compare(known, appended, MEMORY)
+            return self._compare(known, own, appended, MEMORY)
         if known is not None:  # the log has begun anew
-            remembered.forget(self._event)
+            remembered.forget(self._name)
         if appended.duplicate:
             stored, by = await self._stored(appended.sequence)
             known = Known(stored.sequence, appended.sequence, digest(stored.event.body))
         else:
-            known, by = Known(appended.sequence, appended.sequence, digest(self._event.body)), ""
-        asked, first = await self._in_corpus()
+            known, by = Known(appended.sequence, appended.sequence, own), ""
+        asked, first = self._in_corpus()
         if first is not None and first.sequence < known.first:
             known, by = Known(first.sequence, appended.sequence, digest(first.event.body)), CORPUS
         if asked:
-            remembered.put(self._event, known)
-        return self._compare(known, appended, by)
+            remembered.put(self._name, known)
+        return self._compare(known, own, appended, by)
 
     def end(self) -> None:
         """Ask no more."""
-        lookup = self._lookup
-        if lookup is not None and (not lookup.done() or lookup.cancelled() or lookup.exception() is not None):
-            lookup.cancel()  # its exception has been looked at: nothing is reported as never retrieved
+        if self.lookup is not None and not self.answered:
+            self.lookup.cancel()  # an exception has been looked at: nothing is reported as never retrieved
 
-    def _compare(self, known: Known, appended: Appended, by: str) -> Appended:
+    def _compare(self, known: Known, own: bytes, appended: Appended, by: str) -> Appended:
         if by:
             self._keys._answered(by)
-        if known.digest != digest(self._event.body):
+        if known.digest != own:
             raise RequestRefusedError(problems.IDEMPOTENCY_KEY_REUSED)
         if known.last != appended.sequence:
-            self._keys._remembered.put(self._event, Known(known.first, appended.sequence, known.digest))
+            self._keys._remembered.put(self._name, Known(known.first, appended.sequence, known.digest))
         return Appended(known.first, appended.duplicate or known.first != appended.sequence)
 
     async def _stored(self, sequence: int) -> tuple[StoredEvent, str]:
@@ -128,14 +177,12 @@ class KeyCheck:
         self._keys._answered(NOBODY)
         raise RequestRefusedError(problems.KEY_NOT_COMPARED)
 
-    async def _in_corpus(self) -> tuple[bool, StoredEvent | None]:
-        """Wait a moment for what the corpus says; return whether there is nothing left to ask, and what it holds."""
-        keys, lookup = self._keys, self._lookup
-        if lookup is None:
-            return keys._reader is None or keys._wait == 0, None
-        if not lookup.done():
-            await asyncio.wait({lookup}, timeout=keys._wait)
-        if not lookup.done() or isinstance(lookup.exception(), FiqError):
+    def _in_corpus(self) -> tuple[bool, StoredEvent | None]:
+        """Return whether there is nothing left to ask the corpus, and what it holds."""
+        keys = self._keys
+        if self.lookup is None:
+            return self.spared or not keys.asks, None
+        if not self.answered:
             keys._answered(NOBODY)
             return False, None
-        return True, lookup.result()
+        return True, self.lookup.result()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.contract.event import Event
 
@@ -13,8 +13,7 @@ MOST = 32_768
 _DIGEST_BYTES = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(NamedTuple):
     """What a key stands for.
 
     Attributes:
@@ -38,25 +37,23 @@ class Remembered:
     def __len__(self) -> int:
         return len(self._known)
 
-    def get(self, event: Event) -> Known | None:
-        """Return what the key of *event* stands for, or None."""
-        name = _name(event)
+    def get(self, name: bytes) -> Known | None:
+        """Return what the key stands for whose :func:`name_of` is *name*, or None."""
         known = self._known.get(name)
         if known is not None:
             self._known.move_to_end(name)
         return known
 
-    def put(self, event: Event, known: Known) -> None:
-        """Remember what the key of *event* stands for, and forget the key unused for longest if need be."""
-        name = _name(event)
+    def put(self, name: bytes, known: Known) -> None:
+        """Remember what a key stands for, and forget the key unused for longest if need be."""
         self._known[name] = known
         self._known.move_to_end(name)
         if len(self._known) > self._most:
             self._known.popitem(last=False)
 
-    def forget(self, event: Event) -> None:
-        """Forget the key of *event*."""
-        self._known.pop(_name(event), None)
+    def forget(self, name: bytes) -> None:
+        """Forget a key."""
+        self._known.pop(name, None)
 
 
 def digest(body: bytes) -> bytes:
@@ -64,5 +61,7 @@ def digest(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
 
 
-def _name(event: Event) -> bytes:
-    return hashlib.blake2b(event.message_id.encode("ascii"), digest_size=_DIGEST_BYTES).digest()
+def name_of(event: Event) -> bytes:
+    """Return what stands for the key of *event*, as long for every key."""
+    name = event.event_id.bytes + event.consultation.encode("ascii")
+    return hashlib.blake2b(name, digest_size=_DIGEST_BYTES).digest()

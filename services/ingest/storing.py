@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from services.contract.errors import FiqError
 from services.contract.event import Event
@@ -19,7 +19,7 @@ from services.eventlog.protocol import Appended, EventWriter
 from services.ingest import metrics as outcomes
 from services.ingest import problems
 from services.ingest.answers import Answers
-from services.ingest.batch import Line
+from services.ingest.batch import Key, Line
 from services.ingest.keys import KeyCheck, Keys
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
@@ -81,7 +81,9 @@ class Storing:
             else:
                 check = self._keys.check(event)
                 try:
-                    outcome = await self._settle(check, await self._writer.append(event))
+                    appended = await self._writer.append(event)
+                    await self._keys.hear([check])
+                    outcome = await self._settle(check, appended)
                 finally:
                     check.end()
                 if isinstance(outcome, Problem):
@@ -98,16 +100,14 @@ class Storing:
         Raises:
             RequestRefusedError: the log did not take all of them, or a key cannot be compared now.
         """
-        events: dict[str, Line] = {}
+        events: dict[tuple[str, bytes], Line] = {}
         for line in lines:
-            events.setdefault(line.event.message_id, line)
+            events.setdefault(line.name, line)
         with self.refusing(_BATCH_FAILED):
-            checks = [self._keys.check(line.event) if line.keyed else None for line in events.values()]
+            checks = self._checks(events.values())
             try:
                 appended = await self._writer.append_batch([line.event for line in events.values()])
-                settled: Sequence[Appended | Problem] = appended
-                if any(checks):
-                    settled = await asyncio.gather(*map(self._settle, checks, appended))
+                settled = await self._settle_all(list(zip(events.values(), checks, appended, strict=True)))
             finally:
                 for check in filter(None, checks):
                     check.end()
@@ -115,7 +115,38 @@ class Storing:
         found = dict(zip(events, settled, strict=True))
         if problems.KEY_NOT_COMPARED in settled:
             raise RequestRefusedError(problems.KEY_NOT_COMPARED, _BATCH_FAILED)
-        return [_repeated(found[line.event.message_id], line is not events[line.event.message_id]) for line in lines]
+        return [_repeated(found[line.name], line is not events[line.name]) for line in lines]
+
+    def _checks(self, lines: Iterable[Line]) -> list[KeyCheck | None]:
+        """Begin to compare the keys of *lines*.
+
+        Of the lines whose keys are the batch's the corpus is asked about one only: the others came with it.
+        """
+        checks: list[KeyCheck | None] = []
+        of_batch = False
+        for line in lines:
+            ask = line.key is Key.OWN or not of_batch
+            of_batch = of_batch or line.key is Key.BATCH
+            checks.append(None if line.key is Key.NONE else self._keys.check(line.event, ask=ask))
+        return checks
+
+    async def _settle_all(self, batch: list[tuple[Line, KeyCheck | None, Appended]]) -> list[Appended | Problem]:
+        checks = [check for _, check, _ in batch if check is not None]
+        await self._keys.hear(checks)
+        of_batch = [(check, at) for line, check, at in batch if check is not None and line.key is Key.BATCH]
+        if of_batch and (came_before := of_batch[0][0].came_before(of_batch[0][1])) is not None:
+            for check, _ in of_batch[1:]:
+                if came_before:
+                    check.ask()
+                else:
+                    check.spared = True
+            await self._keys.hear(checks)
+        looked_for = [self._settle(check, at) for _, check, at in batch if check is not None and check.must_look(at)]
+        found = iter(await asyncio.gather(*looked_for))
+        return [
+            next(found) if check is not None and check.must_look(at) else await self._settle(check, at)
+            for _, check, at in batch
+        ]
 
     async def _settle(self, check: KeyCheck | None, appended: Appended) -> Appended | Problem:
         if check is None:

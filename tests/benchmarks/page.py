@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.benchmarks import tables
+from tests.benchmarks.plan import BATCH_CLIENTS, BATCH_EVENTS
 from tests.benchmarks.results import Results
 
 #: what stands behind this line of an existing page is kept
@@ -45,6 +46,13 @@ _THROUGHPUT = """\
 runs meanwhile.
 """
 
+_BATCHES = """\
+## Events a second in batches
+
+{clients} clients, {events:,} events a batch, as NDJSON over HTTP under a key each, against atomic batches as nats-py
+sends them: a publish for each message, a request for the last one. Both wait for the answer before the next batch.
+"""
+
 _SECURITY = """\
 ## What security costs
 
@@ -74,6 +82,7 @@ most that was seen in each phase, looked at ten times a second; 1 MB is 10^6 byt
 _SECTIONS = {
     "latency": _LATENCY,
     "throughput": _THROUGHPUT,
+    "batches": _BATCHES.format(clients=BATCH_CLIENTS, events=BATCH_EVENTS),
     "security": _SECURITY,
     "persister": _PERSISTER,
     "memory": _MEMORY,

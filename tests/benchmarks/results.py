@@ -12,6 +12,8 @@ POST = "POST"
 PUBLISH = "bare publish"
 OLD_WAY = "HDF5 in the request"
 EMPTY = "empty handler"
+BATCH = "POST batch"
+BARE_BATCH = "bare atomic batch"
 PERSISTER = "persister"
 PULL = "bare pull"
 PLAIN = "POST, plain"
@@ -85,6 +87,7 @@ class Results(TypedDict, total=False):
     about: About
     latency: list[Latency]
     throughput: list[Throughput]
+    batches: list[Throughput]
     security: list[Latency]
     persister: list[Drain]
     memory: list[Memory]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from tests.benchmarks.aims import aims
-from tests.benchmarks.results import APPEND, EMPTY, PERSISTER, PLAIN, PUBLISH, PULL, Drain, Results
+from tests.benchmarks.results import APPEND, BARE_BATCH, EMPTY, PERSISTER, PLAIN, PUBLISH, PULL, Drain, Results
 
 
 def latency(results: Results) -> str:
@@ -66,6 +66,23 @@ def throughput(results: Results) -> str:
     return table(["target", "clients", "events/s", "/ empty handler", "rounds", "failures"], rows)
 
 
+def batches(results: Results) -> str:
+    """Return the table of batches."""
+    bare = _of(results["batches"], target=BARE_BATCH)
+    rows = [
+        [
+            row["target"],
+            f"{row['clients']}",
+            _count(row["events_per_s"]),
+            _ratio(row["events_per_s"], bare["events_per_s"] if bare else math.nan),
+            _rounds(row["rounds"]),
+            f"{row['failures']}",
+        ]
+        for row in results["batches"]
+    ]
+    return table(["target", "clients", "events/s", "/ bare atomic batch", "rounds", "failures"], rows)
+
+
 def persister(results: Results) -> str:
     """Return the table of the persister's throughput."""
     rows = []
@@ -117,6 +134,7 @@ def all_tables(results: Results) -> list[tuple[str, str]]:
     makers = {
         "latency": latency,
         "throughput": throughput,
+        "batches": batches,
         "security": security,
         "persister": persister,
         "memory": memory,

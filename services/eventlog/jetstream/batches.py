@@ -15,6 +15,7 @@ from services.eventlog.errors import DuplicateInFlightError, LogUnavailableError
 from services.eventlog.jetstream.acks import BATCH_HAS_DUPLICATE, DUPLICATE_IN_FLIGHT, Again, read_batch_ack
 from services.eventlog.jetstream.exchange import Exchange, Slot, waits
 from services.eventlog.jetstream.names import STREAM, subject_of
+from services.eventlog.jetstream.wire import hpub
 from services.eventlog.protocol import Appended
 
 #: most messages of an atomic batch: the broker's limit
@@ -29,12 +30,15 @@ BATCH_ID_HEADER = "Nats-Batch-Id"
 BATCH_SEQUENCE_HEADER = "Nats-Batch-Sequence"
 BATCH_COMMIT_HEADER = "Nats-Batch-Commit"
 
-#: while more waits to be sent, a batch holds its next message back: single events must find room, bytes
+#: messages of a batch are written together up to this size, bytes
+_BLOCK_BYTES = 128 * 2**10
+#: while more waits to be sent, a batch holds its next messages back: single events must find room, bytes
 _BACKED_UP_BYTES = 2**20
 #: how often it is looked whether there is room again, seconds
 _ROOM_SECONDS = 0.005
-#: a batch takes the cluster longer than one event; each attempt gets this much more time for each MiB, seconds
-_SECONDS_PER_MIB = 0.25
+#: a batch takes the cluster longer than one event, and sending it again in vain costs all of it: each attempt gets so
+#: many times the patience with one event
+_PATIENCE = 3.0
 
 #: publishes one event until a moment on the loop's clock
 AppendOne = Callable[[Event, float], Awaitable[Appended]]
@@ -91,10 +95,9 @@ class Batches:
 
     async def _deliver(self, events: Sequence[Event], slot: Slot, end: float) -> list[Appended] | None:
         trouble, unanswered = Again("no answer"), False
-        extra = sum(len(event.body) for event in events) / 2**20 * _SECONDS_PER_MIB
         for patience, pause in waits():
             not_sent = await self._send(events, slot, end)
-            answer = await self._exchange.answer(slot, end, patience + extra if not_sent is None else pause)
+            answer = await self._exchange.answer(slot, end, _PATIENCE * patience if not_sent is None else pause)
             if answer is None:
                 trouble = not_sent or Again(f"no answer within {self._deadline:g} s")
                 unanswered = unanswered or not_sent is None
@@ -115,18 +118,27 @@ class Batches:
     async def _send(self, events: Sequence[Event], slot: Slot, end: float) -> Again | None:
         """Send *events* under a new batch id; only the last one asks for an answer, which is about all of them."""
         batch, count = os.urandom(16).hex(), len(events)
+        block: list[bytes] = []
+        size = 0
         for number, event in enumerate(events, start=1):
-            while self._exchange.backed_up > _BACKED_UP_BYTES:
-                if self._loop.time() >= end:
-                    return Again("the connection to the log is congested")
-                await asyncio.sleep(_ROOM_SECONDS)
             last = number == count
             headers = event.headers() | _headers(batch, number, last=last)
-            reply_to = slot.reply_to if last else ""
-            not_sent = await self._exchange.send(subject_of(event.consultation), event.body, headers, reply_to)
-            if not_sent is not None:
-                return not_sent  # what the broker got of the batch it forgets within seconds
+            message = hpub(subject_of(event.consultation), slot.reply_to if last else "", headers, event.body)
+            block.append(message)
+            size += len(message)
+            if last or size >= _BLOCK_BYTES:
+                not_sent = await self._send_block(block, end)
+                if not_sent is not None:
+                    return not_sent  # what the broker got of the batch it forgets within seconds
+                block, size = [], 0
         return None
+
+    async def _send_block(self, block: list[bytes], end: float) -> Again | None:
+        while self._exchange.backed_up > _BACKED_UP_BYTES:
+            if self._loop.time() >= end:
+                return Again("the connection to the log is congested")
+            await asyncio.sleep(_ROOM_SECONDS)
+        return await self._exchange.send_block(b"".join(block), len(block))
 
     # -- one by one ---------------------------------------------------------------------------------------------------
 

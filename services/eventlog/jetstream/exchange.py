@@ -19,6 +19,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from services.eventlog.errors import LogRefusedError, LogUnavailableError
+from services.eventlog.jetstream import wire
 from services.eventlog.jetstream.acks import Again
 from services.eventlog.jetstream.connection import PENDING_BYTES
 from services.eventlog.jetstream.refusals import Refusal, check_hearing, listen, must_hear
@@ -151,19 +152,38 @@ class Exchange:
             LogUnavailableError: the connection or the exchange was closed.
             LogRefusedError: no such message can be published.
         """
+        if (not_now := self._why_not(len(body))) is not None:
+            return not_now
+        try:
+            await self._nc.publish(subject, body, reply=reply_to, headers=headers)
+        except (nats.errors.BadSubjectError, nats.errors.BadHeaderError) as error:
+            raise LogRefusedError(f"the message cannot be published: {type(error).__name__}") from error
+        except (nats.errors.Error, OSError) as error:
+            return Again(f"the connection to the log failed: {type(error).__name__}")
+        return None
+
+    async def send_block(self, block: bytes, messages: int) -> Again | None:
+        """Hand over many *messages*, written by :func:`services.eventlog.jetstream.wire.hpub`, as :meth:`send` does.
+
+        Raises:
+            LogUnavailableError: the connection or the exchange was closed.
+        """
+        if (not_now := self._why_not(len(block))) is not None:
+            return not_now
+        try:
+            await wire.write(self._nc, block, messages)
+        except (nats.errors.Error, OSError) as error:
+            return Again(f"the connection to the log failed: {type(error).__name__}")
+        return None
+
+    def _why_not(self, size: int) -> Again | None:
         nc = self._nc
         if nc.is_closed or self._subscription is None:
             raise LogUnavailableError("the connection to the log, or the publisher, was closed")
         if not nc.is_connected:
             return Again("no connection to the log")
-        if nc.pending_data_size + len(body) > PENDING_BYTES // 2:
+        if nc.pending_data_size + size > PENDING_BYTES // 2:
             return Again("the connection to the log is congested")  # above PENDING_BYTES, publish() would block
-        try:
-            await nc.publish(subject, body, reply=reply_to, headers=headers)
-        except (nats.errors.BadSubjectError, nats.errors.BadHeaderError) as error:
-            raise LogRefusedError(f"the message cannot be published: {type(error).__name__}") from error
-        except (nats.errors.Error, OSError) as error:
-            return Again(f"the connection to the log failed: {type(error).__name__}")
         return None
 
     async def answer(self, slot: Slot, end: float, seconds: float) -> Msg | None:

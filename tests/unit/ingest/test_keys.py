@@ -190,3 +190,37 @@ async def test_a_lookup_ends_with_its_request(edge: Edge) -> None:
     await edge.post("c-1", BODY, Idempotency_Key="k")
 
     assert not [task for task in asyncio.all_tasks() if "MemoryReader.find" in repr(task)]
+
+
+def batch(*payloads: int) -> bytes:
+    return b"\n".join(b'{"event_type":"A","payload":%d}' % payload for payload in payloads)
+
+
+async def post_batch(edge: Edge, body: bytes, key: str = "k") -> Reply:
+    headers = {"Content-Type": "application/x-ndjson", "Idempotency-Key": key}
+    return await edge.request("POST", "/consultations/c-1/events/batch", data=body, headers=headers)
+
+
+async def test_of_a_new_batch_one_line_is_looked_for(edge: Edge) -> None:
+    """The others came with it, or did not: a batch is stored at once. Lines with their own keys are asked for each."""
+    await post_batch(edge, batch(1, 2, 3))
+    assert reader_of(edge).asked == ["find"]
+
+    reader_of(edge).asked.clear()
+    own = b'{"event_type":"A","event_id":"a"}\n{"event_type":"A","event_id":"b"}\n'
+    await post_batch(edge, own + batch(4, 5), key="l")
+    assert reader_of(edge).asked == ["find"] * 3
+
+
+async def test_a_batch_that_the_broker_has_forgotten_is_found_line_by_line() -> None:
+    """Each line's first sequence, and the line that is another event now."""
+    async with running_edge(log_from(10)) as edge:
+        first = [persisted(f"k:{n}", batch(n), sequence=n) for n in (1, 2, 3)]
+        reader_of(edge).corpus += first
+
+        again = await post_batch(edge, batch(1, 2, 3))
+        assert [(1, True), (2, True), (3, True)] == [
+            (result["sequence"], result["duplicate"]) for result in again.json["results"]
+        ]
+        other = await post_batch(edge, batch(1, 9, 3))
+        assert (422, [2]) == (other.status, [wrong["line"] for wrong in other.json["lines"]])
