@@ -187,7 +187,7 @@ async def test_absence_that_memory_proves_is_told_while_the_thread_is_busy(asker
     """A post whose key is new waits for no batch."""
     await fill(asker, "c1", range(1, 11))
     gate = threading.Event()
-    busy = asyncio.ensure_future(asker.in_thread(gate.wait))
+    busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
     answer = await asker.find(("c1", 77), ("c1", 78))
     assert (2, 10, {}) == (answer.answered, answer.committed, answer.found)
     assert 1.0 == asker.count("find", "memory")
@@ -222,7 +222,7 @@ async def test_nobody_answers_for_a_partition_that_is_not_open(asker: Asker) -> 
 async def test_a_question_nobody_waits_for_any_more_is_dropped(asker: Asker) -> None:
     """Behind a long batch there would be nothing else."""
     gate = threading.Event()
-    busy = asyncio.ensure_future(asker.in_thread(gate.wait))
+    busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
     with pytest.raises(nats.errors.TimeoutError):
         await asker.ask(Events("c1", 0, 1), within=0.05)
     with pytest.raises(nats.errors.TimeoutError):
@@ -235,11 +235,13 @@ async def test_a_question_nobody_waits_for_any_more_is_dropped(asker: Asker) -> 
 async def test_questions_that_wait_are_bounded(asker: Asker) -> None:
     """One more is turned away at once."""
     gate = threading.Event()
-    busy = asyncio.ensure_future(asker.in_thread(gate.wait))
-    asked = [asyncio.ensure_future(asker.ask(Events("c1", 0, 1))) for _ in range(MAX_WAITING + 11)]
+    busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
+    first = asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=60))
+    await eventually(lambda: asker.hdf5._work_queue.qsize() == 1)  # taken, and behind the batch
+    asked = [asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=60)) for _ in range(MAX_WAITING + 10)]
     await eventually(lambda: asker.count("events", "busy") == 10.0)
     gate.set()
-    answers = await asyncio.gather(*asked)
+    answers = await asyncio.gather(first, *asked)
     assert 10 == sum(bool(answer.headers) for answer in answers)
     await busy
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
+from services.eventlog.jetstream.stored import stored_at
+
 from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.jetstream.stored import stored_at
 from services.eventlog.protocol import Appended
 from tests.support.polling import eventually
 from tests.support.security import Secured
