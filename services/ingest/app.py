@@ -31,6 +31,7 @@ from services.ingest.handlers import (
     post_event,
 )
 from services.ingest.metrics import Metrics
+from services.ingest.pressure import Pressure
 from services.ingest.problems import TYPE_PREFIX
 from services.ingest.rates import Rates
 from services.ingest.server import TLS
@@ -45,6 +46,8 @@ GATE = web.AppKey("gate", Gate)
 EVENTS_PATH = "/consultations/{consultation}/events"
 #: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
 READY_SECONDS = 1.0
+#: seconds between two looks at what is known of the backlog
+PRESSURE_SECONDS = 1.0
 #: seconds after which the broker's silence is an answer: most probes wait no longer than this
 READY_TIMEOUT = 2.5
 
@@ -76,10 +79,11 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         open_log: called once, at start; may take as long as it needs.
     """
     metrics = Metrics()
-    answers = Answers(metrics, retry_after=settings.retry_after)
+    pressure = Pressure(settings.max_backlog, settings.retry_after, lambda: metrics.log.observed, metrics)
+    answers = Answers(metrics, retry_after=pressure.retry_after, note=pressure.note)
     tokens = Tokens(settings.token_file)
     rates = Rates(settings.rate, settings.rate_burst)
-    gate = Gate(answers, metrics, tokens, rates, lambda: None)
+    gate = Gate(answers, metrics, tokens, rates, pressure.check)
     app = web.Application(client_max_size=settings.max_event_bytes, middlewares=[gate.middleware()])
     app[GATE] = gate
     app[SETTINGS] = settings
@@ -105,6 +109,7 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         return ["the service is starting"] if check is None else await check()
 
     app.cleanup_ctx.append(log)
+    app.cleanup_ctx.append(beside(lambda: _look(pressure)))
     _watch_tokens(app, tokens, rates, metrics)
     if check_both(settings.tls_cert, settings.tls_key):
         _watch_certificate(app, Certificate(settings.tls_cert, settings.tls_key), settings, metrics)
@@ -113,6 +118,12 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
     gate.add(app, "GET", TYPE_PREFIX + "{slug}", get_problem, OPEN)
     app[READY] = ready
     return app
+
+
+async def _look(pressure: Pressure) -> None:
+    while True:
+        pressure.look()
+        await asyncio.sleep(PRESSURE_SECONDS)
 
 
 def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: Metrics) -> None:

@@ -8,6 +8,7 @@ from uuid import UUID
 import orjson
 from aiohttp import HttpVersion11, web
 
+from services.contract.depth import deeper_than
 from services.contract.errors import FiqError, InvalidIdError
 from services.contract.event import Event, InvalidBodyError, NotJsonError, check_body
 from services.contract.ids import check_consultation_id, event_id_from_key, new_event_id
@@ -123,11 +124,14 @@ async def _body(request: web.Request, share: Share, settings: Settings) -> bytes
     check_content(request, limit=limit)
     raw = await read_body(request, share, limit=limit, timeout=settings.body_timeout)
     try:
-        return check_body(raw)
+        stored = check_body(raw)
     except NotJsonError:
         raise RequestRefusedError(problems.INVALID_JSON) from None
     except InvalidBodyError as error:
         raise RequestRefusedError(problems.INVALID_EVENT, f"Invalid: {error}.") from None
+    if deeper_than(stored, settings.max_json_depth):
+        raise RequestRefusedError(problems.INVALID_EVENT, f"Invalid: more than {settings.max_json_depth} levels deep.")
+    return stored
 
 
 def _not_appended(app: web.Application, error: BaseException) -> Problem:

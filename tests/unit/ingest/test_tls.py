@@ -9,6 +9,7 @@ import warnings
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import ClientSession, TCPConnector
@@ -46,7 +47,7 @@ class Files:
         self.certificate.write_bytes(pair.certificate)
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         return {"tls_cert": str(self.certificate), "tls_key": str(self.key)}
 
     def trust(self) -> ssl.SSLContext:
@@ -193,7 +194,7 @@ def test_a_bad_pair_at_the_start_is_a_configuration_error(files: Files, wrong: s
         formats = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
         files.key.write_bytes(key.private_bytes(*formats, encryption))
     with pytest.raises(ConfigurationError, match=expected):
-        make_app(Settings(**settings), MemoryLog().open)  # type: ignore[arg-type]  # all of them are texts
+        make_app(Settings(**settings), MemoryLog().open)
 
 
 def _rsa_pair(name: str) -> Pair:
