@@ -32,6 +32,7 @@ from services.ingest.handlers import (
 )
 from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
+from services.ingest.pressure import Pressure
 from services.ingest.problems import TYPE_PREFIX
 from services.ingest.rates import Rates
 from services.ingest.reading import (
@@ -58,6 +59,8 @@ CONSULTATIONS_PATH = "/consultations"
 EVENT_PATH = EVENTS.path + "/{message_id}"
 #: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
 READY_SECONDS = 1.0
+#: seconds between two looks at what is known of the backlog
+PRESSURE_SECONDS = 1.0
 #: seconds after which the broker's silence is an answer: most probes wait no longer than this
 READY_TIMEOUT = 2.5
 
@@ -91,10 +94,11 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         open_log: called once, at start; may take as long as it needs.
     """
     metrics = Metrics()
-    answers = Answers(metrics, retry_after=settings.retry_after)
+    pressure = Pressure(settings.max_backlog, settings.retry_after, lambda: metrics.log.observed, metrics)
+    answers = Answers(metrics, retry_after=pressure.retry_after)
     tokens = Tokens(settings.token_file)
     rates = Rates(settings.rate, settings.rate_burst)
-    gate = Gate(answers, metrics, tokens, rates, lambda: None)
+    gate = Gate(answers, metrics, tokens, rates, pressure.check)
     app = web.Application(client_max_size=settings.max_event_bytes, middlewares=[gate.middleware()])
     app[GATE] = gate
     app[SETTINGS] = settings
@@ -116,7 +120,7 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
                 opened.reader, metrics, limit=settings.max_followers, interval=settings.follow_interval
             )
             keys = Keys(opened.reader, metrics, wait=settings.key_lookup_wait)
-            app[STORING] = Storing(opened.writer, keys, metrics, answers)
+            app[STORING] = Storing(opened.writer, keys, metrics, answers, pressure.note)
             check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
             async with opened.watching(metrics.log):
                 yield
@@ -132,6 +136,7 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
     app[READS] = Reads()
     app.cleanup_ctx.append(log)
     app.on_shutdown.append(end_following)
+    app.cleanup_ctx.append(beside(lambda: _look(pressure)))
     _watch_tokens(app, tokens, rates, metrics)
     if check_both(settings.tls_cert, settings.tls_key):
         _watch_certificate(app, Certificate(settings.tls_cert, settings.tls_key), settings, metrics)
@@ -145,6 +150,12 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
     _add_options(app, gate)
     app[READY] = ready
     return app
+
+
+async def _look(pressure: Pressure) -> None:
+    while True:
+        pressure.look()
+        await asyncio.sleep(PRESSURE_SECONDS)
 
 
 def _add_options(app: web.Application, gate: Gate) -> None:

@@ -139,6 +139,17 @@ class Metrics:
             "1 while FI_TLS_CERT and FI_TLS_KEY are no good and their former content is shown.",
             registry=self.registry,
         )
+        # near FI_MAX_BACKLOG: clients are about to get 503; see which partitions wait (fi_partition_backlog_events)
+        self.backlog = Gauge(
+            "fi_ingest_backlog_events",
+            "Events that wait to be committed, as estimated each second; 0 while nothing is known.",
+            registry=self.registry,
+        )
+        self.drain_rate = Gauge(
+            "fi_ingest_drained_events_per_second",
+            "Events that all persisters commit a second, as measured between looks; 0 while nothing is known.",
+            registry=self.registry,
+        )
         self.access_refused = {reason: self.access.labels(reason) for reason in ACCESS_REASONS}
         # above the usual while publishes fare well: the persisters are busy, see fi_persister_question_seconds
         self.read_duration = Histogram(

@@ -186,6 +186,21 @@ INTERNAL_ERROR = Problem(
     "Internal error",
     "A fault of the service. The event may or may not be stored: retry with the same Idempotency-Key.",
 )
+TOO_MANY_CONNECTIONS = Problem(
+    "too-many-connections",
+    503,
+    "Too many connections",
+    "This process has as many connections as it may; nothing was stored. Retry with the same key.",
+    retry=True,
+    close=True,
+)
+BACKLOG_FULL = Problem(
+    "backlog-full",
+    503,
+    "Too much waits",
+    "More events wait to be written than may; nothing was stored. Retry with the same key.",
+    retry=True,
+)
 LOG_FULL = Problem(
     "log-full",
     503,
