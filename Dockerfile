@@ -52,14 +52,15 @@ ENV PATH=/opt/fiq/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     FI_HOST=0.0.0.0 \
+    FI_MANAGEMENT_HOST=0.0.0.0 \
     FI_PERSISTER_HOST=0.0.0.0 \
     FI_DATA_DIR=/data
 USER 10001:10001
 WORKDIR /data
-EXPOSE 7001 7002
+EXPOSE 7001 7002 7101
 # healthy is what has an event loop that turns, ingest or persister; compose asks each service what it should be asked
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
-    CMD ["python3", "-m", "services.contract.probe", "http://127.0.0.1:7001/healthz", "http://127.0.0.1:7002/healthz"]
+    CMD ["python3", "-m", "services.contract.probe", "http://127.0.0.1:7101/healthz", "http://127.0.0.1:7002/healthz"]
 CMD ["fiq", "--help"]
 ARG VERSION=0.1.0
 ARG REVISION=unknown

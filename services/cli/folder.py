@@ -24,7 +24,7 @@ _POLL = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process of a running stack: its name, process id, and where it listens."""
+    """One process of a running stack: its name, process id, where it listens, and where it tells of itself."""
 
     name: str
     pid: int
@@ -50,7 +50,7 @@ class State:
             for node, url, ports in zip(stack.cluster.nodes, stack.cluster.urls, stack.cluster.ports, strict=True)
         ]
         services = [
-            Member(service.name, service.process.pid or 0, service.url, f"{service.url}/metrics")
+            Member(service.name, service.process.pid or 0, service.url, service.management_url)
             for service in stack.services
         ]
         return cls(os.getpid(), stack.cluster.url, stack.ingest.url, str(stack.data_dir), (*nodes, *services))

@@ -26,6 +26,7 @@ from services.cli.commands.restore import restore
 from services.cli.commands.rolling_restart import rolling_restart, wait
 from services.cli.commands.show import show
 from services.cli.commands.status import status
+from services.cli.commands.token import token
 from services.cli.commands.up import up
 from services.cli.commands.verify import verify
 from services.cli.commands.version import version
@@ -82,6 +83,7 @@ app.command()(recover)
 app.command()(repack)
 app.command()(backup)
 app.command()(restore)
+app.add_typer(token)
 app.command(name="nats-context")(nats_context)
 app.command(name="rolling-restart")(rolling_restart)
 app.command()(wait)

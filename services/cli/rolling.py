@@ -28,7 +28,7 @@ def wait_whole(nodes: Sequence[str], services: Sequence[str], timeout: float) ->
 
     Args:
         nodes: URLs of the nodes' monitoring ports.
-        services: URLs of ingests and persisters.
+        services: management URLs of ingests and persisters.
         timeout: seconds for everything.
 
     Raises:
@@ -73,7 +73,7 @@ def roll(home: StackFolder, timeout: float, on_step: OnStep) -> None:
         *(one for one in services if one.name != "ingest"),
         *(one for one in services if one.name == "ingest"),
     ]
-    urls = [node.monitoring for node in nodes], [service.url for service in services]
+    urls = [node.monitoring for node in nodes], [service.monitoring for service in services]
     wait_whole(*urls, timeout)
     for number, member in enumerate(order):
         on_step(f"restarting {member.name}", number, len(order))

@@ -30,10 +30,17 @@ _POLL = 0.05
 
 @dataclass
 class Service:
-    """One of the pipeline's own processes and its HTTP port."""
+    """One of the pipeline's own processes and its HTTP ports.
+
+    Attributes:
+        process: runs it.
+        port: of its HTTP interface; a persister has none but the management endpoints.
+        management_port: of the management endpoints.
+    """
 
     process: ManagedProcess
     port: int
+    management_port: int
 
     @property
     def name(self) -> str:
@@ -45,9 +52,14 @@ class Service:
         """Where its HTTP interface is."""
         return f"http://{LOOPBACK}:{self.port}"
 
+    @property
+    def management_url(self) -> str:
+        """Where its management endpoints are."""
+        return f"http://{LOOPBACK}:{self.management_port}"
+
     def is_ready(self) -> bool:
         """Whether ``/readyz`` says so, of this process: another stack's may have got the port first."""
-        return monitoring.ready_pid(self.port) == self.process.pid and self.process.running
+        return monitoring.ready_pid(self.management_port) == self.process.pid and self.process.running
 
 
 class Stack:
@@ -212,21 +224,27 @@ class Stack:
             time.sleep(_POLL)
 
     def _describe(self) -> list[Service]:
-        first, *others = free_ports(1 + self._count)
+        first, management, *others = free_ports(2 + self._count)
         port = self._fixed_port or (PREFERRED_PORT if is_free(PREFERRED_PORT) else first)
-        ingest = self._service("ingest", "services.ingest", port, {"FI_HOST": LOOPBACK, "FI_PORT": str(port)})
+        addresses = {
+            "FI_HOST": LOOPBACK,
+            "FI_PORT": str(port),
+            "FI_MANAGEMENT_HOST": LOOPBACK,
+            "FI_MANAGEMENT_PORT": str(management),
+        }
+        ingest = self._service("ingest", "services.ingest", (port, management), addresses)
         persisters = [
             self._service(
                 f"persister-{index + 1}",
                 "services.persister",
-                other,
+                (other, other),
                 {"FI_PERSISTER_HOST": LOOPBACK, "FI_PERSISTER_PORT": str(other)},
             )
             for index, other in enumerate(others)
         ]
         return [ingest, *persisters]
 
-    def _service(self, name: str, module: str, port: int, own: Mapping[str, str]) -> Service:
+    def _service(self, name: str, module: str, ports: tuple[int, int], own: Mapping[str, str]) -> Service:
         env = {
             **self._env,
             # where fiq itself was imported from, and not whatever the working directory holds (-P)
@@ -238,7 +256,7 @@ class Stack:
             **own,
         }
         command = [sys.executable, "-P", "-m", module]
-        return Service(ManagedProcess(name, command, env=env, log=self.logs / f"{name}.log"), port)
+        return Service(ManagedProcess(name, command, env=env, log=self.logs / f"{name}.log"), *ports)
 
 
 _IMPORT_ROOT = str(Path(services.__path__[0]).absolute().parent)
@@ -253,7 +271,7 @@ def _ended(process: ManagedProcess) -> ChildFailedError:
 
 
 def _not_ready(service: Service, timeout: float) -> str:
-    _, body = monitoring.get(service.port, "/readyz")
+    _, body = monitoring.get(service.management_port, "/readyz")
     said = body.decode("utf-8", "replace") or service.process.log_tail(3)
     return f"{service.name} was not ready within {timeout:g} s: {said}\nits log is {service.process.log}"
 

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import orjson
 
+from services.contract.depth import deeper_than
 from services.contract.errors import PoisonError
 from services.contract.ids import check_consultation_id, event_id_from_message_id, message_id
 
@@ -64,15 +65,35 @@ def check_body(raw: bytes) -> bytes:
         NotJsonError: it is no JSON.
         InvalidBodyError: it is no object, or its ``event_type`` is missing, empty or no string.
     """
+    return read_body(raw)[0]
+
+
+def read_body(raw: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Return *raw* as :func:`check_body` does, and the object that it is; raises as that does."""
     document = _parse(raw)
     if not isinstance(document, dict):
         raise InvalidBodyError("an event is a JSON object")
     event_type = document.get("event_type")
     if not isinstance(event_type, str) or not event_type:
         raise InvalidBodyError("event_type is required: a string that is not empty")
+    return without_line_breaks(raw), document
+
+
+def without_line_breaks(raw: bytes) -> bytes:
+    """Return the JSON text *raw* with a space in place of each raw line break."""
     if b"\n" in raw or b"\r" in raw:
         return raw.translate(_LINE_BREAKS)
     return raw
+
+
+def check_depth(body: bytes, limit: int) -> None:
+    """Let a valid *body* pass whose objects and arrays are nested at most *limit* deep.
+
+    Raises:
+        InvalidBodyError: they are nested deeper.
+    """
+    if deeper_than(body, limit):
+        raise InvalidBodyError(f"more than {limit} levels deep")
 
 
 def decode(consultation: str, headers: Mapping[str, str] | None, body: bytes) -> Event:

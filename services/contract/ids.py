@@ -48,12 +48,38 @@ def event_id_from_key(key: str) -> UUID:
     Raises:
         InvalidIdError: the key is empty, too long, or holds white space or other than visible ASCII characters.
     """
+    bare = bare_key(key)
+    if _CANONICAL_UUID.fullmatch(bare) is not None:
+        return UUID(bare)
+    return _derived(b"fiq idempotency key", bare.encode("ascii"))
+
+
+def bare_key(key: str) -> str:
+    """Return an idempotency *key* without the quotes that it may have.
+
+    Raises:
+        InvalidIdError: as of :func:`event_id_from_key`.
+    """
     bare = _unquote(key)
     if _VISIBLE_ASCII.fullmatch(bare) is None:
         raise InvalidIdError("an idempotency key is 1 to 255 visible ASCII characters, quoted or not")
-    if _CANONICAL_UUID.fullmatch(bare) is not None:
-        return UUID(bare)
-    return _uuid(hashlib.sha256(b"fiq idempotency key\0" + bare.encode("ascii")).digest()[:16], version=8)
+    return bare
+
+
+def event_id_of_line(key: str, line: int) -> UUID:
+    """Derive the event id of a line of a batch that was sent under *key*: the one of the key ``<key>:<line>``.
+
+    Args:
+        key: of the batch, without quotes, as :func:`bare_key` returns it.
+        line: its number, from 1.
+    """
+    return _derived(b"fiq idempotency key", f"{key}:{line}".encode("ascii"))
+
+
+def event_id_of_cloudevent(source: str, identifier: str) -> UUID:
+    """Derive the event id of a CloudEvent: a UUIDv8 over *source* and *identifier*, the pair that is unique."""
+    length = len(source.encode())
+    return _derived(b"fiq cloudevent", f"{length}:{source}{identifier}".encode())
 
 
 def new_event_id() -> UUID:
@@ -83,6 +109,10 @@ def _unquote(key: str) -> str:
     if len(key) >= 2 and key[0] == key[-1] == '"':
         return re.sub(r"\\([\\\"])", r"\1", key[1:-1])
     return key
+
+
+def _derived(kind: bytes, name: bytes) -> UUID:
+    return _uuid(hashlib.sha256(kind + b"\0" + name).digest()[:16], version=8)
 
 
 def _uuid(raw: bytes, *, version: int) -> UUID:

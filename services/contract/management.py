@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -24,6 +25,8 @@ from services.contract.errors import BindError, FiqError
 TICK_SECONDS = 0.5
 #: a tick that is overdue by more than this means that the loop is blocked, seconds
 OVERDUE_SECONDS = 5.0
+#: what an answer gets to be written when the listener ends, seconds
+_FLUSH_SECONDS = 0.5
 
 #: returns the reasons why the service is not ready; none means ready
 ReadinessCheck = Callable[[], Awaitable[list[str]]]
@@ -141,3 +144,35 @@ def add_management_routes(app: web.Application, registry: CollectorRegistry, rea
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
     app.cleanup_ctx.append(beat)
+
+
+@asynccontextmanager
+async def managed(
+    sock: socket.socket, registry: CollectorRegistry, ready: ReadinessCheck, variables: str
+) -> AsyncIterator[None]:
+    """Serve the three endpoints, and nothing else, on a listener of their own; *sock* is closed at the end.
+
+    They have no authentication: whoever reaches them may ask, and none of them tells anything of an event.
+
+    Args:
+        sock: bound, see :func:`bind`.
+        registry: what ``/metrics`` shows.
+        ready: called for each ``/readyz``.
+        variables: the settings that the address comes from, for the message.
+
+    Raises:
+        BindError: another process took the port in the meantime.
+    """
+    app = web.Application()
+    add_management_routes(app, registry, ready)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_FLUSH_SECONDS)
+    await runner.setup()
+    try:
+        try:
+            await web.SockSite(runner, sock).start()
+        except OSError as error:
+            raise BindError(f"cannot listen ({variables}): {error.strerror or error}") from error
+        yield
+    finally:
+        await runner.cleanup()
+        sock.close()

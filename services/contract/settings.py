@@ -139,6 +139,19 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Make a parser of numbers (``0.5``, ``250``) from *low* to *high*."""
+
+    def parse(value: str) -> float:
+        expected = f"a number from {low:g} to {high:g}"
+        found = _scaled(value, {"": 1.0}, expected)
+        if not low <= found <= high:
+            raise ValueError(expected)
+        return found
+
+    return parse
+
+
 #: parser of a TCP port; 0 takes a free one
 port = integer(0, 65535)
 

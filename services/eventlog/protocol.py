@@ -6,7 +6,7 @@ to one. The acknowledgement informs operators and trim only: the sink holds the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -90,6 +90,17 @@ class EventWriter(Protocol):
         """
         ...
 
+    async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
+        """Store *events*, all with message ids of their own, and return their positions in the same order.
+
+        At once or not at all while each of them is new. When the log holds some of them already, the others are stored
+        one by one. ``duplicate`` also marks an event that an earlier attempt of this very call stored.
+
+        Raises:
+            Exception: as :meth:`append`; then any of them may be stored, and appending all of them again is safe.
+        """
+        ...
+
 
 class EventReader(Protocol):
     """The reading side of the HTTP edge: the corpus through the persisters, then what still waits in the log."""
@@ -117,6 +128,41 @@ class EventReader(Protocol):
             CorpusAwayError: the partition's persister does not answer, and the log alone cannot show that it has all.
             LogUnavailableError: the log does not answer in time.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some events of a consultation.
+
+    Attributes:
+        events: in stream order.
+        reached: position up to which they are complete: the next page comes after it.
+        more: whether there may be further ones behind it.
+    """
+
+    events: list[StoredEvent]
+    reached: int
+    more: bool
+
+
+class EventBrowser(EventReader, Protocol):
+    """What serves readers beyond the comparison of a retry. Each method raises as :meth:`EventReader.read` does."""
+
+    async def page(self, consultation: str, after: int, limit: int) -> Page:
+        """Return at most *limit* events of *consultation* behind *after*, perhaps fewer, and where to go on."""
+        ...
+
+    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        """Return the event wherever it is, or None when neither the corpus nor the log holds it."""
+        ...
+
+    async def has_news(self, consultation: str, after: int) -> bool:
+        """Return whether the log has something of *consultation* behind *after*; cheap, and perhaps a moment late."""
+        ...
+
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
+        """Return sorted ids of persisted consultations that begin with *prefix*, and whether there are more."""
         ...
 
 

@@ -22,19 +22,23 @@ class Admission:
 
     Attributes:
         size: bytes of bodies that are being read or stored.
-        storing: events that are being stored.
+        storing: events that are being stored, each by a request of its own.
+        batched: events of batches that are being stored.
     """
 
-    def __init__(self, *, events: int, size: int) -> None:
+    def __init__(self, *, events: int, size: int, batched: int = 0) -> None:
         """Start with nothing.
 
         Args:
-            events: most that are stored at a time.
+            events: most that are stored at a time, each by a request of its own.
             size: most bytes of bodies, at least one body's.
+            batched: most events of batches that are stored at a time; one batch is always taken.
         """
         self.size = 0
         self.storing = 0
+        self.batched = 0
         self._events = events
+        self._batched = batched
         self._limit = size
         #: incomplete bodies and when their first bytes came, oldest first
         self._incomplete: dict[Share, float] = {}
@@ -48,9 +52,18 @@ class Admission:
         self._check_events()
         return Share(self)
 
+    def batch_share(self) -> Share:
+        """Return the share of a request that brings a batch, as :meth:`share` does."""
+        self._check_batched(1)
+        return Share(self)
+
     def _check_events(self) -> None:
         if self.storing >= self._events:
             raise TooManyInFlightError("too many events are being stored")
+
+    def _check_batched(self, count: int) -> None:
+        if self.batched and self.batched + count > self._batched:
+            raise TooManyInFlightError("too many events of batches are being stored")
 
     def _reserve(self, size: int, asking: Share) -> None:
         if self.size + size > self._limit:
@@ -86,6 +99,7 @@ class Share:
         self._admission = admission
         self._chunks: list[bytes] = []
         self._storing = False
+        self._batched = 0
         self._timeout: asyncio.Timeout | None = None
 
     def read_within(self, timeout: asyncio.Timeout) -> None:
@@ -127,6 +141,16 @@ class Share:
         self._admission.storing += 1
         self._storing = True
 
+    def store_batch(self, count: int) -> None:
+        """Count *count* events as a batch that is being stored.
+
+        Raises:
+            TooManyInFlightError: as many are being stored as may be.
+        """
+        self._admission._check_batched(count)
+        self._admission.batched += count
+        self._batched = count
+
     def give_up(self) -> None:
         """End the reading of the body and let go of what came of it."""
         self.given_up = True
@@ -140,6 +164,8 @@ class Share:
         if self._storing:
             self._storing = False
             self._admission.storing -= 1
+        self._admission.batched -= self._batched
+        self._batched = 0
 
     def _let_go(self) -> None:
         self._admission._incomplete.pop(self, None)

@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
 from services.contract.event import Event
-from services.contract.logs import EVENT_QUEUED, get_logger
+from services.contract.logs import BATCH_QUEUED, EVENT_QUEUED, get_logger
 from services.eventlog.protocol import Appended
-from services.ingest import metrics as outcomes
+from services.ingest import problems
+from services.ingest.batch import Line
 from services.ingest.metrics import Metrics
 from services.ingest.problems import CONTENT_TYPE, Problem
 
@@ -23,6 +24,7 @@ from services.ingest.problems import CONTENT_TYPE, Problem
 SERVER = "fiq"
 #: decimals of seconds in log lines: microseconds
 _DECIMALS = 6
+_REUSED_IN_BATCH = "Each of lines names one whose key is another event's; results says where the others are stored."
 
 
 class Answers:
@@ -33,11 +35,11 @@ class Answers:
         in_flight: events that are being read or stored just now.
     """
 
-    def __init__(self, metrics: Metrics, *, retry_after: float) -> None:
+    def __init__(self, metrics: Metrics, *, retry_after: Callable[[Problem], float]) -> None:
         self.closing = False
         self.in_flight = 0
         self._metrics = metrics
-        self._retry_after = str(math.ceil(retry_after))
+        self._retry_after = retry_after
         self._log = get_logger("ingest").bind()
         self._idle = asyncio.Event()
         metrics.in_flight.set_function(lambda: self.in_flight)
@@ -64,21 +66,9 @@ class Answers:
 
     def accepted(self, event: Event, appended: Appended, started: float) -> web.Response:
         """Answer 202: *event* is safe. *started* is when the request came, on :func:`time.perf_counter`."""
-        message_id = str(event.event_id)
-        document = {
-            "status": "accepted",
-            "message_id": message_id,
-            "consultation_id": event.consultation,
-            "sequence": appended.sequence,
-        }
-        metrics = self._metrics
-        if appended.duplicate:
-            document["duplicate"] = True
-            metrics.duplicates.inc()
-        metrics.outcomes[outcomes.DUPLICATE if appended.duplicate else outcomes.STORED].inc()
-        metrics.accepted.inc()
-        duration = time.perf_counter() - started
-        metrics.duration.observe(duration)
+        document = {"status": "accepted", **_result(event, appended)}
+        message_id = document["message_id"]
+        duration = self._accepted(started)
         self._log.info(
             EVENT_QUEUED,
             consultation_id=event.consultation,
@@ -97,11 +87,54 @@ class Answers:
         )
         return self._finish(web.Response(status=202, body=orjson.dumps(document), headers=headers))
 
+    def batch_accepted(
+        self, lines: Sequence[Line], outcomes: Sequence[Appended | Problem], started: float
+    ) -> web.Response:
+        """Answer 202, or 422 when some line's key means another event: what became of each line, in their order.
+
+        Args:
+            lines: of the batch.
+            outcomes: of the lines; a problem says that another event is stored under the key.
+            started: when the request came, on :func:`time.perf_counter`.
+        """
+        results = [_result(line.event, outcome) for line, outcome in zip(lines, outcomes, strict=True)]
+        stored = [outcome for outcome in outcomes if isinstance(outcome, Appended)]
+        self._log.info(
+            BATCH_QUEUED,
+            consultation_id=_common(lines),
+            events=len(lines),
+            duplicates=sum(outcome.duplicate for outcome in stored),
+            reused=len(lines) - len(stored),
+            sequence=max((outcome.sequence for outcome in stored), default=None),
+            bytes=sum(len(line.event.body) for line in lines),
+            duration_s=round(time.perf_counter() - started, _DECIMALS),
+        )
+        if len(stored) < len(lines):
+            reused = [
+                {"line": line.number, "reason": outcome.detail}
+                for line, outcome in zip(lines, outcomes, strict=True)
+                if isinstance(outcome, Problem)
+            ]
+            members = {"lines": reused, "results": results}
+            return self.refused(problems.IDEMPOTENCY_KEY_REUSED, _REUSED_IN_BATCH, members=members, started=started)
+        self._accepted(started)
+        document = {"status": "accepted", "results": results}
+        headers = CIMultiDict({"Content-Type": "application/json", "Server": SERVER})
+        return self._finish(web.Response(status=202, body=orjson.dumps(document), headers=headers))
+
+    def _accepted(self, started: float) -> float:
+        """Count an answer 202 and return how long it took, seconds."""
+        duration = time.perf_counter() - started
+        self._metrics.accepted.inc()
+        self._metrics.duration.observe(duration)
+        return duration
+
     def refused(
         self,
         problem: Problem,
         detail: str | None = None,
         *,
+        members: Mapping[str, object] | None = None,
         started: float | None = None,
         headers: Mapping[str, str] | None = None,
         consultation: str | None = None,
@@ -111,6 +144,7 @@ class Answers:
         Args:
             problem: what went wrong.
             detail: says more than the problem's own detail; must not quote the request.
+            members: of the document besides the standard ones; must not quote the request.
             started: when the request came, on :func:`time.perf_counter`; None for what never was an event.
             headers: further headers of the answer.
             consultation: the consultation's id, once it is known to be one.
@@ -126,10 +160,10 @@ class Answers:
         self._log.warning("REQUEST_REFUSED", **values)
         all_headers = CIMultiDict({"Content-Type": CONTENT_TYPE, "Server": SERVER})
         if problem.retry:
-            all_headers["Retry-After"] = self._retry_after
+            all_headers["Retry-After"] = str(math.ceil(self._retry_after(problem)))
         if headers:
             all_headers.update(headers)
-        response = web.Response(status=problem.status, body=problem.render(detail), headers=all_headers)
+        response = web.Response(status=problem.status, body=problem.render(detail, members), headers=all_headers)
         return self._finish(response, close=problem.close)
 
     def failed(self, error: BaseException) -> None:
@@ -150,3 +184,21 @@ class Answers:
         if close or self.closing:
             response.force_close()
         return response
+
+
+def _result(event: Event, outcome: Appended | Problem) -> dict[str, object]:
+    """Return what a client is told of one event."""
+    result: dict[str, object] = {"message_id": str(event.event_id), "consultation_id": event.consultation}
+    if isinstance(outcome, Problem):
+        result["problem"] = outcome.type
+        return result
+    result["sequence"] = outcome.sequence
+    if outcome.duplicate:
+        result["duplicate"] = True
+    return result
+
+
+def _common(lines: Sequence[Line]) -> str | None:
+    """Return the consultation of all lines, or None when they belong to several."""
+    first, *others = {line.event.consultation for line in lines}
+    return None if others else first

@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
-from services.contract.management import CachedCheck, ReadinessCheck, add_management_routes
+from services.contract.management import CachedCheck, ReadinessCheck
+from services.contract.tokens import Scope
 from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import EventWriter
+from services.eventlog.protocol import EventBrowser, EventWriter
+from services.ingest.access import GATE, OPEN, Gate
 from services.ingest.admission import Admission
 from services.ingest.answers import Answers
+from services.ingest.changes import WatchedFiles
 from services.ingest.handlers import (
     ADMISSION,
     ANSWERS,
     METRICS,
     SETTINGS,
-    WRITER,
-    continue_or_refuse,
+    STORING,
+    expecter,
     get_problem,
     options,
-    post_event,
+    poster,
 )
+from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
+from services.ingest.pressure import Pressure
 from services.ingest.problems import TYPE_PREFIX
+from services.ingest.rates import Rates
+from services.ingest.reading import (
+    FOLLOWERS,
+    READER,
+    READS,
+    Reads,
+    get_event,
+    list_consultations,
+    list_events,
+)
+from services.ingest.reading_follow import Followers
+from services.ingest.resources import EVENTS, RESOURCES
+from services.ingest.server import TLS
 from services.ingest.settings import Settings
+from services.ingest.storing import Storing
+from services.ingest.tls import CERTIFICATE_VARIABLE, KEY_VARIABLE, Certificate, check_both
+from services.ingest.tokens import VARIABLE, Tokens
 
-#: path of the event resource
-EVENTS_PATH = "/consultations/{consultation}/events"
+#: what keeps the service from taking events just now
+READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
+#: paths of the resources that are only read
+CONSULTATIONS_PATH = "/consultations"
+EVENT_PATH = EVENTS.path + "/{message_id}"
 #: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
 READY_SECONDS = 1.0
+#: seconds between two looks at what is known of the backlog
+PRESSURE_SECONDS = 1.0
 #: seconds after which the broker's silence is an answer: most probes wait no longer than this
 READY_TIMEOUT = 2.5
 
@@ -43,11 +72,13 @@ class OpenLog:
     Attributes:
         writer: takes the events.
         ready: says what is wrong with the log; nothing when it takes events.
+        reader: shows the events that are stored.
         watching: while entered, keeps the metrics of the log up to date; a log in memory has none.
     """
 
     writer: EventWriter
     ready: ReadinessCheck
+    reader: EventBrowser
     watching: Callable[[LogMetrics], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
 
 
@@ -62,22 +93,34 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         settings: of the process.
         open_log: called once, at start; may take as long as it needs.
     """
-    app = web.Application(client_max_size=settings.max_event_bytes)
     metrics = Metrics()
-    answers = Answers(metrics, retry_after=settings.retry_after)
+    pressure = Pressure(settings.max_backlog, settings.retry_after, lambda: metrics.log.observed, metrics)
+    answers = Answers(metrics, retry_after=pressure.retry_after)
+    tokens = Tokens(settings.token_file)
+    rates = Rates(settings.rate, settings.rate_burst)
+    gate = Gate(answers, metrics, tokens, rates, pressure.check)
+    app = web.Application(client_max_size=settings.max_event_bytes, middlewares=[gate.middleware()])
+    app[GATE] = gate
     app[SETTINGS] = settings
     app[METRICS] = metrics
     app[ANSWERS] = answers
     # one event of the largest size is always taken: a limit below it would refuse such events for ever
     size = max(settings.max_in_flight_bytes, settings.max_event_bytes)
-    app[ADMISSION] = admission = Admission(events=settings.max_in_flight, size=size)
+    app[ADMISSION] = admission = Admission(
+        events=settings.max_in_flight, size=size, batched=settings.max_batched_events
+    )
     metrics.bytes_in_flight.set_function(lambda: admission.size)
     check: CachedCheck | None = None
 
     async def log(app: web.Application) -> AsyncIterator[None]:
         nonlocal check
         async with open_log() as opened:
-            app[WRITER] = opened.writer
+            app[READER] = opened.reader
+            app[FOLLOWERS] = Followers(
+                opened.reader, metrics, limit=settings.max_followers, interval=settings.follow_interval
+            )
+            keys = Keys(opened.reader, metrics, wait=settings.key_lookup_wait)
+            app[STORING] = Storing(opened.writer, keys, metrics, answers, pressure.note)
             check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
             async with opened.watching(metrics.log):
                 yield
@@ -87,9 +130,90 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
             return ["the service is stopping"]
         return ["the service is starting"] if check is None else await check()
 
+    async def end_following(app: web.Application) -> None:
+        await app[FOLLOWERS].close()
+
+    app[READS] = Reads()
     app.cleanup_ctx.append(log)
-    app.router.add_post(EVENTS_PATH, post_event, expect_handler=continue_or_refuse)
-    app.router.add_route("OPTIONS", EVENTS_PATH, options)
-    app.router.add_get(TYPE_PREFIX + "{slug}", get_problem)
-    add_management_routes(app, metrics.registry, ready)
+    app.on_shutdown.append(end_following)
+    app.cleanup_ctx.append(beside(lambda: _look(pressure)))
+    _watch_tokens(app, tokens, rates, metrics)
+    if check_both(settings.tls_cert, settings.tls_key):
+        _watch_certificate(app, Certificate(settings.tls_cert, settings.tls_key), settings, metrics)
+    for resource in RESOURCES:
+        each = "{consultation}" not in resource.path
+        gate.add(app, "POST", resource.path, poster(resource), Scope.WRITE, each=each, expect=expecter(resource))
+    gate.add(app, "GET", EVENTS.path, list_events, Scope.READ)
+    gate.add(app, "GET", EVENT_PATH, get_event, Scope.READ)
+    gate.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
+    gate.add(app, "GET", TYPE_PREFIX + "{slug}", get_problem, OPEN)
+    _add_options(app, gate)
+    app[READY] = ready
     return app
+
+
+async def _look(pressure: Pressure) -> None:
+    while True:
+        pressure.look()
+        await asyncio.sleep(PRESSURE_SECONDS)
+
+
+def _add_options(app: web.Application, gate: Gate) -> None:
+    """Let each resource that there is so far answer OPTIONS with its methods."""
+    methods: dict[str, set[str]] = {}
+    for route in app.router.routes():
+        if route.resource is not None:
+            methods.setdefault(route.resource.canonical, {"OPTIONS"}).add(route.method)
+    for path, names in methods.items():
+        gate.add(app, "OPTIONS", path, options(", ".join(sorted(names))), OPEN)
+
+
+def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: Metrics) -> None:
+    """Read the tokens now, and again whenever their file has changed.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or is none.
+    """
+    if not tokens.asked_for:
+        return
+
+    def load() -> None:
+        tokens.load()
+        rates.keep(tokens.names)
+
+    watched = WatchedFiles(VARIABLE, [tokens.path], load, lambda good: metrics.token_file_broken.set(0 if good else 1))
+    watched.start()
+    app.cleanup_ctx.append(beside(watched.run))
+
+
+def _watch_certificate(app: web.Application, certificate: Certificate, settings: Settings, metrics: Metrics) -> None:
+    """Read the certificate now, and again whenever its files have changed.
+
+    Raises:
+        ConfigurationError: it cannot be read, or its key is another one's.
+    """
+
+    def load() -> None:
+        certificate.load()
+        metrics.certificate_expiry.clear()
+        metrics.certificate_expiry.labels(certificate.shown.name).set(certificate.shown.expires)
+
+    paths = [settings.tls_cert, settings.tls_key]
+    what = f"{CERTIFICATE_VARIABLE}, {KEY_VARIABLE}"
+    watched = WatchedFiles(what, paths, load, lambda good: metrics.certificate_broken.set(0 if good else 1))
+    watched.start()
+    app[TLS] = certificate.context
+    app.cleanup_ctx.append(beside(watched.run))
+
+
+def beside(run: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Return a cleanup context of aiohttp that lets *run* go on for as long as the application does."""
+
+    async def context(_: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(run())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    return context

@@ -11,16 +11,17 @@ from services.ingest import problems
 from services.ingest.admission import Share
 from services.ingest.problems import RequestRefusedError
 
+#: what a body may be declared to be in; US-ASCII is a part of UTF-8
+_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii"})
+
 
 def check_content(request: web.Request, *, limit: int) -> None:
-    """Check what the headers say of the body.
+    """Check what the headers say of the body, apart from its type.
 
     Raises:
-        RequestRefusedError: it is no JSON in UTF-8, encoded, or declared larger than *limit* bytes.
+        RequestRefusedError: it is encoded, or declared larger than *limit* bytes.
     """
     headers = request.headers
-    if headers.get("Content-Type") != "application/json":
-        _check_media_type(headers)
     if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         raise RequestRefusedError(problems.UNSUPPORTED_CONTENT_ENCODING)
     length = request.content_length
@@ -70,11 +71,22 @@ def too_large(limit: int) -> RequestRefusedError:
     return RequestRefusedError(problems.BODY_TOO_LARGE, f"The body is larger than {limit} bytes.")
 
 
-def _check_media_type(headers: CIMultiDictProxy[str]) -> None:
-    media_type, *parameters = headers.get("Content-Type", "").split(";")
-    if media_type.strip().lower() != "application/json":
-        raise RequestRefusedError(problems.UNSUPPORTED_MEDIA_TYPE)
+def media_type(headers: CIMultiDictProxy[str]) -> str:
+    """Return the media type of the body, in lower case and without parameters; empty when there is none.
+
+    Raises:
+        RequestRefusedError: it is declared to be in another charset than UTF-8.
+    """
+    value = headers.get("Content-Type", "")
+    if value == "application/json":  # as most write it
+        return value
+    kind, *parameters = value.split(";")
     for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip().lower() == "charset" and value.strip().strip('"').lower() not in {"utf-8", "utf8"}:
+        name, _, charset = parameter.partition("=")
+        if name.strip().lower() == "charset" and charset.strip().strip('"').lower() not in {
+            "utf-8",
+            "utf8",
+            "us-ascii",
+        }:
             raise RequestRefusedError(problems.UNSUPPORTED_MEDIA_TYPE)
+    return kind.strip().lower()

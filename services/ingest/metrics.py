@@ -13,9 +13,10 @@ from services.ingest.problems import registry as problems
 #: from a publish without fsync to the longest deadline, seconds
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _BYTES = (128, 256, 512, 1024, 2048, 4096, 16384, 65536, 262144, 1048576)
+_EVENTS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000)
 
 #: values of the label ``outcome``
-STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED = OUTCOMES = (
+STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED, REUSED, NOT_COMPARED = OUTCOMES = (
     "stored",
     "duplicate",
     "full",
@@ -23,7 +24,14 @@ STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED = OUTCOMES = (
     "duplicate_in_flight",
     "too_many_in_flight",
     "refused",
+    "key_reused",
+    "key_not_compared",
 )
+#: values of the label ``by``
+MEMORY, LOG, CORPUS, NOBODY = CHECKERS = ("memory", "log", "corpus", "nobody")
+#: values of the label ``reason``: no token, none of ours or ended, without the scope, for other consultations, and a
+#: route that does not say what it takes (a fault of ours)
+MISSING, UNKNOWN, SCOPE, PREFIX, UNSTATED = ACCESS_REASONS = ("missing", "unknown", "scope", "prefix", "unstated")
 
 
 class Metrics:
@@ -40,7 +48,7 @@ class Metrics:
         # fault, the log has a line REQUEST_FAILED for each.
         self.requests = Counter(
             "fi_ingest_requests_total",
-            "Answers by status and problem (empty for 202); management endpoints are not counted.",
+            "Answers by status and problem (empty for 200 and 202); the management listener's are not counted.",
             ["status", "problem"],
             registry=self.registry,
         )
@@ -56,7 +64,7 @@ class Metrics:
         # Start another ingest, or find out why publishes are slow.
         self.in_flight = Gauge(
             "fi_ingest_requests_in_flight",
-            "Posted events that are being read or stored just now.",
+            "Posted events that are being read or stored, and reads that are being answered, just now.",
             registry=self.registry,
         )
         # Near FI_MAX_IN_FLIGHT_BYTES: clients are about to get 429. As above; or raise the limit, if there is memory.
@@ -86,6 +94,80 @@ class Metrics:
             "fi_ingest_duplicates_total",
             "Accepted events that the log held already.",
             registry=self.registry,
+        )
+        # key_reused among the outcomes above: a client uses one key for several events. nobody: persisters are away or
+        # slow, so old keys are not recognised; see fi_partition_owners.
+        checks = Counter(
+            "fi_ingest_key_checks_total",
+            "Keys of clients that were compared with what is stored under them, by who showed that.",
+            ["by"],
+            registry=self.registry,
+        )
+        self.key_checks = {checker: checks.labels(checker) for checker in CHECKERS}
+        # Batches of few events: their client could send more at a time, which is faster for everybody.
+        self.batch_events = Histogram(
+            "fi_ingest_batch_events",
+            "Events of batches that were valid.",
+            buckets=_EVENTS,
+            registry=self.registry,
+        )
+        # unknown or missing: a client was not told of a new token, or somebody tries; ACCESS_REFUSED in the log says
+        # from where. scope, prefix: a client does what its token is not for.
+        self.access = Counter(
+            "fi_ingest_access_refused_total",
+            "Requests that were refused for what their token is, or is not.",
+            ["reason"],
+            registry=self.registry,
+        )
+        # 1: the file has been changed, and cannot be read or is none; FILE_REFUSED in the log has the reason. What it
+        # said before stays in force until the process is restarted, which it would not survive.
+        self.token_file_broken = Gauge(
+            "fi_ingest_token_file_broken",
+            "1 while FI_TOKEN_FILE is no good and its former content is in force.",
+            registry=self.registry,
+        )
+        # two weeks before the end: renew it; nothing is restarted
+        self.certificate_expiry = Gauge(
+            "fi_ingest_certificate_expiry_timestamp_seconds",
+            "End of the certificate that clients see, Unix time; absent with plain HTTP.",
+            ["name"],
+            registry=self.registry,
+        )
+        # 1: the pair has been changed, and cannot be read or does not belong together; as above
+        self.certificate_broken = Gauge(
+            "fi_ingest_certificate_broken",
+            "1 while FI_TLS_CERT and FI_TLS_KEY are no good and their former content is shown.",
+            registry=self.registry,
+        )
+        # near FI_MAX_BACKLOG: clients are about to get 503; see which partitions wait (fi_partition_backlog_events)
+        self.backlog = Gauge(
+            "fi_ingest_backlog_events",
+            "Events that wait to be committed, as estimated each second; 0 while nothing is known.",
+            registry=self.registry,
+        )
+        self.drain_rate = Gauge(
+            "fi_ingest_drained_events_per_second",
+            "Events that all persisters commit a second, as measured between looks; 0 while nothing is known.",
+            registry=self.registry,
+        )
+        self.access_refused = {reason: self.access.labels(reason) for reason in ACCESS_REASONS}
+        # above the usual while publishes fare well: the persisters are busy, see fi_persister_question_seconds
+        self.read_duration = Histogram(
+            "fi_ingest_read_duration_seconds",
+            "From the request's headers to its answer, for reads, whatever the answer; not for followers.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        # Near FI_MAX_FOLLOWERS: clients are about to get 429.
+        self.followers = Gauge(
+            "fi_ingest_followers", "Clients that follow a consultation just now.", registry=self.registry
+        )
+        self.followed_events = Counter(
+            "fi_ingest_followed_events_total", "Events sent to followers.", registry=self.registry
+        )
+        # any: clients, or what stands between, do not read what they asked for; they come back with Last-Event-ID
+        self.followers_dropped = Counter(
+            "fi_ingest_followers_dropped_total", "Followers let go because they were too slow.", registry=self.registry
         )
         self.outcomes = {outcome: self.publishes.labels(outcome) for outcome in OUTCOMES}
         self.accepted = self.requests.labels("202", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from typing import Any
 
 from aiohttp import web
@@ -12,7 +13,8 @@ from aiohttp.web_protocol import RequestHandler
 from services.contract.errors import BindError
 from services.ingest import problems
 from services.ingest.answers import Answers
-from services.ingest.handlers import ANSWERS
+from services.ingest.connections import Connections
+from services.ingest.handlers import ANSWERS, SETTINGS
 from services.ingest.problems import RequestRefusedError
 
 #: connections that wait to be accepted
@@ -23,6 +25,11 @@ _KEEPALIVE_SECONDS = 75.0
 _LINGER_SECONDS = 5.0
 #: seconds that aiohttp gets to write answers that are ready, once nothing is in flight any more
 _FLUSH_SECONDS = 0.5
+#: seconds for a handshake, and for the other side's farewell
+_TLS_OPTIONS: dict[str, Any] = {"ssl_handshake_timeout": 10.0, "ssl_shutdown_timeout": 2.0}
+
+#: what the listener shows; absent for plain HTTP
+TLS = web.AppKey("tls", ssl.SSLContext)
 
 
 class Protocol(RequestHandler):
@@ -32,9 +39,20 @@ class Protocol(RequestHandler):
     A middleware sees only what a route was found for, and costs every request.
     """
 
-    def __init__(self, answers: Answers, manager: web.Server, **options: Any) -> None:
+    def __init__(self, answers: Answers, connections: Connections, manager: web.Server, **options: Any) -> None:
         super().__init__(manager, **options)
         self._answers = answers
+        self._connections = connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Serve a new connection, unless there are too many; then this is the last that is heard of it."""
+        if self._connections.enter(transport):
+            super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Make room for another one."""
+        self._connections.leave()
+        super().connection_lost(exc)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -60,7 +78,7 @@ class Protocol(RequestHandler):
         if isinstance(exc, ConnectionError):
             raise exc
         if isinstance(exc, RequestRefusedError):
-            return self._answers.refused(exc.problem, exc.detail)
+            return self._answers.refused(exc.problem, exc.detail, headers=exc.headers)
         if status < 500:
             return self._answers.refused(problems.of_status(status))
         if exc is not None:
@@ -81,6 +99,7 @@ class HttpServer:
         self._grace = grace
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_FLUSH_SECONDS)
         self._listener: asyncio.Server | None = None
+        self._connections = Connections(app[SETTINGS].max_connections, app[ANSWERS])
 
     async def start(self) -> None:
         """Open the application's resources, then accept connections.
@@ -90,8 +109,11 @@ class HttpServer:
         """
         await self._runner.setup()
         loop = asyncio.get_running_loop()
+        tls = self._app.get(TLS)
         try:
-            self._listener = await loop.create_server(self._connect, sock=self._sock, backlog=_BACKLOG)
+            self._listener = await loop.create_server(
+                self._connect, sock=self._sock, backlog=_BACKLOG, **({} if tls is None else _TLS_OPTIONS | {"ssl": tls})
+            )
         except OSError as error:
             raise BindError(f"cannot listen (FI_HOST, FI_PORT): {error.strerror or error}") from error
 
@@ -111,6 +133,7 @@ class HttpServer:
         assert manager is not None
         return Protocol(
             self._app[ANSWERS],
+            self._connections,
             manager,
             loop=asyncio.get_running_loop(),
             access_log=None,

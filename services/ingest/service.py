@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
+import socket
 
+from services.contract.errors import ConfigurationError
 from services.contract.lifecycle import Stop, settle
 from services.contract.logs import get_logger
-from services.contract.management import bind
-from services.ingest.app import make_app
+from services.contract.management import bind, managed
+from services.ingest.app import READY, make_app
+from services.ingest.handlers import METRICS
 from services.ingest.log import open_log
-from services.ingest.server import HttpServer
+from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
+
+_MANAGEMENT = "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"
 
 
 async def serve(settings: Settings, stop: Stop, *, version: str) -> None:
@@ -20,24 +26,58 @@ async def serve(settings: Settings, stop: Stop, *, version: str) -> None:
     Raises:
         FiqError: the service could not start; its message says why.
     """
-    log = get_logger("ingest")
     # before the cluster is waited for: a taken port is known at once
-    sock = bind(settings.host, settings.port, "FI_HOST, FI_PORT")
+    with (
+        bind(settings.host, settings.port, "FI_HOST, FI_PORT") as sock,
+        bind(settings.management_host, settings.management_port, _MANAGEMENT) as management,
+    ):
+        _check_access(settings, sock.getsockname()[0])
+        await _serve(settings, stop, version, sock, management)
 
+
+async def _serve(settings: Settings, stop: Stop, version: str, sock: socket.socket, management: socket.socket) -> None:
     def lost(reason: str) -> None:
         stop.request(reason, failed=True)
 
-    server = HttpServer(make_app(settings, lambda: open_log(settings, lost)), sock, grace=settings.shutdown_grace)
-    try:
-        if await _started(server, stop):
-            settle()
-            host, port = sock.getsockname()[:2]
-            log.info("INGEST_STARTED", host=host, port=port, version=version)
-            await stop.wait()
-        log.info("INGEST_STOPPING", reason=stop.reason)
-    finally:
-        await server.stop()
+    log = get_logger("ingest")
+    app = make_app(settings, lambda: open_log(settings, lost))
+    server = HttpServer(app, sock, grace=settings.shutdown_grace)
+    # first and last: probes learn why nothing is served yet, and what is still in flight
+    async with managed(management, app[METRICS].registry, app[READY], _MANAGEMENT):
+        try:
+            if await _started(server, stop):
+                settle()
+                host, port = sock.getsockname()[:2]
+                where = {"host": host, "port": port, "management_port": management.getsockname()[1], "tls": TLS in app}
+                log.info("INGEST_STARTED", **where, version=version)
+                await stop.wait()
+            log.info("INGEST_STOPPING", reason=stop.reason)
+        finally:
+            await server.stop()
     log.info("INGEST_STOPPED", reason=stop.reason)
+
+
+def _check_access(settings: Settings, host: str) -> None:
+    """Let nobody be served without a token who was not meant to be.
+
+    Args:
+        settings: of the process.
+        host: the address that it listens on.
+
+    Raises:
+        ConfigurationError: everybody who reaches *host* could post, and nobody said that this is wanted.
+    """
+    if settings.token_file:
+        return
+    if not ipaddress.ip_address(host).is_loopback and not settings.allow_anonymous:
+        problem = (
+            f"FI_TOKEN_FILE is not set, and other machines may reach {host} (FI_HOST): make a file of tokens with "
+            "`fiq init` or `fiq token new`, and name it; or set FI_ALLOW_ANONYMOUS=1 where everybody may post"
+        )
+        raise ConfigurationError([problem])
+    get_logger("ingest").warning(
+        "ACCESS_ANONYMOUS", host=host, reason="FI_TOKEN_FILE is not set: no token is asked for"
+    )
 
 
 async def _started(server: HttpServer, stop: Stop) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.contract.logs import level
-from services.contract.settings import integer, nested, port, seconds, setting, size, text
+from services.contract.settings import boolean, integer, nested, number, seconds, setting, size, text
+from services.contract.settings import port as tcp_port
 from services.eventlog.settings import LogSettings
 
 
@@ -17,9 +18,57 @@ class Settings:
         "FI_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address to listen on. Anything but loopback lets everybody who reaches it post events.",
+        doc="Address to listen on. Anything but loopback needs FI_TOKEN_FILE, or FI_ALLOW_ANONYMOUS.",
     )
-    port: int = setting("FI_PORT", 7001, parse=port, doc="TCP port to listen on; 0 takes a free one and logs it.")
+    port: int = setting("FI_PORT", 7001, parse=tcp_port, doc="TCP port to listen on; 0 takes a free one and logs it.")
+    management_host: str = setting(
+        "FI_MANAGEMENT_HOST",
+        "127.0.0.1",
+        parse=text,
+        doc="Address of ingest's /healthz, /readyz and /metrics, which know no tokens: loopback or an inner network.",
+    )
+    management_port: int = setting(
+        "FI_MANAGEMENT_PORT",
+        7101,
+        parse=tcp_port,
+        doc="TCP port of ingest's /healthz, /readyz and /metrics; 0 takes a free one and logs it.",
+    )
+    token_file: str = setting(
+        "FI_TOKEN_FILE",
+        "",
+        parse=text,
+        doc="File with the API tokens' hashes (`fiq token`), read again when it changes; without it none is asked for.",
+    )
+    allow_anonymous: bool = setting(
+        "FI_ALLOW_ANONYMOUS",
+        False,
+        parse=boolean,
+        doc="Listen beyond loopback without FI_TOKEN_FILE: whoever reaches the port may post and read everything.",
+    )
+    tls_cert: str = setting(
+        "FI_TLS_CERT",
+        "",
+        parse=text,
+        doc="PEM file with ingest's certificate and its signers', read again when it changes; empty is plain HTTP.",
+    )
+    tls_key: str = setting(
+        "FI_TLS_KEY",
+        "",
+        parse=text,
+        doc="PEM file with the key of FI_TLS_CERT, without a password; TLS 1.2 or newer is spoken, and nothing else.",
+    )
+    rate: float = setting(
+        "FI_RATE",
+        0.0,
+        parse=number(0, 1_000_000),
+        doc="Requests and events a second that one token may send in the long run, beyond it 429; 0 is no limit.",
+    )
+    rate_burst: int = setting(
+        "FI_RATE_BURST",
+        1000,
+        parse=integer(1, 1_000_000),
+        doc="Requests and events that a token may send at once; a larger batch is taken when none of it is used.",
+    )
     publish_deadline: float = setting(
         "FI_PUBLISH_DEADLINE",
         5.0,
@@ -31,6 +80,12 @@ class Settings:
         1000,
         parse=integer(1, 1_000_000),
         doc="Events that this process stores at the same time; a client beyond it gets 429.",
+    )
+    max_connections: int = setting(
+        "FI_MAX_CONNECTIONS",
+        2000,
+        parse=integer(1, 1_000_000),
+        doc="Connections that this process has; one more gets 503. Bounded by the files that it may open (ulimit -n).",
     )
     max_in_flight_bytes: int = setting(
         "FI_MAX_IN_FLIGHT_BYTES",
@@ -44,6 +99,36 @@ class Settings:
         parse=size(1, 64 * 2**20),
         doc="Largest body; a larger one gets 413. The broker's max_payload must be at least 1 KiB larger.",
     )
+    max_batch_bytes: int = setting(
+        "FI_MAX_BATCH_BYTES",
+        8 * 2**20,
+        parse=size(1, 256 * 2**20),
+        doc="Largest body of a batch; a larger one gets 413. Each of its events is bound by FI_MAX_EVENT_BYTES, too.",
+    )
+    max_batched_events: int = setting(
+        "FI_MAX_BATCHED_EVENTS",
+        8000,
+        parse=integer(1000, 1_000_000),
+        doc="Events of batches that this process stores at the same time, besides FI_MAX_IN_FLIGHT; beyond it 429.",
+    )
+    key_lookup_wait: float = setting(
+        "FI_KEY_LOOKUP_WAIT",
+        0.1,
+        parse=seconds(0, 10),
+        doc="How long the corpus may delay the answer to a key that the broker does not know; 0 never asks it.",
+    )
+    max_json_depth: int = setting(
+        "FI_MAX_JSON_DEPTH",
+        100,
+        parse=integer(1, 1024),
+        doc="Levels of objects and arrays in a body; a deeper one gets 422. Many readers fail beyond some of them.",
+    )
+    max_backlog: int = setting(
+        "FI_MAX_BACKLOG",
+        100_000,
+        parse=integer(0, 10**12),
+        doc="Events that may wait in the log for their commit, beyond it 503; 0 leaves it to the log's own limit.",
+    )
     body_timeout: float = setting(
         "FI_BODY_TIMEOUT",
         30.0,
@@ -54,7 +139,19 @@ class Settings:
         "FI_RETRY_AFTER",
         2.0,
         parse=seconds(1, 3600),
-        doc="What Retry-After says in 409, 429 and 503, rounded up to whole seconds.",
+        doc="What Retry-After says in 409, 429 and 503, in whole seconds, unless a measured rate tells better.",
+    )
+    max_followers: int = setting(
+        "FI_MAX_FOLLOWERS",
+        100,
+        parse=integer(0, 100_000),
+        doc="Clients that follow consultations through this process; one more gets 429. Each takes 2 MiB at most.",
+    )
+    follow_interval: float = setting(
+        "FI_FOLLOW_INTERVAL",
+        0.25,
+        parse=seconds(0.01, 60),
+        doc="How often the log is asked for news of each consultation that is followed: one cheap request.",
     )
     shutdown_grace: float = setting(
         "FI_SHUTDOWN_GRACE",

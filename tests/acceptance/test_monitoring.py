@@ -127,12 +127,13 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         persisters.start()
         own = {**secured.environment(Role.INGEST), **LOG, "FI_PORT": "0"}
         ingest = stack.enter_context(Service(folder, "services.ingest", **own))
-        port = int(ingest.wait_for("INGEST_STARTED")["port"])
+        started = ingest.wait_for("INGEST_STARTED")
+        port, management = int(started["port"]), int(started["management_port"])
         # ready when the persisters have claimed the partitions
-        eventually_sync(lambda: monitoring.get(port, "/readyz")[0] == 200, PATIENCE)
+        eventually_sync(lambda: monitoring.get(management, "/readyz")[0] == 200, PATIENCE)
         asyncio.run(_set_aside(secured))
         client = stack.enter_context(Client(port))
-        targets = {"ingest": [port], "persister": persisters.ports}
+        targets = {"ingest": [management], "persister": persisters.ports}
         (folder / "prometheus").mkdir()
         prometheus = stack.enter_context(running_prometheus(folder / "prometheus", targets, HURRY))
         yield Monitored(persisters, prometheus, secured, client)

@@ -11,11 +11,13 @@ from typing import Any
 import orjson
 import uvloop
 
-from tests.benchmarks import loads, pulls
+from tests.benchmarks import batches, loads, pulls
 from tests.benchmarks.jobs import AppendJob, LoadJob, PullJob, Report
 
 _WORK: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Report]]]] = {
     "http": (LoadJob, loads.over_http),
+    "batch": (LoadJob, batches.over_http),
+    "bare_batch": (LoadJob, batches.over_nats),
     "publish": (LoadJob, loads.over_nats),
     "pull": (PullJob, pulls.pull),
     "append": (AppendJob, loads.append_each),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.benchmarks.plan import FULL_LOAD, TYPICAL_SPREAD
-from tests.benchmarks.results import APPEND, EMPTY, PERSISTER, POST, PUBLISH, PULL, Drain, Results
+from tests.benchmarks.results import APPEND, BARE_BATCH, BATCH, EMPTY, PERSISTER, POST, PUBLISH, PULL, Drain, Results
 
 #: the most that any process may hold, MB
 MEMORY_MB = 250.0
@@ -14,6 +14,9 @@ MEMORY_MB = 250.0
 POST_LATENCY = 1.5
 #: POST's events a second in terms of the empty handler's, at least
 POST_RATE = 0.5
+#: events a second of batches over HTTP in terms of bare atomic batches', at least, and in all
+BATCH_SHARE = 0.8
+BATCH_RATE = 10_000.0
 #: the persister's events a second in terms of the bare pull's, at least
 PULL_RATE = 0.5
 #: the persister's events a second in terms of the event-by-event append's, at least
@@ -52,7 +55,7 @@ class Aim:
 
 def aims(results: Results) -> list[Aim]:
     """Return the aims that *results* say something about."""
-    return [*_of_posts(results), *_of_the_persister(results), *_of_memory(results)]
+    return [*_of_posts(results), *_of_batches(results), *_of_the_persister(results), *_of_memory(results)]
 
 
 def _of_posts(results: Results) -> Iterator[Aim]:
@@ -63,6 +66,14 @@ def _of_posts(results: Results) -> Iterator[Aim]:
     rates = {row["target"]: row["events_per_s"] for row in results.get("throughput", [])}
     if POST in rates and EMPTY in rates:
         yield Aim(f"POST events/s at least {POST_RATE:g}x the {EMPTY}'s", rates[POST] / rates[EMPTY], POST_RATE, False)
+
+
+def _of_batches(results: Results) -> Iterator[Aim]:
+    rates = {row["target"]: row["events_per_s"] for row in results.get("batches", [])}
+    if BATCH in rates and BARE_BATCH in rates:
+        text = f"{BATCH} events/s at least {BATCH_SHARE:g}x the {BARE_BATCH}'s"
+        yield Aim(text, rates[BATCH] / rates[BARE_BATCH], BATCH_SHARE, at_most=False)
+        yield Aim(f"{BATCH} events/s", rates[BATCH], BATCH_RATE, at_most=False, unit="/s")
 
 
 def _of_the_persister(results: Results) -> Iterator[Aim]:

@@ -75,6 +75,15 @@ async def connect(port: int) -> Connection:
     return connection
 
 
+def post_batch(port: int, consultation: str, key: str, body: bytes) -> bytes:
+    """Return the request that posts *body*, a line an event, to *consultation*."""
+    head = (
+        f"POST /consultations/{consultation}/events/batch HTTP/1.1\r\nHost: {LOOPBACK}:{port}\r\n"
+        f"Content-Type: application/x-ndjson\r\nIdempotency-Key: {key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
 def post(port: int, consultation: str, key: str, body: bytes) -> bytes:
     """Return the request that posts *body* to *consultation*."""
     head = (

@@ -99,7 +99,7 @@ def run(kind: str, job: LoadJob | PullJob | AppendJob, *, seconds: float) -> Rep
     """Do *job* in a process of its own.
 
     Args:
-        kind: http, publish, pull or append.
+        kind: http, publish, batch, bare_batch, pull or append.
         job: what to do.
         seconds: that it may take at most, besides starting.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.benchmarks import tables
+from tests.benchmarks.plan import BATCH_CLIENTS, BATCH_EVENTS
 from tests.benchmarks.results import Results
 
 #: what stands behind this line of an existing page is kept
@@ -45,6 +46,13 @@ _THROUGHPUT = """\
 runs meanwhile.
 """
 
+_BATCHES = """\
+## Events a second in batches
+
+{clients} clients, {events:,} events a batch, as NDJSON over HTTP under a key each, against atomic batches as nats-py
+sends them: a publish for each message, a request for the last one. Both wait for the answer before the next batch.
+"""
+
 _SECURITY = """\
 ## What security costs
 
@@ -64,6 +72,15 @@ away. *Append + flush* is high-level h5py, the group looked up by its name and a
 without any network, over the first events of the same sequence (how many stands beside it).
 """
 
+_READS = """\
+## Events a second read back
+
+All events are persisted and read consultation by consultation (50 events each), one request after another. *Plain
+corpus reader* is `services.corpus.open_corpus` in the measuring process, which opens the files for each round.
+*Reader's pages* and *finds* ask the persister through NATS, as ingest does; *GET* goes through the ingest process as
+well. In the case of one event an event a second is a request a second.
+"""
+
 _MEMORY = """\
 ## Resident memory
 
@@ -74,8 +91,10 @@ most that was seen in each phase, looked at ten times a second; 1 MB is 10^6 byt
 _SECTIONS = {
     "latency": _LATENCY,
     "throughput": _THROUGHPUT,
+    "batches": _BATCHES.format(clients=BATCH_CLIENTS, events=BATCH_EVENTS),
     "security": _SECURITY,
     "persister": _PERSISTER,
+    "reads": _READS,
     "memory": _MEMORY,
 }
 

@@ -10,6 +10,10 @@ SPREADS = (10, 100, 500)
 CLIENTS = (1, 10, 50)
 #: concurrent clients, in the throughput benchmark
 FULL_LOAD = 50
+#: events of a batch, in the benchmark of batches: the most that a batch may have
+BATCH_EVENTS = 1000
+#: concurrent clients there
+BATCH_CLIENTS = 4
 #: spread of the row with several partitions, and of the memory benchmark
 TYPICAL_SPREAD = 100
 #: partitions that the product has when nothing else is asked for

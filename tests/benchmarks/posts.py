@@ -81,7 +81,7 @@ def throughput(bench: Bench) -> list[Throughput]:
             reports[POST].append(bench.load(port, FULL_LOAD))
             reports[EMPTY].append(bench.load(empty_port, FULL_LOAD))
             reports[PUBLISH].append(bench.load(url, FULL_LOAD, "publish"))
-    return [_throughput(target, of) for target, of in reports.items()]
+    return [of_rounds(target, FULL_LOAD, of) for target, of in reports.items()]
 
 
 def _order(key: tuple[int, str]) -> tuple[int, int]:
@@ -107,11 +107,12 @@ def summary(target: str, clients: int, reports: list[Report]) -> Latency:
     )
 
 
-def _throughput(target: str, reports: list[Report]) -> Throughput:
+def of_rounds(target: str, clients: int, reports: list[Report]) -> Throughput:
+    """Return the row of *target*, whose rounds *reports* are about."""
     rates = [report.rate for report in reports]
     return Throughput(
         target=target,
-        clients=FULL_LOAD,
+        clients=clients,
         events_per_s=middle(rates),
         rounds=rates,
         failures=sum(report.failures for report in reports),

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(300)
 #: megabytes that the image may have: a third more than it has
 LARGEST = 300
 #: a cluster that is not there, for services that are stopped before they miss it
-NOWHERE = ("-e", "FI_NATS_URL=nats://127.0.0.1:1")
+NOWHERE = ("-e", "FI_NATS_URL=nats://127.0.0.1:1", "-e", "FI_ALLOW_ANONYMOUS=1")
 
 
 @contextmanager

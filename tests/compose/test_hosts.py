@@ -33,7 +33,8 @@ class Clients:
     async def post(self, host: int) -> None:
         """Post consultations that nobody posted before to the ingest of *host*."""
         self._posted += 1
-        load = Load(f"http://{self.hosts.machines[host].address('ingest', 7001)}", clients=4, repeats=0.05)
+        url = f"http://{self.hosts.machines[host].address('ingest', 7001)}"
+        load = Load(url, clients=4, repeats=0.05, token=self.hosts.token)
         consultations = generate(EVENTS, seed=self._posted)
         named = [[Post(f"round{self._posted}-{p.consultation}", p.key, p.body) for p in one] for one in consultations]
         self.accepted.update((await load.run(named)).accepted)

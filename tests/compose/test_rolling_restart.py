@@ -25,8 +25,9 @@ CLIENTS = 4
 class Client:
     """Posts events one after another; sends each again once when it was not accepted, and counts what then failed."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, token: str) -> None:
         self._url = url
+        self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
         self.accepted: dict[str, Accepted] = {}
         self.retried = 0
         self.failed: list[str] = []
@@ -53,7 +54,7 @@ class Client:
             self.failed.append(f"{first}, then {second}")
 
     async def _attempt(self, session: ClientSession, post: Post) -> str | None:
-        headers = {"Content-Type": "application/json", "Idempotency-Key": post.key}
+        headers = self._headers | {"Idempotency-Key": post.key}
         url = f"{self._url}/consultations/{post.consultation}/events"
         try:
             async with session.post(url, data=post.body, headers=headers) as answer:
@@ -67,7 +68,7 @@ class Client:
 
 async def test_a_client_that_retries_once_sees_no_failure(stack: Deployment) -> None:
     """Nodes, persisters and ingests are restarted one after the other under load; nothing is lost either."""
-    client, finished = Client(stack.url), asyncio.Event()
+    client, finished = Client(stack.url, stack.token), asyncio.Event()
     async with asyncio.TaskGroup() as group:
         for number in range(CLIENTS):
             group.create_task(client.run(f"rolling-{number}", finished))

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 import orjson
 from aiohttp import ClientSession
 from aiohttp.web import Application
 
 from services.contract.event import Event
-from services.contract.management import bind
-from services.eventlog.protocol import Appended
-from services.ingest.app import OpenLog, make_app
+from services.contract.management import bind, managed
+from services.eventlog.errors import CorpusAwayError, LogUnavailableError
+from services.eventlog.protocol import Appended, Page, StoredEvent
+from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS
-from services.ingest.server import HttpServer
+from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
 
 
 @dataclass
 class MemoryLog:
-    """An EventWriter that keeps events in a list, and fails or waits when it is told to."""
+    """An EventWriter over a list of events, which fails or waits when it is told to; its reader shows them.
+
+    Attributes:
+        persisted: how many of the first events count as persisted.
+        read_error: what every read raises.
+        page_events: events of a page, at most.
+        reads: pages that were read.
+        looks: questions for news.
+    """
 
     events: list[Event] = field(default_factory=list)
     error: Exception | None = None
@@ -32,6 +42,17 @@ class MemoryLog:
     waiting: int = 0
     closed: bool = False
     reasons: list[str] = field(default_factory=list)
+    #: how many events each batch had
+    batches: list[int] = field(default_factory=list)
+    reader: MemoryReader = field(init=False)
+    persisted: int = 0
+    read_error: Exception | None = None
+    page_events: int = 1000
+    reads: int = 0
+    looks: int = 0
+
+    def __post_init__(self) -> None:
+        self.reader = MemoryReader(self)
 
     async def append(self, event: Event) -> Appended:
         if self.gate is not None:
@@ -48,30 +69,114 @@ class MemoryLog:
         self.events.append(event)
         return Appended(len(self.events), duplicate=False)
 
+    async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
+        self.batches.append(len(events))
+        return [await self.append(event) for event in events]
+
     async def ready(self) -> list[str]:
         return self.reasons
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[OpenLog]:
-        yield OpenLog(self, self.ready)
+        yield OpenLog(self, self.ready, self.reader)
         self.closed = True
+
+
+@dataclass
+class MemoryReader:
+    """An EventBrowser over a log in memory, and for lookups a corpus in a list, which counts what it is asked.
+
+    Attributes:
+        log: whose events it reads.
+        corpus: what has been persisted.
+        trimmed: positions that the log holds no more.
+        silent: neither log nor corpus answers.
+        gate: what the corpus waits for before it answers.
+        asked: names of the questions, in their order.
+    """
+
+    log: MemoryLog
+    corpus: list[StoredEvent] = field(default_factory=list)
+    trimmed: set[int] = field(default_factory=set)
+    silent: bool = False
+    gate: asyncio.Event | None = None
+    asked: list[str] = field(default_factory=list)
+
+    async def at(self, sequence: int) -> StoredEvent | None:
+        self.asked.append("at")
+        if self.silent:
+            raise LogUnavailableError("silent")
+        if sequence in self.trimmed or not 0 < sequence <= len(self.log.events):
+            return None
+        return StoredEvent(sequence, self.log.events[sequence - 1], persisted=False)
+
+    async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        self.asked.append("find")
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.silent:
+            raise CorpusAwayError("silent")
+        wanted = (consultation, event_id)
+        found = (stored for stored in self.corpus if (stored.event.consultation, stored.event.event_id) == wanted)
+        return next(found, None)
+
+    async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
+        return (await self.page(consultation, after, limit)).events
+
+    async def page(self, consultation: str, after: int, limit: int) -> Page:
+        self.log.reads += 1
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        found = self._numbered(lambda one: one.event.consultation == consultation and one.sequence > after)
+        shown = found[: min(limit, self.log.page_events)]
+        more = len(found) > len(shown)
+        return Page(shown, shown[-1].sequence if more else max(after, len(self.log.events)), more)
+
+    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        found = self._numbered(lambda one: (one.event.consultation, one.event.event_id) == (consultation, event_id))
+        return found[0] if found else None
+
+    async def has_news(self, consultation: str, after: int) -> bool:
+        self.log.looks += 1
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        return bool(self._numbered(lambda one: one.event.consultation == consultation and one.sequence > after))
+
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        names = sorted({event.consultation for event in self.log.events[: self.log.persisted]})
+        names = [name for name in names if name.startswith(prefix) and name > after]
+        return names[:limit], len(names) > limit
+
+    def _numbered(self, wanted: Callable[[StoredEvent], bool]) -> list[StoredEvent]:
+        stored = (
+            StoredEvent(sequence, event, persisted=sequence <= self.log.persisted)
+            for sequence, event in enumerate(self.log.events, start=1)
+        )
+        return [one for one in stored if wanted(one)]
 
 
 class Edge:
     """A running server and a client for it."""
 
-    def __init__(self, app: Application, server: HttpServer, log: MemoryLog, port: int, client: ClientSession) -> None:
+    def __init__(
+        self, app: Application, server: HttpServer, log: MemoryLog, ports: tuple[int, int], client: ClientSession
+    ) -> None:
         self.app = app
         self.server = server
         self.log = log
-        self.port = port
+        self.port, self.management_port = ports
         self.client = client
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if TLS in self.app else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, /, **labels: str) -> float:
         """Return the value of a metric's sample; 0 when there is none."""
         return self.app[METRICS].registry.get_sample_value(name, labels) or 0.0
 
@@ -85,6 +190,11 @@ class Edge:
         async with self.client.request(method, self.url + path, **options) as response:
             content = await response.read()
             return Reply(response.status, dict(response.headers), content)
+
+    async def manage(self, path: str, method: str = "GET") -> Reply:
+        """Ask the management listener."""
+        async with self.client.request(method, f"http://127.0.0.1:{self.management_port}{path}") as response:
+            return Reply(response.status, dict(response.headers), await response.read())
 
     async def raw(self, request: bytes, *, end: bool = False, timeout: float = 15.0) -> bytes:
         """Send bytes, and return all that comes until the server closes or falls silent for a second.
@@ -126,17 +236,22 @@ class Reply:
 
 
 @asynccontextmanager
-async def running_edge(log: MemoryLog | None = None, **settings: Any) -> AsyncIterator[Edge]:
-    """Run the server on a free port of loopback until the block ends."""
+async def running_edge(
+    log: MemoryLog | None = None, *, extend: Callable[[Application], None] = lambda _: None, **settings: Any
+) -> AsyncIterator[Edge]:
+    """Run the server on a free port of loopback until the block ends; *extend* may add routes to its application."""
     log = log or MemoryLog()
-    values = Settings(port=0, **settings)
+    values = Settings(port=0, management_port=0, **settings)
     app = make_app(values, log.open)
+    extend(app)
     sock = bind(values.host, values.port, "FI_HOST, FI_PORT")
-    port = sock.getsockname()[1]
+    management = bind(values.management_host, values.management_port, "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT")
+    ports = sock.getsockname()[1], management.getsockname()[1]
     server = HttpServer(app, sock, grace=values.shutdown_grace)
-    await server.start()
-    try:
-        async with ClientSession() as client:
-            yield Edge(app, server, log, port, client)
-    finally:
-        await server.stop()
+    async with managed(management, app[METRICS].registry, app[READY], "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"):
+        await server.start()
+        try:
+            async with ClientSession() as client:
+                yield Edge(app, server, log, ports, client)
+        finally:
+            await server.stop()

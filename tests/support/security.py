@@ -93,6 +93,10 @@ def fiq(environment: dict[str, str], *arguments: str) -> Outcome:
     return run("services.cli.main", environment, *arguments)
 
 
+#: free ones for whichever service it is
+PORTS = {"FI_PORT": "0", "FI_MANAGEMENT_PORT": "0", "FI_PERSISTER_PORT": "0"}
+
+
 def run(module: str, environment: dict[str, str], *arguments: str) -> Outcome:
     """Run ``python -m MODULE`` until it ends by itself."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("FI_")} | environment

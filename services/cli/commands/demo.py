@@ -70,7 +70,7 @@ def demo(
 
 def _rehearse(place: Path, events: int, clients: int, seed: int) -> None:
     consultations = generate(events, seed=seed)
-    stack = Stack(place, env={"FI_STREAM_MAX_BYTES": _STREAM_BYTES})
+    stack = Stack(place, env={"FI_STREAM_MAX_BYTES": _STREAM_BYTES, "FI_TOKEN_FILE": ""})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops in the same order as Ctrl-C
     with _progress() as progress:
         try:
@@ -162,7 +162,7 @@ def _dropped(stack: Stack) -> int:
     """Return how many duplicates the persisters dropped, from their metrics (a killed one's count is gone)."""
     count = 0.0
     for service in stack.persisters:
-        _, body = monitoring.get(service.port, "/metrics")
+        _, body = monitoring.get(service.management_port, "/metrics")
         for family in text_string_to_metric_families(body.decode()):
             if family.name == "fi_persister_duplicates":
                 count += sum(sample.value for sample in family.samples if sample.name.endswith("_total"))

@@ -38,7 +38,9 @@ def wait(
     monitoring: Annotated[
         str, typer.Option(help="The nodes' monitoring ports, http://host:8222, separated by commas.")
     ] = "",
-    services: Annotated[str, typer.Option(help="Ingests and persisters, http://host:port, separated by commas.")] = "",
+    services: Annotated[
+        str, typer.Option(help="Management URLs of ingests and persisters, http://host:port, separated by commas.")
+    ] = "",
     folder: Annotated[Path | None, typer.Option(help="Folder of a running `fiq up`, instead of both.")] = None,
     timeout: TimeoutOption = 120.0,
 ) -> None:
@@ -53,7 +55,7 @@ def wait(
         except NotRunningError as error:
             raise CommandError(f"{error}; or name what to wait for with --monitoring and --services") from error
         nodes = [member.monitoring for member in members if member.url.startswith("nats://")]
-        others = [member.url for member in members if not member.url.startswith("nats://")]
+        others = [member.monitoring for member in members if not member.url.startswith("nats://")]
     wait_whole(nodes, others, timeout)
     typer.echo(f"whole: {len(nodes)} nodes, {len(others)} services")
 

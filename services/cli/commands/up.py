@@ -167,7 +167,7 @@ def _start_again(process: ManagedProcess, ended: list[float]) -> None:
 def _welcome(stack: Stack) -> str:
     folder, corpus = _shown(stack.folder), _shown(stack.data_dir)
     option = "" if stack.folder == DEFAULT_FOLDER.absolute() else f" --folder {shlex.quote(folder)}"
-    metrics = ", ".join(f"{service.url}/metrics" for service in stack.services)
+    metrics = ", ".join(f"{service.management_url}/metrics" for service in stack.services)
     return f"""\
 fiq is up; Ctrl-C stops it. The data stay in {folder}
 

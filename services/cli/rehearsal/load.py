@@ -74,6 +74,7 @@ class Load:
         clients: how many post at the same time.
         repeats: share of posts that are sent a second time after they were accepted, 0 to 1.
         seed: of the order and of the repeats.
+        token: of the API, where one is asked for.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class Load:
         clients: int = 20,
         repeats: float = 0.05,
         seed: int = 0,
+        token: str = "",
     ) -> None:
         self._url = url
         self._clients = clients
         self._repeats = repeats
         self._seed = seed
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._last = 0.0
         self.outcome = Outcome()
         self.finished = False
@@ -101,7 +104,9 @@ class Load:
         self._last = time.monotonic()
         async with (
             ClientSession(
-                connector=TCPConnector(limit=self._clients), timeout=ClientTimeout(total=_TIMEOUT)
+                connector=TCPConnector(limit=self._clients),
+                timeout=ClientTimeout(total=_TIMEOUT),
+                headers=self._headers,
             ) as session,
             asyncio.TaskGroup() as group,
         ):

@@ -7,7 +7,6 @@ ever replaces it, because every process trusts it.
 
 from __future__ import annotations
 
-import hashlib
 import secrets as random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from services.cli.security.authority import Authority, Pair, belong_together, ma
 from services.cli.security.configuration import USERS
 from services.cli.security.files import Owner, Secrets
 from services.cli.security.layout import Layout
+from services.contract import tokens
+from services.contract.tokens import Scope, Token
 from services.eventlog.jetstream.credentials import public_key
 
 #: nodes of a deployment on one machine
@@ -125,7 +126,7 @@ class Deployment:
         layout = self.layout
         if not layout.folder.exists():
             self._secrets.folder(layout.folder, owner=Owner.myself())
-        for folder in (layout.secrets, layout.nodes, layout.users, layout.nats, layout.clients):
+        for folder in (layout.secrets, layout.nodes, layout.users, layout.nats, layout.api, layout.clients):
             self._secrets.folder(folder)
         with self._secrets.alone(layout.secrets):
             self._secrets.put(layout.ignore, b"*\n")
@@ -238,11 +239,10 @@ class Deployment:
     def _ensure_token(self) -> None:
         """Make the first API token: the clients' file has it, the service's its hash."""
         if not self.layout.tokens.exists():
-            token = random.token_urlsafe(32)
-            digest = hashlib.sha256(token.encode()).hexdigest()
-            text = f"# name, SHA-256 of the token, scopes, prefix of the ids\n{_TOKEN} {digest} read,write *\n"
-            self._secrets.put(self.layout.token(_TOKEN), f"{token}\n".encode())
-            self._secrets.create(self.layout.tokens, text.encode())
+            secret = tokens.new_secret()
+            made = Token(_TOKEN, tokens.digest_of(secret), frozenset({Scope.READ, Scope.WRITE}))
+            self._secrets.put(self.layout.token(_TOKEN), f"{secret}\n".encode())
+            self._secrets.create(self.layout.tokens, tokens.render([made]).encode())
         for path in (self.layout.tokens, *self.layout.clients.glob("*.token")):
             self._secrets.mend(path)
 

@@ -2,6 +2,7 @@
 
 Containers mount single files, and a mount stays with the file that it found: what is renewed must be written into the
 same file. So a change truncates; whoever reads meanwhile (a node at its reload, a service at a connect) tries again.
+What lies in a folder that is mounted as a whole, the API tokens, is replaced.
 """
 
 from __future__ import annotations
@@ -75,6 +76,24 @@ class Secrets:
             temporary.unlink(missing_ok=True)
         self.changes.append(f"made {path}")
 
+    def replace(self, path: Path, content: bytes) -> None:
+        """Put another file in the place of *path*, at once: whoever reads sees the old or the new one.
+
+        For files whose folder is mounted; a container that mounts the file itself would not see it.
+        """
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        try:
+            with open(descriptor, "wb") as file:
+                _fill(file.fileno(), content)
+            self._mend(temporary, FILE_MODE, self.owner, silent=True)
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
+        self.changes.append(f"wrote {path}")
+
     def put(self, path: Path, content: bytes) -> None:
         """Write a file unless it holds *content* already; one that exists stays the same file."""
         if not path.exists():
@@ -108,7 +127,7 @@ class Secrets:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         except BlockingIOError:
-            raise CommandError(f"another fiq init is at work in {folder}: wait for it") from None
+            raise CommandError(f"another fiq init or fiq token is at work in {folder}: wait for it") from None
         finally:
             os.close(descriptor)
 
@@ -130,6 +149,14 @@ class Secrets:
             self.changes.append(f"took {path} from everybody else")
         if silent:
             del self.changes[before:]
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _fill(descriptor: int, content: bytes) -> None:

@@ -64,9 +64,14 @@ class Layout:
         return self.secrets / "clients"
 
     @property
+    def api(self) -> Path:
+        """Folder of what ingest needs for its clients; mounted as a whole, so that its files can be replaced."""
+        return self.secrets / "api"
+
+    @property
     def tokens(self) -> Path:
         """The API tokens as the ingest service knows them: hashes."""
-        return self.secrets / "tokens"
+        return self.api / "tokens"
 
     def node_certificate(self, node: str) -> Path:
         """Return the certificate of *node*."""

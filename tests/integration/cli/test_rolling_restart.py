@@ -95,13 +95,14 @@ async def test_no_client_that_retries_once_sees_a_failure(tmp_path: Path) -> Non
 
         await eventually(started, timeout=90)
         state = home.read()
-        port = str(free_ports(1)[0])
-        settings = {"FI_NATS_URL": state.nats_url, "FI_PORT": port, "FI_PROVISION": "0"}
-        second = f"http://{LOOPBACK}:{port}"
+        port, management = map(str, free_ports(2))
+        ports = {"FI_PORT": port, "FI_MANAGEMENT_PORT": management}
+        settings = {"FI_NATS_URL": state.nats_url, **ports, "FI_PROVISION": "0"}
+        second, second_management = f"http://{LOOPBACK}:{port}", f"http://{LOOPBACK}:{management}"
         before = {member.name: member.pid for member in state.members}
         load = Load([state.ingest_url, second])
         with Service(tmp_path, "services.ingest", **settings) as other:
-            await asyncio.to_thread(wait_whole, [], [second], 60)
+            await asyncio.to_thread(wait_whole, [], [second_management], 60)
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(30)) as session:
                 clients = asyncio.gather(*(load.client(number, session) for number in range(CLIENTS)))
                 await eventually(lambda: len(load.accepted) == CLIENTS)
@@ -110,7 +111,7 @@ async def test_no_client_that_retries_once_sees_a_failure(tmp_path: Path) -> Non
                 other.terminate()
                 assert 0 == await asyncio.to_thread(other.wait)
                 with Service(tmp_path, "services.ingest", **settings) as again:
-                    await asyncio.to_thread(wait_whole, [], [second], 60)
+                    await asyncio.to_thread(wait_whole, [], [second_management], 60)
                     load.stopped = True
                     await clients
                     again.terminate()

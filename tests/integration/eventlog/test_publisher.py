@@ -6,16 +6,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
-from nats.aio.client import Client
 
 from services.cli.cluster import Cluster
 from services.contract.event import Event
-from services.contract.ids import new_event_id
 from services.eventlog.errors import (
     DuplicateInFlightError,
     LogFullError,
@@ -26,67 +21,24 @@ from services.eventlog.errors import (
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.names import DEAD_STREAM, STREAM, dead_subject
-from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.protocol import Appended
 from services.eventlog.settings import LogSettings
+from tests.support.appending import Log, new_event, open_log
 from tests.support.polling import eventually
-
-BODY = b'{"event_type": "MESSAGE_RECEIVED", "payload": {}}'
-
-
-@dataclass
-class Log:
-    """A provisioned log with a publisher."""
-
-    cluster: Cluster
-    nc: Client
-    publisher: Publisher
-
-    async def message_ids(self) -> Counter[str]:
-        """Return how often each message id is stored."""
-        api = JetStreamApi(self.nc)
-        info = await api.stream_info(STREAM)
-        assert info is not None
-        found: Counter[str] = Counter()
-        for sequence in range(1, info["state"]["last_seq"] + 1):
-            message = await api.get_message(STREAM, sequence)
-            assert message is not None
-            found[message["headers"]["Nats-Msg-Id"]] += 1
-        return found
-
-
-def _event(consultation: str = "c1", body: bytes = BODY) -> Event:
-    return Event(consultation, new_event_id(), 1, body)
-
-
-@asynccontextmanager
-async def _log(
-    cluster: Cluster, *, deadline: float = 20, max_in_flight: int = 500, **settings: Any
-) -> AsyncIterator[Log]:
-    wanted = LogSettings(servers=tuple(cluster.urls), **{"max_bytes": 64 * 2**20, **settings})
-    nc = await connect(wanted, name="test", on_closed=pytest.fail)
-    await provision(nc, wanted)
-    publisher = Publisher(nc, deadline=deadline, max_in_flight=max_in_flight)
-    await publisher.start()
-    try:
-        yield Log(cluster, nc, publisher)
-    finally:
-        await publisher.close()
-        await close(nc)
 
 
 @pytest.fixture
 async def log(fresh_log: Cluster) -> AsyncIterator[Log]:
-    async with _log(fresh_log) as opened:
+    async with open_log(fresh_log) as opened:
         yield opened
 
 
 async def test_a_new_event_gets_the_next_position(log: Log) -> None:
     """And is stored byte for byte, with its headers, under its partition."""
-    event = _event()
+    event = new_event()
 
-    first, second = await log.publisher.append(event), await log.publisher.append(_event())
+    first, second = await log.publisher.append(event), await log.publisher.append(new_event())
 
     assert (first, second) == (Appended(1, duplicate=False), Appended(2, duplicate=False))
     stored = await JetStreamApi(log.nc).get_message(STREAM, 1)
@@ -97,16 +49,16 @@ async def test_a_new_event_gets_the_next_position(log: Log) -> None:
 
 async def test_a_retry_gets_the_first_ones_position(log: Log) -> None:
     """The broker knows the message id."""
-    event = _event()
+    event = new_event()
     await log.publisher.append(event)
-    await log.publisher.append(_event())
+    await log.publisher.append(new_event())
 
     assert await log.publisher.append(event) == Appended(1, duplicate=True)
 
 
 async def test_writers_of_the_same_id_at_once_learn_the_same_position(log: Log) -> None:
     """While one is being stored the broker tells the others to wait; they do, inside their deadline."""
-    events = [_event(f"c{number}") for number in range(20)]
+    events = [new_event(f"c{number}") for number in range(20)]
 
     outcomes = await asyncio.gather(*(log.publisher.append(event) for event in events for _ in range(5)))
 
@@ -130,28 +82,28 @@ async def test_a_dead_letter_goes_to_its_own_stream(log: Log) -> None:
 
 async def test_a_full_stream_is_told_at_once_and_drops_nothing(fresh_log: Cluster) -> None:
     """Exactly what was acknowledged is stored; after a purge events are taken again."""
-    async with _log(fresh_log, max_bytes=2**20) as log:
+    async with open_log(fresh_log, max_bytes=2**20) as log:
         # given
         for _ in range(16):
-            await log.publisher.append(_event(body=b"x" * 64_000))
+            await log.publisher.append(new_event(body=b"x" * 64_000))
 
         # when
         started = time.monotonic()
         with pytest.raises(LogFullError):
-            await log.publisher.append(_event(body=b"x" * 64_000))
+            await log.publisher.append(new_event(body=b"x" * 64_000))
 
         # then
         assert time.monotonic() - started < 10  # half of the deadline
         assert len(await log.message_ids()) == 16
         await JetStreamApi(log.nc).purge(STREAM, 10)
-        assert (await log.publisher.append(_event(body=b"x" * 64_000))).sequence == 17
+        assert (await log.publisher.append(new_event(body=b"x" * 64_000))).sequence == 17
 
 
 async def test_without_a_majority_the_deadline_holds_and_nothing_is_lost(fresh_log: Cluster) -> None:
     """The outcome is open, so the same event is sent again when the nodes are back: one copy."""
-    async with _log(fresh_log, deadline=2) as log:
+    async with open_log(fresh_log, deadline=2) as log:
         # given
-        event = _event()
+        event = new_event()
         leader = await asyncio.to_thread(fresh_log.wait_stream_leader, STREAM)
         others = [index for index in range(3) if index != leader]
         for index in others:
@@ -172,14 +124,14 @@ async def test_without_a_majority_the_deadline_holds_and_nothing_is_lost(fresh_l
 
 async def test_the_leaders_death_under_200_writers_stores_every_acknowledged_event_once(fresh_log: Cluster) -> None:
     """Retries with the same id, inside each call and by the caller, while a new leader is elected."""
-    async with _log(fresh_log, deadline=3) as log:
+    async with open_log(fresh_log, deadline=3) as log:
         # given
         stop = asyncio.Event()
         acknowledged: list[str] = []
 
         async def write(number: int) -> None:
             while not stop.is_set():
-                event = _event(f"c{number}")
+                event = new_event(f"c{number}")
                 while not await _succeeds(log.publisher, event):
                     pass
                 acknowledged.append(event.message_id)
@@ -211,11 +163,11 @@ async def test_the_loss_of_the_clients_own_node_is_bridged(log: Log) -> None:
     nc = await connect(LogSettings(servers=(log.cluster.urls[own],)), name="test", on_closed=pytest.fail)
     publisher = Publisher(nc, deadline=20, max_in_flight=10)
     await publisher.start()
-    await publisher.append(_event())
+    await publisher.append(new_event())
 
     # when
     log.cluster.kill(own)
-    outcome = await publisher.append(_event())
+    outcome = await publisher.append(new_event())
 
     # then
     assert outcome.sequence == 2
@@ -224,17 +176,17 @@ async def test_the_loss_of_the_clients_own_node_is_bridged(log: Log) -> None:
 
 async def test_one_more_than_the_limit_in_flight_fails_at_once(fresh_log: Cluster) -> None:
     """Nothing queues; a slot is free again when its call ends."""
-    async with _log(fresh_log, max_in_flight=2) as log:
-        outcomes = await asyncio.gather(*(log.publisher.append(_event()) for _ in range(3)), return_exceptions=True)
+    async with open_log(fresh_log, max_in_flight=2) as log:
+        outcomes = await asyncio.gather(*(log.publisher.append(new_event()) for _ in range(3)), return_exceptions=True)
 
         assert [type(outcome) for outcome in outcomes] == [Appended, Appended, TooManyInFlightError]
         assert log.publisher.in_flight == 0
-        assert (await log.publisher.append(_event())).sequence == 3
+        assert (await log.publisher.append(new_event())).sequence == 3
 
 
 async def test_a_cancelled_call_leaves_nothing_behind(log: Log) -> None:
     """A client that hung up frees its slot; the answer that still comes harms nobody."""
-    calls = [asyncio.create_task(log.publisher.append(_event())) for _ in range(50)]
+    calls = [asyncio.create_task(log.publisher.append(new_event())) for _ in range(50)]
     await asyncio.sleep(0)
     assert log.publisher.in_flight == 50
 
@@ -244,7 +196,7 @@ async def test_a_cancelled_call_leaves_nothing_behind(log: Log) -> None:
 
     assert all(call.cancelled() for call in calls)
     assert log.publisher.in_flight == 0
-    assert not (await log.publisher.append(_event())).duplicate
+    assert not (await log.publisher.append(new_event())).duplicate
 
 
 async def test_a_message_that_the_server_would_not_take_is_refused_here(log: Log) -> None:
@@ -252,9 +204,9 @@ async def test_a_message_that_the_server_would_not_take_is_refused_here(log: Log
     body = b"x" * (log.nc.max_payload - 50)
 
     with pytest.raises(LogRefusedError, match="exceeds the server's limit"):
-        await log.publisher.append(_event(body=body))
+        await log.publisher.append(new_event(body=body))
 
-    assert (await log.publisher.append(_event())).sequence == 1
+    assert (await log.publisher.append(new_event())).sequence == 1
 
 
 async def _succeeds(publisher: Publisher, event: Event) -> bool:

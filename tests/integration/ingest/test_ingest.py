@@ -40,9 +40,10 @@ def ingest(folder: Path, cluster: Cluster, **settings: str) -> Iterator[Service]
 class Client:
     """Posts events to one ingest process."""
 
-    def __init__(self, session: ClientSession, port: int) -> None:
+    def __init__(self, session: ClientSession, port: int, management_port: int) -> None:
         self._session = session
         self._url = f"http://127.0.0.1:{port}"
+        self._management_url = f"http://127.0.0.1:{management_port}"
 
     async def post(self, consultation: str, key: str, body: bytes = BODY) -> tuple[int, dict[str, Any]]:
         headers = {"Content-Type": "application/json", "Idempotency-Key": key}
@@ -53,8 +54,9 @@ class Client:
                 assert int(response.headers["Retry-After"]) > 0
             return response.status, document
 
-    async def get(self, path: str) -> tuple[int, dict[str, Any]]:
-        async with self._session.get(self._url + path) as response:
+    async def manage(self, path: str) -> tuple[int, dict[str, Any]]:
+        """Ask the management listener."""
+        async with self._session.get(self._management_url + path) as response:
             return response.status, json.loads(await response.read())
 
 
@@ -62,7 +64,7 @@ class Client:
 async def client_of(service: Service) -> AsyncIterator[Client]:
     started = await asyncio.to_thread(service.wait_for, "INGEST_STARTED")
     async with ClientSession() as session:
-        yield Client(session, started["port"])
+        yield Client(session, started["port"], started["management_port"])
 
 
 @asynccontextmanager
@@ -97,10 +99,10 @@ async def test_readiness_waits_for_the_consumers(fresh_log: Cluster, tmp_path: P
     """Without persisters events are safe but nobody writes them; alive it is all the same."""
     with ingest(tmp_path, fresh_log) as service:
         async with client_of(service) as client:
-            status, answer = await client.get("/readyz")
+            status, answer = await client.manage("/readyz")
             assert (status, len(answer["reasons"])) == (503, 1)
             assert "persisters" in answer["reasons"][0]
-            assert (await client.get("/healthz"))[0] == 200
+            assert (await client.manage("/healthz"))[0] == 200
 
 
 async def test_a_full_stream_is_503_until_there_is_room(fresh_log: Cluster, tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ async def test_without_a_quorum_it_is_503_in_time_and_the_key_is_safe_to_retry(
             answers = await asyncio.gather(*(client.post("c-1", f"k{n}") for n in range(10)))
             assert time.monotonic() - started < DEADLINE + 15
             assert {(status, answer["type"]) for status, answer in answers} == {(503, "/problems/log-unavailable")}
-            status, ready = await client.get("/readyz")
+            status, ready = await client.manage("/readyz")
             assert (status, bool(ready["reasons"])) == (503, True)
 
             for index in (0, 1):

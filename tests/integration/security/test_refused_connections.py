@@ -19,7 +19,7 @@ from services.eventlog.errors import LogAccessError, LogUnavailableError
 from services.eventlog.jetstream.connection import CONNECT_DEADLINE_SECONDS, close, connect
 from services.eventlog.jetstream.names import Role
 from services.eventlog.settings import LogSettings
-from tests.support.security import Secured, fiq, make_deployment, replace_certificate, run
+from tests.support.security import PORTS, Secured, fiq, make_deployment, replace_certificate, run
 
 #: a node gives a handshake this long (`timeout` of its tls block) and some more, seconds
 HANDSHAKE = 20.0
@@ -285,7 +285,7 @@ def environment(secured: Secured, elsewhere: Path, wrong: str) -> dict[str, str]
         "missing authority": {"FI_NATS_CA_FILE": "/nowhere/ca.pem"},
         "missing user": {"FI_NATS_SEED_FILE": "/nowhere/seed"},
     }
-    return {**secured.environment(Role.INGEST), "FI_PORT": "0", "FI_PERSISTER_PORT": "0", **change[wrong]}
+    return {**secured.environment(Role.INGEST), **PORTS, **change[wrong]}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -322,7 +322,7 @@ def test_a_command_ends_with_one_line_and_a_code(secured: Secured, elsewhere: Pa
 
 def test_ingest_ends_with_one_line_when_the_certificate_has_expired(expired: Secured) -> None:
     """What an operator reads on the morning after."""
-    done = run("services.ingest", expired.environment(Role.INGEST) | {"FI_PORT": "0"})
+    done = run("services.ingest", expired.environment(Role.INGEST) | PORTS)
 
     assert 1 == done.code
     assert 1 == len(done.errors), done.errors

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from services.cli.security.layout import Layout
 from services.eventlog.settings import LogSettings
 from tests.support.compose.engine import PREFIX, EngineError, clean_up, docker, run
 from tests.support.compose.stack import DEPLOYMENT, Deployment, lay_out, ops_settings
@@ -14,7 +15,7 @@ from tests.support.compose.stack import DEPLOYMENT, Deployment, lay_out, ops_set
 #: names of the machines, as `fiq init --hosts` gets them; a node each
 HOSTS = ("host1", "host2", "host3")
 #: files that a host needs of the secrets, besides its own node's; the authority's key stays with the operator
-SHARED = ("ca.pem", "nats", "users/ingest.seed", "users/persister.seed", "users/ops.seed")
+SHARED = ("ca.pem", "nats", "api", "users/ingest.seed", "users/persister.seed", "users/ops.seed")
 #: what stands for the hosts' network cards
 _WIRE = """\
 services:
@@ -72,6 +73,11 @@ class Hosts:
             with contextlib.suppress(EngineError, ValueError):  # it is away
                 addresses.append(machine.address("node", 4222))
         return ops_settings(self.operator, addresses)
+
+    @property
+    def token(self) -> str:
+        """The API token that the operator gives to clients; every host takes it."""
+        return Layout(self.operator).token("default").read_text(encoding="ascii").strip()
 
     def _machine(self, index: int) -> Deployment:
         env = {

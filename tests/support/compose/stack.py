@@ -128,6 +128,11 @@ class Deployment:
         """Where clients post."""
         return f"http://{self.address('balancer', 7001)}"
 
+    @property
+    def token(self) -> str:
+        """The API token that `fiq init` made for clients."""
+        return Layout(self.folder).token("default").read_text(encoding="ascii").strip()
+
     # -- the log ------------------------------------------------------------------------------------------------------
 
     @property
@@ -164,7 +169,7 @@ class Deployment:
 
     def load(self, clients: int = 8) -> Load:
         """Return clients that post to the balancer, some posts twice; :meth:`count_in` takes their outcome."""
-        return Load(self.url, clients=clients, repeats=0.05)
+        return Load(self.url, clients=clients, repeats=0.05, token=self.token)
 
     async def post(self, load: Load, consultations: list[list[Post]]) -> None:
         """Post everything, until each event is accepted."""

@@ -29,7 +29,7 @@ FILES = {
     "ca.key",
     "ca.pem",
     "clients/default.token",
-    "tokens",
+    "api/tokens",
     *(f"nats/{name}" for name in NATS_FILES),
     *(f"nodes/n{number}.{kind}" for number in (1, 2, 3) for kind in ("pem", "key")),
     *(f"users/{user}.seed" for user in ("ingest", "persister", "provisioner", "ops", "system")),
@@ -108,7 +108,7 @@ def test_a_second_run_changes_nothing_and_says_so(tmp_path: Path) -> None:
     assert before == contents(layout.folder)
 
 
-@pytest.mark.parametrize("lost", ["users/ops.seed", "nats/accounts.conf", "tokens"])
+@pytest.mark.parametrize("lost", ["users/ops.seed", "nats/accounts.conf", "api/tokens"])
 def test_what_is_missing_is_made_again_and_the_rest_stays(tmp_path: Path, lost: str) -> None:
     """Of seeds a new one, which accounts.conf then has; derived files as they were."""
     layout = made(tmp_path)
@@ -118,7 +118,7 @@ def test_what_is_missing_is_made_again_and_the_rest_stays(tmp_path: Path, lost: 
     done = init(tmp_path)
 
     after = contents(layout.secrets)
-    follows = {"users/ops.seed": {"nats/accounts.conf"}, "tokens": {"clients/default.token"}}.get(lost, set())
+    follows = {"users/ops.seed": {"nats/accounts.conf"}, "api/tokens": {"clients/default.token"}}.get(lost, set())
     assert f"made {layout.secrets / lost}" in done.output
     assert {lost, *follows} >= {name for name in after if before[name] != after[name]}
     assert public_key(layout.seed("ops").read_bytes()) in (layout.nats / "accounts.conf").read_text()

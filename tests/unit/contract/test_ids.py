@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from services.contract.errors import InvalidIdError
 from services.contract.ids import (
+    bare_key,
     check_consultation_id,
     event_id_from_key,
     event_id_from_message_id,
+    event_id_of_cloudevent,
+    event_id_of_line,
     message_id,
     new_event_id,
 )
@@ -144,3 +147,25 @@ def test_a_message_id_of_another_form_or_consultation_is_refused(value: str) -> 
     """A message that another program put into the stream is poison, not an event."""
     with pytest.raises(InvalidIdError):
         event_id_from_message_id(value, "c")
+
+
+@given(st.text(string.ascii_letters + string.digits, min_size=1, max_size=200), st.integers(1, 1000))
+def test_a_line_of_a_batch_has_the_id_of_a_key_that_a_client_can_write(key: str, line: int) -> None:
+    """So a single event can be sent again by itself."""
+    assert event_id_from_key(f"{key}:{line}") == event_id_of_line(bare_key(f'"{key}"'), line)
+
+
+def test_the_lines_of_the_longest_key_have_ids_too() -> None:
+    """Key and number together may be longer than a key."""
+    assert len({event_id_of_line("k" * 255, line) for line in range(1, 1001)}) == 1000
+
+
+def test_a_cloudevents_id_is_that_of_its_source_and_id_together() -> None:
+    """The specification makes only the pair unique; where one ends and the other begins counts."""
+    pairs = [("/a", "1"), ("/a", "2"), ("/b", "1"), ("/a1", ""), ("", "/a1"), ("/ä", "1")]
+
+    ids = {event_id_of_cloudevent(source, identifier) for source, identifier in pairs}
+
+    assert len(ids) == len(pairs)
+    assert {8} == {event_id.version for event_id in ids}
+    assert event_id_of_cloudevent("/a", "1") == event_id_of_cloudevent("/a", "1")

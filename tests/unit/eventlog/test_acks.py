@@ -7,7 +7,7 @@ import pytest
 
 from services.contract.errors import FiqError
 from services.eventlog.errors import LogFullError, LogRefusedError
-from services.eventlog.jetstream.acks import Again, read_ack
+from services.eventlog.jetstream.acks import Again, read_ack, read_batch_ack
 from services.eventlog.protocol import Appended
 
 
@@ -75,3 +75,27 @@ def test_no_error_quotes_what_was_answered() -> None:
         read_ack(b'{"payload": "secret"', None, "fi-events")
 
     assert "secret" not in str(caught.value)
+
+
+def test_the_answer_to_a_batch_gives_each_message_its_position() -> None:
+    """It names the last position; the ones before it are consecutive."""
+    ack = b'{"stream":"fi-events","seq":9,"batch":"b","count":3}'
+
+    assert read_batch_ack(ack, None, "fi-events", 3) == [Appended(at, duplicate=False) for at in (7, 8, 9)]
+
+
+@pytest.mark.parametrize("err_code", [10158, 10176, 10201, 10210])
+def test_what_stops_a_batch_may_be_tried_otherwise(err_code: int) -> None:
+    """In flight, incomplete after a change of leaders, with a known message, too many batches at once."""
+    assert read_batch_ack(_error(400, err_code, "no"), None, "fi-events", 3) == Again(
+        f"no (err_code {err_code})", err_code
+    )
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b'{"stream":"fi-events","seq":9}', b'{"stream":"fi-events","seq":9,"count":2}']
+)
+def test_an_answer_to_a_batch_that_is_not_about_all_of_it_is_a_refusal(answer: bytes) -> None:
+    """A broker that knows no batches stores each message by itself and counts none; the first message gets no data."""
+    with pytest.raises(LogRefusedError):
+        read_batch_ack(answer, None, "fi-events", 3)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,8 @@ from services.ingest.settings import Settings
 
 
 def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("FI_")} | settings
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FI_")}
+    env |= {"FI_MANAGEMENT_PORT": "0"} | settings
     command = [sys.executable, "-m", "services.ingest", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
 
@@ -63,3 +65,30 @@ def test_without_a_cluster_it_gives_up_after_its_time_with_one_line() -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     for part in ("127.0.0.1:1", "FI_STARTUP_TIMEOUT", "FI_NATS_URL"):
         assert part in done.stderr
+
+
+def test_beyond_loopback_it_does_not_start_without_tokens() -> None:
+    """An open door that nobody meant to open; the message says what to do, before the cluster is waited for."""
+    done = run(FI_HOST="0.0.0.0", FI_PORT="0", FI_NATS_URL="nats://127.0.0.1:1")
+    assert (2, 1) == (done.returncode, len(done.stderr.splitlines()))
+    for part in ("FI_TOKEN_FILE", "FI_HOST", "fiq token new", "FI_ALLOW_ANONYMOUS=1"):
+        assert part in done.stderr
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("settings", [{"FI_HOST": "0.0.0.0", "FI_ALLOW_ANONYMOUS": "1"}, {"FI_HOST": "localhost"}])
+def test_without_tokens_it_says_so(settings: dict[str, str]) -> None:
+    """On loopback, and where somebody asked for it."""
+    done = run(FI_PORT="0", FI_NATS_URL="nats://127.0.0.1:1", FI_STARTUP_TIMEOUT="1", **settings)
+    assert 1 == done.returncode
+    assert "ACCESS_ANONYMOUS" in done.stdout
+
+
+def test_a_token_file_that_is_none_ends_it_with_2(tmp_path: Path) -> None:
+    """One line, with the setting, the file, and nothing of what stands in it."""
+    path = tmp_path / "tokens"
+    path.write_text("secret\n")
+    done = run(FI_PORT="0", FI_TOKEN_FILE=str(path), FI_NATS_URL="nats://127.0.0.1:1")
+    assert (2, 1) == (done.returncode, len(done.stderr.splitlines()))
+    assert f"FI_TOKEN_FILE={path}: line 1" in done.stderr
+    assert "secret" not in done.stderr

@@ -210,7 +210,7 @@ async def test_no_answer_and_no_line_quotes_a_request(edge: Edge, capsys: pytest
         await edge.post(body=BODY, Idempotency_Key=f"{secret} 1"),
         await edge.post(body=BODY, Content_Type=secret),
         await edge.request("GET", f"/{secret}?{secret}"),
-        await edge.request("GET", "/healthz", headers={"Expect": secret}),
+        await edge.request("GET", "/problems/not-found", headers={"Expect": secret}),
     ]
     assert all(reply.status >= 400 for reply in replies)
     assert secret not in capsys.readouterr().out

@@ -27,7 +27,7 @@ async def test_a_stop_finishes_what_is_in_flight_and_refuses_the_rest() -> None:
         stop = asyncio.create_task(edge.server.stop())
         await asyncio.sleep(0)
         with pytest.raises(ClientConnectionError):
-            await edge.client.get(edge.url + "/healthz")
+            await edge.client.get(edge.url + "/problems/not-found")
         assert not log.closed
         writer.write(BODY[1:])
         log.gate.set()
@@ -39,6 +39,22 @@ async def test_a_stop_finishes_what_is_in_flight_and_refuses_the_rest() -> None:
         await stop
         writer.close()
         assert (len(log.events), log.closed) == (2, True)
+
+
+async def test_while_it_stops_probes_are_told_so() -> None:
+    """The management listener ends last: a balancer sees why no connection is accepted any more."""
+    log = MemoryLog(gate=asyncio.Event())
+    assert log.gate is not None
+    async with running_edge(log) as edge:
+        stored = asyncio.create_task(edge.post(body=BODY))
+        await eventually(lambda: log.waiting == 1)
+        stop = asyncio.create_task(edge.server.stop())
+        await asyncio.sleep(0)
+        reply = await edge.manage("/readyz")
+        log.gate.set()
+        await stop
+        assert (503, ["the service is stopping"]) == (reply.status, reply.json["reasons"])
+        assert 202 == (await stored).status
 
 
 async def test_a_stop_waits_no_longer_than_the_grace_period() -> None:

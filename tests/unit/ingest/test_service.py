@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from services.cli import monitoring
+from services.cli.ports import free_ports
 from services.contract.errors import PermanentError
 from services.contract.lifecycle import Stop
 from services.ingest import service
@@ -16,8 +18,9 @@ from services.ingest.app import OpenLog
 from services.ingest.service import serve
 from services.ingest.settings import Settings
 from tests.support.ingest import MemoryLog
+from tests.support.polling import eventually
 
-SETTINGS = Settings(port=0)
+SETTINGS = Settings(port=0, management_port=0)
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +57,42 @@ async def test_an_error_at_start_comes_out(monkeypatch: pytest.MonkeyPatch) -> N
         await asyncio.wait_for(serve(SETTINGS, Stop(), version="test"), 10)
 
 
+async def test_probes_are_answered_while_the_cluster_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alive, not ready, and why; clients are refused until events can be taken."""
+
+    @asynccontextmanager
+    async def opener(_: Settings, __: Callable[[str], None]) -> AsyncIterator[OpenLog]:
+        await asyncio.Event().wait()
+        yield OpenLog(MemoryLog(), MemoryLog().ready, MemoryLog().reader)
+
+    monkeypatch.setattr(service, "open_log", opener)
+    port, management = free_ports(2)
+    stop = Stop()
+    serving = asyncio.create_task(serve(Settings(port=port, management_port=management), stop, version="test"))
+
+    async def answer(of: int, path: str) -> tuple[int, bytes]:
+        return await asyncio.to_thread(monitoring.get, of, path)
+
+    async def alive() -> bool:
+        return (await answer(management, "/healthz"))[0] == 200
+
+    await eventually(alive)
+    status, body = await answer(management, "/readyz")
+    assert (503, True) == (status, b"the service is starting" in body)
+    assert (0, b"") == await answer(port, "/problems/not-found")
+    stop.request("SIGTERM")
+    await asyncio.wait_for(serving, 10)
+
+
 async def test_a_stop_while_it_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the cluster lets it wait."""
 
     @asynccontextmanager
     async def opener(_: Settings, __: Callable[[str], None]) -> AsyncIterator[OpenLog]:
         await asyncio.Event().wait()
-        yield OpenLog(MemoryLog(), MemoryLog().ready)
+        yield OpenLog(MemoryLog(), MemoryLog().ready, MemoryLog().reader)
 
     monkeypatch.setattr(service, "open_log", opener)
     stop = Stop()

@@ -1,0 +1,171 @@
+"""Atomic batches (ADR-50): many events with one acknowledgement, stored at once or not at all.
+
+A batch is measured faster than its events one by one, because it waits for the quorum once. The broker refuses one that
+holds a message id which it knows: then the events are published one by one, and it says of each whether it is new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Sequence
+
+from services.contract.event import Event
+from services.eventlog.errors import DuplicateInFlightError, LogUnavailableError
+from services.eventlog.jetstream.acks import BATCH_HAS_DUPLICATE, DUPLICATE_IN_FLIGHT, Again, read_batch_ack
+from services.eventlog.jetstream.exchange import Exchange, Slot, waits
+from services.eventlog.jetstream.names import STREAM, subject_of
+from services.eventlog.jetstream.wire import hpub
+from services.eventlog.protocol import Appended
+
+#: most messages of an atomic batch: the broker's limit
+MAX_BATCH = 1000
+#: batches of one process under way at once; the broker takes 50 of one stream from all of them, others wait here
+MAX_UNDER_WAY = 8
+#: events of one batch that are published one by one at the same time
+MAX_SINGLES = 64
+
+#: headers of a message of a batch; the last one is on the last message only
+BATCH_ID_HEADER = "Nats-Batch-Id"
+BATCH_SEQUENCE_HEADER = "Nats-Batch-Sequence"
+BATCH_COMMIT_HEADER = "Nats-Batch-Commit"
+
+#: messages of a batch are written together up to this size, bytes
+_BLOCK_BYTES = 128 * 2**10
+#: while more waits to be sent, a batch holds its next messages back: single events must find room, bytes
+_BACKED_UP_BYTES = 2**20
+#: how often it is looked whether there is room again, seconds
+_ROOM_SECONDS = 0.005
+#: a batch takes the cluster longer than one event, and sending it again in vain costs all of it: each attempt gets so
+#: many times the patience with one event
+_PATIENCE = 3.0
+
+#: publishes one event until a moment on the loop's clock
+AppendOne = Callable[[Event, float], Awaitable[Appended]]
+
+
+class Batches:
+    """Appends batches through an exchange."""
+
+    def __init__(self, exchange: Exchange, *, deadline: float, append: AppendOne) -> None:
+        """Make it.
+
+        Args:
+            exchange: sends and hears.
+            deadline: seconds for one batch, waiting for its turn included.
+            append: publishes one event, for batches that hold known ones.
+        """
+        self._exchange = exchange
+        self._deadline = deadline
+        self._append = append
+        self._turns = asyncio.Semaphore(MAX_UNDER_WAY)
+        self._loop = asyncio.get_running_loop()
+
+    async def append(self, events: Sequence[Event]) -> list[Appended]:
+        """Store *events*, at most :data:`MAX_BATCH` with message ids of their own; see the protocol's EventWriter."""
+        if not 0 < len(events) <= MAX_BATCH:
+            raise ValueError(f"a batch is 1 to {MAX_BATCH} events, not {len(events)}")
+        self._exchange.check_open()
+        end = self._loop.time() + self._deadline
+        try:
+            async with asyncio.timeout_at(end):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise LogUnavailableError(
+                f"{MAX_UNDER_WAY} batches were under way for all of {self._deadline:g} s"
+            ) from None
+        try:
+            if len(events) > 1 and (stored := await self._at_once(events, end)) is not None:
+                return stored
+            return await self._one_by_one(events, end)
+        finally:
+            self._turns.release()
+
+    # -- at once ------------------------------------------------------------------------------------------------------
+
+    async def _at_once(self, events: Sequence[Event], end: float) -> list[Appended] | None:
+        """Store *events* as an atomic batch, or return None when the stream knows one of them."""
+        longest = max(events, key=lambda event: len(event.body))
+        self._exchange.check_size(longest.body, longest.headers() | _headers("0" * 32, MAX_BATCH, last=True))
+        slot = self._exchange.open(subject_of(events[0].consultation))
+        try:
+            return await self._deliver(events, slot, end)
+        finally:
+            self._exchange.release(slot)
+
+    async def _deliver(self, events: Sequence[Event], slot: Slot, end: float) -> list[Appended] | None:
+        trouble, unanswered = Again("no answer"), False
+        for patience, pause in waits():
+            not_sent = await self._send(events, slot, end)
+            answer = await self._exchange.answer(slot, end, _PATIENCE * patience if not_sent is None else pause)
+            if answer is None:
+                trouble = not_sent or Again(f"no answer within {self._deadline:g} s")
+                unanswered = unanswered or not_sent is None
+            while answer is not None:
+                outcome = read_batch_ack(answer.data, answer.headers, STREAM, len(events))
+                if not isinstance(outcome, Again):
+                    return outcome
+                if outcome.err_code == BATCH_HAS_DUPLICATE:
+                    return None
+                trouble = outcome
+                answer = await self._exchange.answer(slot, end, pause)  # an earlier attempt's may still come
+            if self._loop.time() >= end:
+                break
+        if trouble.err_code == DUPLICATE_IN_FLIGHT and not unanswered:
+            raise DuplicateInFlightError(trouble.reason)
+        raise LogUnavailableError(f"the log did not take the batch within {self._deadline:g} s: {trouble.reason}")
+
+    async def _send(self, events: Sequence[Event], slot: Slot, end: float) -> Again | None:
+        """Send *events* under a new batch id; only the last one asks for an answer, which is about all of them."""
+        batch, count = os.urandom(16).hex(), len(events)
+        block: list[bytes] = []
+        size = 0
+        for number, event in enumerate(events, start=1):
+            last = number == count
+            headers = event.headers() | _headers(batch, number, last=last)
+            message = hpub(subject_of(event.consultation), slot.reply_to if last else "", headers, event.body)
+            block.append(message)
+            size += len(message)
+            if last or size >= _BLOCK_BYTES:
+                not_sent = await self._send_block(block, end)
+                if not_sent is not None:
+                    return not_sent  # what the broker got of the batch it forgets within seconds
+                block, size = [], 0
+        return None
+
+    async def _send_block(self, block: list[bytes], end: float) -> Again | None:
+        while self._exchange.backed_up > _BACKED_UP_BYTES:
+            if self._loop.time() >= end:
+                return Again("the connection to the log is congested")
+            await asyncio.sleep(_ROOM_SECONDS)
+        return await self._exchange.send_block(b"".join(block), len(block))
+
+    # -- one by one ---------------------------------------------------------------------------------------------------
+
+    async def _one_by_one(self, events: Sequence[Event], end: float) -> list[Appended]:
+        """Store *events* singly, some at a time, all of them even when one fails; raise the first failure then."""
+        found: dict[int, Appended | Exception] = {}
+        numbers = iter(range(len(events)))
+
+        async def work() -> None:
+            for number in numbers:
+                try:
+                    found[number] = await self._append(events[number], end)
+                except Exception as error:  # noqa: BLE001  # raised below, when the others are done
+                    found[number] = error
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(MAX_SINGLES, len(events))):
+                group.create_task(work())
+        outcomes = [found[number] for number in range(len(events))]
+        stored = [outcome for outcome in outcomes if isinstance(outcome, Appended)]
+        if len(stored) < len(events):
+            raise next(outcome for outcome in outcomes if isinstance(outcome, Exception))
+        return stored
+
+
+def _headers(batch: str, number: int, *, last: bool) -> dict[str, str]:
+    headers = {BATCH_ID_HEADER: batch, BATCH_SEQUENCE_HEADER: str(number)}
+    if last:
+        headers[BATCH_COMMIT_HEADER] = "1"
+    return headers

@@ -1,0 +1,228 @@
+"""Publishing with answers: one inbox subscription takes all of them, one timer drives every wait.
+
+nats-py's ``publish_async`` never resolves on an error answer and leaks its slots (nats.py #985), and ``request`` costs
+a timer and an inbox each. Here a token of an answer's subject leads to the call that waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from services.eventlog.errors import LogRefusedError, LogUnavailableError
+from services.eventlog.jetstream import wire
+from services.eventlog.jetstream.acks import Again
+from services.eventlog.jetstream.connection import PENDING_BYTES
+from services.eventlog.jetstream.refusals import Refusal, check_hearing, listen, must_hear
+
+#: an attempt without an answer is repeated after this; each further one waits twice as long, seconds
+ATTEMPT_SECONDS = 1.0
+#: pause after "not now"; each further one is twice as long, up to the second value, seconds
+PAUSE_SECONDS = (0.05, 0.4)
+#: how finely time is measured, seconds
+TICK_SECONDS = 0.025
+#: how long the broker may take to confirm the subscription, seconds
+HEARING_SECONDS = 1.0
+#: more than headers ever take: only messages that come closer to the server's limit are measured exactly, bytes
+ROOM_BYTES = 64 * 2**10
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One call in flight.
+
+    Attributes:
+        subject: that it publishes on, or one of them: a refusal of it ends the call.
+        token: last part of the subject of its answers.
+        reply_to: subject of its answers.
+        answer: where its next answer goes.
+        due: when it stops waiting for that, on the loop's clock; never while it does not wait.
+    """
+
+    subject: str
+    token: str
+    reply_to: str
+    answer: asyncio.Future[Msg | None]
+    due: float = math.inf
+
+
+class Exchange:
+    """Messages out, answers in."""
+
+    def __init__(self, nc: Client) -> None:
+        """Make it on the connection *nc*, which stays the caller's to close; :meth:`start` must follow."""
+        self._nc = nc
+        self._slots: dict[str, Slot] = {}
+        self._tokens = (f"{number:x}" for number in itertools.count())
+        self._prefix = ""
+        self._subscription: Subscription | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing: asyncio.Future[None] | None = None
+        self._deafen: Callable[[], None] = lambda: None
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that are open just now."""
+        return len(self._slots)
+
+    @property
+    def backed_up(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._nc.pending_data_size
+
+    async def start(self) -> None:
+        """Subscribe to the answers.
+
+        Raises:
+            LogForbiddenError: the user of the connection may not hear them.
+        """
+        self._prefix = f"{self._nc.new_inbox()}."
+        self._deafen = listen(self._nc, self._when_refused)
+        self._subscription = await self._nc.subscribe(f"{self._prefix}*", cb=self._take_answer)
+        await check_hearing(self._nc, timeout=HEARING_SECONDS)
+
+    async def close(self, *, grace: float) -> None:
+        """Open no more calls, let what is in flight end for *grace* seconds, then fail the rest. Idempotent."""
+        if self._closing is None:
+            self._closing = self._loop.create_future()
+            if self._slots:
+                await asyncio.wait([self._closing], timeout=grace)
+        for slot in self._slots.values():
+            if not slot.answer.done():
+                slot.answer.set_exception(LogUnavailableError("the publisher was closed before the broker answered"))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._deafen()
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await subscription.unsubscribe()
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        """Check that a call may begin.
+
+        Raises:
+            LogUnavailableError: it is not started, or being closed; nothing was sent.
+            LogForbiddenError: the user of the connection may not hear answers.
+        """
+        if self._subscription is None or self._closing is not None:
+            raise LogUnavailableError("the publisher is not open: nothing was sent")
+        must_hear(self._nc)
+
+    def check_size(self, body: bytes, headers: dict[str, str]) -> None:
+        """Check that the server takes such a message: nats-py looks at the body alone, and the server ends the
+        connection of whoever exceeds the sum.
+
+        Raises:
+            LogRefusedError: it does not.
+        """
+        limit = self._nc.max_payload
+        if len(body) + ROOM_BYTES > limit and len(body) + headers_bytes(headers) > limit:
+            raise LogRefusedError(f"a message of {len(body)} bytes and headers exceeds the server's limit, {limit}")
+
+    def open(self, subject: str) -> Slot:
+        """Begin a call; :meth:`release` must follow."""
+        token = next(self._tokens)
+        slot = self._slots[token] = Slot(subject, token, self._prefix + token, self._loop.create_future())
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """End a call."""
+        del self._slots[slot.token]
+        if self._closing is not None and not self._slots and not self._closing.done():
+            self._closing.set_result(None)
+
+    async def send(self, subject: str, body: bytes, headers: dict[str, str], reply_to: str = "") -> Again | None:
+        """Hand a message to the connection without ever waiting for it; return why not, when it was not.
+
+        Raises:
+            LogUnavailableError: the connection or the exchange was closed.
+            LogRefusedError: no such message can be published.
+        """
+        if (not_now := self._why_not(len(body))) is not None:
+            return not_now
+        try:
+            await self._nc.publish(subject, body, reply=reply_to, headers=headers)
+        except (nats.errors.BadSubjectError, nats.errors.BadHeaderError) as error:
+            raise LogRefusedError(f"the message cannot be published: {type(error).__name__}") from error
+        except (nats.errors.Error, OSError) as error:
+            return Again(f"the connection to the log failed: {type(error).__name__}")
+        return None
+
+    async def send_block(self, block: bytes, messages: int) -> Again | None:
+        """Hand over many *messages*, written by :func:`services.eventlog.jetstream.wire.hpub`, as :meth:`send` does.
+
+        Raises:
+            LogUnavailableError: the connection or the exchange was closed.
+        """
+        if (not_now := self._why_not(len(block))) is not None:
+            return not_now
+        try:
+            await wire.write(self._nc, block, messages)
+        except (nats.errors.Error, OSError) as error:
+            return Again(f"the connection to the log failed: {type(error).__name__}")
+        return None
+
+    def _why_not(self, size: int) -> Again | None:
+        nc = self._nc
+        if nc.is_closed or self._subscription is None:
+            raise LogUnavailableError("the connection to the log, or the publisher, was closed")
+        if not nc.is_connected:
+            return Again("no connection to the log")
+        if nc.pending_data_size + size > PENDING_BYTES // 2:
+            return Again("the connection to the log is congested")  # above PENDING_BYTES, publish() would block
+        return None
+
+    async def answer(self, slot: Slot, end: float, seconds: float) -> Msg | None:
+        """Wait for the next answer, or None after *seconds* or at *end*; ready for the one after it."""
+        slot.due = min(self._loop.time() + seconds, end)
+        if self._timer is None:
+            self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
+        answer = await slot.answer
+        slot.answer, slot.due = self._loop.create_future(), math.inf
+        return answer
+
+    # -- what happens to them -----------------------------------------------------------------------------------------
+
+    async def _take_answer(self, answer: Msg) -> None:
+        slot = self._slots.get(answer.subject[len(self._prefix) :])
+        if slot is not None and not slot.answer.done():
+            slot.answer.set_result(answer)
+
+    def _when_refused(self, refusal: Refusal) -> None:
+        for slot in self._slots.values():
+            if refusal.hits(slot.subject, self._prefix) and not slot.answer.done():
+                slot.answer.set_exception(refusal.error())
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        for slot in self._slots.values():
+            if slot.due <= now and not slot.answer.done():
+                slot.answer.set_result(None)
+        self._timer = self._loop.call_later(TICK_SECONDS, self._tick) if self._slots else None
+
+
+def headers_bytes(headers: dict[str, str]) -> int:
+    """Return what *headers* take on the wire: ``NATS/1.0``, a line each and an empty one."""
+    return len("NATS/1.0\r\n\r\n") + sum(len(key) + len(value.encode()) + 4 for key, value in headers.items())
+
+
+def waits() -> Iterator[tuple[float, float]]:
+    """Yield for each attempt how long to wait for its answer, and how long to pause after "not now", seconds."""
+    patience, (pause, longest) = ATTEMPT_SECONDS, PAUSE_SECONDS
+    while True:
+        yield patience, pause
+        patience, pause = 2 * patience, min(2 * pause, longest)

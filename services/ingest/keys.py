@@ -1,0 +1,188 @@
+"""Whether a key still means the event that it meant first: a retry has the same body, anything else is a mistake.
+
+The broker knows by a message id that it has the event, within its window, but compares no bodies. So a duplicate is
+compared here, with what this process remembers, else with the log, else with the corpus. A key that the broker has
+forgotten is asked for in the corpus, while the event is being published; that answer is waited for a moment only,
+because the persister, too, keeps the first event of an id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterable
+
+from services.contract.event import Event
+from services.eventlog.errors import CorpusAwayError, LogUnavailableError
+from services.eventlog.protocol import Appended, EventReader, StoredEvent
+from services.ingest import problems
+from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, Metrics
+from services.ingest.problems import RequestRefusedError
+from services.ingest.remembered import Known, Remembered, digest, name_of
+
+#: a duplicate is looked for this long: replicas lag, and persisters are restarted, seconds
+COMPARE_SECONDS = 1.0
+#: events that are asked of the log at the same time
+_QUESTIONS = 64
+#: pause before it is looked for again, seconds
+_PAUSE_SECONDS = 0.05
+
+
+class Keys:
+    """Compares what comes under a key with what is stored under it."""
+
+    def __init__(self, reader: EventReader | None, metrics: Metrics, *, wait: float) -> None:
+        """Remember nothing yet.
+
+        Args:
+            reader: what can be asked; None when nobody can.
+            metrics: counts who answered.
+            wait: seconds for which the corpus may hold up an answer that the log has given; 0 never asks it about keys
+                that the log does not know.
+        """
+        self._reader = reader
+        self._checks = metrics.key_checks
+        self._wait = wait
+        self._remembered = Remembered()
+        self._questions = asyncio.Semaphore(_QUESTIONS)
+
+    def check(self, event: Event, *, ask: bool = True) -> KeyCheck:
+        """Begin to find out what the client's key of *event* stands for, before it is published; end it by all means.
+
+        Args:
+            event: to be published.
+            ask: the corpus, too; :meth:`KeyCheck.ask` may still do so.
+        """
+        check = KeyCheck(self, event, name := name_of(event), self._remembered.get(name))
+        if ask:
+            check.ask()
+        return check
+
+    async def hear(self, checks: Iterable[KeyCheck]) -> None:
+        """Wait for what the corpus says to *checks*, which the log has answered; for a moment only, in all."""
+        open_ones = {check.lookup for check in checks if check.lookup is not None and not check.lookup.done()}
+        if open_ones:
+            await asyncio.wait(open_ones, timeout=self._wait)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the corpus is asked about keys that the log does not know."""
+        return self._reader is not None and self._wait > 0
+
+    def _answered(self, by: str) -> None:
+        self._checks[by].inc()
+
+
+class KeyCheck:
+    """One event under a client's key.
+
+    Attributes:
+        lookup: the question to the corpus, if it is asked.
+        spared: the corpus need not be asked: what it says of another event of the batch goes for this one.
+    """
+
+    __slots__ = ("_event", "_keys", "_known", "_name", "lookup", "spared")
+
+    def __init__(self, keys: Keys, event: Event, name: bytes, known: Known | None) -> None:
+        self.lookup: asyncio.Future[StoredEvent | None] | None = None
+        self.spared = False
+        self._keys = keys
+        self._event = event
+        self._name = name
+        self._known = known
+
+    def ask(self) -> None:
+        """Ask the corpus, unless it is known what the key stands for."""
+        reader = self._keys._reader
+        if self._known is None and self.lookup is None and reader is not None and self._keys.asks:
+            self.lookup = asyncio.ensure_future(reader.find(self._event.consultation, self._event.event_id))
+
+    @property
+    def answered(self) -> bool:
+        """Whether the corpus has been asked and has said what it holds."""
+        lookup = self.lookup
+        return lookup is not None and lookup.done() and not lookup.cancelled() and lookup.exception() is None
+
+    def came_before(self, appended: Appended) -> bool | None:
+        """Return whether the key stands for an older event than the one at *appended*; None when nobody said."""
+        if self._known is not None:
+            return self._known.first < appended.sequence
+        if self.lookup is None:
+            return None if self._keys.asks else False
+        if not self.answered:
+            return None
+        first = self.lookup.result()
+        return first is not None and first.sequence < appended.sequence
+
+    def must_look(self, appended: Appended) -> bool:
+        """Whether :meth:`settle` must look for an event that the log has, and only the log or the corpus can show."""
+        known = self._known
+        return appended.duplicate and (known is None or appended.sequence < known.last)
+
+    async def settle(self, appended: Appended) -> Appended:
+        """Return where the first event with this key stands, once the log has taken the event at *appended*.
+
+        Raises:
+            RequestRefusedError: the first one had another body, or there is a first one that nobody can show.
+        """
+        known, remembered, own = self._known, self._keys._remembered, digest(self._event.body)
+        if known is not None and appended.sequence >= known.last:
+            return self._compare(known, own, appended, MEMORY)
+        if known is not None:  # the log has begun anew
+            remembered.forget(self._name)
+        if appended.duplicate:
+            stored, by = await self._stored(appended.sequence)
+            known = Known(stored.sequence, appended.sequence, digest(stored.event.body))
+        else:
+            known, by = Known(appended.sequence, appended.sequence, own), ""
+        asked, first = self._in_corpus()
+        if first is not None and first.sequence < known.first:
+            known, by = Known(first.sequence, appended.sequence, digest(first.event.body)), CORPUS
+        if asked:
+            remembered.put(self._name, known)
+        return self._compare(known, own, appended, by)
+
+    def end(self) -> None:
+        """Ask no more."""
+        if self.lookup is not None and not self.answered:
+            self.lookup.cancel()  # an exception has been looked at: nothing is reported as never retrieved
+
+    def _compare(self, known: Known, own: bytes, appended: Appended, by: str) -> Appended:
+        if by:
+            self._keys._answered(by)
+        if known.digest != own:
+            raise RequestRefusedError(problems.IDEMPOTENCY_KEY_REUSED)
+        if known.last != appended.sequence:
+            self._keys._remembered.put(self._name, Known(known.first, appended.sequence, known.digest))
+        return Appended(known.first, appended.duplicate or known.first != appended.sequence)
+
+    async def _stored(self, sequence: int) -> tuple[StoredEvent, str]:
+        """Return the event that the log has, or had, at *sequence*, and who showed it."""
+        reader = self._keys._reader
+        end = time.monotonic() + COMPARE_SECONDS
+        while reader is not None:
+            with contextlib.suppress(LogUnavailableError):
+                async with self._keys._questions:
+                    stored = await reader.at(sequence)
+                if stored is not None and stored.event.message_id == self._event.message_id:
+                    return stored, LOG
+            with contextlib.suppress(CorpusAwayError):
+                stored = await reader.find(self._event.consultation, self._event.event_id)
+                if stored is not None:
+                    return stored, CORPUS
+            if time.monotonic() >= end:
+                break
+            await asyncio.sleep(_PAUSE_SECONDS)
+        self._keys._answered(NOBODY)
+        raise RequestRefusedError(problems.KEY_NOT_COMPARED)
+
+    def _in_corpus(self) -> tuple[bool, StoredEvent | None]:
+        """Return whether there is nothing left to ask the corpus, and what it holds."""
+        keys = self._keys
+        if self.lookup is None:
+            return self.spared or not keys.asks, None
+        if not self.answered:
+            keys._answered(NOBODY)
+            return False, None
+        return True, self.lookup.result()

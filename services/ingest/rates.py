@@ -1,0 +1,85 @@
+"""How much one client may ask for: a bucket of allowances that fills at a steady rate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class Bucket:
+    """Holds up to *burst* allowances, and gets *rate* more each second.
+
+    Args:
+        rate: allowances a second, above 0.
+        burst: most that it holds.
+        clock: seconds, never going back.
+    """
+
+    __slots__ = ("_at", "_burst", "_clock", "_level", "_rate")
+
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._clock = clock
+        self._level = float(burst)
+        self._at = clock()
+
+    def take(self, count: int = 1) -> float:
+        """Take *count* allowances; return 0, or take none and return the seconds until there will be enough.
+
+        More than *burst* at once are given when the bucket is full; it then owes the rest, so that the rate holds.
+        """
+        self._fill()
+        missing = min(count, self._burst) - self._level
+        if missing > 0:
+            return missing / self._rate
+        self._level -= count
+        return 0.0
+
+    def take_more(self, count: int) -> float:
+        """Take *count* for a request that was let in as one already; return 0, or the seconds until the debt is paid.
+
+        Only a bucket that owes already gives nothing: asked for a full one, a batch of *burst* would never get in.
+        """
+        self._fill()
+        if self._level < 0:
+            return -self._level / self._rate
+        self._level -= count
+        return 0.0
+
+    def _fill(self) -> None:
+        now = self._clock()
+        self._level = min(self._burst, self._level + (now - self._at) * self._rate)
+        self._at = now
+
+
+class Rates:
+    """A bucket for each client.
+
+    Args:
+        rate: of each, a second; 0 for no limit.
+        burst: of each.
+    """
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._buckets: dict[str, Bucket] = {}
+
+    def take(self, name: str, count: int) -> float:
+        """Take *count* from the bucket of the client called *name*, as :meth:`Bucket.take` does."""
+        return self._bucket(name).take(count) if self._rate else 0.0
+
+    def take_more(self, name: str, count: int) -> float:
+        """Take *count* more for a request of the client called *name*, as :meth:`Bucket.take_more` does."""
+        return self._bucket(name).take_more(count) if self._rate else 0.0
+
+    def keep(self, names: set[str]) -> None:
+        """Forget every client that is not one of *names*."""
+        self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
+
+    def _bucket(self, name: str) -> Bucket:
+        bucket = self._buckets.get(name)
+        if bucket is None:
+            bucket = self._buckets[name] = Bucket(self._rate, self._burst)
+        return bucket

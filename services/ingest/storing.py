@@ -1,0 +1,181 @@
+"""Hand events to the log, and see to it that each key means one event."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from services.contract.errors import FiqError
+from services.contract.event import Event
+from services.eventlog.errors import (
+    DuplicateInFlightError,
+    LogFullError,
+    LogRefusedError,
+    LogUnavailableError,
+    TooManyInFlightError,
+)
+from services.eventlog.protocol import Appended, EventWriter
+from services.ingest import metrics as outcomes
+from services.ingest import problems
+from services.ingest.answers import Answers
+from services.ingest.batch import Key, Line
+from services.ingest.keys import KeyCheck, Keys
+from services.ingest.metrics import Metrics
+from services.ingest.problems import Problem, RequestRefusedError
+
+#: what becomes of an event that the log did not take
+_APPEND_ERRORS: dict[type[FiqError], tuple[Problem, str]] = {
+    LogFullError: (problems.LOG_FULL, outcomes.FULL),
+    LogUnavailableError: (problems.LOG_UNAVAILABLE, outcomes.UNAVAILABLE),
+    DuplicateInFlightError: (problems.DUPLICATE_IN_FLIGHT, outcomes.IN_FLIGHT),
+    TooManyInFlightError: (problems.TOO_MANY_IN_FLIGHT, outcomes.LIMIT),
+    LogRefusedError: (problems.LOG_REFUSED, outcomes.REFUSED),
+}
+#: and of one whose key means another event
+_KEY_OUTCOMES = {
+    problems.IDEMPOTENCY_KEY_REUSED: outcomes.REUSED,
+    problems.KEY_NOT_COMPARED: outcomes.NOT_COMPARED,
+}
+_BATCH_FAILED = "Some events of the batch may be stored, none twice: retry all of it with the same keys."
+
+
+class Storing:
+    """Stores events, one or a batch of them.
+
+    Args:
+        writer: takes them.
+        keys: compares what comes under a key that was used before.
+        metrics: counts what becomes of them.
+        answers: logs why the log refuses for good.
+        note: called with positions to which the log has come.
+    """
+
+    def __init__(
+        self, writer: EventWriter, keys: Keys, metrics: Metrics, answers: Answers, note: Callable[[int], None]
+    ) -> None:
+        self._writer = writer
+        self._keys = keys
+        self._metrics = metrics
+        self._answers = answers
+        self._note = note
+
+    @contextlib.contextmanager
+    def refusing(self, detail: str | None = None) -> Iterator[None]:
+        """Count why the log, or this process, took no event inside, and raise what the client is told.
+
+        Args:
+            detail: says more than the problem's own.
+
+        Raises:
+            RequestRefusedError: in place of an error of the log.
+        """
+        try:
+            yield
+        except tuple(_APPEND_ERRORS) as error:
+            kind = next(kind for kind in _APPEND_ERRORS if isinstance(error, kind))
+            problem, outcome = _APPEND_ERRORS[kind]
+            self._metrics.outcomes[outcome].inc()
+            if kind is LogRefusedError:
+                self._answers.log_refused(str(error))
+            raise RequestRefusedError(problem, detail) from None
+
+    async def one(self, event: Event, *, keyed: bool) -> Appended:
+        """Store *event*; *keyed*: the client gave it its id.
+
+        Raises:
+            RequestRefusedError: the log did not take it, or its key means another event.
+        """
+        with self.refusing():
+            if not keyed:
+                appended = await self._writer.append(event)
+            else:
+                check = self._keys.check(event)
+                try:
+                    appended = await self._writer.append(event)
+                    await self._keys.hear([check])
+                    outcome = await self._settle(check, appended)
+                finally:
+                    check.end()
+                if isinstance(outcome, Problem):
+                    raise RequestRefusedError(outcome)
+                appended = outcome
+        self._stored([appended])
+        return appended
+
+    async def batch(self, lines: Sequence[Line]) -> list[Appended | Problem]:
+        """Store the events of *lines*, and return for each where it stands, or why it is not the one under its key.
+
+        Lines with the same id, which have the same body, are one event.
+
+        Raises:
+            RequestRefusedError: the log did not take all of them, or a key cannot be compared now.
+        """
+        events: dict[tuple[str, bytes], Line] = {}
+        for line in lines:
+            events.setdefault(line.name, line)
+        with self.refusing(_BATCH_FAILED):
+            checks = self._checks(events.values())
+            try:
+                appended = await self._writer.append_batch([line.event for line in events.values()])
+                settled = await self._settle_all(list(zip(events.values(), checks, appended, strict=True)))
+            finally:
+                for check in filter(None, checks):
+                    check.end()
+        self._stored([outcome for outcome in settled if isinstance(outcome, Appended)])
+        found = dict(zip(events, settled, strict=True))
+        if problems.KEY_NOT_COMPARED in settled:
+            raise RequestRefusedError(problems.KEY_NOT_COMPARED, _BATCH_FAILED)
+        return [_repeated(found[line.name], line is not events[line.name]) for line in lines]
+
+    def _checks(self, lines: Iterable[Line]) -> list[KeyCheck | None]:
+        """Begin to compare the keys of *lines*.
+
+        Of the lines whose keys are the batch's the corpus is asked about one only: the others came with it.
+        """
+        checks: list[KeyCheck | None] = []
+        of_batch = False
+        for line in lines:
+            ask = line.key is Key.OWN or not of_batch
+            of_batch = of_batch or line.key is Key.BATCH
+            checks.append(None if line.key is Key.NONE else self._keys.check(line.event, ask=ask))
+        return checks
+
+    async def _settle_all(self, batch: list[tuple[Line, KeyCheck | None, Appended]]) -> list[Appended | Problem]:
+        checks = [check for _, check, _ in batch if check is not None]
+        await self._keys.hear(checks)
+        of_batch = [(check, at) for line, check, at in batch if check is not None and line.key is Key.BATCH]
+        if of_batch and (came_before := of_batch[0][0].came_before(of_batch[0][1])) is not None:
+            for check, _ in of_batch[1:]:
+                if came_before:
+                    check.ask()
+                else:
+                    check.spared = True
+            await self._keys.hear(checks)
+        looked_for = [self._settle(check, at) for _, check, at in batch if check is not None and check.must_look(at)]
+        found = iter(await asyncio.gather(*looked_for))
+        return [
+            next(found) if check is not None and check.must_look(at) else await self._settle(check, at)
+            for _, check, at in batch
+        ]
+
+    async def _settle(self, check: KeyCheck | None, appended: Appended) -> Appended | Problem:
+        if check is None:
+            return appended
+        try:
+            return await check.settle(appended)
+        except RequestRefusedError as refusal:
+            self._metrics.outcomes[_KEY_OUTCOMES[refusal.problem]].inc()
+            return refusal.problem
+
+    def _stored(self, events: Sequence[Appended]) -> None:
+        self._note(max((appended.sequence for appended in events), default=0))
+        known = sum(appended.duplicate for appended in events)
+        self._metrics.outcomes[outcomes.DUPLICATE].inc(known)
+        self._metrics.outcomes[outcomes.STORED].inc(len(events) - known)
+        self._metrics.duplicates.inc(known)
+
+
+def _repeated(outcome: Appended | Problem, again: bool) -> Appended | Problem:
+    """Return the outcome of a line, which is a duplicate when its event stands *again* in the batch."""
+    return Appended(outcome.sequence, duplicate=True) if again and isinstance(outcome, Appended) else outcome

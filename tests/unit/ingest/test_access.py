@@ -1,0 +1,398 @@
+"""Who gets through, over the real server: tokens, scopes, prefixes, and what is told of a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import web
+from structlog.testing import capture_logs
+
+from services.contract.errors import ConfigurationError
+from services.contract.tokens import Scope, Token, digest_of, render
+from services.ingest import changes
+from services.ingest.access import GATE, GRANT, OPEN
+from services.ingest.app import make_app
+from services.ingest.rates import Bucket
+from services.ingest.settings import Settings
+from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
+from tests.support.polling import eventually
+
+ALL = frozenset(Scope)
+STRUCTURED = "application/cloudevents+json"
+SECRETS = {name: f"{name}-secret" for name in ("writer", "reader", "ward", "ended")}
+TOKENS = {
+    "writer": Token("writer", digest_of(SECRETS["writer"]), frozenset({Scope.WRITE})),
+    "reader": Token("reader", digest_of(SECRETS["reader"]), frozenset({Scope.READ})),
+    "ward": Token("ward", digest_of(SECRETS["ward"]), ALL, "ward-"),
+}
+ENDED = f"ended {digest_of(SECRETS['ended'])} read,write * 2020-01-01\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(render(TOKENS) + ENDED)
+    return path
+
+
+@pytest.fixture
+async def edge(file: Path) -> AsyncIterator[Edge]:
+    async with running_edge(token_file=str(file)) as edge:
+        yield edge
+
+
+def bearer(name: str) -> dict[str, Any]:
+    return {"Authorization": f"Bearer {SECRETS[name]}"}
+
+
+def told(reply: Reply) -> tuple[int, str, str]:
+    """Status, type of the problem, and challenge."""
+    return reply.status, reply.json.get("type", ""), reply.headers.get("WWW-Authenticate", "")
+
+
+async def test_a_token_with_the_scope_gets_through(edge: Edge) -> None:
+    """The scheme is not case-sensitive (RFC 9110, section 11.1)."""
+    assert 202 == (await edge.post(**bearer("writer"))).status
+    assert 202 == (await edge.post(Authorization=f"bearer {SECRETS['writer']}")).status
+
+
+@pytest.mark.parametrize(
+    ("value", "challenge"),
+    [
+        (None, 'Bearer realm="fiq"'),
+        ("", 'Bearer realm="fiq", error="invalid_token"'),
+        ("Bearer", 'Bearer realm="fiq", error="invalid_token"'),
+        ("Bearer nobody", 'Bearer realm="fiq", error="invalid_token"'),
+        (f"Bearer {digest_of(SECRETS['writer'])}", 'Bearer realm="fiq", error="invalid_token"'),
+        (f"Bearer {SECRETS['ended']}", 'Bearer realm="fiq", error="invalid_token"'),
+        (f"Basic {SECRETS['writer']}", 'Bearer realm="fiq", error="invalid_token"'),
+        (SECRETS["writer"], 'Bearer realm="fiq", error="invalid_token"'),
+    ],
+)
+async def test_without_a_good_token_it_is_401_with_a_challenge(edge: Edge, value: str | None, challenge: str) -> None:
+    """None, a wrong one, its hash, one that has ended (RFC 6750, section 3): nothing is stored."""
+    headers: dict[str, Any] = {} if value is None else {"Authorization": value}
+    reply = await edge.post(**headers)
+    assert (401, "/problems/unauthorized", challenge) == told(reply)
+    assert [] == edge.log.events
+
+
+async def test_two_tokens_are_none(edge: Edge) -> None:
+    """Which of them counts must not depend on what stands between client and service."""
+    headers = [("Authorization", f"Bearer {SECRETS['writer']}"), ("Authorization", f"Bearer {SECRETS['ward']}")]
+    assert 401 == (await edge.request("POST", "/consultations/c/events", data=b"{}", headers=headers)).status
+
+
+async def test_a_token_without_the_scope_is_403(edge: Edge) -> None:
+    """The challenge names the scope that is missing."""
+    challenge = 'Bearer realm="fiq", error="insufficient_scope", scope="write"'
+    assert (403, "/problems/forbidden", challenge) == told(await edge.post(**bearer("reader")))
+    assert [] == edge.log.events
+
+
+async def test_a_token_is_for_consultations_with_its_prefix(edge: Edge) -> None:
+    """The id's beginning, not a part of it."""
+    assert 202 == (await edge.post("ward-7", **bearer("ward"))).status
+    for other in ("war", "Ward-7", "x-ward-7", "7"):
+        assert 403 == (await edge.post(other, **bearer("ward"))).status
+
+
+async def test_a_refused_client_is_not_asked_for_its_body(edge: Edge) -> None:
+    """Expect: 100-continue is answered by the refusal itself."""
+    head = b"POST /consultations/c-1/events HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+    head += b"Expect: 100-continue\r\nContent-Length: 18\r\n"
+    answer = await edge.raw(head + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    token = f"Authorization: Bearer {SECRETS['writer']}\r\n\r\n".encode()
+    answer = await edge.raw(head + token + b'{"event_type":"A"}')
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 202 ")
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/nope"), ("PUT", "/consultations/c-1/events")])
+async def test_strangers_do_not_learn_which_paths_there_are(edge: Edge, method: str, path: str) -> None:
+    """Who has a token does."""
+    assert 401 == (await edge.request(method, path)).status
+    assert (await edge.request(method, path, headers=bearer("reader"))).status in {404, 405}
+
+
+async def test_what_a_problem_means_is_open_to_everybody(edge: Edge) -> None:
+    """Also that of the refusal."""
+    assert 200 == (await edge.request("GET", "/problems/unauthorized")).status
+
+
+def test_every_route_says_what_it_takes() -> None:
+    """And only what must be is open."""
+    app = make_app(Settings(), MemoryLog().open)
+    routes = [route for route in app.router.routes() if route.resource is not None]
+    rules = {(route.method, route.resource.canonical): app[GATE].rule(route) for route in routes if route.resource}
+    assert rules
+    assert [] == [route for route, rule in rules.items() if rule is None]
+    opened = {route for route, rule in rules.items() if rule is not None and rule.scope is OPEN}
+    options = {("OPTIONS", path) for _, path in rules}
+    assert options | {("GET", "/problems/{slug}"), ("HEAD", "/problems/{slug}")} == opened
+
+
+@pytest.mark.parametrize(("path", "content_type"), [("/events/batch", "application/x-ndjson"), ("/events", STRUCTURED)])
+async def test_events_that_name_their_consultations_need_a_token_for_each(
+    edge: Edge, path: str, content_type: str
+) -> None:
+    """One that is not for the token's prefix, and nothing is stored; the refusal is audited."""
+
+    def body(*consultations: str) -> bytes:
+        if path == "/events":
+            (name,) = consultations[-1:]
+            return orjson.dumps({"specversion": "1.0", "id": name, "source": "/t", "type": "A", "subject": name})
+        return b"\n".join(orjson.dumps({"event_type": "A", "consultation_id": name}) for name in consultations)
+
+    async def post(*consultations: str) -> Reply:
+        headers = bearer("ward") | {"Content-Type": content_type}
+        return await edge.request("POST", path, data=body(*consultations), headers=headers)
+
+    challenge = 'Bearer realm="fiq", error="insufficient_scope", scope="write"'
+    assert (403, "/problems/forbidden", challenge) == told(await post("ward-1", "c-1"))
+    assert 1.0 == edge.metric("fi_ingest_access_refused_total", reason="prefix")
+    assert [] == edge.log.events
+    assert 202 == (await post("ward-1", "ward-2")).status
+
+
+@pytest.mark.parametrize(
+    ("prefix", "shown"), [("", ["ward-1", "ward-2"]), ("w", ["ward-1", "ward-2"]), ("ward-2", ["ward-2"]), ("c", [])]
+)
+async def test_a_list_shows_only_what_the_token_is_for(edge: Edge, prefix: str, shown: list[str]) -> None:
+    """Whatever prefix is asked for; the names of others would be told otherwise."""
+    for name in ("c-1", "ward-1", "ward-2"):
+        assert 202 == (await edge.post(name, **bearer("ward" if name.startswith("ward") else "writer"))).status
+    edge.log.persisted = 3
+    reply = await edge.request("GET", f"/consultations?prefix={prefix}", headers=bearer("ward"))
+    assert [{"consultation_id": name} for name in shown] == reply.json["consultations"]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_following_ends_with_the_token(edge: Edge, file: Path) -> None:
+    """What comes after it was revoked is not shown."""
+    assert 202 == (await edge.post(**bearer("writer"))).status
+    headers = bearer("reader") | {"Accept": "text/event-stream"}
+    async with edge.client.get(f"{edge.url}/consultations/c-1/events?follow=1", headers=headers) as answer:
+        while not (await answer.content.readline()).startswith(b"data:"):
+            pass
+        change(file, render([TOKENS["writer"]]))
+
+        async def revoked() -> bool:
+            return (await edge.request("GET", "/consultations", headers=bearer("reader"))).status == 401
+
+        await eventually(revoked)
+        assert 202 == (await edge.post(**bearer("writer"))).status
+        assert b"data:" not in await answer.content.read()
+
+
+async def test_a_batch_counts_as_many_events_as_it_has(file: Path) -> None:
+    """One request is within the rate; the next waits until all the events of the batch have been worth it."""
+    async with running_edge(token_file=str(file), rate=10.0, rate_burst=5) as edge:
+        lines = b"\n".join([b'{"event_type":"A"}'] * 50)
+        headers = bearer("writer") | {"Content-Type": "application/x-ndjson"}
+        assert (
+            202 == (await edge.request("POST", "/consultations/c-1/events/batch", data=lines, headers=headers)).status
+        )
+        reply = await edge.post(**bearer("writer"))
+        assert (429, "/problems/rate-limited", "5") == (reply.status, reply.json["type"], reply.headers["Retry-After"])
+        assert 50 == len(edge.log.events)
+
+
+@asynccontextmanager
+async def extended(token_file: Path | None) -> AsyncIterator[Edge]:
+    """Run an application with routes that do not name one consultation."""
+
+    async def handler(request: web.Request) -> web.Response:
+        grant = request[GRANT]
+        may = {name: grant.may(Scope.READ, name) for name in ("ward-1", "c-1")}
+        return web.json_response(may | {"name": grant.name})
+
+    def extend(app: web.Application) -> None:
+        app.router.add_get("/silent", handler)
+        app[GATE].add(app, "GET", "/whole", handler, Scope.READ)
+        app[GATE].add(app, "GET", "/each", handler, Scope.READ, each=True)
+
+    async with running_edge(extend=extend, token_file="" if token_file is None else str(token_file)) as edge:
+        yield edge
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+async def test_a_route_that_says_nothing_is_refused_to_everybody(file: Path, tokens: bool) -> None:
+    """Locked by default, also where no token is asked for: whoever adds a route finds out at once."""
+    async with extended(file if tokens else None) as edge:
+        assert 403 == (await edge.request("GET", "/silent", headers=bearer("ward"))).status
+        assert 1.0 == edge.metric("fi_ingest_access_refused_total", reason="unstated")
+
+
+async def test_a_route_without_a_consultation_is_for_tokens_of_all(file: Path) -> None:
+    """Unless its handler asks about each consultation by itself."""
+    async with extended(file) as edge:
+        assert 200 == (await edge.request("GET", "/whole", headers=bearer("reader"))).status
+        assert 403 == (await edge.request("GET", "/whole", headers=bearer("ward"))).status
+        reply = await edge.request("GET", "/each", headers=bearer("ward"))
+        assert {"ward-1": True, "c-1": False, "name": "ward"} == reply.json
+
+
+async def test_without_a_file_everybody_may_everything(file: Path) -> None:
+    """As it is on loopback."""
+    async with extended(None) as edge:
+        assert {"ward-1": True, "c-1": True, "name": ""} == (await edge.request("GET", "/each")).json
+        assert 202 == (await edge.post()).status
+
+
+def change(path: Path, text: str | None) -> None:
+    """Write *text* into the file, or remove it."""
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the file more often than each second."""
+    monkeypatch.setattr(changes, "LOOK_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_changed_file_counts_without_a_restart(edge: Edge, file: Path) -> None:
+    """Replaced or written over; a grant that was given before loses what its token loses."""
+    change(file, None)
+    change(file, render([TOKENS["reader"]]))
+
+    async def status(name: str) -> int:
+        return (await edge.post(**bearer(name))).status
+
+    async def revoked() -> bool:
+        return await status("writer") == 401
+
+    await eventually(revoked)
+    change(file, render([TOKENS["writer"]]))
+
+    async def back() -> bool:
+        return await status("writer") == 202
+
+    await eventually(back)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("damage", ["", "no line of ours\n", None])
+async def test_a_broken_file_leaves_the_tokens_as_they_were(
+    edge: Edge, file: Path, damage: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An operator's mistake must not lock everybody out; it is told in the log, once, and by a metric."""
+    change(file, damage)
+    await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 1.0)
+    assert 202 == (await edge.post(**bearer("writer"))).status
+    assert 401 == (await edge.post()).status
+    change(file, render(TOKENS))
+    await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 0.0)
+    assert 1 == capsys.readouterr().out.count("FILE_REFUSED")
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_revoked_token_ends_what_it_has_begun(edge: Edge, file: Path) -> None:
+    """A stream that follows a consultation asks its grant now and then."""
+    grants = []
+
+    async def handler(request: web.Request) -> web.Response:
+        grants.append(request[GRANT])
+        return web.Response()
+
+    async with running_edge(
+        extend=lambda app: app[GATE].add(app, "GET", "/follow", handler, Scope.READ), token_file=str(file)
+    ) as other:
+        await other.request("GET", "/follow", headers=bearer("reader"))
+        (grant,) = grants
+        assert grant.may(Scope.READ)
+        change(file, render([]))
+        await eventually(lambda: not grant.may(Scope.READ))
+
+
+@pytest.mark.parametrize("content", [None, "", "broken"])
+def test_a_bad_file_at_the_start_is_a_configuration_error(tmp_path: Path, content: str | None) -> None:
+    """With the setting's name and the file's."""
+    path = tmp_path / "tokens"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigurationError, match=f"FI_TOKEN_FILE={path}: "):
+        make_app(Settings(token_file=str(path)), MemoryLog().open)
+
+
+# -- what is told -----------------------------------------------------------------------------------------------------
+
+
+def refusals(entries: Sequence[MutableMapping[str, Any]]) -> list[MutableMapping[str, Any]]:
+    return [entry for entry in entries if entry["event"] == "ACCESS_REFUSED"]
+
+
+async def test_each_refused_access_is_a_line_without_a_token(file: Path) -> None:
+    """Who, from where, what and why; of the path the template, of a proxy's word an address or nothing."""
+    with capture_logs() as entries:
+        async with running_edge(token_file=str(file)) as edge:
+            await edge.post("secret-id", Authorization="Bearer guessed-secret", X_Forwarded_For="evil, 192.0.2.7")
+            await edge.post("c-1", X_Forwarded_For="<script>", **bearer("reader"))
+            await edge.request("PROPFIND", "/secret-path")
+    keys = ("reason", "token", "remote", "forwarded", "method", "path")
+    events = "/consultations/{consultation}/events"
+    assert [
+        ("unknown", None, "127.0.0.1", "192.0.2.7", "POST", events),
+        ("scope", "reader", "127.0.0.1", None, "POST", events),
+        ("missing", None, "127.0.0.1", None, "another one", None),
+    ] == [tuple(entry.get(key) for key in keys) for entry in refusals(entries)]
+    assert "secret" not in str(entries)
+
+
+async def test_a_flood_of_refusals_does_not_fill_the_log(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left out is told with the next line; the metric counts all of them."""
+    with capture_logs() as entries:
+        async with running_edge(token_file=str(file)) as edge:
+            monkeypatch.setattr(Bucket, "take", lambda *_: 1.0)
+            for _ in range(3):
+                await edge.post()
+            assert [] == refusals(entries)
+            monkeypatch.setattr(Bucket, "take", lambda *_: 0.0)
+            await edge.post()
+            assert 4.0 == edge.metric("fi_ingest_access_refused_total", reason="missing")
+    assert [3] == [entry["left_out"] for entry in refusals(entries)]
+
+
+# -- rates ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_token_over_its_rate_gets_429_and_the_others_do_not(file: Path) -> None:
+    """With the seconds after which there is room again; nothing is stored."""
+    async with running_edge(token_file=str(file), rate=0.1, rate_burst=2) as edge:
+        replies = [await edge.post(**bearer("writer")) for _ in range(3)]
+        assert [202, 202, 429] == [reply.status for reply in replies]
+        assert "/problems/rate-limited" == replies[2].json["type"]
+        assert 8 <= int(replies[2].headers["Retry-After"]) <= 10
+        assert 202 == (await edge.post("ward-1", **bearer("ward"))).status
+        assert 3 == len(edge.log.events)
+
+
+async def test_a_batch_counts_its_events(file: Path) -> None:
+    """The handler takes them once it knows how many there are; what is refused is not counted."""
+
+    async def handler(request: web.Request) -> web.Response:
+        request[GRANT].take(int(request.query["more"]))
+        return web.Response()
+
+    async with running_edge(
+        extend=lambda app: app[GATE].add(app, "GET", "/batch", handler, Scope.READ),
+        token_file=str(file),
+        rate=0.01,
+        rate_burst=10,
+    ) as edge:
+        statuses = [
+            (await edge.request("GET", f"/batch?more={more}", headers=bearer("reader"))).status for more in (5, 7, 2, 1)
+        ]
+        assert [200, 429, 200, 429] == statuses

@@ -1,0 +1,220 @@
+"""TLS: what is spoken, and a certificate that is renewed under open connections."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import ssl
+import warnings
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession, TCPConnector
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
+
+from services.cli.security.authority import Authority, Pair, make_authority
+from services.contract.errors import ConfigurationError
+from services.ingest import changes
+from services.ingest.app import make_app
+from services.ingest.settings import Settings
+from tests.support.ingest import Edge, MemoryLog, running_edge
+from tests.support.polling import eventually
+
+HOUR = timedelta(hours=1)
+BODY = b'{"event_type":"A"}'
+
+
+class Files:
+    """A certificate, its key, and the authority that clients trust."""
+
+    def __init__(self, folder: Path) -> None:
+        made = make_authority("test", now=datetime.now(UTC))
+        self._authority = Authority(made)
+        self.ca, self.certificate, self.key = folder / "ca.pem", folder / "tls.pem", folder / "tls.key"
+        self.ca.write_bytes(made.certificate)
+        self.renew("first")
+
+    def renew(self, name: str, pair: Pair | None = None) -> None:
+        """Write another pair, as whoever renews certificates does: the key first."""
+        pair = pair or self._authority.sign(name, ["127.0.0.1"], start=datetime.now(UTC) - HOUR)
+        self.key.write_bytes(pair.key)
+        self.certificate.write_bytes(pair.certificate)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"tls_cert": str(self.certificate), "tls_key": str(self.key)}
+
+    def trust(self) -> ssl.SSLContext:
+        """What a client trusts."""
+        return ssl.create_default_context(cafile=str(self.ca))
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    """A pair, which is looked at more often than each second."""
+    monkeypatch.setattr(changes, "LOOK_SECONDS", 0.02)
+    return Files(tmp_path)
+
+
+@pytest.fixture
+async def edge(files: Files) -> AsyncIterator[Edge]:
+    async with running_edge(**files.settings) as edge:
+        yield edge
+
+
+async def name_shown(edge: Edge, files: Files, context: ssl.SSLContext | None = None) -> str:
+    """Return the common name of the certificate that a new connection sees; its signature is checked."""
+    _, writer = await asyncio.open_connection("127.0.0.1", edge.port, ssl=context or files.trust())
+    shown = writer.get_extra_info("peercert")
+    writer.close()
+    await writer.wait_closed()
+    return str(dict(pair for group in shown["subject"] for pair in group)["commonName"])
+
+
+async def test_a_client_that_trusts_the_authority_posts(edge: Edge, files: Files) -> None:
+    """Over TLS 1.3."""
+    async with ClientSession(connector=TCPConnector(ssl=files.trust())) as client:
+        url = f"{edge.url}/consultations/c-1/events"
+        async with client.post(url, data=BODY, headers={"Content-Type": "application/json"}) as answer:
+            assert 202 == answer.status
+    _, writer = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
+    assert "TLSv1.3" == writer.get_extra_info("ssl_object").version()
+    writer.close()
+    await writer.wait_closed()
+
+
+@pytest.mark.parametrize(("version", "expected"), [(ssl.TLSVersion.TLSv1_2, True), (ssl.TLSVersion.TLSv1_1, False)])
+async def test_nothing_older_than_1_2_is_spoken(
+    edge: Edge, files: Files, version: ssl.TLSVersion, expected: bool
+) -> None:
+    """1.1 has been broken for years."""
+    context = files.trust()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = context.maximum_version = version
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    if expected:
+        assert "first" == await name_shown(edge, files, context)
+    else:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await name_shown(edge, files, context)
+
+
+async def test_plain_http_and_garbage_are_not_answered(edge: Edge, files: Files) -> None:
+    """Nobody talks in clear by mistake, and the next client is served."""
+    for request in (b"GET / HTTP/1.1\r\nHost: t\r\n\r\n", b"\x00" * 100, b""):
+        answer = await edge.raw(request, end=True)
+        assert b"HTTP" not in answer
+    assert "first" == await name_shown(edge, files)
+
+
+async def test_a_renewed_certificate_is_shown_and_open_connections_go_on(edge: Edge, files: Files) -> None:
+    """Nothing is restarted; the metric has the new end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
+
+    async def answer() -> bytes:
+        writer.write(b"GET /problems/not-found HTTP/1.1\r\nHost: t\r\n\r\n")
+        return await reader.readuntil(b"}")
+
+    assert (await answer()).startswith(b"HTTP/1.1 200 ")
+    await asyncio.to_thread(files.renew, "second")
+
+    async def renewed() -> bool:
+        return await name_shown(edge, files) == "second"
+
+    await eventually(renewed)
+    assert (await answer()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+    await writer.wait_closed()
+    assert edge.metric("fi_ingest_certificate_expiry_timestamp_seconds", name="second") > 0
+    assert 0.0 == edge.metric("fi_ingest_certificate_expiry_timestamp_seconds", name="first")
+
+
+async def test_a_certificate_with_another_kind_of_key_takes_the_place_of_the_old_one(edge: Edge, files: Files) -> None:
+    """One context keeps one for each kind, and would go on showing the old one to who prefers it."""
+    pair = await asyncio.to_thread(_rsa_pair, "third")
+    await asyncio.to_thread(files.renew, "third", pair)
+    await asyncio.to_thread(files.ca.write_bytes, pair.certificate)
+
+    async def renewed() -> bool:
+        try:
+            return await name_shown(edge, files) == "third"
+        except ssl.SSLError:
+            return False
+
+    await eventually(renewed)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "foreign key", "gone"])
+async def test_a_broken_pair_leaves_the_old_one(files: Files, damage: str) -> None:
+    """Told by a metric, until it is mended."""
+    async with running_edge(**files.settings) as edge:
+        key = await asyncio.to_thread(files.key.read_bytes)
+        if damage == "gone":
+            await asyncio.to_thread(files.key.unlink)
+        else:
+            foreign = _rsa_pair("other").key if damage == "foreign key" else b"garbage"
+            await asyncio.to_thread(files.key.write_bytes, foreign)
+        await eventually(lambda: edge.metric("fi_ingest_certificate_broken") == 1.0)
+        assert "first" == await name_shown(edge, files)
+        await asyncio.to_thread(files.key.write_bytes, key)
+        await eventually(lambda: edge.metric("fi_ingest_certificate_broken") == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ("no key", "FI_TLS_CERT and FI_TLS_KEY: set both"),
+        ("missing", "FI_TLS_CERT=.*No such file"),
+        ("garbage", "expected a certificate"),
+        ("foreign", "expected a certificate and its key"),
+        ("password", "expected a certificate.*without a password"),
+    ],
+)
+def test_a_bad_pair_at_the_start_is_a_configuration_error(files: Files, wrong: str, expected: str) -> None:
+    """With what is wrong; nothing asks on the terminal."""
+    settings = files.settings
+    if wrong == "no key":
+        settings["tls_key"] = ""
+    elif wrong == "missing":
+        files.certificate.unlink()
+    elif wrong == "garbage":
+        files.certificate.write_text("garbage")
+    elif wrong == "foreign":
+        files.key.write_bytes(_rsa_pair("other").key)
+    else:
+        key = serialization.load_pem_private_key(files.key.read_bytes(), None)
+        encryption = serialization.BestAvailableEncryption(b"secret")
+        formats = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        files.key.write_bytes(key.private_bytes(*formats, encryption))
+    with pytest.raises(ConfigurationError, match=expected):
+        make_app(Settings(**settings), MemoryLog().open)
+
+
+def _rsa_pair(name: str) -> Pair:
+    """Make a certificate that signs itself, with a key of another kind."""
+    key = rsa.generate_private_key(65537, 2048)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - HOUR)
+        .not_valid_after(now + HOUR)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return Pair(certificate.public_bytes(serialization.Encoding.PEM), private)
