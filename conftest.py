@@ -1,4 +1,4 @@
-"""Runs the examples of README.md, in their order, against a stack of the test's own."""
+"""Runs the examples of README.md and docs/client.md, in their order, each against a stack of the test's own."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ from pathlib import Path
 
 import pytest
 from sybil import Example, Sybil
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
+from sybil.region import Lexeme
 
 _BIN = Path(sys.executable).parent
+#: where the examples say that the service is
+_URL = "http://127.0.0.1:7001"
+
+
+def _run_python(example: Example) -> None:
+    url = example.namespace["readme_stack"].ingest.url
+    example.parsed = Lexeme(example.parsed.replace(_URL, url), example.parsed.offset, example.parsed.line_offset)
+    PythonEvaluator()(example)
 
 
 def _run_bash(example: Example) -> None:
     stack = example.namespace["readme_stack"]
-    script = str(example.parsed).replace("http://127.0.0.1:7001", stack.ingest.url)
+    script = str(example.parsed).replace(_URL, stack.ingest.url)
     if script.startswith("h5dump") and shutil.which("h5dump") is None:
         assert "CI" not in os.environ, "CI has hdf5-tools"
         return
@@ -30,8 +40,8 @@ def _run_bash(example: Example) -> None:
 
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), CodeBlockParser("bash", _run_bash)],
-    patterns=["README.md"],
+    parsers=[CodeBlockParser("python", _run_python), CodeBlockParser("bash", _run_bash)],
+    patterns=["README.md", "docs/client.md"],
     fixtures=["readme_stack"],
 ).pytest()
 
