@@ -30,7 +30,7 @@ from services.contract.errors import ConfigurationError
 #: after these the same request is sent again; 502 and 504 are a proxy's words for a lost connection
 _AGAIN = frozenset({408, 409, 429, 502, 503, 504})
 #: problems after which surely nothing is stored, of a single event
-_NOTHING_STORED = frozenset({"log-full", "log-refused", "backlog-full"})
+_NOTHING_STORED = frozenset({"too-many-connections", "log-full", "log-refused", "backlog-full"})
 #: and those after which something is, although it is no success
 _STORED_ALL_THE_SAME = frozenset({"idempotency-key-reused"})
 

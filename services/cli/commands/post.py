@@ -78,8 +78,8 @@ def post(
             return
         found = _checked(source, consultation)
         source.seek(0)
-        place = state or file.with_name(f"{file.name}.posting")
-        _post(source, options, key or found.digest, place, found)
+        beside = None if str(file) == "-" else file.with_name(f"{file.name}.posting")
+        _post(source, options, key or found.digest, state or beside, found)
 
 
 def _post(source: IO[bytes], options: _Options, key: str, state: Path | None, found: Checked | None) -> None:

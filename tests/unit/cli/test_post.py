@@ -175,6 +175,23 @@ async def test_from_a_pipe_lines_go_as_they_come() -> None:
     assert [event(number) for number in (1, 2, 3, 4)] == service.bodies("c-1")
 
 
+async def test_a_file_on_stdin_has_the_keys_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be read twice as well; only that nothing is written beside it."""
+    monkeypatch.chdir(tmp_path)
+    written(Path("x"), [event(1), event(2)])
+    service = MemoryService()
+    command = f"'{sys.executable}' -m services.cli.main post"
+    async with scripted(service.step) as server:
+        options = f"--url {server.url} --consultation c-1"
+        await (await asyncio.create_subprocess_shell(f"{command} x {options}")).wait()
+        service.refuses = event(1)
+        process = await asyncio.create_subprocess_shell(f"{command} - {options} < x", stderr=asyncio.subprocess.PIPE)
+        result = await process.communicate()
+    assert b"line 1: too bad" in result[1]
+    assert 1 == len({request.key for request in server.seen})
+    assert not Path("-.posting").exists()
+
+
 async def test_an_open_pipe_is_posted_before_it_ends() -> None:
     """Whoever follows a log sees each line arrive; the line that is not complete yet waits."""
     service = MemoryService()

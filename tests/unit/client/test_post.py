@@ -138,13 +138,14 @@ async def test_a_retry_after_beyond_the_deadline_ends_the_call_at_once() -> None
         (silent, True),
         (refused(409, "duplicate-in-flight"), True),
         (refused(429, "too-many-in-flight"), False),
+        (refused(503, "too-many-connections"), False),
         (refused(503, "log-full"), False),
         (refused(503, "backlog-full"), False),
         (refused(503, "log-refused"), False),
         (refused(503, "log-unavailable"), True),
         (says(503, b"no server is available"), True),
     ],
-    ids=["lost", "silent", "409", "429", "full", "backlog", "refused", "unavailable", "a proxy"],
+    ids=["lost", "silent", "409", "429", "connections", "full", "backlog", "refused", "unavailable", "a proxy"],
 )
 async def test_at_the_deadline_the_error_says_whether_the_event_may_be_stored(
     failure: Step, may_be_stored: bool
