@@ -9,6 +9,7 @@ from uuid import UUID
 
 import orjson
 
+from services.contract.depth import deeper_than
 from services.contract.errors import PoisonError
 from services.contract.ids import check_consultation_id, event_id_from_message_id, message_id
 
@@ -83,6 +84,16 @@ def without_line_breaks(raw: bytes) -> bytes:
     if b"\n" in raw or b"\r" in raw:
         return raw.translate(_LINE_BREAKS)
     return raw
+
+
+def check_depth(body: bytes, limit: int) -> None:
+    """Let a valid *body* pass whose objects and arrays are nested at most *limit* deep.
+
+    Raises:
+        InvalidBodyError: they are nested deeper.
+    """
+    if deeper_than(body, limit):
+        raise InvalidBodyError(f"more than {limit} levels deep")
 
 
 def decode(consultation: str, headers: Mapping[str, str] | None, body: bytes) -> Event:

@@ -29,6 +29,7 @@ from services.corpus.errors import (
 )
 from services.corpus.events import Consultation, EventRecord
 from services.corpus.index import write_index
+from services.corpus.lookup import Lookup, StoredConsultation, StoredRow
 from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.reader import Corpus, PartitionInfo, open_corpus
 from services.corpus.records import Identity, Record
@@ -56,6 +57,7 @@ __all__ = [
     "Identity",
     "IdentityMismatchError",
     "JournalError",
+    "Lookup",
     "PartitionInfo",
     "PartitionReport",
     "PermanentCorpusError",
@@ -69,6 +71,8 @@ __all__ = [
     "StoreFailedError",
     "StoreOptions",
     "StoreStats",
+    "StoredConsultation",
+    "StoredRow",
     "TransientCorpusError",
     "UnknownConsultationError",
     "UnsupportedFileSystemError",

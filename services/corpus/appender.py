@@ -66,6 +66,11 @@ class Appender:
         """How many event ids are in memory."""
         return len(self._ids) if self._ids is not None else 0
 
+    @property
+    def knows_ids(self) -> bool:
+        """Whether the ids of all events are in memory."""
+        return self._ids is not None
+
     def ids(self) -> set[bytes]:
         """Return the ids of all events, appended ones included."""
         if self._ids is None:

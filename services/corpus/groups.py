@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Set
 from typing import Any
 
-from h5py import h5d, h5g, h5p, h5s, h5t
+from h5py import h5, h5d, h5g, h5p, h5s, h5t
 
 from services.corpus.appender import Appender, Tally
 from services.corpus.chain import chain_start
@@ -84,6 +85,36 @@ class OpenConsultations:
         events = h5d.create(group, EVENTS.encode(), self._row_type, self._empty, self._events_plan)
         payload = h5d.create(group, PAYLOAD.encode(), h5t.STD_U8LE, self._empty, self._payload_plan)
         return self._keep(consultation, events, payload, new=True)
+
+    @property
+    def count(self) -> int:
+        """How many consultations the file holds, uncommitted ones included."""
+        return int(self._group.get_num_objs())
+
+    def datasets(self, consultation: str) -> tuple[Any, Any] | None:
+        """Return the low-level ids of ``events`` and ``payload``, opened for a reader; None without such a group."""
+        name = consultation.encode()
+        if not is_consultation_id(consultation) or name not in self._group:
+            return None
+        group = h5g.open(self._group, name)
+        return h5d.open(group, EVENTS.encode()), h5d.open(group, PAYLOAD.encode())
+
+    def known_ids(self, consultation: str) -> Set[bytes] | None:
+        """Return the ids of a consultation's events where they are in memory; None where HDF5 would have to tell."""
+        appender = self._open.get(consultation)
+        return appender.ids() if appender is not None and appender.knows_ids else None
+
+    def names(self, start: int, count: int) -> list[str]:
+        """Return at most *count* names of groups from the position *start* on, in the order of HDF5's own index."""
+        found: list[str] = []
+
+        def take(name: bytes) -> bool | None:
+            found.append(name.decode())
+            return True if len(found) == count else None
+
+        if start < self.count:
+            self._group.links.iterate(take, idx_type=h5.INDEX_NAME, order=h5.ITER_NATIVE, idx=start)
+        return found
 
     def count_ids(self, before: int, after: int) -> None:
         """Take note that a consultation's ids in memory went from *before* to *after*; close old ones when too many."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -13,8 +14,9 @@ from services.corpus.checkpoint_policy import CheckpointPolicy
 from services.corpus.creation import create_pair
 from services.corpus.errors import AppendRefusedError, CorpusFormatError, StoreFailedError
 from services.corpus.filesystems import check_file_system
+from services.corpus.lookup import Lookup
 from services.corpus.options import StoreOptions, StoreStats
-from services.corpus.partition import OpenPartition
+from services.corpus.partition import OpenPartition, hdf5_errors
 from services.corpus.records import Identity, Record
 
 
@@ -150,6 +152,25 @@ class EventStore:
             if len(ids) != before:
                 self._partition.consultations.count_ids(before, len(ids))
             return ids
+
+    @property
+    def uncommitted(self) -> int:
+        """Events that were appended since the last commit."""
+        return self._uncommitted
+
+    @contextmanager
+    def reading(self) -> Iterator[Lookup]:
+        """Look into the store, for the time of the block.
+
+        Nothing that goes wrong in there spoils the store, unless it is an error of the file beneath.
+
+        Raises:
+            CorpusFormatError: HDF5 does not accept the content.
+            CorpusIOError: the system refused; abandon the store.
+        """
+        self._check_usable()
+        with hdf5_errors(self._path.name, self._journaled):
+            yield Lookup(self._partition.consultations)
 
     def append(self, consultation: str, records: Sequence[Record]) -> None:
         """Append events to a consultation; they become durable with the next :meth:`commit`.

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from services.eventlog.backlog import Backlog
 from services.eventlog.jetstream.certificates import Validity
 from services.eventlog.jetstream.report import StreamReport
 from services.eventlog.partitions import partition_name
@@ -26,9 +27,13 @@ class LogMetrics:
 
     Args:
         registry: the process's own.
+
+    Attributes:
+        observed: the whole backlog as it was seen last; None while it is not known.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.observed: Backlog | None = None
         # 0 in one process alone: its network, or its credentials; in all of them: no node runs
         self.connected = Gauge("fi_log_connected", "1 while the process has a connection to a node", registry=registry)
         # 0: events cannot be stored; clients get 503
@@ -137,6 +142,8 @@ class LogMetrics:
 
     def forget(self, part: str) -> None:
         """Show nothing of *part*, one of :data:`PARTS`: it is about to be shown anew, or not known any more."""
+        if part == PARTITIONS:
+            self.observed = None
         for gauge in self._gauges(part):
             gauge.clear()
 

@@ -131,6 +131,41 @@ class EventReader(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some events of a consultation.
+
+    Attributes:
+        events: in stream order.
+        reached: position up to which they are complete: the next page comes after it.
+        more: whether there may be further ones behind it.
+    """
+
+    events: list[StoredEvent]
+    reached: int
+    more: bool
+
+
+class EventBrowser(EventReader, Protocol):
+    """What serves readers beyond the comparison of a retry. Each method raises as :meth:`EventReader.read` does."""
+
+    async def page(self, consultation: str, after: int, limit: int) -> Page:
+        """Return at most *limit* events of *consultation* behind *after*, perhaps fewer, and where to go on."""
+        ...
+
+    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        """Return the event wherever it is, or None when neither the corpus nor the log holds it."""
+        ...
+
+    async def has_news(self, consultation: str, after: int) -> bool:
+        """Return whether the log has something of *consultation* behind *after*; cheap, and perhaps a moment late."""
+        ...
+
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
+        """Return sorted ids of persisted consultations that begin with *prefix*, and whether there are more."""
+        ...
+
+
 class Follower(Protocol):
     """One partition, from a position on, in order, without gaps or repeats."""
 

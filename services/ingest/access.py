@@ -57,6 +57,12 @@ class Grant:
         token = self._tokens.by_digest(self._digest)
         return token is not None and token.may(scope, consultation)
 
+    @property
+    def prefix(self) -> str:
+        """What the ids of its consultations begin with; empty for all of them."""
+        token = self._tokens.by_digest(self._digest)
+        return "" if token is None else token.prefix
+
     def take(self, count: int) -> None:
         """Count *count* events, or requests, against the rate of the token.
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import orjson
 from aiohttp import web
@@ -35,11 +35,11 @@ class Answers:
         in_flight: events that are being read or stored just now.
     """
 
-    def __init__(self, metrics: Metrics, *, retry_after: float) -> None:
+    def __init__(self, metrics: Metrics, *, retry_after: Callable[[Problem], float]) -> None:
         self.closing = False
         self.in_flight = 0
         self._metrics = metrics
-        self._retry_after = str(math.ceil(retry_after))
+        self._retry_after = retry_after
         self._log = get_logger("ingest").bind()
         self._idle = asyncio.Event()
         metrics.in_flight.set_function(lambda: self.in_flight)
@@ -160,7 +160,7 @@ class Answers:
         self._log.warning("REQUEST_REFUSED", **values)
         all_headers = CIMultiDict({"Content-Type": CONTENT_TYPE, "Server": SERVER})
         if problem.retry:
-            all_headers["Retry-After"] = self._retry_after
+            all_headers["Retry-After"] = str(math.ceil(self._retry_after(problem)))
         if headers:
             all_headers.update(headers)
         response = web.Response(status=problem.status, body=problem.render(detail, members), headers=all_headers)

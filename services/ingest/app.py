@@ -14,7 +14,7 @@ from aiohttp import web
 from services.contract.management import CachedCheck, ReadinessCheck
 from services.contract.tokens import Scope
 from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import EventReader, EventWriter
+from services.eventlog.protocol import EventBrowser, EventWriter
 from services.ingest.access import GATE, OPEN, Gate
 from services.ingest.admission import Admission
 from services.ingest.answers import Answers
@@ -32,9 +32,20 @@ from services.ingest.handlers import (
 )
 from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
+from services.ingest.pressure import Pressure
 from services.ingest.problems import TYPE_PREFIX
 from services.ingest.rates import Rates
-from services.ingest.resources import RESOURCES
+from services.ingest.reading import (
+    FOLLOWERS,
+    READER,
+    READS,
+    Reads,
+    get_event,
+    list_consultations,
+    list_events,
+)
+from services.ingest.reading_follow import Followers
+from services.ingest.resources import EVENTS, RESOURCES
 from services.ingest.server import TLS
 from services.ingest.settings import Settings
 from services.ingest.storing import Storing
@@ -43,8 +54,13 @@ from services.ingest.tokens import VARIABLE, Tokens
 
 #: what keeps the service from taking events just now
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
+#: paths of the resources that are only read
+CONSULTATIONS_PATH = "/consultations"
+EVENT_PATH = EVENTS.path + "/{message_id}"
 #: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
 READY_SECONDS = 1.0
+#: seconds between two looks at what is known of the backlog
+PRESSURE_SECONDS = 1.0
 #: seconds after which the broker's silence is an answer: most probes wait no longer than this
 READY_TIMEOUT = 2.5
 
@@ -56,14 +72,14 @@ class OpenLog:
     Attributes:
         writer: takes the events.
         ready: says what is wrong with the log; nothing when it takes events.
+        reader: shows the events that are stored.
         watching: while entered, keeps the metrics of the log up to date; a log in memory has none.
-        reader: reads events back.
     """
 
     writer: EventWriter
     ready: ReadinessCheck
+    reader: EventBrowser
     watching: Callable[[LogMetrics], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
-    reader: EventReader | None = None
 
 
 #: opens the log at start, and closes it when the application ends
@@ -78,10 +94,11 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
         open_log: called once, at start; may take as long as it needs.
     """
     metrics = Metrics()
-    answers = Answers(metrics, retry_after=settings.retry_after)
+    pressure = Pressure(settings.max_backlog, settings.retry_after, lambda: metrics.log.observed, metrics)
+    answers = Answers(metrics, retry_after=pressure.retry_after)
     tokens = Tokens(settings.token_file)
     rates = Rates(settings.rate, settings.rate_burst)
-    gate = Gate(answers, metrics, tokens, rates, lambda: None)
+    gate = Gate(answers, metrics, tokens, rates, pressure.check)
     app = web.Application(client_max_size=settings.max_event_bytes, middlewares=[gate.middleware()])
     app[GATE] = gate
     app[SETTINGS] = settings
@@ -98,8 +115,12 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
     async def log(app: web.Application) -> AsyncIterator[None]:
         nonlocal check
         async with open_log() as opened:
+            app[READER] = opened.reader
+            app[FOLLOWERS] = Followers(
+                opened.reader, metrics, limit=settings.max_followers, interval=settings.follow_interval
+            )
             keys = Keys(opened.reader, metrics, wait=settings.key_lookup_wait)
-            app[STORING] = Storing(opened.writer, keys, metrics, answers)
+            app[STORING] = Storing(opened.writer, keys, metrics, answers, pressure.note)
             check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
             async with opened.watching(metrics.log):
                 yield
@@ -109,17 +130,42 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
             return ["the service is stopping"]
         return ["the service is starting"] if check is None else await check()
 
+    async def end_following(app: web.Application) -> None:
+        await app[FOLLOWERS].close()
+
+    app[READS] = Reads()
     app.cleanup_ctx.append(log)
+    app.on_shutdown.append(end_following)
+    app.cleanup_ctx.append(beside(lambda: _look(pressure)))
     _watch_tokens(app, tokens, rates, metrics)
     if check_both(settings.tls_cert, settings.tls_key):
         _watch_certificate(app, Certificate(settings.tls_cert, settings.tls_key), settings, metrics)
     for resource in RESOURCES:
         each = "{consultation}" not in resource.path
         gate.add(app, "POST", resource.path, poster(resource), Scope.WRITE, each=each, expect=expecter(resource))
-        gate.add(app, "OPTIONS", resource.path, options, OPEN)
+    gate.add(app, "GET", EVENTS.path, list_events, Scope.READ)
+    gate.add(app, "GET", EVENT_PATH, get_event, Scope.READ)
+    gate.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
     gate.add(app, "GET", TYPE_PREFIX + "{slug}", get_problem, OPEN)
+    _add_options(app, gate)
     app[READY] = ready
     return app
+
+
+async def _look(pressure: Pressure) -> None:
+    while True:
+        pressure.look()
+        await asyncio.sleep(PRESSURE_SECONDS)
+
+
+def _add_options(app: web.Application, gate: Gate) -> None:
+    """Let each resource that there is so far answer OPTIONS with its methods."""
+    methods: dict[str, set[str]] = {}
+    for route in app.router.routes():
+        if route.resource is not None:
+            methods.setdefault(route.resource.canonical, {"OPTIONS"}).add(route.method)
+    for path, names in methods.items():
+        gate.add(app, "OPTIONS", path, options(", ".join(sorted(names))), OPEN)
 
 
 def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: Metrics) -> None:

@@ -13,7 +13,7 @@ from uuid import UUID
 import orjson
 
 from services.contract.errors import PoisonError
-from services.contract.event import Event
+from services.contract.event import Event, check_depth
 from services.contract.ids import event_id_of_line, new_event_id
 from services.ingest import problems
 from services.ingest.drafts import Draft
@@ -35,12 +35,14 @@ class Place:
         key: of the header, without quotes; None when there is none.
         received_ns: when it came, nanoseconds since the Unix epoch.
         max_event_bytes: largest event.
+        max_depth: most levels of objects and arrays.
     """
 
     consultation: str | None
     key: str | None
     received_ns: int
     max_event_bytes: int
+    max_depth: int
 
 
 class Key(Enum):
@@ -133,6 +135,7 @@ def _line(number: int, text: bytes, read: ReadDraft, place: Place) -> Line:
     draft = read(text)
     if len(draft.body) > place.max_event_bytes:
         raise PoisonError(f"the event as it is stored is larger than {place.max_event_bytes} bytes")
+    check_depth(draft.body, place.max_depth)
     event_id, key = _event_id(number, draft, place.key)
     consultation = consultation_of(draft, place.consultation)
     return Line(number, Event(consultation, event_id, place.received_ns, draft.body), key)

@@ -11,7 +11,7 @@ from services.contract.command import complain, load_or_exit, parser, product_ve
 from services.contract.errors import FiqError
 from services.contract.lifecycle import Stop, stop_on_signals
 from services.contract.memory import memory_limit
-from services.ingest.memory import within
+from services.ingest import connections, memory
 from services.ingest.settings import Settings
 
 PROGRAM = "fiq-ingest"
@@ -22,9 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser(PROGRAM, "Takes events over HTTP and appends them to the log.", Settings).parse_args(arguments)
     settings = load_or_exit(PROGRAM, Settings, os.environ)
     logs.configure("ingest", level=settings.log_level)
-    bounded = within(settings, memory_limit())
+    log = logs.get_logger("ingest")
+    bounded = memory.within(settings, memory_limit())
     if bounded != settings:
-        logs.get_logger("ingest").warning("MEMORY_BOUNDED", max_in_flight_bytes=bounded.max_in_flight_bytes)
+        log.warning("MEMORY_BOUNDED", max_in_flight_bytes=bounded.max_in_flight_bytes)
+    if (connectable := connections.within(bounded)) != bounded:
+        bounded = connectable
+        log.warning("CONNECTIONS_BOUNDED", max_connections=bounded.max_connections, reason="ulimit -n")
     try:
         return uvloop.run(_run(bounded))
     except FiqError as error:

@@ -10,7 +10,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from services.contract.errors import InvalidIdError, PoisonError
-from services.contract.event import Event, InvalidBodyError, NotJsonError, check_body
+from services.contract.event import Event, InvalidBodyError, NotJsonError, check_body, check_depth
 from services.contract.ids import bare_key, check_consultation_id, event_id_from_key, new_event_id
 from services.contract.tokens import Scope
 from services.ingest import problems
@@ -91,9 +91,13 @@ def expecter(resource: Resource) -> Handler:
     return expect  # type: ignore[return-value]  # None is "go on"
 
 
-async def options(_: web.Request) -> web.Response:
-    """Say which methods the event resource has."""
-    return web.Response(status=204, headers={"Allow": "OPTIONS, POST", "Server": SERVER})
+def options(methods: str) -> Handler:
+    """Return the handler that says which *methods* a resource has."""
+
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=204, headers={"Allow": methods, "Server": SERVER})
+
+    return answer
 
 
 async def get_problem(request: web.Request) -> web.Response:
@@ -132,9 +136,12 @@ async def _read_one(
     try:
         if form is Form.EVENT:
             event_id = new_event_id() if key is None else event_id_from_key(key)
-            return Event(of_path or "", event_id, received_ns, check_body(raw)), key is not None
-        draft = read_structured(raw) if form is Form.CLOUDEVENT else read_binary(request.headers, raw)
-        return _of_cloudevent(draft, of_path, received_ns, limit=settings.max_event_bytes), True
+            event = Event(of_path or "", event_id, received_ns, check_body(raw))
+        else:
+            draft = read_structured(raw) if form is Form.CLOUDEVENT else read_binary(request.headers, raw)
+            event = _of_cloudevent(draft, of_path, received_ns, limit=settings.max_event_bytes)
+        check_depth(event.body, settings.max_json_depth)
+        return event, form is not Form.EVENT or key is not None
     except NotJsonError:
         raise RequestRefusedError(problems.INVALID_JSON) from None
     except PoisonError as error:
@@ -158,7 +165,7 @@ async def _post_batch(
     key, settings = _key(request), app[SETTINGS]
     if form is Form.CLOUDEVENT_BATCH and key is not None:
         raise RequestRefusedError(problems.INVALID_IDEMPOTENCY_KEY, "The key of a CloudEvent is its source and id.")
-    place = Place(of_path, key, received_ns, settings.max_event_bytes)
+    place = Place(of_path, key, received_ns, settings.max_event_bytes, settings.max_json_depth)
     raw = await _body(request, form, share)
     lines = await read_batch(raw, *_BATCHES[form], place)
     del raw  # the lines are copies

@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from services.eventlog.jetstream.connection import check_max_payload, close
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.publisher import Publisher
+from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.jetstream.report import stream_ready
 from services.eventlog.jetstream.startup import reach
-from services.eventlog.jetstream.stored import StreamReader
 from services.eventlog.jetstream.watch import watching
 from services.ingest.app import OpenLog
 from services.ingest.settings import Settings
@@ -41,8 +41,8 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None]) -> Asyn
             yield OpenLog(
                 publisher,
                 lambda: stream_ready(client, settings.log),
+                JetStreamReader(client, settings.log),
                 lambda metrics: watching(client, settings.log, metrics),
-                StreamReader(client),
             )
         finally:
             await publisher.close()

@@ -48,7 +48,7 @@ class Metrics:
         # fault, the log has a line REQUEST_FAILED for each.
         self.requests = Counter(
             "fi_ingest_requests_total",
-            "Answers by status and problem (empty for 202); the management listener's are not counted.",
+            "Answers by status and problem (empty for 200 and 202); the management listener's are not counted.",
             ["status", "problem"],
             registry=self.registry,
         )
@@ -64,7 +64,7 @@ class Metrics:
         # Start another ingest, or find out why publishes are slow.
         self.in_flight = Gauge(
             "fi_ingest_requests_in_flight",
-            "Posted events that are being read or stored just now.",
+            "Posted events that are being read or stored, and reads that are being answered, just now.",
             registry=self.registry,
         )
         # Near FI_MAX_IN_FLIGHT_BYTES: clients are about to get 429. As above; or raise the limit, if there is memory.
@@ -139,7 +139,36 @@ class Metrics:
             "1 while FI_TLS_CERT and FI_TLS_KEY are no good and their former content is shown.",
             registry=self.registry,
         )
+        # near FI_MAX_BACKLOG: clients are about to get 503; see which partitions wait (fi_partition_backlog_events)
+        self.backlog = Gauge(
+            "fi_ingest_backlog_events",
+            "Events that wait to be committed, as estimated each second; 0 while nothing is known.",
+            registry=self.registry,
+        )
+        self.drain_rate = Gauge(
+            "fi_ingest_drained_events_per_second",
+            "Events that all persisters commit a second, as measured between looks; 0 while nothing is known.",
+            registry=self.registry,
+        )
         self.access_refused = {reason: self.access.labels(reason) for reason in ACCESS_REASONS}
+        # above the usual while publishes fare well: the persisters are busy, see fi_persister_question_seconds
+        self.read_duration = Histogram(
+            "fi_ingest_read_duration_seconds",
+            "From the request's headers to its answer, for reads, whatever the answer; not for followers.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        # Near FI_MAX_FOLLOWERS: clients are about to get 429.
+        self.followers = Gauge(
+            "fi_ingest_followers", "Clients that follow a consultation just now.", registry=self.registry
+        )
+        self.followed_events = Counter(
+            "fi_ingest_followed_events_total", "Events sent to followers.", registry=self.registry
+        )
+        # any: clients, or what stands between, do not read what they asked for; they come back with Last-Event-ID
+        self.followers_dropped = Counter(
+            "fi_ingest_followers_dropped_total", "Followers let go because they were too slow.", registry=self.registry
+        )
         self.outcomes = {outcome: self.publishes.labels(outcome) for outcome in OUTCOMES}
         self.accepted = self.requests.labels("202", "")
         self.refused = {problem: self.requests.labels(str(problem.status), problem.slug) for problem in problems()}

@@ -84,6 +84,9 @@ INVALID_IDEMPOTENCY_KEY = Problem(
     "Send at most one Idempotency-Key header: 1 to 255 visible ASCII characters, quoted or not.",
 )
 INVALID_JSON = Problem("invalid-json", 400, "Body is not JSON", "The body must be one JSON text in UTF-8.")
+INVALID_PARAMETER = Problem(
+    "invalid-parameter", 400, "Invalid parameter", "A parameter of the query, or Last-Event-ID, is malformed."
+)
 UNAUTHORIZED = Problem(
     "unauthorized",
     401,
@@ -100,8 +103,17 @@ INVALID_CONSULTATION_ID = Problem(
     "Invalid consultation id",
     "A consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -.",
 )
+UNKNOWN_EVENT = Problem(
+    "unknown-event", 404, "Unknown event", "The consultation has no event with this message id, stored or waiting."
+)
 METHOD_NOT_ALLOWED = Problem(
     "method-not-allowed", 405, "Method not allowed", "The Allow header lists the methods of this resource."
+)
+NOT_ACCEPTABLE = Problem(
+    "not-acceptable",
+    406,
+    "Not acceptable",
+    "This resource comes as application/json or application/x-ndjson, and as text/event-stream with follow=1.",
 )
 BODY_TIMEOUT = Problem(
     "body-timeout", 408, "Body took too long", "The body was not complete in time; nothing was stored.", close=True
@@ -161,11 +173,33 @@ RATE_LIMITED = Problem(
     "The token has sent more than its rate allows; nothing was stored. Retry with the same key.",
     retry=True,
 )
+TOO_MANY_FOLLOWERS = Problem(
+    "too-many-followers",
+    429,
+    "Too many followers",
+    "As many clients follow consultations through this process as may.",
+    retry=True,
+)
 INTERNAL_ERROR = Problem(
     "internal-error",
     500,
     "Internal error",
     "A fault of the service. The event may or may not be stored: retry with the same Idempotency-Key.",
+)
+TOO_MANY_CONNECTIONS = Problem(
+    "too-many-connections",
+    503,
+    "Too many connections",
+    "This process has as many connections as it may; nothing was stored. Retry with the same key.",
+    retry=True,
+    close=True,
+)
+BACKLOG_FULL = Problem(
+    "backlog-full",
+    503,
+    "Too much waits",
+    "More events wait to be written than may; nothing was stored. Retry with the same key.",
+    retry=True,
 )
 LOG_FULL = Problem(
     "log-full",
@@ -193,6 +227,13 @@ LOG_REFUSED = Problem(
     503,
     "Event log refuses",
     "The event log refuses until an operator has acted; nothing was stored. Retry with the same key.",
+    retry=True,
+)
+CORPUS_AWAY = Problem(
+    "corpus-away",
+    503,
+    "Corpus is away",
+    "No persister answers for this part of the corpus just now, and the event log alone does not hold all of it.",
     retry=True,
 )
 

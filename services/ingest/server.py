@@ -13,7 +13,8 @@ from aiohttp.web_protocol import RequestHandler
 from services.contract.errors import BindError
 from services.ingest import problems
 from services.ingest.answers import Answers
-from services.ingest.handlers import ANSWERS
+from services.ingest.connections import Connections
+from services.ingest.handlers import ANSWERS, SETTINGS
 from services.ingest.problems import RequestRefusedError
 
 #: connections that wait to be accepted
@@ -38,9 +39,20 @@ class Protocol(RequestHandler):
     A middleware sees only what a route was found for, and costs every request.
     """
 
-    def __init__(self, answers: Answers, manager: web.Server, **options: Any) -> None:
+    def __init__(self, answers: Answers, connections: Connections, manager: web.Server, **options: Any) -> None:
         super().__init__(manager, **options)
         self._answers = answers
+        self._connections = connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Serve a new connection, unless there are too many; then this is the last that is heard of it."""
+        if self._connections.enter(transport):
+            super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Make room for another one."""
+        self._connections.leave()
+        super().connection_lost(exc)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -87,6 +99,7 @@ class HttpServer:
         self._grace = grace
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_FLUSH_SECONDS)
         self._listener: asyncio.Server | None = None
+        self._connections = Connections(app[SETTINGS].max_connections, app[ANSWERS])
 
     async def start(self) -> None:
         """Open the application's resources, then accept connections.
@@ -120,6 +133,7 @@ class HttpServer:
         assert manager is not None
         return Protocol(
             self._app[ANSWERS],
+            self._connections,
             manager,
             loop=asyncio.get_running_loop(),
             access_log=None,

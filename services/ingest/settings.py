@@ -81,6 +81,12 @@ class Settings:
         parse=integer(1, 1_000_000),
         doc="Events that this process stores at the same time; a client beyond it gets 429.",
     )
+    max_connections: int = setting(
+        "FI_MAX_CONNECTIONS",
+        2000,
+        parse=integer(1, 1_000_000),
+        doc="Connections that this process has; one more gets 503. Bounded by the files that it may open (ulimit -n).",
+    )
     max_in_flight_bytes: int = setting(
         "FI_MAX_IN_FLIGHT_BYTES",
         256 * 2**20,
@@ -111,6 +117,18 @@ class Settings:
         parse=seconds(0, 10),
         doc="How long the corpus may delay the answer to a key that the broker does not know; 0 never asks it.",
     )
+    max_json_depth: int = setting(
+        "FI_MAX_JSON_DEPTH",
+        100,
+        parse=integer(1, 1024),
+        doc="Levels of objects and arrays in a body; a deeper one gets 422. Many readers fail beyond some of them.",
+    )
+    max_backlog: int = setting(
+        "FI_MAX_BACKLOG",
+        100_000,
+        parse=integer(0, 10**12),
+        doc="Events that may wait in the log for their commit, beyond it 503; 0 leaves it to the log's own limit.",
+    )
     body_timeout: float = setting(
         "FI_BODY_TIMEOUT",
         30.0,
@@ -121,7 +139,19 @@ class Settings:
         "FI_RETRY_AFTER",
         2.0,
         parse=seconds(1, 3600),
-        doc="What Retry-After says in 409, 429 and 503, rounded up to whole seconds.",
+        doc="What Retry-After says in 409, 429 and 503, in whole seconds, unless a measured rate tells better.",
+    )
+    max_followers: int = setting(
+        "FI_MAX_FOLLOWERS",
+        100,
+        parse=integer(0, 100_000),
+        doc="Clients that follow consultations through this process; one more gets 429. Each takes 2 MiB at most.",
+    )
+    follow_interval: float = setting(
+        "FI_FOLLOW_INTERVAL",
+        0.25,
+        parse=seconds(0.01, 60),
+        doc="How often the log is asked for news of each consultation that is followed: one cheap request.",
     )
     shutdown_grace: float = setting(
         "FI_SHUTDOWN_GRACE",

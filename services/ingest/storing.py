@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from services.contract.errors import FiqError
 from services.contract.event import Event
@@ -41,13 +41,24 @@ _BATCH_FAILED = "Some events of the batch may be stored, none twice: retry all o
 
 
 class Storing:
-    """Stores events, one or a batch of them."""
+    """Stores events, one or a batch of them.
 
-    def __init__(self, writer: EventWriter, keys: Keys, metrics: Metrics, answers: Answers) -> None:
+    Args:
+        writer: takes them.
+        keys: compares what comes under a key that was used before.
+        metrics: counts what becomes of them.
+        answers: logs why the log refuses for good.
+        note: called with positions to which the log has come.
+    """
+
+    def __init__(
+        self, writer: EventWriter, keys: Keys, metrics: Metrics, answers: Answers, note: Callable[[int], None]
+    ) -> None:
         self._writer = writer
         self._keys = keys
         self._metrics = metrics
         self._answers = answers
+        self._note = note
 
     @contextlib.contextmanager
     def refusing(self, detail: str | None = None) -> Iterator[None]:
@@ -158,6 +169,7 @@ class Storing:
             return refusal.problem
 
     def _stored(self, events: Sequence[Appended]) -> None:
+        self._note(max((appended.sequence for appended in events), default=0))
         known = sum(appended.duplicate for appended in events)
         self._metrics.outcomes[outcomes.DUPLICATE].inc(known)
         self._metrics.outcomes[outcomes.STORED].inc(len(events) - known)

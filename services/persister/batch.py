@@ -1,4 +1,4 @@
-"""One batch: from raw deliveries to committed rows. Runs in the HDF5 thread, knows nothing of the broker."""
+"""One batch: from raw deliveries to appended rows. Runs in the HDF5 thread, knows nothing of the broker."""
 
 from __future__ import annotations
 
@@ -25,18 +25,37 @@ class Sorted:
 
 
 @dataclass(frozen=True, slots=True)
+class Reused:
+    """An event whose id its consultation holds with another body.
+
+    Attributes:
+        sequence: its position in the log.
+        event: the event, which is not written.
+        first: position of the event that is kept.
+    """
+
+    sequence: int
+    event: Event
+    first: int
+
+
+@dataclass(slots=True)
 class Written:
-    """What a commit brought.
+    """What a batch brings.
 
     Attributes:
         persisted: events that are new in the corpus.
-        duplicates: events that it held already.
+        duplicates: events that it held already, body and all.
         consultations: consultations touched.
+        reused: events whose id it held with another body.
+        created: consultations that were not in the corpus.
     """
 
-    persisted: int
-    duplicates: int
-    consultations: int
+    persisted: int = 0
+    duplicates: int = 0
+    consultations: int = 0
+    reused: list[Reused] = field(default_factory=list)
+    created: list[str] = field(default_factory=list)
 
 
 def sort(batch: Sequence[Delivery], condemned: Mapping[int, str]) -> Sorted:
@@ -55,33 +74,72 @@ def sort(batch: Sequence[Delivery], condemned: Mapping[int, str]) -> Sorted:
     return result
 
 
-def write(store: EventStore, events: Sequence[tuple[int, Event]], reached: int) -> Written:
-    """Append the *events* that *store* does not hold, and commit them together with the sequence *reached*.
+def append(store: EventStore, events: Sequence[tuple[int, Event]]) -> Written:
+    """Append the *events* that *store* does not hold; the commit is the caller's.
 
     Raises:
-        CorpusError: nothing was committed; the store must be abandoned and opened again.
+        CorpusError: the store must be abandoned and opened again.
     """
     groups: dict[str, list[tuple[int, Event]]] = {}
     for numbered in events:
         groups.setdefault(numbered[1].consultation, []).append(numbered)
-    persisted = touched = 0
+    written = Written()
     for consultation, candidates in groups.items():
-        records = _new_records(candidates, store.event_ids(consultation))
+        held = store.event_ids(consultation)
+        records, repeats = _told_apart(candidates, held)
+        if repeats:
+            written.reused += _reused(store, consultation, records, repeats)
         if records:
-            store.append(consultation, records)
-            persisted += len(records)
-            touched += 1
-    store.commit(reached)
-    return Written(persisted, len(events) - persisted, touched)
+            if not held:
+                written.created.append(consultation)
+            store.append(consultation, list(records.values()))
+            written.persisted += len(records)
+            written.consultations += 1
+    written.reused.sort(key=lambda reused: reused.sequence)
+    written.duplicates = len(events) - written.persisted - len(written.reused)
+    return written
 
 
-def _new_records(candidates: Sequence[tuple[int, Event]], held: Set[bytes]) -> list[Record]:
-    """Return the records of the events of one consultation that are neither *held* nor among those before them."""
-    records = []
-    seen: set[bytes] = set()
+def _told_apart(
+    candidates: Sequence[tuple[int, Event]], held: Set[bytes]
+) -> tuple[dict[bytes, Record], list[tuple[int, Event]]]:
+    """Return the records of the events that are neither *held* nor among those before them, by id, and the others."""
+    records: dict[bytes, Record] = {}
+    repeats = []
     for sequence, event in candidates:
         event_id = event.event_id.bytes
-        if event_id not in held and event_id not in seen:
-            seen.add(event_id)
-            records.append(Record(sequence, event.received_ns, event_id, event.body))
-    return records
+        if event_id in held or event_id in records:
+            repeats.append((sequence, event))
+        else:
+            records[event_id] = Record(sequence, event.received_ns, event_id, event.body)
+    return records, repeats
+
+
+def _reused(
+    store: EventStore, consultation: str, records: Mapping[bytes, Record], repeats: Sequence[tuple[int, Event]]
+) -> list[Reused]:
+    """Return those of *repeats*, events of one consultation, whose body is not the first one's.
+
+    What was delivered before has its own sequence in the corpus, which is found in a few steps: after a crash all of a
+    batch may be that. Other copies are searched for together, and only bodies of equal length are read.
+    """
+    reused = []
+    copies: list[tuple[int, Event]] = []
+    with store.reading() as lookup:
+        stored = lookup.consultation(consultation)
+        for sequence, event in repeats:
+            own = records.get(event.event_id.bytes)
+            if own is not None:
+                if own.body != event.body:
+                    reused.append(Reused(sequence, event, own.sequence))
+            elif stored is not None:
+                row = stored.at(sequence)
+                if row is None or row.event_id != event.event_id.bytes:
+                    copies.append((sequence, event))
+        if stored is not None and copies:
+            rows = stored.find({event.event_id.bytes for _, event in copies})
+            for sequence, event in copies:
+                row = rows[event.event_id.bytes]
+                if row.length != len(event.body) or stored.body(row) != event.body:
+                    reused.append(Reused(sequence, event, row.sequence))
+    return reused

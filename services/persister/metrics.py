@@ -26,6 +26,9 @@ RATE_WINDOW_SECONDS = 10.0
 _PARTITION = ("partition",)
 #: what a failure may be: it is tried again, it should not exist and is tried again, it stops the partition
 FAILURE_KINDS = ("transient", "unexpected", "permanent")
+#: what may come of a question: answered with HDF5, answered from memory, the partition was let go or is between two
+#: commits, too many wait, its asker stopped waiting, the connection is congested, it is no question, a fault
+QUESTION_OUTCOMES = ("answered", "memory", "away", "busy", "stale", "dropped", "malformed", "failed")
 _STATES = ("starting", "following", "retrying", "stopped")
 
 
@@ -98,6 +101,27 @@ class Metrics:
         # any: look at `nats stream view fi-dead`
         self.dead_letters = Counter(
             "fi_persister_dead_letters", "Messages moved to stream fi-dead", _PARTITION, registry=registry
+        )
+        # any: a client used a key for two events; the second is in fi-dead, its reason names the first
+        self.reused_keys = Counter(
+            "fi_persister_reused_keys",
+            "Events moved to stream fi-dead as the corpus held their id with another body",
+            _PARTITION,
+            registry=registry,
+        )
+        # away, busy, stale, dropped: readers of HTTP get 503; failed: the log has a line QUESTION_FAILED
+        self.questions = Counter(
+            "fi_persister_questions",
+            "Questions about the corpus, by what came of them",
+            ("kind", "outcome"),
+            registry=registry,
+        )
+        # large: readers take time from the writer; while batches wait they get a fifth of the HDF5 thread
+        self.question_seconds = Histogram(
+            "fi_persister_question_seconds",
+            "Time of the HDF5 thread that an answered question took",
+            buckets=(0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1),
+            registry=registry,
         )
         self.bytes = Counter("fi_persister_bytes", "Bytes of bodies taken", _PARTITION, registry=registry)
         self.batch_events = Histogram(
@@ -187,7 +211,7 @@ class PartitionMetrics:
         self._metrics = metrics
         self._name = partition_name(partition)
         self._acks = RateWindow()
-        for counter in (metrics.events, metrics.duplicates, metrics.dead_letters, metrics.bytes):
+        for counter in (metrics.events, metrics.duplicates, metrics.dead_letters, metrics.reused_keys, metrics.bytes):
             counter.labels(self._name)  # shown as 0 from the start: a counter that appears as 1 has no increase
         for kind in FAILURE_KINDS:
             metrics.failures.labels(self._name, kind)
@@ -224,6 +248,10 @@ class PartitionMetrics:
     def dead_letter(self) -> None:
         """Note a message that was set aside."""
         self._metrics.dead_letters.labels(self._name).inc()
+
+    def reused_key(self) -> None:
+        """Note an event that was set aside since another one has its id."""
+        self._metrics.reused_keys.labels(self._name).inc()
 
     def failed(self, kind: str) -> None:
         """Note a failure: transient, unexpected or permanent."""

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
+from services.contract.errors import TransientError
+from services.contract.event import Event
 from services.corpus import EventStore
 from services.eventlog.errors import PlacementError
 from services.eventlog.protocol import Delivery
-from services.persister.batch import Sorted, Written, sort, write
+from services.persister.batch import Sorted, Written, append, sort
+from services.persister.names import Names
+
+#: the names of all consultations stay in memory for so long after they were asked for, seconds
+NAMES_SECONDS = 600.0
+
+
+class NotNowError(TransientError):
+    """Raised when the file cannot be asked just now: it was let go, or a batch is half written."""
 
 
 class PartitionFile:
@@ -25,6 +36,7 @@ class PartitionFile:
     def __init__(self, open_store: Callable[[], EventStore]) -> None:
         self.store: EventStore | None = None
         self._open_store = open_store
+        self._names: Names | None = None
 
     def open(self) -> EventStore:
         """Open the file.
@@ -43,6 +55,7 @@ class PartitionFile:
             abandon: make no last checkpoint.
         """
         store, self.store = self.store, None
+        self._names = None
         failures: list[Exception] = []
         if store is None:
             return failures
@@ -56,7 +69,7 @@ class PartitionFile:
     def take(
         self, store: EventStore, batch: Sequence[Delivery], condemned: Mapping[int, str]
     ) -> tuple[Sorted, Written | None]:
-        """Decode *batch*, and write it at once when there is nothing to set aside; None stands for not written yet.
+        """Decode *batch*, and :meth:`write` it at once when none of it is poison; None stands for not written yet.
 
         Raises:
             PlacementError: the file was deleted or replaced.
@@ -66,7 +79,48 @@ class PartitionFile:
         sorted_ = sort(batch, condemned)
         if sorted_.poison:
             return sorted_, None
-        return sorted_, write(store, sorted_.events, batch[-1].sequence)
+        return sorted_, self.write(store, sorted_.events, batch[-1].sequence)
+
+    def write(self, store: EventStore, events: Sequence[tuple[int, Event]], reached: int) -> Written:
+        """Append *events* and commit them with *reached*; with reused keys among them the :meth:`commit` must follow.
+
+        Raises:
+            CorpusError: nothing was committed.
+        """
+        written = append(store, events)
+        if not written.reused:
+            self.commit(store, written, reached)
+        return written
+
+    def commit(self, store: EventStore, written: Written, reached: int) -> None:
+        """Commit what :meth:`write` appended, once what it did not take is safe elsewhere.
+
+        Raises:
+            CorpusError: nothing was committed.
+        """
+        store.commit(reached)
+        if self._names is not None:
+            self._names.add(written.created)
+
+    @property
+    def names(self) -> Names:
+        """The ids of all consultations in the file; empty at first, to be filled by whoever asks."""
+        if self._names is None:
+            self._names = Names()
+        return self._names
+
+    def check_askable(self, store: EventStore) -> None:
+        """Make sure that *store* may be read on behalf of others.
+
+        Raises:
+            NotNowError: it was closed, or holds what is not committed.
+            PlacementError: the file was deleted or replaced.
+        """
+        if store is not self.store:
+            raise NotNowError("the partition was let go")
+        if store.uncommitted:
+            raise NotNowError("a batch is half written")
+        _check_in_place(store)
 
     def advance(self, store: EventStore, sequence: int) -> bool:
         """Move the committed sequence forward; False when a batch has taken it further already, or it was closed.
@@ -75,7 +129,7 @@ class PartitionFile:
             PlacementError: the file was deleted or replaced.
             CorpusError: it was not committed.
         """
-        if store is not self.store or store.committed >= sequence:
+        if store is not self.store or store.uncommitted or store.committed >= sequence:
             return False
         _check_in_place(store)
         store.commit(sequence)
@@ -91,6 +145,8 @@ class PartitionFile:
         if store is self.store:
             _check_in_place(store)
             store.maybe_checkpoint()
+        if self._names is not None and time.monotonic() - self._names.used > NAMES_SECONDS:
+            self._names = None
 
 
 def _check_in_place(store: EventStore) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from services.contract import logs
 from services.contract.errors import FiqError, PermanentError, TransientError
@@ -31,7 +31,7 @@ from services.corpus import (
 from services.eventlog.errors import PlacementError
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import Delivery, Follower
-from services.persister.batch import Sorted, Written, write
+from services.persister.batch import Sorted, Written
 from services.persister.checkpoints import CheckpointWatch
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.metrics import Metrics
@@ -71,6 +71,18 @@ class Limits:
     size: int
 
 
+class Answers(Protocol):
+    """Answers questions about partitions whose files are open."""
+
+    async def open(self, partition: int, file: PartitionFile, store: EventStore) -> None:
+        """Answer for *partition* from now on."""
+        ...
+
+    async def close(self, partition: int) -> None:
+        """Answer for it no more. Idempotent."""
+        ...
+
+
 class PartitionRunner:
     """One partition of this process.
 
@@ -83,6 +95,7 @@ class PartitionRunner:
         limits: how much is committed together.
         metrics: of this process.
         poison_limit: when bad messages are a flood.
+        desk: answers questions about the partition while its file is open.
     """
 
     def __init__(
@@ -96,6 +109,7 @@ class PartitionRunner:
         limits: Limits,
         metrics: Metrics,
         poison_limit: PoisonLimit | None = None,
+        desk: Answers | None = None,
     ) -> None:
         self.partition = partition
         self.state = State.STARTING
@@ -109,6 +123,7 @@ class PartitionRunner:
         self._log = logs.get_logger("runner").bind(partition=partition_name(partition))
         self._checkpoints = CheckpointWatch(self._log)
         self._poison_limit = poison_limit or PoisonLimit()
+        self._desk = desk
         self._follower: Follower | None = None
         self._judged = 0  # last sequence that the poison limit has counted
         self._suspects = Suspects()
@@ -198,6 +213,8 @@ class PartitionRunner:
         self._change(State.RETRYING if self.reason else State.STARTING, self.reason)
         store = await self._in_thread(self._file.open)
         self._metrics.committed(store.committed)
+        if self._desk is not None:
+            await self._desk.open(self.partition, self._file, store)
         self._follower = self._make_follower()
         await self._follower.start(store.committed)
         self._busy_at = time.monotonic()
@@ -239,6 +256,8 @@ class PartitionRunner:
 
     async def _release(self, *, abandon: bool = False) -> None:
         """Let go of the consumer, then of the file; with *abandon* what is not committed may be what went wrong."""
+        if self._desk is not None:
+            await self._desk.close(self.partition)
         follower, self._follower = self._follower, None
         if follower is not None:
             try:
@@ -264,9 +283,12 @@ class PartitionRunner:
             sorted_, written = await self._in_thread(lambda: self._file.take(store, batch, self._suspects.condemned))
             if written is None:
                 await self._set_aside(batch, sorted_)
-                written = await self._in_thread(lambda: write(store, sorted_.events, reached))
+                written = await self._in_thread(lambda: self._file.write(store, sorted_.events, reached))
             else:
                 self._judge_good(batch)
+            if written.reused:
+                await self._set_reused_aside(batch, written)
+                await self._in_thread(lambda: self._file.commit(store, written, reached))
         except (FiqError, TransientCorpusError, PermanentCorpusError, StoreFailedError):
             raise
         except (OSError, MemoryError):  # the machine's trouble, not the message's
@@ -298,6 +320,15 @@ class PartitionRunner:
             self._metrics.dead_letter()
             self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason)
 
+    async def _set_reused_aside(self, batch: list[Delivery], written: Written) -> None:
+        """Keep what came under a used id: a client's mistake, so it is no poison and counts for no flood."""
+        deliveries = {delivery.sequence: delivery for delivery in batch}
+        for reused in written.reused:
+            reason = f"its consultation holds this message id with another body, at sequence {reused.first}"
+            await self._dead.send(deliveries[reused.sequence], reason)
+            self._metrics.reused_key()
+            self._log.warning("EVENT_KEY_REUSED", sequence=reused.sequence, first_sequence=reused.first)
+
     def _report(self, batch: list[Delivery], sorted_: Sorted, written: Written, seconds: float) -> None:
         oldest = min((event.received_ns for _, event in sorted_.events), default=None)
         size = sum(len(delivery.body) for delivery in batch)
@@ -309,7 +340,7 @@ class PartitionRunner:
             last_sequence=batch[-1].sequence,
             persisted=written.persisted,
             duplicates=written.duplicates,
-            dead=len(sorted_.poison),
+            dead=len(sorted_.poison) + len(written.reused),
             consultations=written.consultations,
             bytes=size,
             duration_s=round(seconds, 6),

@@ -26,7 +26,7 @@ from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import close
 from services.eventlog.jetstream.follower import JetStreamFollower
-from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name
+from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name, corpus_subject
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.processes import show_committed
 from services.eventlog.jetstream.publisher import Publisher
@@ -35,6 +35,7 @@ from services.eventlog.jetstream.trim import Trimmer
 from services.eventlog.jetstream.watch import watching
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity
+from services.persister.answering import Desk
 from services.persister.assignment import Deployment, open_store
 from services.persister.coordinator import Coordinator
 from services.persister.dead_letters import DeadLetters, PoisonLimit
@@ -122,7 +123,9 @@ async def _persist(
     with ThreadPoolExecutor(1, thread_name_prefix="hdf5") as hdf5:
         volume = deployment.volume
         members = Members(volume.workers, uuid.uuid4().hex)
-        coordinator = _coordinator(nc, settings, deployment, members, publisher, hdf5, metrics)
+        desk = Desk(nc, volume.store, hdf5, metrics)
+        answering = asyncio.create_task(desk.run(), name="answering")
+        coordinator = _coordinator(nc, settings, deployment, members, publisher, hdf5, metrics, desk)
         members.join()
         readiness.coordinator = coordinator
         try:
@@ -131,6 +134,7 @@ async def _persist(
         finally:
             get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
             await coordinator.stop()
+            answering.cancel()
             await publisher.close()
 
 
@@ -160,6 +164,7 @@ def _coordinator(
     publisher: Publisher,
     hdf5: ThreadPoolExecutor,
     metrics: Metrics,
+    desk: Desk,
 ) -> Coordinator:
     identity = deployment.identity
     budget = Budget(settings.buffer_events, settings.buffer_bytes)
@@ -190,6 +195,7 @@ def _coordinator(
             limits=Limits(settings.batch_events, settings.batch_bytes),
             metrics=metrics,
             poison_limit=PoisonLimit(streak=settings.poison_streak),
+            desk=desk,
         )
 
     coordinator = Coordinator(
@@ -218,6 +224,7 @@ async def _announced(
         "address": address,
         "partitions": "",
         "committed": "",
+        "questions": corpus_subject(volume.store, 0, "*").replace(".0.", ".<partition>."),
     }
 
     def changed(partitions: list[int]) -> None:

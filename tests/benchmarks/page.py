@@ -72,6 +72,15 @@ away. *Append + flush* is high-level h5py, the group looked up by its name and a
 without any network, over the first events of the same sequence (how many stands beside it).
 """
 
+_READS = """\
+## Events a second read back
+
+All events are persisted and read consultation by consultation (50 events each), one request after another. *Plain
+corpus reader* is `services.corpus.open_corpus` in the measuring process, which opens the files for each round.
+*Reader's pages* and *finds* ask the persister through NATS, as ingest does; *GET* goes through the ingest process as
+well. In the case of one event an event a second is a request a second.
+"""
+
 _MEMORY = """\
 ## Resident memory
 
@@ -85,6 +94,7 @@ _SECTIONS = {
     "batches": _BATCHES.format(clients=BATCH_CLIENTS, events=BATCH_EVENTS),
     "security": _SECURITY,
     "persister": _PERSISTER,
+    "reads": _READS,
     "memory": _MEMORY,
 }
 

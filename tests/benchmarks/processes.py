@@ -48,6 +48,8 @@ def ingest(url: str, folder: Path, *, partitions: int, **settings: str) -> Itera
     """Run ingest until the block ends; yield it and its port."""
     port, management = free_ports(2)
     ports = {"FI_PORT": str(port), "FI_MANAGEMENT_PORT": str(management)}
+    # nothing drains in most measurements
+    ports["FI_MAX_BACKLOG"] = "0"
     env = {"FI_NATS_URL": url, **ports, "FI_PARTITIONS": str(partitions), **settings}
     with server("ingest", "services.ingest", [], management, folder, **env) as running:
         wait(lambda: '"INGEST_STARTED"' in running.log_tail(), running, START_SECONDS)

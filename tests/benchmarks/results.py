@@ -19,6 +19,13 @@ PULL = "bare pull"
 PLAIN = "POST, plain"
 SECURED = "POST, TLS and users"
 APPEND = "append + flush, each event"
+CORPUS_READER = "plain corpus reader"
+READ_PAGES = "reader's pages, without HTTP"
+READ_FOUND = "reader's finds, many at once"
+READ_NDJSON = "GET events, NDJSON"
+READ_JSON = "GET events, JSON"
+READ_FOLLOW = "GET events, follow=1"
+READ_ONE = "GET one event, one by one"
 
 
 class About(TypedDict):
@@ -71,6 +78,15 @@ class Drain(TypedDict):
     batch_consultations: float
 
 
+class Read(TypedDict):
+    """One way to read the events of a corpus."""
+
+    target: str
+    events: int
+    events_per_s: float
+    rounds: list[float]
+
+
 class Memory(TypedDict):
     """The most that one process was seen to hold in each phase, in MB (10^6 bytes); 0 while it did not run."""
 
@@ -90,6 +106,7 @@ class Results(TypedDict, total=False):
     batches: list[Throughput]
     security: list[Latency]
     persister: list[Drain]
+    reads: list[Read]
     memory: list[Memory]
 
 

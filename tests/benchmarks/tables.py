@@ -6,7 +6,18 @@ import math
 from collections.abc import Iterable, Sequence
 
 from tests.benchmarks.aims import aims
-from tests.benchmarks.results import APPEND, BARE_BATCH, EMPTY, PERSISTER, PLAIN, PUBLISH, PULL, Drain, Results
+from tests.benchmarks.results import (
+    APPEND,
+    BARE_BATCH,
+    CORPUS_READER,
+    EMPTY,
+    PERSISTER,
+    PLAIN,
+    PUBLISH,
+    PULL,
+    Drain,
+    Results,
+)
 
 
 def latency(results: Results) -> str:
@@ -111,6 +122,21 @@ def persister(results: Results) -> str:
     return table(heads.split("|"), rows, text=4)
 
 
+def reads(results: Results) -> str:
+    """Return the table of the ways to read."""
+    plain = _of(results["reads"], target=CORPUS_READER)
+    rows = [
+        [
+            row["target"],
+            _count(row["events_per_s"]),
+            _ratio(row["events_per_s"], plain["events_per_s"] if plain else math.nan),
+            _rounds(row["rounds"]),
+        ]
+        for row in results["reads"]
+    ]
+    return table(["target", "events/s", "/ plain corpus reader", "rounds"], rows)
+
+
 def memory(results: Results) -> str:
     """Return the table of resident memory."""
     rows = []
@@ -137,6 +163,7 @@ def all_tables(results: Results) -> list[tuple[str, str]]:
         "batches": batches,
         "security": security,
         "persister": persister,
+        "reads": reads,
         "memory": memory,
     }
     return [(key, make(results)) for key, make in makers.items() if key in results]

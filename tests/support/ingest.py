@@ -17,7 +17,7 @@ from aiohttp.web import Application
 from services.contract.event import Event
 from services.contract.management import bind, managed
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
-from services.eventlog.protocol import Appended, StoredEvent
+from services.eventlog.protocol import Appended, Page, StoredEvent
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS
 from services.ingest.server import TLS, HttpServer
@@ -26,7 +26,15 @@ from services.ingest.settings import Settings
 
 @dataclass
 class MemoryLog:
-    """An EventWriter that keeps events in a list, and fails or waits when it is told to."""
+    """An EventWriter over a list of events, which fails or waits when it is told to; its reader shows them.
+
+    Attributes:
+        persisted: how many of the first events count as persisted.
+        read_error: what every read raises.
+        page_events: events of a page, at most.
+        reads: pages that were read.
+        looks: questions for news.
+    """
 
     events: list[Event] = field(default_factory=list)
     error: Exception | None = None
@@ -36,10 +44,15 @@ class MemoryLog:
     reasons: list[str] = field(default_factory=list)
     #: how many events each batch had
     batches: list[int] = field(default_factory=list)
-    reader: MemoryReader | None = None
+    reader: MemoryReader = field(init=False)
+    persisted: int = 0
+    read_error: Exception | None = None
+    page_events: int = 1000
+    reads: int = 0
+    looks: int = 0
 
     def __post_init__(self) -> None:
-        self.reader = self.reader or MemoryReader(self)
+        self.reader = MemoryReader(self)
 
     async def append(self, event: Event) -> Appended:
         if self.gate is not None:
@@ -65,13 +78,13 @@ class MemoryLog:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[OpenLog]:
-        yield OpenLog(self, self.ready, reader=self.reader)
+        yield OpenLog(self, self.ready, self.reader)
         self.closed = True
 
 
 @dataclass
 class MemoryReader:
-    """An EventReader over a log in memory and a corpus in a list, which counts what it is asked.
+    """An EventBrowser over a log in memory, and for lookups a corpus in a list, which counts what it is asked.
 
     Attributes:
         log: whose events it reads.
@@ -108,9 +121,42 @@ class MemoryReader:
         return next(found, None)
 
     async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
-        events = enumerate(self.log.events, start=1)
-        found = [StoredEvent(at, event, False) for at, event in events if event.consultation == consultation]
-        return [stored for stored in found if stored.sequence > after][:limit]
+        return (await self.page(consultation, after, limit)).events
+
+    async def page(self, consultation: str, after: int, limit: int) -> Page:
+        self.log.reads += 1
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        found = self._numbered(lambda one: one.event.consultation == consultation and one.sequence > after)
+        shown = found[: min(limit, self.log.page_events)]
+        more = len(found) > len(shown)
+        return Page(shown, shown[-1].sequence if more else max(after, len(self.log.events)), more)
+
+    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        found = self._numbered(lambda one: (one.event.consultation, one.event.event_id) == (consultation, event_id))
+        return found[0] if found else None
+
+    async def has_news(self, consultation: str, after: int) -> bool:
+        self.log.looks += 1
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        return bool(self._numbered(lambda one: one.event.consultation == consultation and one.sequence > after))
+
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        names = sorted({event.consultation for event in self.log.events[: self.log.persisted]})
+        names = [name for name in names if name.startswith(prefix) and name > after]
+        return names[:limit], len(names) > limit
+
+    def _numbered(self, wanted: Callable[[StoredEvent], bool]) -> list[StoredEvent]:
+        stored = (
+            StoredEvent(sequence, event, persisted=sequence <= self.log.persisted)
+            for sequence, event in enumerate(self.log.events, start=1)
+        )
+        return [one for one in stored if wanted(one)]
 
 
 class Edge:

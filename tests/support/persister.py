@@ -35,6 +35,11 @@ def delivery(sequence: int, *, of: int | None = None, consultation: str = "c1") 
     return Delivery(sequence, consultation, made.headers(), made.body, f"token-{sequence}")
 
 
+def reusing(sequence: int, *, of: int, consultation: str = "c1", body: bytes = b'{"event_type":"T"}') -> Delivery:
+    """Deliver at *sequence* another *body* under the id of the event with number *of*."""
+    return Delivery(sequence, consultation, event(of, consultation).headers(), body, f"token-{sequence}")
+
+
 def poison(sequence: int, headers: Mapping[str, str] | None = None, body: bytes = b"garbage") -> Delivery:
     """Deliver what is no event."""
     return Delivery(sequence, "c1", headers, body, f"token-{sequence}")

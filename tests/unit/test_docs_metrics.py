@@ -14,7 +14,7 @@ from services.eventlog.jetstream.report import ReplicaReport, StreamReport
 from services.eventlog.metrics import PARTS, LogMetrics
 from services.ingest.metrics import OUTCOMES
 from services.ingest.metrics import Metrics as IngestMetrics
-from services.persister.metrics import FAILURE_KINDS
+from services.persister.metrics import FAILURE_KINDS, QUESTION_OUTCOMES
 from services.persister.metrics import Metrics as PersisterMetrics
 from services.persister.runner import State
 
@@ -30,6 +30,7 @@ def persister_metrics() -> PersisterMetrics:
     partition.queue(1, 1)
     partition.store(StoreStats(1, 1, 1, False, 0, "", 0.0, 0, 1, 1, 0, 0, 1, 0, 1, 0.1, 0.1))
     metrics.repairs.labels("gap")
+    metrics.questions.labels("find", "answered")
     metrics.info.labels("main", "volume", "host")
     metrics.volume_free.labels("volume")
     metrics.volume_size.labels("volume")
@@ -122,7 +123,7 @@ def test_each_part_of_a_look_is_documented(part: str) -> None:
     assert f"`{part}`" in "\n".join(section("Log"))
 
 
-@pytest.mark.parametrize("value", [*State, *FAILURE_KINDS])
+@pytest.mark.parametrize("value", [*State, *FAILURE_KINDS, *QUESTION_OUTCOMES])
 def test_each_state_and_kind_of_failure_is_documented(value: str) -> None:
     """The same for partitions."""
     assert f"`{value}`" in "\n".join(section("Persister"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.eventlog.jetstream.names import (
+    CORPUS_PREFIX,
     DEAD_PREFIX,
     DEAD_STREAM,
     EVENTS_PREFIX,
@@ -18,6 +19,7 @@ from services.eventlog.jetstream.names import (
     Role,
     inbox_prefix,
 )
+from services.eventlog.jetstream.reading_wire import Kind
 
 _STREAMS = (STREAM, DEAD_STREAM)
 
@@ -51,7 +53,13 @@ _WATCH = (
 
 PERMISSIONS: dict[Role, Permissions] = {
     Role.INGEST: Permissions(
-        publish=(EVENTS_SUBJECT, *_WATCH),
+        publish=(
+            EVENTS_SUBJECT,
+            *_WATCH,
+            # what a client was told is stored must be shown to it: only the stream's leader is sure to have it
+            *_api(f"STREAM.MSG.GET.{STREAM}"),
+            *(f"{CORPUS_PREFIX}.*.*.{kind}" for kind in Kind),
+        ),
         subscribe=(_inbox(Role.INGEST),),
     ),
     Role.PERSISTER: Permissions(
@@ -72,6 +80,7 @@ PERMISSIONS: dict[Role, Permissions] = {
         ),
         subscribe=(
             _inbox(Role.PERSISTER),
+            f"{CORPUS_PREFIX}.*.*.*",
             *(
                 subject
                 for verb in ("PING", "INFO", "STATS")

@@ -25,6 +25,9 @@ DEAD_PREFIX = "fi.dead"
 #: subjects of the dead-letter stream
 DEAD_SUBJECT = f"{DEAD_PREFIX}.>"
 
+#: prefix of the subjects on which persisters answer questions about the corpus
+CORPUS_PREFIX = "fi.corpus"
+
 #: beginning of each persister consumer's name
 WORKERS_PREFIX = "fi-workers"
 
@@ -71,6 +74,16 @@ def filter_subject(partition: int) -> str:
 def dead_subject(partition: int) -> str:
     """Return the subject on which a message of *partition* is set aside."""
     return f"{DEAD_PREFIX}.{partition}"
+
+
+def stored_subject(partition: int, consultation: str) -> str:
+    """Return the subject under which the stream keeps the events of *consultation*."""
+    return f"{EVENTS_PREFIX}.{partition}.{consultation}"
+
+
+def corpus_subject(store: str, partition: int, kind: str) -> str:
+    """Return the subject on which the persister that has *partition* of *store* answers questions of a *kind*."""
+    return f"{CORPUS_PREFIX}.{store}.{partition}.{kind}"
 
 
 def stream_of(subject: str) -> str:

@@ -21,6 +21,7 @@ from nats.aio.client import Client
 
 from services.contract.errors import FiqError
 from services.contract.logs import get_logger
+from services.eventlog.backlog import Backlog
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.certificates import certificates
 from services.eventlog.jetstream.names import DEAD_STREAM, STREAM, filter_subject
@@ -63,6 +64,7 @@ class LogWatch:
         self._seen = dict.fromkeys(PARTS, time.monotonic())
         self._said: dict[str, str] = {}
         self._partitions = 0
+        self._events_seen: StreamReport | None = None
         self._offset = 0.0
         self._stores: dict[str, tuple[PartitionReport, ...]] = {}
         self._oldest: dict[str, tuple[int, float]] = {}
@@ -106,7 +108,9 @@ class LogWatch:
     # -- streams ------------------------------------------------------------------------------------------------------
 
     async def _streams(self) -> None:
+        self._events_seen = None
         self._metrics.available.set(0 if (events := await self._events()) is None else _takes_events(events))
+        self._events_seen = events
         dead = await self._api.stream_info(DEAD_STREAM)
         self._metrics.forget(STREAMS)
         if events is not None:
@@ -146,6 +150,18 @@ class LogWatch:
         self._metrics.forget(PARTITIONS)
         for store, report, age in waiting:
             self._metrics.backlog(store, report.partition, report.pending + report.ack_pending, age)
+        self._metrics.observed = self._whole()
+
+    def _whole(self) -> Backlog | None:
+        """Return the backlog of the store that has most of it; while no store has a consumer, all of it waits."""
+        stream = self._events_seen
+        if stream is None:
+            return None
+        placed = [[report for report in reports if report.exists] for reports in self._stores.values()]
+        if not any(placed):
+            return Backlog(time.monotonic(), stream.last_sequence, stream.messages)
+        events = (sum(report.pending + report.ack_pending for report in reports) for reports in placed)
+        return Backlog(time.monotonic(), stream.last_sequence, max(events))
 
     def _completed(self, store: str, reports: tuple[PartitionReport, ...]) -> tuple[PartitionReport, ...]:
         """Put the last known numbers in the place of a consumer that exists and does not answer."""

@@ -14,8 +14,9 @@ from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogFullError, LogRefusedError, LogUnavailableError
 from services.eventlog.jetstream.batches import MAX_BATCH, MAX_UNDER_WAY
 from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.stored import stored_at
+from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.protocol import Appended
+from services.eventlog.settings import LogSettings
 from tests.support.appending import Log, new_event, open_log
 from tests.support.polling import eventually
 
@@ -38,6 +39,7 @@ def _new(first: int, last: int) -> list[Appended]:
 async def test_a_batch_gets_consecutive_positions_whatever_others_publish(log: Log) -> None:
     """The acknowledgement names the last one only; each event is read back at the position that follows from it."""
     # given
+    reader = JetStreamReader(log.nc, LogSettings())
     batches = [_events(100), _events(200), _events(300)]
     others = _events(200)
 
@@ -52,7 +54,7 @@ async def test_a_batch_gets_consecutive_positions_whatever_others_publish(log: L
     for events, outcome in zip(batches, outcomes, strict=True):
         assert outcome == _new(outcome[0].sequence, outcome[0].sequence + len(events) - 1)
         for event, appended in list(zip(events, outcome, strict=True))[::17]:
-            stored = await eventually(partial(stored_at, log.nc, appended.sequence))  # a replica may lag
+            stored = await eventually(partial(reader.at, appended.sequence))  # a replica may lag
             assert stored is not None
             assert (event, appended.sequence) == (stored.event, stored.sequence)
 

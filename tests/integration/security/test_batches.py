@@ -9,8 +9,9 @@ from services.contract.ids import new_event_id
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.jetstream.stored import stored_at
+from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.protocol import Appended
+from services.eventlog.settings import LogSettings
 from tests.support.polling import eventually
 from tests.support.security import Secured
 
@@ -26,7 +27,7 @@ async def test_ingest_appends_batches_and_reads_single_events_back(secured: Secu
         await publisher.start()
         new = await publisher.append_batch(events[:10])
         known = await publisher.append_batch(events)
-        stored = await eventually(partial(stored_at, nc, 1))
+        stored = await eventually(partial(JetStreamReader(nc, LogSettings()).at, 1))
         await publisher.close()
 
     assert new == [Appended(sequence, duplicate=False) for sequence in range(1, 11)]

@@ -34,6 +34,9 @@ FORBIDDEN = {
         "fi.dead.0",
         "fi.events",
         "fi.events.1.c1",
+        "fi.corpus.main.1.write",
+        "fi.corpus.main.1",
+        "$JS.API.STREAM.MSG.GET.fi-dead",
         "$JS.API.INFO",
         "$JS.API.STREAM.CREATE.fi-events",
         "$JS.API.STREAM.UPDATE.fi-events",
@@ -50,6 +53,7 @@ FORBIDDEN = {
     ],
     Role.PERSISTER: [
         "fi.events.c1",
+        "fi.corpus.main.1.events",
         "fi.events.1.c1",
         "$JS.API.INFO",
         "$JS.API.STREAM.CREATE.fi-events",
@@ -66,6 +70,7 @@ FORBIDDEN = {
     ],
     Role.PROVISIONER: [
         "fi.events.c1",
+        "fi.corpus.main.1.events",
         "fi.dead.0",
         "$JS.API.STREAM.CREATE.other",
         "$JS.API.STREAM.DELETE.fi-events",
@@ -79,6 +84,7 @@ FORBIDDEN = {
     ],
     Role.OPS: [
         "fi.events.c1",
+        "fi.corpus.main.1.find",
         "fi.dead.0",
         "$JS.API.STREAM.CREATE.fi-events",
         "$JS.API.STREAM.UPDATE.fi-events",
@@ -118,6 +124,14 @@ async def test_a_role_may_not_listen_to_others(secured: Secured, role: Role, sub
         await nc.subscribe(subject)
         await eventually(lambda: nc.violations)
         assert f'subscription to "{subject.lower()}"' in nc.violations[0]
+
+
+@pytest.mark.parametrize("role", [role for role in Role if role is not Role.PERSISTER])
+async def test_only_a_persister_hears_questions_about_the_corpus(secured: Secured, role: Role) -> None:
+    """Whoever heard them could answer them, with events that nobody posted."""
+    async with secured.connected(role) as nc:
+        await nc.subscribe("fi.corpus.main.1.*")
+        await eventually(lambda: nc.violations)
 
 
 @pytest.mark.parametrize("role", list(Role))

@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import DEAD_STREAM, STREAM, Role
-from tests.support.persisters import Contents, Persister, persisted
+from tests.support.persisters import Contents, Persister, joined, persisted
 from tests.support.polling import eventually
 from tests.support.security import Secured, fiq
 from tests.support.service import Service
@@ -71,7 +71,7 @@ async def post(url: str, count: int) -> Contents:
 
 
 async def test_everything_works_and_nothing_is_refused(provisioned: Secured, tmp_path: Path) -> None:
-    """Post, persist, set aside, acknowledge, trim, take over, show: each as its own user, over TLS."""
+    """Post, persist, read back, set aside, acknowledge, trim, take over, show: each as its own user, over TLS."""
     secured, data = provisioned, tmp_path / "data"
     with persister(secured, tmp_path / "first", data, FI_RETENTION="0") as first:
         await first.ready()
@@ -86,6 +86,7 @@ async def test_everything_works_and_nothing_is_refused(provisioned: Secured, tmp
                 first.process.kill()
                 accepted.append(await post(url, 40))
                 await persisted(data, *accepted)
+                await _read_back(url, accepted)
                 await _shown(secured, data)
                 async with secured.connected(Role.OPS) as nc:
                     await _set_aside(nc)
@@ -94,6 +95,22 @@ async def test_everything_works_and_nothing_is_refused(provisioned: Secured, tmp
                 assert "" == second.errors
                 assert "LIBRARY" not in {line["event"] for line in second.lines}
     assert [] == secured.violations()
+
+
+async def _read_back(url: str, accepted: list[Contents]) -> None:
+    """Pages from corpus and stream, one event, the list, and a follower, which asks in other ways."""
+    expected = joined(accepted)
+    async with ClientSession() as session:
+        for name, ids in expected.items():
+            async with session.get(f"{url}/consultations/{name}/events?limit=1000") as answer:
+                assert [str(one) for one in ids] == [event["message_id"] for event in (await answer.json())["events"]]
+            async with session.get(f"{url}/consultations/{name}/events/{ids[-1]}") as answer:
+                assert 200 == answer.status
+            async with session.get(f"{url}/consultations/{name}/events?follow=1") as answer:
+                await answer.content.readuntil(str(ids[-1]).encode())
+        async with session.get(f"{url}/consultations") as answer:
+            listed = [one["consultation_id"] for one in (await answer.json())["consultations"]]
+        assert sorted(expected) == listed
 
 
 async def _shown(secured: Secured, data: Path) -> None:

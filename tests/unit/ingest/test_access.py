@@ -18,7 +18,6 @@ from services.ingest import changes
 from services.ingest.access import GATE, GRANT, OPEN
 from services.ingest.app import make_app
 from services.ingest.rates import Bucket
-from services.ingest.resources import RESOURCES
 from services.ingest.settings import Settings
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
 from tests.support.polling import eventually
@@ -134,7 +133,7 @@ def test_every_route_says_what_it_takes() -> None:
     assert rules
     assert [] == [route for route, rule in rules.items() if rule is None]
     opened = {route for route, rule in rules.items() if rule is not None and rule.scope is OPEN}
-    options = {("OPTIONS", resource.path) for resource in RESOURCES}
+    options = {("OPTIONS", path) for _, path in rules}
     assert options | {("GET", "/problems/{slug}"), ("HEAD", "/problems/{slug}")} == opened
 
 
@@ -159,6 +158,36 @@ async def test_events_that_name_their_consultations_need_a_token_for_each(
     assert 1.0 == edge.metric("fi_ingest_access_refused_total", reason="prefix")
     assert [] == edge.log.events
     assert 202 == (await post("ward-1", "ward-2")).status
+
+
+@pytest.mark.parametrize(
+    ("prefix", "shown"), [("", ["ward-1", "ward-2"]), ("w", ["ward-1", "ward-2"]), ("ward-2", ["ward-2"]), ("c", [])]
+)
+async def test_a_list_shows_only_what_the_token_is_for(edge: Edge, prefix: str, shown: list[str]) -> None:
+    """Whatever prefix is asked for; the names of others would be told otherwise."""
+    for name in ("c-1", "ward-1", "ward-2"):
+        assert 202 == (await edge.post(name, **bearer("ward" if name.startswith("ward") else "writer"))).status
+    edge.log.persisted = 3
+    reply = await edge.request("GET", f"/consultations?prefix={prefix}", headers=bearer("ward"))
+    assert [{"consultation_id": name} for name in shown] == reply.json["consultations"]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_following_ends_with_the_token(edge: Edge, file: Path) -> None:
+    """What comes after it was revoked is not shown."""
+    assert 202 == (await edge.post(**bearer("writer"))).status
+    headers = bearer("reader") | {"Accept": "text/event-stream"}
+    async with edge.client.get(f"{edge.url}/consultations/c-1/events?follow=1", headers=headers) as answer:
+        while not (await answer.content.readline()).startswith(b"data:"):
+            pass
+        change(file, render([TOKENS["writer"]]))
+
+        async def revoked() -> bool:
+            return (await edge.request("GET", "/consultations", headers=bearer("reader"))).status == 401
+
+        await eventually(revoked)
+        assert 202 == (await edge.post(**bearer("writer"))).status
+        assert b"data:" not in await answer.content.read()
 
 
 async def test_a_batch_counts_as_many_events_as_it_has(file: Path) -> None:

@@ -10,6 +10,12 @@ from services.ingest.problems import Problem, registry
 from tests.support.ingest import Edge, running_edge
 
 EVENTS = "/consultations/c-1/events"
+#: resource -> its methods
+ALLOWED = {
+    EVENTS: ["GET", "HEAD", "OPTIONS", "POST"],
+    EVENTS + "/6f1b1d4e-0000-4000-8000-000000000000": ["GET", "HEAD", "OPTIONS"],
+    "/consultations": ["GET", "HEAD", "OPTIONS"],
+}
 
 
 @pytest.fixture
@@ -18,29 +24,34 @@ async def edge() -> AsyncIterator[Edge]:
         yield edge
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE"])
-async def test_another_method_is_405_with_allow(edge: Edge, method: str) -> None:
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize("path", ALLOWED)
+async def test_another_method_is_405_with_allow(edge: Edge, method: str, path: str) -> None:
     """RFC 9110, section 15.5.6: the answer must list what is allowed."""
-    reply = await edge.request(method, EVENTS)
+    reply = await edge.request(method, path)
     assert (reply.status, reply.json["type"]) == (405, "/problems/method-not-allowed")
-    assert {"POST", "OPTIONS"} == set(reply.headers["Allow"].replace(" ", "").split(","))
+    assert set(ALLOWED[path]) == set(reply.headers["Allow"].replace(" ", "").split(","))
 
 
 async def test_head_is_answered_without_a_body(edge: Edge) -> None:
     """With the headers that GET would get."""
-    reply = await edge.request("HEAD", EVENTS)
-    assert (reply.status, reply.content, reply.headers["Content-Type"]) == (405, b"", "application/problem+json")
+    await edge.post()
+    for path in (EVENTS, EVENTS + "?limit=no", "/consultations"):
+        get, head = await edge.request("GET", path), await edge.request("HEAD", path)
+        assert (get.status, b"") == (head.status, head.content)
+        assert get.headers["Content-Type"] == head.headers["Content-Type"]
     assert (await edge.manage("/healthz", "HEAD")).status == 200
 
 
-async def test_options_lists_the_methods(edge: Edge) -> None:
+@pytest.mark.parametrize("path", ALLOWED)
+async def test_options_lists_the_methods(edge: Edge, path: str) -> None:
     """204, nothing else."""
-    reply = await edge.request("OPTIONS", EVENTS)
-    assert (reply.status, reply.headers["Allow"], reply.content) == (204, "OPTIONS, POST", b"")
+    reply = await edge.request("OPTIONS", path)
+    assert (reply.status, reply.headers["Allow"], reply.content) == (204, ", ".join(sorted(ALLOWED[path])), b"")
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/nope", "/consultations", "/consultations//events", EVENTS + "/", "/problems/x"]
+    "path", ["/", "/nope", "/consultations/", "/consultations//events", EVENTS + "/", "/problems/x"]
 )
 async def test_an_unknown_path_is_404(edge: Edge, path: str) -> None:
     """As a problem document, not as aiohttp's text."""

@@ -65,7 +65,7 @@ async def test_probes_are_answered_while_the_cluster_is_waited_for(
     @asynccontextmanager
     async def opener(_: Settings, __: Callable[[str], None]) -> AsyncIterator[OpenLog]:
         await asyncio.Event().wait()
-        yield OpenLog(MemoryLog(), MemoryLog().ready)
+        yield OpenLog(MemoryLog(), MemoryLog().ready, MemoryLog().reader)
 
     monkeypatch.setattr(service, "open_log", opener)
     port, management = free_ports(2)
@@ -92,7 +92,7 @@ async def test_a_stop_while_it_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -
     @asynccontextmanager
     async def opener(_: Settings, __: Callable[[str], None]) -> AsyncIterator[OpenLog]:
         await asyncio.Event().wait()
-        yield OpenLog(MemoryLog(), MemoryLog().ready)
+        yield OpenLog(MemoryLog(), MemoryLog().ready, MemoryLog().reader)
 
     monkeypatch.setattr(service, "open_log", opener)
     stop = Stop()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from services.corpus import EventStore
+from services.corpus import EventStore, StoredConsultation
 from services.eventlog.protocol import Delivery
-from services.persister.batch import Written, sort, write
-from tests.support.persister import IDENTITY, contents, delivery, event
+from services.persister.batch import Reused, Written, append, sort
+from tests.support.persister import IDENTITY, contents, delivery, event, reusing
 
 GOOD = event(1).headers()
 
@@ -23,12 +24,24 @@ def store(tmp_path: Path) -> Iterator[EventStore]:
 
 
 def written(store: EventStore, *deliveries: Delivery) -> Written:
-    return write(store, sort(deliveries, {}).events, deliveries[-1].sequence)
+    result = append(store, sort(deliveries, {}).events)
+    store.commit(deliveries[-1].sequence)
+    return result
+
+
+def reused(found: Written) -> list[tuple[int, int]]:
+    """Return the sequences of the events that were not taken, and those of the first ones."""
+    return [(one.sequence, one.first) for one in found.reused]
+
+
+def counts(found: Written) -> tuple[int, int, int]:
+    """Return what is new, what was held, and the consultations touched."""
+    return found.persisted, found.duplicates, found.consultations
 
 
 def test_a_retry_in_the_same_batch_is_dropped(store: EventStore) -> None:
     """The first one stays: its position is the one that the client was told."""
-    assert Written(1, 1, 1) == written(store, delivery(1), delivery(2, of=1))
+    assert (1, 1, 1) == counts(written(store, delivery(1), delivery(2, of=1)))
     assert {"c1": [1]} == contents(store.path)
     assert store.committed == 2
 
@@ -36,7 +49,7 @@ def test_a_retry_in_the_same_batch_is_dropped(store: EventStore) -> None:
 def test_a_retry_in_a_later_batch_is_dropped(store: EventStore) -> None:
     """However long after the broker's window."""
     written(store, delivery(1))
-    assert Written(1, 1, 1) == written(store, delivery(5, of=1), delivery(6))
+    assert (1, 1, 1) == counts(written(store, delivery(5, of=1), delivery(6)))
     assert {"c1": [1, 6]} == contents(store.path)
 
 
@@ -45,20 +58,53 @@ def test_a_retry_after_the_file_was_opened_again_is_dropped(store: EventStore) -
     written(store, delivery(1), delivery(2, consultation="c2"))
     store.close()
     again = EventStore.open(store.path, expected=IDENTITY)
-    assert Written(0, 2, 0) == written(again, delivery(3, of=1), delivery(4, of=2, consultation="c2"))
+    assert (0, 2, 0) == counts(written(again, delivery(3, of=1), delivery(4, of=2, consultation="c2")))
     assert again.committed == 4
     again.close()
 
 
 def test_the_same_id_in_another_consultation_is_another_event(store: EventStore) -> None:
     """Ids are unique within a consultation only."""
-    assert Written(2, 0, 2) == written(store, delivery(1), delivery(2, of=1, consultation="c2"))
+    assert (2, 0, 2) == counts(written(store, delivery(1), delivery(2, of=1, consultation="c2")))
+
+
+def test_the_first_of_two_bodies_under_one_id_is_kept_and_the_second_is_told(store: EventStore) -> None:
+    """In one batch, in a later one, and of the same length; a retry of the first is a plain duplicate in between."""
+    same_length = event(1).body.replace(b"1", b"2")
+    found = written(store, delivery(1), reusing(2, of=1), delivery(3, of=1), reusing(4, of=1, body=same_length))
+    assert ((1, 1, 1), [(2, 1), (4, 1)]) == (counts(found), reused(found))
+    assert Reused(2, replace(event(1), body=reusing(2, of=1).body), 1) == found.reused[0]
+    found = written(store, reusing(5, of=1, body=same_length), delivery(6, of=1), reusing(7, of=1), delivery(8))
+    assert ((1, 1, 1), [(5, 1), (7, 1)]) == (counts(found), reused(found))
+    assert {"c1": [1, 8]} == contents(store.path)
+
+
+def test_reused_ids_are_told_in_the_order_of_the_log(store: EventStore) -> None:
+    """Whatever consultation they are of."""
+    written(store, delivery(1), delivery(2, consultation="c2"), delivery(3))
+    batch = [reusing(4, of=3), reusing(5, of=2, consultation="c2"), reusing(6, of=1), delivery(7, consultation="c3")]
+    found = written(store, *batch)
+    assert [(4, 3), (5, 2), (6, 1)] == reused(found)
+    assert ["c3"] == found.created
+
+
+def test_a_batch_that_is_delivered_again_is_not_compared(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event stands at its own sequence: no search through the table, and no body is read."""
+    batch = [delivery(sequence) for sequence in range(1, 101)]
+    written(store, *batch)
+
+    def never(*_: object) -> None:
+        raise AssertionError("a body was read, or the table was searched")
+
+    monkeypatch.setattr(StoredConsultation, "body", never)
+    monkeypatch.setattr(StoredConsultation, "search", never)
+    assert (0, 100, 0) == counts(append(store, sort(batch, {}).events))
 
 
 def test_a_batch_of_retries_only_moves_the_position(store: EventStore) -> None:
     """Or it would be delivered again for ever."""
     written(store, delivery(1))
-    assert Written(0, 1, 0) == written(store, delivery(9, of=1))
+    assert (0, 1, 0) == counts(written(store, delivery(9, of=1)))
     assert store.committed == 9
 
 
@@ -102,7 +148,7 @@ def test_what_ingest_would_not_have_written_is_poison(
 def test_the_largest_time_fits(store: EventStore) -> None:
     """It is a signed 64-bit number in the file."""
     latest = Delivery(1, "c1", GOOD | {"Fi-Received-Ns": str(2**63 - 1)}, event(1).body, "token")
-    assert Written(1, 0, 1) == written(store, latest)
+    assert (1, 0, 1) == counts(written(store, latest))
 
 
 def test_what_was_condemned_is_poison_whatever_it_holds() -> None:

@@ -20,7 +20,7 @@ from services.corpus.storage import Buffer
 from services.persister.dead_letters import PoisonLimit
 from services.persister.runner import State
 from tests.support.faulty_io import FailingIO
-from tests.support.persister import Rig, ScriptedFollower, Stream, contents, delivery, poison, rig
+from tests.support.persister import Rig, ScriptedFollower, Stream, contents, delivery, poison, reusing, rig
 from tests.support.polling import eventually
 
 
@@ -235,6 +235,53 @@ async def test_a_batch_with_poison_waits_for_the_dead_letter_stream(part: Rig, s
     await part.runner.stop()
     assert [2] == [sequence for sequence, _ in part.dead.reasons]
     assert {"c1": [1, 3]} == contents(part.path)
+
+
+async def test_an_event_under_a_used_id_is_stored_away_before_its_batch_is_committed(part: Rig, stream: Stream) -> None:
+    """The first one is kept; nothing of the batch counts as done while the second is nowhere."""
+    part.dead.gate = asyncio.Event()
+    stream.add(delivery(1), reusing(2, of=1), delivery(3, of=1), delivery(4))
+    part.runner.start()
+    await eventually(lambda: part.dead.attempts == 1)
+    assert part.store is not None
+    assert 0 == part.store.committed
+    await part.runner.advance(4)
+    await part.runner.look_after()
+    assert 0 == part.store.committed
+    part.dead.gate.set()
+    await part.reach(4)
+    await part.runner.stop()
+    reason = "its consultation holds this message id with another body, at sequence 1"
+    assert [(2, reason)] == part.dead.reasons
+    assert [(1.0, 0.0, 1.0)] == [
+        tuple(part.sample(f"fi_persister_{name}_total") for name in ("reused_keys", "dead_letters", "duplicates"))
+    ]
+    assert {"c1": [1, 4]} == contents(part.path)
+
+
+async def test_used_ids_wait_for_the_dead_letter_stream(part: Rig, stream: Stream) -> None:
+    """They are no poison, and no more lost than that."""
+    part.dead.down = True
+    stream.add(delivery(1), reusing(2, of=1))
+    part.runner.start()
+    await eventually(lambda: part.dead.attempts >= 3)
+    assert [] == stream.acknowledged
+    part.dead.down = False
+    await part.reach(2)
+    await part.runner.stop()
+    assert [2] == [sequence for sequence, _ in part.dead.reasons]
+    assert {"c1": [1]} == contents(part.path)
+
+
+async def test_a_flood_of_used_ids_stops_nothing(tmp_path: Path, stream: Stream) -> None:
+    """One client's mistake must not stand in the way of all others."""
+    stream.add(delivery(1), *(reusing(sequence, of=1) for sequence in range(2, 300)), delivery(300))
+    with rig(tmp_path, stream, limit=PoisonLimit(streak=5, ratio=0.01, window=10)) as part:
+        part.runner.start()
+        await part.reach(300)
+        await part.runner.stop()
+        assert 298 == len(part.dead.letters)
+    assert {"c1": [1, 300]} == contents(part.path)
 
 
 async def test_a_flood_of_poison_stops_the_partition(tmp_path: Path, stream: Stream) -> None:

@@ -1,0 +1,193 @@
+"""Asks the persisters what the corpus holds: one question at a time for the ids of a partition, with all that came."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from services.contract.lifecycle import cancellable
+from services.eventlog.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
+from services.eventlog.jetstream import reading_wire as wire
+from services.eventlog.jetstream.names import corpus_subject
+from services.eventlog.jetstream.reading_wire import (
+    KIND_OF,
+    Consultations,
+    ConsultationsAnswer,
+    Events,
+    EventsAnswer,
+    Find,
+    MalformedError,
+    Question,
+    Row,
+)
+from services.eventlog.partitions import partition_name
+
+#: pause before a question is asked again that could not be answered just then; doubles up to the second, seconds
+_PAUSE_SECONDS = (0.01, 0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the corpus says of one id: its row, or None, as of the stream sequence *committed*."""
+
+    row: Row | None
+    committed: int
+
+
+#: a consultation and an event's id; and who waits for what
+Pair = tuple[str, UUID]
+Waiting = dict[Pair, list[asyncio.Future[Found]]]
+
+
+@dataclass(slots=True)
+class _Asked:
+    """Ids of one partition: those that wait for the next question, and who asks."""
+
+    waiting: Waiting = field(default_factory=dict)
+    task: asyncio.Task[None] | None = None
+
+
+class CorpusReading:
+    """The persisters of one store.
+
+    Args:
+        nc: the connection.
+        store: its name.
+        timeout: seconds for each answer, questions that are asked again included.
+    """
+
+    def __init__(self, nc: Client, store: str, *, timeout: float) -> None:
+        self._nc = nc
+        self._store = store
+        self._timeout = timeout
+        self._asked: dict[int, _Asked] = {}
+
+    async def events(self, partition: int, question: Events) -> EventsAnswer:
+        """Return a page of events.
+
+        Raises:
+            CorpusAwayError: nobody answers, or not in time.
+            LogUnavailableError: there is no connection.
+            LogRefusedError: an event is larger than the broker takes, or the user may not ask.
+        """
+        answer = await self._ask(partition, question)
+        try:
+            return wire.decode_events(answer)
+        except MalformedError:
+            raise self._away(partition, "its answer is malformed") from None
+
+    async def consultations(self, partition: int, question: Consultations) -> ConsultationsAnswer:
+        """Return a page of names; raises as :meth:`events` does."""
+        answer = await self._ask(partition, question)
+        try:
+            return wire.decode_consultations(answer)
+        except MalformedError:
+            raise self._away(partition, "its answer is malformed") from None
+
+    async def find(self, partition: int, consultation: str, event_id: UUID) -> Found:
+        """Return what the corpus says of *event_id*; raises as :meth:`events` does.
+
+        While a question of the partition is under way, all that is to be found is gathered for the next one.
+        """
+        asked = self._asked.setdefault(partition, _Asked())
+        future: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+        asked.waiting.setdefault((consultation, event_id), []).append(future)
+        if asked.task is None:
+            asked.task = asyncio.create_task(self._find_all(partition, asked))
+        return await future
+
+    async def _find_all(self, partition: int, asked: _Asked) -> None:
+        try:
+            while asked.waiting:
+                pairs = list(asked.waiting)[: wire.MAX_ITEMS]
+                taken = [asked.waiting.pop(pair) for pair in pairs]
+                try:
+                    rest = await self._find_some(partition, pairs, taken)
+                except (CorpusAwayError, LogUnavailableError, LogRefusedError) as error:
+                    _fail(taken, error)
+                except BaseException:
+                    _fail(taken, self._away(partition, "the question was given up"))
+                    raise
+                else:
+                    for pair, futures in rest.items():
+                        asked.waiting.setdefault(pair, []).extend(futures)
+        finally:
+            asked.task = None
+            _fail(asked.waiting.values(), self._away(partition, "the question was given up"))
+            asked.waiting.clear()
+
+    async def _find_some(self, partition: int, pairs: list[Pair], taken: list[list[asyncio.Future[Found]]]) -> Waiting:
+        """Ask for *pairs*, tell those who wait for them, and return what was not answered."""
+        question = Find(pairs)
+        try:
+            answer = wire.decode_found(question, await self._ask(partition, question))
+        except MalformedError:
+            raise self._away(partition, "its answer is malformed") from None
+        if not answer.answered:
+            raise self._away(partition, "it answers nothing")
+        for index, futures in enumerate(taken[: answer.answered]):
+            for future in futures:
+                if not future.done():
+                    future.set_result(Found(answer.found.get(index), answer.committed))
+        return dict(zip(pairs[answer.answered :], taken[answer.answered :], strict=True))
+
+    async def _ask(self, partition: int, question: Question) -> bytes:
+        subject = corpus_subject(self._store, partition, KIND_OF[type(question)])
+        end = time.monotonic() + self._timeout
+        for pause in _pauses():
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            message = await self._request(partition, subject, wire.encode_question(question, left), left)
+            code = (message.headers or {}).get(wire.ERROR_CODE_HEADER)
+            if code is None:
+                return bytes(message.data)
+            self._check(partition, int(code))
+            await asyncio.sleep(pause)
+        raise self._away(partition, f"no answer within {self._timeout:g} s")
+
+    async def _request(self, partition: int, subject: str, data: bytes, within: float) -> Msg:
+        try:
+            return await cancellable(self._nc.request(subject, data, timeout=within))
+        except nats.errors.NoRespondersError:
+            raise self._away(partition, "nobody has it open") from None
+        except TimeoutError:
+            raise self._away(partition, f"no answer within {self._timeout:g} s") from None
+        except (nats.errors.Error, OSError) as error:
+            raise LogUnavailableError(f"{subject}: {type(error).__name__}") from error
+
+    def _check(self, partition: int, code: int) -> None:
+        """Raise what an error *code* stands for, unless asking again may help."""
+        if code == wire.NOT_NOW:
+            return
+        if code == wire.TOO_LARGE:
+            raise LogRefusedError(
+                f"partition {partition_name(partition)} holds an event larger than the broker's max_payload"
+            )
+        if code == wire.MALFORMED:
+            raise LogRefusedError("the persister does not understand the question: is it of another version?")
+        raise self._away(partition, "its file cannot be read; the persister's log says why")
+
+    def _away(self, partition: int, reason: str) -> CorpusAwayError:
+        return CorpusAwayError(f"partition {partition_name(partition)} of store {self._store}: {reason}")
+
+
+def _fail(taken: Iterable[list[asyncio.Future[Found]]], error: Exception) -> None:
+    for futures in taken:
+        for future in futures:
+            if not future.done():
+                future.set_exception(error)
+
+
+def _pauses() -> Iterator[float]:
+    pause, longest = _PAUSE_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, longest)

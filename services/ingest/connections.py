@@ -1,0 +1,102 @@
+"""How many connections one process has, and what those beyond it get."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import resource
+from typing import cast
+
+from aiohttp import web
+
+from services.ingest import problems
+from services.ingest.answers import Answers
+from services.ingest.settings import Settings
+
+#: seconds in which a client that is turned away gets to send its request and to read the answer
+_PATIENCE = 2.0
+#: clients that are being turned away at the same time; more are cut off without an answer
+_MOST_TURNED = 100
+#: files that a process has open besides its clients' connections: the log, both listeners, the libraries
+_OTHER_FILES = 64
+
+
+class Connections:
+    """Counts the connections of one process.
+
+    Args:
+        limit: of connections that are served at the same time.
+        answers: makes the answer of those beyond it.
+    """
+
+    def __init__(self, limit: int, answers: Answers) -> None:
+        self._limit = limit
+        self._answers = answers
+        self._open = 0
+        self._turned = 0
+
+    def enter(self, transport: asyncio.BaseTransport | None) -> bool:
+        """Count a new connection, or turn it away when there are as many as may be; say which."""
+        if self._open < self._limit:
+            self._open += 1
+            return True
+        sender = cast("asyncio.Transport", transport)
+        if self._turned >= _MOST_TURNED:
+            sender.set_protocol(asyncio.Protocol())  # which does not care how it ends
+            sender.abort()
+        else:
+            self._turned += 1
+            sender.set_protocol(_Turned(sender, self))
+        return False
+
+    def leave(self) -> None:
+        """Count the end of one that was served."""
+        self._open -= 1
+
+    def _refusal(self) -> bytes:
+        response = self._answers.refused(problems.TOO_MANY_CONNECTIONS)
+        body = cast("bytes", response.body)
+        response.headers["Content-Length"] = str(len(body))
+        response.headers["Connection"] = "close"
+        head = "".join(f"{name}: {value}\r\n" for name, value in response.headers.items())
+        return f"HTTP/1.1 {response.status} {web.HTTPServiceUnavailable().reason}\r\n{head}\r\n".encode() + body
+
+    def _turned_away(self) -> None:
+        self._turned -= 1
+
+
+class _Turned(asyncio.Protocol):
+    """A connection beyond the limit: its first request is answered, and it is closed when that has been read."""
+
+    def __init__(self, transport: asyncio.Transport, connections: Connections) -> None:
+        self._transport = transport
+        self._connections = connections
+        self._answered = False
+        self._timer = asyncio.get_running_loop().call_later(_PATIENCE, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Answer the first bytes, whatever they are, and drop the others."""
+        if self._answered:
+            return
+        self._answered = True
+        self._transport.write(self._connections._refusal())
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Make room for the next one."""
+        self._timer.cancel()
+        self._connections._turned_away()
+
+
+def within(settings: Settings) -> Settings:
+    """Return *settings* with as many connections as it may have files; that limit is raised as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_connections + _MOST_TURNED + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return settings
+    room = max(1, soft - _MOST_TURNED - _OTHER_FILES)
+    return dataclasses.replace(settings, max_connections=room)

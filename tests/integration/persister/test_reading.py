@@ -1,0 +1,323 @@
+"""Reading back over a real cluster and real persisters: no gap, no repeat, and one's own writes at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from nats.aio.msg import Msg
+
+from services.cli.cluster import Cluster
+from services.contract.event import Event
+from services.contract.ids import new_event_id
+from services.eventlog.errors import CorpusAwayError, LogUnavailableError
+from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.reading import JetStreamReader
+from services.eventlog.jetstream.reading_stream import StreamReading
+from services.eventlog.partitions import partition_of
+from services.eventlog.protocol import Page, StoredEvent
+from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned
+from tests.support.polling import eventually
+
+
+@pytest.fixture
+async def reader(log: Log) -> JetStreamReader:
+    return JetStreamReader(log.nc, log.settings)
+
+
+def event(number: int, consultation: str = "c1", *, event_id: UUID | None = None) -> Event:
+    return Event(consultation, event_id or new_event_id(), number, b'{"event_type":"T","payload":%d}' % number)
+
+
+async def append(log: Log, *events: Event) -> list[int]:
+    return [(await log.publisher.append(one)).sequence for one in events]
+
+
+async def in_pages(reader: JetStreamReader, consultation: str = "c1", *, limit: int = 7) -> list[StoredEvent]:
+    """Read all, page by page."""
+    found: list[StoredEvent] = []
+    page = Page([], 0, more=True)
+    while page.more:
+        page = await reader.page(consultation, page.reached, limit)
+        assert len(page.events) <= limit
+        found += page.events
+    return found
+
+
+def sequences(events: list[StoredEvent]) -> list[int]:
+    return [one.sequence for one in events]
+
+
+async def test_what_is_persisted_is_read_page_by_page(log: Log, reader: JetStreamReader, tmp_path: Path) -> None:
+    """Byte for byte, in order, with times and ids; and each is found by its id."""
+    events = [event(number) for number in range(1, 31)]
+    with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
+        await persister.ready()
+        stands = await append(log, *events)
+        await persisted(tmp_path / "data", {"c1": [one.event_id for one in events]})
+        expected = [StoredEvent(s, e, persisted=True) for s, e in zip(stands, events, strict=True)]
+        assert expected == await in_pages(reader)
+        assert expected[5:8] == await reader.read("c1", stands[4], 3)
+        assert [] == await reader.read("c1", stands[-1], 3)
+        assert [] == await reader.read("never", 0, 3)
+        assert expected[3] == await reader.find("c1", events[3].event_id)
+        assert expected[3] == await reader.locate("c1", events[3].event_id)
+        for ask in (reader.find, reader.locate):
+            assert await ask("c1", new_event_id()) is None
+            assert await ask("c2", events[3].event_id) is None
+
+
+async def test_a_client_reads_its_own_writes_while_they_are_persisted_and_trimmed(
+    log: Log, reader: JetStreamReader, tmp_path: Path
+) -> None:
+    """Each acknowledged event is on the next page, wherever it is; the stream is trimmed as fast as can be."""
+    with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
+        await persister.ready()
+        partition = partition_of("c1", PARTITIONS)
+        trimmed = 0
+
+        async def trim() -> None:
+            nonlocal trimmed
+            while True:
+                samples = await persister.samples()
+                reached = int(samples.get(f'fi_persister_committed_sequence{{partition="{partition:02d}"}}', 0))
+                if reached:
+                    trimmed += await log.api.purge(STREAM, reached + 1)
+
+        trimming = asyncio.create_task(trim())
+        known: set[bool] = set()
+        after = 0
+        written: list[int] = []
+        read: list[int] = []
+        for number in range(150):
+            written += await append(log, *(event(number * 3 + part) for part in range(3)))
+            page = await reader.page("c1", after, 100)
+            known |= {one.persisted for one in page.events}
+            read += sequences(page.events)
+            after = page.reached
+            assert written == read
+            one = await reader.locate("c1", page.events[-1].event.event_id)
+            assert one is not None
+            assert written[-1] == one.sequence
+        trimming.cancel()
+        assert written == sequences(await in_pages(reader, limit=100))
+    assert {True, False} == known
+    assert trimmed > 100
+
+
+async def test_what_waits_is_read_without_a_persister_and_after_trim_it_is_refused(
+    log: Log, reader: JetStreamReader
+) -> None:
+    """The stream has all of it as long as nothing was trimmed behind the position that is asked from."""
+    events = [event(number) for number in range(1, 21)]
+    stands = await append(log, *events)
+    expected = [StoredEvent(s, e, persisted=False) for s, e in zip(stands, events, strict=True)]
+    assert expected == await in_pages(reader)
+    assert expected[7] == await reader.locate("c1", events[7].event_id)
+    assert await reader.locate("c1", new_event_id()) is None
+    started = time.monotonic()
+    with pytest.raises(CorpusAwayError, match="nobody has it open"):
+        await reader.find("c1", events[0].event_id)
+    with pytest.raises(CorpusAwayError):
+        await reader.consultations("", "", 10)
+    assert time.monotonic() - started < 2
+
+    await log.api.purge(STREAM, stands[10])
+    assert expected[10:] == await reader.read("c1", stands[9], 100)
+    with pytest.raises(CorpusAwayError):
+        await reader.read("c1", stands[8], 100)
+    with pytest.raises(CorpusAwayError):
+        await reader.locate("c1", new_event_id())
+    assert expected[12] == await reader.locate("c1", events[12].event_id)
+
+
+async def test_an_event_that_the_stream_holds_twice_is_read_once(fresh_log: Cluster, tmp_path: Path) -> None:
+    """A retry behind the broker's window: with and without a persister, on one page and on several."""
+    async with provisioned(fresh_log, duplicate_window=0.1) as log:
+        reader = JetStreamReader(log.nc, log.settings)
+        events = [event(number) for number in range(1, 6)]
+        stands = await append(log, *events)
+
+        async def stored_again() -> bool:
+            return not (await log.publisher.append(events[1])).duplicate
+
+        await eventually(stored_again)
+        reused = Event("c1", events[2].event_id, 9, b'{"event_type":"another"}')
+        await eventually(lambda: _is_new(log, reused))
+        stands += await append(log, event(6))
+        for limit in (1, 2, 100):
+            assert stands == sequences(await in_pages(reader, limit=limit))
+        with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
+            await persister.ready()
+
+            async def all_persisted() -> bool:
+                found = await in_pages(reader)
+                return len(found) == 6 and all(one.persisted for one in found)
+
+            await eventually(all_persisted)
+            assert stands == sequences(await in_pages(reader, limit=1))
+            (letter,) = await log.dead()
+            assert "another body" in letter["Fi-Reason"]
+            assert f"c1/{reused.event_id}" == letter["Fi-Original-Msg-Id"]
+            samples = await persister.samples()
+            assert 1 == sum(value for name, value in samples.items() if "fi_persister_reused_keys_total" in name)
+            await persister.ready()
+            await eventually(lambda: _is_new(log, events[3]))
+            assert stands == sequences(await in_pages(reader))
+
+
+async def _is_new(log: Log, one: Event) -> bool:
+    return not (await log.publisher.append(one)).duplicate
+
+
+async def test_a_replica_that_lags_hides_no_acknowledged_event(
+    log: Log, reader: JetStreamReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any replica answers a direct get; the leader says how far it must go, and has the rest."""
+    stands = await append(log, *(event(number) for number in range(1, 11)))
+    whole = StreamReading._batch
+
+    async def lagging(self: StreamReading, subject: str, start: int) -> list[Msg]:
+        batch = await whole(self, subject, start)
+        return [message for message in batch if int((message.headers or {})["Nats-Sequence"]) < stands[7]]
+
+    async def nothing(*_: object, **__: object) -> None:
+        return None
+
+    monkeypatch.setattr(StreamReading, "_batch", lagging)
+    assert stands == sequences(await in_pages(reader))
+    monkeypatch.setattr(JetStreamApi, "get_message", nothing)
+    found = await reader.at(stands[9])
+    assert found is not None
+    assert stands[9] == found.sequence
+    assert await reader.at(stands[9] + 1) is None
+
+
+async def test_large_and_many_events_of_the_stream_come_in_bounded_pages(log: Log, reader: JetStreamReader) -> None:
+    """A page is held in memory; the largest event fits all the same."""
+    large = b'{"event_type":"' + b"x" * 400_000 + b'"}'
+    events = [Event("c1", new_event_id(), 1, large) for _ in range(6)]
+    stands = await append(log, *events)
+    page = await reader.page("c1", 0, 100)
+    assert (stands[:2], True) == (sequences(page.events), page.more)
+    assert stands == sequences(await in_pages(reader))
+    stands = await append(log, *(event(number, "c2") for number in range(600)))
+    assert stands == sequences(await in_pages(reader, "c2", limit=500))
+
+
+async def test_what_is_no_event_is_passed_over(log: Log, reader: JetStreamReader) -> None:
+    """The persister sets it aside; also when it is all that there is."""
+    await log.nc.request("fi.events.c1", b"garbage", timeout=10)
+    assert [] == await reader.read("c1", 0, 10)
+    (stands,) = await append(log, event(1))
+    assert [stands] == sequences(await reader.read("c1", 0, 10))
+    assert await reader.at(stands - 1) is None
+    found = await reader.at(stands)
+    assert found is not None
+    assert ("c1", False) == (found.event.consultation, found.persisted)
+
+
+async def test_finds_that_come_together_are_one_question(
+    log: Log, reader: JetStreamReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is under way for a partition, and everything that comes meanwhile is the next."""
+    with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
+        await persister.ready()
+        events = [event(number) for number in range(1, 51)]
+        stands = await append(log, *events)
+        await persisted(tmp_path / "data", {"c1": [one.event_id for one in events]})
+        asked: list[str] = []
+        request = type(log.nc).request
+
+        async def counted(self: object, subject: str, *arguments: object, **options: object) -> Msg:
+            asked.append(subject)
+            return await request(self, subject, *arguments, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(type(log.nc), "request", counted)
+        ids = [one.event_id for one in events] + [new_event_id() for _ in range(1500)]
+        found = await asyncio.gather(*(reader.find("c1", event_id) for event_id in ids + ids[:50]))
+    assert [*stands, *[None] * 1500, *stands] == [one.sequence if one else None for one in found]
+    assert len(asked) <= 3
+
+
+async def test_consultations_of_all_partitions_are_listed_in_order(
+    log: Log, reader: JetStreamReader, tmp_path: Path
+) -> None:
+    """Page by page, by prefix; and it is refused when a partition cannot be asked, rather than left out."""
+    names = [*(f"visit-{number:03d}" for number in range(40)), "zebra"]
+    with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
+        await persister.ready()
+        await append(log, *(event(1, name) for name in names))
+
+        async def all_listed() -> bool:
+            return names == (await reader.consultations("", "", 100))[0]
+
+        await eventually(all_listed)
+        assert (names[:15], True) == await reader.consultations("visit-", "", 15)
+        assert (names[15:30], True) == await reader.consultations("visit-", names[14], 15)
+        assert (names[30:40], False) == await reader.consultations("visit-", names[29], 15)
+        assert 0 == await persister.end()
+    with pytest.raises(CorpusAwayError):
+        await reader.consultations("", "", 100)
+
+
+@pytest.fixture
+async def two_persisters(log: Log, tmp_path: Path) -> AsyncIterator[tuple[Persister, Persister]]:
+    with (
+        Persister(tmp_path / "a", log.cluster, tmp_path / "data") as first,
+        Persister(tmp_path / "b", log.cluster, tmp_path / "data") as second,
+    ):
+        await first.ready()
+        await second.ready()
+        yield first, second
+
+
+async def test_another_process_answers_when_the_owner_dies(
+    log: Log, reader: JetStreamReader, two_persisters: tuple[Persister, Persister]
+) -> None:
+    """Those of one volume take over; meanwhile readers get an error or the truth, and never a gap."""
+    names = [f"c{number}" for number in range(12)]
+    stands = {name: await append(log, *(event(number, name) for number in range(5))) for name in names}
+
+    async def complete() -> bool:
+        for name in names:
+            try:
+                found = await in_pages(reader, name, limit=2)
+            except CorpusAwayError:
+                return False
+            assert stands[name] == sequences(found)
+            if not all(one.persisted for one in found):
+                return False
+        return True
+
+    await eventually(complete)
+    two_persisters[0].process.kill()
+    for name in names:
+        stands[name] += await append(log, event(9, name))
+    await eventually(complete)
+
+
+async def test_reading_goes_on_when_a_node_dies(log: Log, reader: JetStreamReader, tmp_path: Path) -> None:
+    """An election is an error that a reader may repeat; what it then reads is whole."""
+    with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
+        await persister.ready()
+        stands = await append(log, *(event(number) for number in range(20)))
+        leader = await asyncio.to_thread(log.cluster.wait_stream_leader, STREAM)
+        log.cluster.kill(leader)
+
+        async def whole() -> bool:
+            try:
+                found = await in_pages(reader)
+            except (LogUnavailableError, CorpusAwayError):
+                return False
+            assert stands == sequences(found)
+            return True
+
+        await eventually(whole)
+        stands += await append(log, event(20))
+        await eventually(whole)

@@ -1,0 +1,140 @@
+"""Looking into an open store: what is read beside the appends, without HDF5 keeping any of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.corpus import CorpusFormatError, EventStore, Record, StoredConsultation, StoreOptions
+from tests.support.corpus import IDENTITY, append_range, commit_range, consultation_of, expected, record
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[EventStore]:
+    with EventStore.create(tmp_path / "00.h5", IDENTITY) as made:
+        yield made
+
+
+def found(store: EventStore, name: str) -> StoredConsultation:
+    with store.reading() as lookup:
+        consultation = lookup.consultation(name)
+    assert consultation is not None
+    return consultation
+
+
+def test_every_row_and_body_is_what_was_appended(store: EventStore) -> None:
+    """Over many chunks of both datasets."""
+    commit_range(store, range(1, 1001))
+    for name, events in expected(1000).items():
+        held = found(store, name)
+        rows = [held.row(index) for index in range(len(held))]
+        assert events == [(row.sequence, row.event_id, held.body(row)) for row in rows]
+        assert [body for _, _, body in events[3:40]] == held.bodies(rows[3:40])
+        assert [] == held.bodies([])
+
+
+def test_a_reader_sees_what_is_appended_to_chunks_that_it_has_read(store: EventStore) -> None:
+    """Nothing of a chunk stays in HDF5, where a later append past it would not be seen."""
+    for last in range(1, 101):
+        commit_range(store, range(last, last + 1), consultations=1)
+        held = found(store, consultation_of(1, 1))
+        row = held.row(len(held) - 1)
+        assert (last, record(last).body) == (row.sequence, held.body(row))
+
+
+def test_a_position_is_found_between_sequences_too(store: EventStore) -> None:
+    """Sequences have gaps: other consultations' events."""
+    for sequence in range(10, 2001, 10):
+        store.append("c", [record(sequence)])
+    store.commit(2000)
+    held = found(store, "c")
+    assert [0, 0, 1, 1, 199, 200] == [held.behind(sequence) for sequence in (0, 9, 10, 19, 1999, 2000)]
+    row = held.at(50)
+    assert row is not None
+    assert (50, record(50).event_id) == (row.sequence, row.event_id)
+    assert [None, None, None] == [held.at(sequence) for sequence in (1, 55, 2001)]
+
+
+def test_many_ids_are_found_in_one_search_of_short_steps(store: EventStore) -> None:
+    """A long consultation must not hold back a commit until all of it has been searched."""
+    store.append("c", [record(sequence) for sequence in range(1, 5001)])
+    store.commit(5000)
+    ids = [record(sequence).event_id for sequence in (1, 4999, 7000)]
+    held = found(store, "c")
+    taken = 0
+    search = held.search(ids)
+    while True:
+        try:
+            next(search)
+        except StopIteration as ended:
+            rows = ended.value
+            break
+        taken += 1
+    assert 2 == taken
+    assert {ids[0]: 1, ids[1]: 4999} == {event_id: row.sequence for event_id, row in rows.items()}
+    assert rows == held.find(ids)
+
+
+def test_known_ids_are_told_without_hdf5(store: EventStore) -> None:
+    """Only what the writer keeps in memory anyway."""
+    commit_range(store, range(1, 3), consultations=1)
+    name = consultation_of(1, 1)
+    with store.reading() as lookup:
+        assert {record(1).event_id, record(2).event_id} == lookup.known_ids(name)
+        assert lookup.known_ids("other") is None
+
+
+def test_ids_that_were_not_needed_yet_are_not_loaded_for_a_reader(tmp_path: Path) -> None:
+    """What a reader asks for must not push out what the writer needs."""
+    with EventStore.create(tmp_path / "00.h5", IDENTITY) as first:
+        commit_range(first, range(1, 3), consultations=1)
+    with EventStore.open(tmp_path / "00.h5", expected=IDENTITY) as again, again.reading() as lookup:
+        assert lookup.known_ids(consultation_of(1, 1)) is None
+        assert lookup.consultation(consultation_of(1, 1)) is not None
+        assert 0 == again.stats.open_consultations
+
+
+def test_names_come_in_slices_and_none_is_left_out_when_others_are_created(tmp_path: Path) -> None:
+    """HDF5's own order is kept without sorting them all for each slice."""
+    options = StoreOptions(open_consultations=16)
+    with EventStore.create(tmp_path / "00.h5", IDENTITY, options) as store:
+        for sequence in range(1, 501):
+            store.append(f"old-{sequence}", [record(sequence)])
+        store.commit(500)
+        names: list[str] = []
+        sequence = 500
+        with store.reading() as lookup:
+            while part := lookup.names(len(names), 60):
+                names += part
+                sequence += 1
+                if sequence <= 520:
+                    store.append(f"new-{sequence}", [record(sequence)])
+            assert 520 == len(lookup)
+        assert {f"old-{number}" for number in range(1, 501)} <= set(names)
+
+
+def test_a_consultation_that_does_not_exist_is_none(store: EventStore) -> None:
+    """Also one that could not."""
+    with store.reading() as lookup:
+        assert [None, None, None] == [lookup.consultation(name) for name in ("c", "", "a/b")]
+        assert [] == lookup.names(0, 10)
+
+
+def test_what_is_not_committed_is_counted(store: EventStore) -> None:
+    """Whoever answers from the store must not tell it."""
+    append_range(store, range(1, 4))
+    assert 3 == store.uncommitted
+    store.commit(3)
+    assert 0 == store.uncommitted
+
+
+def test_content_that_hdf5_does_not_accept_spoils_the_read_and_not_the_store(store: EventStore) -> None:
+    """Or a reader of one damaged consultation would stop its partition."""
+    commit_range(store, range(1, 3))
+    held = found(store, consultation_of(1, 7))
+    with pytest.raises(CorpusFormatError), store.reading():
+        held.row(1_000_000)
+    store.append("c", [Record(3, 1, bytes(16), b"{}")])
+    store.commit(3)

@@ -1,0 +1,121 @@
+"""Limits over the real server: the backlog, connections, the depth of a body, and the files that a process may open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from services.eventlog.backlog import Backlog
+from services.ingest import app as module
+from services.ingest.handlers import METRICS
+from tests.support.ingest import Edge, running_edge
+from tests.support.polling import eventually
+
+GET = b"GET /problems/not-found HTTP/1.1\r\nHost: t\r\n\r\n"
+
+
+@pytest.mark.parametrize("expect", [False, True])
+async def test_beyond_the_backlog_it_is_503_with_the_time_that_draining_takes(
+    monkeypatch: pytest.MonkeyPatch, expect: bool
+) -> None:
+    """Before the body is asked for; events are taken again when there is room."""
+    monkeypatch.setattr(module, "PRESSURE_SECONDS", 0.02)
+    async with running_edge(max_backlog=100) as edge:
+        log = edge.app[METRICS].log
+        now = time.monotonic()
+        log.observed = Backlog(now - 5, 1000, 600)
+        await eventually(lambda: edge.metric("fi_ingest_backlog_events") == 600.0)
+        log.observed = Backlog(now, 1000, 500)
+        await eventually(lambda: 0 < edge.metric("fi_ingest_backlog_events") <= 500.0)
+        headers: dict[str, Any] = {"Expect": "100-continue"} if expect else {}
+        reply = await edge.post(**headers)
+        assert (503, "/problems/backlog-full") == (reply.status, reply.json["type"])
+        assert 15 <= int(reply.headers["Retry-After"]) <= 21
+        assert 200 == (await edge.request("GET", "/problems/backlog-full")).status
+        log.observed = Backlog(time.monotonic(), 1500, 10)
+        await eventually(lambda: edge.metric("fi_ingest_backlog_events") <= 10.0)
+        assert 202 == (await edge.post()).status
+
+
+@pytest.mark.parametrize(("levels", "expected"), [(5, 202), (6, 422)])
+async def test_a_body_that_is_too_deep_is_422(levels: int, expected: int) -> None:
+    """The limit counts the event itself; brackets in strings mean nothing."""
+    async with running_edge(max_json_depth=5) as edge:
+        payload = b'["[[[[[[[[",' + b"[" * (levels - 2) + b"]" * (levels - 1)
+        reply = await edge.post(body=b'{"event_type":"A","payload":' + payload + b"}")
+        assert expected == reply.status
+        assert expected == 202 or "more than 5 levels" in reply.json["detail"]
+
+
+@asynccontextmanager
+async def connected(edge: Edge, count: int) -> AsyncIterator[list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]:
+    """Have *count* connections, each with an answer already."""
+    made = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(count)]
+    for reader, writer in made:
+        writer.write(GET)
+        assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
+    try:
+        yield made
+    finally:
+        await close(writer for _, writer in made)
+
+
+async def close(writers: Iterable[asyncio.StreamWriter]) -> None:
+    """Close connections, whatever has become of them."""
+    for writer in list(writers):
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def test_one_connection_too_many_is_told_so_and_closed() -> None:
+    """Those that are served go on, and there is room again when one of them ends."""
+    async with running_edge(max_connections=3) as edge, connected(edge, 3) as made:
+        answer = await edge.raw(GET)
+        assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+        for part in (b"Connection: close\r\n", b"Retry-After: 2\r\n", b"Content-Type: application/problem+json\r\n"):
+            assert part in answer
+        assert b"/problems/too-many-connections" in answer
+        reader, writer = made[0]
+        writer.write(GET)
+        assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+        async def served() -> bool:
+            return (await edge.raw(GET)).startswith(b"HTTP/1.1 200 ")
+
+        await eventually(served)
+
+
+async def test_a_flood_of_connections_keeps_nobody_out_who_is_in() -> None:
+    """Silent ones are cut off after a moment, those beyond a hundred at once."""
+    async with running_edge(max_connections=1) as edge, connected(edge, 1) as ((reader, writer),):
+        flood = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(150)]
+        ends = [asyncio.create_task(one.read()) for one, _ in flood]
+        writer.write(GET)
+        assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
+        results = await asyncio.wait_for(asyncio.gather(*ends, return_exceptions=True), 20)
+        assert all(result == b"" or isinstance(result, ConnectionError) for result in results)
+        await close(other for _, other in flood)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"), [(256, 256, "92 256"), (256, 4096, "2000 2164"), (4096, 4096, "2000 4096")]
+)
+def test_connections_fit_into_the_files_that_may_be_open(soft: int, hard: int, expected: str) -> None:
+    """The limit is raised as far as it may be; a process without files could not even say what is wrong."""
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+        "from services.ingest.connections import within\nfrom services.ingest.settings import Settings\n"
+        "found = within(Settings())\nprint(found.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert f"{expected}\n" == done.stdout

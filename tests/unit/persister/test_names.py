@@ -1,0 +1,37 @@
+"""The sorted names of a partition."""
+
+from __future__ import annotations
+
+from services.persister.names import Names
+
+
+def complete(*names: str) -> Names:
+    made = Names()
+    made.feed(names)
+    made.feed([])
+    return made
+
+
+def test_names_are_sorted_whatever_slices_they_come_in() -> None:
+    """Some twice, when one was created in between."""
+    names = Names()
+    names.feed(["b", "d"])
+    names.add(["a"])
+    names.feed(["a", "b"])
+    assert 4 == names.position
+    assert not names.complete
+    names.feed([])
+    names.add(["c"])
+    assert ["a", "b", "c", "d"] == names.select("", "", 10)
+
+
+def test_a_page_begins_behind_the_last_and_ends_with_the_prefix() -> None:
+    """Whichever comes later of prefix and position."""
+    names = complete("a", "b", "b-1", "b-2", "b1", "c")
+    assert ["b", "b-1"] == names.select("b", "", 2)
+    assert ["b-2", "b1"] == names.select("b", "b-1", 5)
+    assert ["b", "b-1", "b-2", "b1"] == names.select("b", "a", 5)
+    assert [] == names.select("b", "c", 5)
+    assert [] == names.select("x", "", 5)
+    assert [] == names.select("", "", 0)
+    assert ["c"] == names.select("", "b1", 5)
