@@ -32,7 +32,7 @@ TEXTS = ["A", "c-1", "1.0", "application/json", "text/plain", "x/y", "AA==", "ey
 VALUES = st.sampled_from(TEXTS) | JSON
 OBJECTS = st.dictionaries(NAMES, VALUES, max_size=15)
 RAW = st.binary(max_size=60) | (OBJECTS | JSON).map(lambda value: json.dumps(value).encode())
-PLACES = st.sampled_from([Place("c-1", "k", 1, 200), Place(None, None, 1, 200)])
+PLACES = st.sampled_from([Place("c-1", "k", 1, 200, 5), Place(None, None, 1, 200, 5)])
 
 
 def _stored(draft: Draft) -> bool:
