@@ -137,7 +137,7 @@ async def test_ids_are_found_in_many_consultations_at_once(asker: Asker) -> None
     await fill(asker, "c1", range(1, 101))
     await fill(asker, "c2", range(101, 111))
     answer = await asker.find(("c2", 105), ("c1", 99), ("c1", 105), ("c3", 1), ("c1", 99))
-    assert (5, 110) == (answer.answered, answer.committed)
+    assert ([], 110) == (answer.rest, answer.committed)
     assert {0: 105, 1: 99, 4: 99} == {index: row.sequence for index, row in answer.found.items()}
     assert b'{"event_type":"99"}' == answer.found[1].body
 
@@ -156,8 +156,8 @@ async def test_an_answer_is_bounded_and_says_where_it_ends(asker: Asker) -> None
     page = await asker.events()
     assert ([1, 2], True) == ([row.sequence for row in page.rows], page.more)
     assert [largest] == [row.body for row in (await asker.events(after=5)).rows]
-    answer = await asker.find(*(("c1", number) for number in (1, 2, 3, 4)))
-    assert (2, [0, 1]) == (answer.answered, list(answer.found))
+    answer = await asker.find(*(("c1", number) for number in (1, 2, 3, 4, 77)), ("c2", 1))
+    assert (2, 3, {0, 1, 2, 3, 5}) == (len(answer.found), len(answer.rest), {*answer.found, *answer.rest})
 
 
 async def test_an_event_larger_than_the_broker_takes_is_an_error_of_its_own(asker: Asker) -> None:
@@ -189,7 +189,7 @@ async def test_absence_that_memory_proves_is_told_while_the_thread_is_busy(asker
     gate = threading.Event()
     busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
     answer = await asker.find(("c1", 77), ("c1", 78))
-    assert (2, 10, {}) == (answer.answered, answer.committed, answer.found)
+    assert ([], 10, {}) == (answer.rest, answer.committed, answer.found)
     assert 1.0 == asker.count("find", "memory")
     assert not busy.done()
     gate.set()
