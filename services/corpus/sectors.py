@@ -77,7 +77,9 @@ class SectorIndex:
             journal: descriptor of the journal.
         """
         end = offset + len(out)
-        first, last = np.searchsorted(self._sectors, [offset // SECTOR, -(-end // SECTOR)])
+        # of the same type: else numpy turns the whole index into floats first
+        bounds = np.array((offset // SECTOR, -(-end // SECTOR)), np.uint64)
+        first, last = self._sectors.searchsorted(bounds).tolist()
         for sector, place in zip(self._sectors[first:last].tolist(), self._places[first:last].tolist(), strict=True):
             start = sector * SECTOR
             low, high = max(start, offset), min(start + SECTOR, end)
