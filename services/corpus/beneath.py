@@ -25,7 +25,8 @@ class Beneath:
     def __init__(self, file: int, journal: int, index: SectorIndex) -> None:
         self._file = file
         self._journal = journal
-        self._index = index
+        #: the sectors that only the journal holds
+        self.index = index
         self._window = memoryview(bytearray(_WINDOW))
         #: byte offset of the window's content
         self._at = _NOWHERE
@@ -50,10 +51,10 @@ class Beneath:
     def replace(self, index: SectorIndex, journal: int | None = None) -> None:
         """Go on with another *index*, and another *journal* if there is one; the file may have changed too."""
         self._at = _NOWHERE
-        self._index = index
+        self.index = index
         self._journal = self._journal if journal is None else journal
 
     def _read(self, offset: int, out: memoryview) -> None:
         read_into(self._file, out, offset)
-        if len(self._index):
-            self._index.patch(self._journal, offset, out)
+        if len(self.index):
+            self.index.patch(self._journal, offset, out)

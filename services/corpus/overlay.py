@@ -61,6 +61,11 @@ class PageOverlay:
         return len(self._pages) + len(self._sealed)
 
     @property
+    def index(self) -> SectorIndex:
+        """The sectors that are read from the journal where no page has them."""
+        return self._beneath.index
+
+    @property
     def bytes_held(self) -> int:
         """Memory that the pages take."""
         return PAGE * self.pages

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from services.corpus.overlay import PageOverlay
-from services.corpus.sectors import SECTOR, Extents, SectorIndex, Sectors
+from services.corpus.sectors import SECTOR, Extents, SectorIndex, Sectors, runs_of
 from services.corpus.storage import Buffer
 
 
@@ -181,3 +181,19 @@ def test_a_look_into_the_index_does_not_copy_it(fd: int) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100_000
+
+
+def test_an_index_grows_by_what_is_newer() -> None:
+    """Built step by step it is the one that is built at once, whatever the records have in common."""
+    chance = random.Random(4)
+    records = []
+    for number in range(30):
+        sectors = np.array(sorted(chance.sample(range(300), 40)), np.uint64)
+        records.append(Extents(runs_of(sectors), images=number * 40 * SECTOR))
+    at_once, grown, start = SectorIndex.of(records), SectorIndex.of(()), 0
+    while start < len(records):
+        step = chance.randrange(4)
+        grown = grown.with_newer(records[start : start + step])
+        start += step
+    assert at_once.table().tolist() == grown.table().tolist()
+    assert at_once._places.tolist() == grown._places.tolist()
