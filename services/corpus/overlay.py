@@ -196,7 +196,7 @@ class PageOverlay:
             if old != new:
                 own[within:stop] = new
                 used = stop
-                if old == _ZEROS[: len(new)]:
+                if not new[-1] and old == _ZEROS[: len(new)]:
                     while own[(low := (used - 1) & -SECTOR) : used] == _ZEROS[: used - low]:
                         used = low
                 marks = _MARKS[within >> _SECTOR_BITS][(used - 1) >> _SECTOR_BITS]
