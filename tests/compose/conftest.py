@@ -7,13 +7,12 @@ sets where there is an engine, turns that into a failure.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.compose.engine import build, clean_up_after_the_dead, missing, missing_image
-from tests.support.compose.stack import DEPLOYMENT, IMAGE, Deployment
+from tests.support.compose.stack import IMAGE, Deployment, public_images
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +27,7 @@ def engine() -> None:
 @pytest.fixture(scope="session")
 def image(engine: None) -> str:
     """The product's image, built from this checkout."""
-    text = (DEPLOYMENT / "compose.yaml").read_text(encoding="utf-8")
-    public = re.findall(r"\$\{(?:NATS|HAPROXY|PROMETHEUS)_IMAGE:-(.+?)\}", text)
-    base = re.findall(r"^ARG PYTHON_IMAGE=(.+)$", (DEPLOYMENT.parents[1] / "Dockerfile").read_text(), re.MULTILINE)
-    reason = missing_image([*public, *base])
+    reason = missing_image(public_images())
     if reason is not None:
         _unable(reason)
     build(IMAGE)

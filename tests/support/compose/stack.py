@@ -7,6 +7,7 @@ import base64
 import contextlib
 import os
 import random
+import re
 import shutil
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.report import StreamReport, cluster_report
 from services.eventlog.settings import LogSettings
-from tests.support.compose.engine import PREFIX, ROOT, EngineError, clean_up, docker
+from tests.support.compose.engine import PREFIX, ROOT, EngineError, clean_up, docker, run
 from tests.support.polling import eventually
 
 DEPLOYMENT = ROOT / "deploy" / "nats-cluster"
@@ -58,6 +59,17 @@ with open_corpus("/data") as corpus:
         for event in corpus[name]:
             print(name, event.event_id, event.sequence, base64.b64encode(event.raw).decode())
 """
+
+
+def public_images() -> list[str]:
+    """Return the images that the deployment takes from elsewhere, and the one that its own is built on."""
+    compose, dockerfile = (
+        path.read_text(encoding="utf-8") for path in (DEPLOYMENT / "compose.yaml", ROOT / "Dockerfile")
+    )
+    return [
+        *re.findall(r"\$\{(?:NATS|HAPROXY|PROMETHEUS)_IMAGE:-(.+?)\}", compose),
+        *re.findall(r"^ARG PYTHON_IMAGE=(.+)$", dockerfile, re.MULTILINE),
+    ]
 
 
 class Deployment:
@@ -94,6 +106,10 @@ class Deployment:
     def up(self) -> None:
         """Start everything, and wait until all of it is healthy."""
         self.compose.start()
+
+    def rolling_restart(self, *services: str) -> None:
+        """Restart *services*, everything by default, with the script of the deployment."""
+        run("env", "FIQ_SETTLE=4", "./rolling-restart", *services, cwd=self.folder, timeout=540)
 
     def remove(self) -> None:
         """Remove containers, networks and volumes."""
