@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from itertools import groupby
@@ -104,8 +105,15 @@ class Deployment:
             file.writelines(f"{name}={value}\n" for name, value in env.items())
 
     def up(self) -> None:
-        """Start everything, and wait until all of it is healthy."""
-        self.compose.start()
+        """Start everything, and wait until all of it is healthy.
+
+        Raises:
+            EngineError: something is not; with the end of every log.
+        """
+        try:
+            self.compose.start()
+        except subprocess.CalledProcessError as error:
+            raise EngineError(f"{error}\n{self.logs()}") from error
 
     def rolling_restart(self, *services: str) -> None:
         """Restart *services*, everything by default, with the script of the deployment."""
