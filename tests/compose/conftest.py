@@ -39,7 +39,7 @@ def image(engine: None) -> str:
 def stack(shared_stack: Deployment) -> Deployment:
     """The whole of compose.yaml with TLS, permissions and the balancer, healthy, whatever the last test did to it."""
     try:
-        # a container that a busy machine let miss its checks is healthy again a moment later; `up` would give up at once
+        # one that missed its checks on a busy machine is healthy again a moment later; `up` would give up at once
         eventually_sync(lambda: shared_stack.states() == {"healthy"})
     except AssertionError:
         shared_stack.up()

@@ -9,11 +9,19 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
+from uuid import uuid4
 
 import pytest
 
-from services.cli.rehearsal.consultations import Post
+from services.cli.rehearsal.consultations import Post, generate
 from services.cli.rehearsal.load import Load
 from tests.support.compose.alerts import Alert, Watch
 from tests.support.compose.engine import docker
@@ -30,6 +38,8 @@ SHARE = 14
 BEGIN = 0.3
 #: and ends after this time at the earliest, seconds; longer than a client's ping takes to miss a node
 LASTS = 6.0
+#: clients that go on while the network is slow: with nothing under way little of it shows
+BUSY = 4
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +68,7 @@ async def test_a_slow_and_lossy_network(stack: Deployment, dialogues: Iterator[l
         if os.environ.get("FIQ_REQUIRE_DOCKER") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    await _hurt(stack, next(dialogues), _slow_nodes(stack), watch, Alert("FiqClusterSlow"))
+    await _hurt(stack, next(dialogues), _slow_nodes(stack), watch, Alert("FiqClusterSlow"), _busy(stack))
 
 
 async def test_kill_9_of_the_leader(stack: Deployment, dialogues: Iterator[list[list[Post]]], watch: Watch) -> None:
@@ -103,17 +113,42 @@ async def test_each_alert_stopped_when_its_fault_was_over(watch: Watch) -> None:
 
 
 async def _hurt(
-    stack: Deployment, part: list[list[Post]], fault: AbstractContextManager[None], watch: Watch, alert: Alert
+    stack: Deployment,
+    part: list[list[Post]],
+    fault: AbstractContextManager[None],
+    watch: Watch,
+    alert: Alert,
+    meanwhile: AbstractAsyncContextManager[None] | None = None,
 ) -> None:
     """Do *fault* in the middle of a load until *alert* fires, and compare HDF5 with what clients were told."""
     load = stack.load()
     posting = asyncio.create_task(stack.post(load, part))
     await _accepted(load, BEGIN * sum(map(len, part)))
-    async with _done(fault), watch.during(alert):
+    async with _done(fault), meanwhile or nullcontext(), watch.during(alert):
         await asyncio.wait({posting}, timeout=LASTS)
     await posting
     await stack.is_whole()
     await stack.is_verified()
+
+
+@asynccontextmanager
+async def _busy(stack: Deployment) -> AsyncIterator[None]:
+    """Let some clients post one event after another while the block runs."""
+    finished = asyncio.Event()
+
+    async def post() -> None:
+        while not finished.is_set():
+            name = uuid4().hex
+            posts = [Post(name, str(uuid4()), one.body) for one in generate(10, seed=0)[0]]
+            await stack.post(stack.load(clients=1), [posts])
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(BUSY):
+            group.create_task(post())
+        try:
+            yield
+        finally:
+            finished.set()
 
 
 @asynccontextmanager

@@ -117,7 +117,7 @@ class Deployment:
 
     def rolling_restart(self, *services: str) -> None:
         """Restart *services*, everything by default, with the script of the deployment."""
-        run("env", "FIQ_SETTLE=4", "./rolling-restart", *services, cwd=self.folder, timeout=540)
+        run("./rolling-restart", *services, cwd=self.folder, timeout=540)
 
     def remove(self) -> None:
         """Remove containers, networks and volumes."""
