@@ -113,7 +113,7 @@ class Deployment:
         try:
             self.compose.start()
         except subprocess.CalledProcessError as error:
-            raise EngineError(f"{error}\n{self.logs()}") from error
+            raise EngineError(f"{error}\n{self.logs()}\n{self.complaints()}") from error
 
     def rolling_restart(self, *services: str) -> None:
         """Restart *services*, everything by default, with the script of the deployment."""
@@ -176,13 +176,26 @@ class Deployment:
     async def is_whole(self) -> None:
         """Wait until every copy of the stream has everything and every container is healthy."""
         await stream_is_whole(lambda: self.settings)
-        await eventually(lambda: {"healthy"} == self.states(), timeout=90)
+        try:
+            await eventually(lambda: {"healthy"} == self.states(), timeout=90)
+        except AssertionError:
+            raise AssertionError(f"not healthy within 90 s: {self.complaints()}") from None
 
     def states(self) -> set[str]:
         """Return the health of every container of the project; ``exited`` for one that has ended."""
         template = "{{if .State.Running}}{{if .State.Health}}{{.State.Health.Status}}{{end}}{{else}}exited{{end}}"
         lasting = set(self("config", "--services").split()) - ONE_SHOT
         return set(docker("inspect", "--format", template, *self.containers(*lasting)).split())
+
+    def complaints(self) -> dict[str, str]:
+        """Return what the last health check of each container that is not healthy said."""
+        found = [inspect(container) for container in self.containers()]
+        health = {one["Name"]: one["State"].get("Health") or {} for one in found}
+        return {
+            name: (checks.get("Log") or [{}])[-1].get("Output", "")
+            for name, checks in health.items()
+            if checks and checks["Status"] != "healthy"
+        }
 
     # -- load and corpus ----------------------------------------------------------------------------------------------
 
