@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from services.cli.cluster import Cluster
-from tests.benchmarks import dialogues, drains, machine, memory, page, posts, secured, tables
+from tests.benchmarks import dialogues, drains, machine, memory, page, posts, secured, tables, upgrade
 from tests.benchmarks.plan import FULL, QUICK, Plan
 from tests.benchmarks.posts import Bench
 from tests.benchmarks.results import About, Results
@@ -63,6 +63,8 @@ def measure(options: argparse.Namespace, plan: Plan) -> Results:
                 results["persister"] = drains.drains(bench)
         if _wanted(options, "memory"):
             results["memory"] = memory.memory(bench)
+        if _wanted(options, "upgrade"):
+            results["upgrade"] = upgrade.upgrade(bench)
     results["about"]["seconds"] = round(time.monotonic() - started, 1)
     return results
 
@@ -95,7 +97,7 @@ def _wanted(options: argparse.Namespace, name: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    names = ("latency", "throughput", "security", "persister", "memory")
+    names = ("latency", "throughput", "security", "persister", "memory", "upgrade")
     parser.add_argument("--only", action="append", choices=names, help="measure this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="a smoke run: little of everything, under two minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there instead of printing them")

@@ -12,6 +12,8 @@ CLIENTS = (1, 10, 50)
 FULL_LOAD = 50
 #: spread of the row with several partitions, and of the memory benchmark
 TYPICAL_SPREAD = 100
+#: clients of the deployment during a rolling restart; each pauses between two events, as people do
+PEOPLE = 8
 #: partitions that the product has when nothing else is asked for
 PARTITIONS = 16
 #: processes of the row with several partitions
@@ -31,6 +33,8 @@ class Plan:
         appended: events that are appended and flushed one by one, for each spread.
         drain_timeout: seconds that one drain may take before the run is given up.
         settle: seconds for which memory is watched before the load and after it.
+        undisturbed: seconds for which clients of the deployment are watched before its rolling restart.
+        restarted: services that are restarted; none stands for all.
     """
 
     rounds: int
@@ -41,6 +45,8 @@ class Plan:
     appended: int
     drain_timeout: float
     settle: float
+    undisturbed: float
+    restarted: tuple[str, ...]
 
 
 FULL = Plan(
@@ -52,6 +58,8 @@ FULL = Plan(
     appended=2_000,
     drain_timeout=180.0,
     settle=10.0,
+    undisturbed=30.0,
+    restarted=(),
 )
 QUICK = Plan(
     rounds=1,
@@ -62,4 +70,6 @@ QUICK = Plan(
     appended=300,
     drain_timeout=60.0,
     settle=1.0,
+    undisturbed=5.0,
+    restarted=("n2",),
 )
