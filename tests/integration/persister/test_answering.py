@@ -20,7 +20,9 @@ from nats.aio.msg import Msg
 from services.corpus import EventStore, Record, StoredConsultation
 from services.eventlog.jetstream import reading_wire as wire
 from services.eventlog.jetstream.reading_wire import Consultations, Events, Find, Question
+from services.persister import lookups
 from services.persister.answering import MAX_WAITING, Desk
+from services.persister.lookups import Job
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
 from tests.support.broker import plain_server, taken
@@ -272,7 +274,7 @@ async def test_a_damaged_consultation_is_told_and_the_partition_goes_on(
     assert 4 == len((await asker.events()).rows)
 
 
-async def test_a_long_search_lets_batches_through(asker: Asker) -> None:
+async def test_a_long_search_lets_batches_through(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn by turn: a commit waits for one of them, and not for the whole table."""
     await fill(asker, "c1", range(1, 60_001))
     await asker.desk.close(0)
@@ -281,13 +283,22 @@ async def test_a_long_search_lets_batches_through(asker: Asker) -> None:
     assert isinstance(store, EventStore)
     await asker.desk.open(0, asker.file, store)
     await taken(asker.nc)
+    order: list[str] = []
+    whole = Job.turn
+
+    def turn(self: Job) -> bytes | None:
+        order.append("turn")
+        return whole(self)
+
+    monkeypatch.setattr(Job, "turn", turn)
+    monkeypatch.setattr(lookups, "TURN_SECONDS", 0.0)
     searching = asyncio.ensure_future(asker.find(("c1", 70_000)))
-    between = 0
     while not searching.done():
-        await asker.in_thread(int)
-        between += 1
+        await asker.in_thread(order.append, "batch")
     assert {} == (await searching).found
-    assert between > 4
+    first, last = order.index("turn"), len(order) - order[::-1].index("turn")
+    assert order.count("turn") > 10
+    assert "batch" in order[first:last]
 
 
 async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path: Path) -> None:
