@@ -48,7 +48,7 @@ class BackupError(CommandError):
 
 
 class RestoreRefusedError(CommandError):
-    """Raised when a backup does not fit what runs now, or where it would go; nothing was put there."""
+    """Raised when a volume cannot be put back or given up as things are, or nobody said yes; nothing was put there."""
 
 
 class NotWholeError(CommandError):

@@ -16,6 +16,7 @@ from services.cli.commands.backup import backup
 from services.cli.commands.demo import demo
 from services.cli.commands.doctor import doctor
 from services.cli.commands.export import export
+from services.cli.commands.give_up import give_up
 from services.cli.commands.init import init
 from services.cli.commands.nats_context import nats_context
 from services.cli.commands.post import post
@@ -83,6 +84,7 @@ app.command()(recover)
 app.command()(repack)
 app.command()(backup)
 app.command()(restore)
+app.command(name="give-up")(give_up)
 app.add_typer(token)
 app.command(name="nats-context")(nats_context)
 app.command(name="rolling-restart")(rolling_restart)

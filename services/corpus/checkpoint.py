@@ -19,7 +19,7 @@ from services.corpus.sectors import SectorIndex
 from services.corpus.storage import StorageIO, write_all
 
 #: bytes that are copied between two syncs: a commit's own sync must not queue behind all of them
-_SYNC_BYTES = 8 << 20
+_SYNC_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

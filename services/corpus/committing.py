@@ -136,8 +136,9 @@ class CommittingFile(FileObject):
 
     def _bound_memory(self) -> None:
         if self._overlay.pages > self._cached_pages:
-            self._indexed = len(self._journal.records)
-            self._overlay.rebase(self._index())
+            newer = self._journal.records[self._indexed :]
+            self._indexed += len(newer)
+            self._overlay.rebase(self._overlay.index.with_newer([record.extents for record in newer]))
 
     def _index(self) -> SectorIndex:
         """Index the records that no page in memory covers."""

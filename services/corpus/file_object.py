@@ -23,8 +23,9 @@ class FileObject:
         self.name = name
         self._overlay = overlay
         self._position = 0
-        #: place and length of the last read, while somebody wants to know
+        #: place and length of the last read, while somebody wants to know, and the length of what is looked for
         self._located: tuple[int, int] | None = None
+        self._sought = -1
         self._frozen = self._closed = False
         #: the error after which nothing may be written any more
         self.failure: CorpusError | None = None
@@ -45,8 +46,9 @@ class FileObject:
         view = memoryview(buffer).cast("B")
         if self._located is not None:
             self._located = self._position, len(view)
-        if self._closed:
-            # HDF5 may hold on to a file that it could not close; the descriptor may be another file's by now
+        if self._closed or len(view) == self._sought:
+            # closed: HDF5 may hold on to a file that it could not close; the descriptor may be another file's by now.
+            # sought: only the place matters; should metadata ever be as long as a chunk, its checksum tells
             view[:] = bytes(len(view))
         else:
             # no context manager: HDF5 calls this and write() thousands of times a batch
@@ -80,12 +82,12 @@ class FileObject:
         Raises:
             CorpusFormatError: it read something else.
         """
-        self._located = (0, 0)
+        self._located, self._sought = (0, 0), length
         try:
             read()
             place, span = self._located
         finally:
-            self._located = None
+            self._located, self._sought = None, -1
         if span != length:
             raise CorpusFormatError(f"{self.name}: HDF5 read {span} bytes instead of a chunk of {length}")
         return place

@@ -38,6 +38,8 @@ class OpenConsultations:
 
     def __init__(self, root: Any, tails: Tails, identity: Identity, *, events: int, limit: int, ids_limit: int) -> None:
         self._group = h5g.open(root, CONSULTATIONS.encode())
+        # "in" on the group looks a name up twice, in an index that does not stay in HDF5's cache when it is large
+        self._links = self._group.links
         self._tails = tails
         self._identity = identity
         self._tally = Tally(events)
@@ -64,7 +66,7 @@ class OpenConsultations:
             self._open.move_to_end(consultation)
             return appender
         name = consultation.encode()
-        if not is_consultation_id(consultation) or name not in self._group:
+        if not is_consultation_id(consultation) or not self._links.exists(name):
             return None
         group = h5g.open(self._group, name)
         events, payload = h5d.open(group, EVENTS.encode()), h5d.open(group, PAYLOAD.encode())

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from services.corpus.beneath import Beneath
 from services.corpus.sectors import SECTOR, SectorIndex, Sectors, runs_of
 from services.corpus.storage import Buffer
 
@@ -43,9 +44,7 @@ class PageOverlay:
     """
 
     def __init__(self, file: int, journal: int, size: int, index: SectorIndex) -> None:
-        self._file = file
-        self._journal = journal
-        self._index = index
+        self._beneath = Beneath(file, journal, index)
         self._pages: dict[int, bytearray] = {}
         self._sealed: dict[int, bytearray] = {}
         #: the sectors that the batch changes: a bit each, by page
@@ -62,6 +61,11 @@ class PageOverlay:
         return len(self._pages) + len(self._sealed)
 
     @property
+    def index(self) -> SectorIndex:
+        """The sectors that are read from the journal where no page has them."""
+        return self._beneath.index
+
+    @property
     def bytes_held(self) -> int:
         """Memory that the pages take."""
         return PAGE * self.pages
@@ -73,12 +77,20 @@ class PageOverlay:
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill *out* with the content from *offset* on; what lies past the end reads as zeros."""
-        end = offset + len(out)
-        for page in range(offset // PAGE, -(-end // PAGE)):
-            start = page * PAGE
-            low, high = max(start, offset), min(start + PAGE, end)
-            content = self._pages.get(page) or self._sealed.get(page) or self._load(page)
-            out[low - offset : high - offset] = content[low - start : high - start]
+        start = filled = offset
+        end, page = offset + len(out), offset >> _PAGE_BITS
+        while start < end:
+            stop = min((start | _WITHIN) + 1, end)
+            content = self._pages.get(page) or self._sealed.get(page)
+            if content is not None:
+                if filled < start:
+                    self._beneath.read_into(filled, out[filled - offset : start - offset])
+                within = start & _WITHIN
+                out[start - offset : stop - offset] = content[within : within + stop - start]
+                filled = stop
+            start, page = stop, page + 1
+        if filled < end:
+            self._beneath.read_into(filled, out[filled - offset :])
 
     def write(self, offset: int, data: Buffer) -> None:
         """Put *data* into the batch."""
@@ -147,14 +159,13 @@ class PageOverlay:
     def drop_sealed(self, index: SectorIndex) -> None:
         """Drop the sealed pages, which the file holds now; *index* has what neither it nor the other pages do."""
         self._sealed.clear()
-        self._index = index
+        self._beneath.replace(index)
 
     def rebase(self, index: SectorIndex, journal: int | None = None) -> None:
         """Drop the committed pages: *index*, the *journal* and the file give their content from now on."""
         self._pages = {page: self._pages[page] for page in self._marks}
         self._sealed.clear()
-        self._index = index
-        self._journal = self._journal if journal is None else journal
+        self._beneath.replace(index, journal)
 
     def _page(self, page: int) -> bytearray:
         """Return a page that is going to change: a sealed one is no longer what the checkpoint copies."""
@@ -166,11 +177,8 @@ class PageOverlay:
 
     def _load(self, page: int) -> bytearray:
         content = bytearray(PAGE)
-        if page * PAGE >= self._used:
-            return content
-        os.preadv(self._file, [content], page * PAGE)
-        if len(self._index):
-            self._index.patch(self._journal, page * PAGE, memoryview(content))
+        if page * PAGE < self._used:
+            self._beneath.read_into(page * PAGE, memoryview(content))
         return content
 
     def _write_pages(self, offset: int, data: bytes) -> None:
@@ -188,7 +196,7 @@ class PageOverlay:
             if old != new:
                 own[within:stop] = new
                 used = stop
-                if old == _ZEROS[: len(new)]:
+                if not new[-1] and old == _ZEROS[: len(new)]:
                     while own[(low := (used - 1) & -SECTOR) : used] == _ZEROS[: used - low]:
                         used = low
                 marks = _MARKS[within >> _SECTOR_BITS][(used - 1) >> _SECTOR_BITS]

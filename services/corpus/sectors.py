@@ -52,16 +52,19 @@ class SectorIndex:
     @classmethod
     def of(cls, records: Sequence[Extents]) -> Self:
         """Build the index of *records*, given from the oldest to the newest."""
+        return cls(np.empty(0, np.uint64), np.empty(0, np.uint64)).with_newer(records)
+
+    def with_newer(self, records: Sequence[Extents]) -> Self:
+        """Build the index of what this one has and of *records* written since, from the oldest to the newest."""
         if not records:
-            return cls(np.empty(0, np.uint64), np.empty(0, np.uint64))
-        numbers = [record.sectors() for record in records]
-        places = [
-            np.arange(len(own), dtype=np.uint64) * np.uint64(SECTOR) + np.uint64(record.images)
-            for own, record in zip(numbers, records, strict=True)
-        ]
-        # unique() keeps the first of equals: newest first
+            return self
+        numbers, places = [self._sectors], [self._places]
+        for record in records:
+            numbers.append(record.sectors())
+            places.append(np.arange(len(numbers[-1]), dtype=np.uint64) * np.uint64(SECTOR) + np.uint64(record.images))
+        # unique() keeps the first of equals: newest first. All are sorted in themselves, so they are but merged
         newest, chosen = np.unique(np.concatenate(numbers)[::-1], return_index=True)
-        return cls(newest, np.concatenate(places)[::-1][chosen])
+        return type(self)(newest, np.concatenate(places)[::-1][chosen])
 
     def __len__(self) -> int:
         return len(self._sectors)
@@ -77,7 +80,9 @@ class SectorIndex:
             journal: descriptor of the journal.
         """
         end = offset + len(out)
-        first, last = np.searchsorted(self._sectors, [offset // SECTOR, -(-end // SECTOR)])
+        # of the same type: else numpy turns the whole index into floats first
+        bounds = np.array((offset // SECTOR, -(-end // SECTOR)), np.uint64)
+        first, last = self._sectors.searchsorted(bounds).tolist()
         for sector, place in zip(self._sectors[first:last].tolist(), self._places[first:last].tolist(), strict=True):
             start = sector * SECTOR
             low, high = max(start, offset), min(start + SECTOR, end)

@@ -75,8 +75,8 @@ class ChunkedTail:
         self._dataset = dataset
         self._item = item
         self._chunk = chunk * item
-        #: whether a new extent allocates the chunks; in files of earlier versions their first write does
-        self._early = dataset.get_create_plist().get_alloc_time() == h5d.ALLOC_TIME_EARLY
+        #: whether a new extent allocates the chunks, None before it matters; in files of earlier versions a write does
+        self._early: bool | None = None
         self.length = 0 if empty else int(dataset.shape[0])
         #: bytes in use of the last chunk, and its byte offset
         self._filled = self._place = 0
@@ -106,6 +106,8 @@ class ChunkedTail:
 
     def _begin(self, element: int, content: bytes) -> None:
         """Write the *content* of a new chunk that begins with *element*."""
+        if self._early is None:
+            self._early = self._dataset.get_create_plist().get_alloc_time() == h5d.ALLOC_TIME_EARLY
         if not self._early:
             self._dataset.write_direct_chunk((element,), bytes(self._chunk))
         self._place, self._filled = self._find(element), len(content)

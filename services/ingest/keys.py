@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterable
 
 from services.contract.event import Event
@@ -159,23 +158,26 @@ class KeyCheck:
 
     async def _stored(self, sequence: int) -> tuple[StoredEvent, str]:
         """Return the event that the log has, or had, at *sequence*, and who showed it."""
-        reader = self._keys._reader
-        end = time.monotonic() + COMPARE_SECONDS
-        while reader is not None:
+        if self._keys._reader is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COMPARE_SECONDS):
+                    return await self._look_for(self._keys._reader, sequence)
+        self._keys._answered(NOBODY)
+        raise RequestRefusedError(problems.KEY_NOT_COMPARED)
+
+    async def _look_for(self, reader: EventReader, sequence: int) -> tuple[StoredEvent, str]:
+        """Ask log and corpus by turns, until one of them shows the event."""
+        while True:
             with contextlib.suppress(LogUnavailableError):
                 async with self._keys._questions:
                     stored = await reader.at(sequence)
                 if stored is not None and stored.event.message_id == self._event.message_id:
                     return stored, LOG
-            with contextlib.suppress(CorpusAwayError):
+            with contextlib.suppress(CorpusAwayError, LogUnavailableError):
                 stored = await reader.find(self._event.consultation, self._event.event_id)
                 if stored is not None:
                     return stored, CORPUS
-            if time.monotonic() >= end:
-                break
             await asyncio.sleep(_PAUSE_SECONDS)
-        self._keys._answered(NOBODY)
-        raise RequestRefusedError(problems.KEY_NOT_COMPARED)
 
     def _in_corpus(self) -> tuple[bool, StoredEvent | None]:
         """Return whether there is nothing left to ask the corpus, and what it holds."""

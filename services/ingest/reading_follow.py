@@ -29,8 +29,10 @@ from services.ingest.problems import RequestRefusedError
 
 #: a client that has not taken what was sent after this is let go, seconds
 SLOW_SECONDS = 10.0
-#: a comment is sent after so much silence: proxies close what is silent, and a client that is gone shows, seconds
+#: a comment is sent after so much silence: proxies close what is silent, seconds
 KEEP_ALIVE_SECONDS = 15.0
+#: how soon it shows that a client has gone while there is nothing to send, seconds
+GONE_SECONDS = 0.5
 #: a consultation is read although the log shows nothing new: what is trimmed at once is in the corpus only, seconds
 READ_ANYWAY_SECONDS = 10.0
 #: pause after a read that failed, seconds
@@ -203,6 +205,7 @@ class Followers:
         if channel is None:
             channel = self._channels[consultation] = Channel(self._reader, consultation, position, self._interval)
         channel.followers += 1
+        spoken = time.monotonic()
         try:
             while self._goes_on(request, consultation):
                 events = channel.behind(position)
@@ -210,8 +213,13 @@ class Followers:
                     position = await self._catch_up(request, response, consultation, position)
                 elif events:
                     position = await self._show(request, response, events, events[-1].sequence)
+                elif time.monotonic() - spoken >= KEEP_ALIVE_SECONDS:
+                    await self._send(request, response, b": nothing new\n\n")
                 else:
-                    await self._idle(request, response, channel)
+                    await channel.wait(min(GONE_SECONDS, KEEP_ALIVE_SECONDS))
+                    _check_present(request)
+                    continue
+                spoken = time.monotonic()
         finally:
             channel.followers -= 1
             if not channel.followers:
@@ -221,12 +229,6 @@ class Followers:
     def _goes_on(self, request: web.Request, consultation: str) -> bool:
         """Say whether the client may get more: its token can be revoked or end while it follows."""
         return not self._closing.is_set() and request[GRANT].may(Scope.READ, consultation)
-
-    async def _idle(self, request: web.Request, response: web.StreamResponse, channel: Channel) -> None:
-        started = time.monotonic()
-        await channel.wait(KEEP_ALIVE_SECONDS)
-        if time.monotonic() - started >= KEEP_ALIVE_SECONDS:
-            await self._send(request, response, b": nothing new\n\n")
 
     async def _catch_up(
         self, request: web.Request, response: web.StreamResponse, consultation: str, position: int
@@ -268,3 +270,9 @@ class Followers:
             if request.transport is not None:
                 request.transport.abort()
             raise ConnectionResetError("the client was too slow") from None
+
+
+def _check_present(request: web.Request) -> None:
+    """Raise ConnectionResetError when the client of *request* has gone: aiohttp tells its handler nothing of that."""
+    if request.transport is None or request.transport.is_closing():
+        raise ConnectionResetError("the client has gone")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from services.contract.errors import TransientError
-from services.corpus import EventStore, Lookup, StoredConsultation, StoredRow
+from services.corpus import EventStore, Lookup, StoredRow
 from services.eventlog.jetstream import reading_wire as wire
 from services.eventlog.jetstream.reading_wire import Consultations, Events, Find, Question, Row
 from services.persister.partition_file import PartitionFile
@@ -113,36 +113,36 @@ def surely_absent(store: EventStore, question: Question) -> bytes | None:
             known = lookup.known_ids(consultation)
             if known is None or event_id.bytes in known:
                 return None
-    return wire.encode_found(committed, len(question.pairs), {})
+    return wire.encode_found(committed, {})
 
 
 def _find(lookup: Lookup, committed: int, question: Find, bounds: Bounds) -> Steps:
-    groups: dict[str, dict[bytes, StoredRow]] = {}
-    wanted: dict[str, set[bytes]] = {}
-    for consultation, event_id in question.pairs:
-        wanted.setdefault(consultation, set()).add(event_id.bytes)
-    held: dict[str, StoredConsultation] = {}
-    for consultation, ids in wanted.items():
-        known = lookup.known_ids(consultation)
-        if known is not None:
-            ids &= known
-        stored = lookup.consultation(consultation) if ids else None
-        if stored is not None:
-            held[consultation] = stored
-            groups[consultation] = yield from stored.search(ids)
-        yield
+    wanted: dict[str, dict[bytes, list[int]]] = {}
+    for index, (consultation, asked) in enumerate(question.pairs):
+        wanted.setdefault(consultation, {}).setdefault(asked.bytes, []).append(index)
     found: dict[int, Row] = {}
+    rest: list[int] = []
     size = 0
-    for index, (consultation, event_id) in enumerate(question.pairs):
-        row = groups.get(consultation, {}).get(event_id.bytes)
-        if row is None:
-            continue
-        if not bounds.fits(size, row.length, first=not found):
-            return wire.encode_found(committed, index, found)
-        found[index] = _complete(row, held[consultation].body(row))
-        size += wire.ROW_BYTES + row.length
+    # one after another: each one's handles are let go before the next is opened, for that takes time, too
+    for consultation, indexes in wanted.items():
+        known = lookup.known_ids(consultation)
+        ids = indexes.keys() if known is None else indexes.keys() & known
+        stored = lookup.consultation(consultation) if ids and not rest else None
         yield
-    return wire.encode_found(committed, len(question.pairs), found)
+        if rest:
+            rest += [index for event_id in ids for index in indexes[event_id]]
+            continue
+        if stored is None:
+            continue
+        rows = yield from stored.search(ids)
+        for event_id, row in rows.items():
+            if rest or not bounds.fits(size, row.length * len(indexes[event_id]), first=not found):
+                rest += indexes[event_id]
+                continue
+            found.update(dict.fromkeys(indexes[event_id], _complete(row, stored.body(row))))
+            size += (wire.ROW_BYTES + row.length) * len(indexes[event_id])
+            yield
+    return wire.encode_found(committed, found, rest)
 
 
 def _events(lookup: Lookup, committed: int, question: Events, bounds: Bounds) -> Steps:

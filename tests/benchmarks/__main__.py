@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from services.cli.cluster import Cluster
-from tests.benchmarks import batches, dialogues, drains, machine, memory, page, posts, reads, secured, tables
+from tests.benchmarks import batches, dialogues, drains, machine, memory, page, posts, reads, secured, tables, upgrade
 from tests.benchmarks.plan import FULL, QUICK, Plan
 from tests.benchmarks.posts import Bench
 from tests.benchmarks.results import About, Results
@@ -67,6 +67,8 @@ def measure(options: argparse.Namespace, plan: Plan) -> Results:
                 results["reads"] = reads.reads(bench)
         if _wanted(options, "memory"):
             results["memory"] = memory.memory(bench)
+        if _wanted(options, "upgrade"):
+            results["upgrade"] = upgrade.upgrade(bench)
     results["about"]["seconds"] = round(time.monotonic() - started, 1)
     return results
 
@@ -99,7 +101,7 @@ def _wanted(options: argparse.Namespace, name: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    names = ("latency", "throughput", "batches", "security", "persister", "reads", "memory")
+    names = ("latency", "throughput", "batches", "security", "persister", "reads", "memory", "upgrade")
     parser.add_argument("--only", action="append", choices=names, help="measure this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="a smoke run: little of everything, under two minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there instead of printing them")

@@ -25,14 +25,13 @@ from services.corpus.format import LIBVER
 from services.corpus.groups import OpenConsultations
 from services.corpus.storage import StorageIO
 
-#: consultations that a batch touches
-SPREADS = (10, 100, 500)
+#: consultations that a batch touches, and batches that are not measured: they create the groups, and the journal takes
+#: its first turn of 32 MiB, in which it grows as any file does; from then on it writes over itself
+SPREADS = {10: 180, 100: 110, 500: 60}
 #: events of a batch
 BATCH_EVENTS = 500
 #: bytes of an event, about
 BODY_BYTES = 400
-#: the first batches create the groups; they are not measured
-WARM_UP = 3
 
 JOURNALED = "journaled"
 PLAIN = "plain flush + fsync"
@@ -91,19 +90,19 @@ class HDF5Tail:
         raise NotImplementedError
 
 
-def journaled(path: Path, batches: int, spread: int) -> Run:
+def journaled(path: Path, batches: int, spread: int, warm_up: int) -> Run:
     """Write with the store."""
     with EventStore.create(path, _IDENTITY) as store:
 
         def commit(sequence: int) -> None:
             store.commit(sequence)
 
-        run = _write(store.append, commit, store.maybe_checkpoint, batches, spread)
+        run = _write(store.append, commit, store.maybe_checkpoint, batches, spread, warm_up)
         run.checkpoints = store.stats.checkpoints
     return run
 
 
-def plain(path: Path, batches: int, spread: int) -> Run:
+def plain(path: Path, batches: int, spread: int, warm_up: int) -> Run:
     """Write the same layout with HDF5's functions alone, flushed and synced in place of a commit."""
     create_pair(path, _IDENTITY, StorageIO())
     descriptor = os.open(path, os.O_RDWR)
@@ -119,7 +118,7 @@ def plain(path: Path, batches: int, spread: int) -> Run:
             os.fsync(descriptor)
 
         try:
-            return _write(append, commit, lambda: None, batches, spread)
+            return _write(append, commit, lambda: None, batches, spread, warm_up)
         finally:
             os.close(descriptor)
             consultations.clear()
@@ -145,31 +144,35 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.corpus_commits", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=200, help="measured in each file")
+    parser.add_argument("--warm-up", type=int, help="batches not measured; 3: the journal grows (default: by spread)")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made; its disk is what is measured")
     options = parser.parse_args(arguments)
     print("| consultations | target | events/s | commit p50 ms | p99 ms | p99/p50 | checkpoints | events/s, x plain |")
     print("|---|---|---|---|---|---|---|---|")
-    for spread in SPREADS:
-        runs = _rounds(options.rounds, options.batches, spread, options.folder)
+    for spread, first_turn in SPREADS.items():
+        warm_up = first_turn if options.warm_up is None else options.warm_up
+        runs = _rounds(options.rounds, options.batches, spread, warm_up, options.folder)
         for target, own in runs.items():
             ratio = statistics.median(one.rate / other.rate for one, other in zip(own, runs[PLAIN], strict=True))
             print(_row(spread, target, own, f"{ratio:.2f}"), flush=True)
     return 0
 
 
-def _rounds(rounds: int, batches: int, spread: int, folder: Path | None) -> dict[str, list[Run]]:
+def _rounds(rounds: int, batches: int, spread: int, warm_up: int, folder: Path | None) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = {target: [] for target in TARGETS}
     for number in range(rounds):
         with tempfile.TemporaryDirectory(prefix="fiq-bench-", dir=folder) as name:
             turns = list(TARGETS.items())
             for place, (target, write) in enumerate(turns if number % 2 else reversed(turns)):
-                runs[target].append(write(Path(name) / f"{place}.h5", batches, spread))
+                runs[target].append(write(Path(name) / f"{place}.h5", batches, spread, warm_up))
     return runs
 
 
-def _write(append: Append, commit: Commit, afterwards: Callable[[], object], batches: int, spread: int) -> Run:
+def _write(
+    append: Append, commit: Commit, afterwards: Callable[[], object], batches: int, spread: int, warm_up: int
+) -> Run:
     run = Run()
-    for number in range(WARM_UP + batches):
+    for number in range(warm_up + batches):
         groups = batch(number, spread)
         started = time.perf_counter()
         for consultation, records in groups:
@@ -178,7 +181,7 @@ def _write(append: Append, commit: Commit, afterwards: Callable[[], object], bat
         commit((number + 1) * BATCH_EVENTS)
         committed = time.perf_counter()
         afterwards()
-        if number >= WARM_UP:
+        if number >= warm_up:
             run.commits_ms.append((committed - appended) * 1000)
             run.seconds += time.perf_counter() - started
     return run

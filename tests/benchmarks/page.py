@@ -60,6 +60,16 @@ POST on the plain cluster and on one as `fiq init` makes it: TLS 1.3 between nod
 but its subjects for each service. Both run side by side and take turns; HTTP itself is plain in both.
 """
 
+_UPGRADE = """\
+## What clients see of a rolling restart
+
+The whole of `compose.yaml` in containers, and clients that post over its balancer, pause for some 50 ms between two
+events, and send an event a second time, with the same key, a second after it was not accepted. First nothing happens;
+then `rolling-restart` replaces the three nodes, the persisters and the ingests one after the other. An event's time is
+that from its first attempt to its 202, the pause before a second attempt included; a failure is an event whose second
+attempt failed, too.
+"""
+
 _PERSISTER = """\
 ## Events a second of the persister
 
@@ -93,6 +103,7 @@ _SECTIONS = {
     "throughput": _THROUGHPUT,
     "batches": _BATCHES.format(clients=BATCH_CLIENTS, events=BATCH_EVENTS),
     "security": _SECURITY,
+    "upgrade": _UPGRADE,
     "persister": _PERSISTER,
     "reads": _READS,
     "memory": _MEMORY,

@@ -16,6 +16,8 @@ BATCH_EVENTS = 1000
 BATCH_CLIENTS = 4
 #: spread of the row with several partitions, and of the memory benchmark
 TYPICAL_SPREAD = 100
+#: clients of the deployment during a rolling restart; each pauses between two events, as people do
+PEOPLE = 8
 #: partitions that the product has when nothing else is asked for
 PARTITIONS = 16
 #: processes of the row with several partitions
@@ -35,6 +37,8 @@ class Plan:
         appended: events that are appended and flushed one by one, for each spread.
         drain_timeout: seconds that one drain may take before the run is given up.
         settle: seconds for which memory is watched before the load and after it.
+        undisturbed: seconds for which clients of the deployment are watched before its rolling restart.
+        restarted: services that are restarted; none stands for all.
     """
 
     rounds: int
@@ -45,6 +49,8 @@ class Plan:
     appended: int
     drain_timeout: float
     settle: float
+    undisturbed: float
+    restarted: tuple[str, ...]
 
 
 FULL = Plan(
@@ -56,6 +62,8 @@ FULL = Plan(
     appended=2_000,
     drain_timeout=180.0,
     settle=10.0,
+    undisturbed=30.0,
+    restarted=(),
 )
 QUICK = Plan(
     rounds=1,
@@ -66,4 +74,6 @@ QUICK = Plan(
     appended=300,
     drain_timeout=60.0,
     settle=1.0,
+    undisturbed=5.0,
+    restarted=("n2",),
 )

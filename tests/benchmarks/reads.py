@@ -53,7 +53,10 @@ def reads(bench: Bench) -> list[Read]:
             return running.log.exists() and drains.read_log(running.log).persisted >= total
 
         processes.wait(done, running, bench.plan.drain_timeout, poll=0.2)
-        with processes.ingest(url, bench.folder, partitions=PARTITIONS, FI_STORE=_STORE) as (_, port):
+        with processes.ingest(url, bench.folder, partitions=PARTITIONS, FI_STORE=_STORE, FI_MAX_FOLLOWERS="1000") as (
+            _,
+            port,
+        ):
             return asyncio.run(_compare(bench, port, data))
 
 
@@ -137,5 +140,8 @@ async def _followed(session: ClientSession, consultation: str, events: int) -> i
     count = 0
     async with session.get(f"{_path(consultation)}?follow=1") as answer:
         while count < events:
-            count += (await answer.content.readline()).startswith(b"id: ")
+            line = await answer.content.readline()
+            if not line:
+                raise RuntimeError(f"following ended with {answer.status} after {count} events")
+            count += line.startswith(b"id: ")
     return count

@@ -18,6 +18,8 @@ PERSISTER = "persister"
 PULL = "bare pull"
 PLAIN = "POST, plain"
 SECURED = "POST, TLS and users"
+UNDISTURBED = "before it"
+RESTARTED = "rolling restart"
 APPEND = "append + flush, each event"
 CORPUS_READER = "plain corpus reader"
 READ_PAGES = "reader's pages, without HTTP"
@@ -64,6 +66,31 @@ class Throughput(TypedDict):
     failures: int
 
 
+class Upgrade(TypedDict):
+    """What clients of the deployment saw in one phase.
+
+    An event counts from its first attempt to its 202, the pause before a second attempt included.
+    """
+
+    phase: str
+    clients: int
+    seconds: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    most_ms: float
+    events: int
+    retried: int
+    failures: int
+
+
+class Upgrades(TypedDict):
+    """The phases of a rolling restart; or why there are none, as on a machine without Docker."""
+
+    missing: str
+    phases: list[Upgrade]
+
+
 class Drain(TypedDict):
     """One target that takes a backlog; batches are means, 0 where there are none."""
 
@@ -105,6 +132,7 @@ class Results(TypedDict, total=False):
     throughput: list[Throughput]
     batches: list[Throughput]
     security: list[Latency]
+    upgrade: Upgrades
     persister: list[Drain]
     reads: list[Read]
     memory: list[Memory]

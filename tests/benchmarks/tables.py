@@ -60,6 +60,27 @@ def security(results: Results) -> str:
     return table(heads.split("|"), rows, text=2)
 
 
+def upgrade(results: Results) -> str:
+    """Return the table of what clients see of a rolling restart; or a line that says why it was not measured."""
+    found = results["upgrade"]
+    if found["missing"]:
+        return f"Not measured: {found['missing']}.\n"
+    rows = [
+        [
+            row["phase"],
+            f"{row['clients']}",
+            f"{row['seconds']:.0f}",
+            *(f"{value:.1f}" for value in (row["p50_ms"], row["p95_ms"], row["p99_ms"], row["most_ms"])),
+            _count(row["events"]),
+            f"{row['retried']}",
+            f"{row['failures']}",
+        ]
+        for row in found["phases"]
+    ]
+    heads = "phase|clients|seconds|p50 ms|p95 ms|p99 ms|longest ms|events|sent a second time|failures"
+    return table(heads.split("|"), rows)
+
+
 def throughput(results: Results) -> str:
     """Return the table of POST's throughput."""
     empty = _of(results["throughput"], target=EMPTY)
@@ -162,6 +183,7 @@ def all_tables(results: Results) -> list[tuple[str, str]]:
         "throughput": throughput,
         "batches": batches,
         "security": security,
+        "upgrade": upgrade,
         "persister": persister,
         "reads": reads,
         "memory": memory,

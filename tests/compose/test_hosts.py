@@ -1,4 +1,4 @@
-"""Three hosts, as docs/deploy.md sets them up: one goes away and comes back, one is gone for good."""
+"""Three hosts, as docs/deploy.md sets them up: one goes away and comes back, two are gone for good in turn."""
 
 from __future__ import annotations
 
@@ -136,4 +136,27 @@ async def test_a_host_is_gone_for_good(clients: Clients, backups: Path) -> None:
     await stream_is_whole(lambda: hosts.settings)
     await _healthy(hosts.machines)
     await clients.post(2)
+    await clients.are_served()
+
+
+async def test_a_host_is_gone_for_good_without_a_backup(clients: Clients) -> None:
+    """Its volume begins anew under its name, when somebody says so twice; the stream brings what it still has: all."""
+    hosts = clients.hosts
+    lost = hosts.machines[1]
+    volume = orjson.loads(await asyncio.to_thread(lost, "exec", "-T", "persister", "cat", "/data/volume.json"))[
+        "volume"
+    ]
+    await asyncio.to_thread(lost.remove)
+    await clients.post(0)
+
+    await asyncio.to_thread(hosts.equip, 1)
+    await asyncio.to_thread(lost, "up", "-d", "node")
+    give_up = ("run", "--rm", "ops", "fiq", "give-up", volume, "--to", "/data")
+    with pytest.raises(EngineError, match="nothing was changed; --yes gives these sequences up"):
+        await asyncio.to_thread(lost, *give_up)
+    assert "loses nothing" in await asyncio.to_thread(lost, *give_up, "--yes")
+    await asyncio.to_thread(lost, "up", "-d")
+    await stream_is_whole(lambda: hosts.settings)
+    await _healthy(hosts.machines)
+    await clients.post(1)
     await clients.are_served()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from services.cli.backup.manifest import Manifest
 from services.cli.errors import BackupError, RestoreRefusedError
 from services.cli.overview import Worker, ask_workers
 from services.cli.target import Target, connected
@@ -13,7 +12,7 @@ from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM, consumer_name
 from services.eventlog.jetstream.placement import Placement, Placements
-from services.eventlog.jetstream.report import read_stream
+from services.eventlog.jetstream.report import read_stream, store_reports
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,19 @@ class ClusterView:
     last: int
     placed: Mapping[int, Placement]
     workers: tuple[Worker, ...]
+
+    def placed_on(self, volume: str) -> tuple[int, ...]:
+        """Return the partitions that live on *volume*, by number."""
+        return tuple(partition for partition, place in sorted(self.placed.items()) if place.volume == volume)
+
+    def alive_on(self, volume: str) -> tuple[str, ...]:
+        """Return for each live persister of *volume* why nothing may be put in its place."""
+        return tuple(
+            f"a persister of this volume runs: {worker.name} on {worker.host}, pid {worker.pid}. Stop all persisters "
+            "of the volume first; two directories with one identity would fight for its partitions"
+            for worker in self.workers
+            if worker.volume == volume
+        )
 
 
 async def look(target: Target, store: str) -> ClusterView | None:
@@ -64,28 +76,46 @@ async def look(target: Target, store: str) -> ClusterView | None:
     )
 
 
-async def hold_trim(target: Target, manifest: Manifest, seen: ClusterView) -> None:
-    """Set the consumers of the volume's partitions back to where the backup ends, so that nothing it lacks is trimmed.
+async def other_stores(target: Target, seen: ClusterView) -> tuple[str, ...]:
+    """Return the names of the other stores that have consumers, and so copies of their own.
 
-    A trim deletes what every consumer has acknowledged, and those of a lost volume had acknowledged more than the
-    backup holds: until its persisters run again, another volume's process could delete what they need.
+    Raises:
+        LogUnavailableError: no node answered.
+    """
+    store = target.settings.store
+    async with connected(target.settings) as connection:
+        found = await store_reports(JetStreamApi(connection), seen.partitions, store)
+    return tuple(name for name in found if name != store)
+
+
+async def hold_trim(target: Target, store: str, volume: str, reached: Mapping[int, int], seen: ClusterView) -> None:
+    """Set the consumers of the volume's partitions back to where its files end, so that nothing they lack is trimmed.
+
+    A trim deletes what every consumer has acknowledged, and those of a lost volume had acknowledged more than what is
+    put in its place: until its persisters run again, another volume's process could delete what they need.
+
+    Args:
+        target: the cluster.
+        store: the volume's store.
+        volume: its UUID.
+        reached: sequence up to which each partition will be there; 0 for those that are missing.
+        seen: the cluster as it was.
 
     Raises:
         RestoreRefusedError: the broker did not take a reset.
     """
-    reached = {entry.partition: entry.committed for entry in manifest.contents}
     async with connected(target.settings) as connection:
         api = JetStreamApi(connection)
-        for partition, place in sorted(seen.placed.items()):
+        for partition in seen.placed_on(volume):
             sequence = reached.get(partition, 0) + 1
             # a reset beyond the end is taken and then delivers nothing
-            if place.volume != manifest.volume or sequence > seen.last + 1:
+            if sequence > seen.last + 1:
                 continue
-            name = consumer_name(manifest.store, partition)
+            name = consumer_name(store, partition)
             try:
                 await api.reset_consumer(STREAM, name, sequence)
             except LogUnavailableError as error:
                 raise RestoreRefusedError(
                     f"consumer {name} could not be set back to sequence {sequence} ({error}), so a trim might delete "
-                    "what the backup lacks: use the NATS user `ops`, or --offline"
+                    "what the volume lacks: use the NATS user `ops`, or --offline for a backup"
                 ) from error

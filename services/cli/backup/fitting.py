@@ -47,12 +47,7 @@ def compare(manifest: Manifest, seen: ClusterView | None) -> Fit:
             "If the stream is lost: docs/operations.md, `A lost stream`"
         )
         return Fit(problems=(problem,))
-    fatal = tuple(
-        f"a persister of this volume runs: {worker.name} on {worker.host}, pid {worker.pid}. Stop all persisters of "
-        "the volume first; two directories with one identity would fight for its partitions"
-        for worker in seen.workers
-        if worker.volume == manifest.volume
-    )
+    fatal = seen.alive_on(manifest.volume)
     if seen.created != manifest.stream_created:
         return Fit(fatal, (_created_anew(manifest, seen),))
     unborn = _unborn(manifest, seen)
@@ -96,7 +91,7 @@ def _ahead(manifest: Manifest, seen: ClusterView) -> Iterator[str]:
 
 def _unborn(manifest: Manifest, seen: ClusterView) -> tuple[int, ...]:
     held = {entry.partition for entry in manifest.contents}
-    return tuple(p for p, place in sorted(seen.placed.items()) if place.volume == manifest.volume and p not in held)
+    return tuple(partition for partition in seen.placed_on(manifest.volume) if partition not in held)
 
 
 def _gaps(manifest: Manifest, unborn: Sequence[int], seen: ClusterView) -> Iterator[Gap]:

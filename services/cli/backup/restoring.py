@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,6 +113,14 @@ def put_back(
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def mark_unborn(target: Path, volume: str, partitions: Sequence[int]) -> None:
+    """Mark the claims of *partitions* as under way, so that persisters make their files; the caller syncs *target*."""
+    for partition in partitions:
+        marker = target / f"{partition_name(partition)}.claim"
+        marker.write_text(f"{volume}\n", encoding="ascii")
+        sync_file(marker, StorageIO())
+
+
 def _check_unused(target: Path) -> None:
     for path in (target / "workers").glob("*.lock"):
         if _is_locked(path):
@@ -197,10 +205,7 @@ def _skip(path: Path, sequence: int) -> None:
 def _move(stage: Path, target: Path, manifest: Manifest, unborn: tuple[int, ...]) -> None:
     io = StorageIO()
     (target / "volume.json").unlink(missing_ok=True)  # of an empty volume; what follows is none of its
-    for partition in unborn:
-        marker = target / f"{partition_name(partition)}.claim"
-        marker.write_text(f"{manifest.volume}\n", encoding="ascii")
-        sync_file(marker, io)
+    mark_unborn(target, manifest.volume, unborn)
     for entry in manifest.files:
         if entry.name != VOLUME_COPY:
             io.rename(stage / entry.name, target / entry.name)

@@ -55,7 +55,8 @@ async def _fitted(target: Target, manifest: Manifest, *, force: bool) -> Fit:
     fit = _checked(manifest, seen, force=force)
     if seen is None or seen.created != manifest.stream_created:
         return fit
-    await hold_trim(target, manifest, seen)
+    reached = {entry.partition: entry.committed for entry in manifest.contents}
+    await hold_trim(target, manifest.store, manifest.volume, reached, seen)
     # it may have been trimmed between the look and the hold
     return _checked(manifest, await look(target, manifest.store), force=force)
 

@@ -113,7 +113,7 @@ PERMISSIONS: dict[Role, Permissions] = {
                 *_each("DIRECT.GET.{}.>"),
                 # `nats stream backup`
                 *_each("STREAM.SNAPSHOT.{}"),
-                # `fiq restore`
+                # `fiq restore` and `fiq give-up`
                 f"CONSUMER.RESET.{STREAM}.*",
                 # `nats stream view` makes a consumer and deletes it: of fi-events that could be a persister's
                 f"CONSUMER.CREATE.{DEAD_STREAM}.>",

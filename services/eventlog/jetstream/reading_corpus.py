@@ -130,13 +130,14 @@ class CorpusReading:
             answer = wire.decode_found(question, await self._ask(partition, question))
         except MalformedError:
             raise self._away(partition, "its answer is malformed") from None
-        if not answer.answered:
+        rest = set(answer.rest)
+        if len(rest) == len(pairs):
             raise self._away(partition, "it answers nothing")
-        for index, futures in enumerate(taken[: answer.answered]):
+        for index, futures in enumerate(taken):
             for future in futures:
-                if not future.done():
+                if index not in rest and not future.done():
                     future.set_result(Found(answer.found.get(index), answer.committed))
-        return dict(zip(pairs[answer.answered :], taken[answer.answered :], strict=True))
+        return {pairs[index]: taken[index] for index in rest}
 
     async def _ask(self, partition: int, question: Question) -> bytes:
         subject = corpus_subject(self._store, partition, KIND_OF[type(question)])

@@ -101,11 +101,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class FindAnswer:
-    """The first *answered* of the questions are answered: those in *found*, by their index, are held, no others."""
+    """What is held is in *found*, by its index in the question; *rest* was not looked for, and is to be asked again."""
 
     committed: int
-    answered: int
     found: Mapping[int, Row]
+    rest: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +156,10 @@ def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
     raise MalformedError("there is no such question")
 
 
-def encode_found(committed: int, answered: int, found: Mapping[int, Row]) -> bytes:
+def encode_found(committed: int, found: Mapping[int, Row], rest: Sequence[int] = ()) -> bytes:
     """Return the answer to :class:`Find`."""
     rows = [[index, row.sequence, row.received_ns, len(row.body)] for index, row in found.items()]
-    return _joined({"committed": committed, "answered": answered, "found": rows}, [r.body for r in found.values()])
+    return _joined({"committed": committed, "rest": rest, "found": rows}, [r.body for r in found.values()])
 
 
 def encode_events(committed: int, rows: Sequence[Row], *, more: bool) -> bytes:
@@ -185,7 +185,10 @@ def decode_found(question: Find, data: bytes) -> FindAnswer:
             index: Row(sequence, received, question.pairs[index][1], body)
             for (index, sequence, received, _), body in zip(head["found"], bodies, strict=True)
         }
-        return FindAnswer(_number(head["committed"]), _number(head["answered"]), found)
+        rest = [_number(index) for index in head["rest"]]
+        if rest and max(rest) >= len(question.pairs):
+            raise MalformedError("an index is out of range")
+        return FindAnswer(_number(head["committed"]), found, rest)
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, IndexError):
         raise MalformedError("the answer is malformed") from None
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from services.eventlog.jetstream.placement import Placements
 from services.eventlog.jetstream.provision import provision
 from services.persister.volume import Volume
 from tests.support.cluster import delete_streams
+from tests.support.commands import done, kill, refused
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, joined, persisted, provisioned
 
 
@@ -28,35 +26,6 @@ async def log(fresh_log: Cluster) -> AsyncIterator[Log]:
     """Three nodes with fresh streams."""
     async with provisioned(fresh_log) as made:
         yield made
-
-
-async def fiq(log: Log, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command as an operator does."""
-    command = [sys.executable, "-m", "services.cli.main", *map(str, arguments)]
-    env = {**os.environ, "FI_NATS_URL": log.cluster.url}
-    return await asyncio.to_thread(
-        subprocess.run, command, env=env, capture_output=True, text=True, check=False, timeout=90
-    )
-
-
-async def done(log: Log, *arguments: object) -> str:
-    """Run the command, which succeeds, and return what it printed on both."""
-    result = await fiq(log, *arguments)
-    assert 0 == result.returncode, result.stderr
-    return result.stdout + result.stderr
-
-
-async def refused(log: Log, *arguments: object) -> str:
-    """Run the command, which refuses, and return why."""
-    result = await fiq(log, *arguments)
-    assert 1 == result.returncode, result.stdout
-    return result.stderr
-
-
-async def kill(*persisters: Persister) -> None:
-    for persister in persisters:
-        persister.process.kill()
-        await asyncio.to_thread(persister.process.wait)
 
 
 async def test_a_deleted_volume_comes_back_with_every_event_once_and_in_order(log: Log, tmp_path: Path) -> None:

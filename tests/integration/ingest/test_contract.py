@@ -18,6 +18,7 @@ from nats.js import JetStreamContext
 
 from services.cli.cluster import Cluster
 from services.eventlog.jetstream.names import STREAM
+from tests.support.persisters import PARTITIONS, Persister, corpus_of
 from tests.support.polling import eventually
 from tests.support.service import Service
 
@@ -183,3 +184,41 @@ async def test_a_cloudevent_of_the_official_client_is_stored(fresh_log: Cluster,
         assert await client.post_headers("/events", message.body, message.headers) == (202, first | {"duplicate": True})
         stored = await js.get_msg(STREAM, first["sequence"])
         assert json.loads(stored.data or b"")["payload"] == {"text": "hello"}
+
+
+async def test_a_key_is_known_when_its_event_has_been_persisted_trimmed_and_forgotten(
+    fresh_log: Cluster, tmp_path: Path
+) -> None:
+    """The corpus is asked: the first sequence, however late; another body is 422. The corpus holds each event once."""
+    # given
+    path, kind = "/consultations/c-1/events", "application/x-ndjson"
+    shared = {"FI_PARTITIONS": str(PARTITIONS), "FI_DUPLICATE_WINDOW": "1", "FI_DEAD_MAX_BYTES": "1MiB"}
+    with Persister(tmp_path / "persister", fresh_log, tmp_path / "data", **shared) as persister:
+        await persister.ready()
+        async with clients(tmp_path, fresh_log, 1, **shared) as (client,):
+            _, single = await client.post(path, BODIES[0], "k")
+            _, batch = await client.post(f"{path}/batch", lines(3), "b", kind)
+            await client.post(path, BODIES[0], "probe")
+        await eventually(lambda: len(corpus_of(tmp_path / "data").get("c-1", [])) == 5)
+
+        # when
+        patient = shared | {"FI_KEY_LOOKUP_WAIT": "10"}
+        async with clients(tmp_path, fresh_log, 1, **patient) as (client,), jetstream(fresh_log) as js:
+            await js.purge_stream(STREAM)
+
+            async def forgotten() -> bool:
+                await client.post(path, BODIES[0], "probe")
+                return (await js.stream_info(STREAM)).state.messages > 0
+
+            await eventually(forgotten)
+
+            # then
+            assert await client.post(path, BODIES[0], "k") == (202, single | {"duplicate": True})
+            marked = [result | {"duplicate": True} for result in batch["results"]]
+            assert (await client.post(f"{path}/batch", lines(3), "b", kind))[1]["results"] == marked
+            status, problem = await client.post(path, BODIES[1], "k")
+            assert (status, problem["type"]) == (422, REUSED)
+            changed = lines(3).replace(b'"n":1', b'"n":9')
+            status, problem = await client.post(f"{path}/batch", changed, "b", kind)
+            assert (status, [wrong["line"] for wrong in problem["lines"]]) == (422, [2])
+        assert len(corpus_of(tmp_path / "data")["c-1"]) == 5

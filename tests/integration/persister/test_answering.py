@@ -20,7 +20,9 @@ from nats.aio.msg import Msg
 from services.corpus import EventStore, Record, StoredConsultation
 from services.eventlog.jetstream import reading_wire as wire
 from services.eventlog.jetstream.reading_wire import Consultations, Events, Find, Question
+from services.persister import lookups
 from services.persister.answering import MAX_WAITING, Desk
+from services.persister.lookups import Job
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
 from tests.support.broker import plain_server, taken
@@ -137,7 +139,7 @@ async def test_ids_are_found_in_many_consultations_at_once(asker: Asker) -> None
     await fill(asker, "c1", range(1, 101))
     await fill(asker, "c2", range(101, 111))
     answer = await asker.find(("c2", 105), ("c1", 99), ("c1", 105), ("c3", 1), ("c1", 99))
-    assert (5, 110) == (answer.answered, answer.committed)
+    assert ([], 110) == (answer.rest, answer.committed)
     assert {0: 105, 1: 99, 4: 99} == {index: row.sequence for index, row in answer.found.items()}
     assert b'{"event_type":"99"}' == answer.found[1].body
 
@@ -156,8 +158,8 @@ async def test_an_answer_is_bounded_and_says_where_it_ends(asker: Asker) -> None
     page = await asker.events()
     assert ([1, 2], True) == ([row.sequence for row in page.rows], page.more)
     assert [largest] == [row.body for row in (await asker.events(after=5)).rows]
-    answer = await asker.find(*(("c1", number) for number in (1, 2, 3, 4)))
-    assert (2, [0, 1]) == (answer.answered, list(answer.found))
+    answer = await asker.find(*(("c1", number) for number in (1, 2, 3, 4, 77)), ("c2", 1))
+    assert (2, 3, {0, 1, 2, 3, 5}) == (len(answer.found), len(answer.rest), {*answer.found, *answer.rest})
 
 
 async def test_an_event_larger_than_the_broker_takes_is_an_error_of_its_own(asker: Asker) -> None:
@@ -189,7 +191,7 @@ async def test_absence_that_memory_proves_is_told_while_the_thread_is_busy(asker
     gate = threading.Event()
     busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
     answer = await asker.find(("c1", 77), ("c1", 78))
-    assert (2, 10, {}) == (answer.answered, answer.committed, answer.found)
+    assert ([], 10, {}) == (answer.rest, answer.committed, answer.found)
     assert 1.0 == asker.count("find", "memory")
     assert not busy.done()
     gate.set()
@@ -272,7 +274,7 @@ async def test_a_damaged_consultation_is_told_and_the_partition_goes_on(
     assert 4 == len((await asker.events()).rows)
 
 
-async def test_a_long_search_lets_batches_through(asker: Asker) -> None:
+async def test_a_long_search_lets_batches_through(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn by turn: a commit waits for one of them, and not for the whole table."""
     await fill(asker, "c1", range(1, 60_001))
     await asker.desk.close(0)
@@ -281,13 +283,22 @@ async def test_a_long_search_lets_batches_through(asker: Asker) -> None:
     assert isinstance(store, EventStore)
     await asker.desk.open(0, asker.file, store)
     await taken(asker.nc)
+    order: list[str] = []
+    whole = Job.turn
+
+    def turn(self: Job) -> bytes | None:
+        order.append("turn")
+        return whole(self)
+
+    monkeypatch.setattr(Job, "turn", turn)
+    monkeypatch.setattr(lookups, "TURN_SECONDS", 0.0)
     searching = asyncio.ensure_future(asker.find(("c1", 70_000)))
-    between = 0
     while not searching.done():
-        await asker.in_thread(int)
-        between += 1
+        await asker.in_thread(order.append, "batch")
     assert {} == (await searching).found
-    assert between > 4
+    first, last = order.index("turn"), len(order) - order[::-1].index("turn")
+    assert order.count("turn") > 10
+    assert "batch" in order[first:last]
 
 
 async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path: Path) -> None:

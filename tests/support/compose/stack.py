@@ -7,8 +7,10 @@ import base64
 import contextlib
 import os
 import random
+import re
 import shutil
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from itertools import groupby
@@ -29,7 +31,7 @@ from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.report import StreamReport, cluster_report
 from services.eventlog.settings import LogSettings
-from tests.support.compose.engine import PREFIX, ROOT, EngineError, clean_up, docker
+from tests.support.compose.engine import PREFIX, ROOT, EngineError, clean_up, docker, run
 from tests.support.polling import eventually
 
 DEPLOYMENT = ROOT / "deploy" / "nats-cluster"
@@ -58,6 +60,17 @@ with open_corpus("/data") as corpus:
         for event in corpus[name]:
             print(name, event.event_id, event.sequence, base64.b64encode(event.raw).decode())
 """
+
+
+def public_images() -> list[str]:
+    """Return the images that the deployment takes from elsewhere, and the one that its own is built on."""
+    compose, dockerfile = (
+        path.read_text(encoding="utf-8") for path in (DEPLOYMENT / "compose.yaml", ROOT / "Dockerfile")
+    )
+    return [
+        *re.findall(r"\$\{(?:NATS|HAPROXY|PROMETHEUS)_IMAGE:-(.+?)\}", compose),
+        *re.findall(r"^ARG PYTHON_IMAGE=(.+)$", dockerfile, re.MULTILINE),
+    ]
 
 
 class Deployment:
@@ -92,8 +105,19 @@ class Deployment:
             file.writelines(f"{name}={value}\n" for name, value in env.items())
 
     def up(self) -> None:
-        """Start everything, and wait until all of it is healthy."""
-        self.compose.start()
+        """Start everything, and wait until all of it is healthy.
+
+        Raises:
+            EngineError: something is not; with the end of every log.
+        """
+        try:
+            self.compose.start()
+        except subprocess.CalledProcessError as error:
+            raise EngineError(f"{error}\n{self.logs()}\n{self.complaints()}") from error
+
+    def rolling_restart(self, *services: str) -> None:
+        """Restart *services*, everything by default, with the script of the deployment."""
+        run("./rolling-restart", *services, cwd=self.folder, timeout=540)
 
     def remove(self) -> None:
         """Remove containers, networks and volumes."""
@@ -157,13 +181,26 @@ class Deployment:
     async def is_whole(self) -> None:
         """Wait until every copy of the stream has everything and every container is healthy."""
         await stream_is_whole(lambda: self.settings)
-        await eventually(lambda: {"healthy"} == self.states(), timeout=90)
+        try:
+            await eventually(lambda: {"healthy"} == self.states(), timeout=90)
+        except AssertionError:
+            raise AssertionError(f"not healthy within 90 s: {self.complaints()}") from None
 
     def states(self) -> set[str]:
         """Return the health of every container of the project; ``exited`` for one that has ended."""
         template = "{{if .State.Running}}{{if .State.Health}}{{.State.Health.Status}}{{end}}{{else}}exited{{end}}"
         lasting = set(self("config", "--services").split()) - ONE_SHOT
         return set(docker("inspect", "--format", template, *self.containers(*lasting)).split())
+
+    def complaints(self) -> dict[str, str]:
+        """Return what the last health check of each container that is not healthy said."""
+        found = [inspect(container) for container in self.containers()]
+        health = {one["Name"]: one["State"].get("Health") or {} for one in found}
+        return {
+            name: (checks.get("Log") or [{}])[-1].get("Output", "")
+            for name, checks in health.items()
+            if checks and checks["Status"] != "healthy"
+        }
 
     # -- load and corpus ----------------------------------------------------------------------------------------------
 

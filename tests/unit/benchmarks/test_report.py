@@ -15,12 +15,16 @@ from tests.benchmarks.results import (
     POST,
     PUBLISH,
     PULL,
+    RESTARTED,
+    UNDISTURBED,
     About,
     Drain,
     Latency,
     Memory,
     Results,
     Throughput,
+    Upgrade,
+    Upgrades,
     percentile,
 )
 
@@ -49,6 +53,21 @@ def drain(target: str, rate: float, *, partitions: int = 1) -> Drain:
     )
 
 
+def phase(name: str, p99: float) -> Upgrade:
+    return Upgrade(
+        phase=name,
+        clients=8,
+        seconds=30.0,
+        p50_ms=5.0,
+        p95_ms=7.0,
+        p99_ms=p99,
+        most_ms=2 * p99,
+        events=4000,
+        retried=3,
+        failures=0,
+    )
+
+
 @pytest.fixture
 def results() -> Results:
     about = About(
@@ -65,6 +84,7 @@ def results() -> Results:
         about=about,
         latency=[latency(POST, 15.0), latency(PUBLISH, 12.0)],
         throughput=[throughput(POST, 4000.0), throughput(EMPTY, 10_000.0)],
+        upgrade=Upgrades(missing="", phases=[phase(UNDISTURBED, 9.0), phase(RESTARTED, 640.0)]),
         persister=[drain(PERSISTER, 20_000.0), drain(PULL, 30_000.0), drain(APPEND, 500.0)],
         memory=[Memory(process="ingest", idle_mb=50.0, filling_mb=60.0, draining_mb=55.0, after_mb=0.0)],
     )
@@ -100,6 +120,19 @@ def test_every_line_of_a_table_has_the_same_columns(results: Results) -> None:
     """Or it would not render."""
     for _, table in tables.all_tables(results):
         assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_a_rolling_restart_stands_beside_the_time_before_it(results: Results) -> None:
+    """The same stack and the same clients, in one run."""
+    before, during = tables.upgrade(results).splitlines()[2:]
+    assert "| before it | 8 | 30 | 5.0 | 7.0 | 9.0 | 18.0 | 4,000 | 3 | 0 |" == before
+    assert "| 640.0 | 1280.0 |" in during
+
+
+def test_without_docker_the_page_says_so_instead_of_a_number(results: Results) -> None:
+    """A row that is missing without a word would look forgotten."""
+    results["upgrade"] = Upgrades(missing="there is no docker command", phases=[])
+    assert "Not measured: there is no docker command.\n" in page.render(results)
 
 
 def test_ratios_stand_beside_the_target_that_they_judge(results: Results) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from services.corpus.overlay import PageOverlay
-from services.corpus.sectors import SECTOR, Extents, SectorIndex, Sectors
+from services.corpus.sectors import SECTOR, Extents, SectorIndex, Sectors, runs_of
 from services.corpus.storage import Buffer
 
 
@@ -29,6 +31,16 @@ def _content(overlay: PageOverlay) -> bytes:
     return bytes(buffer)
 
 
+def _bit_by_bit(overlay: PageOverlay, start: int, lengths: Iterable[int]) -> bytes:
+    """Read as HDF5 does: little at a time, neighbours one after another."""
+    parts = []
+    for length in lengths:
+        parts.append(bytearray(length))
+        overlay.read_into(start, memoryview(parts[-1]))
+        start += length
+    return b"".join(parts)
+
+
 class _Images:
     """A journal of nothing but images, and the index of what it holds."""
 
@@ -41,8 +53,12 @@ class _Images:
         for image in images:
             os.pwrite(self.fd, image, os.fstat(self.fd).st_size)
 
-    def index(self) -> SectorIndex:
-        return SectorIndex.of(self._extents)
+    @property
+    def records(self) -> int:
+        return len(self._extents)
+
+    def index(self, since: int = 0) -> SectorIndex:
+        return SectorIndex.of(self._extents[since:])
 
 
 @pytest.fixture
@@ -53,12 +69,13 @@ def journal(tmp_path: Path) -> Iterator[_Images]:
 
 
 def test_an_overlay_behaves_like_a_file_in_memory(fd: int, journal: _Images) -> None:
-    """Writes, shrinks, growths, commits, rollbacks and full memory against a plain bytearray."""
+    """Writes, shrinks, growths, commits, rollbacks, checkpoints and full memory against a plain bytearray."""
     chance = random.Random(3)
     size = os.fstat(fd).st_size
     overlay = PageOverlay(fd, journal.fd, size, SectorIndex.of(()))
     model = bytearray(os.pread(fd, size, 0))
     committed = bytes(model)
+    sealed: tuple[bytes, int] | None = None
     for step in range(1500):
         action = chance.random()
         if action < 0.7:
@@ -75,14 +92,23 @@ def test_an_overlay_behaves_like_a_file_in_memory(fd: int, journal: _Images) -> 
             journal.take(*overlay.changes())
             overlay.commit()
             committed = bytes(model)
-        elif action < 0.95:
+        elif action < 0.95 and sealed is None:
             overlay.seal()
+            sealed = committed, journal.records
+        elif action < 0.95 and sealed is not None:
+            os.pwrite(fd, sealed[0], 0)
+            os.ftruncate(fd, len(sealed[0]))
+            overlay.drop_sealed(journal.index(since=sealed[1]))
+            sealed = None
         elif action < 0.97:
             # in the middle of a batch, as when a compacted journal takes the old one's place
             overlay.rebase(journal.index())
         else:
             overlay.rollback(journal.index())
             model = bytearray(committed)
+        start = chance.randrange(len(model))
+        lengths = [chance.randrange(1, 600) for _ in range(8)]
+        assert bytes(model[start:]).ljust(sum(lengths), b"\0")[: sum(lengths)] == _bit_by_bit(overlay, start, lengths)
         if step % 25 == 0:
             assert bytes(model) == _content(overlay)
 
@@ -127,3 +153,47 @@ def test_the_newest_image_of_a_sector_counts(tmp_path: Path) -> None:
     os.close(fd)
     assert [buffer[place] for place in (0, 10, 10 + SECTOR, 10 + 2 * SECTOR, 10 + 3 * SECTOR)] == [0xFF, 0, 5, 2, 6]
     assert runs == [(2, [0, 5, 2, 6]), (9, [3])]
+
+
+def test_neighbours_are_read_at_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The headers and chunks of a consultation lie together; on a cold disk each read of its own waits for it."""
+    overlay = PageOverlay(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
+    reads: list[int] = []
+    system = os.preadv
+
+    def counted(*arguments: Any) -> int:
+        reads.append(system(*arguments))
+        return reads[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
+    _bit_by_bit(overlay, 4200, [512] * 8)
+    overlay.write(9000, b"!")
+    assert [16 << 10] == reads
+
+
+def test_a_look_into_the_index_does_not_copy_it(fd: int) -> None:
+    """It is looked into for every page that is read: what that costs must not grow with the journal."""
+    sectors = np.arange(0, 2_000_000, 2, dtype=np.uint64)
+    index = SectorIndex(sectors, np.zeros(len(sectors), np.uint64))
+    buffer = memoryview(bytearray(4096))
+    tracemalloc.start()
+    index.patch(fd, 4096 * 1000, buffer)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_an_index_grows_by_what_is_newer() -> None:
+    """Built step by step it is the one that is built at once, whatever the records have in common."""
+    chance = random.Random(4)
+    records = []
+    for number in range(30):
+        sectors = np.array(sorted(chance.sample(range(300), 40)), np.uint64)
+        records.append(Extents(runs_of(sectors), images=number * 40 * SECTOR))
+    at_once, grown, start = SectorIndex.of(records), SectorIndex.of(()), 0
+    while start < len(records):
+        step = chance.randrange(4)
+        grown = grown.with_newer(records[start : start + step])
+        start += step
+    assert at_once.table().tolist() == grown.table().tolist()
+    assert at_once._places.tolist() == grown._places.tolist()

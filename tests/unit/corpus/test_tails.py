@@ -61,6 +61,23 @@ def test_the_place_of_a_chunk_is_the_one_that_hdf5_tells(path: Path) -> None:
             assert told == tail._place  # type: ignore[attr-defined]
 
 
+def test_the_content_of_a_chunk_is_not_read_to_find_its_place(path: Path) -> None:
+    """Only its place counts: on a cold disk the reads are what a consultation that is opened again costs."""
+    with path.open("rb") as file:
+        content = FileObject("00.h5", PageOverlay(file.fileno(), file.fileno(), 4096, SectorIndex.of(())))
+        read: list[bytes] = []
+
+        def chunk() -> None:
+            content.seek(256)
+            read.append(content.read(512))
+            content.seek(512)
+            read.append(content.read(1024))
+
+        assert content.locate(chunk, 1024) == 512
+        assert [path.read_bytes()[256:768], bytes(1024)] == read
+        assert path.read_bytes()[512:1536] == content.peek(512, 1024)
+
+
 def test_a_read_of_something_else_is_no_place(path: Path) -> None:
     """What HDF5 does inside must be what is expected of it; else nothing is written."""
     with path.open("rb") as file:

@@ -33,8 +33,8 @@ def test_an_answer_holds_bodies_byte_for_byte(rows: list[Row], committed: int, m
     )
     question = Find([("c", row.event_id) for row in rows])
     found = dict(enumerate(rows))
-    data = wire.encode_found(committed, len(rows), found)
-    assert wire.FindAnswer(committed, len(rows), found) == wire.decode_found(question, data)
+    data = wire.encode_found(committed, found, list(range(len(rows))))
+    assert wire.FindAnswer(committed, found, list(range(len(rows)))) == wire.decode_found(question, data)
 
 
 def test_names_come_back() -> None:
@@ -80,6 +80,12 @@ def test_any_bytes_are_an_answer_or_malformed(data: bytes) -> None:
             read(data)
         except MalformedError:
             continue
+
+
+def test_an_answer_about_what_was_not_asked_is_malformed() -> None:
+    """An index behind the question's end."""
+    with pytest.raises(MalformedError):
+        wire.decode_found(Find([("c", UUID(int=1))]), wire.encode_found(1, {}, [1]))
 
 
 def test_an_answer_that_lost_its_end_is_malformed() -> None:

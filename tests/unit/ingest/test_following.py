@@ -189,6 +189,14 @@ async def test_followers_beyond_the_limit_are_429() -> None:
         await eventually(admitted)
 
 
+async def test_a_client_that_goes_makes_room_at_once(edge: Edge) -> None:
+    """Not with the next comment: who connects anew again and again would be kept out by himself."""
+    await post(edge, 1)
+    async with following(edge) as stream:
+        assert [1] == await stream.take(1)
+    await eventually(lambda: edge.metric("fi_ingest_followers") == 0.0, timeout=reading_follow.KEEP_ALIVE_SECONDS / 2)
+
+
 async def test_a_client_that_does_not_read_is_let_go(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it does not take is not kept for it."""
     monkeypatch.setattr(edge.app[FOLLOWERS], "_slow", 0.2)

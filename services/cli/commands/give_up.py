@@ -1,0 +1,94 @@
+"""``fiq give-up``."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.cli.backup.cluster import ClusterView, hold_trim, look, other_stores
+from services.cli.errors import CommandError, RestoreRefusedError
+from services.cli.target import FolderOption, ServerOption, Target, find_cluster
+from services.eventlog.jetstream.names import STREAM
+from services.eventlog.partitions import partition_name
+
+
+def give_up(
+    volume: Annotated[str, typer.Argument(help="UUID of the volume that is lost, as `fiq status` shows it.")],
+    to: Annotated[Path, typer.Option("--to", help="Data directory of its persisters from now on; empty.")],
+    server: ServerOption = None,
+    folder: FolderOption = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do it. Without this the command only says what would be given up.")
+    ] = False,
+) -> None:
+    """Give up what only a lost volume had, and let it begin anew: for when there is no backup of it.
+
+    The stream brings what it still holds when persisters start. What was trimmed is gone from this store for good.
+    """
+    from services.cli.backup.renewing import begin_anew  # h5py is slow to import
+    from services.cli.backup.restoring import reserved
+    from services.corpus import CorpusError
+
+    target = find_cluster(server, folder)
+    seen = asyncio.run(_checked(target, volume))
+    _tell(target, volume, seen)
+    if not yes:
+        raise RestoreRefusedError("nothing was changed; --yes gives these sequences up for good")
+    with reserved(to):
+        seen = asyncio.run(_held(target, volume, seen))
+        try:
+            begin_anew(to, volume, target.settings.store, seen.placed_on(volume))
+        except CorpusError as error:
+            raise CommandError(f"{error}; nothing was put there") from error
+    typer.echo(
+        f"{to}: volume {volume} begins anew{_given_up(seen)}. Start its persisters: they fetch what the stream has"
+    )
+
+
+async def _checked(target: Target, volume: str) -> ClusterView:
+    """Look at the cluster.
+
+    Raises:
+        RestoreRefusedError: the volume lives, or has nothing, or there is no stream.
+    """
+    store = target.settings.store
+    seen = await look(target, store)
+    if seen is None:
+        raise RestoreRefusedError(f"the cluster has no stream {STREAM}: see docs/operations.md, `A lost stream`")
+    if alive := seen.alive_on(volume):
+        raise RestoreRefusedError("\n  ".join(alive))
+    if not seen.placed_on(volume):
+        known = ", ".join(sorted({place.volume for place in seen.placed.values()})) or "none"
+        raise RestoreRefusedError(
+            f"no partition of store {store} lives on volume {volume}; volumes that have some: {known}"
+        )
+    return seen
+
+
+async def _held(target: Target, volume: str, seen: ClusterView) -> ClusterView:
+    """Keep the stream from being trimmed any further, and look where it begins now."""
+    await hold_trim(target, target.settings.store, volume, {}, seen)
+    return await _checked(target, volume)
+
+
+def _tell(target: Target, volume: str, seen: ClusterView) -> None:
+    for partition in seen.placed_on(volume):
+        typer.echo(f"fiq: partition {partition_name(partition)}{_given_up(seen)}; {_kept(seen)}", err=True)
+    if others := asyncio.run(other_stores(target, seen)):
+        typer.echo(
+            f"fiq: store {', '.join(others)} has partitions of its own: what is given up here may be read there",
+            err=True,
+        )
+
+
+def _given_up(seen: ClusterView) -> str:
+    if seen.first == 1:
+        return " loses nothing"
+    return f" loses its events of sequences 1 to {seen.first - 1}"
+
+
+def _kept(seen: ClusterView) -> str:
+    return f"the stream has {seen.first} to {seen.last}" if seen.first <= seen.last else "the stream is empty"

@@ -1,0 +1,57 @@
+"""Tokens in containers: every deployment asks for one, and `fiq token` is followed through the mount."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from aiohttp import ClientSession
+
+from tests.support.compose.engine import docker
+from tests.support.compose.stack import IMAGE, Deployment
+from tests.support.polling import eventually
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def fiq(stack: Deployment, *arguments: str) -> str:
+    """Run the command line on the deployment's folder, as its operator does."""
+    user = f"{os.getuid()}:{os.getgid()}"
+    options = ("--rm", "-u", user, "-v", f"{stack.folder}:/deployment")
+    return docker("run", *options, IMAGE, "fiq", *arguments, "--deployment", "/deployment").strip()
+
+
+async def test_a_token_is_asked_for_and_a_new_one_needs_no_restart(stack: Deployment) -> None:
+    """By every ingest behind the balancer; a revoked one is refused by all of them soon, and the others go on."""
+    async with ClientSession() as session:
+
+        async def post(consultation: str, token: str | None) -> int:
+            headers = {"Content-Type": "application/json"}
+            if token is not None:
+                headers["Authorization"] = f"Bearer {token}"
+            url, body = f"{stack.url}/consultations/{consultation}/events", b'{"event_type":"ACCESS"}'
+            async with session.post(url, data=body, headers=headers) as answer:
+                return answer.status
+
+        async def all_say(status: int, consultation: str, token: str) -> None:
+            async def said() -> bool:
+                return {status} == {await post(consultation, token) for _ in range(6)}
+
+            await eventually(said)
+
+        # nothing is stored: `is_verified` of other tests compares with what they have posted themselves
+        assert 401 == await post("access-1", None)
+        made = await asyncio.to_thread(fiq, stack, "token", "new", "ward", "--scopes", "read", "--prefix", "access-")
+        await all_say(403, "access-1", made)
+        await asyncio.to_thread(fiq, stack, "token", "revoke", "ward")
+        await all_say(401, "access-1", made)
+        assert 404 == await post("no.id", stack.token)
+
+
+async def test_clients_do_not_reach_the_management_endpoints(stack: Deployment) -> None:
+    """Through the balancer there is the HTTP interface alone."""
+    async with ClientSession(headers={"Authorization": f"Bearer {stack.token}"}) as session:
+        for path in ("/metrics", "/readyz", "/healthz"):
+            async with session.get(f"{stack.url}{path}") as answer:
+                assert 404 == answer.status

@@ -1,0 +1,151 @@
+"""Reading while the corpus stands at a known position: what is there twice, and what moves between two questions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from services.cli.cluster import Cluster
+from services.contract.event import Event
+from services.contract.ids import new_event_id
+from services.corpus import EventStore, Record
+from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.reading import JetStreamReader
+from services.eventlog.jetstream.reading_stream import Numbered, StreamReading
+from services.eventlog.partitions import partition_of
+from services.eventlog.protocol import Page
+from services.persister.answering import Desk
+from services.persister.metrics import Metrics
+from services.persister.partition_file import PartitionFile
+from tests.support.broker import taken
+from tests.support.persister import IDENTITY
+from tests.support.persisters import PARTITIONS, Log, provisioned
+from tests.support.polling import eventually
+
+
+class Halted:
+    """A persister that answers, and commits when it is told to."""
+
+    def __init__(self, log: Log, store: EventStore, hdf5: ThreadPoolExecutor) -> None:
+        self.log = log
+        self.reader = JetStreamReader(log.nc, log.settings)
+        self._store = store
+        self._hdf5 = hdf5
+
+    async def append(self, *events: Event) -> list[int]:
+        return [(await self.log.publisher.append(one)).sequence for one in events]
+
+    async def again(self, event: Event) -> int:
+        """Publish *event* until the stream has taken it once more."""
+
+        async def sequence() -> int:
+            appended = await self.log.publisher.append(event)
+            return 0 if appended.duplicate else appended.sequence
+
+        return await eventually(sequence)
+
+    async def commit(self, sequences: list[int], events: list[Event]) -> None:
+        records = [
+            Record(sequence, one.received_ns, one.event_id.bytes, one.body)
+            for sequence, one in zip(sequences, events, strict=True)
+        ]
+
+        def work() -> None:
+            self._store.append("c1", records)
+            self._store.commit(sequences[-1])
+
+        await asyncio.get_running_loop().run_in_executor(self._hdf5, work)
+
+    async def shown(self, limit: int) -> list[tuple[int, bool]]:
+        found: list[tuple[int, bool]] = []
+        page = Page([], 0, more=True)
+        while page.more:
+            page = await self.reader.page("c1", page.reached, limit)
+            found += [(one.sequence, one.persisted) for one in page.events]
+        return found
+
+
+@pytest.fixture
+async def halted(fresh_log: Cluster, tmp_path: Path) -> AsyncIterator[Halted]:
+    async with provisioned(fresh_log, duplicate_window=0.1) as log:
+        with ThreadPoolExecutor(1) as hdf5:
+            file = PartitionFile(lambda: EventStore.create(tmp_path / "00.h5", IDENTITY))
+            store = await asyncio.get_running_loop().run_in_executor(hdf5, file.open)
+            desk = Desk(log.nc, "main", hdf5, Metrics())
+            await desk.open(partition_of("c1", PARTITIONS), file, store)
+            work = asyncio.create_task(desk.run())
+            await taken(log.nc)
+            yield Halted(log, store, hdf5)
+            work.cancel()
+            with suppress(asyncio.CancelledError):
+                await work
+            hdf5.submit(lambda: file.close(abandon=True)).result()
+
+
+def event(number: int) -> Event:
+    return Event("c1", new_event_id(), number, b'{"event_type":"T","payload":%d}' % number)
+
+
+async def test_a_copy_in_the_stream_of_what_the_corpus_holds_is_not_shown(halted: Halted) -> None:
+    """Nor one of what waits; on whichever page either of them comes."""
+    events = [event(number) for number in range(1, 6)]
+    stands = await halted.append(*events)
+    await halted.commit(stands[:3], events[:3])
+    await halted.again(events[1])
+    await halted.again(events[3])
+    (last,) = await halted.append(event(6))
+    expected = [(s, True) for s in stands[:3]] + [(s, False) for s in (*stands[3:], last)]
+    for limit in (1, 2, 3, 100):
+        assert expected == await halted.shown(limit)
+
+
+async def test_what_is_committed_and_trimmed_between_the_questions_is_not_skipped(
+    halted: Halted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream is read after its beginning is gone: the corpus is asked again, and has it."""
+    events = [event(number) for number in range(1, 8)]
+    stands = await halted.append(*events)
+    await halted.commit(stands[:2], events[:2])
+    tail = StreamReading.tail
+    moved = False
+
+    async def trimmed(
+        self: StreamReading, partition: int, consultation: str, after: int, last: int
+    ) -> AsyncIterator[Numbered]:
+        nonlocal moved
+        if not moved:
+            moved = True
+            await halted.commit(stands[2:5], events[2:5])
+            await halted.log.api.purge(STREAM, stands[4] + 1)
+        async for one in tail(self, partition, consultation, after, last):
+            yield one
+
+    monkeypatch.setattr(StreamReading, "tail", trimmed)
+    assert [(s, True) for s in stands[:5]] + [(s, False) for s in stands[5:]] == await halted.shown(100)
+    assert moved
+
+
+async def test_an_event_is_found_although_it_is_committed_and_trimmed_meanwhile(
+    halted: Halted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not held, said the corpus; gone, says the stream: it is asked once more."""
+    events = [event(number) for number in range(1, 4)]
+    stands = await halted.append(*events)
+    await halted.commit(stands[:1], events[:1])
+    last = StreamReading.last
+
+    async def trimmed(self: StreamReading, partition: int, consultation: str) -> int:
+        await halted.commit(stands[1:], events[1:])
+        await halted.log.api.purge(STREAM, stands[2] + 1)
+        monkeypatch.undo()
+        return await last(self, partition, consultation)
+
+    monkeypatch.setattr(StreamReading, "last", trimmed)
+    found = await halted.reader.locate("c1", events[1].event_id)
+    assert found is not None
+    assert (stands[1], True) == (found.sequence, found.persisted)

@@ -1,0 +1,209 @@
+"""Whatever clients send: bodies, headers, ids, paths and broken HTTP; no 500, no hang, nothing of it in the log.
+
+`test_broken_http.py` has the cases that are known; here they are drawn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from services.contract.tokens import Scope, Token, digest_of, render
+from tests.support.ingest import Edge, running_edge
+from tests.support.polling import eventually
+
+#: more of them in `make torture`
+EXAMPLES = 1500 if os.environ.get("FIQ_TORTURE") == "long" else 60
+#: stands in everything that is sent, and must stand in no line of the log
+MARK = "Sxcrxt"
+#: seconds within which each answer must be here
+PATIENCE = 10.0
+EVENTS = b"/consultations/c-1/events"
+VISIBLE = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=40)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=True) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+#: JSON of every kind, whole or cut off, deep, with odd numbers and characters, and no JSON at all
+BODIES = st.one_of(
+    st.binary(max_size=300),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    st.fixed_dictionaries({"event_type": JSON, "payload": JSON}).map(lambda value: json.dumps(value).encode()),
+    st.tuples(JSON, st.integers(0, 60)).map(
+        lambda both: json.dumps({"event_type": "A", "p": both[0]}).encode()[: both[1]]
+    ),
+    st.integers(1, 3000).map(lambda depth: b'{"event_type":"A","p":' + b"[" * depth + b"]" * depth + b"}"),
+    st.sampled_from([b"\xef\xbb\xbf{}", b'{"event_type":"\\ud800"}', b'{"event_type":"A","a":1e999}', b"NaN"]),
+)
+NAMES = st.sampled_from(
+    [
+        "Content-Type",
+        "Content-Encoding",
+        "Idempotency-Key",
+        "Accept",
+        "Authorization",
+        "Expect",
+        "X-Forwarded-For",
+        "Traceparent",
+        "Range",
+        "If-Match",
+        "Upgrade",
+        "Cookie",
+        "Transfer-Encoding",
+        "Content-Length",
+        "Connection",
+        "Host",
+    ]
+)
+VALUES = st.one_of(
+    VISIBLE,
+    st.binary(max_size=60).map(lambda raw: raw.decode("latin-1")),
+    st.sampled_from(
+        ["chunked", "gzip", "100-continue", "0", "18", "-1", "close", "keep-alive", "websocket", "h2c", "1" * 5000]
+    ),
+)
+PATHS = st.one_of(
+    st.binary(max_size=80).map(lambda raw: b"/" + raw),
+    VISIBLE.map(lambda text: f"/consultations/{text}/events".encode()),
+    st.lists(
+        st.sampled_from(["consultations", "events", "..", ".", "", "%2e", "%00", "%", "c-1", "*"]), max_size=6
+    ).map(lambda parts: ("/" + "/".join(parts)).encode()),
+    st.just(EVENTS),
+)
+
+
+def run(check: Callable[[Edge], Awaitable[None]], **options: Any) -> None:
+    """Run *check* on a server of its own; afterwards it serves, holds nothing, and its log is clean."""
+
+    async def all_of_it() -> None:
+        with capture_logs() as entries:
+            async with running_edge(body_timeout=0.5, **options) as edge:
+                async with asyncio.timeout(PATIENCE):
+                    await check(edge)
+                await eventually(lambda: edge.metric("fi_ingest_requests_in_flight") == 0.0)
+                assert 0.0 == edge.metric("fi_ingest_bytes_in_flight")
+                assert (await edge.request("GET", "/problems/not-found")).status == 200
+        assert MARK not in str(entries)
+        assert "REQUEST_FAILED" not in {entry["event"] for entry in entries}
+
+    asyncio.run(all_of_it())
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.[01] (\d{3}) ", answer)]
+
+
+async def sent(edge: Edge, request: bytes) -> list[int]:
+    """Send bytes and the end, and return the statuses that came back before the connection was closed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(request)
+    try:
+        # an answer that never comes is one: to half a request; what must not happen is to wait for ever
+        head = await asyncio.wait_for(reader.read(65536), 1.5)
+    except (TimeoutError, ConnectionError):
+        head = b""
+    writer.transport.abort()
+    return statuses(head)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, database=None)
+@given(st.lists(BODIES, min_size=1, max_size=8))
+def test_no_body_makes_it_fail(bodies: list[bytes]) -> None:
+    """Each is an event, or a problem that says why not; what is stored is what was sent."""
+
+    async def check(edge: Edge) -> None:
+        for number, body in enumerate(bodies):
+            marked = body.replace(b'"A"', b'"' + MARK.encode() + b'"')
+            reply = await edge.post(body=marked, Idempotency_Key=f"k{number}")
+            assert reply.status in {202, 400, 422}, reply
+            if reply.status == 202:
+                assert edge.log.events[-1].body == marked.translate(bytes.maketrans(b"\r\n", b"  "))
+                assert isinstance(orjson.loads(marked)["event_type"], str)
+
+    run(check)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, database=None)
+@given(
+    method=st.sampled_from([b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"DELETE", b"PROPFIND", b"BREW", b""]),
+    path=PATHS,
+    headers=st.lists(st.tuples(NAMES, VALUES), max_size=8),
+    body=BODIES,
+    query=st.binary(max_size=20),
+)
+def test_no_request_makes_it_fail_or_hang(
+    method: bytes, path: bytes, headers: list[tuple[str, str]], body: bytes, query: bytes
+) -> None:
+    """Written to the socket as it is, however broken."""
+    lines = [f"{name}: {value}".encode("latin-1") for name, value in headers]
+    target = path + b"?" + MARK.encode() + query
+    head = b"\r\n".join([method + b" " + target + b" HTTP/1.1", b"Host: t", b"X-Mark: " + MARK.encode(), *lines])
+    length = b"" if any(name == "Content-Length" for name, _ in headers) else b"\r\nContent-Length: %d" % len(body)
+
+    async def check(edge: Edge) -> None:
+        found = await sent(edge, head + length + b"\r\n\r\n" + body)
+        assert all(status < 500 for status in found), found
+
+    run(check)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, database=None)
+@given(consultation=st.one_of(VISIBLE, st.text(max_size=140)), key=st.one_of(VISIBLE, st.text(max_size=300)))
+def test_no_id_makes_it_fail(consultation: str, key: str) -> None:
+    """What is none is refused as what it is, and never becomes a subject of the log."""
+    shown = consultation.encode("utf-8", "surrogatepass").hex("%") if consultation else ""
+    raw_key = key.encode("utf-8", "surrogatepass").replace(b"\r", b"").replace(b"\n", b"").replace(b"\0", b"")
+    path = b"/consultations/%" + shown.encode() if shown else b"/consultations/"
+    head = b"POST " + path + b"/events HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+    head += b"Idempotency-Key: " + raw_key + b"\r\nContent-Length: 18\r\n\r\n" + b'{"event_type":"A"}'
+
+    async def check(edge: Edge) -> None:
+        (status,) = await sent(edge, head)
+        assert status in {202, 400, 404}
+        assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,128}", event.consultation) for event in edge.log.events)
+        assert (status == 202) == bool(edge.log.events)
+
+    run(check)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, database=None)
+@given(value=st.one_of(VISIBLE, st.binary(max_size=80).map(lambda raw: raw.decode("latin-1"))))
+def test_no_credentials_but_the_right_ones_get_through(tmp_path_factory: pytest.TempPathFactory, value: str) -> None:
+    """Nor do they make it fail."""
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    path.write_text(render([Token("one", digest_of("the-right-one"), frozenset({Scope.WRITE}))]))
+    clean = value.replace("\r", "").replace("\n", "")
+    head = f"POST /consultations/c-1/events HTTP/1.1\r\nHost: t\r\nAuthorization: {clean}\r\n"
+    request = (
+        head.encode("latin-1") + b"Content-Type: application/json\r\nContent-Length: 18\r\n\r\n" + b'{"event_type":"A"}'
+    )
+
+    async def check(edge: Edge) -> None:
+        (status,) = await sent(edge, request)
+        assert status in {400, 401}
+        assert [] == edge.log.events
+
+    run(check, token_file=str(path))
+
+
+def test_what_is_drawn_is_sent_and_answered() -> None:
+    """The helpers see a good request through: or no example could fail."""
+
+    async def check(edge: Edge) -> None:
+        head = (
+            b"POST " + EVENTS + b" HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 18\r\n\r\n"
+        )
+        assert [202] == await sent(edge, head + b'{"event_type":"A"}')
+
+    run(check)
