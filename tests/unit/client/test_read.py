@@ -132,8 +132,16 @@ async def test_a_connection_that_falls_silent_is_replaced() -> None:
         assert [1, 2] == await taken(client, 2, silence=0.2)
 
 
-async def test_following_outlives_an_outage_that_is_shorter_than_the_deadline() -> None:
-    """Refusals that pass are waited for, as long as each is; the deadline counts from the last word."""
+async def test_following_has_no_deadline_as_long_as_it_hears_something() -> None:
+    """The deadline counts from the last word, not from the beginning."""
+    patience = Patience(deadline=1.5, attempt=1, first_pause=0.01)
+    steps = [stream(sent(number), open_end=True) for number in range(1, 6)]
+    async with scripted(*steps) as server, FiqClient(server.url, patience=patience) as client:
+        assert [1, 2, 3, 4, 5] == await taken(client, 5, silence=0.5)
+
+
+async def test_following_outlives_an_outage() -> None:
+    """Refusals that pass are waited for, as long as they ask."""
     steps = (stream(sent(1)), refused(503, "corpus-away", retry_after="1"), lost, stream(sent(2), open_end=True))
     async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
         assert [1, 2] == await taken(client, 2)
