@@ -93,7 +93,9 @@ async def test_lines_without_a_consultation_are_of_the_one_that_the_command_name
     events = [event(1), event(2, consultation_id="c-2"), event(3)]
     service = MemoryService()
     async with scripted(service.step) as server:
-        result = await post(written(tmp_path / "x", events), "--url", server.url, "--consultation", "c-1")
+        result = await post(
+            written(tmp_path / "x", events), "--url", server.url, "--consultation", "c-1", "--concurrency", "1"
+        )
     assert 0 == result.code
     assert ([events[0], events[2]], [events[1]]) == (service.bodies("c-1"), service.bodies("c-2"))
 
@@ -136,7 +138,8 @@ async def test_blocks_of_a_long_file_do_not_mix(tmp_path: Path) -> None:
     events = [event(number) for number in range(10_050)]
     service = MemoryService(numbered=False)
     async with scripted(service.step) as server:
-        result = await post(written(tmp_path / "x", events), "--url", server.url, "--consultation", "c-1", "--key", "k")
+        options = ("--url", server.url, "--consultation", "c-1", "--key", "k", "--batch", "300")
+        result = await post(written(tmp_path / "x", events), *options)
     assert (0, events) == (result.code, service.bodies("c-1"))
     assert event_id_from_key("k.1:50") == list(service.events)[-1][1]
 
