@@ -28,11 +28,17 @@ for _name in [name for name in os.environ if name.startswith("FI_")]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let `pytest -n 2 --dist loadgroup` keep each file in one worker, and all containers: they share one stack."""
+    """Let `pytest -n 2 --dist loadgroup` keep each file in one worker, and all containers: they share one stack.
+
+    The containers take longest and come first, so that the other worker does all the rest beside them.
+    """
     for item in items:
-        file = item.location[0]
-        group = "compose" if file.startswith("tests/compose/") else file
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group("compose" if _is_compose(item) else item.location[0]))
+    items.sort(key=lambda item: not _is_compose(item))
+
+
+def _is_compose(item: pytest.Item) -> bool:
+    return item.location[0].startswith("tests/compose/")
 
 
 @pytest.fixture(scope="module")
