@@ -162,8 +162,8 @@ async def test_at_the_deadline_the_error_says_whether_the_event_may_be_stored(
 async def test_one_try_that_may_have_stored_it_is_enough() -> None:
     """The last answer alone would say that nothing is stored."""
     async with (
-        scripted(lost, refused(429, "too-many-in-flight")) as server,
-        FiqClient(server.url, patience=SHORT) as client,
+        scripted(lost, refused(429, "too-many-in-flight", retry_after="3600")) as server,
+        FiqClient(server.url) as client,
     ):
         with pytest.raises(GaveUpError) as caught:
             await client.post("c-1", EVENT)
