@@ -18,12 +18,16 @@ MAX_STATE = 512
 #: and one with more members
 MAX_MEMBERS = 32
 
-_PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-[^\s]*)?", re.ASCII)
+_PARENT = re.compile(
+    r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<ids>(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16})-[0-9a-f](?P<flags>[0-9a-f])"
+    r"(?P<rest>-\S*)?"
+)
 _MEMBER = re.compile(
     r"(?P<key>[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
     r"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 )
-_SAMPLED = 1
+#: last digits of flags with the lowest bit, ``sampled``
+_SAMPLED = frozenset("13579bdf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class Trace:
     @property
     def sampled(self) -> bool:
         """Whether the caller may have recorded it."""
-        return bool(int(self.parent[-2:], 16) & _SAMPLED)
+        return self.parent[-1] in _SAMPLED
 
     def headers(self) -> dict[str, str]:
         """Return the headers that hand it on."""
@@ -63,7 +67,7 @@ def read_trace(parents: Sequence[str], states: Sequence[str]) -> Trace | None:
     if len(parents) != 1:
         return None
     parent = _read_parent(parents[0])
-    return None if parent is None else Trace(parent, _read_state(states))
+    return None if parent is None else Trace(parent, _read_state(states) if states else "")
 
 
 def trace_of_message(headers: Mapping[str, str]) -> Trace | None:
@@ -79,13 +83,11 @@ def _read_parent(value: str) -> str | None:
     match = _PARENT.fullmatch(value)
     if match is None:
         return None
-    version, trace_id, parent_id, flags, rest = match.groups()
-    if version == "ff" or not int(trace_id, 16) or not int(parent_id, 16):
-        return None
+    version, ids, flags, rest = match.groups()
     if version == "00":
         return value if rest is None else None
     # of a later version only what this one knows is understood, and handed on as this one
-    return f"00-{trace_id}-{parent_id}-{int(flags, 16) & _SAMPLED:02x}"
+    return f"00-{ids}-{'01' if flags in _SAMPLED else '00'}"
 
 
 def _read_state(values: Sequence[str]) -> str:
