@@ -81,7 +81,7 @@ async def test_a_connection_between_two_requests_may_idle_longer() -> None:
 
 
 async def test_a_body_has_its_own_time() -> None:
-    """Its bytes are no headers."""
+    """Its bytes are no headers, neither while they come nor for the idle time behind them."""
     async with running_edge(header_timeout=LIMIT) as edge, connected(edge) as (reader, writer):
         writer.write(b"POST /consultations/c/events HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n")
         writer.write(b"Content-Length: 18\r\n\r\n")
@@ -91,3 +91,6 @@ async def test_a_body_has_its_own_time() -> None:
             await asyncio.sleep(LIMIT / 6)
         assert (await asyncio.wait_for(reader.readuntil(b"}"), SOON)).startswith(b"HTTP/1.1 202 ")
         assert time.monotonic() - started > 2 * LIMIT
+        await asyncio.sleep(2 * LIMIT)
+        writer.write(GET)
+        assert (await asyncio.wait_for(reader.readuntil(b"}"), SOON)).startswith(b"HTTP/1.1 200 ")
