@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +12,7 @@ import orjson
 from services.contract.depth import deeper_than
 from services.contract.errors import PoisonError
 from services.contract.ids import check_consultation_id, event_id_from_message_id, message_id
+from services.contract.trace import Trace, trace_of_message
 
 #: header with the broker's message id, which it uses to drop duplicates within its window
 MESSAGE_ID_HEADER = "Nats-Msg-Id"
@@ -41,12 +42,14 @@ class Event:
         event_id: unique within the consultation; 16 bytes in HDF5.
         received_ns: when ingest took it, nanoseconds since the Unix epoch.
         body: one JSON object in UTF-8 without raw line breaks, byte for byte what the client sent otherwise.
+        trace: that its request belongs to, if any; it is how the event came, no part of it, and never compared or kept.
     """
 
     consultation: str
     event_id: UUID
     received_ns: int
     body: bytes
+    trace: Trace | None = field(default=None, compare=False)
 
     @property
     def message_id(self) -> str:
@@ -55,7 +58,8 @@ class Event:
 
     def headers(self) -> dict[str, str]:
         """Return the headers that the event's message carries."""
-        return {MESSAGE_ID_HEADER: self.message_id, RECEIVED_HEADER: str(self.received_ns)}
+        headers = {MESSAGE_ID_HEADER: self.message_id, RECEIVED_HEADER: str(self.received_ns)}
+        return headers if self.trace is None else headers | self.trace.headers()
 
 
 def check_body(raw: bytes) -> bytes:
@@ -111,7 +115,7 @@ def decode(consultation: str, headers: Mapping[str, str] | None, body: bytes) ->
         raise PoisonError(f"{RECEIVED_HEADER} is missing or no count of nanoseconds")
     if check_body(body) is not body:
         raise InvalidBodyError("the body holds raw line breaks")
-    return Event(consultation, event_id, int(received), body)
+    return Event(consultation, event_id, int(received), body, trace_of_message(headers))
 
 
 def _parse(raw: bytes) -> Any:

@@ -35,6 +35,8 @@ EVENT_QUEUED = "EVENT_QUEUED"
 #: of ingest, for each batch in place of EVENT_QUEUED
 BATCH_QUEUED = "BATCH_QUEUED"
 EVENT_PERSISTED = "EVENT_PERSISTED"
+#: of the persister, for each sampled trace of a batch, up to a limit
+EVENT_TRACED = "EVENT_TRACED"
 EVENT_PERSIST_FAILED = "EVENT_PERSIST_FAILED"
 EVENT_WORKER_STARTED = "EVENT_WORKER_STARTED"
 

@@ -24,6 +24,7 @@ from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
 from services.ingest.rates import Rates
 from services.ingest.tokens import ANONYMOUS, Tokens
+from services.ingest.tracing import trace_id_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 #: as aiohttp has it: an answer ends the request, None goes on to the handler
@@ -221,11 +222,13 @@ class Gate:
 
     def _bounded(self, request: web.Request, rule: Rule | None, grant: Grant) -> web.StreamResponse | None:
         try:
-            grant.take(1)
             if rule is not None and rule.scope is Scope.WRITE:
-                self._before_write()
+                self._before_write()  # first: what the log takes not must not count against the token
+            grant.take(1)
         except RequestRefusedError as refusal:
-            return self._answers.refused(refusal.problem, refusal.detail, headers=refusal.headers)
+            return self._answers.refused(
+                refusal.problem, refusal.detail, headers=refusal.headers, trace_id=trace_id_of(request)
+            )
         request[GRANT] = grant
         return None
 
@@ -234,7 +237,7 @@ class Gate:
     ) -> web.StreamResponse:
         self._audit.refused(request, reason, None if grant is None else grant.name)
         headers = {} if challenge is None else {str(hdrs.WWW_AUTHENTICATE): challenge}
-        return self._answers.refused(problem, headers=headers)
+        return self._answers.refused(problem, headers=headers, trace_id=trace_id_of(request))
 
 
 def _insufficient(scope: Scope) -> str:

@@ -77,6 +77,7 @@ class Answers:
             duplicate=appended.duplicate,
             bytes=len(event.body),
             duration_s=round(duration, _DECIMALS),
+            **_traced(event),
         )
         headers = CIMultiDict(
             {
@@ -108,6 +109,7 @@ class Answers:
             sequence=max((outcome.sequence for outcome in stored), default=None),
             bytes=sum(len(line.event.body) for line in lines),
             duration_s=round(time.perf_counter() - started, _DECIMALS),
+            **_traced(lines[0].event),
         )
         if len(stored) < len(lines):
             reused = [
@@ -116,7 +118,13 @@ class Answers:
                 if isinstance(outcome, Problem)
             ]
             members = {"lines": reused, "results": results}
-            return self.refused(problems.IDEMPOTENCY_KEY_REUSED, _REUSED_IN_BATCH, members=members, started=started)
+            return self.refused(
+                problems.IDEMPOTENCY_KEY_REUSED,
+                _REUSED_IN_BATCH,
+                members=members,
+                started=started,
+                trace_id=_traced(lines[0].event).get("trace_id"),
+            )
         self._accepted(started)
         document = {"status": "accepted", "results": results}
         headers = CIMultiDict({"Content-Type": "application/json", "Server": SERVER})
@@ -138,6 +146,7 @@ class Answers:
         started: float | None = None,
         headers: Mapping[str, str] | None = None,
         consultation: str | None = None,
+        trace_id: str | None = None,
     ) -> web.Response:
         """Answer with *problem*.
 
@@ -148,6 +157,7 @@ class Answers:
             started: when the request came, on :func:`time.perf_counter`; None for what never was an event.
             headers: further headers of the answer.
             consultation: the consultation's id, once it is known to be one.
+            trace_id: of the trace that the request belongs to, if any.
         """
         values: dict[str, object] = {"status": problem.status, "problem": problem.slug}
         self._metrics.refused[problem].inc()
@@ -157,6 +167,8 @@ class Answers:
             values["duration_s"] = round(duration, _DECIMALS)
         if consultation is not None:
             values["consultation_id"] = consultation
+        if trace_id is not None:
+            values["trace_id"] = trace_id
         self._log.warning("REQUEST_REFUSED", **values)
         all_headers = CIMultiDict({"Content-Type": CONTENT_TYPE, "Server": SERVER})
         if problem.retry:
@@ -184,6 +196,11 @@ class Answers:
         if close or self.closing:
             response.force_close()
         return response
+
+
+def _traced(event: Event) -> dict[str, str]:
+    """Return what a log line says of *event*'s trace, if it has one."""
+    return {} if event.trace is None else {"trace_id": event.trace.trace_id}
 
 
 def _result(event: Event, outcome: Appended | Problem) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from services.contract.management import CachedCheck, ReadinessCheck
+from services.contract.telemetry import Spans
 from services.contract.tokens import Scope
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import EventBrowser, EventWriter
@@ -51,6 +52,7 @@ from services.ingest.settings import Settings
 from services.ingest.storing import Storing
 from services.ingest.tls import CERTIFICATE_VARIABLE, KEY_VARIABLE, Certificate, check_both
 from services.ingest.tokens import VARIABLE, Tokens
+from services.ingest.tracing import TracedWriter, serving_spans
 
 #: what keeps the service from taking events just now
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
@@ -86,12 +88,13 @@ class OpenLog:
 LogOpener = Callable[[], AbstractAsyncContextManager[OpenLog]]
 
 
-def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
+def make_app(settings: Settings, open_log: LogOpener, spans: Spans | None = None) -> web.Application:
     """Build the application.
 
     Args:
         settings: of the process.
         open_log: called once, at start; may take as long as it needs.
+        spans: makes spans of what is posted, if anybody wants them.
     """
     metrics = Metrics()
     pressure = Pressure(settings.max_backlog, settings.retry_after, lambda: metrics.log.observed, metrics)
@@ -99,7 +102,8 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
     tokens = Tokens(settings.token_file)
     rates = Rates(settings.rate, settings.rate_burst)
     gate = Gate(answers, metrics, tokens, rates, pressure.check)
-    app = web.Application(client_max_size=settings.max_event_bytes, middlewares=[gate.middleware()])
+    middlewares = [gate.middleware()] if spans is None else [serving_spans(spans), gate.middleware()]
+    app = web.Application(client_max_size=settings.max_event_bytes, middlewares=middlewares)
     app[GATE] = gate
     app[SETTINGS] = settings
     app[METRICS] = metrics
@@ -120,7 +124,8 @@ def make_app(settings: Settings, open_log: LogOpener) -> web.Application:
                 opened.reader, metrics, limit=settings.max_followers, interval=settings.follow_interval
             )
             keys = Keys(opened.reader, metrics, wait=settings.key_lookup_wait)
-            app[STORING] = Storing(opened.writer, keys, metrics, answers, pressure.note)
+            writer = opened.writer if spans is None else TracedWriter(opened.writer, spans)
+            app[STORING] = Storing(writer, keys, metrics, answers, pressure.note)
             check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
             async with opened.watching(metrics.log):
                 yield

@@ -15,6 +15,7 @@ import orjson
 from services.contract.errors import PoisonError
 from services.contract.event import Event, check_depth
 from services.contract.ids import event_id_of_line, new_event_id
+from services.contract.trace import Trace
 from services.ingest import problems
 from services.ingest.drafts import Draft
 from services.ingest.problems import RequestRefusedError
@@ -36,6 +37,7 @@ class Place:
         received_ns: when it came, nanoseconds since the Unix epoch.
         max_event_bytes: largest event.
         max_depth: most levels of objects and arrays.
+        trace: that the request belongs to.
     """
 
     consultation: str | None
@@ -43,6 +45,7 @@ class Place:
     received_ns: int
     max_event_bytes: int
     max_depth: int
+    trace: Trace | None = None
 
 
 class Key(Enum):
@@ -138,7 +141,7 @@ def _line(number: int, text: bytes, read: ReadDraft, place: Place) -> Line:
     check_depth(draft.body, place.max_depth)
     event_id, key = _event_id(number, draft, place.key)
     consultation = consultation_of(draft, place.consultation)
-    return Line(number, Event(consultation, event_id, place.received_ns, draft.body), key)
+    return Line(number, Event(consultation, event_id, place.received_ns, draft.body, place.trace), key)
 
 
 def consultation_of(draft: Draft, of_path: str | None) -> str:

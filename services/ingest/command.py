@@ -39,7 +39,9 @@ async def _run(settings: Settings) -> int:
     stop = Stop()
     stop_on_signals(stop)
     # only now: these imports take a while, and from here on a signal ends the process in an orderly way
+    from services.contract.telemetry import spans_of
     from services.ingest.service import serve
 
-    await serve(settings, stop, version=product_version())
+    with spans_of(PROGRAM, os.environ) as spans:
+        await serve(settings, stop, version=product_version(), spans=spans)
     return stop.exit_code

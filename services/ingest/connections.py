@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import resource
+from http import HTTPStatus
 from typing import cast
 
 from aiohttp import web
@@ -54,12 +55,7 @@ class Connections:
         self._open -= 1
 
     def _refusal(self) -> bytes:
-        response = self._answers.refused(problems.TOO_MANY_CONNECTIONS)
-        body = cast("bytes", response.body)
-        response.headers["Content-Length"] = str(len(body))
-        response.headers["Connection"] = "close"
-        head = "".join(f"{name}: {value}\r\n" for name, value in response.headers.items())
-        return f"HTTP/1.1 {response.status} {web.HTTPServiceUnavailable().reason}\r\n{head}\r\n".encode() + body
+        return in_bytes(self._answers.refused(problems.TOO_MANY_CONNECTIONS))
 
     def _turned_away(self) -> None:
         self._turned -= 1
@@ -87,6 +83,15 @@ class _Turned(asyncio.Protocol):
         """Make room for the next one."""
         self._timer.cancel()
         self._connections._turned_away()
+
+
+def in_bytes(response: web.Response) -> bytes:
+    """Return *response* as the last one of a connection, for whom there is no request that it could belong to."""
+    body = cast("bytes", response.body)
+    response.headers["Content-Length"] = str(len(body))
+    response.headers["Connection"] = "close"
+    head = "".join(f"{name}: {value}\r\n" for name, value in response.headers.items())
+    return f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}\r\n{head}\r\n".encode() + body
 
 
 def within(settings: Settings) -> Settings:

@@ -13,6 +13,7 @@ from services.contract.errors import InvalidIdError, PoisonError
 from services.contract.event import Event, InvalidBodyError, NotJsonError, check_body, check_depth
 from services.contract.ids import bare_key, check_consultation_id, event_id_from_key, new_event_id
 from services.contract.tokens import Scope
+from services.contract.trace import Trace
 from services.ingest import problems
 from services.ingest.access import GATE, GRANT
 from services.ingest.admission import Admission, Share
@@ -26,6 +27,7 @@ from services.ingest.problems import BY_SLUG, RequestRefusedError
 from services.ingest.resources import Form, Resource
 from services.ingest.settings import Settings
 from services.ingest.storing import Storing
+from services.ingest.tracing import trace_id_of, trace_of
 
 SETTINGS = web.AppKey("settings", Settings)
 STORING = web.AppKey("storing", Storing)
@@ -66,6 +68,7 @@ def poster(resource: Resource) -> Handler:
                 headers=refusal.headers,
                 started=started,
                 consultation=consultation,
+                trace_id=trace_id_of(request),
             )
         finally:
             if share is not None:
@@ -136,10 +139,10 @@ async def _read_one(
     try:
         if form is Form.EVENT:
             event_id = new_event_id() if key is None else event_id_from_key(key)
-            event = Event(of_path or "", event_id, received_ns, check_body(raw))
+            event = Event(of_path or "", event_id, received_ns, check_body(raw), trace_of(request))
         else:
             draft = read_structured(raw) if form is Form.CLOUDEVENT else read_binary(request.headers, raw)
-            event = _of_cloudevent(draft, of_path, received_ns, limit=settings.max_event_bytes)
+            event = _of_cloudevent(draft, of_path, received_ns, trace_of(request), limit=settings.max_event_bytes)
         check_depth(event.body, settings.max_json_depth)
         return event, form is not Form.EVENT or key is not None
     except NotJsonError:
@@ -148,11 +151,11 @@ async def _read_one(
         raise RequestRefusedError(problems.INVALID_EVENT, f"Invalid: {error}.") from None
 
 
-def _of_cloudevent(draft: Draft, of_path: str | None, received_ns: int, *, limit: int) -> Event:
+def _of_cloudevent(draft: Draft, of_path: str | None, received_ns: int, trace: Trace | None, *, limit: int) -> Event:
     if len(draft.body) > limit:
         raise InvalidBodyError(f"with its attributes it is larger than {limit} bytes")
     event_id: UUID = draft.event_id or new_event_id()
-    return Event(consultation_of(draft, of_path), event_id, received_ns, draft.body)
+    return Event(consultation_of(draft, of_path), event_id, received_ns, draft.body, trace)
 
 
 # -- a batch ----------------------------------------------------------------------------------------------------------
@@ -165,7 +168,8 @@ async def _post_batch(
     key, settings = _key(request), app[SETTINGS]
     if form is Form.CLOUDEVENT_BATCH and key is not None:
         raise RequestRefusedError(problems.INVALID_IDEMPOTENCY_KEY, "The key of a CloudEvent is its source and id.")
-    place = Place(of_path, key, received_ns, settings.max_event_bytes, settings.max_json_depth)
+    trace = trace_of(request)
+    place = Place(of_path, key, received_ns, settings.max_event_bytes, settings.max_json_depth, trace)
     raw = await _body(request, form, share)
     lines = await read_batch(raw, *_BATCHES[form], place)
     del raw  # the lines are copies

@@ -118,6 +118,9 @@ NOT_ACCEPTABLE = Problem(
 BODY_TIMEOUT = Problem(
     "body-timeout", 408, "Body took too long", "The body was not complete in time; nothing was stored.", close=True
 )
+HEADER_TIMEOUT = Problem(
+    "header-timeout", 408, "Headers took too long", "The request's headers were not complete in time.", close=True
+)
 DUPLICATE_IN_FLIGHT = Problem(
     "duplicate-in-flight",
     409,

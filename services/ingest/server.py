@@ -13,13 +13,14 @@ from aiohttp.web_protocol import RequestHandler
 from services.contract.errors import BindError
 from services.ingest import problems
 from services.ingest.answers import Answers
-from services.ingest.connections import Connections
+from services.ingest.connections import Connections, in_bytes
 from services.ingest.handlers import ANSWERS, SETTINGS
 from services.ingest.problems import RequestRefusedError
+from services.ingest.tracing import trace_id_of
 
 #: connections that wait to be accepted
 _BACKLOG = 1024
-#: seconds until an idle connection, or one that never completes its headers, is closed
+#: seconds until an idle connection is closed
 _KEEPALIVE_SECONDS = 75.0
 #: seconds for which the rest of a refused body is read and dropped, so that the client gets to read its answer
 _LINGER_SECONDS = 5.0
@@ -39,20 +40,61 @@ class Protocol(RequestHandler):
     A middleware sees only what a route was found for, and costs every request.
     """
 
-    def __init__(self, answers: Answers, connections: Connections, manager: web.Server, **options: Any) -> None:
+    def __init__(
+        self, answers: Answers, connections: Connections, manager: web.Server, *, header_timeout: float, **options: Any
+    ) -> None:
         super().__init__(manager, **options)
         self._answers = answers
         self._connections = connections
+        self._header_timeout = header_timeout
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._header_begun = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Serve a new connection, unless there are too many; then this is the last that is heard of it."""
         if self._connections.enter(transport):
             super().connection_made(transport)
+            self._await_headers()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Make room for another one."""
         self._connections.leave()
+        self._end_headers()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take *data*, and see to it that a request's headers are complete in time once they have begun."""
+        requests = self._request_count
+        super().data_received(data)
+        if self._request_count != requests:
+            self._end_headers()
+        elif self._idle:
+            self._header_begun = True
+            if self._header_timer is None:
+                self._await_headers()
+
+    @property
+    def _idle(self) -> bool:
+        """Whether the next request is waited for: then whatever comes is a part of its headers."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def _await_headers(self) -> None:
+        self._header_timer = asyncio.get_running_loop().call_later(self._header_timeout, self._give_up)
+
+    def _end_headers(self) -> None:
+        self._header_begun = False
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _give_up(self) -> None:
+        """Answer 408 and close; whoever has sent nothing at all has asked nothing and gets no answer."""
+        self._header_timer = None
+        if not self._idle or self.transport is None:
+            return
+        if self._header_begun:
+            self.transport.write(in_bytes(self._answers.refused(problems.HEADER_TIMEOUT)))
+        self.force_close()
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -60,7 +102,11 @@ class Protocol(RequestHandler):
         """Send *resp*, or the problem that stands for the HTTPException that it is."""
         if isinstance(resp, web.HTTPException):
             allow = resp.headers.get("Allow")
-            resp = self._answers.refused(problems.of_status(resp.status), headers={"Allow": allow} if allow else None)
+            resp = self._answers.refused(
+                problems.of_status(resp.status),
+                headers={"Allow": allow} if allow else None,
+                trace_id=trace_id_of(request),
+            )
         return await super().finish_response(request, resp, start_time)
 
     def handle_error(
@@ -78,14 +124,14 @@ class Protocol(RequestHandler):
         if isinstance(exc, ConnectionError):
             raise exc
         if isinstance(exc, RequestRefusedError):
-            return self._answers.refused(exc.problem, exc.detail, headers=exc.headers)
+            return self._answers.refused(exc.problem, exc.detail, headers=exc.headers, trace_id=trace_id_of(request))
         if status < 500:
             return self._answers.refused(problems.of_status(status))
         if exc is not None:
             self._answers.failed(exc)
         if request.writer.output_size > 0:
             raise ConnectionResetError("the answer had begun")
-        response = self._answers.refused(problems.INTERNAL_ERROR)
+        response = self._answers.refused(problems.INTERNAL_ERROR, trace_id=trace_id_of(request))
         response.force_close()
         return response
 
@@ -138,6 +184,7 @@ class HttpServer:
             loop=asyncio.get_running_loop(),
             access_log=None,
             auto_decompress=False,  # an encoded body is refused, so nothing must unpack it first
+            header_timeout=self._app[SETTINGS].header_timeout,
             keepalive_timeout=_KEEPALIVE_SECONDS,
             lingering_time=_LINGER_SECONDS,
         )

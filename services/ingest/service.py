@@ -11,6 +11,7 @@ from services.contract.errors import ConfigurationError
 from services.contract.lifecycle import Stop, settle
 from services.contract.logs import get_logger
 from services.contract.management import bind, managed
+from services.contract.telemetry import Spans
 from services.ingest.app import READY, make_app
 from services.ingest.handlers import METRICS
 from services.ingest.log import open_log
@@ -20,8 +21,14 @@ from services.ingest.settings import Settings
 _MANAGEMENT = "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"
 
 
-async def serve(settings: Settings, stop: Stop, *, version: str) -> None:
+async def serve(settings: Settings, stop: Stop, *, version: str, spans: Spans | None = None) -> None:
     """Serve until *stop* is requested.
+
+    Args:
+        settings: of the process.
+        stop: ends it.
+        version: of the product.
+        spans: makes spans of what is posted, if anybody wants them.
 
     Raises:
         FiqError: the service could not start; its message says why.
@@ -32,15 +39,22 @@ async def serve(settings: Settings, stop: Stop, *, version: str) -> None:
         bind(settings.management_host, settings.management_port, _MANAGEMENT) as management,
     ):
         _check_access(settings, sock.getsockname()[0])
-        await _serve(settings, stop, version, sock, management)
+        await _serve(settings, stop, version, sock, management, spans)
 
 
-async def _serve(settings: Settings, stop: Stop, version: str, sock: socket.socket, management: socket.socket) -> None:
+async def _serve(
+    settings: Settings,
+    stop: Stop,
+    version: str,
+    sock: socket.socket,
+    management: socket.socket,
+    spans: Spans | None,
+) -> None:
     def lost(reason: str) -> None:
         stop.request(reason, failed=True)
 
     log = get_logger("ingest")
-    app = make_app(settings, lambda: open_log(settings, lost))
+    app = make_app(settings, lambda: open_log(settings, lost), spans)
     server = HttpServer(app, sock, grace=settings.shutdown_grace)
     # first and last: probes learn why nothing is served yet, and what is still in flight
     async with managed(management, app[METRICS].registry, app[READY], _MANAGEMENT):
@@ -65,14 +79,14 @@ def _check_access(settings: Settings, host: str) -> None:
         host: the address that it listens on.
 
     Raises:
-        ConfigurationError: everybody who reaches *host* could post, and nobody said that this is wanted.
+        ConfigurationError: everybody who reaches *host* could post and read, and nobody said that this is wanted.
     """
     if settings.token_file:
         return
     if not ipaddress.ip_address(host).is_loopback and not settings.allow_anonymous:
         problem = (
             f"FI_TOKEN_FILE is not set, and other machines may reach {host} (FI_HOST): make a file of tokens with "
-            "`fiq init` or `fiq token new`, and name it; or set FI_ALLOW_ANONYMOUS=1 where everybody may post"
+            "`fiq init` or `fiq token new`, and name it; or set FI_ALLOW_ANONYMOUS=1 where everybody may post and read"
         )
         raise ConfigurationError([problem])
     get_logger("ingest").warning(

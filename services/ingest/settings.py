@@ -129,6 +129,12 @@ class Settings:
         parse=integer(0, 10**12),
         doc="Events that may wait in the log for their commit, beyond it 503; 0 leaves it to the log's own limit.",
     )
+    header_timeout: float = setting(
+        "FI_HEADER_TIMEOUT",
+        10.0,
+        parse=seconds(0.1, 3600),
+        doc="How long a request's headers may take, the first one's from the connection on, before it gets 408.",
+    )
     body_timeout: float = setting(
         "FI_BODY_TIMEOUT",
         30.0,

@@ -68,12 +68,14 @@ async def _run(settings: PersisterSettings, options: argparse.Namespace) -> int:
 
         await Supervisor(options.workers, port=settings.port, env=os.environ | variables(settings), stop=stop).run()
     else:
+        from services.contract.telemetry import spans_of
         from services.persister.service import serve
         from services.persister.supervisor import stop_with_parent
 
         if options.worker_of is not None:
             stop_with_parent(options.worker_of)
-        await serve(settings, stop)
+        with spans_of(PROGRAM, os.environ) as spans:
+            await serve(settings, stop, spans=spans)
     return stop.exit_code
 
 

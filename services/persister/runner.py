@@ -38,6 +38,7 @@ from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
 from services.persister.reasons import described, reason_of
 from services.persister.suspects import Suspects
+from services.persister.traces import Traces, trace_id_in
 
 T = TypeVar("T")
 
@@ -94,6 +95,7 @@ class PartitionRunner:
         hdf5: the one thread that touches HDF5.
         limits: how much is committed together.
         metrics: of this process.
+        traces: shows which traces came with a batch.
         poison_limit: when bad messages are a flood.
         desk: answers questions about the partition while its file is open.
     """
@@ -108,6 +110,7 @@ class PartitionRunner:
         hdf5: Executor,
         limits: Limits,
         metrics: Metrics,
+        traces: Traces | None = None,
         poison_limit: PoisonLimit | None = None,
         desk: Answers | None = None,
     ) -> None:
@@ -121,6 +124,7 @@ class PartitionRunner:
         self._limits = limits
         self._metrics = metrics.of(partition)
         self._log = logs.get_logger("runner").bind(partition=partition_name(partition))
+        self._traces = traces or Traces()
         self._checkpoints = CheckpointWatch(self._log)
         self._poison_limit = poison_limit or PoisonLimit()
         self._desk = desk
@@ -318,7 +322,8 @@ class PartitionRunner:
                 continue
             await self._dead.send(delivery, reason)
             self._metrics.dead_letter()
-            self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason)
+            traced = trace_id_in(delivery.headers)
+            self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason, **traced)
 
     async def _set_reused_aside(self, batch: list[Delivery], written: Written) -> None:
         """Keep what came under a used id: a client's mistake, so it is no poison and counts for no flood."""
@@ -327,7 +332,8 @@ class PartitionRunner:
             reason = f"its consultation holds this message id with another body, at sequence {reused.first}"
             await self._dead.send(deliveries[reused.sequence], reason)
             self._metrics.reused_key()
-            self._log.warning("EVENT_KEY_REUSED", sequence=reused.sequence, first_sequence=reused.first)
+            traced = trace_id_in(deliveries[reused.sequence].headers)
+            self._log.warning("EVENT_KEY_REUSED", sequence=reused.sequence, first_sequence=reused.first, **traced)
 
     def _report(self, batch: list[Delivery], sorted_: Sorted, written: Written, seconds: float) -> None:
         oldest = min((event.received_ns for _, event in sorted_.events), default=None)
@@ -346,6 +352,7 @@ class PartitionRunner:
             duration_s=round(seconds, 6),
             age_s=None if oldest is None else round(max(0.0, time.time() - oldest / 1e9), 6),
         )
+        self._traces.show(self._log, partition_name(self.partition), sorted_, written, seconds)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         """Run *call* in the HDF5 thread; also when the caller is cancelled meanwhile it runs to its end first."""

@@ -21,6 +21,7 @@ from services.contract.errors import BindError
 from services.contract.lifecycle import Stop, cancellable, settle, unless_stopped
 from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
+from services.contract.telemetry import Spans
 from services.corpus import StoreOptions
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget
@@ -43,6 +44,7 @@ from services.persister.members import Members
 from services.persister.metrics import Metrics
 from services.persister.runner import Limits, PartitionRunner
 from services.persister.settings import PersisterSettings
+from services.persister.traces import Traces
 from services.persister.volume import Volume
 
 #: HDF5's metadata caches of all partition files together; in memory they take 20 times as much, bytes
@@ -58,8 +60,8 @@ _FLUSH_SECONDS = 1.0
 _FAREWELL_SECONDS = 2.0
 
 
-async def serve(settings: PersisterSettings, stop: Stop) -> None:
-    """Persist until *stop* is requested.
+async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None = None) -> None:
+    """Persist until *stop* is requested; *spans* makes spans of the batches, if anybody wants them.
 
     Raises:
         FiqError: the process could not start, or its volume cannot be used any more.
@@ -69,6 +71,7 @@ async def serve(settings: PersisterSettings, stop: Stop) -> None:
     with bind(settings.host, settings.port, "FI_PERSISTER_HOST, FI_PERSISTER_PORT") as sock:
         volume = await asyncio.to_thread(Volume.open, settings.data_dir, settings.log.store)
         metrics = Metrics()
+        traces = Traces(spans)
         metrics.info.labels(volume.store, volume.uuid, socket.gethostname()).set(1)
         readiness = Readiness()
         async with _management(sock, metrics, readiness) as port:
@@ -80,7 +83,7 @@ async def serve(settings: PersisterSettings, stop: Stop) -> None:
                     settle()
                     log.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
                     async with watching(nc, settings.log, metrics.log):
-                        await _persist(nc, settings, port, deployment, metrics, readiness, stop)
+                        await _persist(nc, settings, port, deployment, metrics, traces, readiness, stop)
                 finally:
                     await close(nc)
     log.info("PERSISTER_STOPPED", reason=stop.reason)
@@ -115,6 +118,7 @@ async def _persist(
     port: int,
     deployment: Deployment,
     metrics: Metrics,
+    traces: Traces,
     readiness: Readiness,
     stop: Stop,
 ) -> None:
@@ -125,7 +129,7 @@ async def _persist(
         members = Members(volume.workers, uuid.uuid4().hex)
         desk = Desk(nc, volume.store, hdf5, metrics)
         answering = asyncio.create_task(desk.run(), name="answering")
-        coordinator = _coordinator(nc, settings, deployment, members, publisher, hdf5, metrics, desk)
+        coordinator = _coordinator(nc, settings, deployment, members, publisher, hdf5, metrics, traces, desk)
         members.join()
         readiness.coordinator = coordinator
         try:
@@ -164,6 +168,7 @@ def _coordinator(
     publisher: Publisher,
     hdf5: ThreadPoolExecutor,
     metrics: Metrics,
+    traces: Traces,
     desk: Desk,
 ) -> Coordinator:
     identity = deployment.identity
@@ -194,6 +199,7 @@ def _coordinator(
             hdf5=hdf5,
             limits=Limits(settings.batch_events, settings.batch_bytes),
             metrics=metrics,
+            traces=traces,
             poison_limit=PoisonLimit(streak=settings.poison_streak),
             desk=desk,
         )

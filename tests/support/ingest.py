@@ -16,6 +16,7 @@ from aiohttp.web import Application
 
 from services.contract.event import Event
 from services.contract.management import bind, managed
+from services.contract.telemetry import Spans
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.protocol import Appended, Page, StoredEvent
 from services.ingest.app import READY, OpenLog, make_app
@@ -237,12 +238,23 @@ class Reply:
 
 @asynccontextmanager
 async def running_edge(
-    log: MemoryLog | None = None, *, extend: Callable[[Application], None] = lambda _: None, **settings: Any
+    log: MemoryLog | None = None,
+    *,
+    extend: Callable[[Application], None] = lambda _: None,
+    spans: Spans | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Edge]:
-    """Run the server on a free port of loopback until the block ends; *extend* may add routes to its application."""
+    """Run the server on a free port of loopback until the block ends.
+
+    Args:
+        log: that it writes to.
+        extend: may add routes to its application.
+        spans: makes spans of what is posted.
+        settings: other than the defaults.
+    """
     log = log or MemoryLog()
     values = Settings(port=0, management_port=0, **settings)
-    app = make_app(values, log.open)
+    app = make_app(values, log.open, spans)
     extend(app)
     sock = bind(values.host, values.port, "FI_HOST, FI_PORT")
     management = bind(values.management_host, values.management_port, "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT")

@@ -16,6 +16,7 @@ from services.eventlog.protocol import Appended, Delivery, LogIdentity
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.metrics import Metrics
 from services.persister.runner import Limits, PartitionRunner, State
+from services.persister.traces import Traces
 from tests.support.polling import eventually
 
 LOG = LogIdentity("fi-events", "2026-11-23T10:00:00Z")
@@ -137,7 +138,9 @@ class DeadStream:
 class Rig:
     """One partition runner on a real file in *folder*."""
 
-    def __init__(self, folder: Path, stream: Stream, hdf5: ThreadPoolExecutor, limit: PoisonLimit | None) -> None:
+    def __init__(
+        self, folder: Path, stream: Stream, hdf5: ThreadPoolExecutor, limit: PoisonLimit | None, traces: Traces | None
+    ) -> None:
         self.path = folder / "00.h5"
         self.stream = stream
         self.dead = DeadStream()
@@ -154,6 +157,7 @@ class Rig:
             hdf5=hdf5,
             limits=Limits(events=100, size=2**20),
             metrics=self.metrics,
+            traces=traces,
             poison_limit=limit,
         )
 
@@ -191,7 +195,9 @@ def contents(path: Path) -> dict[str, list[int]]:
 
 
 @contextmanager
-def rig(folder: Path, stream: Stream, *, limit: PoisonLimit | None = None) -> Iterator[Rig]:
+def rig(
+    folder: Path, stream: Stream, *, limit: PoisonLimit | None = None, traces: Traces | None = None
+) -> Iterator[Rig]:
     """Make a :class:`Rig`; its runner is the test's to start and stop."""
     with ThreadPoolExecutor(1) as hdf5:
-        yield Rig(folder, stream, hdf5, limit)
+        yield Rig(folder, stream, hdf5, limit, traces)

@@ -24,7 +24,7 @@ class Service:
     def __init__(self, folder: Path, module: str, *arguments: str, **settings: str) -> None:
         self.log_path = folder / f"{module.rpartition('.')[2]}.log"
         self.error_path = self.log_path.with_suffix(".err")
-        env = {name: value for name, value in os.environ.items() if not name.startswith("FI_")}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("FI_", "OTEL_"))}
         # another process of the machine may have ingest's usual one
         env |= {"FI_MANAGEMENT_PORT": "0"} | settings
         with self.log_path.open("wb") as out, self.error_path.open("wb") as err:

@@ -45,6 +45,19 @@ async def test_beyond_the_backlog_it_is_503_with_the_time_that_draining_takes(
         assert 202 == (await edge.post()).status
 
 
+async def test_what_the_backlog_refuses_does_not_count_against_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that waits and retries as it was told has its whole rate still."""
+    monkeypatch.setattr(module, "PRESSURE_SECONDS", 0.02)
+    async with running_edge(max_backlog=100, rate=0.001, rate_burst=1) as edge:
+        log = edge.app[METRICS].log
+        log.observed = Backlog(time.monotonic(), 1000, 600)
+        await eventually(lambda: edge.metric("fi_ingest_backlog_events") == 600.0)
+        assert [503] * 3 == [(await edge.post()).status for _ in range(3)]
+        log.observed = Backlog(time.monotonic(), 1500, 10)
+        await eventually(lambda: edge.metric("fi_ingest_backlog_events") <= 10.0)
+        assert [202, 429] == [(await edge.post()).status for _ in range(2)]
+
+
 @pytest.mark.parametrize(("levels", "expected"), [(5, 202), (6, 422)])
 async def test_a_body_that_is_too_deep_is_422(levels: int, expected: int) -> None:
     """The limit counts the event itself; brackets in strings mean nothing."""
