@@ -12,7 +12,10 @@ from hypothesis import settings
 from services.cli import stack
 from services.cli.cluster import Cluster
 from services.cli.ports import free_ports
-from tests.support.cluster import delete_streams, heal
+
+pytest.register_assert_rewrite("tests.support")  # a failing assert in there says what it compared
+
+from tests.support.cluster import delete_streams, heal  # noqa: E402
 
 # the same examples in every run of `make test`; `make torture` draws new ones
 settings.register_profile("repeatable", derandomize=True)
@@ -30,11 +33,12 @@ for _name in [name for name in os.environ if name.startswith("FI_")]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let `pytest -n 2 --dist loadgroup` keep each file in one worker, and all containers: they share one stack.
 
-    The containers take longest and come first, so that the other worker does all the rest beside them.
+    The containers take longest and come first, so that the other worker does all the rest beside them. Among them the
+    three hosts come last, for which the shared stack makes room.
     """
     for item in items:
         item.add_marker(pytest.mark.xdist_group("compose" if _is_compose(item) else item.location[0]))
-    items.sort(key=lambda item: not _is_compose(item))
+    items.sort(key=lambda item: (not _is_compose(item), "test_hosts" in item.location[0]))
 
 
 def _is_compose(item: pytest.Item) -> bool:

@@ -15,6 +15,9 @@ from tests.support.compose.engine import build, clean_up_after_the_dead, missing
 from tests.support.compose.stack import IMAGE, Deployment, public_images
 from tests.support.polling import eventually_sync
 
+#: the stack that serves all tests, once it is there
+_shared: list[Deployment] = []
+
 
 @pytest.fixture(scope="session")
 def engine() -> None:
@@ -53,9 +56,18 @@ def shared_stack(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     try:
         deployment.prepare()
         deployment.up()
+        _shared.append(deployment)
         yield deployment
     finally:
+        _shared.clear()
         deployment.remove()
+
+
+@pytest.fixture(scope="module")
+def room() -> None:
+    """A machine without the shared stack, if it runs; a test that asks for the stack later starts it again."""
+    for deployment in _shared:
+        deployment("stop")
 
 
 def _unable(reason: str) -> None:

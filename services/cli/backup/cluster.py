@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,6 +15,9 @@ from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM, consumer_name
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.report import read_stream, store_reports
+
+#: the consumers get so long to have leaders, seconds
+ELECTION_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ async def look(target: Target, store: str) -> ClusterView | None:
         if not stream.partitions:
             raise BackupError(f"stream {STREAM} was not made by fiq: it names no number of partitions")
         settings = replace(target.settings, store=store, partitions=stream.partitions)
-        placed = await Placements(connection, settings).read()
+        placed = await _placed(Placements(connection, settings))
         workers = await ask_workers(connection, target.state)
     return ClusterView(
         created=stream.created,
@@ -74,6 +79,18 @@ async def look(target: Target, store: str) -> ClusterView | None:
         placed=placed,
         workers=tuple(workers),
     )
+
+
+async def _placed(placements: Placements) -> Mapping[int, Placement]:
+    """Return where partitions live; one consumer that elects its leader just now keeps all from being told."""
+    end = time.monotonic() + ELECTION_SECONDS
+    while True:
+        try:
+            return await placements.read()
+        except LogUnavailableError:
+            if time.monotonic() >= end:
+                raise
+        await asyncio.sleep(0.5)
 
 
 async def other_stores(target: Target, seen: ClusterView) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from tests.support.compose.engine import EngineError, docker, run
 from tests.support.compose.stack import Deployment
+from tests.support.polling import eventually_sync
 
 #: what a slow and lossy network needs on the host
 TOOLS = ("nsenter", "tc", "iptables")
@@ -29,11 +30,22 @@ def killed(deployment: Deployment, *services: str) -> Iterator[None]:
 def paused(deployment: Deployment, service: str) -> Iterator[None]:
     """A frozen container: its connections stay open and answer nothing."""
     container = deployment.container(service)
-    docker("pause", container)
+    eventually_sync(lambda: _paused(container), timeout=30)
     try:
         yield
     finally:
         docker("unpause", container)
+
+
+def _paused(container: str) -> bool:
+    """Freeze *container*; on a busy machine the kernel may not manage it at once, and the engine then gives up."""
+    try:
+        docker("pause", container)
+    except EngineError as error:
+        if "unable to freeze" in str(error):
+            return False
+        raise
+    return True
 
 
 @contextmanager
