@@ -7,7 +7,8 @@ from typing import Any
 from services.ingest import openapi_schemas as schemas
 from services.ingest.batch import MAX_EVENTS
 from services.ingest.handlers import body_limit
-from services.ingest.openapi_operations import GENERAL, Operation, operations
+from services.ingest.openapi_operations import Operation, operations
+from services.ingest.openapi_refusals import GENERAL
 from services.ingest.problems import Problem
 from services.ingest.resources import Form
 from services.ingest.settings import Settings

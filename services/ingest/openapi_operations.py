@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.contract.tokens import Scope
+from services.ingest import openapi_refusals as refusals
 from services.ingest import openapi_schemas as schemas
 from services.ingest import problems
 from services.ingest import reading_records as records
@@ -18,47 +19,6 @@ Json = dict[str, Any]
 #: where the description is, for programs and for people
 OPENAPI_PATH = "/openapi.json"
 DOCS_PATH = "/docs"
-#: what every described operation can answer
-_ALWAYS = (
-    problems.MALFORMED_REQUEST,
-    problems.EXPECTATION_FAILED,
-    problems.INTERNAL_ERROR,
-    problems.TOO_MANY_CONNECTIONS,
-)
-_GUARDED = (problems.UNAUTHORIZED, problems.FORBIDDEN, problems.RATE_LIMITED)
-#: what any request can meet, one to a path that is not there, too
-GENERAL = (
-    *_ALWAYS,
-    problems.UNAUTHORIZED,
-    problems.NOT_FOUND,
-    problems.METHOD_NOT_ALLOWED,
-    problems.RATE_LIMITED,
-)
-_POSTED = (
-    problems.INVALID_IDEMPOTENCY_KEY,
-    problems.INVALID_JSON,
-    problems.BODY_TIMEOUT,
-    problems.DUPLICATE_IN_FLIGHT,
-    problems.BODY_TOO_LARGE,
-    problems.UNSUPPORTED_MEDIA_TYPE,
-    problems.UNSUPPORTED_CONTENT_ENCODING,
-    problems.IDEMPOTENCY_KEY_REUSED,
-    problems.TOO_MANY_IN_FLIGHT,
-    problems.BACKLOG_FULL,
-    problems.LOG_FULL,
-    problems.LOG_UNAVAILABLE,
-    problems.KEY_NOT_COMPARED,
-    problems.LOG_REFUSED,
-)
-_BATCHED = (problems.TOO_MANY_EVENTS, problems.INVALID_BATCH)
-_READ = (
-    problems.NOT_ACCEPTABLE,
-    problems.TOO_MANY_IN_FLIGHT,
-    problems.LOG_UNAVAILABLE,
-    problems.LOG_REFUSED,
-    problems.CORPUS_AWAY,
-)
-_PAGED = (problems.INVALID_PARAMETER,)
 #: what a body holds in each form: its schema, and an example
 _BODIES: Mapping[Form, tuple[Json, Any]] = {
     Form.EVENT: (schemas.ref("Event"), schemas.EVENT),
@@ -156,7 +116,7 @@ def _post(resource: Resource, name: str, title: str, text: str) -> Operation:
     body = {kind: dict(zip(("schema", "example"), _BODIES[form], strict=True)) for kind, form in resource.forms.items()}
     if resource.binary:
         body |= {kind: content for kind, content in _BINARY.items() if kind not in body}
-    refused = _POSTED + ((problems.INVALID_EVENT,) if one else ()) + (_BATCHED if many else ())
+    refused = refusals.POSTED + ((problems.INVALID_EVENT,) if one else ()) + (refusals.BATCHED if many else ())
     taken = [schemas.ref("Accepted")] * one + [schemas.ref("BatchAccepted")] * many
     example = schemas.ACCEPTED if one else {"status": "accepted", "results": [schemas.RESULT]}
     keyed = resource is not ANY_CLOUDEVENTS
@@ -167,7 +127,7 @@ def _post(resource: Resource, name: str, title: str, text: str) -> Operation:
         title,
         text,
         Scope.WRITE,
-        _ALWAYS + _GUARDED + refused + ((problems.INVALID_CONSULTATION_ID,) if of_path else ()),
+        refusals.ALWAYS + refusals.GUARDED + refused + ((problems.INVALID_CONSULTATION_ID,) if of_path else ()),
         202,
         {records.JSON: {"schema": taken[0] if len(taken) == 1 else {"oneOf": taken}, "example": example}},
         ("consultation",) * of_path + ("Idempotency-Key",) * keyed + _CLOUDEVENT_HEADERS * resource.binary,
@@ -188,7 +148,14 @@ def _reads() -> list[Operation]:
             "What is in HDF5, then what still waits in the log: without gaps, each once, one's own writes included. "
             "With follow=1 Server-Sent Events that begin behind after, or Last-Event-ID, and go on.",
             Scope.READ,
-            (*_ALWAYS, *_GUARDED, *_READ, *_PAGED, problems.INVALID_CONSULTATION_ID, problems.TOO_MANY_FOLLOWERS),
+            (
+                *refusals.ALWAYS,
+                *refusals.GUARDED,
+                *refusals.READ,
+                *refusals.PAGED,
+                problems.INVALID_CONSULTATION_ID,
+                problems.TOO_MANY_FOLLOWERS,
+            ),
             200,
             {
                 records.JSON: {"schema": schemas.ref("EventPage"), "example": page},
@@ -205,7 +172,13 @@ def _reads() -> list[Operation]:
             "Read one event",
             "The Location of its 202. Its status says whether it is in HDF5 already.",
             Scope.READ,
-            (*_ALWAYS, *_GUARDED, *_READ, problems.INVALID_CONSULTATION_ID, problems.UNKNOWN_EVENT),
+            (
+                *refusals.ALWAYS,
+                *refusals.GUARDED,
+                *refusals.READ,
+                problems.INVALID_CONSULTATION_ID,
+                problems.UNKNOWN_EVENT,
+            ),
             200,
             {
                 records.JSON: {
@@ -222,7 +195,7 @@ def _reads() -> list[Operation]:
             "List consultations",
             "Those of which something is in HDF5, sorted by their bytes; a token with a prefix sees its own.",
             Scope.READ,
-            (*_ALWAYS, *_GUARDED, *_READ, *_PAGED),
+            (*refusals.ALWAYS, *refusals.GUARDED, *refusals.READ, *refusals.PAGED),
             200,
             {
                 records.JSON: {
@@ -248,7 +221,7 @@ def _open() -> list[Operation]:
             "Look a problem up",
             "What the type of a problem means.",
             None,
-            (*_ALWAYS, problems.NOT_FOUND),
+            (*refusals.ALWAYS, problems.NOT_FOUND),
             200,
             {records.JSON: {"schema": schemas.ref("Problem"), "example": example}},
             ("slug",),
@@ -260,7 +233,7 @@ def _open() -> list[Operation]:
             "Get this description",
             "OpenAPI 3.1.",
             None,
-            _ALWAYS,
+            refusals.ALWAYS,
             200,
             {records.JSON: {"schema": {"type": "object", "required": ["openapi", "paths"]}}},
         ),
@@ -271,7 +244,7 @@ def _open() -> list[Operation]:
             "Read this description",
             "The same as a page for people; it loads nothing from elsewhere.",
             None,
-            _ALWAYS,
+            refusals.ALWAYS,
             200,
             {"text/html": {"schema": {"type": "string"}}},
         ),

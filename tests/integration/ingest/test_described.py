@@ -21,7 +21,7 @@ from tests.support.service import Service
 
 LONG = os.environ.get("FIQ_TORTURE") == "long"
 #: drawn for each operation, besides those at the edges of each schema; and how long all may take, seconds
-EXAMPLES, SECONDS = (1500, 3000) if LONG else (50, 300)
+EXAMPLES, SECONDS = (500, 3000) if LONG else (30, 300)
 SECRET = "described"
 HELPERS = Path(__file__).parents[2] / "support" / "schemathesis"
 
@@ -31,7 +31,7 @@ def draw(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / "st"), "--config-file", str(HELPERS / "schemathesis.toml"), "run"]
     command += [f"{url}/openapi.json", "-H", f"Authorization: Bearer {SECRET}", "--max-examples", str(EXAMPLES)]
     command += ["--phases", "examples,coverage,fuzzing", "--no-color"]
-    command += ["--request-timeout", "20", "--continue-on-failure", "--output-truncate", "false", "--workers", "2"]
+    command += ["--request-timeout", "20", "--continue-on-failure", "--output-truncate", "false", "--workers", "1"]
     command += ["--generation-database", "none"] if LONG else ["--generation-deterministic", "--no-shrink"]
     environment = os.environ | {"SCHEMATHESIS_HOOKS": "tests.support.schemathesis.hooks"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[3])
