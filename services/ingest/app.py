@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from aiohttp import web
 
 from services.contract.management import CachedCheck, ReadinessCheck
@@ -30,9 +31,13 @@ from services.ingest.handlers import (
     get_problem,
     options,
     poster,
+    shower,
 )
 from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
+from services.ingest.openapi import describe
+from services.ingest.openapi_operations import DOCS_PATH, OPENAPI_PATH
+from services.ingest.openapi_page import PAGE_HEADERS, PAGE_TYPE, as_page
 from services.ingest.pressure import Pressure
 from services.ingest.problems import TYPE_PREFIX
 from services.ingest.rates import Rates
@@ -88,13 +93,16 @@ class OpenLog:
 LogOpener = Callable[[], AbstractAsyncContextManager[OpenLog]]
 
 
-def make_app(settings: Settings, open_log: LogOpener, spans: Spans | None = None) -> web.Application:
+def make_app(
+    settings: Settings, open_log: LogOpener, spans: Spans | None = None, *, version: str = ""
+) -> web.Application:
     """Build the application.
 
     Args:
         settings: of the process.
         open_log: called once, at start; may take as long as it needs.
         spans: makes spans of what is posted, if anybody wants them.
+        version: of the product, for its description.
     """
     metrics = Metrics()
     pressure = Pressure(settings.max_backlog, settings.retry_after, lambda: metrics.log.observed, metrics)
@@ -152,6 +160,9 @@ def make_app(settings: Settings, open_log: LogOpener, spans: Spans | None = None
     gate.add(app, "GET", EVENT_PATH, get_event, Scope.READ)
     gate.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
     gate.add(app, "GET", TYPE_PREFIX + "{slug}", get_problem, OPEN)
+    description = describe(settings, version)
+    gate.add(app, "GET", OPENAPI_PATH, shower(orjson.dumps(description), "application/json"), OPEN)
+    gate.add(app, "GET", DOCS_PATH, shower(as_page(description), PAGE_TYPE, PAGE_HEADERS), OPEN)
     _add_options(app, gate)
     app[READY] = ready
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from uuid import UUID
 
 import orjson
@@ -87,7 +88,7 @@ def expecter(resource: Resource) -> Handler:
         if request.headers["Expect"].lower() != "100-continue":
             raise RequestRefusedError(problems.EXPECTATION_FAILED)
         _consultation(request)
-        check_content(request, limit=_limit(resource.form(request), request.app[SETTINGS]))
+        check_content(request, limit=body_limit(resource.form(request), request.app[SETTINGS]))
         if request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -110,6 +111,17 @@ async def get_problem(request: web.Request) -> web.Response:
         raise web.HTTPNotFound
     document = {"type": problem.type, "title": problem.title, "status": problem.status, "detail": problem.detail}
     return web.Response(body=orjson.dumps(document), content_type="application/json", headers={"Server": SERVER})
+
+
+def shower(body: bytes, content_type: str, headers: Mapping[str, str] | None = None) -> Handler:
+    """Return the handler that always answers with the same *body*."""
+    # a description changes with the version: whoever keeps it asks again
+    shown = {"Content-Type": content_type, "Server": SERVER, "Cache-Control": "no-cache", **(headers or {})}
+
+    async def show(_: web.Request) -> web.StreamResponse:
+        return web.Response(body=body, headers=shown)
+
+    return show
 
 
 # -- one event --------------------------------------------------------------------------------------------------------
@@ -207,7 +219,7 @@ def _key(request: web.Request) -> str | None:
         raise RequestRefusedError(problems.INVALID_IDEMPOTENCY_KEY) from None
 
 
-def _limit(form: Form, settings: Settings) -> int:
+def body_limit(form: Form, settings: Settings) -> int:
     """Return the size of the largest body, bytes: what is taken of batches at a time is the most for one, too."""
     if not form.is_batch:
         return settings.max_event_bytes
@@ -215,6 +227,6 @@ def _limit(form: Form, settings: Settings) -> int:
 
 
 async def _body(request: web.Request, form: Form, share: Share) -> bytes:
-    limit = _limit(form, request.app[SETTINGS])
+    limit = body_limit(form, request.app[SETTINGS])
     check_content(request, limit=limit)
     return await read_body(request, share, limit=limit, timeout=request.app[SETTINGS].body_timeout)

@@ -107,6 +107,7 @@ async def _answered(request: web.Request, handler: Handler, *, counted: bool = T
 async def _events(request: web.Request) -> web.StreamResponse:
     consultation = _consultation(request)
     after = records.position(request.query.get("after", "0"), "after")
+    _last_seen(request)  # says nothing to a page, but what is malformed is refused everywhere
     limit = records.limit(request)
     media_type = records.negotiate(request, records.JSON, records.NDJSON)
     with request.app[READS]:
@@ -157,14 +158,16 @@ async def _names(request: web.Request, prefix: str, after: str, limit: int) -> t
 
 async def _follow(request: web.Request) -> web.StreamResponse:
     consultation = _consultation(request)
-    resumed = request.headers.get("Last-Event-ID")
-    after = (
-        records.position(request.query.get("after", "0"), "after")
-        if resumed is None
-        else records.position(resumed, "Last-Event-ID")
-    )
+    resumed = _last_seen(request)
+    after = records.position(request.query.get("after", "0"), "after") if resumed is None else resumed
     records.negotiate(request, records.EVENT_STREAM)
     return await request.app[FOLLOWERS].serve(request, consultation, after)
+
+
+def _last_seen(request: web.Request) -> int | None:
+    """Return what a follower saw last, or None when it has seen nothing."""
+    value = request.headers.get("Last-Event-ID")
+    return None if value is None else records.position(value, "Last-Event-ID")
 
 
 def _shown(request: web.Request, body: bytes, media_type: str, following: str | None = None) -> web.Response:

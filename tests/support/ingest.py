@@ -20,9 +20,11 @@ from services.contract.telemetry import Spans
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.protocol import Appended, Page, StoredEvent
 from services.ingest.app import READY, OpenLog, make_app
-from services.ingest.handlers import METRICS
+from services.ingest.handlers import METRICS, SETTINGS
+from services.ingest.openapi import describe
 from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
+from tests.support.description import check_answer
 
 
 @dataclass
@@ -161,7 +163,7 @@ class MemoryReader:
 
 
 class Edge:
-    """A running server and a client for it."""
+    """A running server and a client for it; each answer to :meth:`request` must be one that the description has."""
 
     def __init__(
         self, app: Application, server: HttpServer, log: MemoryLog, ports: tuple[int, int], client: ClientSession
@@ -169,6 +171,7 @@ class Edge:
         self.app = app
         self.server = server
         self.log = log
+        self.description = describe(app[SETTINGS], "")
         self.port, self.management_port = ports
         self.client = client
 
@@ -190,6 +193,7 @@ class Edge:
     async def request(self, method: str, path: str, **options: Any) -> Reply:
         async with self.client.request(method, self.url + path, **options) as response:
             content = await response.read()
+            check_answer(self.description, method, path, response, content)
             return Reply(response.status, dict(response.headers), content)
 
     async def manage(self, path: str, method: str = "GET") -> Reply:

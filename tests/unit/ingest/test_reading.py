@@ -238,3 +238,10 @@ async def test_readers_beyond_the_limit_are_429_and_posts_are_not(edge: Edge) ->
         status: [task.result().status for task in asked].count(status)
         for status in {(await task).status for task in asked}
     }
+
+
+async def test_a_malformed_last_event_id_is_400_for_a_page_too(edge: Edge) -> None:
+    """It is described as a number; nothing that is malformed is passed over in silence."""
+    for value, status in (("9223372036854775808", 400), ("x", 400), ("7", 200)):
+        reply = await edge.request("GET", "/consultations/c-1/events", headers={"Last-Event-ID": value})
+        assert (status, value) == (reply.status, value)
