@@ -57,6 +57,11 @@ class Killed:
     turned: int = 0
     compacted: int = 0
 
+    @property
+    def varied(self) -> bool:
+        """Whether each kind of moment was met, the common ones a few times."""
+        return min(self.in_checkpoints, self.with_records, self.turned) > 2 and self.compacted > 0
+
 
 def small_options(**changes: object) -> StoreOptions:
     """Return options under which everything that is rare happens often: checkpoints, turns, closings, compactions."""
@@ -152,11 +157,12 @@ def kill_again_and_again(path: Path, kills: int, seed: int, *, renew: int = 25) 
     """Kill *kills* writers, each of which goes on where the last one was killed, so that damage would add up.
 
     Args:
+        kills: how many at least; up to twice as many until each kind of moment was met.
         renew: after so many kills it starts over with an empty file, or the checks would take ever longer.
     """
     chance = random.Random(seed)
     killed = Killed()
-    while killed.kills < kills:
+    while killed.kills < kills or (killed.kills < 2 * kills and not killed.varied):
         if killed.kills % renew == 0:
             for file in path.parent.glob(f"{path.name}*"):
                 file.unlink()
