@@ -30,7 +30,7 @@ demo: $(VENV)/.run ## run the pipeline on an embedded cluster, kill parts of it,
 	$(BIN)/fiq demo $(ARGS)
 
 test: $(VENV)/.dev ## run every test (ARGS="-k name" to choose, WORKERS=0 for one process)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: $(VENV)/.dev ## the crash tests in full: 500 kills, 2,000 power cuts, full disks, bit flips, drawn requests
 	FIQ_TORTURE=long $(BIN)/python -m pytest tests/torture $(DRAWN) $(ARGS)

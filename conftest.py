@@ -14,6 +14,22 @@ from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 from sybil.region import Lexeme
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+
+class FilesAndContainers(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
+    """Lets each worker of `pytest -n 2` run whole files; those of containers are one, for they share a stack."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "tests/compose" if file.startswith("tests/compose/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesAndContainers:
+    """Tell pytest-xdist how to share the tests out."""
+    return FilesAndContainers(config, log)
+
 
 _BIN = Path(sys.executable).parent
 #: where the examples say that the service is

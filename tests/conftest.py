@@ -31,18 +31,11 @@ for _name in [name for name in os.environ if name.startswith("FI_")]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let `pytest -n 2 --dist loadgroup` keep each file in one worker, and all containers: they share one stack.
+    """Put the containers first, which take longest: a second worker does the rest beside them.
 
-    The containers take longest and come first, so that the other worker does all the rest beside them. Among them the
-    three hosts come last, for which the shared stack makes room.
+    Among them the three hosts come last, for which the shared stack makes room.
     """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("compose" if _is_compose(item) else item.location[0]))
-    items.sort(key=lambda item: (not _is_compose(item), "test_hosts" in item.location[0]))
-
-
-def _is_compose(item: pytest.Item) -> bool:
-    return item.location[0].startswith("tests/compose/")
+    items.sort(key=lambda item: (not item.location[0].startswith("tests/compose/"), "test_hosts" in item.location[0]))
 
 
 @pytest.fixture(scope="module")
