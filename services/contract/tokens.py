@@ -124,7 +124,10 @@ def parse_expiry(value: str) -> datetime | None:
         if "T" in value:
             raise ValueError("an end with a time of day needs its zone, such as Z")
         found = found.replace(tzinfo=UTC)
-    return found.astimezone(UTC)
+    try:
+        return found.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("an end lies within the years 1 to 9999") from None
 
 
 def parse(text: str) -> dict[str, Token]:

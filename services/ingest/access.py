@@ -33,6 +33,7 @@ ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 #: in the place of a scope: everybody may, without a token
 OPEN = None
 _CHALLENGE = 'Bearer realm="fiq"'
+_INVALID = f'{_CHALLENGE}, error="invalid_token"'
 
 
 class Grant:
@@ -60,9 +61,17 @@ class Grant:
 
     @property
     def prefix(self) -> str:
-        """What the ids of its consultations begin with; empty for all of them."""
+        """What the ids of its consultations begin with; empty for all of them.
+
+        Raises:
+            RequestRefusedError: it has ended since the request came.
+        """
+        if not self._tokens.asked_for:
+            return ""
         token = self._tokens.by_digest(self._digest)
-        return "" if token is None else token.prefix
+        if token is None:
+            raise RequestRefusedError(problems.UNAUTHORIZED, headers={str(hdrs.WWW_AUTHENTICATE): _INVALID})
+        return token.prefix
 
     def take(self, count: int) -> None:
         """Count *count* events, or requests, against the rate of the token.
@@ -194,7 +203,7 @@ class Gate:
             return None
         grant, reason = self._identify(request)
         if grant is None:
-            challenge = _CHALLENGE if reason == reasons.MISSING else f'{_CHALLENGE}, error="invalid_token"'
+            challenge = _CHALLENGE if reason == reasons.MISSING else _INVALID
             return self._refuse(request, problems.UNAUTHORIZED, reason, challenge, None)
         if rule is None:
             if match.http_exception is None:

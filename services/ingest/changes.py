@@ -59,17 +59,22 @@ class WatchedFiles:
         try:
             self._load()
         except ConfigurationError as error:
-            self._seen = None
-            self._on_state(False)
-            reason = "; ".join(error.problems)
-            if reason != self._said:
-                self._said = reason
-                self._log.error("FILE_REFUSED", what=self._what, reason=reason, action="what was read before stays")
+            self._refused("; ".join(error.problems))
+            return
+        except Exception as error:  # noqa: BLE001 - whatever a file holds, it must not end the watch over all later ones
+            self._refused(f"it cannot be read: {type(error).__name__}")
             return
         self._seen = seen
         self._said = ""
         self._on_state(True)
         self._log.info("FILE_READ_AGAIN", what=self._what)
+
+    def _refused(self, reason: str) -> None:
+        self._seen = None
+        self._on_state(False)
+        if reason != self._said:
+            self._said = reason
+            self._log.error("FILE_REFUSED", what=self._what, reason=reason, action="what was read before stays")
 
     async def run(self) -> None:
         """Look for ever."""

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Iterable
 
 from services.contract.event import Event
-from services.eventlog.errors import CorpusAwayError, LogUnavailableError
+from services.eventlog.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.eventlog.protocol import Appended, EventReader, StoredEvent
 from services.ingest import problems
 from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, Metrics
@@ -135,6 +135,8 @@ class KeyCheck:
             known = Known(stored.sequence, appended.sequence, digest(stored.event.body))
         else:
             known, by = Known(appended.sequence, appended.sequence, own), ""
+        if known.digest != own and self.lookup is not None:  # the log may have shown a mistake that came second
+            await asyncio.wait({self.lookup}, timeout=COMPARE_SECONDS)
         asked, first = self._in_corpus()
         if first is not None and first.sequence < known.first:
             known, by = Known(first.sequence, appended.sequence, digest(first.event.body)), CORPUS
@@ -168,12 +170,13 @@ class KeyCheck:
     async def _look_for(self, reader: EventReader, sequence: int) -> tuple[StoredEvent, str]:
         """Ask log and corpus by turns, until one of them shows the event."""
         while True:
-            with contextlib.suppress(LogUnavailableError):
+            with contextlib.suppress(LogUnavailableError, LogRefusedError):
                 async with self._keys._questions:
                     stored = await reader.at(sequence)
                 if stored is not None and stored.event.message_id == self._event.message_id:
                     return stored, LOG
-            with contextlib.suppress(CorpusAwayError, LogUnavailableError):
+            # refused: by a persister of another version, or one that cannot send so large an event just now
+            with contextlib.suppress(CorpusAwayError, LogUnavailableError, LogRefusedError):
                 stored = await reader.find(self._event.consultation, self._event.event_id)
                 if stored is not None:
                     return stored, CORPUS

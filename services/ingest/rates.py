@@ -43,7 +43,7 @@ class Bucket:
         """
         self._fill()
         if self._level < 0:
-            return -self._level / self._rate
+            return (1 - self._level) / self._rate  # the next request takes one before it comes here
         self._level -= count
         return 0.0
 

@@ -147,10 +147,12 @@ class LogWatch:
             for report in reports
             if report.answered
         ]
+        before = self._metrics.observed
         self._metrics.forget(PARTITIONS)
         for store, report, age in waiting:
             self._metrics.backlog(store, report.partition, report.pending + report.ack_pending, age)
-        self._metrics.observed = self._whole()
+        # a lost answer about the stream does not make the backlog unknown; KEPT_SECONDS without any do
+        self._metrics.observed = self._whole() or before
 
     def _whole(self) -> Backlog | None:
         """Return the backlog of the store that has most of it; while no store has a consumer, all of it waits."""

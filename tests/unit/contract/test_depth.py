@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -45,3 +46,15 @@ def test_the_parser_itself_takes_1024_levels() -> None:
     orjson.loads(b"[" * 1024 + b"]" * 1024)
     with pytest.raises(orjson.JSONDecodeError):
         orjson.loads(b"[" * 1025 + b"]" * 1025)
+
+
+def test_a_long_string_takes_no_memory_of_its_own() -> None:
+    """A pattern that could go back would keep a mark for each character of it."""
+    body = b"[" * 101 + b'"' + b"a" * 2_000_000 + b'"' + b"]" * 101
+    tracemalloc.start()
+    try:
+        assert not deeper_than(body, 101)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 2 * len(body)

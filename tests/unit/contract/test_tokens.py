@@ -49,6 +49,7 @@ def test_comments_and_empty_lines_are_passed_over() -> None:
         (f"ward {DIGEST} read vi*sit*", "a prefix is"),
         (f"ward {DIGEST} read * tomorrow", "an end is"),
         (f"ward {DIGEST} read * 2027-01-31T12:00:00", "needs its zone"),
+        (f"ward {DIGEST} read * 9999-12-31T23:59:59-01:00", "within the years"),
         (f"ward {DIGEST} read *\nward {'b' * 64} read *", "twice"),
         (f"ward {DIGEST} read *\nother {DIGEST} read *", "twice"),
     ],

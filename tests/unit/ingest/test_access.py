@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from services.contract.errors import ConfigurationError
 from services.contract.tokens import Scope, Token, digest_of, render
-from services.ingest import changes
+from services.ingest import changes, tokens
 from services.ingest.access import GATE, GRANT, OPEN
 from services.ingest.app import make_app
 from services.ingest.rates import Bucket
@@ -297,6 +297,23 @@ async def test_a_broken_file_leaves_the_tokens_as_they_were(
     change(file, render(TOKENS))
     await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 0.0)
     assert 1 == capsys.readouterr().out.count("FILE_REFUSED")
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_fault_in_the_reading_does_not_end_the_watch(
+    edge: Edge, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that is revoked later must count all the same."""
+
+    def fails(*_: object) -> str:
+        raise OverflowError("secret-token")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tokens, "read", fails)
+        change(file, render([TOKENS["reader"]]))
+        await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 1.0)
+    await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 0.0)
+    assert 401 == (await edge.post(**bearer("writer"))).status
 
 
 @pytest.mark.usefixtures("quick")
