@@ -54,8 +54,8 @@ def test_a_long_string_takes_no_memory_of_its_own() -> None:
     code = (
         "import resource; from services.contract.depth import deeper_than\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB\n"
-        """body = b"[" * 101 + b'"' + b"a" * 2**20 + b'"' + b"]" * 101\n"""
-        "before = peak(); assert not deeper_than(body, 101); print(peak() - before)"
+        """body = b"[" * 102 + b'"' + b"a" * 2**20 + b'"' + b"]" * 102\n"""
+        "before = peak(); assert deeper_than(body, 101); print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 20 * 1024
