@@ -170,7 +170,7 @@ class FiqClient:
                 after = event.sequence
                 yield event
 
-    def follow(self, consultation: str, after: int = 0, *, silence: float = 60.0) -> AsyncGenerator[StoredEvent, None]:
+    def follow(self, consultation: str, after: int = 0, *, silence: float = 35.0) -> AsyncGenerator[StoredEvent, None]:
         """Yield the events of *consultation*, those that are there and those to come, for ever.
 
         None is skipped, none comes twice, whatever breaks in between. Whoever has enough closes it (``aclose``).

@@ -209,17 +209,22 @@ class Followers:
         try:
             while self._goes_on(request, consultation):
                 events = channel.behind(position)
+                if events:
+                    position = await self._show(request, response, events, events[-1].sequence)
+                    spoken = time.monotonic()
+                    continue
+                before = position
                 if events is None:
                     position = await self._catch_up(request, response, consultation, position)
-                elif events:
-                    position = await self._show(request, response, events, events[-1].sequence)
-                elif time.monotonic() - spoken >= KEEP_ALIVE_SECONDS:
-                    await self._send(request, response, b": nothing new\n\n")
-                else:
-                    await channel.wait(min(GONE_SECONDS, KEEP_ALIVE_SECONDS))
-                    _check_present(request)
+                if position > before:
+                    spoken = time.monotonic()
                     continue
-                spoken = time.monotonic()
+                # nothing at all behind it: the channel was begun by somebody who is further on than there are events
+                await channel.wait(self._interval if events is None else min(GONE_SECONDS, KEEP_ALIVE_SECONDS))
+                _check_present(request)
+                if time.monotonic() - spoken >= KEEP_ALIVE_SECONDS:
+                    await self._send(request, response, b": nothing new\n\n")
+                    spoken = time.monotonic()
         finally:
             channel.followers -= 1
             if not channel.followers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from contextlib import aclosing
 from typing import Any
 from uuid import UUID
@@ -130,6 +131,12 @@ async def test_a_connection_that_falls_silent_is_replaced() -> None:
     steps = (stream(sent(1), open_end=True), stream(sent(2), open_end=True))
     async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
         assert [1, 2] == await taken(client, 2, silence=0.2)
+
+
+def test_a_silent_connection_is_replaced_long_before_the_deadline_of_the_call() -> None:
+    """With what both are when nobody says anything: else the first silence would be the end."""
+    silence = inspect.signature(FiqClient.follow).parameters["silence"].default
+    assert 15 < silence < 0.7 * Patience().deadline
 
 
 async def test_following_has_no_deadline_as_long_as_it_hears_something() -> None:

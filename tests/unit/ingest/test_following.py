@@ -253,3 +253,15 @@ async def test_what_is_persisted_and_trimmed_between_two_looks_is_shown(
     async with following(edge) as stream:
         await post(edge, 2)
         assert [1, 2] == await stream.take(2)
+
+
+async def test_one_who_begins_beyond_the_end_makes_nobody_else_read_without_a_pause(edge: Edge) -> None:
+    """What is new is shared from where the first of them is; the other asks for what is in between, now and then."""
+    await post(edge, 1)
+    async with following(edge, "&after=999999"), following(edge) as stream:
+        assert [1] == await stream.take(1)
+        before = edge.log.reads
+        await asyncio.sleep(0.5)
+        assert edge.log.reads - before < 100
+        await post(edge, 1)
+        assert [2] == await stream.take(1)
