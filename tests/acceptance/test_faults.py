@@ -15,7 +15,10 @@ from services.cli.rehearsal.consultations import Post
 from services.cli.rehearsal.load import Accepted
 from services.cli.rehearsal.verification import verify
 from services.cli.stack import Stack
+from services.cli.target import connected
 from services.corpus import open_corpus
+from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.names import STREAM
 from services.eventlog.settings import LogSettings
 from tests.support.polling import eventually
 
@@ -80,8 +83,11 @@ async def test_a_retry_after_the_brokers_window_and_after_a_restart_of_all_nodes
     first = await (await client.post(post)).json()
 
     async def stored_anew() -> bool:
-        """The window is over when the broker takes the same message id for a new one."""
-        return "duplicate" not in await (await client.post(post)).json()
+        """The window is over when the broker takes the same id for a new one; the client is told of the first."""
+        before = await _last_sequence(stack)
+        response = await client.post(post)
+        assert (first["sequence"], True) == ((answer := await response.json())["sequence"], answer["duplicate"])
+        return await _last_sequence(stack) > before
 
     await eventually(stored_anew)
     for index in range(stack.cluster.size):
@@ -91,13 +97,19 @@ async def test_a_retry_after_the_brokers_window_and_after_a_restart_of_all_nodes
     await asyncio.to_thread(stack.cluster.wait_ready)
 
     async def accepted_again() -> bool:
-        response = await client.post(post)
-        return response.status == 202 and (await response.json())["sequence"] > first["sequence"]
+        return await _accepted(client, post)
 
     await eventually(accepted_again)
     await client.is_verified()
     with open_corpus(stack.data_dir) as corpus:
         assert [first["sequence"]] == [event.sequence for event in corpus[post.consultation]]
+
+
+async def _last_sequence(stack: Stack) -> int:
+    async with connected(LogSettings(servers=tuple(stack.cluster.urls))) as connection:
+        info = await JetStreamApi(connection).stream_info(STREAM)
+    assert info is not None
+    return int(info["state"]["last_seq"])
 
 
 async def test_posts_go_on_with_one_node_down_and_come_back_after_two(
