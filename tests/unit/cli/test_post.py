@@ -248,7 +248,7 @@ async def test_a_posting_that_was_stopped_goes_on_and_repeats_nothing(tmp_path: 
 
 async def test_a_crash_repeats_nothing_either(tmp_path: Path) -> None:
     """SIGKILL leaves no time to note how far it came: the keys alone see to it."""
-    events = [event(n, consultation_id=f"c-{n % 5}") for n in range(400)]
+    events = [event(n, consultation_id=f"c-{n % 5}") for n in range(3000)]
     file = written(tmp_path / "events.ndjson", events)
     service = MemoryService()
     async with scripted(service.step) as server:
@@ -256,9 +256,9 @@ async def test_a_crash_repeats_nothing_either(tmp_path: Path) -> None:
         await eventually(lambda: len(service.events) > 50)
         process.kill()
         await process.communicate()
-        assert 400 > len(service.events)
+        assert 3000 > len(service.events)
         again = await post(file, "--url", server.url)
-    assert (0, 400) == (again.code, len(service.events))
+    assert (0, 3000) == (again.code, len(service.events))
     for consultation in range(5):
         assert events[consultation::5] == service.bodies(f"c-{consultation}")
 
