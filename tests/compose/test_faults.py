@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -122,11 +122,10 @@ async def _hurt(
 ) -> None:
     """Do *fault* in the middle of a load until *alert* fires, and compare HDF5 with what clients were told."""
     load = stack.load()
-    posting = asyncio.create_task(stack.post(load, part))
-    await _accepted(load, BEGIN * sum(map(len, part)))
-    async with _done(fault), meanwhile or nullcontext(), watch.during(alert):
-        await asyncio.wait({posting}, timeout=LASTS)
-    await posting
+    async with _finished(stack.post(load, part)) as posting:
+        await _accepted(load, BEGIN * sum(map(len, part)))
+        async with _done(fault), meanwhile or nullcontext(), watch.during(alert):
+            await asyncio.wait({posting}, timeout=LASTS)
     await stack.is_whole()
     await stack.is_verified()
 
@@ -142,13 +141,21 @@ async def _busy(stack: Deployment) -> AsyncIterator[None]:
             posts = [Post(name, str(uuid4()), one.body) for one in generate(10, seed=0)[0]]
             await stack.post(stack.load(clients=1), [posts])
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(BUSY):
-            group.create_task(post())
+    async with _finished(asyncio.gather(*(post() for _ in range(BUSY)))):
         try:
             yield
         finally:
             finished.set()
+
+
+@asynccontextmanager
+async def _finished(posting: Awaitable[object]) -> AsyncIterator[asyncio.Future[object]]:
+    """Wait at the end until *posting* is done, also when the block failed: later tests must know what was accepted."""
+    task = asyncio.ensure_future(posting)
+    try:
+        yield task
+    finally:
+        await task
 
 
 @asynccontextmanager
