@@ -6,8 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from services.cli.commands import demo
+from services.cli.main import app
+from services.cli.rehearsal.load import Accepted
+from services.cli.rehearsal.verification import Verdict, compare
 from services.corpus import open_corpus, verify_corpus
 from tests.support.polling import eventually_sync
 
@@ -24,6 +32,26 @@ def test_the_demo_proves_that_every_event_is_there_once(tmp_path: Path) -> None:
         assert 1500 == sum(len(consultation) for consultation in corpus.values())
     assert verify_corpus(tmp_path / "demo" / "corpus").clean
     assert not (tmp_path / "demo" / "cluster").exists()
+
+
+def test_the_demo_fails_when_an_accepted_event_is_not_in_hdf5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1, and the event's name: one is taken out of what the proof reads."""
+    taken: list[str] = []
+
+    def without_one(path: Path, accepted: Iterable[Accepted]) -> Verdict:
+        with open_corpus(path) as corpus:
+            found = [(name, [(str(one.event_id), one.sequence, one.raw) for one in corpus[name]]) for name in corpus]
+        taken.append(found[0][1].pop()[0])
+        return compare(found, accepted)
+
+    monkeypatch.setattr(demo, "verify", without_one)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        done = CliRunner().invoke(app, ["demo", "--events", "200", "--folder", str(tmp_path / "demo")])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert 1 == done.exit_code
+    assert f"event {taken[0]} is missing" in done.stderr
 
 
 def test_an_interrupted_demo_names_what_it_leaves(tmp_path: Path) -> None:

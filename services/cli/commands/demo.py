@@ -140,10 +140,12 @@ async def _run(stack: Stack, consultations: Sequence[Sequence[Post]], load: Load
 
 
 async def _hurt(chaos: Chaos, load: Load, total: int) -> None:
-    await _reached(load, int(_LEADER_AT * total))
-    await chaos.kill_leader()
-    await _reached(load, int(_PERSISTER_AT * total))
-    await chaos.kill_persister(0)
+    """Kill both while clients post, whether or not the first one is back when the second one's turn comes."""
+    async with asyncio.TaskGroup() as group:
+        await _reached(load, int(_LEADER_AT * total))
+        group.create_task(chaos.kill_leader())
+        await _reached(load, int(_PERSISTER_AT * total))
+        group.create_task(chaos.kill_persister(0))
 
 
 async def _reached(load: Load, count: int) -> None:

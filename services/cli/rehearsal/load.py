@@ -92,8 +92,16 @@ class Load:
         self._seed = seed
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._last = 0.0
+        self._allowed = math.inf
+        self._more_allowed = asyncio.Event()
         self.outcome = Outcome()
         self.finished = False
+
+    def allow(self, events: float) -> None:
+        """Let clients wait once so many *events* are accepted, until more are allowed; at first all are."""
+        self._allowed = events
+        self._more_allowed.set()
+        self._more_allowed = asyncio.Event()
 
     async def run(self, consultations: Sequence[Sequence[Post]]) -> Outcome:
         """Post everything; a consultation is one client's, in order, mixed with that client's other consultations.
@@ -124,6 +132,8 @@ class Load:
             post = waiting[chosen].pop()
             if not waiting[chosen]:
                 waiting.pop(chosen)
+            while len(self.outcome.accepted) >= self._allowed:
+                await self._more_allowed.wait()
             await self._until_accepted(session, post)
             sent.append(post)
             if chance.random() < self._repeats:

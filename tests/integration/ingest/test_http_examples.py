@@ -14,6 +14,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from services.cli.cluster import Cluster
 from tests.support.persisters import PARTITIONS, Persister
 from tests.support.polling import eventually_sync
@@ -93,7 +95,9 @@ def _alike(shown: str, text: str) -> bool:
 
 async def test_the_page_says_what_is_answered(fresh_log: Cluster, tmp_path: Path) -> None:
     """Each block of commands is run, none left out."""
-    assert shutil.which("curl"), "install curl: it is what the examples are for"
+    if shutil.which("curl") is None:
+        assert "CI" not in os.environ, "CI has curl"
+        pytest.skip("the examples need curl")
     settings = {"FI_PORT": "0", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "1MiB"}
     settings |= {"FI_NATS_URL": fresh_log.url, "FI_PARTITIONS": str(PARTITIONS)}
     with (
