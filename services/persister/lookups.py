@@ -90,6 +90,11 @@ class Job:
                 return answer
         return None
 
+    def close(self) -> None:
+        """Let go of what is open in HDF5, when no more turn is to come."""
+        if self._steps is not None:
+            self._steps.close()
+
     def _begin(self, lookup: Lookup) -> Steps:
         match self._question:
             case Find():
