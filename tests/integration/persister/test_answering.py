@@ -20,7 +20,9 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.corpus import EventStore, Lookup, Record, StoredConsultation
+from services.eventlog.errors import LogRefusedError
 from services.eventlog.jetstream import reading_wire as wire
+from services.eventlog.jetstream.reading_corpus import CorpusReading, Found
 from services.eventlog.jetstream.reading_wire import Consultations, Events, Find, Question
 from services.persister import answering as answering_module
 from services.persister import lookups
@@ -182,6 +184,29 @@ async def test_an_event_larger_than_the_broker_takes_is_an_error_of_its_own(aske
     answer = await asker.ask(Events("c1", 0, 1))
     assert answer.headers is not None
     assert "413" == answer.headers["Nats-Service-Error-Code"]
+
+
+async def test_an_event_larger_than_the_broker_takes_fails_nobody_who_asks_for_others(asker: Asker) -> None:
+    """Finds of a partition share a question, so that whoever posts would get somebody else's error."""
+    large = b'{"event_type":"' + b"x" * 1_100_000 + b'"}'
+    await asker.in_thread(asker.store.append, "c1", [record(n, large if n == 3 else b"") for n in range(1, 12)])
+    await asker.in_thread(asker.store.commit, 11)
+    reading = CorpusReading(asker.nc, "main", timeout=10)
+    asked = [("c1", UUID(int=number)) for number in range(1, 13)]
+    found = await asyncio.gather(*(reading.find(0, *pair) for pair in asked), return_exceptions=True)
+    assert {3} == {number for number, one in enumerate(found, start=1) if isinstance(one, LogRefusedError)}
+    rows = [one.row for one in found if isinstance(one, Found)]
+    assert [1, 2, *range(4, 12), None] == [None if row is None else row.sequence for row in rows]
+
+
+async def test_an_event_that_just_fits_comes_however_many_are_asked_for(asker: Asker) -> None:
+    """The list of those that must be asked for again counts, too."""
+    body = b'{"event_type":"' + b"x" * (asker.nc.max_payload - 1500) + b'"}'
+    await asker.in_thread(asker.store.append, "c1", [record(n, body if n == 1 else b"") for n in range(1, 1001)])
+    await asker.in_thread(asker.store.commit, 1000)
+    reading = CorpusReading(asker.nc, "main", timeout=10)
+    found = await asyncio.gather(*(reading.find(0, "c1", UUID(int=number)) for number in range(1, 1001)))
+    assert list(range(1, 1001)) == [one.row.sequence for one in found if one.row is not None]
 
 
 async def test_consultations_are_sorted_and_new_ones_appear(asker: Asker) -> None:
