@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import shlex
 import signal
 import stat
 import sys
@@ -211,7 +212,30 @@ async def test_an_open_pipe_is_posted_before_it_ends() -> None:
         await eventually(lambda: service.bodies("c-1") == [event(1)])
         process.send_signal(signal.SIGINT)
         result = await ended(process)
-    assert (130, [event(1)]) == (result.code, service.bodies("c-1"))
+        assert (130, [event(1)]) == (result.code, service.bodies("c-1"))
+        told = result.err.rpartition("go on with:  ")[2].strip()
+        assert re.fullmatch(rf"fiq post - --url {server.url} --consultation c-1 --key \S+", told)
+        again = await post(*shlex.split(told)[2:], stdin=event(1) + b"\n" + event(2))
+    assert (0, 1) == (again.code, again.number("duplicates"))
+    assert [event(1), event(2)] == service.bodies("c-1")
+
+
+async def test_a_pipe_that_was_killed_goes_on_under_the_key_that_was_told_first() -> None:
+    """Nothing else knows a key that was made for the run."""
+    service = MemoryService()
+    async with scripted(service.step) as server:
+        arguments = ("-", "--url", server.url, "--consultation", "c-1")
+        process = await started(*arguments)
+        assert process.stdin is not None
+        process.stdin.write(event(1) + b"\n")
+        await process.stdin.drain()
+        await eventually(lambda: service.bodies("c-1") == [event(1)])
+        process.kill()
+        found = re.search(r"--key (\S+)", (await ended(process)).err)
+        assert found is not None
+        again = await post(*arguments, "--key", found[1], stdin=event(1) + b"\n" + event(2))
+    assert (0, 1, "") == (again.code, again.number("duplicates"), again.err)
+    assert [event(1), event(2)] == service.bodies("c-1")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
