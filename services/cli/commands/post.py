@@ -157,14 +157,16 @@ def _new_key() -> str:
 
 
 def _how_far(tally: Tally, key: str, found: Checked | None) -> str:
-    far = f"{tally.accepted} lines were accepted in this run; up to line {tally.done} all of them are"
+    far = f"{tally.accepted} lines were accepted in this run"
+    if tally.done:
+        far += f"; up to line {tally.done} all of them are"
     if found is None:
         command = ["fiq", *sys.argv[1:]]
         if key not in command and f"--key={key}" not in command:
             command += ["--key", key]
         return f"{far}; with the same input from its beginning, which repeats none, go on with:  {shlex.join(command)}"
     changed = "" if key != found.digest else f", after a change of the file with  --key {key}"
-    return f"{far}; the same command goes on behind that{changed}"
+    return f"{far}; the same command goes on and repeats none{changed}"
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

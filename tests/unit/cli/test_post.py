@@ -197,6 +197,7 @@ async def test_a_file_on_stdin_has_the_keys_of_the_file(tmp_path: Path, monkeypa
         process = await asyncio.create_subprocess_shell(f"{command} - {options} < x", stderr=asyncio.subprocess.PIPE)
         result = await process.communicate()
     assert b"line 1: too bad" in result[1]
+    assert b"0 lines were accepted in this run; the same command goes on and repeats none" in result[1]
     assert 1 == len({request.key for request in server.seen})
     assert ["x"] == names(tmp_path)
 
