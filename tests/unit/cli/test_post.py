@@ -167,6 +167,16 @@ async def test_a_file_with_bad_lines_is_not_sent(tmp_path: Path) -> None:
     assert [] == server.seen
 
 
+async def test_a_token_that_is_missing_is_asked_for_by_its_option(tmp_path: Path) -> None:
+    """Whoever runs the command writes no headers."""
+    file = written(tmp_path / "x", [event(1, consultation_id="c-1")])
+    async with scripted(refused(401, "unauthorized")) as server:
+        result = await post(file, "--url", server.url)
+    assert 1 == result.code
+    assert "line 1: refused: 401 /problems/unauthorized" in result.err
+    assert "--token-file or FI_TOKEN" in result.err
+
+
 async def test_from_a_pipe_lines_go_as_they_come() -> None:
     """A bad one ends it; those before it are accepted. The key that is told repeats none of them."""
     lines = b"\n".join([event(1), event(2), b"{}", event(4)])
