@@ -110,7 +110,7 @@ class StackFolder:
         """
         if not self._is_held():
             raise NotRunningError(
-                f"nothing runs in {self.path}: start it with  fiq up  or name a cluster with --server"
+                f"nothing runs in {self.path}: start it with  fiq up  or name another: --server, or --url of fiq post"
             )
         try:
             found = orjson.loads(self._state_path.read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -11,6 +12,9 @@ from types import SimpleNamespace
 
 from aiohttp import (
     ClientConnectorCertificateError,
+    ClientConnectorDNSError,
+    ClientConnectorError,
+    ClientConnectorSSLError,
     ClientResponse,
     ClientSession,
     ClientTimeout,
@@ -59,10 +63,10 @@ class Request:
 
 
 class LostError(Exception):
-    """Raised when a try brought no answer; *sent*: the request may have arrived."""
+    """Raised when a try brought no answer; *why*, and *sent*: the request may have arrived."""
 
-    def __init__(self, *, sent: bool) -> None:
-        super().__init__()
+    def __init__(self, why: str, *, sent: bool) -> None:
+        super().__init__(why)
         self.sent = sent
 
 
@@ -106,7 +110,7 @@ class Exchange:
         tries = Tries(self.patience)
         may_be_stored = False
         while True:
-            problem, least = None, 0.0
+            problem, least, why = None, 0.0, ""
             try:
                 async with self.sent(request, ClientTimeout(total=tries.timeout)) as response:
                     body = await response.read()
@@ -116,7 +120,8 @@ class Exchange:
                 may_be_stored |= _may_be_stored(request, problem)
             except LostError as lost:
                 may_be_stored |= lost.sent and request.events > 0
-            await self.wait(tries, problem, least, may_be_stored=may_be_stored)
+                why = str(lost)
+            await self.wait(tries, problem, least, why, may_be_stored=may_be_stored)
 
     @asynccontextmanager
     async def sent(self, request: Request, timeout: ClientTimeout) -> AsyncIterator[ClientResponse]:
@@ -145,8 +150,8 @@ class Exchange:
             raise UnexpectedAnswerError(
                 f"the certificate of {self._url.origin()} is not trusted: name its authority"
             ) from None
-        except (HttpError, TimeoutError, OSError):
-            raise LostError(sent=bool(sending)) from None
+        except (HttpError, TimeoutError, OSError) as error:
+            raise LostError(_why(error), sent=bool(sending)) from None
 
     def judged(self, request: Request, response: ClientResponse, body: bytes, may_be_stored: bool) -> Problem:
         """Return the problem of an answer after which *request* is to be sent again.
@@ -165,18 +170,21 @@ class Exchange:
                 problem=problem,
                 may_be_stored=may_be_stored,
             )
-        raise RefusedError(f"refused: {problem}", problem=problem, may_be_stored=may_be_stored)
+        doubt = "" if problem.is_document else f", and not as fiq says it: is {self._url.origin()} its URL?"
+        raise RefusedError(f"refused: {problem}{doubt}", problem=problem, may_be_stored=may_be_stored)
 
-    async def wait(self, tries: Tries, problem: Problem | None, least: float, *, may_be_stored: bool = False) -> None:
-        """Wait before the next try, at least *least* seconds.
+    async def wait(
+        self, tries: Tries, problem: Problem | None, least: float, why: str, *, may_be_stored: bool = False
+    ) -> None:
+        """Wait before the next try, at least *least* seconds; *why* there was no answer, when there is no *problem*.
 
         Raises:
             GaveUpError: there is no time for another one.
         """
         pause = tries.pause(least)
         if pause is None:
-            why = str(problem) if problem else f"no answer from {self._url.origin()}"
-            message = f"not done within {self.patience.deadline:g} s: {why}"
+            last = str(problem) if problem else f"no answer from {self._url.origin()}: {why}"
+            message = f"not done within {self.patience.deadline:g} s: {last}"
             raise GaveUpError(message, problem=problem, may_be_stored=may_be_stored)
         self.retries += 1
         await asyncio.sleep(pause)
@@ -185,6 +193,17 @@ class Exchange:
 async def _note_sending(_: ClientSession, context: SimpleNamespace, __: TraceRequestHeadersSentParams) -> None:
     """Note that the request is on its way from here on, in the list that was given with it."""
     context.trace_request_ctx.append(True)
+
+
+def _why(error: Exception) -> str:
+    """Say why there is no answer, without quoting anything of one."""
+    if isinstance(error, ClientConnectorDNSError):
+        return "the name of its host is not known"
+    if isinstance(error, ClientConnectorSSLError):
+        return "what listens there speaks no TLS, or refuses ours"
+    if isinstance(error, ClientConnectorError):
+        return os.strerror(error.errno) if error.errno else "no connection"
+    return "nothing came in time" if isinstance(error, TimeoutError) else "the connection broke off"
 
 
 def _may_be_stored(request: Request, problem: Problem) -> bool:

@@ -37,7 +37,7 @@ async def follow(
     tries = Tries(exchange.patience)
     while True:
         problem: Problem | None = None
-        least = 0.0
+        least, why = 0.0, "the stream ended"
         # sock_connect and sock_read: a stream has no end by which it could be late
         timeout = ClientTimeout(total=None, sock_connect=tries.timeout, sock_read=silence)
         request = _request(path, after)
@@ -58,9 +58,9 @@ async def follow(
                             if event.sequence > after:
                                 after = event.sequence
                                 yield event
-        except LostError:
-            pass  # go on with another connection
-        await exchange.wait(tries, problem, least)
+        except LostError as lost:
+            why = str(lost)  # go on with another connection
+        await exchange.wait(tries, problem, least, why)
 
 
 def _request(path: str, after: int) -> Request:

@@ -9,6 +9,8 @@ from uuid import UUID
 
 import orjson
 
+#: type of a problem where an answer names none
+_NO_DOCUMENT = "about:blank"
 #: media type of an error (RFC 9457)
 PROBLEM_TYPE = "application/problem+json"
 
@@ -49,7 +51,12 @@ class Problem:
                 return cls(str(found["type"]), status, str(found["title"]), str(found["detail"]), lines)
             except (ValueError, TypeError, KeyError, AttributeError):
                 pass  # cut off, or of another kind: the status stands for itself
-        return cls("about:blank", status)
+        return cls(_NO_DOCUMENT, status)
+
+    @property
+    def is_document(self) -> bool:
+        """Whether the answer was a problem document."""
+        return self.type != _NO_DOCUMENT
 
     def __str__(self) -> str:
         """Say it on one line."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections import deque
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -169,18 +170,22 @@ class Desk:
         """Return the answer, or None when its asker has stopped waiting."""
         loop = asyncio.get_running_loop()
         used = 0.0
-        while True:
-            if time.monotonic() - asked.arrived > asked.within:
-                self._metrics.questions.labels(asked.kind, "stale").inc()
-                return None
-            submitted = time.perf_counter()
-            answer, started, ended = await loop.run_in_executor(self._hdf5, _timed, job)
-            used += ended - started
-            if started - submitted > _BUSY_SECONDS:
-                await asyncio.sleep((ended - started) * _PAUSE_TURNS)
-            if answer is not None:
-                self._metrics.question_seconds.observe(used)
-                return answer
+        answer: bytes | None = None
+        try:
+            while answer is None:
+                if time.monotonic() - asked.arrived > asked.within:
+                    self._metrics.questions.labels(asked.kind, "stale").inc()
+                    return None
+                submitted = time.perf_counter()
+                answer, started, ended = await loop.run_in_executor(self._hdf5, _timed, job)
+                used += ended - started
+                if started - submitted > _BUSY_SECONDS:
+                    await asyncio.sleep((ended - started) * _PAUSE_TURNS)
+        finally:
+            if answer is None:  # given up: dropping a handle takes h5py's lock, for which the loop must not wait
+                self._hdf5.submit(job.close)
+        self._metrics.question_seconds.observe(used)
+        return answer
 
     async def _refuse(self, message: Msg, kind: str, code: int, reason: str, outcome: str) -> None:
         headers = {wire.ERROR_HEADER: reason, wire.ERROR_CODE_HEADER: str(code)}
@@ -200,5 +205,16 @@ class Desk:
 def _timed(job: Job) -> tuple[bytes | None, float, float]:
     """Give *job* a turn; return its answer, if it has one, and when it began and ended."""
     started = time.perf_counter()
-    answer = job.turn()
+    try:
+        answer = job.turn()
+    except Exception as error:
+        _empty(error)
+        raise
     return answer, started, time.perf_counter()
+
+
+def _empty(error: BaseException | None) -> None:
+    """Drop the variables of all functions that *error* came through, here and not in the thread that takes it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

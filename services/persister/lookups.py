@@ -17,6 +17,8 @@ from services.persister.partition_file import PartitionFile
 TURN_SECONDS = 0.003
 #: an answer is not made longer than this, but for a single event that is, bytes
 ANSWER_BYTES = 512 << 10
+#: more than the number of an id takes in the list of those that are to be asked for again, bytes
+_INDEX_BYTES = 4
 #: names of consultations that are read in one step
 _NAMES_STEP = 1000
 
@@ -90,6 +92,11 @@ class Job:
                 return answer
         return None
 
+    def close(self) -> None:
+        """Let go of what is open in HDF5, when no more turn is to come."""
+        if self._steps is not None:
+            self._steps.close()
+
     def _begin(self, lookup: Lookup) -> Steps:
         match self._question:
             case Find():
@@ -122,7 +129,7 @@ def _find(lookup: Lookup, committed: int, question: Find, bounds: Bounds) -> Ste
         wanted.setdefault(consultation, {}).setdefault(asked.bytes, []).append(index)
     found: dict[int, Row] = {}
     rest: list[int] = []
-    size = 0
+    size = _INDEX_BYTES * len(question.pairs)
     # one after another: each one's handles are let go before the next is opened, for that takes time, too
     for consultation, indexes in wanted.items():
         known = lookup.known_ids(consultation)

@@ -48,6 +48,8 @@ BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 IDLE_SECONDS = 2.0
 #: pause while another process of the volume still holds the partition, seconds
 HANDOVER_PAUSE_SECONDS = 0.1
+#: a handover takes this long at most: whoever holds the partition then does not let go of it, seconds
+HANDOVER_SECONDS = 10.0
 
 
 class State(StrEnum):
@@ -132,6 +134,7 @@ class PartitionRunner:
         self._judged = 0  # last sequence that the poison limit has counted
         self._suspects = Suspects()
         self._failures = 0
+        self._locked_at = 0.0  # when another process was first found to have the file; 0 when none does
         self._busy_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
@@ -216,6 +219,7 @@ class PartitionRunner:
     async def _follow(self) -> None:
         self._change(State.RETRYING if self.reason else State.STARTING, self.reason)
         store = await self._in_thread(self._file.open)
+        self._locked_at = 0.0
         self._metrics.committed(store.committed)
         if self._desk is not None:
             await self._desk.open(self.partition, self._file, store)
@@ -238,9 +242,8 @@ class PartitionRunner:
                 raise
 
     async def _pause(self, error: Exception) -> None:
-        handover = isinstance(error, CorpusLockedError)
         await self._release(abandon=True)
-        if handover:
+        if self._is_handover(error):
             pause = HANDOVER_PAUSE_SECONDS
         else:
             pause = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
@@ -251,6 +254,13 @@ class PartitionRunner:
             self._log.warning(logs.EVENT_PERSIST_FAILED, retry_in_s=pause, **described(error))
         self._change(State.RETRYING, reason_of(error))
         await asyncio.sleep(pause)
+
+    def _is_handover(self, error: Exception) -> bool:
+        """Tell whether another process has the file and may be about to let go of it."""
+        if not isinstance(error, CorpusLockedError):
+            return False
+        self._locked_at = self._locked_at or time.monotonic()
+        return time.monotonic() - self._locked_at < HANDOVER_SECONDS
 
     async def _stop_for_good(self, error: Exception) -> None:
         await self._release(abandon=True)

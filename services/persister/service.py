@@ -139,6 +139,7 @@ async def _persist(
             get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
             await coordinator.stop()
             answering.cancel()
+            await asyncio.wait({answering})  # its last call in the HDF5 thread comes before that ends
             await publisher.close()
 
 

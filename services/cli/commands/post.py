@@ -60,7 +60,9 @@ def post(
     token_file: Annotated[Path | None, typer.Option(help="File with the token; FI_TOKEN otherwise.")] = None,
     ca_file: Annotated[Path | None, typer.Option(help="PEM file of the authority behind an https URL.")] = None,
     consultation: Annotated[str | None, typer.Option(help="Of lines that name no consultation_id.")] = None,
-    key: Annotated[str | None, typer.Option(help="Of the posting, instead of the file's SHA-256.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Of the posting; the file's SHA-256, or a new one for a pipe, otherwise.")
+    ] = None,
     state: Annotated[Path | None, typer.Option(help="Keeps how far it came; FILE.posting otherwise.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Batches on their way at the same time.")] = 4,
     batch: Annotated[int, typer.Option(min=1, max=1000, help="Events of a batch.")] = 500,
@@ -74,7 +76,7 @@ def post(
     options = _Options(_url(url, folder), _token(token_file), ca_file, consultation, concurrency, batch, patience)
     with _opened(file) as source:
         if not is_regular(source):
-            _post(source, options, key or str(new_event_id()), state, None)
+            _post(source, options, key or _new_key(), state, None)
             return
         found = _checked(source, consultation)
         source.seek(0)
@@ -147,12 +149,24 @@ def _checked(source: IO[bytes], consultation: str | None) -> Checked:
     return found
 
 
+def _new_key() -> str:
+    """Make the key of a posting that has none, and say at once what it is: a process that is killed says no more."""
+    key = str(new_event_id())
+    typer.echo(f"fiq: if this is stopped, the same input with  --key {key}  repeats no line", err=True)
+    return key
+
+
 def _how_far(tally: Tally, key: str, found: Checked | None) -> str:
-    far = f"{tally.accepted} lines were accepted in this run; up to line {tally.done} all of them are"
+    far = f"{tally.accepted} lines were accepted in this run"
+    if tally.done:
+        far += f"; up to line {tally.done} all of them are"
     if found is None:
-        return f"{far}; the same input with  --key {shlex.quote(key)}  repeats none of them"
+        command = ["fiq", *sys.argv[1:]]
+        if key not in command and f"--key={key}" not in command:
+            command += ["--key", key]
+        return f"{far}; with the same input from its beginning, which repeats none, go on with:  {shlex.join(command)}"
     changed = "" if key != found.digest else f", after a change of the file with  --key {key}"
-    return f"{far}; the same command goes on behind that{changed}"
+    return f"{far}; the same command goes on and repeats none{changed}"
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

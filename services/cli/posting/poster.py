@@ -201,7 +201,8 @@ def _told(batch: Sequence[Line], error: ClientError) -> str:
     bad = error.problem.lines if error.problem else ()
     if not bad:
         where = f"line {batch[0].number}" if _alone(batch) else f"lines {batch[0].number} to {batch[-1].number}"
-        return f"{where}: {error}"
+        token = " (its token: --token-file or FI_TOKEN)" if error.status == 401 else ""
+        return f"{where}: {error}{token}"
     start = batch[0].number - (batch[0].number - 1) % _BLOCK - 1
     named = "; ".join(f"line {start + line.number}: {line.reason}" for line in bad[:_NAMED])
     more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""

@@ -67,7 +67,8 @@ def _check_range(first: int, last: int, after: int) -> None:
     if after > last:
         raise _EndsEarlyError(
             f"the corpus holds sequence {after} but stream {STREAM} ends at {last}: "
-            "the stream lost events (restored from an older backup?)"
+            "the stream lost events (restored from an older backup?): begin a new corpus for it in another directory, "
+            "and keep this one"
         )
     if 0 < after < first - 1:  # behind what was trimmed; a new file may begin anywhere
         raise LogMismatchError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -39,6 +39,10 @@ class Found:
 
     row: Row | None
     committed: int
+
+
+class _TooLargeError(LogRefusedError):
+    """Raised when an event that was asked for is larger than the broker takes."""
 
 
 #: a consultation and an event's id; and who waits for what
@@ -106,25 +110,38 @@ class CorpusReading:
     async def _find_all(self, partition: int, asked: _Asked) -> None:
         try:
             while asked.waiting:
-                pairs = list(asked.waiting)[: wire.MAX_ITEMS]
-                taken = [asked.waiting.pop(pair) for pair in pairs]
+                taken = {pair: asked.waiting.pop(pair) for pair in list(asked.waiting)[: wire.MAX_ITEMS]}
                 try:
-                    rest = await self._find_some(partition, pairs, taken)
-                except (CorpusAwayError, LogUnavailableError, LogRefusedError) as error:
-                    _fail(taken, error)
+                    rest = await self._find_part(partition, taken)
                 except BaseException:
                     _fail(taken, self._away(partition, "the question was given up"))
                     raise
-                else:
-                    for pair, futures in rest.items():
-                        asked.waiting.setdefault(pair, []).extend(futures)
+                for pair, futures in rest.items():
+                    asked.waiting.setdefault(pair, []).extend(futures)
         finally:
             asked.task = None
-            _fail(asked.waiting.values(), self._away(partition, "the question was given up"))
+            _fail(asked.waiting, self._away(partition, "the question was given up"))
             asked.waiting.clear()
 
-    async def _find_some(self, partition: int, pairs: list[Pair], taken: list[list[asyncio.Future[Found]]]) -> Waiting:
-        """Ask for *pairs*, tell those who wait for them, and return what was not answered."""
+    async def _find_part(self, partition: int, part: Waiting) -> Waiting:
+        """Ask for *part*, tell those who wait for it, and return what is to be asked again."""
+        try:
+            return await self._find_some(partition, part)
+        except _TooLargeError as error:
+            if len(part) == 1:
+                _fail(part, error)
+                return {}
+        except (CorpusAwayError, LogUnavailableError, LogRefusedError) as error:
+            _fail(part, error)
+            return {}
+        # one of them is too large, and must not fail the others
+        pairs, rest = list(part), Waiting()
+        for half in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]):
+            rest |= await self._find_part(partition, {pair: part[pair] for pair in half})
+        return rest
+
+    async def _find_some(self, partition: int, part: Waiting) -> Waiting:
+        pairs = list(part)
         question = Find(pairs)
         try:
             answer = wire.decode_found(question, await self._ask(partition, question))
@@ -133,11 +150,11 @@ class CorpusReading:
         rest = set(answer.rest)
         if len(rest) == len(pairs):
             raise self._away(partition, "it answers nothing")
-        for index, futures in enumerate(taken):
-            for future in futures:
+        for index, pair in enumerate(pairs):
+            for future in part[pair]:
                 if index not in rest and not future.done():
                     future.set_result(Found(answer.found.get(index), answer.committed))
-        return {pairs[index]: taken[index] for index in rest}
+        return {pairs[index]: part[pairs[index]] for index in rest}
 
     async def _ask(self, partition: int, question: Question) -> bytes:
         subject = corpus_subject(self._store, partition, KIND_OF[type(question)])
@@ -169,7 +186,7 @@ class CorpusReading:
         if code == wire.NOT_NOW:
             return
         if code == wire.TOO_LARGE:
-            raise LogRefusedError(
+            raise _TooLargeError(
                 f"partition {partition_name(partition)} holds an event larger than the broker's max_payload"
             )
         if code == wire.MALFORMED:
@@ -180,8 +197,8 @@ class CorpusReading:
         return CorpusAwayError(f"partition {partition_name(partition)} of store {self._store}: {reason}")
 
 
-def _fail(taken: Iterable[list[asyncio.Future[Found]]], error: Exception) -> None:
-    for futures in taken:
+def _fail(waiting: Waiting, error: Exception) -> None:
+    for futures in waiting.values():
         for future in futures:
             if not future.done():
                 future.set_exception(error)

@@ -3,6 +3,9 @@
 A direct get (ADR-31) is answered by any replica, and one that lags does not have the newest messages. So the stream's
 leader is asked first for the last sequence of the subject: it has applied what it acknowledged. Where a direct get ends
 before that, the rest is fetched from the leader, one by one.
+
+The answers of a batch are plain messages, which NATS delivers at most once: a reconnect or a slow client loses some.
+Each says which sequence was sent before it, and the end says which was the last: behind a hole it is asked again.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from services.eventlog.jetstream.refusals import must_hear
 
 #: messages and bytes of one batched direct get
 BATCH_MESSAGES, BATCH_BYTES = 256, 1 << 20
+#: how often a batch is asked for of which not even the first message arrives
+_TRIES = 3
 #: the broker's error code for a message that is not there
 _NO_MESSAGE = 10037
 _DIRECT_GET = f"$JS.API.DIRECT.GET.{STREAM}"
@@ -102,7 +107,7 @@ class StreamReading:
             for message in batch:
                 position = int((message.headers or {})["Nats-Sequence"])
                 yield position, _event(subject, message.headers, message.data)
-        while position < last:  # the replica that answered lags
+        while position < last:  # the replica that answered lags, or what it sends gets lost
             found = await self._leaders({"seq": position + 1, "next_by_subj": subject})
             if found is None:  # trimmed meanwhile
                 return
@@ -125,18 +130,33 @@ class StreamReading:
 
     async def _batch(self, subject: str, start: int) -> list[Msg]:
         """Return some messages of *subject* from *start* on, as one replica has them; none when it has none."""
+        for _ in range(_TRIES):
+            batch, whole = await self._answers(subject, start)
+            if batch or whole:
+                return batch
+        return []
+
+    async def _answers(self, subject: str, start: int) -> tuple[list[Msg], bool]:
+        """Ask for a batch; return its messages up to the first that was lost on its way, and whether none was."""
         wanted = {"seq": start, "next_by_subj": subject, "batch": BATCH_MESSAGES, "max_bytes": BATCH_BYTES}
         batch: list[Msg] = []
+        before = "0"
         try:
             async with asyncio.timeout(self._timeout), self._inbox() as (inbox, answers):
                 await self._nc.publish(_DIRECT_GET, orjson.dumps(wanted), reply=inbox)
                 while True:
                     message = await answers.get()
-                    status = (message.headers or {}).get("Status")
-                    if status in ("204", "404"):
-                        return batch
-                    if status is not None:
+                    headers = message.headers or {}
+                    status = headers.get("Status")
+                    if status == "404":
+                        return batch, True
+                    if status not in (None, "204"):
                         raise LogUnavailableError(f"DIRECT.GET.{STREAM}: status {status}")
+                    if headers.get("Nats-Last-Sequence") != before:
+                        return batch, False
+                    if status == "204":
+                        return batch, True
+                    before = headers["Nats-Sequence"]
                     batch.append(message)
         except TimeoutError:
             must_hear(self._nc)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import nats
@@ -17,9 +19,12 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from services.corpus import EventStore, Record, StoredConsultation
+from services.corpus import EventStore, Lookup, Record, StoredConsultation
+from services.eventlog.errors import LogRefusedError
 from services.eventlog.jetstream import reading_wire as wire
+from services.eventlog.jetstream.reading_corpus import CorpusReading, Found
 from services.eventlog.jetstream.reading_wire import Consultations, Events, Find, Question
+from services.persister import answering as answering_module
 from services.persister import lookups
 from services.persister.answering import MAX_WAITING, Desk
 from services.persister.lookups import Job
@@ -39,12 +44,21 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class Asker:
     """A partition file that is answered for, and somebody who asks."""
 
-    def __init__(self, nc: Client, desk: Desk, file: PartitionFile, hdf5: ThreadPoolExecutor, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        nc: Client,
+        desk: Desk,
+        file: PartitionFile,
+        hdf5: ThreadPoolExecutor,
+        metrics: Metrics,
+        work: asyncio.Task[None],
+    ) -> None:
         self.nc = nc
         self.desk = desk
         self.file = file
         self.hdf5 = hdf5
         self.metrics = metrics
+        self.work = work
 
     @property
     def store(self) -> EventStore:
@@ -89,7 +103,7 @@ async def answering(url: str, path: Path) -> AsyncIterator[Asker]:
         work = asyncio.create_task(desk.run())
         await taken(nc)
         try:
-            yield Asker(nc, desk, file, hdf5, metrics)
+            yield Asker(nc, desk, file, hdf5, metrics, work)
         finally:
             work.cancel()
             with suppress(asyncio.CancelledError):
@@ -170,6 +184,29 @@ async def test_an_event_larger_than_the_broker_takes_is_an_error_of_its_own(aske
     answer = await asker.ask(Events("c1", 0, 1))
     assert answer.headers is not None
     assert "413" == answer.headers["Nats-Service-Error-Code"]
+
+
+async def test_an_event_larger_than_the_broker_takes_fails_nobody_who_asks_for_others(asker: Asker) -> None:
+    """Finds of a partition share a question, so that whoever posts would get somebody else's error."""
+    large = b'{"event_type":"' + b"x" * 1_100_000 + b'"}'
+    await asker.in_thread(asker.store.append, "c1", [record(n, large if n == 3 else b"") for n in range(1, 12)])
+    await asker.in_thread(asker.store.commit, 11)
+    reading = CorpusReading(asker.nc, "main", timeout=10)
+    asked = [("c1", UUID(int=number)) for number in range(1, 13)]
+    found = await asyncio.gather(*(reading.find(0, *pair) for pair in asked), return_exceptions=True)
+    assert {3} == {number for number, one in enumerate(found, start=1) if isinstance(one, LogRefusedError)}
+    rows = [one.row for one in found if isinstance(one, Found)]
+    assert [1, 2, *range(4, 12), None] == [None if row is None else row.sequence for row in rows]
+
+
+async def test_an_event_that_just_fits_comes_however_many_are_asked_for(asker: Asker) -> None:
+    """The list of those that must be asked for again counts, too."""
+    body = b'{"event_type":"' + b"x" * (asker.nc.max_payload - 1500) + b'"}'
+    await asker.in_thread(asker.store.append, "c1", [record(n, body if n == 1 else b"") for n in range(1, 1001)])
+    await asker.in_thread(asker.store.commit, 1000)
+    reading = CorpusReading(asker.nc, "main", timeout=10)
+    found = await asyncio.gather(*(reading.find(0, "c1", UUID(int=number)) for number in range(1, 1001)))
+    assert list(range(1, 1001)) == [one.row.sequence for one in found if one.row is not None]
 
 
 async def test_consultations_are_sorted_and_new_ones_appear(asker: Asker) -> None:
@@ -301,6 +338,92 @@ async def test_a_long_search_lets_batches_through(asker: Asker, monkeypatch: pyt
     assert "batch" in order[first:last]
 
 
+class Handles:
+    """Notes in which thread the handles of consultations that jobs look into are released."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.opened = 0
+        self.released_in: list[int] = []
+        whole = Lookup.consultation
+
+        def consultation(lookup: Lookup, name: str) -> StoredConsultation | None:
+            stored = whole(lookup, name)
+            if stored is not None:
+                self.opened += 1
+                weakref.finalize(stored, lambda: self.released_in.append(threading.get_ident()))
+            return stored
+
+        patch.setattr(Lookup, "consultation", consultation)
+
+
+@pytest.fixture
+def handles(monkeypatch: pytest.MonkeyPatch) -> Handles:
+    return Handles(monkeypatch)
+
+
+async def test_a_job_that_nobody_waits_for_lets_go_of_its_handles_in_the_hdf5_thread(
+    asker: Asker, handles: Handles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a commit holds h5py's global lock, closing a handle waits for it: the event loop must not."""
+    await fill(asker, "c1", range(1, 11))
+    gate = threading.Event()
+    whole = Job.turn
+
+    def turn(self: Job) -> bytes | None:
+        answer = whole(self)
+        gate.wait(60)
+        return answer
+
+    monkeypatch.setattr(Job, "turn", turn)
+    monkeypatch.setattr(lookups, "TURN_SECONDS", 0.0)
+    asking = asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=1))
+    await eventually(lambda: handles.opened == 1)
+    for patience in (asking, asker.ask(Events("c1", 0, 1), within=1)):  # the desk's clock began later than the first's
+        with pytest.raises(nats.errors.TimeoutError):
+            await patience
+    gate.set()
+    await eventually(lambda: asker.count("events", "stale") == 2.0)
+    thread = await asker.in_thread(threading.get_ident)
+    assert (1, [thread]) == (handles.opened, handles.released_in)
+
+
+async def test_a_job_that_is_cancelled_lets_go_of_its_handles_in_the_hdf5_thread(
+    asker: Asker, handles: Handles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the process stops while batches come, so that the job waits for its next turn."""
+    await fill(asker, "c1", range(1, 11))
+    monkeypatch.setattr(lookups, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(answering_module, "_BUSY_SECONDS", -1.0)
+    monkeypatch.setattr(answering_module, "_PAUSE_TURNS", 1e9)
+    asking = asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=60))
+    await eventually(lambda: handles.opened == 1)
+    await asker.in_thread(int)  # its result comes to the loop behind that of the turn
+    asker.work.cancel()
+    with suppress(asyncio.CancelledError):
+        await asker.work
+    thread = await asker.in_thread(threading.get_ident)
+    assert (1, [thread]) == (handles.opened, handles.released_in)
+    asking.cancel()
+
+
+async def test_a_job_that_fails_lets_go_of_its_handles_in_the_hdf5_thread(
+    asker: Asker, handles: Handles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error keeps the variables of every function that it came through, and the loop is who drops it."""
+    whole = Desk._refuse
+
+    async def refuse(self: Desk, *arguments: Any) -> None:
+        await asker.in_thread(int)  # the thread has forgotten the error, and the loop holds it
+        await whole(self, *arguments)
+
+    monkeypatch.setattr(Desk, "_refuse", refuse)
+    await asker.in_thread(asker.store.append, "c1", [record(1, b'{"event_type":"' + b"x" * 1_100_000 + b'"}')])
+    await asker.in_thread(asker.store.commit, 1)
+    assert (await asker.ask(Events("c1", 0, 1))).headers
+    thread = await asker.in_thread(threading.get_ident)
+    assert (1, [thread]) == (handles.opened, handles.released_in)
+
+
 async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path: Path) -> None:
     """From after the open to before the release; also while it answers for reused ids."""
     nc = await nats.connect(url)
@@ -312,7 +435,7 @@ async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path:
         work = asyncio.create_task(desk.run())
         part.runner.start()
         await part.reach(3)
-        asker = Asker(nc, desk, part.runner._file, part.runner._hdf5, metrics)  # type: ignore[arg-type]
+        asker = Asker(nc, desk, part.runner._file, part.runner._hdf5, metrics, work)  # type: ignore[arg-type]
         assert [1, 3] == [row.sequence for row in (await asker.events()).rows]
         await part.runner.stop()
         await taken(nc)

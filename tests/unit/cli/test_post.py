@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import shlex
 import signal
 import stat
 import sys
@@ -166,6 +167,16 @@ async def test_a_file_with_bad_lines_is_not_sent(tmp_path: Path) -> None:
     assert [] == server.seen
 
 
+async def test_a_token_that_is_missing_is_asked_for_by_its_option(tmp_path: Path) -> None:
+    """Whoever runs the command writes no headers."""
+    file = written(tmp_path / "x", [event(1, consultation_id="c-1")])
+    async with scripted(refused(401, "unauthorized")) as server:
+        result = await post(file, "--url", server.url)
+    assert 1 == result.code
+    assert "line 1: refused: 401 /problems/unauthorized" in result.err
+    assert "--token-file or FI_TOKEN" in result.err
+
+
 async def test_from_a_pipe_lines_go_as_they_come() -> None:
     """A bad one ends it; those before it are accepted. The key that is told repeats none of them."""
     lines = b"\n".join([event(1), event(2), b"{}", event(4)])
@@ -196,6 +207,7 @@ async def test_a_file_on_stdin_has_the_keys_of_the_file(tmp_path: Path, monkeypa
         process = await asyncio.create_subprocess_shell(f"{command} - {options} < x", stderr=asyncio.subprocess.PIPE)
         result = await process.communicate()
     assert b"line 1: too bad" in result[1]
+    assert b"0 lines were accepted in this run; the same command goes on and repeats none" in result[1]
     assert 1 == len({request.key for request in server.seen})
     assert ["x"] == names(tmp_path)
 
@@ -211,7 +223,30 @@ async def test_an_open_pipe_is_posted_before_it_ends() -> None:
         await eventually(lambda: service.bodies("c-1") == [event(1)])
         process.send_signal(signal.SIGINT)
         result = await ended(process)
-    assert (130, [event(1)]) == (result.code, service.bodies("c-1"))
+        assert (130, [event(1)]) == (result.code, service.bodies("c-1"))
+        told = result.err.rpartition("go on with:  ")[2].strip()
+        assert re.fullmatch(rf"fiq post - --url {server.url} --consultation c-1 --key \S+", told)
+        again = await post(*shlex.split(told)[2:], stdin=event(1) + b"\n" + event(2))
+    assert (0, 1) == (again.code, again.number("duplicates"))
+    assert [event(1), event(2)] == service.bodies("c-1")
+
+
+async def test_a_pipe_that_was_killed_goes_on_under_the_key_that_was_told_first() -> None:
+    """Nothing else knows a key that was made for the run."""
+    service = MemoryService()
+    async with scripted(service.step) as server:
+        arguments = ("-", "--url", server.url, "--consultation", "c-1")
+        process = await started(*arguments)
+        assert process.stdin is not None
+        process.stdin.write(event(1) + b"\n")
+        await process.stdin.drain()
+        await eventually(lambda: service.bodies("c-1") == [event(1)])
+        process.kill()
+        found = re.search(r"--key (\S+)", (await ended(process)).err)
+        assert found is not None
+        again = await post(*arguments, "--key", found[1], stdin=event(1) + b"\n" + event(2))
+    assert (0, 1, "") == (again.code, again.number("duplicates"), again.err)
+    assert [event(1), event(2)] == service.bodies("c-1")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import orjson
 import pytest
+from yarl import URL
 
 from services.client import (
     FiqClient,
@@ -177,6 +178,42 @@ async def test_a_service_that_is_not_there_has_stored_nothing() -> None:
         with pytest.raises(GaveUpError, match=url) as caught:
             await client.post("c-1", EVENT)
     assert (False, None, None) == (caught.value.may_be_stored, caught.value.status, caught.value.detail)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "host", "step", "why"),
+    [
+        ("http", "", None, "Connection refused"),
+        ("http", "nowhere.invalid", None, "the name of its host is not known"),
+        ("https", "", lost, "what listens there speaks no TLS"),
+        ("http", "", lost, "the connection broke off"),
+        ("http", "", silent, "nothing came in time"),
+    ],
+)
+async def test_an_error_says_why_there_was_no_answer(
+    scheme: str, host: str, step: Step | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong port, a wrong name and a wrong scheme are mended in different places."""
+
+    def nobody(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "as a name server says it, sooner or later")
+
+    if host:
+        monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    async with scripted(step or lost) as server:
+        url = free_url() if step is None else server.url
+        place = URL(url).with_scheme(scheme)
+        place = place.with_host(host) if host else place
+        async with FiqClient(str(place), patience=Patience(deadline=1, attempt=1)) as client:
+            with pytest.raises(GaveUpError, match=f"no answer from {place.origin()}: {why}"):
+                await client.post("c-1", EVENT)
+
+
+async def test_a_refusal_without_a_problem_document_doubts_the_url() -> None:
+    """As by another service on that port."""
+    async with scripted(says(404, b"404 page not found", "text/plain")) as server, FiqClient(server.url) as client:
+        with pytest.raises(RefusedError, match=f"status 404, and not as fiq says it: is {server.url} its URL"):
+            await client.post("c-1", EVENT)
 
 
 @pytest.mark.parametrize(

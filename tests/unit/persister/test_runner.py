@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -399,6 +400,23 @@ async def test_a_partition_that_another_process_holds_is_taken_when_it_lets_go(p
     await part.runner.stop()
     assert part.sample("fi_persister_failures_total", kind="transient") == 0.0
     assert {"c1": [1, 2]} == contents(part.path)
+
+
+async def test_a_partition_that_another_process_does_not_let_go_is_told(
+    part: Rig, stream: Stream, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It waits as long as it takes, but its events wait too: an operator must read of it, and who holds the file."""
+    monkeypatch.setattr("services.persister.runner.HANDOVER_SECONDS", 0.05)
+    with rig(part.path.parent, stream) as other:
+        other.runner.start()
+        await other.be(State.FOLLOWING)
+        part.runner.start()
+        await eventually(lambda: part.sample("fi_persister_failures_total", kind="transient") != 0.0)
+        await other.runner.stop()
+    stream.add(delivery(1))
+    await part.reach(1)
+    printed = capsys.readouterr()
+    assert re.search(r"EVENT_PERSIST_FAILED .*CorpusLockedError", printed.out + printed.err)
 
 
 async def test_an_idle_partition_follows_the_stream(part: Rig, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
