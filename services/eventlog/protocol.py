@@ -6,7 +6,7 @@ to one. The acknowledgement informs operators and trim only: the sink holds the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -74,6 +74,19 @@ class StoredEvent:
     persisted: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What is stored under some ids.
+
+    Attributes:
+        events: the first event under each id that one was found for.
+        complete: there is none under the others, and none before those; otherwise nobody could say.
+    """
+
+    events: Mapping[UUID, StoredEvent]
+    complete: bool
+
+
 class EventWriter(Protocol):
     """The appending side."""
 
@@ -118,6 +131,21 @@ class EventReader(Protocol):
 
         Raises:
             CorpusAwayError: the partition's persister does not answer.
+        """
+        ...
+
+    async def held(self, consultation: str, event_ids: Collection[UUID], before: int | None) -> Held:
+        """Return what is stored under *event_ids*, in the corpus or in the log behind it, of which it reads some only.
+
+        Args:
+            consultation: of all the ids.
+            event_ids: one at least.
+            before: the log need not be read from this position on; None: all that waits in it is to be read.
+
+        Raises:
+            CorpusAwayError: the partition's persister stopped to answer.
+            LogUnavailableError: the log does not answer in time.
+            LogRefusedError: an operator must act.
         """
         ...
 

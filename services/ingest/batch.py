@@ -6,7 +6,6 @@ import asyncio
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
 from uuid import UUID
 
@@ -48,26 +47,18 @@ class Place:
     trace: Trace | None = None
 
 
-class Key(Enum):
-    """Where the id of a line is from: made here, the line's own key, the key of the batch and the line's number."""
-
-    NONE = "none"
-    OWN = "own"
-    BATCH = "batch"
-
-
 class Line(NamedTuple):
     """One event of a batch.
 
     Attributes:
         number: in the batch, from 1.
         event: that it holds.
-        key: where its id is from.
+        keyed: a client's key gave it its id, its own one or that of the batch; otherwise the id was made here.
     """
 
     number: int
     event: Event
-    key: Key
+    keyed: bool
 
     @property
     def name(self) -> tuple[str, bytes]:
@@ -139,9 +130,9 @@ def _line(number: int, text: bytes, read: ReadDraft, place: Place) -> Line:
     if len(draft.body) > place.max_event_bytes:
         raise PoisonError(f"the event as it is stored is larger than {place.max_event_bytes} bytes")
     check_depth(draft.body, place.max_depth)
-    event_id, key = _event_id(number, draft, place.key)
+    event_id, keyed = _event_id(number, draft, place.key)
     consultation = consultation_of(draft, place.consultation)
-    return Line(number, Event(consultation, event_id, place.received_ns, draft.body, place.trace), key)
+    return Line(number, Event(consultation, event_id, place.received_ns, draft.body, place.trace), keyed)
 
 
 def consultation_of(draft: Draft, of_path: str | None) -> str:
@@ -157,9 +148,9 @@ def consultation_of(draft: Draft, of_path: str | None) -> str:
     return of_path or draft.consultation or ""
 
 
-def _event_id(number: int, draft: Draft, key: str | None) -> tuple[UUID, Key]:
+def _event_id(number: int, draft: Draft, key: str | None) -> tuple[UUID, bool]:
     if draft.event_id is not None:
-        return draft.event_id, Key.OWN
+        return draft.event_id, True
     if key is not None:
-        return event_id_of_line(key, number), Key.BATCH
-    return new_event_id(), Key.NONE
+        return event_id_of_line(key, number), True
+    return new_event_id(), False

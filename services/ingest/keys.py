@@ -2,8 +2,9 @@
 
 The broker knows by a message id that it has the event, within its window, but compares no bodies. So a duplicate is
 compared here, with what this process remembers, else with the log, else with the corpus. A key that the broker has
-forgotten is asked for in the corpus, while the event is being published; that answer is waited for a moment only,
-because the persister, too, keeps the first event of an id.
+forgotten is asked for while the event is being published: in the corpus, and in the log where the corpus has not come
+as far as the broker's memory reaches back. That answer is waited for a moment only, because the persister, too, keeps
+the first event of an id; what nobody could say is not remembered either.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Iterable
 
 from services.contract.event import Event
 from services.eventlog.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
-from services.eventlog.protocol import Appended, EventReader, StoredEvent
+from services.eventlog.protocol import Appended, EventReader, Held, StoredEvent
 from services.ingest import problems
+from services.ingest.horizon import Horizon
 from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, Metrics
 from services.ingest.problems import RequestRefusedError
 from services.ingest.remembered import Known, Remembered, digest, name_of
@@ -26,47 +28,56 @@ COMPARE_SECONDS = 1.0
 _QUESTIONS = 64
 #: pause before it is looked for again, seconds
 _PAUSE_SECONDS = 0.05
+_NOTHING_SAID = Held({}, complete=False)
 
 
 class Keys:
     """Compares what comes under a key with what is stored under it."""
 
-    def __init__(self, reader: EventReader | None, metrics: Metrics, *, wait: float) -> None:
+    def __init__(self, reader: EventReader | None, metrics: Metrics, horizon: Horizon, *, wait: float) -> None:
         """Remember nothing yet.
 
         Args:
             reader: what can be asked; None when nobody can.
             metrics: counts who answered.
-            wait: seconds for which the corpus may hold up an answer that the log has given; 0 never asks it about keys
-                that the log does not know.
+            horizon: what the broker has forgotten stands before it.
+            wait: seconds for which a question may hold up an answer that the log has given; 0 asks nobody about keys
+                that the broker does not know.
         """
         self._reader = reader
         self._checks = metrics.key_checks
+        self._horizon = horizon
         self._wait = wait
         self._remembered = Remembered()
         self._questions = asyncio.Semaphore(_QUESTIONS)
 
-    def check(self, event: Event, *, ask: bool = True) -> KeyCheck:
-        """Begin to find out what the client's key of *event* stands for, before it is published; end it by all means.
+    def check(self, events: Iterable[Event]) -> list[KeyCheck]:
+        """Begin to find out what the clients' keys of *events* stand for, before they are published.
 
-        Args:
-            event: to be published.
-            ask: the corpus, too; :meth:`KeyCheck.ask` may still do so.
+        There is one question for each consultation. End each check by all means.
         """
-        check = KeyCheck(self, event, name := name_of(event), self._remembered.get(name))
-        if ask:
-            check.ask()
-        return check
+        checks = [KeyCheck(self, event, name := name_of(event), self._remembered.get(name)) for event in events]
+        unknown: dict[str, list[KeyCheck]] = {}
+        for check in checks:
+            if check.known is None:
+                unknown.setdefault(check.event.consultation, []).append(check)
+        if self._reader is not None and self.asks:
+            for consultation, of_it in unknown.items():
+                ids = {check.event.event_id for check in of_it}
+                lookup = asyncio.ensure_future(self._reader.held(consultation, ids, self._horizon.position))
+                for check in of_it:
+                    check.lookup = lookup
+        return checks
 
     async def hear(self, checks: Iterable[KeyCheck]) -> None:
-        """Wait for what the corpus says to *checks*, which the log has answered; for a moment only, in all."""
+        """Wait for what is said to *checks*, which the log has answered; for a moment only, in all."""
         open_ones = {check.lookup for check in checks if check.lookup is not None and not check.lookup.done()}
         if open_ones:
             await asyncio.wait(open_ones, timeout=self._wait)
 
     @property
     def asks(self) -> bool:
-        """Whether the corpus is asked about keys that the log does not know."""
+        """Whether anybody is asked about keys that the broker does not know."""
         return self._reader is not None and self._wait > 0
 
     def _answered(self, by: str) -> None:
@@ -77,46 +88,30 @@ class KeyCheck:
     """One event under a client's key.
 
     Attributes:
-        lookup: the question to the corpus, if it is asked.
-        spared: the corpus need not be asked: what it says of another event of the batch goes for this one.
+        event: the event.
+        known: what this process remembers of the key.
+        lookup: the question what is stored under the key, if it is asked; of all keys of the consultation that came
+            together.
     """
 
-    __slots__ = ("_event", "_keys", "_known", "_name", "lookup", "spared")
+    __slots__ = ("_keys", "_name", "event", "known", "lookup")
 
     def __init__(self, keys: Keys, event: Event, name: bytes, known: Known | None) -> None:
-        self.lookup: asyncio.Future[StoredEvent | None] | None = None
-        self.spared = False
+        self.event = event
+        self.known = known
+        self.lookup: asyncio.Future[Held] | None = None
         self._keys = keys
-        self._event = event
         self._name = name
-        self._known = known
-
-    def ask(self) -> None:
-        """Ask the corpus, unless it is known what the key stands for."""
-        reader = self._keys._reader
-        if self._known is None and self.lookup is None and reader is not None and self._keys.asks:
-            self.lookup = asyncio.ensure_future(reader.find(self._event.consultation, self._event.event_id))
 
     @property
     def answered(self) -> bool:
-        """Whether the corpus has been asked and has said what it holds."""
+        """Whether it has been asked what is stored, and an answer came."""
         lookup = self.lookup
         return lookup is not None and lookup.done() and not lookup.cancelled() and lookup.exception() is None
 
-    def came_before(self, appended: Appended) -> bool | None:
-        """Return whether the key stands for an older event than the one at *appended*; None when nobody said."""
-        if self._known is not None:
-            return self._known.first < appended.sequence
-        if self.lookup is None:
-            return None if self._keys.asks else False
-        if not self.answered:
-            return None
-        first = self.lookup.result()
-        return first is not None and first.sequence < appended.sequence
-
     def must_look(self, appended: Appended) -> bool:
         """Whether :meth:`settle` must look for an event that the log has, and only the log or the corpus can show."""
-        known = self._known
+        known = self.known
         return appended.duplicate and (known is None or appended.sequence < known.last)
 
     async def settle(self, appended: Appended) -> Appended:
@@ -125,7 +120,7 @@ class KeyCheck:
         Raises:
             RequestRefusedError: the first one had another body, or there is a first one that nobody can show.
         """
-        known, remembered, own = self._known, self._keys._remembered, digest(self._event.body)
+        known, remembered, own = self.known, self._keys._remembered, digest(self.event.body)
         if known is not None and appended.sequence >= known.last:
             return self._compare(known, own, appended, MEMORY)
         if known is not None:  # the log has begun anew
@@ -137,10 +132,11 @@ class KeyCheck:
             known, by = Known(appended.sequence, appended.sequence, own), ""
         if known.digest != own and self.lookup is not None:  # the log may have shown a mistake that came second
             await asyncio.wait({self.lookup}, timeout=COMPARE_SECONDS)
-        asked, first = self._in_corpus()
+        complete, first = self._heard()
         if first is not None and first.sequence < known.first:
-            known, by = Known(first.sequence, appended.sequence, digest(first.event.body)), CORPUS
-        if asked:
+            by = CORPUS if first.persisted else LOG
+            known = Known(first.sequence, appended.sequence, digest(first.event.body))
+        if complete:
             remembered.put(self._name, known)
         return self._compare(known, own, appended, by)
 
@@ -173,21 +169,21 @@ class KeyCheck:
             with contextlib.suppress(LogUnavailableError, LogRefusedError):
                 async with self._keys._questions:
                     stored = await reader.at(sequence)
-                if stored is not None and stored.event.message_id == self._event.message_id:
+                if stored is not None and stored.event.message_id == self.event.message_id:
                     return stored, LOG
             # refused: by a persister of another version, or one that cannot send so large an event just now
             with contextlib.suppress(CorpusAwayError, LogUnavailableError, LogRefusedError):
-                stored = await reader.find(self._event.consultation, self._event.event_id)
+                stored = await reader.find(self.event.consultation, self.event.event_id)
                 if stored is not None:
                     return stored, CORPUS
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    def _in_corpus(self) -> tuple[bool, StoredEvent | None]:
-        """Return whether there is nothing left to ask the corpus, and what it holds."""
-        keys = self._keys
+    def _heard(self) -> tuple[bool, StoredEvent | None]:
+        """Return whether there is nothing left to ask, and the first event under the key as far as anybody said."""
         if self.lookup is None:
-            return self.spared or not keys.asks, None
-        if not self.answered:
-            keys._answered(NOBODY)
-            return False, None
-        return True, self.lookup.result()
+            return not self._keys.asks, None
+        held = self.lookup.result() if self.answered else _NOTHING_SAID
+        first = held.events.get(self.event.event_id)
+        if first is None and not held.complete:
+            self._keys._answered(NOBODY)
+        return held.complete, first

@@ -19,7 +19,8 @@ from services.eventlog.protocol import Appended, EventWriter
 from services.ingest import metrics as outcomes
 from services.ingest import problems
 from services.ingest.answers import Answers
-from services.ingest.batch import Key, Line
+from services.ingest.batch import Line
+from services.ingest.horizon import Horizon
 from services.ingest.keys import KeyCheck, Keys
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
@@ -46,16 +47,24 @@ class Storing:
     Args:
         writer: takes them.
         keys: compares what comes under a key that was used before.
+        horizon: is told where new events stand.
         metrics: counts what becomes of them.
         answers: logs why the log refuses for good.
         note: called with positions to which the log has come.
     """
 
     def __init__(
-        self, writer: EventWriter, keys: Keys, metrics: Metrics, answers: Answers, note: Callable[[int], None]
+        self,
+        writer: EventWriter,
+        keys: Keys,
+        horizon: Horizon,
+        metrics: Metrics,
+        answers: Answers,
+        note: Callable[[int], None],
     ) -> None:
         self._writer = writer
         self._keys = keys
+        self._horizon = horizon
         self._metrics = metrics
         self._answers = answers
         self._note = note
@@ -87,20 +96,24 @@ class Storing:
             RequestRefusedError: the log did not take it, or its key means another event.
         """
         with self.refusing():
-            if not keyed:
-                appended = await self._writer.append(event)
-            else:
-                check = self._keys.check(event)
-                try:
-                    appended = await self._writer.append(event)
-                    await self._keys.hear([check])
-                    outcome = await self._settle(check, appended)
-                finally:
+            checks = self._keys.check([event] if keyed else [])
+            try:
+                (appended,) = await self._append([event])
+                await self._keys.hear(checks)
+                outcome = await self._settle(checks[0] if checks else None, appended)
+            finally:
+                for check in checks:
                     check.end()
-                if isinstance(outcome, Problem):
-                    raise RequestRefusedError(outcome)
-                appended = outcome
-        self._stored([appended])
+        if isinstance(outcome, Problem):
+            raise RequestRefusedError(outcome)
+        self._stored([outcome])
+        return outcome
+
+    async def _append(self, events: Sequence[Event], *, batch: bool = False) -> list[Appended]:
+        began = self._horizon.now()
+        appended = await self._writer.append_batch(events) if batch else [await self._writer.append(events[0])]
+        for one in appended:
+            self._horizon.note(began, one)
         return appended
 
     async def batch(self, lines: Sequence[Line]) -> list[Appended | Problem]:
@@ -115,12 +128,13 @@ class Storing:
         for line in lines:
             events.setdefault(line.name, line)
         with self.refusing(_BATCH_FAILED):
-            checks = self._checks(events.values())
+            checks = self._keys.check(line.event for line in events.values() if line.keyed)
             try:
-                appended = await self._writer.append_batch([line.event for line in events.values()])
-                settled = await self._settle_all(list(zip(events.values(), checks, appended, strict=True)))
+                appended = await self._append([line.event for line in events.values()], batch=True)
+                await self._keys.hear(checks)
+                settled = await self._settle_all(list(zip(_with_none(events.values(), checks), appended, strict=True)))
             finally:
-                for check in filter(None, checks):
+                for check in checks:
                     check.end()
         self._stored([outcome for outcome in settled if isinstance(outcome, Appended)])
         found = dict(zip(events, settled, strict=True))
@@ -128,35 +142,12 @@ class Storing:
             raise RequestRefusedError(problems.KEY_NOT_COMPARED, _BATCH_FAILED)
         return [_repeated(found[line.name], line is not events[line.name]) for line in lines]
 
-    def _checks(self, lines: Iterable[Line]) -> list[KeyCheck | None]:
-        """Begin to compare the keys of *lines*.
-
-        Of the lines whose keys are the batch's the corpus is asked about one only: the others came with it.
-        """
-        checks: list[KeyCheck | None] = []
-        of_batch = False
-        for line in lines:
-            ask = line.key is Key.OWN or not of_batch
-            of_batch = of_batch or line.key is Key.BATCH
-            checks.append(None if line.key is Key.NONE else self._keys.check(line.event, ask=ask))
-        return checks
-
-    async def _settle_all(self, batch: list[tuple[Line, KeyCheck | None, Appended]]) -> list[Appended | Problem]:
-        checks = [check for _, check, _ in batch if check is not None]
-        await self._keys.hear(checks)
-        of_batch = [(check, at) for line, check, at in batch if check is not None and line.key is Key.BATCH]
-        if of_batch and (came_before := of_batch[0][0].came_before(of_batch[0][1])) is not None:
-            for check, _ in of_batch[1:]:
-                if came_before:
-                    check.ask()
-                else:
-                    check.spared = True
-            await self._keys.hear(checks)
-        looked_for = [self._settle(check, at) for _, check, at in batch if check is not None and check.must_look(at)]
+    async def _settle_all(self, batch: list[tuple[KeyCheck | None, Appended]]) -> list[Appended | Problem]:
+        looked_for = [self._settle(check, at) for check, at in batch if check is not None and check.must_look(at)]
         found = iter(await asyncio.gather(*looked_for))
         return [
             next(found) if check is not None and check.must_look(at) else await self._settle(check, at)
-            for _, check, at in batch
+            for check, at in batch
         ]
 
     async def _settle(self, check: KeyCheck | None, appended: Appended) -> Appended | Problem:
@@ -174,6 +165,12 @@ class Storing:
         self._metrics.outcomes[outcomes.DUPLICATE].inc(known)
         self._metrics.outcomes[outcomes.STORED].inc(len(events) - known)
         self._metrics.duplicates.inc(known)
+
+
+def _with_none(lines: Iterable[Line], checks: Iterable[KeyCheck]) -> list[KeyCheck | None]:
+    """Return the one of *checks*, which are those of the keyed ones of *lines*, for each line."""
+    rest = iter(checks)
+    return [next(rest) if line.keyed else None for line in lines]
 
 
 def _repeated(outcome: Appended | Problem, again: bool) -> Appended | Problem:

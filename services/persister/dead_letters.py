@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Protocol
+
+import orjson
 
 from services.contract.event import MESSAGE_ID_HEADER
 from services.eventlog.jetstream.names import dead_subject
 from services.eventlog.protocol import Appended, Delivery, LogIdentity
+from services.persister.batch import Reused
 from services.persister.errors import PoisonFloodError
 
 #: header: why the message could not be written
@@ -20,6 +24,8 @@ CONSULTATION_HEADER = "Fi-Consultation"
 #: header: the message id it had, as far as it is printable ASCII
 ORIGINAL_ID_HEADER = "Fi-Original-Msg-Id"
 
+#: header: how many events the letter lists
+LISTED_HEADER = "Fi-Listed"
 #: header: size of a body that was too long to be kept whole, bytes; what is here is its beginning
 CUT_HEADER = "Fi-Cut-From-Bytes"
 
@@ -27,8 +33,14 @@ _REMEDY = (
     "look at `nats stream view fi-dead` for the reasons and stop what publishes them; when these are to be set aside "
     "too, restart the persister with FI_POISON_STREAK=0 until it is through"
 )
+_LISTED = (
+    "events under message ids that their consultations hold with another body, too many to be copied: "
+    "[sequence, sequence of the one that is kept]; fi-events has them until they are trimmed"
+)
 #: more than the headers of a dead letter take, bytes
 HEADERS_BYTES = 4096
+#: more than an event takes in a list, bytes
+_ENTRY_BYTES = 256
 #: longest copy of a foreign header's value, characters
 _MAX_COPIED = 300
 
@@ -55,7 +67,7 @@ class DeadLetters:
         self._max_body = max(0, max_bytes - HEADERS_BYTES)
         self._publisher = publisher
         self._subject = dead_subject(partition)
-        self._identity = identity
+        self._log_id = f"{identity.name}/{identity.created}"
 
     async def send(self, delivery: Delivery, reason: str) -> None:
         """Store *delivery* with its *reason*.
@@ -64,7 +76,7 @@ class DeadLetters:
             TransientError: the dead-letter stream is full or out of reach; the message does not count as done.
         """
         headers = {
-            MESSAGE_ID_HEADER: f"{self._identity.name}/{self._identity.created}/{delivery.sequence}",
+            MESSAGE_ID_HEADER: f"{self._log_id}/{delivery.sequence}",
             REASON_HEADER: reason,
             SEQUENCE_HEADER: str(delivery.sequence),
         }
@@ -77,6 +89,22 @@ class DeadLetters:
             headers[CUT_HEADER] = str(len(body))
             body = body[: self._max_body]
         await self._publisher.publish(self._subject, body, headers)
+
+    async def send_list(self, reused: Sequence[Reused]) -> None:
+        """Store where *reused* stand, and none of their bodies; in one letter or more; raises as :meth:`send`."""
+        most = max(1, self._max_body // _ENTRY_BYTES)
+        for part in (reused[start : start + most] for start in range(0, len(reused), most)):
+            of_consultations: dict[str, list[tuple[int, int]]] = {}
+            for one in part:
+                of_consultations.setdefault(one.event.consultation, []).append((one.sequence, one.first))
+            lines = [orjson.dumps({"consultation_id": name, "reused": at}) for name, at in of_consultations.items()]
+            headers = {
+                MESSAGE_ID_HEADER: f"{self._log_id}/{part[0].sequence}-{part[-1].sequence}",
+                REASON_HEADER: _LISTED,
+                SEQUENCE_HEADER: str(part[0].sequence),
+                LISTED_HEADER: str(len(part)),
+            }
+            await self._publisher.publish(self._subject, b"\n".join(lines), headers)
 
 
 class PoisonLimit:

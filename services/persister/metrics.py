@@ -102,10 +102,17 @@ class Metrics:
         self.dead_letters = Counter(
             "fi_persister_dead_letters", "Messages moved to stream fi-dead", _PARTITION, registry=registry
         )
-        # any: a client used a key for two events; the second is in fi-dead, its reason names the first
+        # any: a client used a key for two events; fi-dead tells of the second one and names the first
         self.reused_keys = Counter(
             "fi_persister_reused_keys",
-            "Events moved to stream fi-dead as the corpus held their id with another body",
+            "Events set aside as the corpus held their id with another body",
+            _PARTITION,
+            registry=registry,
+        )
+        # any: a flood of them from one client; find it before trim takes their bodies
+        self.reused_keys_listed = Counter(
+            "fi_persister_reused_keys_listed",
+            "Events under used ids whose body was not copied to stream fi-dead, which lists them",
             _PARTITION,
             registry=registry,
         )
@@ -211,7 +218,14 @@ class PartitionMetrics:
         self._metrics = metrics
         self._name = partition_name(partition)
         self._acks = RateWindow()
-        for counter in (metrics.events, metrics.duplicates, metrics.dead_letters, metrics.reused_keys, metrics.bytes):
+        for counter in (
+            metrics.events,
+            metrics.duplicates,
+            metrics.dead_letters,
+            metrics.reused_keys,
+            metrics.reused_keys_listed,
+            metrics.bytes,
+        ):
             counter.labels(self._name)  # shown as 0 from the start: a counter that appears as 1 has no increase
         for kind in FAILURE_KINDS:
             metrics.failures.labels(self._name, kind)
@@ -252,6 +266,11 @@ class PartitionMetrics:
     def reused_key(self) -> None:
         """Note an event that was set aside since another one has its id."""
         self._metrics.reused_keys.labels(self._name).inc()
+
+    def reused_keys_listed(self, count: int) -> None:
+        """Note *count* of them whose bodies were not copied."""
+        self._metrics.reused_keys.labels(self._name).inc(count)
+        self._metrics.reused_keys_listed.labels(self._name).inc(count)
 
     def failed(self, kind: str) -> None:
         """Note a failure: transient, unexpected or permanent."""

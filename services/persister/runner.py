@@ -37,6 +37,7 @@ from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
 from services.persister.reasons import described, reason_of
+from services.persister.reused import Allowance, ReusedKeys
 from services.persister.suspects import Suspects
 from services.persister.traces import Traces, trace_id_in
 
@@ -99,6 +100,7 @@ class PartitionRunner:
         metrics: of this process.
         traces: shows which traces came with a batch.
         poison_limit: when bad messages are a flood.
+        allowance: how many events under used keys are copied whole.
         desk: answers questions about the partition while its file is open.
     """
 
@@ -114,6 +116,7 @@ class PartitionRunner:
         metrics: Metrics,
         traces: Traces | None = None,
         poison_limit: PoisonLimit | None = None,
+        allowance: Allowance | None = None,
         desk: Answers | None = None,
     ) -> None:
         self.partition = partition
@@ -129,6 +132,7 @@ class PartitionRunner:
         self._traces = traces or Traces()
         self._checkpoints = CheckpointWatch(self._log)
         self._poison_limit = poison_limit or PoisonLimit()
+        self._reused = ReusedKeys(dead_letters, self._metrics, self._log, allowance or Allowance())
         self._desk = desk
         self._follower: Follower | None = None
         self._judged = 0  # last sequence that the poison limit has counted
@@ -301,7 +305,7 @@ class PartitionRunner:
             else:
                 self._judge_good(batch)
             if written.reused:
-                await self._set_reused_aside(batch, written)
+                await self._reused.set_aside(batch, written.reused)
                 await self._in_thread(lambda: self._file.commit(store, written, reached))
         except (FiqError, TransientCorpusError, PermanentCorpusError, StoreFailedError):
             raise
@@ -334,16 +338,6 @@ class PartitionRunner:
             self._metrics.dead_letter()
             traced = trace_id_in(delivery.headers)
             self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason, **traced)
-
-    async def _set_reused_aside(self, batch: list[Delivery], written: Written) -> None:
-        """Keep what came under a used id: a client's mistake, so it is no poison and counts for no flood."""
-        deliveries = {delivery.sequence: delivery for delivery in batch}
-        for reused in written.reused:
-            reason = f"its consultation holds this message id with another body, at sequence {reused.first}"
-            await self._dead.send(deliveries[reused.sequence], reason)
-            self._metrics.reused_key()
-            traced = trace_id_in(deliveries[reused.sequence].headers)
-            self._log.warning("EVENT_KEY_REUSED", sequence=reused.sequence, first_sequence=reused.first, **traced)
 
     def _report(self, batch: list[Delivery], sorted_: Sorted, written: Written, seconds: float) -> None:
         oldest = min((event.received_ns for _, event in sorted_.events), default=None)

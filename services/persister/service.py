@@ -42,6 +42,7 @@ from services.persister.coordinator import Coordinator
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.members import Members
 from services.persister.metrics import Metrics
+from services.persister.reused import SHARE, Allowance
 from services.persister.runner import Limits, PartitionRunner
 from services.persister.settings import PersisterSettings
 from services.persister.traces import Traces
@@ -202,6 +203,7 @@ def _coordinator(
             metrics=metrics,
             traces=traces,
             poison_limit=PoisonLimit(streak=settings.poison_streak),
+            allowance=Allowance(int(SHARE * settings.log.dead_max_bytes) // settings.log.partitions),
             desk=desk,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from services.contract.event import Event
 from services.contract.management import bind, managed
 from services.contract.telemetry import Spans
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
-from services.eventlog.protocol import Appended, Page, StoredEvent
+from services.eventlog.protocol import Appended, Held, Page, StoredEvent
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS, SETTINGS
 from services.ingest.openapi import describe
@@ -95,7 +95,9 @@ class MemoryReader:
         trimmed: positions that the log holds no more.
         silent: neither log nor corpus answers.
         gate: what the corpus waits for before it answers.
+        partial: of what it does not find it cannot say that nobody holds it.
         asked: names of the questions, in their order.
+        before: up to where each question about keys wanted the log read.
     """
 
     log: MemoryLog
@@ -103,7 +105,9 @@ class MemoryReader:
     trimmed: set[int] = field(default_factory=set)
     silent: bool = False
     gate: asyncio.Event | None = None
+    partial: bool = False
     asked: list[str] = field(default_factory=list)
+    before: list[int | None] = field(default_factory=list)
 
     async def at(self, sequence: int) -> StoredEvent | None:
         self.asked.append("at")
@@ -122,6 +126,20 @@ class MemoryReader:
         wanted = (consultation, event_id)
         found = (stored for stored in self.corpus if (stored.event.consultation, stored.event.event_id) == wanted)
         return next(found, None)
+
+    async def held(self, consultation: str, event_ids: Collection[UUID], before: int | None) -> Held:
+        self.asked.append("held")
+        self.before.append(before)
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.silent:
+            raise CorpusAwayError("silent")
+        found = [
+            stored
+            for stored in self.corpus
+            if stored.event.consultation == consultation and stored.event.event_id in event_ids
+        ]
+        return Held({stored.event.event_id: stored for stored in reversed(found)}, complete=not self.partial)
 
     async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
         return (await self.page(consultation, after, limit)).events

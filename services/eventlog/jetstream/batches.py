@@ -1,7 +1,8 @@
 """Atomic batches (ADR-50): many events with one acknowledgement, stored at once or not at all.
 
 A batch is measured faster than its events one by one, because it waits for the quorum once. The broker refuses one that
-holds a message id which it knows: then the events are published one by one, and it says of each whether it is new.
+holds a message id which it knows: then the events are published one by one, and it says of each whether it is new. Two
+of one consultation are never on their way at the same time then: an election between them would change their order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from services.eventlog.protocol import Appended
 MAX_BATCH = 1000
 #: batches of one process under way at once; the broker takes 50 of one stream from all of them, others wait here
 MAX_UNDER_WAY = 8
-#: events of one batch that are published one by one at the same time
+#: events of one batch that are published one by one at the same time, each of another consultation
 MAX_SINGLES = 64
 
 #: headers of a message of a batch; the last one is on the last message only
@@ -143,25 +144,33 @@ class Batches:
     # -- one by one ---------------------------------------------------------------------------------------------------
 
     async def _one_by_one(self, events: Sequence[Event], end: float) -> list[Appended]:
-        """Store *events* singly, some at a time, all of them even when one fails; raise the first failure then."""
-        found: dict[int, Appended | Exception] = {}
-        numbers = iter(range(len(events)))
+        """Store *events* singly: those of a consultation in their order, consultations side by side.
+
+        One that fails ends its consultation, since it may still be stored, and what came behind it would stand before
+        it. The others are stored all the same; then the first failure is raised.
+        """
+        found: dict[int, Appended] = {}
+        failures: dict[int, Exception] = {}
+        numbers: dict[str, list[int]] = {}
+        for number, event in enumerate(events):
+            numbers.setdefault(event.consultation, []).append(number)
+        consultations = iter(numbers.values())
 
         async def work() -> None:
-            for number in numbers:
-                try:
-                    found[number] = await self._append(events[number], end)
-                except Exception as error:  # noqa: BLE001  # raised below, when the others are done
-                    found[number] = error
+            for of_one in consultations:
+                for number in of_one:
+                    try:
+                        found[number] = await self._append(events[number], end)
+                    except Exception as error:  # noqa: BLE001  # raised below, when the others are done
+                        failures[number] = error
+                        break
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(MAX_SINGLES, len(events))):
+            for _ in range(min(MAX_SINGLES, len(numbers))):
                 group.create_task(work())
-        outcomes = [found[number] for number in range(len(events))]
-        stored = [outcome for outcome in outcomes if isinstance(outcome, Appended)]
-        if len(stored) < len(events):
-            raise next(outcome for outcome in outcomes if isinstance(outcome, Exception))
-        return stored
+        if failures:
+            raise failures[min(failures)]
+        return [found[number] for number in range(len(events))]
 
 
 def _headers(batch: str, number: int, *, last: bool) -> dict[str, str]:

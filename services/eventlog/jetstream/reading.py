@@ -12,6 +12,7 @@ event of the stream counts only when neither the corpus nor an earlier message t
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -20,10 +21,11 @@ from nats.aio.client import Client
 from services.contract.event import Event
 from services.eventlog.errors import CorpusAwayError
 from services.eventlog.jetstream.reading_corpus import CorpusReading
+from services.eventlog.jetstream.reading_held import HeldReading, persisted
 from services.eventlog.jetstream.reading_stream import StreamReading
-from services.eventlog.jetstream.reading_wire import Consultations, Events, EventsAnswer, Row
+from services.eventlog.jetstream.reading_wire import Consultations, Events, EventsAnswer
 from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import EventBrowser, Page, StoredEvent
+from services.eventlog.protocol import EventBrowser, Held, Page, StoredEvent
 from services.eventlog.settings import LogSettings
 
 #: how long one answer of a persister or of the broker may take, seconds
@@ -54,6 +56,7 @@ class JetStreamReader(EventBrowser):
         self._partitions = settings.partitions
         self._stream = StreamReading(nc, timeout=timeout)
         self._corpus = CorpusReading(nc, settings.store, timeout=timeout)
+        self._held = HeldReading(self._stream, self._corpus)
 
     async def at(self, sequence: int) -> StoredEvent | None:
         """Return the event at *sequence* of the log, or None when the log holds none there (any more)."""
@@ -65,7 +68,11 @@ class JetStreamReader(EventBrowser):
     async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
         """Return the event that the corpus holds under *event_id*, or None when it holds none."""
         found = await self._corpus.find(self._partition(consultation), consultation, event_id)
-        return None if found.row is None else _persisted(consultation, found.row)
+        return None if found.row is None else persisted(consultation, found.row)
+
+    async def held(self, consultation: str, event_ids: Collection[UUID], before: int | None) -> Held:
+        """Return what is stored under *event_ids*; see :meth:`services.eventlog.protocol.EventReader.held`."""
+        return await self._held.held(self._partition(consultation), consultation, event_ids, before)
 
     async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
         """Return events behind *after*, at least one when there is one; see :meth:`page`."""
@@ -102,7 +109,7 @@ class JetStreamReader(EventBrowser):
             if event is not None:
                 return event
             found = await self._corpus.find(partition, consultation, event_id)  # it may have been committed meanwhile
-        return None if found.row is None else _persisted(consultation, found.row)
+        return None if found.row is None else persisted(consultation, found.row)
 
     async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
         """Return the sorted ids of at most *limit* consultations of the corpus, and whether there are more behind them.
@@ -150,13 +157,13 @@ class JetStreamReader(EventBrowser):
     async def _joined(self, consultation: str, after: int, limit: int, first: EventsAnswer, end: int) -> Page:
         """Return *first*, the corpus's answer, with what came behind it, up to *end*."""
         partition = self._partition(consultation)
-        events = [_persisted(consultation, row) for row in first.rows]
+        events = [persisted(consultation, row) for row in first.rows]
         position = events[-1].sequence if events else after
         if len(events) == limit:
             return Page(events, position, more=True)
         tail = await self._tail(consultation, first.committed, max(after, position), end, limit - len(events))
         second = await self._corpus.events(partition, Events(consultation, position, limit - len(events)))
-        events += [_persisted(consultation, row) for row in second.rows]
+        events += [persisted(consultation, row) for row in second.rows]
         if second.more or len(events) == limit:
             return Page(events, events[-1].sequence if events else position, more=True)
         queued = [(sequence, event) for sequence, event in tail.events if sequence > second.committed]
@@ -218,9 +225,5 @@ class JetStreamReader(EventBrowser):
 
 
 def _corpus_page(consultation: str, after: int, answer: EventsAnswer) -> Page:
-    events = [_persisted(consultation, row) for row in answer.rows]
+    events = [persisted(consultation, row) for row in answer.rows]
     return Page(events, events[-1].sequence if events else after, answer.more)
-
-
-def _persisted(consultation: str, row: Row) -> StoredEvent:
-    return StoredEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)

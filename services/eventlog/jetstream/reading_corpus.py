@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
+<<<<<<< HEAD
 from collections.abc import Iterator
+=======
+from collections.abc import Collection, Iterable, Iterator
+>>>>>>> keys
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -41,13 +46,40 @@ class Found:
     committed: int
 
 
+<<<<<<< HEAD
 class _TooLargeError(LogRefusedError):
     """Raised when an event that was asked for is larger than the broker takes."""
+=======
+class _Call:
+    """Somebody who waits for what the corpus says of some ids of a consultation."""
+
+    __slots__ = ("_left", "committed", "future", "rows")
+
+    def __init__(self, count: int) -> None:
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.rows: dict[UUID, Row] = {}
+        self.committed = sys.maxsize
+        self._left = count
+
+    def tell(self, event_id: UUID, row: Row | None, committed: int) -> None:
+        """Note the answer about one of the ids; the last one ends the call."""
+        if row is not None:
+            self.rows[event_id] = row
+        self.committed = min(self.committed, committed)
+        self._left -= 1
+        if not self._left and not self.future.done():
+            self.future.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """End the call with *error*."""
+        if not self.future.done():
+            self.future.set_exception(error)
+>>>>>>> keys
 
 
 #: a consultation and an event's id; and who waits for what
 Pair = tuple[str, UUID]
-Waiting = dict[Pair, list[asyncio.Future[Found]]]
+Waiting = dict[Pair, list[_Call]]
 
 
 @dataclass(slots=True)
@@ -96,16 +128,26 @@ class CorpusReading:
             raise self._away(partition, "its answer is malformed") from None
 
     async def find(self, partition: int, consultation: str, event_id: UUID) -> Found:
-        """Return what the corpus says of *event_id*; raises as :meth:`events` does.
+        """Return what the corpus says of *event_id*; raises as :meth:`events` does."""
+        rows, committed = await self.find_all(partition, consultation, [event_id])
+        return Found(rows.get(event_id), committed)
+
+    async def find_all(
+        self, partition: int, consultation: str, event_ids: Collection[UUID]
+    ) -> tuple[dict[UUID, Row], int]:
+        """Return the rows of those of *event_ids* that are held, and the sequence as of which the others are not.
 
         While a question of the partition is under way, all that is to be found is gathered for the next one.
         """
         asked = self._asked.setdefault(partition, _Asked())
-        future: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        asked.waiting.setdefault((consultation, event_id), []).append(future)
+        wanted = set(event_ids)
+        call = _Call(len(wanted))
+        for event_id in wanted:
+            asked.waiting.setdefault((consultation, event_id), []).append(call)
         if asked.task is None:
             asked.task = asyncio.create_task(self._find_all(partition, asked))
-        return await future
+        await call.future
+        return call.rows, call.committed
 
     async def _find_all(self, partition: int, asked: _Asked) -> None:
         try:
@@ -116,13 +158,20 @@ class CorpusReading:
                 except BaseException:
                     _fail(taken, self._away(partition, "the question was given up"))
                     raise
+<<<<<<< HEAD
                 for pair, futures in rest.items():
                     asked.waiting.setdefault(pair, []).extend(futures)
+=======
+                else:
+                    for pair, calls in rest.items():
+                        asked.waiting.setdefault(pair, []).extend(calls)
+>>>>>>> keys
         finally:
             asked.task = None
             _fail(asked.waiting, self._away(partition, "the question was given up"))
             asked.waiting.clear()
 
+<<<<<<< HEAD
     async def _find_part(self, partition: int, part: Waiting) -> Waiting:
         """Ask for *part*, tell those who wait for it, and return what is to be asked again."""
         try:
@@ -142,6 +191,10 @@ class CorpusReading:
 
     async def _find_some(self, partition: int, part: Waiting) -> Waiting:
         pairs = list(part)
+=======
+    async def _find_some(self, partition: int, pairs: list[Pair], taken: list[list[_Call]]) -> Waiting:
+        """Ask for *pairs*, tell those who wait for them, and return what was not answered."""
+>>>>>>> keys
         question = Find(pairs)
         try:
             answer = wire.decode_found(question, await self._ask(partition, question))
@@ -150,11 +203,19 @@ class CorpusReading:
         rest = set(answer.rest)
         if len(rest) == len(pairs):
             raise self._away(partition, "it answers nothing")
+<<<<<<< HEAD
         for index, pair in enumerate(pairs):
             for future in part[pair]:
                 if index not in rest and not future.done():
                     future.set_result(Found(answer.found.get(index), answer.committed))
         return {pairs[index]: part[pairs[index]] for index in rest}
+=======
+        for index, calls in enumerate(taken):
+            if index not in rest:
+                for call in calls:
+                    call.tell(pairs[index][1], answer.found.get(index), answer.committed)
+        return {pairs[index]: taken[index] for index in rest}
+>>>>>>> keys
 
     async def _ask(self, partition: int, question: Question) -> bytes:
         subject = corpus_subject(self._store, partition, KIND_OF[type(question)])
@@ -197,11 +258,18 @@ class CorpusReading:
         return CorpusAwayError(f"partition {partition_name(partition)} of store {self._store}: {reason}")
 
 
+<<<<<<< HEAD
 def _fail(waiting: Waiting, error: Exception) -> None:
     for futures in waiting.values():
         for future in futures:
             if not future.done():
                 future.set_exception(error)
+=======
+def _fail(taken: Iterable[list[_Call]], error: Exception) -> None:
+    for calls in taken:
+        for call in calls:
+            call.fail(error)
+>>>>>>> keys
 
 
 def _pauses() -> Iterator[float]:

@@ -14,6 +14,7 @@ from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogFullError, LogRefusedError, LogUnavailableError
 from services.eventlog.jetstream.batches import MAX_BATCH, MAX_UNDER_WAY
 from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.protocol import Appended
 from services.eventlog.settings import LogSettings
@@ -91,6 +92,75 @@ async def test_a_batch_with_known_events_stores_the_new_ones_and_says_which_are_
     assert sorted(one.sequence for one in fresh) == list(range(4, 21))
     assert not any(one.duplicate for one in fresh)
     assert await log.message_ids() == Counter(event.message_id for event in events)
+
+
+async def test_the_events_of_a_consultation_are_never_on_their_way_at_the_same_time(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An election between two would store the later one first; consultations do not wait for each other."""
+    # given
+    events = _events(70)
+    await log.publisher.append_batch(events[35:36])
+    under_way: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    together = 0
+    publish = Publisher._append_by
+
+    async def watched(self: Publisher, event: Event, end: float) -> Appended:
+        nonlocal together
+        name = event.consultation
+        under_way[name] += 1
+        most[name] = max(most[name], under_way[name])
+        together = max(together, under_way.total())
+        try:
+            return await publish(self, event, end)
+        finally:
+            under_way[name] -= 1
+
+    monkeypatch.setattr(log.publisher._batches, "_append", partial(watched, log.publisher))
+
+    # when
+    outcome = await log.publisher.append_batch(events)
+
+    # then
+    assert [1] * 7 == list(most.values())
+    assert together == 7
+    for consultation in most:
+        stands = [
+            one.sequence
+            for event, one in zip(events, outcome, strict=True)
+            if event.consultation == consultation and not one.duplicate
+        ]
+        assert sorted(stands) == stands
+
+
+async def test_behind_an_event_that_fails_its_consultation_waits_for_the_retry(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come into the stream later, and then they would stand before it. Others are stored all the same."""
+    # given
+    events = _events(28)
+    await log.publisher.append_batch(events[:2])
+    publish = Publisher._append_by
+
+    async def failing(event: Event, end: float) -> Appended:
+        if event is events[7]:
+            raise LogUnavailableError("an election")
+        return await publish(log.publisher, event, end)
+
+    monkeypatch.setattr(log.publisher._batches, "_append", failing)
+
+    # when
+    with pytest.raises(LogUnavailableError, match="an election"):
+        await log.publisher.append_batch(events)
+
+    # then
+    stored = [event.message_id for event in events if event.consultation != "c0" or event is events[0]]
+    assert await log.message_ids() == Counter(stored)
+    monkeypatch.undo()
+    outcome = await log.publisher.append_batch(events)
+    of_it = [one.sequence for event, one in zip(events, outcome, strict=True) if event.consultation == "c0"]
+    assert sorted(of_it) == of_it
 
 
 async def test_a_batch_that_is_sent_again_gets_the_first_positions(log: Log) -> None:

@@ -222,3 +222,36 @@ async def test_a_key_is_known_when_its_event_has_been_persisted_trimmed_and_forg
             status, problem = await client.post(f"{path}/batch", changed, "b", kind)
             assert (status, [wrong["line"] for wrong in problem["lines"]]) == (422, [2])
         assert len(corpus_of(tmp_path / "data")["c-1"]) == 5
+
+
+async def test_a_key_is_known_while_its_event_waits_and_the_broker_has_forgotten_it(
+    fresh_log: Cluster, tmp_path: Path
+) -> None:
+    """The persisters have been away for longer than the window: the stream is read behind what the corpus has."""
+    # given
+    path, kind = "/consultations/c-1/events", "application/x-ndjson"
+    shared = {"FI_PARTITIONS": str(PARTITIONS), "FI_DUPLICATE_WINDOW": "1", "FI_KEY_LOOKUP_WAIT": "10"}
+    async with clients(tmp_path, fresh_log, 1, **shared) as (client,):
+        _, single = await client.post(path, BODIES[0], "k")
+        _, batch = await client.post(f"{path}/batch", lines(3), "b", kind)
+        await client.post(path, BODIES[0], "probe")
+    async with clients(tmp_path, fresh_log, 1, **shared) as (client,), jetstream(fresh_log) as js:
+
+        async def forgotten() -> bool:
+            await client.post(path, BODIES[0], "probe")
+            return (await js.stream_info(STREAM)).state.messages > 5
+
+        await eventually(forgotten)
+
+        # then
+        assert await client.post(path, BODIES[0], "k") == (202, single | {"duplicate": True})
+        marked = [result | {"duplicate": True} for result in batch["results"]]
+        assert (await client.post(f"{path}/batch", lines(3), "b", kind))[1]["results"] == marked
+        status, problem = await client.post(path, BODIES[1], "k")
+        assert (status, problem["type"]) == (422, REUSED)
+        changed = lines(3).replace(b'"n":1', b'"n":9')
+        status, problem = await client.post(f"{path}/batch", changed, "b", kind)
+        assert (status, [wrong["line"] for wrong in problem["lines"]]) == (422, [2])
+    with Persister(tmp_path / "persister", fresh_log, tmp_path / "data", **shared, FI_DEAD_MAX_BYTES="1MiB") as one:
+        await one.ready()
+        await eventually(lambda: len(corpus_of(tmp_path / "data").get("c-1", [])) == 5)

@@ -149,3 +149,109 @@ async def test_an_event_is_found_although_it_is_committed_and_trimmed_meanwhile(
     found = await halted.reader.locate("c1", events[1].event_id)
     assert found is not None
     assert (stands[1], True) == (found.sequence, found.persisted)
+
+
+async def held(halted: Halted, *events: Event, before: int | None = None) -> tuple[list[int], bool]:
+    """Return where the first event under each of the ids stands, 0 for none, and whether that is all."""
+    found = await halted.reader.held("c1", [one.event_id for one in events], before)
+    places = [found.events[one.event_id].sequence if one.event_id in found.events else 0 for one in events]
+    return places, found.complete
+
+
+async def test_of_a_key_the_first_event_is_found_whether_it_is_persisted_or_waits(halted: Halted) -> None:
+    """The broker has taken both a second time."""
+    events = [event(number) for number in range(1, 5)]
+    stands = await halted.append(*events)
+    await halted.commit(stands[:2], events[:2])
+    await halted.again(events[0])
+    copy = await halted.again(events[2])
+
+    for before in (None, copy, stands[3]):
+        assert await held(halted, events[0], events[2], event(9), before=before) == ([1, 3, 0], True)
+    assert await held(halted, *events, before=stands[2]) == ([1, 2, 0, 0], True)
+
+
+async def test_the_stream_is_not_asked_where_the_corpus_has_come_as_far(
+    halted: Halted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a short backlog a new key costs one question to the persister."""
+    events = [event(number) for number in range(1, 4)]
+    stands = await halted.append(*events)
+    await halted.commit(stands[:2], events[:2])
+    for name in ("last", "tail", "first"):
+        monkeypatch.delattr(StreamReading, name)
+
+    assert await held(halted, events[1], event(9), before=stands[2]) == ([2, 0], True)
+
+
+async def test_a_key_is_found_although_its_event_is_committed_and_trimmed_meanwhile(
+    halted: Halted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a reader finds it: the corpus is asked once more."""
+    events = [event(number) for number in range(1, 4)]
+    stands = await halted.append(*events)
+    await halted.commit(stands[:1], events[:1])
+    tail = StreamReading.tail
+
+    async def trimmed(
+        self: StreamReading, partition: int, consultation: str, after: int, last: int
+    ) -> AsyncIterator[Numbered]:
+        await halted.commit(stands[1:], events[1:])
+        await halted.log.api.purge(STREAM, stands[2])
+        async for numbered in tail(self, partition, consultation, after, last):
+            yield numbered
+
+    monkeypatch.setattr(StreamReading, "tail", trimmed)
+    assert await held(halted, events[1], before=stands[2] + 1) == ([2], True)
+
+
+@pytest.mark.parametrize("bound", ["MOST_EVENTS", "MOST_BYTES"])
+async def test_what_is_read_of_a_long_backlog_for_a_key_is_bounded(
+    halted: Halted, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    """Then it is not known whether there is an event under the key; those that were met are known."""
+    events = [event(number) for number in range(1, 41)]
+    await halted.append(*events)
+    monkeypatch.setattr(f"services.eventlog.jetstream.reading_held.{bound}", 20)
+
+    assert await held(halted, events[0]) == ([1], True)
+    assert await held(halted, events[0], events[39]) == ([1, 0], False)
+
+
+async def test_one_question_at_a_time_reads_the_stream(halted: Halted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flood of keys while much waits must leave the process time for its events."""
+    events = [event(number) for number in range(1, 11)]
+    await halted.append(*events)
+    tail, reading, most = StreamReading.tail, 0, 0
+
+    async def counted(
+        self: StreamReading, partition: int, consultation: str, after: int, last: int
+    ) -> AsyncIterator[Numbered]:
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        async for numbered in tail(self, partition, consultation, after, last):
+            yield numbered
+        reading -= 1
+
+    monkeypatch.setattr(StreamReading, "tail", counted)
+    found = await asyncio.gather(*(held(halted, one, event(99)) for one in events))
+
+    assert [([one, 0], True) for one in range(1, 11)] == found
+    assert most == 1
+
+
+async def test_without_a_persister_only_a_whole_stream_can_say_that_a_key_is_new(log: Log) -> None:
+    """What it has is found all the same."""
+    reader = JetStreamReader(log.nc, log.settings)
+    events = [event(number) for number in range(1, 4)]
+    for one in events:
+        await log.publisher.append(one)
+
+    async def found(wanted: Event) -> tuple[int, bool]:
+        said = await reader.held("c1", [wanted.event_id], None)
+        return (said.events[wanted.event_id].sequence if said.events else 0), said.complete
+
+    assert [(2, True), (0, True)] == [await found(events[1]), await found(event(9))]
+    await log.api.purge(STREAM, 2)
+    assert [(2, False), (0, False)] == [await found(events[1]), await found(event(9))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -168,6 +169,30 @@ async def test_a_slow_corpus_delays_an_answer_only_so_long() -> None:
         assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == REUSED  # nothing wrong was remembered
 
 
+async def test_what_nobody_could_say_is_not_remembered() -> None:
+    """Persisters are away: what waits in the log is found, what does not may be in the corpus all the same."""
+    async with running_edge(log_from(10)) as edge:
+        reader_of(edge).partial = True
+        reader_of(edge).corpus.append(replace(persisted("waits", BODY, sequence=3), persisted=False))
+
+        assert outcome(await edge.post("c-1", BODY, Idempotency_Key="waits")) == (202, 3, True)
+        assert edge.metric("fi_ingest_key_checks_total", by="log") == 1.0
+        assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == (202, 11, False)
+        assert edge.metric("fi_ingest_key_checks_total", by="nobody") == 1.0
+        reader_of(edge).partial = False
+        reader_of(edge).corpus.append(persisted("k", OTHER))
+        assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == REUSED
+        assert edge.metric("fi_ingest_key_checks_total", by="memory") == 0.0
+
+
+async def test_the_log_is_read_only_as_far_as_the_broker_forgets(edge: Edge) -> None:
+    """What it has forgotten stands before what this process stored lately; at first nobody knows where that is."""
+    for number in range(3):
+        await edge.post("c-1", BODY, Idempotency_Key=f"k{number}")
+
+    assert reader_of(edge).before == [None, 1, 1]
+
+
 async def test_with_no_wait_the_corpus_is_never_asked_about_new_keys() -> None:
     """FI_KEY_LOOKUP_WAIT=0."""
     async with running_edge(key_lookup_wait=0.0) as edge:
@@ -189,7 +214,7 @@ async def test_a_lookup_ends_with_its_request(edge: Edge) -> None:
     edge.log.error = RuntimeError("x")
     await edge.post("c-1", BODY, Idempotency_Key="k")
 
-    assert not [task for task in asyncio.all_tasks() if "MemoryReader.find" in repr(task)]
+    assert not [task for task in asyncio.all_tasks() if "MemoryReader.held" in repr(task)]
 
 
 def batch(*payloads: int) -> bytes:
@@ -201,15 +226,30 @@ async def post_batch(edge: Edge, body: bytes, key: str = "k") -> Reply:
     return await edge.request("POST", "/consultations/c-1/events/batch", data=body, headers=headers)
 
 
-async def test_of_a_new_batch_one_line_is_looked_for(edge: Edge) -> None:
-    """The others came with it, or did not: a batch is stored at once. Lines with their own keys are asked for each."""
+async def test_all_lines_of_a_consultation_are_one_question(edge: Edge) -> None:
+    """A thousand questions for each new batch would cost more than reading it."""
     await post_batch(edge, batch(1, 2, 3))
-    assert reader_of(edge).asked == ["find"]
+    assert reader_of(edge).asked == ["held"]
 
     reader_of(edge).asked.clear()
     own = b'{"event_type":"A","event_id":"a"}\n{"event_type":"A","event_id":"b"}\n'
     await post_batch(edge, own + batch(4, 5), key="l")
-    assert reader_of(edge).asked == ["find"] * 3
+    assert reader_of(edge).asked == ["held"]
+
+
+async def test_a_line_is_known_although_the_first_one_is_new() -> None:
+    """The batch before it was torn by a deadline, or had other lines: each line is looked for itself."""
+    async with running_edge(log_from(10)) as edge:
+        reader_of(edge).corpus += [persisted("k:2", batch(2), sequence=2), persisted("k:3", batch(3), sequence=3)]
+
+        again = await post_batch(edge, batch(1, 2, 9))
+
+        assert [(result.get("sequence"), result.get("duplicate")) for result in again.json["results"]] == [
+            (10, None),
+            (2, True),
+            (None, None),
+        ]
+        assert (422, [3]) == (again.status, [wrong["line"] for wrong in again.json["lines"]])
 
 
 async def test_a_batch_that_the_broker_has_forgotten_is_found_line_by_line() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import orjson
 import pytest
 
 from services.eventlog.protocol import Appended, Delivery, LogIdentity
+from services.persister.batch import Reused
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.errors import PoisonFloodError
+from tests.support.persister import event
 
 
 class Recorder:
@@ -114,3 +117,22 @@ def test_without_a_limit_everything_may_be_set_aside() -> None:
     limit = PoisonLimit(streak=0, window=10)
     for _ in range(5000):
         limit.count(bad=True)
+
+
+async def test_events_under_used_keys_are_listed_in_letters_that_fit() -> None:
+    """By consultation: where each stands in the log, and where the first event under its key."""
+    recorder = Recorder()
+    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"), max_bytes=10_000)
+    reused = [Reused(number, event(number, f"c{number % 2}"), number - 10) for number in range(20, 60)]
+    await letters.send_list(reused)
+    told: list[tuple[str, int, int]] = []
+    for _, body, headers in recorder.sent:
+        assert len(body) + sum(len(name) + len(value) + 4 for name, value in headers.items()) < 10_000
+        lines = [orjson.loads(line) for line in body.splitlines()]
+        assert int(headers["Fi-Listed"]) == sum(len(line["reused"]) for line in lines)
+        told += [(line["consultation_id"], *pair) for line in lines for pair in line["reused"]]
+    assert sorted(told) == sorted((f"c{number % 2}", number, number - 10) for number in range(20, 60))
+    assert len(recorder.sent) == 2
+    _, _, first = recorder.sent[0]
+    assert ("fi-events/2026-11-23T10:00:00Z/20-42", "20") == (first["Nats-Msg-Id"], first["Fi-Stream-Sequence"])
+    assert "another body" in first["Fi-Reason"]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from services.contract.errors import PermanentError
@@ -275,14 +276,52 @@ async def test_used_ids_wait_for_the_dead_letter_stream(part: Rig, stream: Strea
 
 
 async def test_a_flood_of_used_ids_stops_nothing(tmp_path: Path, stream: Stream) -> None:
-    """One client's mistake must not stand in the way of all others."""
+    """One client's mistake must not stand in the way of all others, nor fill `fi-dead`; each event is told there."""
     stream.add(delivery(1), *(reusing(sequence, of=1) for sequence in range(2, 300)), delivery(300))
     with rig(tmp_path, stream, limit=PoisonLimit(streak=5, ratio=0.01, window=10)) as part:
         part.runner.start()
         await part.reach(300)
         await part.runner.stop()
-        assert 298 == len(part.dead.letters)
+        assert (298.0, 288.0) == (
+            part.sample("fi_persister_reused_keys_total"),
+            part.sample("fi_persister_reused_keys_listed_total"),
+        )
+        whole = [
+            int(headers["Fi-Stream-Sequence"]) for _, _, headers in part.dead.letters if "Fi-Listed" not in headers
+        ]
+        lists = [body for _, body, headers in part.dead.letters if "Fi-Listed" in headers]
+        listed = [pair for body in lists for line in body.splitlines() for pair in orjson.loads(line)["reused"]]
+        assert list(range(2, 12)) == whole
+        assert [[sequence, 1] for sequence in range(12, 300)] == listed
+        assert 3 == len(lists)  # one a batch
     assert {"c1": [1, 300]} == contents(part.path)
+
+
+async def test_one_consultations_flood_of_used_ids_leaves_others_their_copies(part: Rig, stream: Stream) -> None:
+    """Theirs is another mistake, and its body is wanted."""
+    flood = [reusing(sequence, of=1) for sequence in range(3, 60)]
+    stream.add(delivery(1), delivery(2, consultation="c2"), *flood, reusing(60, of=2, consultation="c2"))
+    part.runner.start()
+    await part.reach(60)
+    await part.runner.stop()
+    assert 60 in [
+        int(headers["Fi-Stream-Sequence"]) for _, _, headers in part.dead.letters if "Fi-Listed" not in headers
+    ]
+
+
+async def test_a_flood_of_used_ids_that_has_to_be_tried_again_is_told_in_the_same_way(
+    part: Rig, stream: Stream
+) -> None:
+    """A copy that was promised is made, however often `fi-dead` was out of reach."""
+    part.dead.down = True
+    stream.add(delivery(1), *(reusing(sequence, of=1) for sequence in range(2, 30)))
+    part.runner.start()
+    await eventually(lambda: part.dead.attempts >= 30)
+    part.dead.down = False
+    await part.reach(29)
+    await part.runner.stop()
+    told = [(int(headers["Fi-Stream-Sequence"]), headers.get("Fi-Listed")) for _, _, headers in part.dead.letters]
+    assert [*((sequence, None) for sequence in range(2, 12)), (12, "18")] == told
 
 
 async def test_a_flood_of_poison_stops_the_partition(tmp_path: Path, stream: Stream) -> None:
