@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
+from prometheus_client import Counter
 
 from services.contract.errors import BindError
 from services.ingest import problems
 from services.ingest.answers import Answers
 from services.ingest.connections import Connections, in_bytes
-from services.ingest.handlers import ANSWERS, SETTINGS
+from services.ingest.handlers import ANSWERS, METRICS, SETTINGS
 from services.ingest.problems import RequestRefusedError
+from services.ingest.sending import taken_within
 from services.ingest.tracing import trace_id_of
 
 #: connections that wait to be accepted
@@ -41,18 +43,31 @@ class Protocol(RequestHandler):
     """
 
     def __init__(
-        self, answers: Answers, connections: Connections, manager: web.Server, *, header_timeout: float, **options: Any
+        self,
+        answers: Answers,
+        connections: Connections,
+        manager: web.Server,
+        *,
+        header_timeout: float,
+        answer_timeout: float,
+        cut: Counter,
+        **options: Any,
     ) -> None:
         super().__init__(manager, **options)
         self._answers = answers
         self._connections = connections
         self._header_timeout = header_timeout
+        self._answer_timeout = answer_timeout
+        self._cut = cut
         self._header_timer: asyncio.TimerHandle | None = None
         self._header_begun = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Serve a new connection, unless there are too many; then this is the last that is heard of it."""
         if self._connections.enter(transport):
+            # an answer counts as sent when all of it has left the process: what a closed connection still has to send
+            # would be kept until its client reads it
+            cast("asyncio.Transport", transport).set_write_buffer_limits(high=1, low=0)
             super().connection_made(transport)
             self._await_headers()
 
@@ -90,16 +105,22 @@ class Protocol(RequestHandler):
     def _give_up(self) -> None:
         """Answer 408 and close; whoever has sent nothing at all has asked nothing and gets no answer."""
         self._header_timer = None
-        if not self._idle or self.transport is None:
+        transport = self.transport
+        if not self._idle or transport is None:
             return
         if self._header_begun:
-            self.transport.write(in_bytes(self._answers.refused(problems.HEADER_TIMEOUT)))
+            transport.write(in_bytes(self._answers.refused(problems.HEADER_TIMEOUT)))
         self.force_close()
+        asyncio.get_running_loop().call_later(_LINGER_SECONDS, transport.abort)  # whoever does not read either
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Send *resp*, or the problem that stands for the HTTPException that it is."""
+        """Send *resp*, or the problem that stands for the HTTPException that it is.
+
+        Raises:
+            ConnectionResetError: the client did not take it in time.
+        """
         if isinstance(resp, web.HTTPException):
             allow = resp.headers.get("Allow")
             resp = self._answers.refused(
@@ -107,7 +128,8 @@ class Protocol(RequestHandler):
                 headers={"Allow": allow} if allow else None,
                 trace_id=trace_id_of(request),
             )
-        return await super().finish_response(request, resp, start_time)
+        async with taken_within(self._answer_timeout, request, self._cut):
+            return await super().finish_response(request, resp, start_time)
 
     def handle_error(
         self,
@@ -185,6 +207,8 @@ class HttpServer:
             access_log=None,
             auto_decompress=False,  # an encoded body is refused, so nothing must unpack it first
             header_timeout=self._app[SETTINGS].header_timeout,
+            answer_timeout=self._app[SETTINGS].answer_timeout,
+            cut=self._app[METRICS].answers_cut,
             keepalive_timeout=_KEEPALIVE_SECONDS,
             lingering_time=_LINGER_SECONDS,
         )
