@@ -16,6 +16,7 @@ from services.ingest import problems
 from services.ingest.answers import Answers
 from services.ingest.connections import Connections, in_bytes
 from services.ingest.handlers import ANSWERS, METRICS, SETTINGS
+from services.ingest.handshakes import TlsListener
 from services.ingest.problems import RequestRefusedError
 from services.ingest.sending import taken_within
 from services.ingest.tracing import trace_id_of
@@ -28,8 +29,6 @@ _KEEPALIVE_SECONDS = 75.0
 _LINGER_SECONDS = 5.0
 #: seconds that aiohttp gets to write answers that are ready, once nothing is in flight any more
 _FLUSH_SECONDS = 0.5
-#: seconds for a handshake, and for the other side's farewell
-_TLS_OPTIONS: dict[str, Any] = {"ssl_handshake_timeout": 10.0, "ssl_shutdown_timeout": 2.0}
 
 #: what the listener shows; absent for plain HTTP
 TLS = web.AppKey("tls", ssl.SSLContext)
@@ -166,7 +165,7 @@ class HttpServer:
         self._sock = sock
         self._grace = grace
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_FLUSH_SECONDS)
-        self._listener: asyncio.Server | None = None
+        self._listener: asyncio.Server | TlsListener | None = None
         self._connections = Connections(app[SETTINGS].max_connections, app[ANSWERS])
 
     async def start(self) -> None:
@@ -176,23 +175,26 @@ class HttpServer:
             BindError: another process took the port in the meantime.
         """
         await self._runner.setup()
-        loop = asyncio.get_running_loop()
         tls = self._app.get(TLS)
         try:
-            self._listener = await loop.create_server(
-                self._connect, sock=self._sock, backlog=_BACKLOG, **({} if tls is None else _TLS_OPTIONS | {"ssl": tls})
-            )
+            if tls is None:
+                loop = asyncio.get_running_loop()
+                self._listener = await loop.create_server(self._connect, sock=self._sock, backlog=_BACKLOG)
+            else:
+                self._listener = TlsListener(self._sock, tls, self._connect, self._connections, backlog=_BACKLOG)
         except OSError as error:
             raise BindError(f"cannot listen (FI_HOST, FI_PORT): {error.strerror or error}") from error
 
     async def stop(self) -> None:
         """Accept no more, finish what is in flight, at most for the grace period, and close everything. Idempotent."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
             # not left to aiohttp: its runner drops what comes on a connection from the first moment of its shutdown,
             # so a request whose body is on the way could never finish
             await self._app[ANSWERS].drain(self._grace)
+            if isinstance(listener, TlsListener):
+                await listener.abandon()
         self._sock.close()
         await self._runner.cleanup()
 
