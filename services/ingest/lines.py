@@ -23,7 +23,7 @@ class Lines:
         Args:
             kind: one of a few; each is remembered for ever.
         """
-        if self._rates.take(kind, 1):
+        if self._rates.take(kind):
             self.leave_out(kind)
             return None
         left_out = self._left_out.pop(kind, 0)

@@ -11,15 +11,15 @@ partition whose end has moved: four requests and few more. What cannot be asked 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 
 from nats.aio.client import Client
 
 from services.contract.errors import FiqError
+from services.contract.lifecycle import beside
 from services.contract.logs import get_logger
 from services.eventlog.backlog import Backlog
 from services.eventlog.jetstream.api import JetStreamApi
@@ -206,13 +206,6 @@ def _takes_events(stream: StreamReport) -> bool:
     return bool(stream.leader) and stream.has_quorum
 
 
-@asynccontextmanager
-async def watching(nc: Client, settings: LogSettings, metrics: LogMetrics) -> AsyncIterator[None]:
+def watching(nc: Client, settings: LogSettings, metrics: LogMetrics) -> AbstractAsyncContextManager[None]:
     """Watch the log beside what is done inside."""
-    task = asyncio.create_task(LogWatch(nc, settings, metrics).run(), name="log watch")
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    return beside(LogWatch(nc, settings, metrics).run(), "log watch")

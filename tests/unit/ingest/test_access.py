@@ -458,10 +458,10 @@ async def test_a_token_over_its_rate_gets_429_and_the_others_do_not(file: Path) 
 
 
 async def test_a_batch_counts_its_events(file: Path) -> None:
-    """The handler takes them once it knows how many there are; what is refused is not counted."""
+    """The handler takes them once it knows how many there are; a batch may owe, and whoever owes gets in no more."""
 
     async def handler(request: web.Request) -> web.Response:
-        request[GRANT].take(int(request.query["more"]))
+        request[GRANT].take_more(int(request.query["more"]))
         return web.Response()
 
     async with running_edge(
@@ -473,4 +473,4 @@ async def test_a_batch_counts_its_events(file: Path) -> None:
         statuses = [
             (await edge.request("GET", f"/batch?more={more}", headers=bearer("reader"))).status for more in (5, 7, 2, 1)
         ]
-        assert [200, 429, 200, 429] == statuses
+        assert [200, 200, 429, 429] == statuses
