@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from services.contract.signals import STOP_SIGNALS, release
@@ -66,6 +67,22 @@ async def unless_stopped(work: Coroutine[Any, Any, T], stop: Stop) -> T | None:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+@asynccontextmanager
+async def beside(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    """Let *work* go on as a task called *name* beside what is done inside; cancel it at the end and wait for that.
+
+    Raises:
+        Exception: what *work* ended with, when that was before the end.
+    """
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 async def cancellable(work: Awaitable[T]) -> T:

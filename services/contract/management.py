@@ -7,7 +7,6 @@ done now, and if not, why, and which process says so. ``/metrics`` is the Promet
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import os
 import socket
@@ -20,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from services.contract.errors import BindError, FiqError
+from services.contract.lifecycle import beside
 
 #: how often the loop says that it turns, seconds
 TICK_SECONDS = 0.5
@@ -134,11 +134,8 @@ def add_management_routes(app: web.Application, registry: CollectorRegistry, rea
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def beat(_: web.Application) -> AsyncIterator[None]:
-        task = asyncio.create_task(heartbeat.run())
-        yield
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        async with beside(heartbeat.run(), "heartbeat"):
+            yield
 
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)

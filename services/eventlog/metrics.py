@@ -29,7 +29,7 @@ class LogMetrics:
         registry: the process's own.
 
     Attributes:
-        observed: the whole backlog as it was seen last; None while it is not known.
+        observed: the whole backlog as it was counted last; None while it is not known, or nobody counts.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -142,8 +142,6 @@ class LogMetrics:
 
     def forget(self, part: str) -> None:
         """Show nothing of *part*, one of :data:`PARTS`: it is about to be shown anew, or not known any more."""
-        if part == PARTITIONS:
-            self.observed = None
         for gauge in self._gauges(part):
             gauge.clear()
 

@@ -73,13 +73,13 @@ class Grant:
             raise RequestRefusedError(problems.UNAUTHORIZED, headers={str(hdrs.WWW_AUTHENTICATE): _INVALID})
         return token.prefix
 
-    def take(self, count: int) -> None:
-        """Count *count* events, or requests, against the rate of the token.
+    def take(self) -> None:
+        """Count a request against the rate of the token.
 
         Raises:
             RequestRefusedError: it is over its rate; nothing was counted.
         """
-        self._check(self._rates.take(self.name, count))
+        self._check(self._rates.take(self.name))
 
     def take_more(self, count: int) -> None:
         """Count *count* events more of a request that has been counted as one.
@@ -233,7 +233,7 @@ class Gate:
         try:
             if rule is not None and rule.scope is Scope.WRITE:
                 self._before_write()  # first: what the log takes not must not count against the token
-            grant.take(1)
+            grant.take()
         except RequestRefusedError as refusal:
             return self._answers.refused(
                 refusal.problem, refusal.detail, headers=refusal.headers, trace_id=trace_id_of(request)

@@ -17,6 +17,7 @@ from services.contract.logs import BATCH_QUEUED, EVENT_QUEUED, get_logger
 from services.eventlog.protocol import Appended
 from services.ingest import problems
 from services.ingest.batch import Line
+from services.ingest.lines import Lines
 from services.ingest.metrics import Metrics
 from services.ingest.problems import CONTENT_TYPE, Problem
 
@@ -41,6 +42,7 @@ class Answers:
         self._metrics = metrics
         self._retry_after = retry_after
         self._log = get_logger("ingest").bind()
+        self._lines = Lines()
         self._idle = asyncio.Event()
         metrics.in_flight.set_function(lambda: self.in_flight)
 
@@ -169,7 +171,9 @@ class Answers:
             values["consultation_id"] = consultation
         if trace_id is not None:
             values["trace_id"] = trace_id
-        self._log.warning("REQUEST_REFUSED", **values)
+        told = self._lines.told(problem.slug)
+        if told is not None:
+            self._log.warning("REQUEST_REFUSED", **values, **told)
         all_headers = CIMultiDict({"Content-Type": CONTENT_TYPE, "Server": SERVER})
         if problem.retry:
             all_headers["Retry-After"] = str(math.ceil(self._retry_after(problem)))
@@ -190,7 +194,9 @@ class Answers:
 
     def log_refused(self, reason: str) -> None:
         """Log why the log refuses for good; the broker's *reason* says what an operator must change."""
-        self._log.error("LOG_REFUSED", reason=reason)
+        told = self._lines.told("LOG_REFUSED")
+        if told is not None:
+            self._log.error("LOG_REFUSED", reason=reason, **told)
 
     def _finish(self, response: web.Response, *, close: bool = False) -> web.Response:
         if close or self.closing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from services.contract.lifecycle import beside
 from services.contract.management import CachedCheck, ReadinessCheck
 from services.contract.telemetry import Spans
 from services.contract.tokens import Scope
@@ -151,7 +151,7 @@ def make_app(
     app[READS] = Reads()
     app.cleanup_ctx.append(log)
     app.on_shutdown.append(end_following)
-    app.cleanup_ctx.append(beside(lambda: _look(pressure)))
+    app.cleanup_ctx.append(_beside(lambda: _look(pressure), "pressure"))
     _watch_tokens(app, tokens, rates, metrics)
     if check_both(settings.tls_cert, settings.tls_key):
         _watch_certificate(app, Certificate(settings.tls_cert, settings.tls_key), settings, metrics)
@@ -201,7 +201,7 @@ def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: M
 
     watched = WatchedFiles(VARIABLE, [tokens.path], load, lambda good: metrics.token_file_broken.set(0 if good else 1))
     watched.start()
-    app.cleanup_ctx.append(beside(watched.run))
+    app.cleanup_ctx.append(_beside(watched.run, "token file"))
 
 
 def _watch_certificate(app: web.Application, certificate: Certificate, settings: Settings, metrics: Metrics) -> None:
@@ -221,17 +221,16 @@ def _watch_certificate(app: web.Application, certificate: Certificate, settings:
     watched = WatchedFiles(what, paths, load, lambda good: metrics.certificate_broken.set(0 if good else 1))
     watched.start()
     app[TLS] = certificate.context
-    app.cleanup_ctx.append(beside(watched.run))
+    app.cleanup_ctx.append(_beside(watched.run, "certificate"))
 
 
-def beside(run: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[web.Application], AsyncIterator[None]]:
+def _beside(
+    run: Callable[[], Coroutine[Any, Any, None]], name: str
+) -> Callable[[web.Application], AsyncIterator[None]]:
     """Return a cleanup context of aiohttp that lets *run* go on for as long as the application does."""
 
     async def context(_: web.Application) -> AsyncIterator[None]:
-        task = asyncio.create_task(run())
-        yield
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        async with beside(run(), name):
+            yield
 
     return context

@@ -1,4 +1,8 @@
-"""How many connections one process has, and what those beyond it get."""
+"""How many connections one process has, and what those beyond it get.
+
+Whoever is in a TLS handshake cannot be told anything yet. All sockets together, whatever they are at, are at most
+:data:`_MOST_TURNED` more than there may be connections; so many files there are for them (:func:`within`).
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,18 @@ class Connections:
         self._answers = answers
         self._open = 0
         self._turned = 0
+        self._shaking = 0
+
+    def begin(self) -> bool:
+        """Count a TLS handshake that begins, unless there are too many sockets already; say which."""
+        if self._open + self._turned + self._shaking >= self._limit + _MOST_TURNED:
+            return False
+        self._shaking += 1
+        return True
+
+    def end(self) -> None:
+        """Count its end, whatever came of it."""
+        self._shaking -= 1
 
     def enter(self, transport: asyncio.BaseTransport | None) -> bool:
         """Count a new connection, or turn it away when there are as many as may be; say which."""

@@ -104,6 +104,12 @@ class Metrics:
             registry=self.registry,
         )
         self.key_checks = {checker: checks.labels(checker) for checker in CHECKERS}
+        # any: clients, or what stands between, do not read what they asked for; a smaller `limit` makes smaller pages
+        self.answers_cut = Counter(
+            "fi_ingest_answers_cut_total",
+            "Answers, other than followers' streams, whose client did not take them within FI_ANSWER_TIMEOUT.",
+            registry=self.registry,
+        )
         # Batches of few events: their client could send more at a time, which is faster for everybody.
         self.batch_events = Histogram(
             "fi_ingest_batch_events",

@@ -1,8 +1,10 @@
 """How full the log is, and when it makes sense to come back.
 
-A look at the log every few seconds tells how many events waited and which one was the youngest. What was stored since
-is known from the sequences in the broker's answers, by whichever process it was posted; what was committed since, from
-the rate between the last looks. So a request costs a comparison and never a question to the broker.
+A count each second tells how many events waited and which one was the youngest. What was stored since is known from the
+sequences in the broker's answers, by whichever process it was posted; what was committed since, from the rate between
+counts some seconds apart. So a request costs a comparison and never a question to the broker, and what is let in beyond
+the limit is at most what persisters who have just stopped would have committed since the last count: some two seconds'
+worth, and when no count succeeds that of :data:`TRUSTED_SECONDS`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from services.ingest.problems import Problem, RequestRefusedError
 
 #: bounds of what clients are told to wait, seconds
 SHORTEST, LONGEST = 1.0, 60.0
+#: for so long what was committed is taken for granted while no count succeeds, seconds
+TRUSTED_SECONDS = 6.0
+#: persisters commit in batches: a rate over less time would be that of one batch, or none, seconds
+_SPAN_SECONDS = 4.5
 #: weight of the newest measurement of the rate against those before
 _NEWEST = 0.5
 
@@ -67,7 +73,7 @@ class Pressure:
             return
         self._measure(seen)
         self.note(seen.sequence)
-        drained = (self._rate or 0.0) * max(0.0, self._clock() - seen.at)
+        drained = (self._rate or 0.0) * min(TRUSTED_SECONDS, max(0.0, self._clock() - seen.at))
         self._events = max(0.0, seen.events + self._newest - seen.sequence - drained)
         if self._limit:
             self._until = seen.sequence + self._limit - seen.events + drained
@@ -96,13 +102,16 @@ class Pressure:
         return LONGEST if self._rate <= 0 else min(LONGEST, max(SHORTEST, events / self._rate))
 
     def _measure(self, seen: Backlog) -> None:
-        """Learn from two looks how many events were committed between them."""
-        before, self._last = self._last, seen
-        if before is None or seen.at <= before.at:
+        """Learn from two counts that are far enough apart how many events were committed between them."""
+        before = self._last
+        if before is None or seen.sequence < before.sequence:  # another stream
+            self._last = seen
+            if before is not None:
+                self._rate, self._newest = None, seen.sequence
             return
-        if seen.sequence < before.sequence:  # another stream
-            self._rate, self._newest = None, seen.sequence
+        if seen.at - before.at < _SPAN_SECONDS:
             return
+        self._last = seen
         drained = (seen.sequence - before.sequence) - (seen.events - before.events)
         rate = max(0.0, drained / (seen.at - before.at))
         self._rate = rate if self._rate is None else _NEWEST * rate + (1 - _NEWEST) * self._rate

@@ -24,22 +24,19 @@ class Bucket:
         self._level = float(burst)
         self._at = clock()
 
-    def take(self, count: int = 1) -> float:
-        """Take *count* allowances; return 0, or take none and return the seconds until there will be enough.
-
-        More than *burst* at once are given when the bucket is full; it then owes the rest, so that the rate holds.
-        """
+    def take(self) -> float:
+        """Take one allowance; return 0, or take none and return the seconds until there will be one."""
         self._fill()
-        missing = min(count, self._burst) - self._level
-        if missing > 0:
-            return missing / self._rate
-        self._level -= count
+        if self._level < 1:
+            return (1 - self._level) / self._rate
+        self._level -= 1
         return 0.0
 
     def take_more(self, count: int) -> float:
         """Take *count* for a request that was let in as one already; return 0, or the seconds until the debt is paid.
 
-        Only a bucket that owes already gives nothing: asked for a full one, a batch of *burst* would never get in.
+        Only a bucket that owes already gives nothing: asked for a full one, a batch of *burst* would never get in. More
+        than it holds it owes, so that the rate holds.
         """
         self._fill()
         if self._level < 0:
@@ -66,9 +63,9 @@ class Rates:
         self._burst = burst
         self._buckets: dict[str, Bucket] = {}
 
-    def take(self, name: str, count: int) -> float:
-        """Take *count* from the bucket of the client called *name*, as :meth:`Bucket.take` does."""
-        return self._bucket(name).take(count) if self._rate else 0.0
+    def take(self, name: str) -> float:
+        """Take one from the bucket of the client called *name*, as :meth:`Bucket.take` does."""
+        return self._bucket(name).take() if self._rate else 0.0
 
     def take_more(self, name: str, count: int) -> float:
         """Take *count* more for a request of the client called *name*, as :meth:`Bucket.take_more` does."""

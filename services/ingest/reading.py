@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from uuid import UUID
 
 import orjson
@@ -23,9 +24,10 @@ from services.ingest import problems
 from services.ingest import reading_records as records
 from services.ingest.access import GRANT
 from services.ingest.answers import SERVER
-from services.ingest.handlers import ANSWERS, METRICS
+from services.ingest.handlers import ANSWERS, METRICS, SETTINGS
 from services.ingest.problems import Problem, RequestRefusedError
 from services.ingest.reading_follow import Followers
+from services.ingest.sending import send, taken_within
 
 READER = web.AppKey("reader", EventBrowser)
 FOLLOWERS = web.AppKey("followers", Followers)
@@ -41,22 +43,30 @@ _READ_ERRORS: dict[type[FiqError], tuple[Problem, str | None]] = {
 }
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+#: one that takes its share of the reads into what is held until its answer has been sent
+Reader = Callable[[web.Request, ExitStack], Awaitable[web.StreamResponse]]
 
 _log = get_logger("ingest.reading")
 
 
 class Reads:
-    """Counts the reads under way."""
+    """Counts the reads under way, from the question to the last byte of the answer."""
 
     def __init__(self) -> None:
         self._under_way = 0
 
-    def __enter__(self) -> None:
+    def enter(self, held: ExitStack) -> None:
+        """Count one until *held* ends.
+
+        Raises:
+            TooManyInFlightError: there are as many as may be.
+        """
         if self._under_way >= MAX_READS:
             raise TooManyInFlightError("too many reads are under way")
         self._under_way += 1
+        held.callback(self._leave)
 
-    def __exit__(self, *_: object) -> None:
+    def _leave(self) -> None:
         self._under_way -= 1
 
 
@@ -69,7 +79,7 @@ async def list_events(request: web.Request) -> web.StreamResponse:
         followed = records.follow(request)
     except RequestRefusedError as refusal:
         return request.app[ANSWERS].refused(refusal.problem, refusal.detail)
-    return await _answered(request, _follow if followed else _events, counted=not followed)
+    return await (_told(request, _follow) if followed else _answered(request, _events))
 
 
 async def get_event(request: web.Request) -> web.StreamResponse:
@@ -82,11 +92,22 @@ async def list_consultations(request: web.Request) -> web.StreamResponse:
     return await _answered(request, _consultations)
 
 
-async def _answered(request: web.Request, handler: Handler, *, counted: bool = True) -> web.StreamResponse:
-    """Let *handler* answer, and turn what it raises into a problem; *counted* ones hold back the process's end."""
-    answers, started = request.app[ANSWERS], time.perf_counter()
-    if counted:
-        answers.enter()
+async def _answered(request: web.Request, handler: Reader) -> web.StreamResponse:
+    """Let *handler* answer; what it takes is held, and the process does not end, until the client has its answer."""
+    app, started = request.app, time.perf_counter()
+    with ExitStack() as held:
+        app[ANSWERS].enter()
+        held.callback(app[ANSWERS].leave)
+        response = await _told(request, lambda request: handler(request, held))
+        app[METRICS].read_duration.observe(time.perf_counter() - started)
+        async with taken_within(app[SETTINGS].answer_timeout, request, app[METRICS].answers_cut):
+            await send(response, request)
+        return response
+
+
+async def _told(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let *handler* answer, and turn what it raises into a problem."""
+    answers = request.app[ANSWERS]
     try:
         return await handler(request)
     except RequestRefusedError as refusal:
@@ -98,48 +119,44 @@ async def _answered(request: web.Request, handler: Handler, *, counted: bool = T
         elif problem is problems.CORPUS_AWAY:
             _log.warning("CORPUS_AWAY", reason=str(error))
         return answers.refused(problem, detail)
-    finally:
-        if counted:
-            answers.leave()
-            request.app[METRICS].read_duration.observe(time.perf_counter() - started)
 
 
-async def _events(request: web.Request) -> web.StreamResponse:
+async def _events(request: web.Request, held: ExitStack) -> web.StreamResponse:
     consultation = _consultation(request)
     after = records.position(request.query.get("after", "0"), "after")
     _last_seen(request)  # says nothing to a page, but what is malformed is refused everywhere
     limit = records.limit(request)
     media_type = records.negotiate(request, records.JSON, records.NDJSON)
-    with request.app[READS]:
-        page = await request.app[READER].page(consultation, after, limit)
-        following = f"/consultations/{consultation}/events?after={page.reached}&limit={limit}" if page.more else None
-        rows = [records.record(stored) for stored in page.events]
-        body = records.page(media_type, "events", rows, following, consultation_id=consultation)
+    request.app[READS].enter(held)
+    page = await request.app[READER].page(consultation, after, limit)
+    following = f"/consultations/{consultation}/events?after={page.reached}&limit={limit}" if page.more else None
+    rows = [records.record(stored) for stored in page.events]
+    body = records.page(media_type, "events", rows, following, consultation_id=consultation)
     _log.info("EVENTS_READ", consultation_id=consultation, after=after, events=len(rows), bytes=len(body))
     return _shown(request, body, media_type, following)
 
 
-async def _event(request: web.Request) -> web.StreamResponse:
+async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
     consultation = _consultation(request)
     media_type = records.negotiate(request, records.JSON)
     try:
         event_id = UUID(request.match_info["message_id"])
     except ValueError:
         raise RequestRefusedError(problems.UNKNOWN_EVENT) from None
-    with request.app[READS]:
-        stored = await request.app[READER].locate(consultation, event_id)
+    request.app[READS].enter(held)
+    stored = await request.app[READER].locate(consultation, event_id)
     if stored is None:
         raise RequestRefusedError(problems.UNKNOWN_EVENT)
     _log.info("EVENT_READ", consultation_id=consultation, message_id=str(event_id), sequence=stored.sequence)
     return _shown(request, records.record(stored, consultation=True), media_type)
 
 
-async def _consultations(request: web.Request) -> web.StreamResponse:
+async def _consultations(request: web.Request, held: ExitStack) -> web.StreamResponse:
     prefix, after = records.name_part(request, "prefix"), records.name_part(request, "after")
     limit = records.limit(request)
     media_type = records.negotiate(request, records.JSON, records.NDJSON)
-    with request.app[READS]:
-        names, more = await _names(request, prefix, after, limit)
+    request.app[READS].enter(held)
+    names, more = await _names(request, prefix, after, limit)
     following = f"/consultations?prefix={prefix}&after={names[-1]}&limit={limit}" if more and names else None
     rows = [orjson.dumps({"consultation_id": name}) for name in names]
     _log.info("CONSULTATIONS_READ", consultations=len(names))

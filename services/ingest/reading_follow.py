@@ -26,6 +26,7 @@ from services.ingest.access import GRANT
 from services.ingest.answers import SERVER
 from services.ingest.metrics import Metrics
 from services.ingest.problems import RequestRefusedError
+from services.ingest.sending import taken_within
 
 #: a client that has not taken what was sent after this is let go, seconds
 SLOW_SECONDS = 10.0
@@ -267,14 +268,8 @@ class Followers:
         Raises:
             ConnectionError: the client has gone, or was let go.
         """
-        try:
-            async with asyncio.timeout(self._slow):
-                await response.write(data)
-        except TimeoutError:
-            self._metrics.followers_dropped.inc()
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError("the client was too slow") from None
+        async with taken_within(self._slow, request, self._metrics.followers_dropped):
+            await response.write(data)
 
 
 def _check_present(request: web.Request) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
+from prometheus_client import Counter
 
 from services.contract.errors import BindError
 from services.ingest import problems
 from services.ingest.answers import Answers
 from services.ingest.connections import Connections, in_bytes
-from services.ingest.handlers import ANSWERS, SETTINGS
+from services.ingest.handlers import ANSWERS, METRICS, SETTINGS
+from services.ingest.handshakes import TlsListener
 from services.ingest.problems import RequestRefusedError
+from services.ingest.sending import taken_within
 from services.ingest.tracing import trace_id_of
 
 #: connections that wait to be accepted
@@ -26,8 +29,6 @@ _KEEPALIVE_SECONDS = 75.0
 _LINGER_SECONDS = 5.0
 #: seconds that aiohttp gets to write answers that are ready, once nothing is in flight any more
 _FLUSH_SECONDS = 0.5
-#: seconds for a handshake, and for the other side's farewell
-_TLS_OPTIONS: dict[str, Any] = {"ssl_handshake_timeout": 10.0, "ssl_shutdown_timeout": 2.0}
 
 #: what the listener shows; absent for plain HTTP
 TLS = web.AppKey("tls", ssl.SSLContext)
@@ -41,18 +42,31 @@ class Protocol(RequestHandler):
     """
 
     def __init__(
-        self, answers: Answers, connections: Connections, manager: web.Server, *, header_timeout: float, **options: Any
+        self,
+        answers: Answers,
+        connections: Connections,
+        manager: web.Server,
+        *,
+        header_timeout: float,
+        answer_timeout: float,
+        cut: Counter,
+        **options: Any,
     ) -> None:
         super().__init__(manager, **options)
         self._answers = answers
         self._connections = connections
         self._header_timeout = header_timeout
+        self._answer_timeout = answer_timeout
+        self._cut = cut
         self._header_timer: asyncio.TimerHandle | None = None
         self._header_begun = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Serve a new connection, unless there are too many; then this is the last that is heard of it."""
         if self._connections.enter(transport):
+            # an answer counts as sent when all of it has left the process: what a closed connection still has to send
+            # would be kept until its client reads it
+            cast("asyncio.Transport", transport).set_write_buffer_limits(high=1, low=0)
             super().connection_made(transport)
             self._await_headers()
 
@@ -90,16 +104,22 @@ class Protocol(RequestHandler):
     def _give_up(self) -> None:
         """Answer 408 and close; whoever has sent nothing at all has asked nothing and gets no answer."""
         self._header_timer = None
-        if not self._idle or self.transport is None:
+        transport = self.transport
+        if not self._idle or transport is None:
             return
         if self._header_begun:
-            self.transport.write(in_bytes(self._answers.refused(problems.HEADER_TIMEOUT)))
+            transport.write(in_bytes(self._answers.refused(problems.HEADER_TIMEOUT)))
         self.force_close()
+        asyncio.get_running_loop().call_later(_LINGER_SECONDS, transport.abort)  # whoever does not read either
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Send *resp*, or the problem that stands for the HTTPException that it is."""
+        """Send *resp*, or the problem that stands for the HTTPException that it is.
+
+        Raises:
+            ConnectionResetError: the client did not take it in time.
+        """
         if isinstance(resp, web.HTTPException):
             allow = resp.headers.get("Allow")
             resp = self._answers.refused(
@@ -107,7 +127,8 @@ class Protocol(RequestHandler):
                 headers={"Allow": allow} if allow else None,
                 trace_id=trace_id_of(request),
             )
-        return await super().finish_response(request, resp, start_time)
+        async with taken_within(self._answer_timeout, request, self._cut):
+            return await super().finish_response(request, resp, start_time)
 
     def handle_error(
         self,
@@ -144,7 +165,7 @@ class HttpServer:
         self._sock = sock
         self._grace = grace
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_FLUSH_SECONDS)
-        self._listener: asyncio.Server | None = None
+        self._listener: asyncio.Server | TlsListener | None = None
         self._connections = Connections(app[SETTINGS].max_connections, app[ANSWERS])
 
     async def start(self) -> None:
@@ -154,23 +175,26 @@ class HttpServer:
             BindError: another process took the port in the meantime.
         """
         await self._runner.setup()
-        loop = asyncio.get_running_loop()
         tls = self._app.get(TLS)
         try:
-            self._listener = await loop.create_server(
-                self._connect, sock=self._sock, backlog=_BACKLOG, **({} if tls is None else _TLS_OPTIONS | {"ssl": tls})
-            )
+            if tls is None:
+                loop = asyncio.get_running_loop()
+                self._listener = await loop.create_server(self._connect, sock=self._sock, backlog=_BACKLOG)
+            else:
+                self._listener = TlsListener(self._sock, tls, self._connect, self._connections, backlog=_BACKLOG)
         except OSError as error:
             raise BindError(f"cannot listen (FI_HOST, FI_PORT): {error.strerror or error}") from error
 
     async def stop(self) -> None:
         """Accept no more, finish what is in flight, at most for the grace period, and close everything. Idempotent."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
             # not left to aiohttp: its runner drops what comes on a connection from the first moment of its shutdown,
             # so a request whose body is on the way could never finish
             await self._app[ANSWERS].drain(self._grace)
+            if isinstance(listener, TlsListener):
+                await listener.abandon()
         self._sock.close()
         await self._runner.cleanup()
 
@@ -185,6 +209,8 @@ class HttpServer:
             access_log=None,
             auto_decompress=False,  # an encoded body is refused, so nothing must unpack it first
             header_timeout=self._app[SETTINGS].header_timeout,
+            answer_timeout=self._app[SETTINGS].answer_timeout,
+            cut=self._app[METRICS].answers_cut,
             keepalive_timeout=_KEEPALIVE_SECONDS,
             lingering_time=_LINGER_SECONDS,
         )

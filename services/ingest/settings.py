@@ -141,6 +141,12 @@ class Settings:
         parse=seconds(0.1, 3600),
         doc="How long a client may take to send a body before it gets 408.",
     )
+    answer_timeout: float = setting(
+        "FI_ANSWER_TIMEOUT",
+        30.0,
+        parse=seconds(0.1, 3600),
+        doc="How long a client may take to read an answer before its connection is cut; 10 s for what a follower gets.",
+    )
     retry_after: float = setting(
         "FI_RETRY_AFTER",
         2.0,

@@ -20,6 +20,8 @@ from services.eventlog.settings import LogSettings
 ALIVE_SECONDS = 5.0
 #: a readiness probe must not hang, seconds
 PROBE_TIMEOUT_SECONDS = 2.0
+#: the broker itself waits this long for the consumers' leaders before it lists what it has, and some more, seconds
+LIST_TIMEOUT_SECONDS = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,20 @@ async def store_reports(
     parsed = (names.parse_consumer_name(name) for name in [*by_name, *missing])
     stores = sorted({store for store, _ in filter(None, parsed)}) or [default_store]
     return {store: _partitions(store, partitions, by_name, frozenset(missing)) for store in stores}
+
+
+def completed(
+    found: Mapping[str, tuple[PartitionReport, ...]], before: Mapping[str, tuple[PartitionReport, ...]]
+) -> dict[str, tuple[PartitionReport, ...]]:
+    """Return *found*, with the numbers of *before* for each consumer that exists and does not answer just now."""
+    known = {report.consumer: report for reports in before.values() for report in reports}
+    return {
+        store: tuple(
+            known.get(report.consumer, report) if report.exists and not report.answered else report
+            for report in reports
+        )
+        for store, reports in found.items()
+    }
 
 
 async def stream_ready(nc: Client, settings: LogSettings) -> list[str]:

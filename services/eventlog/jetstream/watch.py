@@ -11,25 +11,26 @@ partition whose end has moved: four requests and few more. What cannot be asked 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 
 from nats.aio.client import Client
 
 from services.contract.errors import FiqError
+from services.contract.lifecycle import beside
 from services.contract.logs import get_logger
-from services.eventlog.backlog import Backlog
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.certificates import certificates
 from services.eventlog.jetstream.names import DEAD_STREAM, STREAM, filter_subject
 from services.eventlog.jetstream.processes import live_processes
 from services.eventlog.jetstream.report import (
+    LIST_TIMEOUT_SECONDS,
     PROBE_TIMEOUT_SECONDS,
     PartitionReport,
     StreamReport,
+    completed,
     read_stream,
     store_reports,
 )
@@ -40,8 +41,6 @@ from services.eventlog.settings import LogSettings
 LOOK_SECONDS = 5.0
 #: how long the last answer is shown when no new one comes, seconds
 KEPT_SECONDS = 20.0
-#: the broker itself waits this long for the consumers' leaders before it lists what it has, and some more, seconds
-_LIST_TIMEOUT_SECONDS = 6.0
 
 _log = get_logger("eventlog.watch")
 
@@ -60,11 +59,10 @@ class LogWatch:
         self._settings = settings
         self._metrics = metrics
         self._api = JetStreamApi(nc, timeout=PROBE_TIMEOUT_SECONDS)
-        self._list_api = JetStreamApi(nc, timeout=_LIST_TIMEOUT_SECONDS)
+        self._list_api = JetStreamApi(nc, timeout=LIST_TIMEOUT_SECONDS)
         self._seen = dict.fromkeys(PARTS, time.monotonic())
         self._said: dict[str, str] = {}
         self._partitions = 0
-        self._events_seen: StreamReport | None = None
         self._offset = 0.0
         self._stores: dict[str, tuple[PartitionReport, ...]] = {}
         self._oldest: dict[str, tuple[int, float]] = {}
@@ -108,9 +106,7 @@ class LogWatch:
     # -- streams ------------------------------------------------------------------------------------------------------
 
     async def _streams(self) -> None:
-        self._events_seen = None
         self._metrics.available.set(0 if (events := await self._events()) is None else _takes_events(events))
-        self._events_seen = events
         dead = await self._api.stream_info(DEAD_STREAM)
         self._metrics.forget(STREAMS)
         if events is not None:
@@ -140,38 +136,16 @@ class LogWatch:
     async def _backlogs(self) -> None:
         partitions = self._partitions or self._settings.partitions
         found = await store_reports(self._list_api, partitions, self._settings.store)
-        self._stores = {store: self._completed(store, reports) for store, reports in found.items()}
+        self._stores = completed(found, self._stores)
         waiting = [
             (store, report, await self._age(report))
             for store, reports in self._stores.items()
             for report in reports
             if report.answered
         ]
-        before = self._metrics.observed
         self._metrics.forget(PARTITIONS)
         for store, report, age in waiting:
             self._metrics.backlog(store, report.partition, report.pending + report.ack_pending, age)
-        # a lost answer about the stream does not make the backlog unknown; KEPT_SECONDS without any do
-        self._metrics.observed = self._whole() or before
-
-    def _whole(self) -> Backlog | None:
-        """Return the backlog of the store that has most of it; while no store has a consumer, all of it waits."""
-        stream = self._events_seen
-        if stream is None:
-            return None
-        placed = [[report for report in reports if report.exists] for reports in self._stores.values()]
-        if not any(placed):
-            return Backlog(time.monotonic(), stream.last_sequence, stream.messages)
-        events = (sum(report.pending + report.ack_pending for report in reports) for reports in placed)
-        return Backlog(time.monotonic(), stream.last_sequence, max(events))
-
-    def _completed(self, store: str, reports: tuple[PartitionReport, ...]) -> tuple[PartitionReport, ...]:
-        """Put the last known numbers in the place of a consumer that exists and does not answer."""
-        before = {report.partition: report for report in self._stores.get(store, ())}
-        return tuple(
-            before.get(report.partition, report) if report.exists and not report.answered else report
-            for report in reports
-        )
 
     async def _age(self, report: PartitionReport) -> float:
         """Return for how long the oldest event of a partition has waited for its commit, seconds."""
@@ -206,13 +180,6 @@ def _takes_events(stream: StreamReport) -> bool:
     return bool(stream.leader) and stream.has_quorum
 
 
-@asynccontextmanager
-async def watching(nc: Client, settings: LogSettings, metrics: LogMetrics) -> AsyncIterator[None]:
+def watching(nc: Client, settings: LogSettings, metrics: LogMetrics) -> AbstractAsyncContextManager[None]:
     """Watch the log beside what is done inside."""
-    task = asyncio.create_task(LogWatch(nc, settings, metrics).run(), name="log watch")
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    return beside(LogWatch(nc, settings, metrics).run(), "log watch")

@@ -114,22 +114,6 @@ async def test_partitions_that_nobody_has_claimed_are_shown_without_an_owner(see
     assert {} == seen.series("fi_partition_backlog_events")
 
 
-async def test_the_whole_backlog_is_that_of_the_store_that_has_most_of_it(log: Log, seen: Watched) -> None:
-    """Before any store has a consumer all events wait; ingest pushes back by it."""
-    await log.publish(3, consultations=1)
-    await seen.watch.look()
-    assert seen.metrics.observed is not None
-    assert (3, 3) == (seen.metrics.observed.sequence, seen.metrics.observed.events)
-    for store in ("main", "second"):
-        for partition in (0, 1):
-            await _place(log, partition, store=store)
-    for name in ("fi-workers-main-00", "fi-workers-main-01"):
-        await log.api.reset_consumer(STREAM, name, 4)
-    await log.publish(1, consultations=1)
-    await seen.until(lambda: seen.metrics.observed is not None and seen.metrics.observed.events == 4)
-    assert seen.metrics.observed.sequence == 4
-
-
 async def test_each_partitions_backlog_has_a_length_and_an_age(log: Log, seen: Watched) -> None:
     """Of every store; the age is that of the oldest event that is not acknowledged, and grows while it stays so."""
     for store in ("main", "second"):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from services.contract.lifecycle import Stop, cancellable, unless_stopped
+from services.contract.lifecycle import Stop, beside, cancellable, unless_stopped
 
 PROGRAM = """
 import asyncio, sys, time
@@ -187,3 +187,42 @@ async def test_a_deadline_strikes_that_comes_together_with_the_answer() -> None:
 
     with pytest.raises(TimeoutError):
         await work()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_runs_beside_has_ended_when_the_block_has(fails: bool) -> None:
+    """Whatever happened in the block, and with its own farewell."""
+    said: list[str] = []
+
+    async def work() -> None:
+        try:
+            said.append("begun")
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            said.append("ended")
+
+    async def block() -> None:
+        async with beside(work(), "work"):
+            await asyncio.sleep(0)
+            assert ["begun"] == said
+            if fails:
+                raise LookupError
+
+    if fails:
+        with pytest.raises(LookupError):
+            await block()
+    else:
+        await block()
+    assert ["begun", "ended"] == said
+
+
+async def test_what_broke_beside_is_told_at_the_end() -> None:
+    """It is not lost with its task."""
+
+    async def work() -> None:
+        raise LookupError("broken")
+
+    with pytest.raises(LookupError, match="broken"):
+        async with beside(work(), "work"):
+            await asyncio.sleep(0)

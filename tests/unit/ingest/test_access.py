@@ -14,9 +14,10 @@ from structlog.testing import capture_logs
 
 from services.contract.errors import ConfigurationError
 from services.contract.tokens import Scope, Token, digest_of, render
-from services.ingest import changes, tokens
+from services.ingest import audit, changes, lines, tokens
 from services.ingest.access import GATE, GRANT, OPEN
 from services.ingest.app import make_app
+from services.ingest.handlers import ANSWERS
 from services.ingest.rates import Bucket
 from services.ingest.settings import Settings
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
@@ -383,6 +384,65 @@ async def test_a_flood_of_refusals_does_not_fill_the_log(file: Path, monkeypatch
     assert [3] == [entry["left_out"] for entry in refusals(entries)]
 
 
+@pytest.fixture
+def bursts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the test takes, no further lines are allowed."""
+    monkeypatch.setattr(lines, "_RATE", 1e-9)
+    monkeypatch.setattr(audit, "_SOURCE_RATE", 1e-9)
+
+
+@pytest.mark.usefixtures("bursts_only")
+async def test_strangers_hide_nothing_that_is_done_with_a_token(file: Path) -> None:
+    """Nor do loud ones hide the others."""
+    with capture_logs() as entries:
+        async with running_edge(token_file=str(file)) as edge:
+            for _ in range(60):
+                await edge.post(X_Forwarded_For="192.0.2.1")
+            await edge.post(X_Forwarded_For="192.0.2.2")
+            await edge.post(**bearer("reader"))
+            assert 61.0 == edge.metric("fi_ingest_access_refused_total", reason="missing")
+    found = refusals(entries)
+    loud = [entry for entry in found if entry.get("forwarded") == "192.0.2.1"]
+    assert 10 == len(loud)
+    assert 1 == sum(entry.get("forwarded") == "192.0.2.2" for entry in found)
+    assert ["reader"] == [entry["token"] for entry in found if "token" in entry]
+    assert 61 == len(found) - 1 + sum(entry.get("left_out", 0) for entry in found)
+
+
+@pytest.mark.usefixtures("bursts_only")
+async def test_strangers_of_many_addresses_get_no_more_lines_than_anybody_can_read(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which a proxy's word may be any number; those that were heard of long ago are forgotten."""
+    monkeypatch.setattr(audit, "_MOST_SOURCES", 20)
+    with capture_logs() as entries:
+        async with running_edge(token_file=str(file)) as edge:
+            for number in range(250):
+                await edge.post(X_Forwarded_For=f"192.0.2.{number}")
+            sources = edge.app[GATE]._audit._sources
+            assert 20 == len(sources)
+            assert ("127.0.0.1", "192.0.2.249") in sources
+    assert 50 == len(refusals(entries))
+
+
+@pytest.mark.usefixtures("bursts_only")
+async def test_a_flood_of_refused_requests_does_not_fill_the_log() -> None:
+    """Of one problem; another one's line is there, and the metric counts all."""
+    with capture_logs() as entries:
+        async with running_edge() as edge:
+            for _ in range(200):
+                await edge.post(body=b"{")
+            await edge.post("bad id")
+            assert 200.0 == edge.metric("fi_ingest_requests_total", status="400", problem="invalid-json")
+            edge.app[ANSWERS]._lines._rates.keep(set())
+            await edge.post(body=b"{")
+    refused = [entry for entry in entries if entry["event"] == "REQUEST_REFUSED"]
+    flood = [entry for entry in refused if entry["problem"] == "invalid-json"]
+    assert 51 == len(flood)
+    assert 201 == len(flood) + sum(entry.get("left_out", 0) for entry in flood)
+    assert 1 == sum(entry["problem"] == "invalid-consultation-id" for entry in refused)
+
+
 # -- rates ------------------------------------------------------------------------------------------------------------
 
 
@@ -398,10 +458,10 @@ async def test_a_token_over_its_rate_gets_429_and_the_others_do_not(file: Path) 
 
 
 async def test_a_batch_counts_its_events(file: Path) -> None:
-    """The handler takes them once it knows how many there are; what is refused is not counted."""
+    """The handler takes them once it knows how many there are; a batch may owe, and whoever owes gets in no more."""
 
     async def handler(request: web.Request) -> web.Response:
-        request[GRANT].take(int(request.query["more"]))
+        request[GRANT].take_more(int(request.query["more"]))
         return web.Response()
 
     async with running_edge(
@@ -413,4 +473,4 @@ async def test_a_batch_counts_its_events(file: Path) -> None:
         statuses = [
             (await edge.request("GET", f"/batch?more={more}", headers=bearer("reader"))).status for more in (5, 7, 2, 1)
         ]
-        assert [200, 429, 200, 429] == statuses
+        assert [200, 200, 429, 429] == statuses

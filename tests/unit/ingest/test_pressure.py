@@ -119,16 +119,43 @@ def test_without_a_limit_nothing_is_refused() -> None:
     assert world.takes()
 
 
+def test_what_is_not_counted_any_more_is_not_taken_for_committed_for_ever() -> None:
+    """Persisters may have stopped since; once that is known to nobody, some seconds' worth is all that is let in."""
+    world = World(limit=100)
+    world.look(sequence=5000, events=100)
+    world.now += 5
+    world.look(sequence=5050, events=100)
+    assert 10.0 == world.metric("fi_ingest_drained_events_per_second")
+    world.now += 15
+    world.pressure.look()
+    assert 40.0 == world.metric("fi_ingest_backlog_events")
+    world.pressure.note(5050 + 60)
+    assert not world.takes()
+
+
+def test_the_rate_is_that_of_some_seconds() -> None:
+    """Persisters commit in batches: in most seconds none, in others many."""
+    world = World(limit=10**6)
+    committed = 0
+    world.look(sequence=0, events=0)
+    for second in range(1, 31):
+        world.now += 1
+        committed += 500 if second % 5 == 0 else 0
+        world.look(sequence=100 * second, events=100 * second - committed)
+        assert world.metric("fi_ingest_drained_events_per_second") == (100.0 if second >= 5 else 0.0)
+
+
+@pytest.mark.parametrize("pause", [1, 5])
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=60))
-def test_the_limit_holds_whatever_comes(turns: list[tuple[int, int]]) -> None:
-    """With a look every fifth second: no more waits than the limit and what the rate was overestimated by."""
+def test_the_limit_holds_whatever_comes(pause: int, turns: list[tuple[int, int]]) -> None:
+    """No more waits than the limit and what was taken for committed since a count: with one each second, nothing."""
     world = World(limit=100)
     stored = committed = 0
     world.look(0, 0)
     for second, (offered, drained) in enumerate(turns, start=1):
         world.now += 1
         committed = min(stored, committed + drained)
-        if second % 5 == 0:
+        if second % pause == 0:
             world.look(stored, stored - committed)
         else:
             world.pressure.look()
@@ -137,4 +164,4 @@ def test_the_limit_holds_whatever_comes(turns: list[tuple[int, int]]) -> None:
                 break
             stored += 1
             world.pressure.note(stored)
-        assert stored - committed <= 100 + 5 * 30
+        assert stored - committed <= 100 + (0 if pause == 1 else 5 * 30)
