@@ -39,13 +39,16 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None]) -> Asyn
     client = await reach(settings.log, name=CONNECTION_NAME, role=Role.INGEST, on_closed=on_closed)
     try:
         check_max_payload(client, settings.max_event_bytes)
-        publisher = Publisher(client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight)
+        reader = JetStreamReader(client, settings.log)
+        publisher = Publisher(
+            client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight, held=reader.held
+        )
         await publisher.start()
         try:
             yield OpenLog(
                 publisher,
                 lambda: stream_ready(client, settings.log),
-                JetStreamReader(client, settings.log),
+                reader,
                 lambda metrics: _watching(client, settings, metrics),
             )
         finally:

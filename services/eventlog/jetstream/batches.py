@@ -1,19 +1,19 @@
 """Atomic batches (ADR-50): many events with one acknowledgement, stored at once or not at all.
 
 A batch is measured faster than its events one by one, because it waits for the quorum once. The broker refuses one that
-holds a message id which it knows: then the events are published one by one, and it says of each whether it is new. Two
-of one consultation are never on their way at the same time then: an election between them would change their order.
+holds a message id which it knows: see :mod:`services.eventlog.jetstream.batches_known`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogUnavailableError
 from services.eventlog.jetstream.acks import BATCH_HAS_DUPLICATE, DUPLICATE_IN_FLIGHT, Again, read_batch_ack
+from services.eventlog.jetstream.batches_known import AppendOne, AskHeld, PartlyKnown
 from services.eventlog.jetstream.exchange import Exchange, Slot, waits
 from services.eventlog.jetstream.names import STREAM, subject_of
 from services.eventlog.jetstream.wire import hpub
@@ -23,8 +23,6 @@ from services.eventlog.protocol import Appended
 MAX_BATCH = 1000
 #: batches of one process under way at once; the broker takes 50 of one stream from all of them, others wait here
 MAX_UNDER_WAY = 8
-#: events of one batch that are published one by one at the same time, each of another consultation
-MAX_SINGLES = 64
 
 #: headers of a message of a batch; the last one is on the last message only
 BATCH_ID_HEADER = "Nats-Batch-Id"
@@ -41,24 +39,22 @@ _ROOM_SECONDS = 0.005
 #: many times the patience with one event
 _PATIENCE = 3.0
 
-#: publishes one event until a moment on the loop's clock
-AppendOne = Callable[[Event, float], Awaitable[Appended]]
-
 
 class Batches:
     """Appends batches through an exchange."""
 
-    def __init__(self, exchange: Exchange, *, deadline: float, append: AppendOne) -> None:
+    def __init__(self, exchange: Exchange, *, deadline: float, append: AppendOne, held: AskHeld | None = None) -> None:
         """Make it.
 
         Args:
             exchange: sends and hears.
             deadline: seconds for one batch, waiting for its turn included.
             append: publishes one event, for batches that hold known ones.
+            held: says which of those are known; None when nobody can.
         """
         self._exchange = exchange
         self._deadline = deadline
-        self._append = append
+        self._partly_known = PartlyKnown(append, self._at_once, held)
         self._turns = asyncio.Semaphore(MAX_UNDER_WAY)
         self._loop = asyncio.get_running_loop()
 
@@ -78,7 +74,7 @@ class Batches:
         try:
             if len(events) > 1 and (stored := await self._at_once(events, end)) is not None:
                 return stored
-            return await self._one_by_one(events, end)
+            return await self._partly_known.store(events, end)
         finally:
             self._turns.release()
 
@@ -140,37 +136,6 @@ class Batches:
                 return Again("the connection to the log is congested")
             await asyncio.sleep(_ROOM_SECONDS)
         return await self._exchange.send_block(b"".join(block), len(block))
-
-    # -- one by one ---------------------------------------------------------------------------------------------------
-
-    async def _one_by_one(self, events: Sequence[Event], end: float) -> list[Appended]:
-        """Store *events* singly: those of a consultation in their order, consultations side by side.
-
-        One that fails ends its consultation, since it may still be stored, and what came behind it would stand before
-        it. The others are stored all the same; then the first failure is raised.
-        """
-        found: dict[int, Appended] = {}
-        failures: dict[int, Exception] = {}
-        numbers: dict[str, list[int]] = {}
-        for number, event in enumerate(events):
-            numbers.setdefault(event.consultation, []).append(number)
-        consultations = iter(numbers.values())
-
-        async def work() -> None:
-            for of_one in consultations:
-                for number in of_one:
-                    try:
-                        found[number] = await self._append(events[number], end)
-                    except Exception as error:  # noqa: BLE001  # raised below, when the others are done
-                        failures[number] = error
-                        break
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(MAX_SINGLES, len(numbers))):
-                group.create_task(work())
-        if failures:
-            raise failures[min(failures)]
-        return [found[number] for number in range(len(events))]
 
 
 def _headers(batch: str, number: int, *, last: bool) -> dict[str, str]:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-<<<<<<< HEAD
-from collections.abc import Iterator
-=======
-from collections.abc import Collection, Iterable, Iterator
->>>>>>> keys
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -46,10 +42,10 @@ class Found:
     committed: int
 
 
-<<<<<<< HEAD
 class _TooLargeError(LogRefusedError):
     """Raised when an event that was asked for is larger than the broker takes."""
-=======
+
+
 class _Call:
     """Somebody who waits for what the corpus says of some ids of a consultation."""
 
@@ -74,7 +70,6 @@ class _Call:
         """End the call with *error*."""
         if not self.future.done():
             self.future.set_exception(error)
->>>>>>> keys
 
 
 #: a consultation and an event's id; and who waits for what
@@ -158,20 +153,13 @@ class CorpusReading:
                 except BaseException:
                     _fail(taken, self._away(partition, "the question was given up"))
                     raise
-<<<<<<< HEAD
-                for pair, futures in rest.items():
-                    asked.waiting.setdefault(pair, []).extend(futures)
-=======
-                else:
-                    for pair, calls in rest.items():
-                        asked.waiting.setdefault(pair, []).extend(calls)
->>>>>>> keys
+                for pair, calls in rest.items():
+                    asked.waiting.setdefault(pair, []).extend(calls)
         finally:
             asked.task = None
             _fail(asked.waiting, self._away(partition, "the question was given up"))
             asked.waiting.clear()
 
-<<<<<<< HEAD
     async def _find_part(self, partition: int, part: Waiting) -> Waiting:
         """Ask for *part*, tell those who wait for it, and return what is to be asked again."""
         try:
@@ -191,10 +179,6 @@ class CorpusReading:
 
     async def _find_some(self, partition: int, part: Waiting) -> Waiting:
         pairs = list(part)
-=======
-    async def _find_some(self, partition: int, pairs: list[Pair], taken: list[list[_Call]]) -> Waiting:
-        """Ask for *pairs*, tell those who wait for them, and return what was not answered."""
->>>>>>> keys
         question = Find(pairs)
         try:
             answer = wire.decode_found(question, await self._ask(partition, question))
@@ -203,19 +187,11 @@ class CorpusReading:
         rest = set(answer.rest)
         if len(rest) == len(pairs):
             raise self._away(partition, "it answers nothing")
-<<<<<<< HEAD
         for index, pair in enumerate(pairs):
-            for future in part[pair]:
-                if index not in rest and not future.done():
-                    future.set_result(Found(answer.found.get(index), answer.committed))
-        return {pairs[index]: part[pairs[index]] for index in rest}
-=======
-        for index, calls in enumerate(taken):
             if index not in rest:
-                for call in calls:
-                    call.tell(pairs[index][1], answer.found.get(index), answer.committed)
-        return {pairs[index]: taken[index] for index in rest}
->>>>>>> keys
+                for call in part[pair]:
+                    call.tell(pair[1], answer.found.get(index), answer.committed)
+        return {pairs[index]: part[pairs[index]] for index in rest}
 
     async def _ask(self, partition: int, question: Question) -> bytes:
         subject = corpus_subject(self._store, partition, KIND_OF[type(question)])
@@ -258,18 +234,10 @@ class CorpusReading:
         return CorpusAwayError(f"partition {partition_name(partition)} of store {self._store}: {reason}")
 
 
-<<<<<<< HEAD
 def _fail(waiting: Waiting, error: Exception) -> None:
-    for futures in waiting.values():
-        for future in futures:
-            if not future.done():
-                future.set_exception(error)
-=======
-def _fail(taken: Iterable[list[_Call]], error: Exception) -> None:
-    for calls in taken:
+    for calls in waiting.values():
         for call in calls:
             call.fail(error)
->>>>>>> keys
 
 
 def _pauses() -> Iterator[float]:

@@ -13,6 +13,7 @@ from services.cli.cluster import Cluster
 from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogFullError, LogRefusedError, LogUnavailableError
 from services.eventlog.jetstream.batches import MAX_BATCH, MAX_UNDER_WAY
+from services.eventlog.jetstream.batches_known import MAX_SINGLES
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.reading import JetStreamReader
@@ -117,7 +118,7 @@ async def test_the_events_of_a_consultation_are_never_on_their_way_at_the_same_t
         finally:
             under_way[name] -= 1
 
-    monkeypatch.setattr(log.publisher._batches, "_append", partial(watched, log.publisher))
+    monkeypatch.setattr(log.publisher._batches._partly_known, "_append", partial(watched, log.publisher))
 
     # when
     outcome = await log.publisher.append_batch(events)
@@ -134,6 +135,43 @@ async def test_the_events_of_a_consultation_are_never_on_their_way_at_the_same_t
         assert sorted(stands) == stands
 
 
+async def test_a_retry_waits_for_no_known_event_and_stores_the_new_ones_at_once(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many round trips as events would not end within the deadline. The persisters need not be there."""
+    # given
+    events = [new_event() for _ in range(200)]
+    known = events[::2]
+    reader = JetStreamReader(log.nc, LogSettings())
+    publisher = Publisher(log.nc, deadline=20, max_in_flight=500, held=reader.held)
+    await publisher.start()
+    first = await publisher.append_batch(known)
+    singly: list[Event] = []
+    under_way = together = 0
+    publish = publisher._append_by
+
+    async def watched(event: Event, end: float) -> Appended:
+        nonlocal under_way, together
+        singly.append(event)
+        under_way += 1
+        together = max(together, under_way)
+        try:
+            return await publish(event, end)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(publisher._batches._partly_known, "_append", watched)
+
+    # when
+    outcome = await publisher.append_batch(events)
+    await publisher.close()
+
+    # then
+    assert (known, MAX_SINGLES) == (singly, together)
+    assert [Appended(one.sequence, duplicate=True) for one in first] == outcome[::2]
+    assert _new(101, 200) == outcome[1::2]
+
+
 async def test_behind_an_event_that_fails_its_consultation_waits_for_the_retry(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +186,7 @@ async def test_behind_an_event_that_fails_its_consultation_waits_for_the_retry(
             raise LogUnavailableError("an election")
         return await publish(log.publisher, event, end)
 
-    monkeypatch.setattr(log.publisher._batches, "_append", failing)
+    monkeypatch.setattr(log.publisher._batches._partly_known, "_append", failing)
 
     # when
     with pytest.raises(LogUnavailableError, match="an election"):
