@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -94,7 +95,11 @@ def write_until_killed(path: str, told: Connection) -> None:
 
 
 def kill_writer(path: Path, seconds: float) -> int:
-    """Run a writer, kill it with -9 after *seconds*; return the last sequence that it acknowledged."""
+    """Run a writer, kill it with -9 after *seconds*; return the last sequence that it acknowledged.
+
+    Raises:
+        AssertionError: it ended by itself.
+    """
     receiver, sender = _context.Pipe(duplex=False)
     writer = _context.Process(target=write_until_killed, args=(str(path), sender))
     writer.start()
@@ -102,21 +107,29 @@ def kill_writer(path: Path, seconds: float) -> int:
     try:
         if not receiver.poll(_START_SECONDS):
             raise TimeoutError("the writer did not start")
-        acknowledged = int(receiver.recv())
+        told = _told(receiver, at_most=1)
         # the moment of the kill is what is random here; nothing is waited for
         writer.join(seconds)
         writer.kill()
         writer.join(_START_SECONDS)
-        while receiver.poll():
-            acknowledged = int(receiver.recv())
-    except EOFError:
-        return acknowledged
+        assert writer.exitcode == -signal.SIGKILL, "the writer ended by itself"
+        return [*told, *_told(receiver)][-1]
     finally:
         writer.kill()
         writer.join(_START_SECONDS)
         receiver.close()
         writer.close()
-    return acknowledged
+
+
+def _told(receiver: Connection, at_most: int | None = None) -> list[int]:
+    """Return what a writer told, up to so many numbers, or up to its end."""
+    told: list[int] = []
+    try:
+        while at_most is None or len(told) < at_most:
+            told.append(int(receiver.recv()))
+    except EOFError:
+        pass
+    return told
 
 
 def check_recovered(path: Path, acknowledged: int) -> int:
