@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from services.corpus import EventStore, StoreOptions, verify_corpus
@@ -24,6 +25,8 @@ from tests.support.corpus import IDENTITY, commit_range, consultation_of, expect
 
 #: events of a commit
 BATCH = 20
+#: events of a commit of a busy writer: the file must not outgrow a test that reads all of it often
+SMALL_BATCH = 2
 #: consultations that they are spread over
 CONSULTATIONS = 40
 #: a start of a writer is bounded by this, seconds
@@ -119,6 +122,26 @@ def kill_writer(path: Path, seconds: float) -> int:
         writer.join(_START_SECONDS)
         receiver.close()
         writer.close()
+
+
+@contextmanager
+def busy_writer(path: Path) -> Iterator[BaseProcess]:
+    """Run a writer that commits and makes checkpoints on and on, in small steps, and kill it in the end."""
+    writer = _context.Process(target=_write_in_small_steps, args=(str(path),))
+    writer.start()
+    try:
+        yield writer
+    finally:
+        writer.kill()
+        writer.join(_START_SECONDS)
+        assert writer.exitcode == -signal.SIGKILL, "the writer ended by itself"
+
+
+def _write_in_small_steps(path: str) -> None:
+    with EventStore.open(Path(path), expected=None, options=small_options()) as store:
+        while True:
+            commit_range(store, range(store.committed + 1, store.committed + 1 + SMALL_BATCH), CONSULTATIONS)
+            store.maybe_checkpoint(now=True)
 
 
 def _told(receiver: Connection, at_most: int | None = None) -> list[int]:

@@ -354,7 +354,7 @@ def test_a_live_corpus_is_verified_while_its_writer_commits(path: Path) -> None:
 
 @pytest.mark.parametrize("state", ["closed", "crashed", "live"])
 def test_verification_changes_nothing(directory: Path, state: str) -> None:
-    """No byte, no name and no time of change: neither in a closed corpus nor where a journal waits or a writer lives."""
+    """No byte, no name, no time of change: closed, with a journal that waits, or with a writer that lives."""
     # given
     store = EventStore.open(directory / "00.h5", expected=None)
     if state == "closed":
