@@ -17,7 +17,7 @@ from tests.support.torture import BATCH, CONSULTATIONS, LONG, held_by_a_reader, 
 #: states that are built from one recording
 _STATES = 50
 #: one state of so many is also read and verified, before the recovery and after it
-_READ_EACH = 5
+_READ_EACH = 10
 
 
 @pytest.fixture

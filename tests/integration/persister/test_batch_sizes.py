@@ -6,14 +6,17 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from services.eventlog.partitions import partition_of
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of
 from tests.support.polling import eventually
 
 
+@pytest.mark.timeout(240)
 async def test_a_backlog_of_small_events_is_committed_in_batches_of_8192(log: Log, tmp_path: Path) -> None:
-    """The default of FI_BATCH_EVENTS. Many consultations: what comes outruns the commits, as under load."""
-    events = await log.publish(24_000, consultations=_consultations(2_000), batch=1_000)
+    """The default of FI_BATCH_EVENTS. Many consultations make commits slower than what comes."""
+    events = await log.publish(16_000, consultations=_consultations(2_000), batch=1_000)
     batches = await _batches(log, tmp_path, events)
     assert 8_192 == max(batch["persisted"] for batch in batches)
 
@@ -36,7 +39,7 @@ async def _batches(log: Log, folder: Path, events: Contents) -> list[dict[str, A
     """Persist the *events*, which are published, and return what the process says of each batch."""
     published = sum(map(len, events.values()))
     with Persister(folder, log.cluster, folder / "data") as persister:
-        await eventually(lambda: published == sum(batch["persisted"] for batch in _told(persister)), timeout=60)
+        await eventually(lambda: published == sum(batch["persisted"] for batch in _told(persister)), timeout=100)
         assert 0 == await persister.end()
         assert events == corpus_of(folder / "data")
         return _told(persister)
