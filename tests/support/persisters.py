@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,14 +108,23 @@ class Log:
     def api(self) -> JetStreamApi:
         return JetStreamApi(self.nc)
 
-    async def publish(self, count: int, *, consultations: int = 12, at: int = 1) -> Contents:
-        """Publish *count* new events over some consultations, accepted *at* so many ns since 1970, and return them."""
-        events = [
-            Event(f"c{number % consultations}", new_event_id(), at, b'{"event_type":"T","payload":%d}' % number)
-            for number in range(count)
-        ]
-        for event in events:
-            await self.publisher.append(event)
+    async def publish(
+        self, count: int, *, consultations: int | Sequence[str] = 12, at: int = 1, size: int = 0, batch: int = 1
+    ) -> Contents:
+        """Publish new events and return them.
+
+        Args:
+            count: how many.
+            consultations: those that they are spread over, or how many.
+            at: when they were accepted, nanoseconds since 1970.
+            size: bytes of each, about.
+            batch: how many are published together.
+        """
+        names = [f"c{n}" for n in range(consultations)] if isinstance(consultations, int) else consultations
+        body = b'{"event_type":"T","payload":%*d}'
+        events = [Event(names[n % len(names)], new_event_id(), at, body % (size, n)) for n in range(count)]
+        for start in range(0, count, batch):
+            await self.publisher.append_batch(events[start : start + batch])
         made: Contents = {}
         for event in events:
             made.setdefault(event.consultation, []).append(event.event_id)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from services.corpus import EventStore, StoreOptions, verify_corpus
@@ -23,6 +25,8 @@ from tests.support.corpus import IDENTITY, commit_range, consultation_of, expect
 
 #: events of a commit
 BATCH = 20
+#: events of a commit of a busy writer: the file must not outgrow a test that reads all of it often
+SMALL_BATCH = 2
 #: consultations that they are spread over
 CONSULTATIONS = 40
 #: a start of a writer is bounded by this, seconds
@@ -94,7 +98,11 @@ def write_until_killed(path: str, told: Connection) -> None:
 
 
 def kill_writer(path: Path, seconds: float) -> int:
-    """Run a writer, kill it with -9 after *seconds*; return the last sequence that it acknowledged."""
+    """Run a writer, kill it with -9 after *seconds*; return the last sequence that it acknowledged.
+
+    Raises:
+        AssertionError: it ended by itself.
+    """
     receiver, sender = _context.Pipe(duplex=False)
     writer = _context.Process(target=write_until_killed, args=(str(path), sender))
     writer.start()
@@ -102,21 +110,49 @@ def kill_writer(path: Path, seconds: float) -> int:
     try:
         if not receiver.poll(_START_SECONDS):
             raise TimeoutError("the writer did not start")
-        acknowledged = int(receiver.recv())
+        told = _told(receiver, at_most=1)
         # the moment of the kill is what is random here; nothing is waited for
         writer.join(seconds)
         writer.kill()
         writer.join(_START_SECONDS)
-        while receiver.poll():
-            acknowledged = int(receiver.recv())
-    except EOFError:
-        return acknowledged
+        assert writer.exitcode == -signal.SIGKILL, "the writer ended by itself"
+        return [*told, *_told(receiver)][-1]
     finally:
         writer.kill()
         writer.join(_START_SECONDS)
         receiver.close()
         writer.close()
-    return acknowledged
+
+
+@contextmanager
+def busy_writer(path: Path) -> Iterator[BaseProcess]:
+    """Run a writer that commits and makes checkpoints on and on, in small steps, and kill it in the end."""
+    writer = _context.Process(target=_write_in_small_steps, args=(str(path),))
+    writer.start()
+    try:
+        yield writer
+    finally:
+        writer.kill()
+        writer.join(_START_SECONDS)
+        assert writer.exitcode == -signal.SIGKILL, "the writer ended by itself"
+
+
+def _write_in_small_steps(path: str) -> None:
+    with EventStore.open(Path(path), expected=None, options=small_options()) as store:
+        while True:
+            commit_range(store, range(store.committed + 1, store.committed + 1 + SMALL_BATCH), CONSULTATIONS)
+            store.maybe_checkpoint(now=True)
+
+
+def _told(receiver: Connection, at_most: int | None = None) -> list[int]:
+    """Return what a writer told, up to so many numbers, or up to its end."""
+    told: list[int] = []
+    try:
+        while at_most is None or len(told) < at_most:
+            told.append(int(receiver.recv()))
+    except EOFError:
+        pass
+    return told
 
 
 def check_recovered(path: Path, acknowledged: int) -> int:

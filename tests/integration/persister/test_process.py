@@ -44,7 +44,7 @@ async def test_everything_accepted_is_in_hdf5_and_the_process_tells_of_itself(lo
 async def test_when_idle_an_event_is_committed_within_a_tenth_of_a_second(log: Log, tmp_path: Path) -> None:
     """By the process's own measure, from ingest to the commit.
 
-    The quickest of many counts: whatever the program waited for would delay every one of them, a busy machine does not.
+    The median of many counts: whatever the program waited for would delay all of them, a busy machine delays some.
     """
     with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
         await persister.ready()
@@ -57,7 +57,7 @@ async def test_when_idle_an_event_is_committed_within_a_tenth_of_a_second(log: L
             await eventually(committed)
         samples = await persister.samples()
         assert 30 == samples["fi_persister_batch_events_count"]
-        assert samples['fi_persister_event_age_seconds_bucket{le="0.1"}'] > 0
+        assert samples['fi_persister_event_age_seconds_bucket{le="0.1"}'] >= 15
         assert 0 == await persister.end()
 
 

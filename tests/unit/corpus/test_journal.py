@@ -64,25 +64,39 @@ def test_a_bit_flipped_before_the_last_record_is_refused_loudly(crashed: Path, w
         len(corpus)
 
 
-@pytest.mark.parametrize("slot", [0, 1])
-def test_one_damaged_header_is_survived(path: Path, wal: Path, slot: int) -> None:
-    """Two headers are written in turn; a power cut may destroy the one that is being written."""
+@pytest.mark.parametrize("slot", ["older", "newest"])
+@pytest.mark.parametrize("checkpoints", [2, 3])
+def test_one_damaged_header_is_survived(path: Path, wal: Path, checkpoints: int, slot: str) -> None:
+    """Two headers are written in turn; a power cut may destroy the one that is being written.
+
+    The older one leads to the records of the round before: they stand there until their room is used again.
+    """
+    _checkpoints_and_a_commit(path, checkpoints, each=10)
+    _flip(wal, _slots(wal)[slot] + 40)
+    with open_corpus(path) as corpus:
+        assert corpus.partitions[0].committed == 10 * checkpoints + 10
     with EventStore.open(path, expected=IDENTITY) as store:
-        commit_range(store, range(1, 11))
-        assert store.checkpoint()
-        commit_range(store, range(11, 21))
-        assert store.checkpoint()
-    # the newer one has the odd or even generation 3
-    older = 0 if wal.read_bytes()[4096 + 32] == 3 else 1
-    if slot == older:
-        _flip(wal, 4096 * slot + 40)
-        with EventStore.open(path, expected=IDENTITY) as store:
-            assert store.committed == 20
-    else:
-        _flip(wal, 4096 * older + 40)
-        _flip(wal, 4096 * slot + 40)
-        with pytest.raises(JournalError, match="both its headers are damaged"):
-            EventStore.open(path, expected=IDENTITY)
+        assert store.committed == 10 * checkpoints + 10
+    assert (10 * checkpoints + 10, expected(10 * checkpoints + 10)) == stock_contents(path)
+
+
+def test_a_damaged_newest_header_is_refused_once_the_room_of_the_round_before_was_used(path: Path, wal: Path) -> None:
+    """No power cut leaves that. What the older one leads to is gone: refused loudly, by readers too."""
+    _checkpoints_and_a_commit(path, 2, each=50)
+    _flip(wal, _slots(wal)["newest"] + 40)
+    with pytest.raises(JournalError, match="restore the file and its journal from a backup"):
+        EventStore.open(path, expected=IDENTITY)
+    with open_corpus(path) as corpus, pytest.raises(JournalError):
+        len(corpus)
+
+
+def test_two_damaged_headers_are_refused(path: Path, wal: Path) -> None:
+    """Nothing says where the records begin."""
+    _checkpoints_and_a_commit(path, 2, each=10)
+    for place in _slots(wal).values():
+        _flip(wal, place + 40)
+    with pytest.raises(JournalError, match="both its headers are damaged"):
+        EventStore.open(path, expected=IDENTITY)
 
 
 def test_a_missing_journal_is_refused(crashed: Path, wal: Path) -> None:
@@ -194,6 +208,24 @@ def _work_with_a_checkpoint(path: Path) -> None:
         assert store.checkpoint()
         commit_range(store, range(11, 21))
         store.abandon()
+
+
+def _checkpoints_and_a_commit(path: Path, checkpoints: int, *, each: int) -> None:
+    """Make so many checkpoints, each after *each* events, and crash after a commit of ten more."""
+    store = EventStore.open(path, expected=IDENTITY, options=StoreOptions(checkpoint_bytes=100_000))
+    for _ in range(checkpoints):
+        for _ in range(each // 10):
+            commit_range(store, range(store.committed + 1, store.committed + 11))
+        assert store.checkpoint()
+    commit_range(store, range(store.committed + 1, store.committed + 11))
+    store.abandon()
+
+
+def _slots(wal: Path) -> dict[str, int]:
+    """Return where the headers lie: the one with the higher turn is the newest."""
+    content = wal.read_bytes()
+    older, newest = sorted((0, 4096), key=lambda place: int.from_bytes(content[place + 32 : place + 40], "little"))
+    return {"older": older, "newest": newest}
 
 
 def _last_record(wal: Path) -> int:

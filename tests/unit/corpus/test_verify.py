@@ -352,6 +352,34 @@ def test_a_live_corpus_is_verified_while_its_writer_commits(path: Path) -> None:
     assert verify_corpus(path).clean
 
 
+@pytest.mark.parametrize("state", ["closed", "crashed", "live"])
+def test_verification_changes_nothing(directory: Path, state: str) -> None:
+    """No byte, no name, no time of change: closed, with a journal that waits, or with a writer that lives."""
+    # given
+    store = EventStore.open(directory / "00.h5", expected=None)
+    if state == "closed":
+        store.close()
+    else:
+        commit_range(store, range(201, 251))
+        append_range(store, range(251, 260))
+    if state == "crashed":
+        store.abandon()
+    before = _everything(directory)
+    # when
+    report = verify_corpus(directory)
+    # then
+    assert () == report.problems
+    assert (state != "closed") == (report.partitions[0].journal_records > 0)
+    assert before == _everything(directory)
+    store.abandon()
+
+
+def _everything(directory: Path) -> dict[str, tuple[bytes, int]]:
+    """Return the content and the time of the last change of every file; of the directory itself, the latter."""
+    files = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
+    return files | {".": (b"", directory.stat().st_mtime_ns)}
+
+
 def test_every_kind_of_problem_is_documented() -> None:
     """docs/cli.md lists what the code can say, in its words."""
     document = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")

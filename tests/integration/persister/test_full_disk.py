@@ -1,0 +1,101 @@
+"""A persister whose disk is really full: it says so, acknowledges nothing more, and goes on when there is room."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from services.corpus import open_corpus
+from services.eventlog.jetstream.names import STREAM, consumer_name
+from services.eventlog.partitions import partition_name
+from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted
+from tests.support.polling import eventually
+from tests.support.small_disk import fill, small_disk
+
+#: MiB; more than the events take, twice
+_DISK = 96
+#: so many large events are more in each partition than the room that all files have reserved together
+_EVENTS, _LARGE = 48, 500_000
+
+_FULL = "No space left"
+
+
+async def test_a_full_disk_stops_every_partition_until_there_is_room(log: Log, tmp_path: Path) -> None:
+    """Nothing is acknowledged that is not committed, which can be read; each event is written once in the end."""
+    with (
+        small_disk("tmpfs", tmp_path / "disk", size=_DISK) as disk,
+        Persister(tmp_path, log.cluster, disk / "data") as persister,
+    ):
+        # given
+        await persister.ready()
+        before = await log.publish(40)
+        await persisted(disk / "data", before)
+        # when
+        ballast = fill(disk)
+        waiting = await log.publish(_EVENTS, size=_LARGE)
+        # then
+        await persister.not_ready(_FULL)
+        floors = await eventually(lambda: _floors_that_stand(log, persister), timeout=90)
+        await persister.not_ready(_FULL)
+        _check_beginning(disk / "data", before, waiting)
+        with open_corpus(disk / "data") as corpus:
+            committed = [partition.committed for partition in corpus.partitions]
+        assert all(floor <= sequence for floor, sequence in zip(floors, committed, strict=True))
+        # and when there is room again
+        ballast.unlink()
+        await persisted(disk / "data", before, waiting)
+        await persister.ready()
+        assert 0 == await persister.end()
+        assert "" == persister.errors
+
+
+async def test_a_process_that_starts_on_a_full_disk_waits_for_room(log: Log, tmp_path: Path) -> None:
+    """It takes over from one that was killed there: to recover needs no room, and what comes then waits."""
+    with small_disk("tmpfs", tmp_path / "disk", size=_DISK) as disk:
+        # given
+        with Persister(tmp_path / "killed", log.cluster, disk / "data") as killed:
+            await killed.ready()
+            before = await log.publish(40)
+            await persisted(disk / "data", before)
+            ballast = fill(disk)
+            waiting = await log.publish(_EVENTS, size=_LARGE)
+            await killed.not_ready(_FULL)
+        # when
+        with Persister(tmp_path / "next", log.cluster, disk / "data") as persister:
+            # then
+            await persister.not_ready(_FULL)
+            _check_beginning(disk / "data", before, waiting)
+            ballast.unlink()
+            await persisted(disk / "data", before, waiting)
+            await persister.ready()
+            assert 0 == await persister.end()
+            assert "" == persister.errors
+
+
+async def _floors_that_stand(log: Log, persister: Persister) -> list[int]:
+    """Return the acknowledgement floors, once every partition was refused again and none of them has moved."""
+    floors, failures = await _floors(log), _failures(persister)
+    names = [partition_name(number) for number in range(PARTITIONS)]
+    await eventually(lambda: all(_failures(persister)[name] > failures[name] for name in names))
+    assert floors == await _floors(log)
+    return floors
+
+
+async def _floors(log: Log) -> list[int]:
+    infos = {info["name"]: info for info in await log.api.list_consumers(STREAM)}
+    return [infos[consumer_name("main", number)]["ack_floor"]["stream_seq"] for number in range(PARTITIONS)]
+
+
+def _failures(persister: Persister) -> Counter[str]:
+    """Return how often each partition said that it could not write, and why."""
+    failures = [line for line in persister.lines if line["event"] == "EVENT_PERSIST_FAILED"]
+    return Counter(line["partition"] for line in failures if _FULL in str(line))
+
+
+def _check_beginning(data: Path, before: Contents, waiting: Contents) -> None:
+    """What is committed is all that was before the disk was full, and of the rest what still found room, in order."""
+    found, published = corpus_of(data), joined([before, waiting])
+    for name, ids in published.items():
+        assert len(before[name]) <= len(found[name])
+        assert ids[: len(found[name])] == found[name]
+    assert found != published
