@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from nats.aio.client import Client
-
 from services.eventlog.jetstream.connection import check_max_payload, close
-from services.eventlog.jetstream.counting import counting
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.jetstream.report import stream_ready
 from services.eventlog.jetstream.startup import reach
 from services.eventlog.jetstream.watch import watching
-from services.eventlog.metrics import LogMetrics
 from services.ingest.app import OpenLog
 from services.ingest.settings import Settings
 
@@ -46,15 +42,9 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None]) -> Asyn
                 publisher,
                 lambda: stream_ready(client, settings.log),
                 JetStreamReader(client, settings.log),
-                lambda metrics: _watching(client, settings, metrics),
+                lambda metrics: watching(client, settings.log, metrics),
             )
         finally:
             await publisher.close()
     finally:
         await close(client)
-
-
-@asynccontextmanager
-async def _watching(client: Client, settings: Settings, metrics: LogMetrics) -> AsyncIterator[None]:
-    async with watching(client, settings.log, metrics), counting(client, settings.log, metrics):
-        yield

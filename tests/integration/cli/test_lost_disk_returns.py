@@ -230,6 +230,6 @@ async def state(log: Log, name: str) -> dict[str, Any]:
         return infos[0]
 
     info = await eventually(ask)
-    counts = ("num_ack_pending", "num_redelivered", "num_pending")
+    counts = ("num_ack_pending", "num_redelivered")
     positions = {key: {k: info[key][k] for k in ("consumer_seq", "stream_seq")} for key in ("delivered", "ack_floor")}
     return {**positions, **{key: info[key] for key in counts}, "config": info["config"]}
