@@ -210,15 +210,15 @@ async def test_a_new_epoch_changes_nothing_else_of_a_consumer(log: Log, tmp_path
     before = await state(log, name)
     await placements.renew(1, volume, 2)
     assert [1, 2, 1, 1] == await epochs(log)
+    for volume_, epoch in ((volume, 2), (volume, 1), ("another", 3)):
+        with pytest.raises(PlacementError, match="by now"):
+            await placements.renew(1, volume_, epoch)
     for _ in range(3):
         after = await eventually(lambda: state(log, name))
         assert "2" == after["config"]["metadata"].pop(EPOCH_KEY)
         after["config"]["metadata"][EPOCH_KEY] = "1"
         assert before == after
         await log.api.request(f"CONSUMER.LEADER.STEPDOWN.{STREAM}.{name}")
-    for volume_, epoch in ((volume, 2), (volume, 1), ("another", 3)):
-        with pytest.raises(PlacementError, match="by now"):
-            await placements.renew(1, volume_, epoch)
 
 
 async def state(log: Log, name: str) -> dict[str, Any]:
