@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import h5py
@@ -70,6 +71,11 @@ class OpenPartition:
             journaled.discard()
             self._file.close()
             raise
+
+    def place(self, epoch: int) -> None:
+        """Let the file say that it is the one of the partition's placement *epoch*."""
+        h5py.h5a.open(self._file.id, b"epoch").write(np.array(epoch, np.uint32))
+        self.identity = replace(self.identity, epoch=epoch)
 
     def flush(self, sequence: int) -> None:
         """Hand everything to the journaled file, with *sequence* as the one that is reached."""

@@ -53,7 +53,10 @@ class Identity:
 _REMEDIES = {
     "store": "point FI_STORE or FI_DATA_DIR at the store that the file belongs to",
     "volume": "put the file back into the data directory of its own volume; one copied elsewhere must not be written",
-    "epoch": "the partition was placed anew since; remove this stale copy, or restore the file of the current epoch",
+    "epoch": (
+        "the partition was placed anew since (by `fiq give-up` or `fiq restore`), so this is a stale copy: stop the "
+        "persisters of this directory and keep it for reading; docs/operations.md, `A lost disk comes back`"
+    ),
     "partition": "the file was renamed or copied over another one; put the right file back",
     "partitions": "use the partition count that the stream was created with; it cannot change",
     "stream": "point the service at the stream that the file was written from, or use another data directory",

@@ -216,6 +216,16 @@ class EventStore:
             self._uncommitted = 0
             self._checkpoints.note_commit(started)
 
+    def place(self, epoch: int) -> None:
+        """Make durable that this is the file of the partition's placement *epoch*, with whatever was appended.
+
+        Raises:
+            CorpusIOError: the system refused; abandon the store.
+        """
+        with self._guarded:
+            self._partition.place(epoch)
+        self.commit(max(self.committed, self._highest))
+
     def checkpoint(self) -> bool:
         """Copy what is committed into the file, where stock readers see it, and wait for it.
 

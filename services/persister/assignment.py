@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.contract.logs import get_logger
@@ -22,6 +22,7 @@ from services.corpus import (
     Identity,
     StoreOptions,
     TransientCorpusError,
+    open_corpus,
     write_index,
 )
 from services.corpus.records import check_identity
@@ -30,10 +31,7 @@ from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
-from services.persister.volume import Volume
-
-#: epoch of a partition's first placement
-FIRST_EPOCH = 1
+from services.persister.volume import FIRST_EPOCH, Volume
 
 _FOREIGN = "its file lies in this volume, but another volume has the partition: move the file back where it belongs"
 
@@ -110,7 +108,10 @@ async def _claim(deployment: Deployment, placements: Placements) -> Placed:
     refused: dict[int, str] = {}
     placed = await placements.read()
     _settle_markers(volume, placed)
-    for partition in _preference(deployment, set(range(deployment.log.partitions)) - placed.keys()):
+    unplaced = set(range(deployment.log.partitions)) - placed.keys()
+    if reason := await asyncio.to_thread(_stale, volume, placed):
+        return _placed(volume, placed, dict.fromkeys(unplaced, reason))
+    for partition in _preference(deployment, unplaced):
         if not _may_claim(deployment, placed):
             break
         try:
@@ -118,7 +119,7 @@ async def _claim(deployment: Deployment, placements: Placements) -> Placed:
         except CorpusError as error:
             refused[partition] = str(error)
             continue
-        await asyncio.to_thread(volume.mark_claim, partition)
+        await asyncio.to_thread(volume.mark_claim, partition, epoch)
         found = placed[partition] = await placements.claim(partition, volume.uuid, epoch)
         if found.volume != volume.uuid:
             await asyncio.to_thread(volume.clear_claim, partition)
@@ -146,10 +147,12 @@ def open_store(deployment: Deployment, placement: Placement, options: StoreOptio
     expected = deployment.expected(partition, placement.epoch)
     path = volume.file(partition)
     # the mark before the file: whoever else is creating the file removes the mark only when the file is there
-    marked = volume.claim_marked(partition)
+    claimed = volume.claimed_epoch(partition)
     if path.exists():
         store = EventStore.open(path, expected=expected, options=options)
-    elif marked:
+    elif claimed is not None:
+        # a new file must say what its claim says, not what the placement has become since
+        check_identity(f"{partition_name(partition)}.claim", expected, replace(expected, epoch=claimed))
         store = _create(path, expected, options)
     else:
         raise PlacementError(
@@ -184,6 +187,28 @@ def _settle_markers(volume: Volume, placed: dict[int, Placement]) -> None:
     for partition, found in placed.items():
         if found.volume != volume.uuid and volume.claim_marked(partition):
             volume.clear_claim(partition)
+
+
+def _stale(volume: Volume, placed: dict[int, Placement]) -> str:
+    """Return why this directory is not the volume's newest, so that its twin alone may claim; nothing when it is."""
+    for partition, found in placed.items():
+        if found.volume == volume.uuid and (held := _held_epoch(volume, partition)) not in (None, found.epoch):
+            return (
+                f"not claimed, since partition {partition_name(partition)} is of epoch {held} here and was placed anew "
+                f"as epoch {found.epoch}: this directory is a stale copy of its volume"
+            )
+    return ""
+
+
+def _held_epoch(volume: Volume, partition: int) -> int | None:
+    """Return the epoch of what the directory has of *partition*; None when that cannot be told."""
+    if not volume.file(partition).exists():
+        return volume.claimed_epoch(partition)
+    try:
+        with open_corpus(volume.file(partition)) as corpus:
+            return corpus.partitions[0].identity.epoch
+    except CorpusError:  # its runner shows it
+        return None
 
 
 def _preference(deployment: Deployment, unplaced: set[int]) -> list[int]:

@@ -13,7 +13,7 @@ from services.eventlog.errors import LogMismatchError
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.idle import empty_up_to
 from services.eventlog.jetstream.names import STREAM, consumer_name
-from services.eventlog.jetstream.placement import Placement, Placements
+from services.eventlog.jetstream.placement import Placement, Placements, placement_of
 from services.eventlog.jetstream.trim import Trimmer
 from services.eventlog.partitions import partition_name
 from services.persister.assignment import Deployment, Placed, place
@@ -71,6 +71,7 @@ class Coordinator:
         self._metrics = metrics
         self._log = get_logger("coordinator")
         self._runners: dict[int, PartitionRunner] = {}
+        self._run_as: dict[int, Placement] = {}  # what each runner was made for
         self._placed = Placed({}, {})
         self._shared: set[int] = set()  # partitions of the volume that were shared among its processes
         self._advance_at: dict[int, float] = {}
@@ -159,13 +160,16 @@ class Coordinator:
     async def _step(self) -> None:
         alive = await asyncio.to_thread(self._members.alive)
         wanted = {p for p, owner in share(self._placed.here, alive).items() if owner == self._members.name}
-        given_up = [p for p in self._runners if p not in wanted]
+        here = self._placed.here
+        # one that was placed anew meanwhile begins anew, too: its file is no longer the right one, and says so
+        given_up = [p for p in self._runners if p not in wanted or self._run_as[p] != here[p]]
         await self._release(given_up)
         new = sorted(wanted - self._runners.keys())
         for partition in new:
-            runner = self._runners[partition] = self._make_runner(self._placed.here[partition])
+            self._run_as[partition] = here[partition]
+            runner = self._runners[partition] = self._make_runner(here[partition])
             runner.start()
-        self._shared = set(self._placed.here)
+        self._shared = set(here)
         if new or given_up:
             self._log.info("PARTITIONS_SHARED", partitions=self.partitions, processes=len(alive))
             self.on_change(self.partitions)
@@ -226,6 +230,8 @@ class Coordinator:
             info = infos.get(consumer_name(self._deployment.log.store, partition))
             if info is None:
                 continue
+            if placement_of(partition, info) != self._placed.here.get(partition):
+                self._place_at = 0.0
             waiting, pending = info["num_pending"], info["num_ack_pending"]
             self._metrics.of(partition).queue(waiting + pending, pending)
 

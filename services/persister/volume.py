@@ -28,6 +28,8 @@ from services.persister.errors import VolumeBusyError, VolumeError
 
 #: version of ``volume.json``
 FORMAT = 1
+#: epoch of a partition's first placement
+FIRST_EPOCH = 1
 #: how long to wait for another process of the volume that is claiming partitions, seconds
 LOCK_TIMEOUT_SECONDS = 10.0
 
@@ -89,11 +91,11 @@ class Volume:
             await asyncio.to_thread(stack.enter_context, _locked(self.directory / "volume.lock"))
             yield
 
-    def mark_claim(self, partition: int) -> None:
-        """Note durably that *partition* is about to be claimed, so that a missing file is no loss yet."""
+    def mark_claim(self, partition: int, epoch: int) -> None:
+        """Note durably that *partition* is about to be claimed with *epoch*, so that a missing file is no loss yet."""
         marker = self._marker(partition)
         with open(marker, "w", encoding="ascii") as file:
-            file.write(f"{self.uuid}\n")
+            file.write(claim_marker(self.uuid, epoch))
             file.flush()
             os.fsync(file.fileno())
         _sync_directory(self.directory)
@@ -101,6 +103,14 @@ class Volume:
     def claim_marked(self, partition: int) -> bool:
         """Whether a claim of *partition* is under way."""
         return self._marker(partition).exists()
+
+    def claimed_epoch(self, partition: int) -> int | None:
+        """Return the epoch with which a claim of *partition* is under way; None when none is."""
+        try:
+            written = self._marker(partition).read_text(encoding="ascii").split()
+        except FileNotFoundError:
+            return None
+        return int(written[1]) if len(written) > 1 else FIRST_EPOCH
 
     def clear_claim(self, partition: int) -> None:
         """Note durably that the partition's file exists, or that another volume won: before anything is written."""
@@ -111,6 +121,11 @@ class Volume:
 
     def _marker(self, partition: int) -> Path:
         return self.directory / f"{partition_name(partition)}.claim"
+
+
+def claim_marker(volume: str, epoch: int) -> str:
+    """Return what ``<pp>.claim`` contains: who claims, and with which epoch."""
+    return f"{volume}\n{epoch}\n"
 
 
 def _identity(directory: Path, store: str) -> str:

@@ -38,3 +38,32 @@ async def kill(*persisters: Persister) -> None:
     for persister in persisters:
         persister.process.kill()
         await asyncio.to_thread(persister.process.wait)
+
+
+def killed_in(name: str, *arguments: object, after: int = 0) -> int:
+    """Run the command in a process that kills itself when a function is called, *after* so many calls; return its end.
+
+    Args:
+        name: dotted name of the function.
+    """
+    program = """
+import os, signal, sys
+from pkgutil import resolve_name
+from services.cli.main import main
+
+place, name = sys.argv.pop(1).rsplit(".", 1)
+calls, owner = int(sys.argv.pop(1)), resolve_name(place)
+original = getattr(owner, name)
+
+def call(*args, **kwargs):
+    global calls
+    calls -= 1
+    if calls < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(owner, name, call)
+main()
+"""
+    command = [sys.executable, "-c", program, name, str(after), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from services.cli.errors import BackupError, RestoreRefusedError
 from services.cli.overview import Worker, ask_workers
 from services.cli.target import Target, connected
-from services.eventlog.errors import LogUnavailableError
+from services.eventlog.errors import LogRefusedError, LogUnavailableError, PlacementError
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM, consumer_name
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.report import read_stream, store_reports
+from services.eventlog.partitions import partition_name
 
 #: the consumers get so long to have leaders, seconds
 ELECTION_SECONDS = 15.0
@@ -43,6 +44,10 @@ class ClusterView:
     def placed_on(self, volume: str) -> tuple[int, ...]:
         """Return the partitions that live on *volume*, by number."""
         return tuple(partition for partition, place in sorted(self.placed.items()) if place.volume == volume)
+
+    def next_epochs(self, volume: str, held: Mapping[int, int]) -> dict[int, int]:
+        """Return for each partition that lives on *volume* an epoch above its own and that of the file *held* of it."""
+        return {p: max(self.placed[p].epoch, held.get(p, 0)) + 1 for p in self.placed_on(volume)}
 
     def alive_on(self, volume: str) -> tuple[str, ...]:
         """Return for each live persister of *volume* why nothing may be put in its place."""
@@ -103,6 +108,30 @@ async def other_stores(target: Target, seen: ClusterView) -> tuple[str, ...]:
     async with connected(target.settings) as connection:
         found = await store_reports(JetStreamApi(connection), seen.partitions, store)
     return tuple(name for name in found if name != store)
+
+
+async def renew_places(target: Target, store: str, volume: str, epochs: Mapping[int, int]) -> None:
+    """Place partitions of the volume there once more, so that what is left of it elsewhere is refused from now on.
+
+    Args:
+        target: the cluster.
+        store: the volume's store.
+        volume: its UUID.
+        epochs: the partitions and the epochs that they get.
+
+    Raises:
+        RestoreRefusedError: the broker did not take one, or it is out of date; those before it have theirs.
+    """
+    async with connected(target.settings) as connection:
+        placements = Placements(connection, replace(target.settings, store=store))
+        for partition, epoch in sorted(epochs.items()):
+            try:
+                await placements.renew(partition, volume, epoch)
+            except (LogUnavailableError, LogRefusedError, PlacementError) as error:
+                raise RestoreRefusedError(
+                    f"partition {partition_name(partition)} could not be placed anew ({error}), so the old directory "
+                    "might run beside the new one: nothing was put there. Use the NATS user `ops`, and try again"
+                ) from error
 
 
 async def hold_trim(target: Target, store: str, volume: str, reached: Mapping[int, int], seen: ClusterView) -> None:

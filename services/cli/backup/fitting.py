@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from services.cli.backup.cluster import ClusterView
 from services.cli.backup.manifest import Manifest
@@ -29,6 +29,7 @@ class Fit:
         problems: why nothing is restored unless the operator insists.
         gaps: what is lost for good if he does.
         unborn: partitions that live on this volume and have no file in the backup: they begin anew.
+        epochs: of this volume's partitions that live on it: what they get, so that files left elsewhere are refused.
         remarks: what an operator should know all the same.
     """
 
@@ -36,6 +37,7 @@ class Fit:
     problems: tuple[str, ...] = ()
     gaps: tuple[Gap, ...] = ()
     unborn: tuple[int, ...] = ()
+    epochs: Mapping[int, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
 
@@ -55,7 +57,8 @@ def compare(manifest: Manifest, seen: ClusterView | None) -> Fit:
     problems = [*_misplaced(manifest, seen), *_ahead(manifest, seen)]
     if gaps:
         problems.append(_trimmed(gaps, seen))
-    return Fit(fatal, tuple(problems), gaps, unborn, tuple(_unplaced(manifest, seen)))
+    epochs = seen.next_epochs(manifest.volume, {entry.partition: entry.epoch for entry in manifest.contents})
+    return Fit(fatal, tuple(problems), gaps, unborn, epochs, (*_unplaced(manifest, seen), *_renewed(manifest, seen)))
 
 
 def _created_anew(manifest: Manifest, seen: ClusterView) -> str:
@@ -71,7 +74,7 @@ def _created_anew(manifest: Manifest, seen: ClusterView) -> str:
 def _misplaced(manifest: Manifest, seen: ClusterView) -> Iterator[str]:
     for entry in manifest.contents:
         place = seen.placed.get(entry.partition)
-        if place is not None and (place.volume, place.epoch) != (manifest.volume, entry.epoch):
+        if place is not None and place.volume != manifest.volume:
             yield (
                 f"partition {partition_name(entry.partition)} lives on volume {place.volume or '(none)'}, epoch "
                 f"{place.epoch} by now; the backup has it of volume {manifest.volume}, epoch {entry.epoch}: it is "
@@ -109,6 +112,20 @@ def _trimmed(gaps: Sequence[Gap], seen: ClusterView) -> str:
         "recover the files of the lost volume, or copy the consultations from another store. With --force these "
         "sequences are given up for good"
     )
+
+
+def _renewed(manifest: Manifest, seen: ClusterView) -> Iterator[str]:
+    """Tell of a restore or a giving up since: it is one history, so the backup and the stream decide what is lost."""
+    names = [
+        partition_name(entry.partition)
+        for entry in manifest.contents
+        if entry.partition in seen.placed and seen.placed[entry.partition].epoch != entry.epoch
+    ]
+    if names:
+        yield (
+            f"the volume was restored or given up since the backup: what it then had of partition {', '.join(names)} "
+            "is replaced by what the backup and the stream have"
+        )
 
 
 def _unplaced(manifest: Manifest, seen: ClusterView) -> Iterator[str]:

@@ -5,6 +5,7 @@ Its partitions stay placed on it, so nobody else has to take them, and no user n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import orjson
@@ -16,21 +17,21 @@ from services.corpus.filesystems import check_file_system
 from services.persister.volume import FORMAT
 
 
-def begin_anew(target: Path, volume: str, store: str, partitions: tuple[int, ...]) -> None:
+def begin_anew(target: Path, volume: str, store: str, epochs: Mapping[int, int]) -> None:
     """Make *target*, which :func:`~services.cli.backup.restoring.reserved` holds, the directory of an empty volume.
 
     Args:
         target: the data directory.
         volume: UUID of the volume that is lost.
         store: its store.
-        partitions: those that live on it: persisters make new files for them.
+        epochs: of the partitions that live on it: persisters make new files for them, which say these.
 
     Raises:
         OSError, CorpusError: the system refused; persisters do not take the directory for the volume.
     """
     check_file_system(target)
     io = StorageIO()
-    mark_unborn(target, volume, partitions)
+    mark_unborn(target, volume, epochs)
     temporary = target / "volume.json.new"
     temporary.write_bytes(orjson.dumps({"format": FORMAT, "volume": volume, "store": store}) + b"\n")
     temporary.chmod(0o640)

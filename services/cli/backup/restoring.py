@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.cli.backup.fitting import Gap
+from services.cli.backup.fitting import Fit
 from services.cli.backup.making import OnProgress, read_volume, sync_file
 from services.cli.backup.manifest import MANIFEST_NAME, VOLUME_COPY, FileEntry, Manifest
 from services.cli.errors import BackupError, CommandError, RestoreRefusedError
@@ -21,6 +21,7 @@ from services.corpus import EventStore, StorageIO, open_corpus
 from services.corpus.filesystems import check_file_system
 from services.corpus.locks import try_lock
 from services.eventlog.partitions import partition_name
+from services.persister.volume import claim_marker
 
 _STAGE = ".restore"
 #: what a volume without any partition may consist of; anything else is data, or somebody's
@@ -79,9 +80,9 @@ def put_back(
     source: Path,
     manifest: Manifest,
     target: Path,
+    fit: Fit,
     *,
-    gaps: tuple[Gap, ...],
-    unborn: tuple[int, ...],
+    before_move: Callable[[], None],
     on_progress: OnProgress,
 ) -> None:
     """Copy the backup in *source* to *target*, which :func:`reserved` holds.
@@ -90,8 +91,9 @@ def put_back(
         source: the backup.
         manifest: of the backup.
         target: the data directory.
-        gaps: sequences that are given up; the partitions go on behind them.
-        unborn: partitions to begin anew: their claims are marked as under way.
+        fit: what the cluster makes of it: partitions go on behind their gaps, say the epochs that they get, and begin
+            anew where the backup has none.
+        before_move: called when everything is checked and nothing is in place yet.
         on_progress: called with the fraction that is done, and with what.
 
     Raises:
@@ -105,19 +107,19 @@ def put_back(
         stage.mkdir(mode=0o750)
         _copy(source, manifest, stage, on_progress)
         _check_contents(stage, manifest)
-        for gap in gaps:
-            if gap.partition not in unborn:
-                _skip(stage / f"{partition_name(gap.partition)}.h5", gap.last)
-        _move(stage, target, manifest, unborn)
+        for entry in manifest.contents:
+            _adapt(stage / entry.file, entry.partition, fit)
+        before_move()
+        _move(stage, target, manifest, {partition: fit.epochs[partition] for partition in fit.unborn})
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def mark_unborn(target: Path, volume: str, partitions: Sequence[int]) -> None:
-    """Mark the claims of *partitions* as under way, so that persisters make their files; the caller syncs *target*."""
-    for partition in partitions:
+def mark_unborn(target: Path, volume: str, epochs: Mapping[int, int]) -> None:
+    """Mark the claims of partitions as under way, so that persisters make their files; the caller syncs *target*."""
+    for partition, epoch in epochs.items():
         marker = target / f"{partition_name(partition)}.claim"
-        marker.write_text(f"{volume}\n", encoding="ascii")
+        marker.write_text(claim_marker(volume, epoch), encoding="ascii")
         sync_file(marker, StorageIO())
 
 
@@ -196,13 +198,20 @@ def _check_contents(stage: Path, manifest: Manifest) -> None:
         raise BackupError("the manifest does not describe these files: it was changed, or is of another backup")
 
 
-def _skip(path: Path, sequence: int) -> None:
-    """Let the partition go on behind *sequence*, although it has not got what comes before."""
+def _adapt(path: Path, partition: int, fit: Fit) -> None:
+    """Let the partition go on behind its gap, although it has not got what comes before, and say its new epoch."""
+    behind = [gap.last for gap in fit.gaps if gap.partition == partition]
+    epoch = fit.epochs.get(partition)
+    if not behind and epoch is None:
+        return
     with EventStore.open(path, expected=None) as store:
-        store.commit(sequence)
+        if behind:
+            store.commit(max(behind))
+        if epoch is not None:
+            store.place(epoch)
 
 
-def _move(stage: Path, target: Path, manifest: Manifest, unborn: tuple[int, ...]) -> None:
+def _move(stage: Path, target: Path, manifest: Manifest, unborn: Mapping[int, int]) -> None:
     io = StorageIO()
     (target / "volume.json").unlink(missing_ok=True)  # of an empty volume; what follows is none of its
     mark_unborn(target, manifest.volume, unborn)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from services.cli.backup.cluster import ClusterView, hold_trim, look, other_stores
+from services.cli.backup.cluster import ClusterView, hold_trim, look, other_stores, renew_places
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
 from services.eventlog.jetstream.names import STREAM
@@ -38,9 +39,10 @@ def give_up(
     if not yes:
         raise RestoreRefusedError("nothing was changed; --yes gives these sequences up for good")
     with reserved(to):
-        seen = asyncio.run(_held(target, volume, seen))
+        epochs = seen.next_epochs(volume, {})
+        seen = asyncio.run(_held(target, volume, seen, epochs))
         try:
-            begin_anew(to, volume, target.settings.store, seen.placed_on(volume))
+            begin_anew(to, volume, target.settings.store, epochs)
         except CorpusError as error:
             raise CommandError(f"{error}; nothing was put there") from error
     typer.echo(
@@ -68,8 +70,12 @@ async def _checked(target: Target, volume: str) -> ClusterView:
     return seen
 
 
-async def _held(target: Target, volume: str, seen: ClusterView) -> ClusterView:
-    """Keep the stream from being trimmed any further, and look where it begins now."""
+async def _held(target: Target, volume: str, seen: ClusterView, epochs: Mapping[int, int]) -> ClusterView:
+    """Shut out what is left of the volume, keep the stream from being trimmed any further, and look again.
+
+    In this order: persisters that still run somewhere would set the consumers back to where their files end.
+    """
+    await renew_places(target, target.settings.store, volume, epochs)
     await hold_trim(target, target.settings.store, volume, {}, seen)
     return await _checked(target, volume)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli.backup.cluster import ClusterView, hold_trim, look
+from services.cli.backup.cluster import ClusterView, hold_trim, look, renew_places
 from services.cli.backup.fitting import Fit, compare
 from services.cli.backup.manifest import Manifest
 from services.cli.commands.backup import OfflineOption, print_contents
@@ -39,11 +39,16 @@ def restore(
     manifest = Manifest.read(source)
     check_source(source, manifest)
     target = None if offline else find_cluster(server, folder)
+
+    def shut_out() -> None:
+        if target is not None and fit.epochs:
+            asyncio.run(renew_places(target, manifest.store, manifest.volume, fit.epochs))
+
     with reserved(to):
         fit = Fit() if target is None else asyncio.run(_fitted(target, manifest, force=force))
         with bar("restoring") as show:
             try:
-                put_back(source, manifest, to, gaps=fit.gaps, unborn=fit.unborn, on_progress=show)
+                put_back(source, manifest, to, fit, before_move=shut_out, on_progress=show)
             except CorpusError as error:
                 raise CommandError(f"{error}; nothing was restored") from error
     _print(to, manifest, fit)

@@ -72,7 +72,10 @@ def _places(
             what = (
                 f"{name}.h5 lies here (epoch {info.identity.epoch}), the partition on {one.volume} (epoch {one.epoch})"
             )
-            yield error("corpus", what, "it is a stale copy, persisters refuse it", "move it away")
+            action = "move the pair away"
+            if one.volume == volume:
+                action = "stop this directory's persisters; docs/operations.md, `A lost disk comes back`"
+            yield error("corpus", what, "it is a stale copy, persisters refuse it", action)
         if stream is None:
             continue
         if info.identity.stream_created != stream.created:

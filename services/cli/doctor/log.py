@@ -209,7 +209,7 @@ def _placement(partitions: Sequence[PartitionReport], workers: Sequence[Worker],
         names_here = ", ".join(partition_name(one.partition) for one in here)
         if workers and volume not in alive:
             meaning = "their events wait in the stream; everybody else goes on"
-            action = "start the persisters of that volume; if its disk is lost: `fiq restore`"
+            action = "start the persisters of that volume; if its disk is lost: `fiq restore` or `fiq give-up`"
             yield error(check, f"volume {volume} is away, with partition {names_here}", meaning, action)
         if len(here) > quota:
             meaning = f"a volume is meant to have {quota}: work is shared unevenly"

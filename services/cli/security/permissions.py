@@ -115,6 +115,7 @@ PERMISSIONS: dict[Role, Permissions] = {
                 *_each("STREAM.SNAPSHOT.{}"),
                 # `fiq restore` and `fiq give-up`
                 f"CONSUMER.RESET.{STREAM}.*",
+                f"CONSUMER.CREATE.{STREAM}.*.{EVENTS_PREFIX}.*.*",
                 # `nats stream view` makes a consumer and deletes it: of fi-events that could be a persister's
                 f"CONSUMER.CREATE.{DEAD_STREAM}.>",
                 f"CONSUMER.DURABLE.CREATE.{DEAD_STREAM}.*",

@@ -7,15 +7,17 @@ because the metadata name the claimant's volume: the same request again succeeds
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nats.aio.client import Client
 
-from services.eventlog.errors import LogMismatchError, LogUnavailableError
+from services.eventlog.errors import LogMismatchError, LogUnavailableError, PlacementError
 from services.eventlog.jetstream.api import STREAM_NOT_FOUND, ApiError, JetStreamApi
 from services.eventlog.jetstream.definitions import consumer_config
 from services.eventlog.jetstream.names import EPOCH_KEY, STREAM, VOLUME_KEY, consumer_name
+from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
 
@@ -42,7 +44,7 @@ class Placement:
 
 
 class Placements:
-    """Reads and claims the places of one store's partitions."""
+    """Reads, claims and renews the places of one store's partitions."""
 
     def __init__(self, nc: Client, settings: LogSettings) -> None:
         self._api = JetStreamApi(nc)
@@ -67,7 +69,7 @@ class Placements:
         for info in infos:
             partition = names.get(info["name"])
             if partition is not None:
-                found[partition] = _placement(partition, info["config"].get("metadata") or {})
+                found[partition] = placement_of(partition, info)
         return found
 
     async def check_log(self, identity: LogIdentity) -> None:
@@ -101,10 +103,32 @@ class Placements:
             if error.err_code != _EXISTS:
                 raise
             info = await self._existing(name)
-        return _placement(partition, info["config"].get("metadata") or {})
+        return placement_of(partition, info)
+
+    async def renew(self, partition: int, volume: str, epoch: int) -> None:
+        """Place *partition*, which lives on *volume*, there once more: from now on a file of an older epoch is refused.
+
+        What the consumer has delivered and what is acknowledged stay as they are.
+
+        Raises:
+            PlacementError: it lives elsewhere, or was placed anew meanwhile.
+            LogUnavailableError: the outcome is not known; look again.
+            ApiError: the broker refuses.
+        """
+        name = consumer_name(self._settings.store, partition)
+        info = await self._existing(name)
+        found = placement_of(partition, info)
+        if found.volume != volume or found.epoch >= epoch:
+            raise PlacementError(
+                f"partition {partition_name(partition)} lives on volume {found.volume or '(none)'}, epoch "
+                f"{found.epoch}, by now: it cannot get epoch {epoch} on volume {volume}"
+            )
+        # an update replaces all metadata; what the server adds to them is its own affair
+        metadata = {VOLUME_KEY: volume, EPOCH_KEY: str(epoch)}
+        await self._api.create_consumer(STREAM, {**info["config"], "metadata": metadata}, action="update")
 
     async def _existing(self, name: str) -> dict[str, Any]:
-        """Return the info of a consumer that was created just now: it does not answer before it has a leader."""
+        """Return the info of a consumer that exists: it does not answer while it has no leader."""
         for _ in range(_TRIES):
             with contextlib.suppress(LogUnavailableError):
                 if (info := await self._hasty_api.consumer_info(STREAM, name)) is not None:
@@ -112,6 +136,8 @@ class Placements:
         raise LogUnavailableError(f"consumer {name} exists but cannot be read yet")
 
 
-def _placement(partition: int, metadata: dict[str, str]) -> Placement:
+def placement_of(partition: int, info: Mapping[str, Any]) -> Placement:
+    """Return where *partition* lives as the *info* of its consumer says."""
+    metadata = info["config"].get("metadata") or {}
     epoch = metadata.get(EPOCH_KEY, "")
     return Placement(partition, metadata.get(VOLUME_KEY, ""), int(epoch) if epoch.isdigit() else 0)

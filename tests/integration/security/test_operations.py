@@ -12,6 +12,7 @@ import pytest
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
+from services.persister.volume import Volume
 from tests.support.persisters import Log, Persister, persisted
 from tests.support.security import Outcome, Secured, fiq
 
@@ -33,8 +34,8 @@ async def ops(secured: Secured, *arguments: object) -> Outcome:
     return await asyncio.to_thread(fiq, environment, *map(str, arguments))
 
 
-async def test_backup_restore_and_doctor_need_no_more_than_ops_may(provisioned: Secured, tmp_path: Path) -> None:
-    """A lost volume comes back, and the doctor finds certificates, and nothing wrong that it can see."""
+async def test_what_operators_run_needs_no_more_than_ops_may(provisioned: Secured, tmp_path: Path) -> None:
+    """A lost volume comes back, twice, and the doctor finds certificates, and nothing wrong that it can see."""
     secured, data, saved = provisioned, tmp_path / "data", tmp_path / "saved"
     own = {**secured.environment(Role.PERSISTER), **LOG}
     async with secured.connected(Role.INGEST) as nc, secured.connected(Role.PROVISIONER) as provisioner:
@@ -66,6 +67,14 @@ async def test_backup_restore_and_doctor_need_no_more_than_ops_may(provisioned: 
         done = await ops(secured, "restore", saved, "--to", data)
         assert 0 == done.code, done.errors
         with Persister(tmp_path / "b", secured.cluster, data, **own) as persister:
+            await persister.ready()
+            await persisted(data, before, after)
+            assert 0 == await persister.end()
+        volume = Volume.open(data, "main").uuid
+        shutil.rmtree(data)
+        done = await ops(secured, "give-up", volume, "--to", data, "--yes")
+        assert 0 == done.code, done.errors
+        with Persister(tmp_path / "c", secured.cluster, data, **own) as persister:
             await persister.ready()
             await persisted(data, before, after)
             assert 0 == await persister.end()

@@ -7,8 +7,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from services.cli.main import app
 from services.corpus import EventStore, verify_corpus
 from services.persister.errors import VolumeBusyError, VolumeError
 from services.persister.volume import Volume
+from tests.support.commands import killed_in
 from tests.support.corpus import IDENTITY, commit_range, expected, record, stock_contents
 from tests.support.damage import change_body, damage
 from tests.support.small_disk import small_disk
@@ -294,35 +293,3 @@ def test_what_a_restore_killed_with_9_leaves_is_refused_by_everybody(saved: Path
     refused(run("restore", saved, "--to", target, "--offline"), "was interrupted: remove everything in it")
     shutil.rmtree(target)
     assert (0, "") == _outcome(run("restore", saved, "--to", target, "--offline"))
-
-
-# -- support ----------------------------------------------------------------------------------------------------------
-
-
-def killed_in(name: str, *arguments: object, after: int = 0) -> int:
-    """Run the command in a process that kills itself when a function is called, *after* so many calls; return its end.
-
-    Args:
-        name: dotted name of the function.
-    """
-    program = """
-import os, signal, sys
-from pkgutil import resolve_name
-from services.cli.main import main
-
-place, name = sys.argv.pop(1).rsplit(".", 1)
-calls, owner = int(sys.argv.pop(1)), resolve_name(place)
-original = getattr(owner, name)
-
-def call(*args, **kwargs):
-    global calls
-    calls -= 1
-    if calls < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(owner, name, call)
-main()
-"""
-    command = [sys.executable, "-c", program, name, str(after), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode

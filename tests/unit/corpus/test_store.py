@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,12 +12,14 @@ import pytest
 from services.corpus import (
     AppendRefusedError,
     EventStore,
+    IdentityMismatchError,
     Record,
     StoreFailedError,
     StoreOptions,
     UnsupportedFileSystemError,
     filesystems,
     open_corpus,
+    verify_corpus,
 )
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, record, stock_contents
 
@@ -41,6 +44,23 @@ def test_a_commit_without_events_moves_the_sequence(path: Path) -> None:
         store.commit(12)
     with EventStore.open(path, expected=IDENTITY) as store:
         assert store.committed == 12
+
+
+def test_a_file_that_is_placed_anew_says_so_even_when_the_writer_is_killed(path: Path) -> None:
+    """Its events, their chain and the committed sequence stay; who expects the earlier epoch is refused."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        store.append("c", [record(1)])
+        store.commit(1)
+    store = EventStore.open(path, expected=IDENTITY)
+    store.place(5)
+    store.abandon()
+    with pytest.raises(IdentityMismatchError, match=r"epoch is 5 in the file but 1 is expected"):
+        EventStore.open(path, expected=IDENTITY)
+    with EventStore.open(path, expected=replace(IDENTITY, epoch=5)) as store:
+        store.append("c", [record(2)])
+        store.commit(2)
+    assert verify_corpus(path).clean
+    assert 2 == stock_contents(path)[0]
 
 
 def test_an_event_is_known_before_and_after_its_commit_and_after_a_reopen(path: Path) -> None:

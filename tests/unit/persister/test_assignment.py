@@ -44,7 +44,7 @@ def fill(where: Deployment, partition: int, *, epoch: int = 1) -> Path:
 def test_a_claimed_partition_gets_its_file(tmp_path: Path) -> None:
     """The marker tells "not there yet" from "gone"; it goes when the file is there, and corpus.h5 links it."""
     here = deployment(tmp_path)
-    here.volume.mark_claim(2)
+    here.volume.mark_claim(2, 1)
     store = open_store(here, Placement(2, here.volume.uuid, 1), StoreOptions())
     assert here.expected(2, 1) == store.identity
     assert not here.volume.claim_marked(2)
@@ -79,10 +79,26 @@ def test_another_ones_file_stops(tmp_path: Path, field: str, value: object) -> N
         open_store(here, Placement(2, here.volume.uuid, 1), StoreOptions())
 
 
+def test_a_claim_of_before_the_partition_was_placed_anew_makes_no_file(tmp_path: Path) -> None:
+    """The process was killed before it made the file, and the volume was given up since: its successor has the file."""
+    here = deployment(tmp_path)
+    here.volume.mark_claim(2, 1)
+    with pytest.raises(IdentityMismatchError, match=r"02\.claim: epoch is 1 .* but 2 is expected"):
+        open_store(here, Placement(2, here.volume.uuid, 2), StoreOptions())
+    assert not here.volume.file(2).exists()
+
+
+def test_a_claim_of_an_earlier_release_is_of_the_first_epoch(tmp_path: Path) -> None:
+    """Its markers say no epoch; there was no other one."""
+    here = deployment(tmp_path)
+    (tmp_path / "02.claim").write_text(f"{here.volume.uuid}\n")
+    open_store(here, Placement(2, here.volume.uuid, 1), StoreOptions()).close()
+
+
 def test_a_stale_marker_beside_a_file_is_removed(tmp_path: Path) -> None:
     """The process was killed between the two; the file may get lost later, and must be missed then."""
     here = deployment(tmp_path)
-    here.volume.mark_claim(2)
+    here.volume.mark_claim(2, 1)
     fill(here, 2)
     open_store(here, Placement(2, here.volume.uuid, 1), StoreOptions()).close()
     here.volume.file(2).unlink()
@@ -94,7 +110,7 @@ def test_a_stale_marker_beside_a_file_is_removed(tmp_path: Path) -> None:
 def test_one_of_two_threads_that_open_a_fresh_claim_gets_it(tmp_path: Path, _round: int) -> None:
     """Two processes of a volume may see the claim at the same moment; the other one waits for the lock."""
     here = deployment(tmp_path)
-    here.volume.mark_claim(2)
+    here.volume.mark_claim(2, 1)
     placement = Placement(2, here.volume.uuid, 1)
 
     def attempt(_: int) -> EventStore | str:
@@ -141,7 +157,7 @@ while True:
 def test_processes_that_open_a_fresh_claim_take_turns(tmp_path: Path) -> None:
     """None fails, none begins the file anew."""
     here = deployment(tmp_path)
-    here.volume.mark_claim(2)
+    here.volume.mark_claim(2, 1)
     command = [sys.executable, "-c", _OPEN, str(tmp_path), str(time.time() + 2), __file__]
     root = Path(__file__).parents[3]
     processes = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE) for _ in range(3)]
@@ -188,7 +204,7 @@ async def test_another_volumes_partitions_are_left_alone(tmp_path: Path) -> None
     """A second volume with the same data directory settings gets nothing, and creates nothing."""
     log = MemoryPlacements(*(Placement(p, OTHER, 1) for p in range(4)))
     here = deployment(tmp_path)
-    here.volume.mark_claim(1)  # of a claim that the other one won
+    here.volume.mark_claim(1, 1)  # of a claim that the other one won
     placed = await place(here, log)
     assert ({}, {}) == (placed.here, placed.refused)
     assert not here.volume.claim_marked(1)
@@ -213,6 +229,22 @@ async def test_an_unplaced_partition_whose_file_is_here_is_claimed_with_the_file
     placed = await place(here, MemoryPlacements())
     assert {5: Placement(5, here.volume.uuid, 3)} == placed.here
     open_store(here, placed.here[5], StoreOptions()).close()
+
+
+@pytest.mark.parametrize("made", [True, False])
+async def test_a_stale_copy_of_a_volume_claims_nothing(tmp_path: Path, made: bool) -> None:
+    """Its twin has the same name, so the broker would let both of them win."""
+    here = deployment(tmp_path)
+    if made:
+        fill(here, 0)
+    else:
+        here.volume.mark_claim(0, 1)
+    log = MemoryPlacements(Placement(0, here.volume.uuid, 2))
+    placed = await place(here, log)
+    assert {1, 2, 3} == placed.refused.keys()
+    assert "partition 00 is of epoch 1 here and was placed anew as epoch 2" in placed.refused[1]
+    assert [0] == list(log.placed)
+    assert not any(here.volume.claim_marked(partition) for partition in (1, 2, 3))
 
 
 async def test_a_file_of_another_stream_is_not_claimed(tmp_path: Path) -> None:

@@ -161,6 +161,23 @@ async def test_a_stop_in_the_middle_of_a_handover_ends(tmp_path: Path) -> None:
     assert all(runner.stopped for runner in rig.runners.values())
 
 
+async def test_a_partition_that_is_placed_anew_meanwhile_begins_anew(tmp_path: Path) -> None:
+    """Its runner was made for the earlier placement; the new one opens the file, which is the right one or not."""
+    placements = MemoryPlacements()
+    rig = Rig(tmp_path, placements)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4)
+    before = dict(rig.runners)
+    placements.placed[2] = Placement(2, rig.volume.uuid, 2)
+    await eventually(lambda: rig.runners[2].placement.epoch == 2)
+    assert before[2].stopped
+    assert [before[p] for p in (0, 1, 3)] == [rig.runners[p] for p in (0, 1, 3)]
+    assert not any(before[p].stopping for p in (0, 1, 3))
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()
+
+
 async def test_a_volume_without_partitions_is_not_ready(tmp_path: Path) -> None:
     """It would look healthy, and do nothing for ever."""
     other = "11111111-2222-4333-8444-555555555555"
@@ -194,10 +211,10 @@ async def test_a_data_directory_that_takes_no_marker_is_shown_and_tried_again(
     full = True
     mark = Volume.mark_claim
 
-    def marking(volume: Volume, partition: int) -> None:
+    def marking(volume: Volume, partition: int, epoch: int) -> None:
         if full:
             raise OSError(28, "No space left on device")
-        mark(volume, partition)
+        mark(volume, partition, epoch)
 
     monkeypatch.setattr(Volume, "mark_claim", marking)
     rig = Rig(tmp_path, MemoryPlacements())

@@ -65,7 +65,7 @@ def test_a_claim_mark_is_there_until_it_is_cleared(tmp_path: Path) -> None:
     """It tells a file that is not there yet from one that is gone."""
     volume = Volume.open(tmp_path, "main")
     assert not volume.claim_marked(7)
-    volume.mark_claim(7)
+    volume.mark_claim(7, 1)
     assert volume.claim_marked(7)
     volume.clear_claim(7)
     volume.clear_claim(7)
