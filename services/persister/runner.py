@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 from services.contract import logs
 from services.contract.errors import FiqError, PermanentError, TransientError
@@ -34,14 +34,14 @@ from services.eventlog.protocol import Delivery, Follower
 from services.persister.batch import Sorted, Written
 from services.persister.checkpoints import CheckpointWatch
 from services.persister.dead_letters import DeadLetters, PoisonLimit
+from services.persister.hdf5_thread import Calls
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
 from services.persister.reasons import described, reason_of
 from services.persister.reused import Allowance, ReusedKeys
+from services.persister.set_aside import SetAside
 from services.persister.suspects import Suspects
-from services.persister.traces import Traces, trace_id_in
-
-T = TypeVar("T")
+from services.persister.traces import Traces
 
 #: pauses between attempts after transient failures, seconds; the last one repeats
 BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -124,25 +124,22 @@ class PartitionRunner:
         self.reason = ""
         self._file = PartitionFile(open_store)
         self._make_follower = follower
-        self._dead = dead_letters
-        self._hdf5 = hdf5
         self._limits = limits
         self._metrics = metrics.of(partition)
         self._log = logs.get_logger("runner").bind(partition=partition_name(partition))
         self._traces = traces or Traces()
         self._checkpoints = CheckpointWatch(self._log)
-        self._poison_limit = poison_limit or PoisonLimit()
+        self._aside = SetAside(dead_letters, poison_limit or PoisonLimit(), self._metrics, self._log)
         self._reused = ReusedKeys(dead_letters, self._metrics, self._log, allowance or Allowance())
         self._desk = desk
         self._follower: Follower | None = None
-        self._judged = 0  # last sequence that the poison limit has counted
         self._suspects = Suspects()
         self._failures = 0
         self._locked_at = 0.0  # when another process was first found to have the file; 0 when none does
         self._busy_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
-        self._calls: dict[asyncio.Future[Any], float] = {}  # on the file: when each was made
+        self._calls = Calls(hdf5)
 
     def start(self) -> None:
         """Begin in a task of its own."""
@@ -167,7 +164,7 @@ class PartitionRunner:
     @property
     def disk_wait(self) -> float:
         """For how long the oldest call on the partition's file has waited for its answer, seconds; 0 without one."""
-        return time.monotonic() - min(self._calls.values()) if self._calls else 0.0
+        return self._calls.longest
 
     @property
     def idle_at(self) -> int | None:
@@ -182,7 +179,7 @@ class PartitionRunner:
         if store is None or follower is None or self.state is not State.FOLLOWING:
             return
         try:
-            advanced = await self._in_thread(lambda: self._file.advance(store, sequence))
+            advanced = await self._calls.run(lambda: self._file.advance(store, sequence))
         except (CorpusError, PlacementError) as error:
             follower.interrupt(error)
             return
@@ -199,7 +196,7 @@ class PartitionRunner:
         self._metrics.store(stats)
         self._checkpoints.note(stats)
         try:
-            await self._in_thread(lambda: self._file.checkpoint(store))
+            await self._calls.run(lambda: self._file.checkpoint(store))
         except (CorpusError, PlacementError) as error:
             follower.interrupt(error)  # an idle partition must show it too, and open its file again
 
@@ -222,7 +219,7 @@ class PartitionRunner:
 
     async def _follow(self) -> None:
         self._change(State.RETRYING if self.reason else State.STARTING, self.reason)
-        store = await self._in_thread(self._file.open)
+        store = await self._calls.run(self._file.open)
         self._locked_at = 0.0
         self._metrics.committed(store.committed)
         if self._desk is not None:
@@ -282,7 +279,7 @@ class PartitionRunner:
                 await follower.close()
             except Exception as error:  # noqa: BLE001 - the file must be released whatever the broker does
                 self._log.warning("FOLLOWER_CLOSE_FAILED", **described(error))
-        for failure in await self._in_thread(lambda: self._file.close(abandon=abandon)):
+        for failure in await self._calls.run(lambda: self._file.close(abandon=abandon)):
             self._log.warning("PARTITION_CLOSE_FAILED", **described(failure))
 
     def _change(self, state: State, reason: str = "") -> None:
@@ -298,15 +295,15 @@ class PartitionRunner:
             raise RuntimeError("no store is open")
         reached = batch[-1].sequence
         try:
-            sorted_, written = await self._in_thread(lambda: self._file.take(store, batch, self._suspects.condemned))
+            sorted_, written = await self._calls.run(lambda: self._file.take(store, batch, self._suspects.condemned))
             if written is None:
-                await self._set_aside(batch, sorted_)
-                written = await self._in_thread(lambda: self._file.write(store, sorted_.events, reached))
+                await self._aside.poison_of(batch, sorted_)
+                written = await self._calls.run(lambda: self._file.write(store, sorted_.events, reached))
             else:
-                self._judge_good(batch)
+                self._aside.none_of(batch)
             if written.reused:
                 await self._reused.set_aside(batch, written.reused)
-                await self._in_thread(lambda: self._file.commit(store, written, reached))
+                await self._calls.run(lambda: self._file.commit(store, written, reached))
         except (FiqError, TransientCorpusError, PermanentCorpusError, StoreFailedError):
             raise
         except (OSError, MemoryError):  # the machine's trouble, not the message's
@@ -319,25 +316,7 @@ class PartitionRunner:
         self._failures = 0
         self._suspects.passed(batch)
         self._report(batch, sorted_, written, time.perf_counter() - started)
-        await self._in_thread(store.maybe_checkpoint)
-
-    def _judge_good(self, batch: list[Delivery]) -> None:
-        self._poison_limit.count_good(sum(delivery.sequence > self._judged for delivery in batch))
-        self._judged = max(self._judged, batch[-1].sequence)
-
-    async def _set_aside(self, batch: list[Delivery], sorted_: Sorted) -> None:
-        poison = {delivery.sequence: reason for delivery, reason in sorted_.poison}
-        for delivery in batch:
-            reason = poison.get(delivery.sequence)
-            if delivery.sequence > self._judged:  # a batch that is tried again counts once
-                self._judged = delivery.sequence
-                self._poison_limit.count(bad=reason is not None)
-            if reason is None:
-                continue
-            await self._dead.send(delivery, reason)
-            self._metrics.dead_letter()
-            traced = trace_id_in(delivery.headers)
-            self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason, **traced)
+        await self._calls.run(store.maybe_checkpoint)
 
     def _report(self, batch: list[Delivery], sorted_: Sorted, written: Written, seconds: float) -> None:
         oldest = min((event.received_ns for _, event in sorted_.events), default=None)
@@ -357,17 +336,3 @@ class PartitionRunner:
             age_s=None if oldest is None else round(max(0.0, time.time() - oldest / 1e9), 6),
         )
         self._traces.show(self._log, partition_name(self.partition), sorted_, written, seconds)
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        """Run *call* in the HDF5 thread; also when the caller is cancelled meanwhile it runs to its end first."""
-        future = asyncio.get_running_loop().run_in_executor(self._hdf5, call)
-        self._calls[future] = time.monotonic()
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait({future})
-            if not future.cancelled():
-                future.exception()  # nobody else asks for it, and asyncio would log its text, which may quote data
-            raise
-        finally:
-            del self._calls[future]

@@ -430,12 +430,12 @@ async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path:
     metrics = Metrics()
     stream = Stream(delivery(1), reusing(2, of=1), delivery(3))
     with rig(tmp_path, stream) as part:
-        desk = Desk(nc, "main", part.runner._hdf5, metrics)
+        desk = Desk(nc, "main", part.runner._calls._hdf5, metrics)
         part.runner._desk = desk
         work = asyncio.create_task(desk.run())
         part.runner.start()
         await part.reach(3)
-        asker = Asker(nc, desk, part.runner._file, part.runner._hdf5, metrics, work)  # type: ignore[arg-type]
+        asker = Asker(nc, desk, part.runner._file, part.runner._calls._hdf5, metrics, work)  # type: ignore[arg-type]
         assert [1, 3] == [row.sequence for row in (await asker.events()).rows]
         await part.runner.stop()
         await taken(nc)

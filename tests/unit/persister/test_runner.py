@@ -534,7 +534,7 @@ async def test_a_call_on_the_file_that_does_not_come_back_is_counted(part: Rig, 
     part.runner.start()
     await part.reach(1)
     gate = threading.Event()
-    call = asyncio.create_task(part.runner._in_thread(lambda: gate.wait(30)))
+    call = asyncio.create_task(part.runner._calls.run(lambda: gate.wait(30)))
     await eventually(lambda: part.runner.disk_wait > 0.2)
     gate.set()
     assert await call
@@ -552,7 +552,7 @@ async def test_what_fails_in_the_thread_after_a_cancellation_is_not_quoted(
         gate.wait(30)
         raise ValueError("a patient's words")
 
-    call = asyncio.create_task(part.runner._in_thread(fail))
+    call = asyncio.create_task(part.runner._calls.run(fail))
     await asyncio.sleep(0)
     call.cancel()
     gate.set()
