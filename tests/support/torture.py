@@ -10,7 +10,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -29,7 +29,7 @@ BATCH = 20
 SMALL_BATCH = 2
 #: consultations that they are spread over
 CONSULTATIONS = 40
-#: a start of a writer is bounded by this, seconds
+#: a start of a writer, or a commit, is bounded by this, seconds
 _START_SECONDS = 30.0
 
 LONG = os.environ.get("FIQ_TORTURE") == "long"
@@ -97,8 +97,8 @@ def write_until_killed(path: str, told: Connection) -> None:
             store.maybe_checkpoint()
 
 
-def kill_writer(path: Path, seconds: float) -> int:
-    """Run a writer, kill it with -9 after *seconds*; return the last sequence that it acknowledged.
+def kill_writer(path: Path, commits: int, seconds: float) -> int:
+    """Run a writer, kill it with -9 *seconds* after so many commits; return the last sequence that it acknowledged.
 
     Raises:
         AssertionError: it ended by itself.
@@ -108,20 +108,33 @@ def kill_writer(path: Path, seconds: float) -> int:
     writer.start()
     sender.close()
     try:
-        if not receiver.poll(_START_SECONDS):
-            raise TimeoutError("the writer did not start")
-        told = _told(receiver, at_most=1)
+        acknowledged = _told(receiver)
+        for _ in range(commits):
+            acknowledged = _told(receiver)
         # the moment of the kill is what is random here; nothing is waited for
         writer.join(seconds)
         writer.kill()
         writer.join(_START_SECONDS)
         assert writer.exitcode == -signal.SIGKILL, "the writer ended by itself"
-        return [*told, *_told(receiver)][-1]
+        with suppress(EOFError):
+            while True:
+                acknowledged = int(receiver.recv())
+        return acknowledged
     finally:
         writer.kill()
         writer.join(_START_SECONDS)
         receiver.close()
         writer.close()
+
+
+def _told(receiver: Connection) -> int:
+    """Return the next sequence that a writer acknowledges, which is alive."""
+    if not receiver.poll(_START_SECONDS):
+        raise TimeoutError("the writer stands still")
+    try:
+        return int(receiver.recv())
+    except EOFError:
+        raise AssertionError("the writer ended by itself") from None
 
 
 @contextmanager
@@ -142,17 +155,6 @@ def _write_in_small_steps(path: str) -> None:
         while True:
             commit_range(store, range(store.committed + 1, store.committed + 1 + SMALL_BATCH), CONSULTATIONS)
             store.maybe_checkpoint(now=True)
-
-
-def _told(receiver: Connection, at_most: int | None = None) -> list[int]:
-    """Return what a writer told, up to so many numbers, or up to its end."""
-    told: list[int] = []
-    try:
-        while at_most is None or len(told) < at_most:
-            told.append(int(receiver.recv()))
-    except EOFError:
-        pass
-    return told
 
 
 def check_recovered(path: Path, acknowledged: int) -> int:
@@ -204,7 +206,7 @@ def kill_again_and_again(path: Path, kills: int, seed: int, *, renew: int = 25) 
                 file.unlink()
             EventStore.create(path, IDENTITY).close()
         with held_by_a_reader(path) if chance.random() < 0.25 else nullcontext():
-            acknowledged = kill_writer(path, chance.uniform(0.0, 0.12))
+            acknowledged = kill_writer(path, chance.randrange(30), chance.uniform(0.0, 0.02))
         look_at(path, killed)
         check_recovered(path, acknowledged)
     return killed

@@ -29,4 +29,4 @@ def test_a_writer_that_ends_by_itself_is_no_killed_one(tmp_path: Path, beyond: i
     with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
         store.commit(2**64 - 1 - beyond)
     with pytest.raises(AssertionError, match="ended by itself"):
-        kill_writer(tmp_path / "00.h5", 20.0)
+        kill_writer(tmp_path / "00.h5", 100, 0.0)
