@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from datetime import UTC, datetime
+from hashlib import blake2b
+from hmac import compare_digest
 
 from services.contract import tokens
 from services.contract.errors import ConfigurationError
@@ -12,14 +15,16 @@ from services.ingest.changes import read
 VARIABLE = "FI_TOKEN_FILE"
 #: the digest of nobody
 ANONYMOUS = ""
+#: what a token that is not known is compared with
+_NOBODY = "0" * 64
 
 
 class Tokens:
     """Tokens by their digests.
 
-    A token is looked up by its SHA-256 in a dict. How long that takes may tell something about the digest, which
-    nobody can choose, and nothing about the token, of which it is the hash: so there is no comparison that would have
-    to take the same time for all tokens. That holds because a token is 256 random bits and no password.
+    The file's digest of a token is found by a hash of it with a key that this process alone has, and only then
+    compared, in constant time: how long either takes tells nothing about any token or its digest, and does not grow
+    with the number of tokens.
 
     Attributes:
         path: of the file; empty when no tokens are asked for, and everybody may everything.
@@ -28,6 +33,9 @@ class Tokens:
     def __init__(self, path: str) -> None:
         self.path = path
         self._tokens: dict[str, Token] = {}
+        self._key = secrets.token_bytes(32)
+        #: digests by their hashes
+        self._blinded: dict[bytes, str] = {}
 
     @property
     def asked_for(self) -> bool:
@@ -50,11 +58,13 @@ class Tokens:
         except ConfigurationError as error:
             marked = [one if one.startswith(VARIABLE) else f"{VARIABLE}={self.path}: {one}" for one in error.problems]
             raise ConfigurationError(marked) from None
+        self._blinded = {self._blind(digest): digest for digest in self._tokens}
 
     def known(self, secret: str) -> str | None:
         """Return the digest of *secret* when it is a token that has not ended."""
         digest = digest_of(secret)
-        return digest if self.by_digest(digest) is not None else None
+        ours = self._blinded.get(self._blind(digest), _NOBODY)
+        return ours if compare_digest(ours, digest) and self.by_digest(ours) is not None else None
 
     def by_digest(self, digest: str) -> Token | None:
         """Return the token with *digest*, unless it has ended or there is none."""
@@ -62,3 +72,6 @@ class Tokens:
         if token is None or (token.expires is not None and token.expires <= datetime.now(UTC)):
             return None
         return token
+
+    def _blind(self, digest: str) -> bytes:
+        return blake2b(digest.encode(), key=self._key, digest_size=16).digest()

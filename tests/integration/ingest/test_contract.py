@@ -11,26 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import nats
+import pytest
 from aiohttp import ClientSession
 from cloudevents.core.bindings.http import to_binary_event
 from cloudevents.core.v1.event import CloudEvent
+from nats.aio.client import Client as NatsClient
+from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from services.cli.cluster import Cluster
 from services.eventlog.jetstream.names import STREAM
 from tests.support.persisters import PARTITIONS, Persister, corpus_of
 from tests.support.polling import eventually
+from tests.support.racing import Edge, race
 from tests.support.service import Service
 
 BODIES = (b'{"event_type":"A","payload":"one"}', b'{"event_type":"A","payload":"two"}')
 REUSED = "/problems/idempotency-key-reused"
+#: the broker's code of a message whose id is being stored just now
+IN_PROCESS = 10158
 
 
 @contextmanager
 def ingest(folder: Path, cluster: Cluster, **settings: str) -> Iterator[Service]:
     values = {"FI_PORT": "0", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "1MiB"}
     values |= {"FI_PUBLISH_DEADLINE": "15", "FI_NATS_URL": ",".join(cluster.urls)}
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with Service(folder, "services.ingest", **(values | settings)) as service:
         yield service
 
@@ -38,15 +44,18 @@ def ingest(folder: Path, cluster: Cluster, **settings: str) -> Iterator[Service]
 class Client:
     """Posts to one ingest process."""
 
-    def __init__(self, session: ClientSession, url: str) -> None:
+    def __init__(self, session: ClientSession, edge: Edge) -> None:
+        self.edge = edge
         self._session = session
-        self._url = url
+        self._url = f"http://127.0.0.1:{edge.port}"
 
     async def post(
         self, path: str, body: bytes, key: str = "", kind: str = "application/json"
     ) -> tuple[int, dict[str, Any]]:
         headers = {"Content-Type": kind} | ({"Idempotency-Key": key} if key else {})
         async with self._session.post(self._url + path, data=body, headers=headers) as response:
+            if response.status in {409, 429, 503}:
+                assert int(response.headers["Retry-After"]) > 0
             return response.status, json.loads(await response.read())
 
     async def post_headers(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
@@ -60,8 +69,8 @@ async def clients(folder: Path, cluster: Cluster, count: int = 1, **settings: st
     async with AsyncExitStack() as stack:
         services = [stack.enter_context(ingest(folder / str(n), cluster, **settings)) for n in range(count)]
         session = await stack.enter_async_context(ClientSession())
-        ports = [(await asyncio.to_thread(service.wait_for, "INGEST_STARTED"))["port"] for service in services]
-        yield [Client(session, f"http://127.0.0.1:{port}") for port in ports]
+        lines = [await asyncio.to_thread(service.wait_for, "INGEST_STARTED") for service in services]
+        yield [Client(session, Edge(line["port"], line["management_port"])) for line in lines]
 
 
 @asynccontextmanager
@@ -80,12 +89,12 @@ def lines(count: int, payload: str = "x") -> bytes:
 async def test_200_clients_that_race_one_key_with_two_bodies_store_one_event(
     fresh_log: Cluster, tmp_path: Path
 ) -> None:
-    """Through two processes at once: who had the first body gets 202, the others 422, nobody anything else."""
+    """At one moment, through two processes: who had the first body gets 202, the others 422, nobody anything else."""
     path = "/consultations/c-1/events"
     async with clients(tmp_path, fresh_log, 2) as both, jetstream(fresh_log) as js:
         for key in ("a", "b", "c"):
             before = (await js.stream_info(STREAM)).state.messages
-            answers = await asyncio.gather(*(both[n % 2].post(path, BODIES[n // 2 % 2], key) for n in range(200)))
+            answers = await race([one.edge for one in both], path, key, [BODIES[n // 2 % 2] for n in range(200)])
 
             assert (await js.stream_info(STREAM)).state.messages == before + 1
             (sequence,) = {answer["sequence"] for status, answer in answers if status == 202}
@@ -94,6 +103,79 @@ async def test_200_clients_that_race_one_key_with_two_bodies_store_one_event(
             assert of_body == [Counter({202 if n == first else 422: 100}) for n in (0, 1)]
             assert {answer["type"] for status, answer in answers if status == 422} == {REUSED}
             assert sum(not answer.get("duplicate", False) for status, answer in answers if status == 202) <= 1
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+async def test_a_key_that_is_being_stored_is_tried_again_until_the_deadline(
+    fresh_log: Cluster, tmp_path: Path, in_time: bool
+) -> None:
+    """The leader has the first one and no quorum yet, so the broker says of the second that it is in process."""
+    path, settings = "/consultations/c-1/events", {"FI_MAX_BACKLOG": "0"}
+    async with clients(tmp_path, fresh_log, 1, **settings) as (client,):
+        assert 202 == (await client.post(path, BODIES[0], "before"))[0]
+    leader = await asyncio.to_thread(fresh_log.wait_stream_leader, STREAM)
+    settings["FI_NATS_URL"] = fresh_log.urls[leader]
+    patience = {"FI_PUBLISH_DEADLINE": "10" if in_time else "1"}
+    async with (
+        clients(tmp_path / "1", fresh_log, 1, **settings) as (first,),
+        clients(tmp_path / "2", fresh_log, 1, **settings, **patience) as (second,),
+        overhearing(fresh_log.urls[leader], "fi.events.c-1") as (nc, heard),
+    ):
+        # given
+        with frozen(fresh_log, {*range(fresh_log.size)} - {leader}):
+            one = asyncio.create_task(first.post(path, BODIES[0], "k"))
+            await eventually(lambda: heard)
+            message = heard[0]
+            reply = await nc.request(message.subject, message.data, headers=message.headers, timeout=5)
+            assert IN_PROCESS == json.loads(reply.data)["error"]["err_code"]
+
+            # when
+            before = [sent.reply for sent in heard]
+            two = asyncio.create_task(second.post(path, BODIES[0], "k"))
+
+            def tried_again() -> bool:
+                tries = Counter(sent.reply for sent in heard if sent.reply not in before)
+                return any(count > 1 for count in tries.values())
+
+            await eventually(tried_again)
+            if not in_time:
+                status, problem = await two
+                assert (409, "/problems/duplicate-in-flight") == (status, problem["type"])
+
+        # then
+        status, stored = await one
+        assert 202 == status
+        if not in_time:
+            two = asyncio.create_task(second.post(path, BODIES[0], "k"))
+        assert (202, stored | {"duplicate": True}) == await two
+
+
+@contextmanager
+def frozen(cluster: Cluster, nodes: set[int]) -> Iterator[None]:
+    for node in nodes:
+        cluster.pause(node)
+    try:
+        yield
+    finally:
+        for node in nodes:
+            cluster.resume(node)
+
+
+@asynccontextmanager
+async def overhearing(url: str, subject: str) -> AsyncIterator[tuple[NatsClient, list[Msg]]]:
+    """Collect what is published on *subject* at a node."""
+    heard: list[Msg] = []
+
+    async def hear(message: Msg) -> None:
+        heard.append(message)
+
+    connection = await nats.connect(url)
+    try:
+        await connection.subscribe(subject, cb=hear)
+        await connection.flush()
+        yield connection, heard
+    finally:
+        await connection.close()
 
 
 async def test_the_same_batch_with_two_contents_is_stored_once(fresh_log: Cluster, tmp_path: Path) -> None:

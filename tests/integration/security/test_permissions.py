@@ -99,12 +99,22 @@ FORBIDDEN = {
         "$SYS.REQ.SERVER.PING",
     ],
 }
+#: what none of them does: it is for whoever looks after the cluster, and stops or delays the pipeline
+OPERATIONS = [
+    "$JS.API.META.LEADER.STEPDOWN",
+    "$JS.API.SERVER.REMOVE",
+    "$JS.API.STREAM.LEADER.STEPDOWN.fi-events",
+    "$JS.API.STREAM.PEER.REMOVE.fi-events",
+    "$JS.API.CONSUMER.LEADER.STEPDOWN.fi-events.fi-workers-main-00",
+    "$JS.API.CONSUMER.PAUSE.fi-events.fi-workers-main-00",
+]
 #: subjects that nobody may listen to besides his own inbox
 UNHEARD = ["fi.events.>", "fi.dead.>", ">", "_INBOX.>", "$JS.ACK.>", "$JS.API.>", "$SYS.>"]
 
 
 @pytest.mark.parametrize(
-    ("role", "subject"), [(role, subject) for role, subjects in FORBIDDEN.items() for subject in subjects]
+    ("role", "subject"),
+    [(role, subject) for role, subjects in FORBIDDEN.items() for subject in [*subjects, *OPERATIONS]],
 )
 async def test_a_role_may_not_publish_what_is_not_its_own(secured: Secured, role: Role, subject: str) -> None:
     """The request ends with an error that names the subject, long before its time-out."""

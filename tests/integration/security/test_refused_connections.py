@@ -298,7 +298,7 @@ def test_ingest_ends_with_one_line_and_a_code(secured: Secured, elsewhere: Path,
     assert WRONG[wrong] in done.errors[0]
 
 
-@pytest.mark.parametrize("wrong", ["authority", "missing user"])
+@pytest.mark.parametrize("wrong", ["authority", "user", "no user", "missing user"])
 def test_a_persister_ends_with_one_line_and_a_code(
     secured: Secured, elsewhere: Path, tmp_path: Path, wrong: str
 ) -> None:
@@ -310,7 +310,7 @@ def test_a_persister_ends_with_one_line_and_a_code(
     assert WRONG[wrong] in done.errors[0]
 
 
-@pytest.mark.parametrize("wrong", ["authority", "user", "missing authority"])
+@pytest.mark.parametrize("wrong", ["authority", "user", "no user", "missing authority"])
 def test_a_command_ends_with_one_line_and_a_code(secured: Secured, elsewhere: Path, wrong: str) -> None:
     """`fiq status` in the hands of an operator."""
     done = fiq(environment(secured, elsewhere, wrong), "status")
@@ -320,9 +320,22 @@ def test_a_command_ends_with_one_line_and_a_code(secured: Secured, elsewhere: Pa
     assert WRONG[wrong] in done.errors[0]
 
 
-def test_ingest_ends_with_one_line_when_the_certificate_has_expired(expired: Secured) -> None:
+@pytest.mark.parametrize(
+    ("role", "command"),
+    [
+        (Role.INGEST, ["services.ingest"]),
+        (Role.PERSISTER, ["services.persister"]),
+        (Role.OPS, ["services.cli.main", "status"]),
+    ],
+    ids=["ingest", "persister", "fiq status"],
+)
+def test_each_ends_with_one_line_when_the_certificate_has_expired(
+    expired: Secured, tmp_path: Path, role: Role, command: list[str]
+) -> None:
     """What an operator reads on the morning after."""
-    done = run("services.ingest", expired.environment(Role.INGEST) | PORTS)
+    module, *arguments = command
+    environment = expired.environment(role) | PORTS | {"FI_DATA_DIR": str(tmp_path / "data")}
+    done = run(module, environment, *arguments)
 
     assert 1 == done.code
     assert 1 == len(done.errors), done.errors

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import os
+import pty
 import re
 import shlex
 import signal
@@ -42,14 +45,14 @@ class Ended:
         return float(found[1])
 
 
-async def started(*arguments: str | Path) -> asyncio.subprocess.Process:
+async def started(*arguments: str | Path, **options: Any) -> asyncio.subprocess.Process:
     command = [sys.executable, "-m", "services.cli.main", "post", *map(str, arguments)]
     pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+    return await asyncio.create_subprocess_exec(*command, **({"stdin": pipe, "stdout": pipe, "stderr": pipe} | options))
 
 
 async def ended(process: asyncio.subprocess.Process, stdin: bytes | None = None) -> Ended:
-    out, err = await process.communicate(stdin)
+    out, err = (text or b"" for text in await process.communicate(stdin))
     assert process.returncode is not None
     assert SECRET.encode() not in out + err
     return Ended(process.returncode, out.decode(), err.decode())
@@ -87,6 +90,36 @@ async def test_every_line_is_an_event_of_the_consultation_that_it_names(tmp_path
         assert events[consultation::7] == service.bodies(f"c-{consultation}")
     assert max(service.sizes) == 20
     assert not file.with_name("events.ndjson.posting").exists()
+
+
+async def test_a_terminal_shows_how_far_it_is(tmp_path: Path) -> None:
+    """A bar for the look through the file and one for the posting, to the last event; nothing of it in a pipe."""
+    file = written(tmp_path / "events.ndjson", [event(number) for number in range(3000)])
+    service = MemoryService(numbered=False)
+    screen, terminal = pty.openpty()
+    async with scripted(service.step) as server:
+        arguments = (file, "--url", server.url, "--consultation", "c-1", "--batch", "100")
+        process = await started(*arguments, stderr=terminal, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"})
+        os.close(terminal)
+        shown = asyncio.create_task(asyncio.to_thread(everything, screen))
+        result = await ended(process)
+        text = await shown
+    assert 0 == result.code
+    bars = re.findall(r"(checking|posting) .*?(\d+)%.*?([\d,]+) events", text)
+    assert {"checking", "posting"} == {name for name, _, _ in bars}
+    assert ("posting", "100", "3,000") == bars[-1]
+    done = [int(percent) for name, percent, _ in bars if name == "posting"]
+    assert sorted(done) == done
+    assert SECRET not in text
+
+
+def everything(screen: int) -> str:
+    """Return what was written to a terminal until its last writer closed it."""
+    text = b""
+    with open(screen, "rb", buffering=0) as file, contextlib.suppress(OSError):  # EIO: nobody writes any more
+        while piece := file.read(65536):
+            text += piece
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
 
 
 async def test_lines_without_a_consultation_are_of_the_one_that_the_command_names(tmp_path: Path) -> None:

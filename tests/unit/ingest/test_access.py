@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from services.ingest.app import make_app
 from services.ingest.handlers import ANSWERS
 from services.ingest.rates import Bucket
 from services.ingest.settings import Settings
+from services.ingest.tokens import Tokens
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
 from tests.support.polling import eventually
 
@@ -54,6 +56,27 @@ def bearer(name: str) -> dict[str, Any]:
 def told(reply: Reply) -> tuple[int, str, str]:
     """Status, type of the problem, and challenge."""
     return reply.status, reply.json.get("type", ""), reply.headers.get("WWW-Authenticate", "")
+
+
+def test_no_time_tells_how_close_a_token_is_to_one_of_ours(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes is compared once, in constant time; what is looked up before that nobody else can compute."""
+    known, other = Tokens(str(file)), Tokens(str(file))
+    compared: list[tuple[str, str]] = []
+
+    def compare(ours: str, theirs: str) -> bool:
+        compared.append((ours, theirs))
+        return hmac.compare_digest(ours, theirs)
+
+    monkeypatch.setattr(tokens, "compare_digest", compare)
+    for each in (known, other):
+        each.load()
+    for secret in (SECRETS["writer"], SECRETS["ward"], SECRETS["ended"], "nobody's", "", "\udc80"):
+        mine = secret in {SECRETS["writer"], SECRETS["ward"]}
+        compared.clear()
+        assert (digest_of(secret) if mine else None) == known.known(secret)
+        assert [digest_of(secret)] == [theirs for _, theirs in compared]
+        assert {len(digest_of(secret))} == {len(ours) for ours, _ in compared}
+    assert not {*known._blinded} & {*other._blinded, *(token.digest for token in TOKENS.values())}
 
 
 async def test_a_token_with_the_scope_gets_through(edge: Edge) -> None:
