@@ -40,6 +40,9 @@ class HeldReading:
         try:
             rows, committed = await self._corpus.find_all(partition, consultation, event_ids)
         except CorpusAwayError:
+            if before is not None and self._turn.locked():
+                # an outage of persisters must not let new events queue here
+                return Held({}, complete=False)
             waiting, complete = await self._waiting(partition, consultation, set(event_ids), 0, before)
             return Held(waiting, complete and await self._stream.first() == 1)
         found = {event_id: persisted(consultation, row) for event_id, row in rows.items()}

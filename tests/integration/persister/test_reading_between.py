@@ -255,3 +255,15 @@ async def test_without_a_persister_only_a_whole_stream_can_say_that_a_key_is_new
     assert [(2, True), (0, True)] == [await found(events[1]), await found(event(9))]
     await log.api.purge(STREAM, 2)
     assert [(2, False), (0, False)] == [await found(events[1]), await found(event(9))]
+
+
+async def test_without_a_persister_new_events_do_not_queue_for_the_stream(log: Log) -> None:
+    """Intake goes on at its pace in an outage: of those that come together one has its key looked for."""
+    reader = JetStreamReader(log.nc, log.settings)
+    events = [event(number) for number in range(1, 11)]
+    for one in events:
+        await log.publisher.append(one)
+
+    said = await asyncio.gather(*(reader.held("c1", [one.event_id], 11) for one in events))
+
+    assert [(1, True), *[(0, False)] * 9] == sorted(((len(one.events), one.complete) for one in said), reverse=True)
