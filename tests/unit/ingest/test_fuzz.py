@@ -28,6 +28,8 @@ from tests.support.polling import eventually
 
 #: more of them in `make torture`
 EXAMPLES = 1500 if os.environ.get("FIQ_TORTURE") == "long" else 60
+#: of a test, seconds: a request that has no end takes half a second until it is given up
+pytestmark = pytest.mark.timeout(120 + EXAMPLES)
 #: seconds within which each answer must be here
 PATIENCE = 15.0
 EVENTS = b"/consultations/c-1/events"
