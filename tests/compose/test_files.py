@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "fiq"
 
 
-def config(folder: Path, file: str) -> dict[str, Any]:
-    (folder / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in HOST.items()))
+def config(folder: Path, file: str, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return what Compose v2 makes of *file* with HOST and *env* in .env."""
+    variables = {**HOST, **(env or {})}
+    (folder / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in variables.items()))
     text = docker("compose", "-f", file, "--profile", "*", "config", cwd=folder)
     found: dict[str, Any] = yaml.safe_load(text)
     return found
@@ -89,13 +92,24 @@ def test_a_host_without_a_name_is_refused(engine: None, folder: Path, variable: 
 
 
 @pytest.mark.parametrize("file", FILES)
+def test_a_setting_in_dotenv_reaches_its_service(engine: None, folder: Path, file: str) -> None:
+    """Also one that the file has no default for; one that is nowhere set is not there, which means its own default."""
+    services = config(folder, file, {"FI_MAX_BACKLOG": "7", "FI_RETENTION": "36h", "FI_STORE": ""})["services"]
+    ingest, persister = services["ingest"]["environment"], services["persister"]["environment"]
+    assert ("7", "36h") == (ingest["FI_MAX_BACKLOG"], persister["FI_RETENTION"])
+    assert ("", None) == (ingest["FI_STORE"], ingest["FI_MAX_EVENT_BYTES"])
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_docker_compose_1_29_takes_the_files_too(engine: None, folder: Path, file: str) -> None:
     """It is what Debian 12 has. It starts the same services."""
     if shutil.which(V1) is None:
         if os.environ.get("FIQ_REQUIRE_DOCKER") == "1":
             pytest.fail(f"there is no {V1}")
         pytest.skip(f"there is no {V1}")
-    services = config(folder, file)["services"]
+    services = config(folder, file, {"FI_MAX_BACKLOG": "7"})["services"]
     done = subprocess.run([V1, "-f", file, "config"], cwd=folder, capture_output=True, text=True, timeout=120)
     assert 0 == done.returncode, done.stderr
-    assert set(services) == set(yaml.safe_load(done.stdout)["services"])
+    found = yaml.safe_load(done.stdout)["services"]
+    assert set(services) == set(found)
+    assert ("7", None) == tuple(found["ingest"]["environment"][name] for name in ("FI_MAX_BACKLOG", "FI_RATE"))
