@@ -48,7 +48,7 @@ def environment(file: str, service: str) -> dict[str, Any]:
 @pytest.mark.parametrize("service", READS)
 @pytest.mark.parametrize("file", DECIDED)
 def test_each_setting_of_a_service_can_be_set_in_dotenv(file: str, service: str) -> None:
-    """A name without a value is that of .env, or the default; `${NAME…}` is .env's with the deployment's own default."""
+    """A name without a value is that of .env, or the default; `${NAME…}` is that with another default."""
     found = environment(file, service)
     settable = {variable.name for variable in variables(READS[service])} - IN_THE_IMAGE - MOUNTED - DECIDED[file]
     handed_on = {name for name, value in found.items() if value is None or f"${{{name}" in value}
