@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import ssl
 
 import pytest
 from aiohttp import ClientSession
 
+from services.cli.security.layout import Layout
 from tests.support.compose.engine import docker
-from tests.support.compose.stack import IMAGE, Deployment
+from tests.support.compose.stack import IMAGE, NODES, Deployment
 from tests.support.polling import eventually
 
 pytestmark = pytest.mark.timeout(300)
@@ -47,6 +50,43 @@ async def test_a_token_is_asked_for_and_a_new_one_needs_no_restart(stack: Deploy
         await asyncio.to_thread(fiq, stack, "token", "revoke", "ward")
         await all_say(401, "access-1", made)
         assert 404 == await post("no.id", stack.token)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_a_node_tells_nothing_to_who_speaks_no_tls(stack: Deployment, node: str) -> None:
+    """Neither its version nor whether it would let somebody in: the connection ends."""
+    with socket.create_connection(_published(stack, node), timeout=10) as sock:
+        answer = _answer(sock)
+    assert [] == [word for word in (b"INFO", b"+OK", b"-ERR", b"PONG") if word in answer]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_a_node_lets_nobody_in_without_a_user(stack: Deployment, node: str) -> None:
+    """TLS alone is not enough."""
+    address = _published(stack, node)
+    context = ssl.create_default_context(cafile=str(Layout(stack.folder).ca_certificate))
+    with (
+        socket.create_connection(address, timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=address[0]) as sock,
+    ):
+        assert b"Authorization Violation" in _answer(sock)
+
+
+def _published(stack: Deployment, node: str) -> tuple[str, int]:
+    host, _, port = stack.address(node, 4222).rpartition(":")
+    return host, int(port)
+
+
+def _answer(sock: socket.socket) -> bytes:
+    """Introduce oneself as a client without a name does, and return all that comes back until the connection ends."""
+    sock.sendall(b'CONNECT {"verbose":true,"pedantic":false}\r\nPING\r\n')
+    received = b""
+    try:
+        while part := sock.recv(4096):
+            received += part
+    except ConnectionResetError:
+        pass
+    return received
 
 
 async def test_clients_do_not_reach_the_management_endpoints(stack: Deployment) -> None:

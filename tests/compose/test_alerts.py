@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -11,6 +12,15 @@ from tests.support.compose.stack import Deployment
 from tests.support.polling import eventually
 
 pytestmark = pytest.mark.timeout(420)
+
+
+def test_promtool_takes_the_configuration_with_its_rules(stack: Deployment) -> None:
+    """Where Prometheus runs, so that every file that it names is looked for and read."""
+    said = stack("exec", "-T", "prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml")
+    for rules in (stack.folder / "prometheus" / "rules").glob("*.yml"):
+        _, found, rest = said.partition(f"Checking /etc/prometheus/rules/{rules.name}\n")
+        assert found, said
+        assert re.match(r"\s*SUCCESS: [1-9]\d* rules found", rest), said
 
 
 async def test_every_target_answers(stack: Deployment) -> None:

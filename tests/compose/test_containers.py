@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import os
 import signal
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
+from http.client import parse_headers
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import orjson
 import pytest
 from aiohttp import ClientSession
 
-from tests.support.compose.engine import PREFIX, docker
+from tests.support.compose.engine import PREFIX, ROOT, EngineError, docker, run
 from tests.support.compose.faults import crash, killed, restarts
 from tests.support.compose.stack import Deployment, inspect
 from tests.support.polling import eventually, eventually_sync
@@ -62,7 +66,18 @@ def test_the_image_says_what_it_is_and_runs_as_nobody_s_user(image: str) -> None
     assert "10001:10001" == config["User"]
     assert "fiq" == config["Labels"]["org.opencontainers.image.title"]
     assert config["Healthcheck"]["Test"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == config["Labels"]["org.opencontainers.image.version"]
+    assert _revision() == config["Labels"]["org.opencontainers.image.revision"].removesuffix("-dirty")
     assert docker("run", "--rm", "--read-only", image, "fiq", "version").startswith("fiq ")
+
+
+def _revision() -> str:
+    """Return the commit of this checkout; ``unknown`` in a copy without git."""
+    try:
+        return run("git", "rev-parse", "HEAD", cwd=ROOT).strip()
+    except (EngineError, FileNotFoundError):
+        return "unknown"
 
 
 @pytest.mark.parametrize("module", ["services.ingest", "services.persister"])
@@ -106,7 +121,7 @@ def test_what_ends_by_itself_is_started_again(stack: Deployment) -> None:
 
 
 async def test_without_any_ingest_the_balancer_tells_clients_to_come_back(stack: Deployment) -> None:
-    """In the form of ingest's own answers, so that a client needs to know one only."""
+    """In the form of ingest's own answers, so that a client needs to know one only. Likewise when a request is lost."""
     async with ClientSession() as session:
 
         async def answer() -> tuple[int, str, str]:
@@ -114,7 +129,11 @@ async def test_without_any_ingest_the_balancer_tells_clients_to_come_back(stack:
             async with session.post(f"{stack.url}/consultations/nobody/events", data=body) as got:
                 return got.status, got.headers.get("Retry-After", ""), got.content_type
 
+        writer, refused = await _under_way(stack)
         with killed(stack, "ingest"):
+            assert (502, "2", "/problems/log-unavailable") == await refused
+            writer.close()
+            await writer.wait_closed()
             expected = (503, "2", "application/problem+json")
 
             async def told() -> bool:
@@ -122,6 +141,25 @@ async def test_without_any_ingest_the_balancer_tells_clients_to_come_back(stack:
 
             await eventually(told)
     await eventually(lambda: {"healthy"} == stack.states(), timeout=90)
+
+
+async def _under_way(stack: Deployment) -> tuple[asyncio.StreamWriter, Awaitable[tuple[int, str | None, str]]]:
+    """Begin to post an event without a key; return status, Retry-After and problem of the answer, when it comes."""
+    host, _, port = stack.address("balancer", 7001).rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = ("POST /consultations/broken/events HTTP/1.1", "Host: fiq", f"Authorization: Bearer {stack.token}")
+    writer.write("\r\n".join((*head, "Content-Type: application/json", "Content-Length: 100", "", "{")).encode())
+    await writer.drain()
+
+    async def answer() -> tuple[int, str | None, str]:
+        async with asyncio.timeout(60):
+            status = int((await reader.readline()).split()[1])
+            headers = parse_headers(io.BytesIO(await reader.readuntil(b"\r\n\r\n")))
+            body = await reader.readexactly(int(headers["Content-Length"]))
+        assert "application/problem+json" == headers["Content-Type"]
+        return status, headers["Retry-After"], orjson.loads(body)["type"]
+
+    return writer, asyncio.ensure_future(answer())
 
 
 @pytest.mark.parametrize("service", ["ingest", "persister"])

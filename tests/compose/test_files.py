@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.support.compose.engine import docker
+from services.cli.security.layout import Layout
+from tests.support.compose.engine import ROOT, docker
 from tests.support.compose.stack import DEPLOYMENT
 
 #: what `fiq init` and the operator of a host write
@@ -22,6 +25,7 @@ HOST = {
     "NODE_ROUTES": '["nats://a.example:6222"]',
     "FI_NATS_URL": "nats://a.example:4222",
 }
+DEPLOY = ROOT / "docs" / "deploy.md"
 FILES = ("compose.yaml", "compose.host.yaml")
 #: fields of 1.29 that Compose v2 does not print, or prints otherwise, are not compared: it only has to take the file
 V1 = "docker-compose"
@@ -34,8 +38,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "fiq"
 
 
-def config(folder: Path, file: str) -> dict[str, Any]:
-    (folder / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in HOST.items()))
+def config(folder: Path, file: str, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return what Compose v2 makes of *file* with HOST and *env* in .env."""
+    variables = {**HOST, **(env or {})}
+    (folder / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in variables.items()))
     text = docker("compose", "-f", file, "--profile", "*", "config", cwd=folder)
     found: dict[str, Any] = yaml.safe_load(text)
     return found
@@ -58,7 +64,7 @@ def test_nothing_has_rights_that_it_does_not_need(engine: None, folder: Path, fi
 @pytest.mark.parametrize("file", FILES)
 def test_only_volumes_is_started_as_root(engine: None, folder: Path, file: str) -> None:
     """And it ends before anything else begins. The images of the others name a user of their own."""
-    own = {"balancer", "prometheus", "grafana", "nats-exporter"}
+    own = {"prometheus", "nats-exporter"}
     users = {name: service.get("user") for name, service in config(folder, file)["services"].items() if name not in own}
     assert {"volumes"} == {name for name, user in users.items() if user != "10001:10001"}
 
@@ -71,10 +77,50 @@ def test_no_port_is_open_beyond_loopback(engine: None, folder: Path) -> None:
 
 
 def test_of_a_host_only_the_nodes_ports_are_open_to_the_others(engine: None, folder: Path) -> None:
-    """Ingest stays on loopback until FIQ_ADDRESS says otherwise; nothing of the persisters is open."""
-    services = config(folder, "compose.host.yaml")["services"]
-    opened = {(name, port["host_ip"]) for name, service in services.items() for port in service.get("ports", [])}
-    assert {("node", "192.0.2.1"), ("ingest", "127.0.0.1")} == opened
+    """Ingest and all metrics stay on loopback until FIQ_ADDRESS and METRICS_ADDRESS say otherwise."""
+
+    def opened(env: Mapping[str, str]) -> set[tuple[str, str, int]]:
+        services = config(folder, "compose.host.yaml", env)["services"]
+        ports = [(name, port) for name, service in services.items() for port in service.get("ports", [])]
+        return {(name, port["host_ip"], port["target"]) for name, port in ports}
+
+    nodes = {("node", "192.0.2.1", 4222), ("node", "192.0.2.1", 6222)}
+    metrics = {("ingest", 7101), ("persister", 7002)}
+    assert nodes | {("ingest", "127.0.0.1", 7001)} | {(a, "127.0.0.1", b) for a, b in metrics} == opened({})
+    inner = {"METRICS_ADDRESS": "192.0.2.7"}
+    assert nodes | {("ingest", "127.0.0.1", 7001)} | {(a, "192.0.2.7", b) for a, b in metrics} == opened(inner)
+
+
+def test_each_persister_of_a_host_has_a_port_for_its_metrics(engine: None, folder: Path) -> None:
+    """One port could be published for one of them only; by default there are as many ports as persisters."""
+    persister = config(folder, "compose.host.yaml")["services"]["persister"]
+    (port,) = persister["ports"]
+    first, last = map(int, port["published"].split("-"))
+    assert (2, 2) == (persister["scale"], last - first + 1)
+
+
+def test_a_host_without_a_node_starts_ingest_and_persisters_alone(engine: None, folder: Path) -> None:
+    """With the variables and the command of docs/deploy.md; what the node would need is not looked for."""
+    section = DEPLOY.read_text().partition("**A host for ingest and persisters only**")[2]
+    dotenv, command = re.findall(r"```sh\n(.+?)```", section, re.DOTALL)[:2]
+    told = dict(re.findall(r"^ *(\w+)=(\S*)", dotenv, re.MULTILINE))
+    words = command.split()
+    assert ["docker", "compose", "-f", "compose.host.yaml", "up", "-d"] == words[:6]
+    assert set(HOST) - {"FI_NATS_URL", "NODE_ROUTES"} <= told.keys()
+
+    (folder / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in {**HOST, **told}.items()))
+    started = yaml.safe_load(docker("compose", "-f", "compose.host.yaml", "config", *words[6:], cwd=folder))
+    assert {"ingest", "persister", "volumes"} == started["services"].keys()
+
+
+def test_grafana_has_a_password_of_its_own(engine: None, folder: Path) -> None:
+    """The one that `fiq init` made, from a file; and compose knows when it is there."""
+    found = config(folder, "compose.yaml")
+    grafana = found["services"]["grafana"]
+    (secret,) = grafana["secrets"]
+    assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"] == f"/run/secrets/{secret['target']}"
+    assert Layout(folder).grafana_password == Path(found["secrets"][secret["source"]]["file"])
+    assert "http://127.0.0.1:3000/api/health" == grafana["healthcheck"]["test"][-1]
 
 
 @pytest.mark.parametrize("variable", sorted(HOST))
@@ -89,13 +135,24 @@ def test_a_host_without_a_name_is_refused(engine: None, folder: Path, variable: 
 
 
 @pytest.mark.parametrize("file", FILES)
+def test_a_setting_in_dotenv_reaches_its_service(engine: None, folder: Path, file: str) -> None:
+    """Also one that the file has no default for; one that is nowhere set is not there, which means its own default."""
+    services = config(folder, file, {"FI_MAX_BACKLOG": "7", "FI_RETENTION": "36h", "FI_STORE": ""})["services"]
+    ingest, persister = services["ingest"]["environment"], services["persister"]["environment"]
+    assert ("7", "36h") == (ingest["FI_MAX_BACKLOG"], persister["FI_RETENTION"])
+    assert ("", None) == (ingest["FI_STORE"], ingest["FI_MAX_EVENT_BYTES"])
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_docker_compose_1_29_takes_the_files_too(engine: None, folder: Path, file: str) -> None:
     """It is what Debian 12 has. It starts the same services."""
     if shutil.which(V1) is None:
         if os.environ.get("FIQ_REQUIRE_DOCKER") == "1":
             pytest.fail(f"there is no {V1}")
         pytest.skip(f"there is no {V1}")
-    services = config(folder, file)["services"]
+    services = config(folder, file, {"FI_MAX_BACKLOG": "7"})["services"]
     done = subprocess.run([V1, "-f", file, "config"], cwd=folder, capture_output=True, text=True, timeout=120)
     assert 0 == done.returncode, done.stderr
-    assert set(services) == set(yaml.safe_load(done.stdout)["services"])
+    found = yaml.safe_load(done.stdout)["services"]
+    assert set(services) == set(found)
+    assert ("7", None) == tuple(found["ingest"]["environment"][name] for name in ("FI_MAX_BACKLOG", "FI_RATE"))

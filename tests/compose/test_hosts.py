@@ -8,12 +8,14 @@ from pathlib import Path
 
 import orjson
 import pytest
+from aiohttp import ClientSession
 
 from services.cli.rehearsal.consultations import Post, generate
 from services.cli.rehearsal.load import Accepted, Load
 from services.cli.rehearsal.verification import compare
+from services.eventlog.partitions import partition_of
 from tests.support.compose.engine import EngineError, docker
-from tests.support.compose.hosts import HOSTS, Hosts
+from tests.support.compose.hosts import HOSTS, PARTITIONS, PERSISTERS, Hosts
 from tests.support.compose.stack import Deployment, consultations_in, stream_is_whole
 from tests.support.polling import eventually, eventually_sync
 
@@ -28,6 +30,8 @@ class Clients:
     def __init__(self, hosts: Hosts) -> None:
         self.hosts = hosts
         self.accepted: dict[str, Accepted] = {}
+        #: partition -> the host whose volume has it, once that was seen
+        self.owners: dict[int, int] = {}
         self._posted = 0
 
     async def post(self, host: int) -> None:
@@ -40,16 +44,34 @@ class Clients:
         self.accepted.update((await load.run(named)).accepted)
 
     async def are_served(self, *hosts: int) -> None:
-        """Wait until the volumes of *hosts*, all by default, hold what was accepted, once and in order."""
+        """Wait until the volumes of *hosts*, all by default, hold what was accepted for them, once and in order."""
         machines = [self.hosts.machines[host] for host in hosts or range(len(HOSTS))]
+        wanted = [one for one in self.accepted.values() if not hosts or self.owner(one) in hosts]
 
         async def all_there() -> bool:
-            return len(await asyncio.to_thread(_dump, machines)) >= len(self.accepted)
+            return len(await asyncio.to_thread(_dump, machines)) >= len(wanted)
 
         await eventually(all_there, timeout=120)
-        verdict = compare(consultations_in(await asyncio.to_thread(_dump, machines)), self.accepted.values())
+        verdict = compare(consultations_in(await asyncio.to_thread(_dump, machines)), wanted)
         assert [] == verdict.summary()
-        assert len(self.accepted) == verdict.persisted
+        assert len(wanted) == verdict.persisted
+
+    def owner(self, one: Accepted) -> int:
+        """Return the host whose volume has the event's partition."""
+        return self.owners[_partition(one.post.consultation)]
+
+    async def status(self, one: Accepted, host: int) -> str:
+        """Return what the ingest of *host* says of an event: `queued` or `persisted`."""
+        path = f"consultations/{one.post.consultation}/events/{one.post.key}"
+        async with ClientSession(headers={"Authorization": f"Bearer {self.hosts.token}"}) as session:
+            url = f"http://{await asyncio.to_thread(self.hosts.machines[host].address, 'ingest', 7001)}/{path}"
+            async with session.get(url) as answer:
+                status: str = (await answer.json(content_type=None))["status"]
+                return status
+
+
+def _partition(consultation: str) -> int:
+    return partition_of(consultation, PARTITIONS)
 
 
 def _dump(machines: list[Deployment]) -> list[str]:
@@ -92,21 +114,43 @@ async def test_three_hosts_are_one_cluster_over_tls(clients: Clients) -> None:
         await clients.post(host)
     await stream_is_whole(lambda: hosts.settings)
     await clients.are_served()
-    for machine in hosts.machines:
-        assert machine.dump(), f"{machine.project} has no partition"
+    for host, machine in enumerate(hosts.machines):
+        found = {_partition(line.split(" ")[0]) for line in await asyncio.to_thread(machine.dump)}
+        assert len(found) == PARTITIONS // len(HOSTS), f"{machine.project} has partitions {found}"
+        clients.owners.update(dict.fromkeys(found, host))
         seen = orjson.loads(machine("exec", "-T", "node", "wget", "-q", "-O", "-", "http://127.0.0.1:8222/varz"))
         assert (True, True, True) == (seen["tls_required"], seen["cluster"]["tls_required"], seen["routes"] > 0)
+    assert PARTITIONS == len(clients.owners)
+
+
+async def test_a_prometheus_elsewhere_reaches_the_metrics_of_each_process(clients: Clients) -> None:
+    """Ingest and every persister of a host have a published port of their own."""
+    async with ClientSession() as session:
+        for machine in clients.hosts.machines:
+            for service, port, name in (("ingest", 7101, "fi_ingest_"), ("persister", 7002, "fi_persister_")):
+                containers = await asyncio.to_thread(machine.containers, service)
+                found = [docker("port", container, f"{port}").splitlines()[0] for container in containers]
+                assert len(set(found)) == len(containers)
+                for address in found:
+                    async with session.get(f"http://{address}/metrics") as answer:
+                        assert (200, True) == (answer.status, name in await answer.text())
+    first = clients.hosts.machines[0]
+    assert PERSISTERS == len(await asyncio.to_thread(first.containers, "persister"))
 
 
 async def test_a_host_goes_away_and_comes_back(clients: Clients) -> None:
-    """The others take events without a break; its partitions wait in the stream, and are finished when it is back."""
-    hosts = clients.hosts
-    away = hosts.machines[1]
-    running = await asyncio.to_thread(lambda: away("ps", "-q").split())
-    await asyncio.to_thread(docker, "kill", "-s", "KILL", *running)
-    await clients.post(0)
-    await clients.post(2)
-    await asyncio.to_thread(docker, "start", *running)
+    """The others take events and store theirs; its partitions wait in the stream, and are finished when it is back."""
+    hosts, before = clients.hosts, set(clients.accepted)
+    with hosts.cut_off(1):
+        await clients.post(0)
+        await clients.post(2)
+        await clients.are_served(0, 2)
+        new = [one for key, one in clients.accepted.items() if key not in before]
+        waiting = [one for one in new if clients.owner(one) == 1]
+        assert 0 < len(waiting) < len(new)
+        with hosts.killed(1):  # its power fails, too
+            asked = (clients.status(one, host) for one, host in ((waiting[0], 0), (waiting[-1], 2)))
+            assert ["queued", "queued"] == await asyncio.gather(*asked)
     await stream_is_whole(lambda: hosts.settings)
     await _healthy(hosts.machines)
     await clients.are_served()

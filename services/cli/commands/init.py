@@ -30,12 +30,12 @@ class Rotation(StrEnum):
 
 #: what is to be done after each
 _NEXT = {
-    Rotation.CERTIFICATES: "copy secrets/nodes to every host, then reload each node: check with `nats-server -t`, "
-    "then SIGHUP",
+    Rotation.CERTIFICATES: "copy secrets/nodes to every host, into the same files (rsync --inplace), "
+    "then reload each node: check with `nats-server -t`, then SIGHUP",
     Rotation.USERS: "copy secrets/nats to every host and reload each node, check with `nats-server -t`, then SIGHUP; "
     "both seeds are good then, and  fiq init --rotate users-finish  is the second step",
-    Rotation.USERS_FINISH: "copy secrets/users and secrets/nats to every host, then reload each node: the services "
-    "connect with their new seeds by themselves",
+    Rotation.USERS_FINISH: "copy secrets/users and secrets/nats to every host, into the same files (rsync --inplace), "
+    "then reload each node: the services connect with their new seeds by themselves",
 }
 
 
@@ -62,7 +62,7 @@ def init(
         typer.Option(help="Renew the nodes' certificates; or the users' seeds, in two steps: users, users-finish."),
     ] = None,
 ) -> None:
-    """Make the secrets of a deployment, or what is missing of them: authority, certificates, users, API token.
+    """Make the secrets of a deployment, or what is missing: authority, certificates, users, API token, a password.
 
     A second run changes nothing. Renewing needs no downtime: docs/security.md has the steps.
     """

@@ -31,6 +31,7 @@ _AUTHORITY = "Free Intelligence event log"
 #: name of the API token that is made at the beginning
 _TOKEN = "default"  # noqa: S105 - its name
 _AT_REST_BYTES = 32
+_PASSWORD_BYTES = 18
 
 
 class Deployment:
@@ -69,6 +70,7 @@ class Deployment:
                 self._ensure_seed(user)
             self._write_nats(encrypt=encrypt)
             self._ensure_token()
+            self._ensure_password()
             self._ensure_environment(dict(zip(nodes, hosts, strict=True)) if hosts else {})
 
     def renew_certificates(self, hosts: Sequence[str] = ()) -> None:
@@ -126,7 +128,7 @@ class Deployment:
         layout = self.layout
         if not layout.folder.exists():
             self._secrets.folder(layout.folder, owner=Owner.myself())
-        for folder in (layout.secrets, layout.nodes, layout.users, layout.nats, layout.api, layout.clients):
+        for folder in (layout.secrets, *layout.folders):
             self._secrets.folder(folder)
         with self._secrets.alone(layout.secrets):
             self._secrets.put(layout.ignore, b"*\n")
@@ -245,6 +247,12 @@ class Deployment:
             self._secrets.create(self.layout.tokens, tokens.render([made]).encode())
         for path in (self.layout.tokens, *self.layout.clients.glob("*.token")):
             self._secrets.mend(path)
+
+    def _ensure_password(self) -> None:
+        path = self.layout.grafana_password
+        if not path.exists():
+            self._secrets.create(path, f"{random.token_urlsafe(_PASSWORD_BYTES)}\n".encode())
+        self._secrets.mend(path)
 
     def _ensure_environment(self, hosts: dict[str, str]) -> None:
         if not self.layout.environment.exists():

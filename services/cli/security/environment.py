@@ -23,6 +23,7 @@ FIQ_GID={gid}
 #FI_STORE=main
 #FI_VOLUMES=1
 #FI_RETENTION=24h
+# and every other of docs/settings.md
 """
 
 _HOSTS = """

@@ -29,6 +29,11 @@ class Layout:
         return self.folder / "secrets"
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """Everything in it that is a folder."""
+        return self.nodes, self.users, self.nats, self.api, self.balancer, self.clients
+
+    @property
     def ignore(self) -> Path:
         """Keeps git away from the secrets."""
         return self.secrets / ".gitignore"
@@ -72,6 +77,16 @@ class Layout:
     def tokens(self) -> Path:
         """The API tokens as the ingest service knows them: hashes."""
         return self.api / "tokens"
+
+    @property
+    def balancer(self) -> Path:
+        """Folder of the certificate that compose.yaml's balancer shows to clients, if the operator puts one there."""
+        return self.secrets / "balancer"
+
+    @property
+    def grafana_password(self) -> Path:
+        """The first password of Grafana's user admin."""
+        return self.secrets / "grafana.password"
 
     def node_certificate(self, node: str) -> Path:
         """Return the certificate of *node*."""

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from services.cli.security.layout import Layout
 from services.eventlog.settings import LogSettings
 from tests.support.compose.engine import PREFIX, EngineError, clean_up, docker, run
-from tests.support.compose.stack import DEPLOYMENT, Deployment, lay_out, ops_settings
+from tests.support.compose.stack import DEPLOYMENT, Deployment, free_port, lay_out, ops_settings
 
 #: names of the machines, as `fiq init --hosts` gets them; a node each
 HOSTS = ("host1", "host2", "host3")
 #: files that a host needs of the secrets, besides its own node's; the authority's key stays with the operator
 SHARED = ("ca.pem", "nats", "api", "users/ingest.seed", "users/persister.seed", "users/ops.seed")
+PARTITIONS = 6
+#: of the first host, each with a port of its own for metrics
+PERSISTERS = 2
 #: what stands for the hosts' network cards
 _WIRE = """\
 services:
@@ -65,6 +70,30 @@ class Hosts:
             machine.remove()
         clean_up(self.wire)
 
+    @contextmanager
+    def killed(self, index: int) -> Iterator[None]:
+        """A host whose power is cut, and comes back at the end."""
+        running = self.machines[index]("ps", "-q").split()
+        docker("kill", "-s", "KILL", *running)
+        try:
+            yield
+        finally:
+            docker("start", *running)
+
+    @contextmanager
+    def cut_off(self, index: int) -> Iterator[None]:
+        """A host that runs, and whose cable to the others is pulled out until the end."""
+        machine = self.machines[index]
+        node, others = machine.container("node"), machine("ps", "-q", "ingest", "persister").split()
+        for container in (node, *others):
+            docker("network", "disconnect", self.wire, container)
+        try:
+            yield
+        finally:
+            docker("network", "connect", "--alias", HOSTS[index], self.wire, node)
+            for container in others:
+                docker("network", "connect", self.wire, container)
+
     @property
     def settings(self) -> LogSettings:
         """How the ops user reaches the nodes that run."""
@@ -86,10 +115,16 @@ class Hosts:
             "NODE_ADDRESS": "127.0.0.1",
             "NATS_PORT": "",
             "NATS_ROUTE_PORT": "",
+            "INGEST_METRICS_PORT": "",
+            "PERSISTER_METRICS_PORTS": "",
             "WIRE": self.wire,
             "FI_VOLUMES": f"{len(HOSTS)}",
-            "FI_PARTITIONS": "6",
+            "FI_PARTITIONS": f"{PARTITIONS}",
             "FIQ_PERSISTERS": "1",
         }
+        if index == 0:
+            first = free_port(PERSISTERS - 1)
+            env["FIQ_PERSISTERS"] = f"{PERSISTERS}"
+            env["PERSISTER_METRICS_PORTS"] = f"{first}-{first + PERSISTERS - 1}"
         files = ("compose.host.yaml", "wire.yaml")
         return Deployment(self._folder / HOSTS[index], HOSTS[index], env, files)

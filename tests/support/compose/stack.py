@@ -90,7 +90,7 @@ class Deployment:
         self.project = f"{PREFIX}-{os.getpid()}-{name}"
         self.accepted: dict[str, Accepted] = {}
         self.compose = DockerCompose(folder, compose_file_name=list(files))
-        self.env = {**SMALL, "COMPOSE_PROJECT_NAME": self.project, "FIQ_PORT": f"{_free_port()}", **(env or {})}
+        self.env = {**SMALL, "COMPOSE_PROJECT_NAME": self.project, "FIQ_PORT": f"{free_port()}", **(env or {})}
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -287,10 +287,12 @@ async def stream_is_whole(settings: Callable[[], LogSettings]) -> None:
         await eventually(whole, timeout=120)
 
 
-def _free_port() -> int:
+def free_port(following: int = 0) -> int:
+    """Return a port of loopback that nobody listens on, nor on so many *following* ones."""
     for port in random.sample(_PORTS, len(_PORTS)):
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for one in range(port, port + following + 1):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", one))
             return port
     raise EngineError("no port is free")
 

@@ -30,6 +30,7 @@ FILES = {
     "ca.pem",
     "clients/default.token",
     "api/tokens",
+    "grafana.password",
     *(f"nats/{name}" for name in NATS_FILES),
     *(f"nodes/n{number}.{kind}" for number in (1, 2, 3) for kind in ("pem", "key")),
     *(f"users/{user}.seed" for user in ("ingest", "persister", "provisioner", "ops", "system")),
@@ -57,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_makes_everything_that_a_deployment_needs(tmp_path: Path) -> None:
-    """Authority, three nodes, five users, an API token, the files for nats-server, variables for compose."""
+    """Authority, three nodes, five users, an API token, a password, what nats-server reads, variables for compose."""
     layout = made(tmp_path / "deployment")
 
     assert FILES == set(contents(layout.secrets))
@@ -108,7 +109,7 @@ def test_a_second_run_changes_nothing_and_says_so(tmp_path: Path) -> None:
     assert before == contents(layout.folder)
 
 
-@pytest.mark.parametrize("lost", ["users/ops.seed", "nats/accounts.conf", "api/tokens"])
+@pytest.mark.parametrize("lost", ["users/ops.seed", "nats/accounts.conf", "api/tokens", "grafana.password"])
 def test_what_is_missing_is_made_again_and_the_rest_stays(tmp_path: Path, lost: str) -> None:
     """Of seeds a new one, which accounts.conf then has; derived files as they were."""
     layout = made(tmp_path)

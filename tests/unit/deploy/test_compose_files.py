@@ -1,0 +1,75 @@
+"""The compose files hand every setting on: what is in .env and not in the file would be ignored without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.contract import telemetry
+from services.contract.settings import variables
+from services.eventlog.settings import LogSettings
+from services.ingest.settings import Settings
+from services.persister.settings import PersisterSettings
+
+DEPLOYMENT = Path(__file__).parents[3] / "deploy" / "nats-cluster"
+#: what each process reads
+READS: dict[str, type] = {
+    "provision": LogSettings,
+    "ops": LogSettings,
+    "ingest": Settings,
+    "persister": PersisterSettings,
+}
+#: the image's own: addresses and ports within a container, and who comes in there shows a token
+IN_THE_IMAGE = {
+    "FI_HOST",
+    "FI_PORT",
+    "FI_MANAGEMENT_HOST",
+    "FI_MANAGEMENT_PORT",
+    "FI_PERSISTER_HOST",
+    "FI_PERSISTER_PORT",
+    "FI_ALLOW_ANONYMOUS",
+}
+#: paths within a container, and that the services' users may not provision
+MOUNTED = {"FI_NATS_CA_FILE", "FI_NATS_SEED_FILE", "FI_TOKEN_FILE", "FI_DATA_DIR", "FI_PROVISION"}
+#: what a file decides besides: on one host the nodes are its own, and the balancer speaks TLS
+DECIDED = {"compose.yaml": {"FI_NATS_URL", "FI_TLS_CERT", "FI_TLS_KEY"}, "compose.host.yaml": set[str]()}
+
+
+def environment(file: str, service: str) -> dict[str, Any]:
+    """Return the variables of *service*, as they stand in *file*."""
+    services = yaml.safe_load((DEPLOYMENT / file).read_text(encoding="utf-8"))["services"]
+    found: dict[str, Any] = services[service]["environment"]
+    return found
+
+
+@pytest.mark.parametrize("service", READS)
+@pytest.mark.parametrize("file", DECIDED)
+def test_each_setting_of_a_service_can_be_set_in_dotenv(file: str, service: str) -> None:
+    """A name without a value is that of .env, or the default; `${NAME…}` is that with another default."""
+    found = environment(file, service)
+    settable = {variable.name for variable in variables(READS[service])} - IN_THE_IMAGE - MOUNTED - DECIDED[file]
+    handed_on = {name for name, value in found.items() if value is None or f"${{{name}" in value}
+
+    assert set() == settable - handed_on
+
+
+@pytest.mark.parametrize("service", READS)
+@pytest.mark.parametrize("file", DECIDED)
+def test_nothing_is_handed_on_that_nobody_reads(file: str, service: str) -> None:
+    """What was renamed or removed must go from here, too."""
+    known = {variable.name for settings in READS.values() for variable in variables(settings)}
+
+    assert set() == {name for name in environment(file, service) if name.startswith("FI_")} - known
+
+
+@pytest.mark.parametrize("service", ["ingest", "persister"])
+@pytest.mark.parametrize("file", DECIDED)
+def test_spans_can_be_asked_for_in_dotenv(file: str, service: str) -> None:
+    """By the variables that docs/settings.md names, and those that say where to and how many."""
+    names = {telemetry.EXPORTER_VARIABLE, telemetry.DISABLED_VARIABLE, *telemetry.ENDPOINT_VARIABLES}
+    found = environment(file, service)
+
+    assert dict.fromkeys(names) == {name: found.get(name, "missing") for name in names}
