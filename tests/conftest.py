@@ -31,11 +31,17 @@ for _name in [name for name in os.environ if name.startswith("FI_")]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the containers first, which take longest: a second worker does the rest beside them.
+    """Put the containers first, which take longest: a second worker does the rest beside them, light tests first.
 
-    Among them the three hosts come last, for which the shared stack makes room.
+    Among the containers the three hosts come last, for which the shared stack makes room.
     """
-    items.sort(key=lambda item: (not item.location[0].startswith("tests/compose/"), "test_hosts" in item.location[0]))
+    first = ("tests/compose/", "tests/unit/")
+
+    def turn(item: pytest.Item) -> tuple[list[bool], bool]:
+        file = item.location[0]
+        return [not file.startswith(folder) for folder in first], "test_hosts" in file
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="module")
