@@ -268,6 +268,18 @@ async def test_a_cloudevent_of_the_official_client_is_stored(fresh_log: Cluster,
         assert json.loads(stored.data or b"")["payload"] == {"text": "hello"}
 
 
+async def keys_are_known(client: Client, path: str, single: dict[str, Any], batch: dict[str, Any]) -> None:
+    """Assert that a retry of *single* (key k) and *batch* (key b) is told as such, and other bodies are refused."""
+    assert await client.post(path, BODIES[0], "k") == (202, single | {"duplicate": True})
+    marked = [result | {"duplicate": True} for result in batch["results"]]
+    assert (await client.post(f"{path}/batch", lines(3), "b", "application/x-ndjson"))[1]["results"] == marked
+    status, problem = await client.post(path, BODIES[1], "k")
+    assert (status, problem["type"]) == (422, REUSED)
+    changed = lines(3).replace(b'"n":1', b'"n":9')
+    status, problem = await client.post(f"{path}/batch", changed, "b", "application/x-ndjson")
+    assert (status, [wrong["line"] for wrong in problem["lines"]]) == (422, [2])
+
+
 async def test_a_key_is_known_when_its_event_has_been_persisted_trimmed_and_forgotten(
     fresh_log: Cluster, tmp_path: Path
 ) -> None:
@@ -295,14 +307,7 @@ async def test_a_key_is_known_when_its_event_has_been_persisted_trimmed_and_forg
             await eventually(forgotten)
 
             # then
-            assert await client.post(path, BODIES[0], "k") == (202, single | {"duplicate": True})
-            marked = [result | {"duplicate": True} for result in batch["results"]]
-            assert (await client.post(f"{path}/batch", lines(3), "b", kind))[1]["results"] == marked
-            status, problem = await client.post(path, BODIES[1], "k")
-            assert (status, problem["type"]) == (422, REUSED)
-            changed = lines(3).replace(b'"n":1', b'"n":9')
-            status, problem = await client.post(f"{path}/batch", changed, "b", kind)
-            assert (status, [wrong["line"] for wrong in problem["lines"]]) == (422, [2])
+            await keys_are_known(client, path, single, batch)
         assert len(corpus_of(tmp_path / "data")["c-1"]) == 5
 
 
@@ -326,14 +331,7 @@ async def test_a_key_is_known_while_its_event_waits_and_the_broker_has_forgotten
         await eventually(forgotten)
 
         # then
-        assert await client.post(path, BODIES[0], "k") == (202, single | {"duplicate": True})
-        marked = [result | {"duplicate": True} for result in batch["results"]]
-        assert (await client.post(f"{path}/batch", lines(3), "b", kind))[1]["results"] == marked
-        status, problem = await client.post(path, BODIES[1], "k")
-        assert (status, problem["type"]) == (422, REUSED)
-        changed = lines(3).replace(b'"n":1', b'"n":9')
-        status, problem = await client.post(f"{path}/batch", changed, "b", kind)
-        assert (status, [wrong["line"] for wrong in problem["lines"]]) == (422, [2])
+        await keys_are_known(client, path, single, batch)
     with Persister(tmp_path / "persister", fresh_log, tmp_path / "data", **shared, FI_DEAD_MAX_BYTES="1MiB") as one:
         await one.ready()
         await eventually(lambda: len(corpus_of(tmp_path / "data").get("c-1", [])) == 5)
