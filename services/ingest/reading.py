@@ -24,10 +24,10 @@ from services.ingest import problems
 from services.ingest import reading_records as records
 from services.ingest.access import GRANT
 from services.ingest.answers import SERVER
-from services.ingest.handlers import ANSWERS, METRICS, SETTINGS
+from services.ingest.handlers import ANSWERS, METRICS
 from services.ingest.problems import Problem, RequestRefusedError
 from services.ingest.reading_follow import Followers
-from services.ingest.sending import send, taken_within
+from services.ingest.sending import send
 
 READER = web.AppKey("reader", EventBrowser)
 FOLLOWERS = web.AppKey("followers", Followers)
@@ -100,8 +100,7 @@ async def _answered(request: web.Request, handler: Reader) -> web.StreamResponse
         held.callback(app[ANSWERS].leave)
         response = await _told(request, lambda request: handler(request, held))
         app[METRICS].read_duration.observe(time.perf_counter() - started)
-        async with taken_within(app[SETTINGS].answer_timeout, request, app[METRICS].answers_cut):
-            await send(response, request)
+        await send(response, request)
         return response
 
 

@@ -26,7 +26,7 @@ from services.ingest.access import GRANT
 from services.ingest.answers import SERVER
 from services.ingest.metrics import Metrics
 from services.ingest.problems import RequestRefusedError
-from services.ingest.sending import taken_within
+from services.ingest.sending import Patience, allow
 
 #: a client that has not taken what was sent after this is let go, seconds
 SLOW_SECONDS = 10.0
@@ -173,12 +173,13 @@ class Followers:
                 }
             )
             self._metrics.requests.labels("200", "").inc()
+            allow(request, Patience(self._slow, self._metrics.followers_dropped))
             await response.prepare(request)
             if request.method != "HEAD":
                 _log.info("FOLLOW_STARTED", consultation_id=consultation, after=after)
                 with contextlib.suppress(ConnectionError):
-                    await self._send(request, response, b"retry: 2000\n\n")
-                    position = await self._show(request, response, page.events, page.reached)
+                    await response.write(b"retry: 2000\n\n")
+                    position = await self._show(response, page.events, page.reached)
                     if page.more:
                         position = await self._catch_up(request, response, consultation, position)
                     await self._go_on(request, response, consultation, position)
@@ -211,7 +212,7 @@ class Followers:
             while self._goes_on(request, consultation):
                 events = channel.behind(position)
                 if events:
-                    position = await self._show(request, response, events, events[-1].sequence)
+                    position = await self._show(response, events, events[-1].sequence)
                     spoken = time.monotonic()
                     continue
                 before = position
@@ -224,7 +225,7 @@ class Followers:
                 await channel.wait(self._interval if events is None else min(GONE_SECONDS, KEEP_ALIVE_SECONDS))
                 _check_present(request)
                 if time.monotonic() - spoken >= KEEP_ALIVE_SECONDS:
-                    await self._send(request, response, b": nothing new\n\n")
+                    await response.write(b": nothing new\n\n")
                     spoken = time.monotonic()
         finally:
             channel.followers -= 1
@@ -244,32 +245,21 @@ class Followers:
             try:
                 page = await self._reader.page(consultation, position, _PAGE_EVENTS)
             except (TransientError, LogRefusedError):
-                await self._send(request, response, b": waiting\n\n")
+                await response.write(b": waiting\n\n")
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(PAUSE_SECONDS):
                         await self._closing.wait()
                 continue
-            position = await self._show(request, response, page.events, page.reached)
+            position = await self._show(response, page.events, page.reached)
             if not page.more:
                 break
         return position
 
-    async def _show(
-        self, request: web.Request, response: web.StreamResponse, events: list[StoredEvent], reached: int
-    ) -> int:
+    async def _show(self, response: web.StreamResponse, events: list[StoredEvent], reached: int) -> int:
         for stored in events:
-            await self._send(request, response, b"id: %d\ndata: %b\n\n" % (stored.sequence, records.record(stored)))
+            await response.write(b"id: %d\ndata: %b\n\n" % (stored.sequence, records.record(stored)))
         self._metrics.followed_events.inc(len(events))
         return reached
-
-    async def _send(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-        """Write *data*; wait for the client as long as it may take.
-
-        Raises:
-            ConnectionError: the client has gone, or was let go.
-        """
-        async with taken_within(self._slow, request, self._metrics.followers_dropped):
-            await response.write(data)
 
 
 def _check_present(request: web.Request) -> None:

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
-from prometheus_client import Counter
 
 from services.contract.errors import BindError
 from services.ingest import problems
@@ -18,7 +17,7 @@ from services.ingest.connections import Connections, in_bytes
 from services.ingest.handlers import ANSWERS, METRICS, SETTINGS
 from services.ingest.handshakes import TlsListener
 from services.ingest.problems import RequestRefusedError
-from services.ingest.sending import taken_within
+from services.ingest.sending import Patience, Sending
 from services.ingest.tracing import trace_id_of
 
 #: connections that wait to be accepted
@@ -48,16 +47,15 @@ class Protocol(RequestHandler):
         manager: web.Server,
         *,
         header_timeout: float,
-        answer_timeout: float,
-        cut: Counter,
+        patience: Patience,
         **options: Any,
     ) -> None:
         super().__init__(manager, **options)
         self._answers = answers
         self._connections = connections
         self._header_timeout = header_timeout
-        self._answer_timeout = answer_timeout
-        self._cut = cut
+        #: a handler of long answers may be more patient here
+        self.sending = Sending(patience)
         self._header_timer: asyncio.TimerHandle | None = None
         self._header_begun = False
 
@@ -74,7 +72,19 @@ class Protocol(RequestHandler):
         """Make room for another one."""
         self._connections.leave()
         self._end_headers()
+        self.sending.goes_on()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to lose patience: the client does not take what is sent as fast as it comes."""
+        super().pause_writing()
+        if self.transport is not None:
+            self.sending.waits(self.transport)
+
+    def resume_writing(self) -> None:
+        """Be patient again: everything was taken."""
+        self.sending.goes_on()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Take *data*, and see to it that a request's headers are complete in time once they have begun."""
@@ -115,11 +125,7 @@ class Protocol(RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Send *resp*, or the problem that stands for the HTTPException that it is.
-
-        Raises:
-            ConnectionResetError: the client did not take it in time.
-        """
+        """Send *resp*, or the problem that stands for the HTTPException that it is."""
         if isinstance(resp, web.HTTPException):
             allow = resp.headers.get("Allow")
             resp = self._answers.refused(
@@ -127,8 +133,9 @@ class Protocol(RequestHandler):
                 headers={"Allow": allow} if allow else None,
                 trace_id=trace_id_of(request),
             )
-        async with taken_within(self._answer_timeout, request, self._cut):
-            return await super().finish_response(request, resp, start_time)
+        finished = await super().finish_response(request, resp, start_time)
+        self.sending.answered()
+        return finished
 
     def handle_error(
         self,
@@ -209,8 +216,7 @@ class HttpServer:
             access_log=None,
             auto_decompress=False,  # an encoded body is refused, so nothing must unpack it first
             header_timeout=self._app[SETTINGS].header_timeout,
-            answer_timeout=self._app[SETTINGS].answer_timeout,
-            cut=self._app[METRICS].answers_cut,
+            patience=Patience(self._app[SETTINGS].answer_timeout, self._app[METRICS].answers_cut),
             keepalive_timeout=_KEEPALIVE_SECONDS,
             lingering_time=_LINGER_SECONDS,
         )
