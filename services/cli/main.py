@@ -6,35 +6,45 @@ import errno
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, cast
 
 import structlog
 import typer
 from typer.core import TyperGroup
 
-from services.cli.commands.backup import backup
-from services.cli.commands.demo import demo
-from services.cli.commands.doctor import doctor
-from services.cli.commands.export import export
-from services.cli.commands.give_up import give_up
-from services.cli.commands.init import init
-from services.cli.commands.nats_context import nats_context
-from services.cli.commands.post import post
-from services.cli.commands.provision import provision
-from services.cli.commands.recover import recover
-from services.cli.commands.repack import repack
-from services.cli.commands.restore import restore
-from services.cli.commands.rolling_restart import rolling_restart, wait
-from services.cli.commands.show import show
-from services.cli.commands.status import status
-from services.cli.commands.token import token
-from services.cli.commands.up import up
-from services.cli.commands.verify import verify
-from services.cli.commands.version import version
+from services.cli.lazy import Commands
 from services.contract.errors import FiqError
 
 #: exit code after Ctrl-C: 128 + SIGINT
 INTERRUPTED = 130
+
+
+#: in the order of `fiq --help`
+COMMANDS = {
+    name: f"services.cli.commands.{place}"
+    for name, place in {
+        "demo": "demo:demo",
+        "init": "init:init",
+        "up": "up:up",
+        "status": "status:status",
+        "doctor": "doctor:doctor",
+        "post": "post:post",
+        "show": "show:show",
+        "export": "export:export",
+        "verify": "verify:verify",
+        "recover": "recover:recover",
+        "repack": "repack:repack",
+        "backup": "backup:backup",
+        "restore": "restore:restore",
+        "give-up": "give_up:give_up",
+        "token": "token:token",
+        "nats-context": "nats_context:nats_context",
+        "rolling-restart": "rolling_restart:rolling_restart",
+        "wait": "rolling_restart:wait",
+        "provision": "provision:provision",
+        "version": "version:version",
+    }.items()
+}
 
 
 class FiqGroup(TyperGroup):
@@ -61,9 +71,15 @@ class FiqGroup(TyperGroup):
         raise typer.Exit(1)
 
 
+class _Fiq(FiqGroup):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = cast("Any", Commands(COMMANDS))  # nothing is added to it
+
+
 app = typer.Typer(
     name="fiq",
-    cls=FiqGroup,
+    cls=_Fiq,
     help="Free Intelligence event pipeline: HTTP → three-node JetStream → one HDF5 group a consultation, exactly once.",
     no_args_is_help=True,
     add_completion=False,
@@ -71,26 +87,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(init)
-app.command()(up)
-app.command()(status)
-app.command()(doctor)
-app.command()(post)
-app.command()(show)
-app.command()(export)
-app.command()(verify)
-app.command()(recover)
-app.command()(repack)
-app.command()(backup)
-app.command()(restore)
-app.command(name="give-up")(give_up)
-app.add_typer(token)
-app.command(name="nats-context")(nats_context)
-app.command(name="rolling-restart")(rolling_restart)
-app.command()(wait)
-app.command()(provision)
-app.command()(version)
+
+
+@app.callback()
+def _fiq() -> None:
+    """Be a group, though no command is registered before it is called."""
 
 
 def main() -> None:

@@ -29,7 +29,11 @@ from services.contract.tokens import (
 _LONGEST = 100 * 365 * 86400
 
 token = typer.Typer(
-    name="token", no_args_is_help=True, help="Make, list and revoke the API tokens of a deployment, without a restart."
+    name="token",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Make, list and revoke the API tokens of a deployment, without a restart.",
 )
 
 NameArgument = Annotated[str, typer.Argument(help="What it is called in the file, in logs and here.")]
