@@ -13,7 +13,6 @@ import pytest
 
 from tests.support.compose.engine import build, clean_up_after_the_dead, missing, missing_image
 from tests.support.compose.stack import IMAGE, Deployment, public_images
-from tests.support.polling import eventually_sync
 
 #: the stack that serves all tests, once it is there
 _shared: list[Deployment] = []
@@ -43,7 +42,7 @@ def stack(shared_stack: Deployment) -> Deployment:
     """The whole of compose.yaml with TLS, permissions and the balancer, healthy, whatever the last test did to it."""
     try:
         # one that missed its checks on a busy machine is healthy again a moment later; `up` would give up at once
-        eventually_sync(lambda: shared_stack.states() == {"healthy"})
+        shared_stack.is_healthy(timeout=30)
     except AssertionError:
         shared_stack.up()
     return shared_stack

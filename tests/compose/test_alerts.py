@@ -8,6 +8,7 @@ import re
 import pytest
 
 from tests.support.compose.alerts import Watch
+from tests.support.compose.engine import PACE
 from tests.support.compose.stack import Deployment
 from tests.support.polling import eventually
 
@@ -31,7 +32,7 @@ async def test_every_target_answers(stack: Deployment) -> None:
         found = await watch.query('up{job=~"ingest|persister"} == 1')
         return ["ingest", "ingest", "persister", "persister"] == sorted(one["metric"]["job"] for one in found)
 
-    await eventually(all_up, timeout=60)
+    await eventually(all_up, 60, PACE)
     assert await asyncio.to_thread(stack.states) == {"healthy"}
 
 
@@ -43,4 +44,4 @@ async def test_no_alert_fires_on_a_healthy_deployment(stack: Deployment) -> None
     async def quiet() -> bool:
         return not await watch.query('ALERTS{alertstate="firing"}')
 
-    await eventually(quiet, timeout=240)
+    await eventually(quiet, 240, PACE)

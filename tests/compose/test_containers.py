@@ -17,7 +17,7 @@ import orjson
 import pytest
 from aiohttp import ClientSession
 
-from tests.support.compose.engine import PREFIX, ROOT, EngineError, docker, run
+from tests.support.compose.engine import PACE, PREFIX, ROOT, EngineError, docker, run
 from tests.support.compose.faults import crash, killed, restarts
 from tests.support.compose.stack import Deployment, inspect
 from tests.support.polling import eventually, eventually_sync
@@ -107,7 +107,9 @@ def test_a_wrong_setting_is_exit_code_2_and_one_line(image: str) -> None:
 def test_bounds_follow_the_containers_memory(image: str) -> None:
     """The kernel would end a process that fills buffers made for more."""
     with container(image, "-m", "192m", *NOWHERE, image, "python3", "-m", "services.persister") as found:
-        line = eventually_sync(lambda: next((line for line in lines(found) if line["event"] == "MEMORY_BOUNDED"), None))
+        line = eventually_sync(
+            lambda: next((line for line in lines(found) if line["event"] == "MEMORY_BOUNDED"), None), interval=PACE
+        )
         assert line is not None
         assert (192 * 2**20, True) == (line["limit"], int(line["FI_BUFFER_BYTES"]) < 32 * 2**20)
 
@@ -116,8 +118,8 @@ def test_what_ends_by_itself_is_started_again(stack: Deployment) -> None:
     """As after a crash or a lack of memory: the restart policy, and the services find together again."""
     before = restarts(stack, "ingest")
     crash(stack, "ingest")
-    eventually_sync(lambda: restarts(stack, "ingest") >= before + 2)
-    eventually_sync(lambda: {"healthy"} == stack.states(), timeout=90)
+    eventually_sync(lambda: restarts(stack, "ingest") >= before + 2, interval=PACE)
+    stack.is_healthy()
 
 
 async def test_without_any_ingest_the_balancer_tells_clients_to_come_back(stack: Deployment) -> None:
@@ -139,8 +141,8 @@ async def test_without_any_ingest_the_balancer_tells_clients_to_come_back(stack:
             async def told() -> bool:
                 return expected == await answer()
 
-            await eventually(told)
-    await eventually(lambda: {"healthy"} == stack.states(), timeout=90)
+            await eventually(told, interval=PACE)
+    await asyncio.to_thread(stack.is_healthy)
 
 
 async def _under_way(stack: Deployment) -> tuple[asyncio.StreamWriter, Awaitable[tuple[int, str | None, str]]]:
@@ -169,7 +171,7 @@ def test_a_stop_is_exit_code_0_and_the_log_is_json_lines(stack: Deployment, serv
     docker("stop", "-t", "60", found)
     state, events = inspect(found)["State"], [line["event"] for line in lines(found)]
     docker("start", found)
-    eventually_sync(lambda: {"healthy"} == stack.states(), timeout=90)
+    stack.is_healthy()
     assert 0 == state["ExitCode"]
     assert f"{service.upper()}_STOPPED" in events[-5:]
 
@@ -180,5 +182,5 @@ def test_a_lame_duck_exits_with_0(stack: Deployment) -> None:
     stack("stop", "n2")
     state = inspect(node)["State"]
     stack("start", "n2")
-    eventually_sync(lambda: {"healthy"} == stack.states(), timeout=90)
+    stack.is_healthy()
     assert (0, False) == (state["ExitCode"], state["OOMKilled"])

@@ -14,7 +14,7 @@ from services.cli.rehearsal.consultations import Post, generate
 from services.cli.rehearsal.load import Accepted, Load
 from services.cli.rehearsal.verification import compare
 from services.eventlog.partitions import partition_of
-from tests.support.compose.engine import EngineError, docker
+from tests.support.compose.engine import PACE, EngineError, docker
 from tests.support.compose.hosts import HOSTS, PARTITIONS, PERSISTERS, Hosts
 from tests.support.compose.stack import Deployment, consultations_in, stream_is_whole
 from tests.support.polling import eventually, eventually_sync
@@ -51,7 +51,7 @@ class Clients:
         async def all_there() -> bool:
             return len(await asyncio.to_thread(_dump, machines)) >= len(wanted)
 
-        await eventually(all_there, timeout=120)
+        await eventually(all_there, 120, PACE)
         verdict = compare(consultations_in(await asyncio.to_thread(_dump, machines)), wanted)
         assert [] == verdict.summary()
         assert len(wanted) == verdict.persisted
@@ -87,7 +87,7 @@ def clients(image: str, room: None, tmp_path_factory: pytest.TempPathFactory) ->
         for machine in hosts.machines:
             machine("up", "-d")
         # it waits for the cluster by itself, but not for ever
-        eventually_sync(lambda: _provisioned(hosts.machines[0]), timeout=90)
+        eventually_sync(lambda: _provisioned(hosts.machines[0]), 90, PACE)
         yield Clients(hosts)
     finally:
         hosts.remove()
@@ -103,7 +103,7 @@ def _provisioned(machine: Deployment) -> bool:
 
 async def _healthy(machines: list[Deployment]) -> None:
     for machine in machines:
-        await eventually(lambda m=machine: {"healthy"} == m.states(), timeout=120)  # type: ignore[misc]
+        await asyncio.to_thread(machine.is_healthy, 120)
 
 
 async def test_three_hosts_are_one_cluster_over_tls(clients: Clients) -> None:

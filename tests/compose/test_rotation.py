@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from services.cli.main import app
 from services.cli.security.layout import Layout
 from tests.support.compose.clients import Client
-from tests.support.compose.engine import docker
+from tests.support.compose.engine import PACE, docker
 from tests.support.compose.stack import NODES, Deployment
 from tests.support.polling import eventually
 
@@ -33,7 +33,7 @@ async def test_certificates_and_users_are_renewed_under_load(stack: Deployment) 
         for node, container in nodes.items():
             wanted = x509.load_pem_x509_certificate(layout.node_certificate(node).read_bytes()).serial_number
             assert wanted != before[node]
-            await eventually(lambda c=container, w=wanted: _shown(c) == w)  # type: ignore[misc]
+            await eventually(lambda c=container, w=wanted: _shown(c) == w, interval=PACE)  # type: ignore[misc]
         await asyncio.to_thread(_rotate, layout, "users", nodes.values())
         await asyncio.to_thread(_rotate, layout, "users-finish", nodes.values())
         posted = len(client.accepted)

@@ -12,15 +12,16 @@ T = TypeVar("T")
 
 #: how long a condition may take, seconds: an election on two busy cores takes up to ten
 TIMEOUT = 30.0
-_INTERVAL = 0.05
+#: between two looks at what costs next to nothing; whoever starts a process for each look takes a longer one, seconds
+INTERVAL = 0.05
 
 
 @overload
-async def eventually(check: Callable[[], Awaitable[T]], timeout: float = ...) -> T: ...
+async def eventually(check: Callable[[], Awaitable[T]], timeout: float = ..., interval: float = ...) -> T: ...
 @overload
-async def eventually(check: Callable[[], T], timeout: float = ...) -> T: ...
-async def eventually(check: Callable[[], T | Awaitable[T]], timeout: float = TIMEOUT) -> T:
-    """Call *check*, a function or a coroutine function, until its result is true, and return that.
+async def eventually(check: Callable[[], T], timeout: float = ..., interval: float = ...) -> T: ...
+async def eventually(check: Callable[[], T | Awaitable[T]], timeout: float = TIMEOUT, interval: float = INTERVAL) -> T:
+    """Call *check*, a function or a coroutine function, every *interval* seconds until its result is true; return that.
 
     An AssertionError inside *check* counts as "not yet".
 
@@ -40,10 +41,10 @@ async def eventually(check: Callable[[], T | Awaitable[T]], timeout: float = TIM
                 return result
         if time.monotonic() >= deadline:
             raise problem or AssertionError(f"not true within {timeout:g} s: {check!r}")
-        await asyncio.sleep(_INTERVAL)
+        await asyncio.sleep(interval)
 
 
-def eventually_sync(check: Callable[[], T], timeout: float = TIMEOUT) -> T:
+def eventually_sync(check: Callable[[], T], timeout: float = TIMEOUT, interval: float = INTERVAL) -> T:
     """Do as :func:`eventually` where no event loop runs."""
     deadline = time.monotonic() + timeout
     while True:
@@ -57,4 +58,4 @@ def eventually_sync(check: Callable[[], T], timeout: float = TIMEOUT) -> T:
                 return result
         if time.monotonic() >= deadline:
             raise problem or AssertionError(f"not true within {timeout:g} s: {check!r}")
-        time.sleep(_INTERVAL)
+        time.sleep(interval)

@@ -22,6 +22,8 @@ FIRES = 180.0
 STOPS = 240.0
 #: evaluations are 5 s apart, and an alert that fires again has waited for 15 s: a longer gap is an end, seconds
 _GAP = 14.0
+#: between two questions, seconds
+_PACE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Watch:
             return bool(await self.query(alert.selector))
 
         try:
-            await eventually(told, timeout=timeout)
+            await eventually(told, timeout, _PACE)
         except AssertionError:
             firing = sorted({found["metric"]["alertname"] for found in await self.query('ALERTS{alertstate="firing"}')})
             raise AssertionError(f"{alert} did not fire within {timeout:g} s, but {firing}") from None
@@ -72,7 +74,7 @@ class Watch:
     @asynccontextmanager
     async def during(self, alert: Alert) -> AsyncIterator[None]:
         """Wait at the end of the block, within a fault, until *alert* fires; the fault ends right after it."""
-        await eventually(lambda: self._quiet(alert), timeout=STOPS)
+        await eventually(lambda: self._quiet(alert), STOPS, _PACE)
         begin = time.time()
         yield
         await self.fires(alert)
@@ -88,7 +90,7 @@ class Watch:
             assert told.begin <= first <= told.end, f"{told.alert} fired at {first:.0f}, the fault: {told}"
             return last + _GAP < time.time()
 
-        await eventually(over, timeout=STOPS)
+        await eventually(over, STOPS, _PACE)
 
     async def _quiet(self, alert: Alert) -> bool:
         return not await self.query(alert.selector)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.support.compose.engine import EngineError, docker, run
+from tests.support.compose.engine import PACE, EngineError, docker, run
 from tests.support.compose.stack import Deployment
 from tests.support.polling import eventually_sync
 
@@ -30,7 +30,7 @@ def killed(deployment: Deployment, *services: str) -> Iterator[None]:
 def paused(deployment: Deployment, service: str) -> Iterator[None]:
     """A frozen container: its connections stay open and answer nothing."""
     container = deployment.container(service)
-    eventually_sync(lambda: _paused(container), timeout=30)
+    eventually_sync(lambda: _paused(container), 30, PACE)
     try:
         yield
     finally:

@@ -31,8 +31,8 @@ from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.report import StreamReport, cluster_report
 from services.eventlog.settings import LogSettings
-from tests.support.compose.engine import PREFIX, ROOT, EngineError, clean_up, docker, run
-from tests.support.polling import eventually
+from tests.support.compose.engine import PACE, PREFIX, ROOT, EngineError, clean_up, containers_of, docker, run
+from tests.support.polling import eventually, eventually_sync
 
 DEPLOYMENT = ROOT / "deploy" / "nats-cluster"
 #: the image under test
@@ -48,7 +48,7 @@ SMALL = {
     "FI_STREAM_MAX_BYTES": "256MiB",
     "FI_DEAD_MAX_BYTES": "16MiB",
     "NATS_MAX_FILE_STORE": "1GB",
-    "FIQ_HEALTH_INTERVAL": "2s",
+    "FIQ_HEALTH_INTERVAL": "5s",
     **dict.fromkeys(("NATS_PORT_1", "NATS_PORT_2", "NATS_PORT_3", "PROMETHEUS_PORT"), ""),
 }
 #: prints every event of the corpus, as it is committed, one line each
@@ -135,8 +135,9 @@ class Deployment:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def containers(self, *services: str) -> list[str]:
-        """Return the ids of the containers of *services*, stopped ones too."""
-        return self("ps", "-aq", *services).split()
+        """Return the ids of the containers of *services*, all by default, stopped ones too."""
+        found = containers_of(self.project)
+        return [container for container, service in found.items() if not services or service in services]
 
     def container(self, service: str) -> str:
         """Return the id of the only container of *service*."""
@@ -176,21 +177,25 @@ class Deployment:
                 stream = await ask()
                 return stream.leader if stream is not None else ""
 
-            return await eventually(led, timeout=60)
+            return await eventually(led, 60, PACE)
 
     async def is_whole(self) -> None:
         """Wait until every copy of the stream has everything and every container is healthy."""
         await stream_is_whole(lambda: self.settings)
+        await asyncio.to_thread(self.is_healthy)
+
+    def is_healthy(self, timeout: float = 90) -> None:
+        """Wait until every container is healthy."""
         try:
-            await eventually(lambda: {"healthy"} == self.states(), timeout=90)
+            eventually_sync(lambda: {"healthy"} == self.states(), timeout, PACE)
         except AssertionError:
-            raise AssertionError(f"not healthy within 90 s: {self.complaints()}") from None
+            raise AssertionError(f"not healthy within {timeout:g} s: {self.complaints()}") from None
 
     def states(self) -> set[str]:
         """Return the health of every container of the project; ``exited`` for one that has ended."""
         template = "{{if .State.Running}}{{if .State.Health}}{{.State.Health.Status}}{{end}}{{else}}exited{{end}}"
-        lasting = set(self("config", "--services").split()) - ONE_SHOT
-        return set(docker("inspect", "--format", template, *self.containers(*lasting)).split())
+        lasting = [one for one, service in containers_of(self.project).items() if service not in ONE_SHOT]
+        return set(docker("inspect", "--format", template, *lasting).split()) if lasting else set()
 
     def complaints(self) -> dict[str, str]:
         """Return what the last health check of each container that is not healthy said."""
@@ -219,7 +224,7 @@ class Deployment:
         async def all_there() -> bool:
             return len(await asyncio.to_thread(self.dump)) >= wanted
 
-        await eventually(all_there, timeout=timeout)
+        await eventually(all_there, timeout, PACE)
         lines = await asyncio.to_thread(self.dump)
         verdict = compare(consultations_in(lines), self.accepted.values())
         assert [] == verdict.summary()
@@ -284,7 +289,7 @@ async def stream_is_whole(settings: Callable[[], LogSettings]) -> None:
                 and all(replica.current and replica.alive for replica in stream.replicas)
             )
 
-        await eventually(whole, timeout=120)
+        await eventually(whole, 120, PACE)
 
 
 def free_port(following: int = 0) -> int:
