@@ -29,6 +29,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in [name for name in os.environ if name.startswith("FI_")]:
     del os.environ[_name]
 
+# no test asks a server that a public authority vouches for: reading their certificates takes a process 0.1 s to start
+os.environ["SSL_CERT_FILE"] = os.devnull
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the containers first, which take longest: a second worker does the rest beside them, light tests first.
