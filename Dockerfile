@@ -38,7 +38,8 @@ RUN set -eu; \
     tools/bin/pip --python /opt/fiq check -q
 
 FROM ${PYTHON_IMAGE}
-# the user is a number that is the same everywhere, so that the owner of a volume is too; pip came with the base
+# the user is a number that is the same everywhere, so that the owner of a volume is too; pip came with the base; its
+# library came without byte code, which nobody could write later: each health check would compile what it imports anew
 RUN set -eu; \
     echo 'fiq:x:10001:10001:fiq:/nonexistent:/usr/sbin/nologin' >> /etc/passwd; \
     echo 'fiq:x:10001:' >> /etc/group; \
@@ -46,6 +47,8 @@ RUN set -eu; \
       -o -name 'setuptools-*.dist-info' -o -name wheel -o -name 'wheel-*.dist-info' -o -name python-wheels \) \
       \( -path '*/lib/python3*' -o -path '/usr/share/python-wheels' \) -prune -exec rm -rf {} +; \
     rm -f /usr/local/bin/pip* /usr/local/bin/wheel; \
+    python3 -m compileall -q -x '/(test|tests|idlelib|lib2to3|turtledemo|tkinter|distutils)/' \
+      "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"; \
     mkdir -m 0700 /data; \
     chown 10001:10001 /data
 ENV PATH=/opt/fiq/bin:/usr/local/bin:/usr/bin:/bin \

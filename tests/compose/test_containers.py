@@ -60,6 +60,16 @@ def test_the_image_has_nothing_that_only_its_building_needs(image: str) -> None:
     assert int(docker("image", "inspect", "--format", "{{.Size}}", image)) < LARGEST * 10**6
 
 
+def test_no_process_compiles_what_it_imports(image: str) -> None:
+    """Its file system is read-only: each health check, too, would compile the library that it needs anew."""
+    code = (
+        "import sys, pathlib, services.persister.command, services.ingest.command; "
+        "modules = [m.__spec__ for m in list(sys.modules.values()) if getattr(m, '__spec__', None)]; "
+        "print([s.name for s in modules if s.cached and not pathlib.Path(s.cached).exists()])"
+    )
+    assert "[]\n" == docker("run", "--rm", image, "python3", "-c", code)
+
+
 def test_the_image_says_what_it_is_and_runs_as_nobody_s_user(image: str) -> None:
     """A number that is the same everywhere, so that the owner of a volume is, too."""
     config = orjson.loads(docker("image", "inspect", image))[0]["Config"]
