@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.contract.errors import TransientError
-from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.names import STREAM, consumer_name
 from services.eventlog.jetstream.placement import Placements
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.settings import LogSettings
@@ -60,6 +60,8 @@ async def test_two_volumes_whose_processes_start_at_the_same_moment_share_the_ev
             assert [2, 2] == [len(list(place.glob("[0-9][0-9].h5"))) for place in data]
             await persisted_in(data, events)
             assert [0, 0] == list(await asyncio.gather(one.end(), two.end()))
+        for partition in range(PARTITIONS):  # or the brokers keep up those of all rounds
+            await log.api.request(f"CONSUMER.DELETE.{STREAM}.{consumer_name(f's{number}', partition)}")
 
 
 async def persisted_in(data: list[Path], events: Contents) -> None:

@@ -39,7 +39,7 @@ EVENT = {"event_type": "A", "payload": "secret-payload"}
 #: quick pauses; the deadline is far away
 QUICK = Patience(deadline=20, attempt=5, first_pause=0.01, longest_pause=0.05)
 #: gives up at once
-SHORT = Patience(deadline=0.4, attempt=0.1, first_pause=0.01, longest_pause=0.05)
+SHORT = Patience(deadline=0.8, attempt=0.25, first_pause=0.01, longest_pause=0.05)
 
 
 def free_url() -> str:
