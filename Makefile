@@ -4,8 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS   ?=
-# files of tests that run at a time: most of them wait for brokers, not for the processor
-WORKERS ?= 2
+# files of tests that run at a time: most of them wait for brokers and containers, not for the processor
+WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 

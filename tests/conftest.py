@@ -33,16 +33,23 @@ for _name in [name for name in os.environ if name.startswith("FI_")]:
 os.environ["SSL_CERT_FILE"] = os.devnull
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the containers first, which take longest: a second worker does the rest beside them, light tests first.
+#: in the order in which workers take them: containers, which wait more than they work and take longest; what is light
+#: beside them; what takes long, so that no worker is left with it at the end
+_FIRST = (
+    "tests/compose/",
+    "tests/unit/",
+    "tests/acceptance/",
+    "tests/integration/persister/test_volumes.py",
+    "tests/integration/cli/",
+)
 
-    Among the containers the three hosts come last, for which the shared stack makes room.
-    """
-    first = ("tests/compose/", "tests/unit/")
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put first what takes long. Of the containers the three hosts come last: the shared stack makes room for them."""
 
     def turn(item: pytest.Item) -> tuple[list[bool], bool]:
         file = item.location[0]
-        return [not file.startswith(folder) for folder in first], "test_hosts" in file
+        return [not file.startswith(place) for place in _FIRST], "test_hosts" in file
 
     items.sort(key=turn)
 
