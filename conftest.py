@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
@@ -18,17 +19,21 @@ from sybil.region import Lexeme
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-#: free memory that makes its file system the place of what tests write, bytes; a run leaves one to two GB
-_ROOM = 4 * 2**30
+#: so much memory must be free, and may be used for files, that tests write there, bytes; a run leaves one to two GB
+_ROOM = 6 * 2**30
 _MEMORY = Path("/dev/shm")
-if "TMPDIR" not in os.environ and _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free >= _ROOM:
+if (
+    "TMPDIR" not in os.environ
+    and _MEMORY.is_dir()
+    and min(shutil.disk_usage(_MEMORY).free, psutil.virtual_memory().available) >= _ROOM
+):
     # no test asks whether a disk keeps what it was told to keep, and all wait for it: brokers sync each event
     os.environ["TMPDIR"] = str(_MEMORY)
     tempfile.tempdir = None
 
 
 class FilesAndContainers(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
-    """Lets each worker of `pytest -n 2` run whole files; those of containers are one, for they share a stack."""
+    """Lets each worker of pytest-xdist run whole files; those of containers are one, for they share a stack."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
