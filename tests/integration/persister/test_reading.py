@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
+import orjson
 import pytest
 from nats.aio.msg import Msg
 
@@ -16,13 +19,16 @@ from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.names import STREAM, consumer_name
 from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.jetstream.reading_stream import StreamReading
 from services.eventlog.partitions import partition_of
 from services.eventlog.protocol import Page, StoredEvent
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
+
+#: of the rounds in which a client posts and reads: in this one the events wait for certain, in that they are committed
+WAITS, COMMITTED = 50, 75
 
 
 @pytest.fixture
@@ -36,6 +42,18 @@ def event(number: int, consultation: str = "c1", *, event_id: UUID | None = None
 
 async def append(log: Log, *events: Event) -> list[int]:
     return [(await log.publisher.append(one)).sequence for one in events]
+
+
+async def paused(log: Log, partition: int, *, seconds: float) -> None:
+    """Let the broker deliver nothing to the partition's persister for so long, or go on at once (0)."""
+    until = datetime.now(UTC) + timedelta(seconds=seconds) if seconds else datetime(1, 1, 1, tzinfo=UTC)
+    request = orjson.dumps({"pause_until": until.isoformat()})
+    answer = await log.nc.request(f"$JS.API.CONSUMER.PAUSE.{STREAM}.{consumer_name('main', partition)}", request)
+    assert bool(seconds) == orjson.loads(answer.data).get("paused", False), answer.data
+
+
+async def reaches(position: Callable[[], Awaitable[int]], wanted: int) -> bool:
+    return await position() >= wanted
 
 
 async def in_pages(reader: JetStreamReader, consultation: str = "c1", *, limit: int = 7) -> list[StoredEvent]:
@@ -81,12 +99,14 @@ async def test_a_client_reads_its_own_writes_while_they_are_persisted_and_trimme
         partition = partition_of("c1", PARTITIONS)
         trimmed = 0
 
+        async def committed() -> int:
+            samples = await persister.samples()
+            return int(samples.get(f'fi_persister_committed_sequence{{partition="{partition:02d}"}}', 0))
+
         async def trim() -> None:
             nonlocal trimmed
             while True:
-                samples = await persister.samples()
-                reached = int(samples.get(f'fi_persister_committed_sequence{{partition="{partition:02d}"}}', 0))
-                if reached:
+                if reached := await committed():
                     trimmed += await log.api.purge(STREAM, reached + 1)
 
         trimming = asyncio.create_task(trim())
@@ -94,11 +114,16 @@ async def test_a_client_reads_its_own_writes_while_they_are_persisted_and_trimme
         after = 0
         written: list[int] = []
         read: list[int] = []
-        for number in range(1500):
-            if number >= 150 and known == {True, False}:
-                break
+        for number in range(150):
+            if number == WAITS:  # otherwise which one is faster is chance
+                await paused(log, partition, seconds=60)
             written += await append(log, *(event(number * 3 + part) for part in range(3)))
+            if number == COMMITTED:
+                await eventually(partial(reaches, committed, written[-1]))
             page = await reader.page("c1", after, 100)
+            if number == WAITS:
+                assert {False} == {one.persisted for one in page.events}
+                await paused(log, partition, seconds=0)
             known |= {one.persisted for one in page.events}
             read += sequences(page.events)
             after = page.reached
