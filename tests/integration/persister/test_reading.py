@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from uuid import UUID
 
-import orjson
 import pytest
 from nats.aio.msg import Msg
 
@@ -47,9 +46,9 @@ async def append(log: Log, *events: Event) -> list[int]:
 async def paused(log: Log, partition: int, *, seconds: float) -> None:
     """Let the broker deliver nothing to the partition's persister for so long, or go on at once (0)."""
     until = datetime.now(UTC) + timedelta(seconds=seconds) if seconds else datetime(1, 1, 1, tzinfo=UTC)
-    request = orjson.dumps({"pause_until": until.isoformat()})
-    answer = await log.nc.request(f"$JS.API.CONSUMER.PAUSE.{STREAM}.{consumer_name('main', partition)}", request)
-    assert bool(seconds) == orjson.loads(answer.data).get("paused", False), answer.data
+    subject = f"CONSUMER.PAUSE.{STREAM}.{consumer_name('main', partition)}"
+    answer = await log.api.request(subject, {"pause_until": until.isoformat()})
+    assert bool(seconds) == answer.get("paused", False), answer
 
 
 async def reaches(position: Callable[[], Awaitable[int]], wanted: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
-from tests.support.compose.engine import EngineError
+from tests.support.compose.engine import PACE, EngineError
 from tests.support.compose.stack import Deployment
 from tests.support.polling import eventually
 
@@ -22,8 +22,6 @@ FIRES = 180.0
 STOPS = 240.0
 #: evaluations are 5 s apart, and an alert that fires again has waited for 15 s: a longer gap is an end, seconds
 _GAP = 14.0
-#: between two questions, seconds
-_PACE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class Watch:
             return bool(await self.query(alert.selector))
 
         try:
-            await eventually(told, timeout, _PACE)
+            await eventually(told, timeout, PACE)
         except AssertionError:
             firing = sorted({found["metric"]["alertname"] for found in await self.query('ALERTS{alertstate="firing"}')})
             raise AssertionError(f"{alert} did not fire within {timeout:g} s, but {firing}") from None
@@ -74,7 +72,7 @@ class Watch:
     @asynccontextmanager
     async def during(self, alert: Alert) -> AsyncIterator[None]:
         """Wait at the end of the block, within a fault, until *alert* fires; the fault ends right after it."""
-        await eventually(lambda: self._quiet(alert), STOPS, _PACE)
+        await eventually(lambda: self._quiet(alert), STOPS, PACE)
         begin = time.time()
         yield
         await self.fires(alert)
@@ -90,7 +88,7 @@ class Watch:
             assert told.begin <= first <= told.end, f"{told.alert} fired at {first:.0f}, the fault: {told}"
             return last + _GAP < time.time()
 
-        await eventually(over, STOPS, _PACE)
+        await eventually(over, STOPS, PACE)
 
     async def _quiet(self, alert: Alert) -> bool:
         return not await self.query(alert.selector)

@@ -14,7 +14,30 @@ from typer.testing import CliRunner
 
 from services.cli.errors import NotRunningError
 from services.cli.lazy import Commands
-from services.cli.main import COMMANDS, FiqGroup, app
+from services.cli.main import FiqGroup, app
+
+COMMANDS = [
+    "demo",
+    "init",
+    "up",
+    "status",
+    "doctor",
+    "post",
+    "show",
+    "export",
+    "verify",
+    "recover",
+    "repack",
+    "backup",
+    "restore",
+    "give-up",
+    "token",
+    "nats-context",
+    "rolling-restart",
+    "wait",
+    "provision",
+    "version",
+]
 
 
 @pytest.fixture
@@ -40,7 +63,7 @@ def test_help_lists_every_command(runner: CliRunner) -> None:
     result = runner.invoke(app, ["--help"])
 
     assert result.exit_code == 0
-    assert list(COMMANDS) == re.findall(r"^  ([a-z-]+) {2,}\S", result.output.partition("Commands:")[2], re.MULTILINE)
+    assert COMMANDS == re.findall(r"^  ([a-z-]+) {2,}\S", result.output.partition("Commands:")[2], re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
