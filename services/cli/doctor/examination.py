@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.cli.doctor import corpus, log, machine, monitored, nodes
-from services.cli.doctor.finding import Finding, error, unknown
+from services.cli.doctor.finding import Finding, error, unknown, warning
 from services.cli.errors import CommandError
 from services.cli.target import Target, connected
 from services.contract.errors import FiqError
 from services.contract.settings import load
+from services.eventlog.jetstream import names
 from services.eventlog.jetstream.connection import Connection
 from services.ingest.settings import Settings as IngestSettings
 from services.persister.settings import PersisterSettings
@@ -29,7 +30,8 @@ class Patient:
     Attributes:
         target: the cluster.
         directory: the data directory; None when there is none here.
-        monitoring: URLs of the nodes' monitoring ports; the usual ones when empty.
+        monitoring: URLs of the nodes' monitoring ports; when empty the nodes are asked through the log, and at their
+            usual ports where that is not allowed.
         env: settings of the services.
     """
 
@@ -58,11 +60,11 @@ def _examine(patient: Patient, clock_offset: float, held_back: float) -> Iterato
     yield from machine.memory(persister)
     yield from machine.secrets(patient.env)
 
-    known = nodes.addresses(settings.servers, [])
-    found = [greeting for address in known if (greeting := nodes.greet(address)) is not None]
+    listed = nodes.addresses(settings.servers, [])
+    found = [greeting for address in listed if (greeting := nodes.greet(address)) is not None]
     expected = nodes.addresses(settings.servers, found)
     found += [
-        greeting for address in expected if address not in known and (greeting := nodes.greet(address)) is not None
+        greeting for address in expected if address not in listed and (greeting := nodes.greet(address)) is not None
     ]
     yield from nodes.check_greetings(expected, found, ingest.max_event_bytes)
     yield from nodes.check_certificates(found, settings.ca_file, time.time() + clock_offset)
@@ -75,11 +77,15 @@ def _examine(patient: Patient, clock_offset: float, held_back: float) -> Iterato
         yield error("permissions", str(problem), _NOT_ASKED, _ASK_AS)
     except FiqError as problem:
         yield log.unreachable(problem)
+    told = () if seen is None else seen.nodes
+    if patient.monitoring or not told:
+        others, silent = monitored.from_ports(monitored.monitoring_urls(patient.monitoring, expected))
+        known = {node.name for node in told}
+        told = (*told, *(node for node in others if node.name not in known))
+        yield from monitored.unreachable(silent)
+    yield from monitored.check_nodes(told, clock_offset)
     if seen is not None:
-        yield from log.check_clocks(seen, clock_offset)
-    urls = monitored.monitoring_urls(patient.monitoring, expected)
-    yield from monitored.check_monitoring(urls, clock_offset, () if seen is None else seen.clocks)
-    if seen is not None:
+        yield from log.check_clocks(seen, clock_offset, [node.name for node in told])
         yield from log.check_stream(seen, settings)
         yield from log.check_dead_letters(seen)
         yield from log.check_placement(seen, persister.volumes)
@@ -97,7 +103,14 @@ async def _ask(target: Target) -> tuple[log.LogView, list[Finding]]:
                 raise CommandError(f"this user may not ask: {violations[0]}") from problem
             raise
         violations = connection.violations if isinstance(connection, Connection) else []
-    return seen, [error("permissions", f"this user may not ask: {text}", _NOT_ASKED, _ASK_AS) for text in violations]
+    return seen, [_refused(text) for text in violations]
+
+
+def _refused(violation: str) -> Finding:
+    if f'"{names.NODES_PREFIX}.' in violation:
+        what = "this user may not ask the nodes: the accounts are those of an older fiq, or it is not `ops`"
+        return warning("permissions", what, _NOT_ASKED, f"{_ASK_AS}; `fiq init FOLDER`, and reload the nodes")
+    return error("permissions", f"this user may not ask: {violation}", _NOT_ASKED, _ASK_AS)
 
 
 def _directory(directory: Path | None, seen: log.LogView | None) -> Iterator[Finding]:

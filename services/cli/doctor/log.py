@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -23,6 +23,7 @@ from services.eventlog.jetstream import names
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.definitions import stream_config
 from services.eventlog.jetstream.drift import changes
+from services.eventlog.jetstream.nodes import NodeState, ask_nodes
 from services.eventlog.jetstream.report import ClusterReport, PartitionReport, StreamReport, cluster_report, read_stream
 from services.eventlog.partitions import partition_name
 from services.eventlog.settings import LogSettings
@@ -40,13 +41,16 @@ class LogView:
         report: the same, read, with the partitions.
         dead: the stream of dead letters; None when there is none.
         workers: the persisters that answer.
-        clocks: by node: how far its clock is ahead of ours, and how uncertain that is, both in seconds.
+        nodes: what each of them says of itself; empty where this user may not ask.
+        clocks: where *nodes* is empty, by node: how far its clock is ahead of ours, and how uncertain that is, both in
+            seconds.
     """
 
     info: dict[str, Any] | None
     report: ClusterReport
     dead: StreamReport | None
     workers: tuple[Worker, ...]
+    nodes: tuple[NodeState, ...]
     clocks: dict[str, tuple[float, float]]
 
 
@@ -61,12 +65,14 @@ async def examine(nc: Client, settings: LogSettings, state: State | None) -> Log
     info = await api.stream_info(names.STREAM)
     report = await cluster_report(nc, settings)
     dead = await api.stream_info(names.DEAD_STREAM)
+    nodes = await ask_nodes(nc)
     return LogView(
         info=info,
         report=report,
         dead=None if dead is None else read_stream(dead),
         workers=tuple(await ask_workers(nc, state)),
-        clocks=await _clocks(api, report),
+        nodes=tuple(nodes),
+        clocks={} if nodes else await _clocks(api, report),
     )
 
 
@@ -84,11 +90,12 @@ async def _clocks(api: JetStreamApi, report: ClusterReport) -> dict[str, tuple[f
     return found
 
 
-def check_clocks(seen: LogView, offset: float) -> Iterator[Finding]:
-    """Compare the nodes' clocks with ours, which is taken to be *offset* seconds ahead."""
+def check_clocks(seen: LogView, offset: float, known: Collection[str]) -> Iterator[Finding]:
+    """Compare the nodes' clocks, but those *known* already, with ours, taken to be *offset* seconds ahead."""
     for name, (ahead, uncertain) in seen.clocks.items():
-        yield clock(name, ahead - offset, uncertain)
-    if not seen.clocks:
+        if name not in known:
+            yield clock(name, ahead - offset, uncertain)
+    if not seen.clocks and not known:
         yield unknown("clocks", "no node told its time", "it is told with a partition's consumer: start persisters")
 
 

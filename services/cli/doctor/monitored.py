@@ -1,12 +1,11 @@
-"""What only the nodes' monitoring ports tell: sync_interval, storage limits, health, clocks."""
+"""What only the nodes know, told through the log or at a monitoring port: sync_interval, limits, health, clock."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -14,6 +13,7 @@ from rich.filesize import decimal
 
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
 from services.cli.monitoring import ask
+from services.eventlog.jetstream.nodes import NodeState, node_state
 
 #: one answer may take this long, seconds
 TIMEOUT = 3.0
@@ -34,42 +34,49 @@ def get(url: str, path: str) -> tuple[int, bytes]:
     return ask(url, path, timeout=TIMEOUT)
 
 
-def check_monitoring(
-    urls: Sequence[str], now_offset: float = 0.0, known_clocks: Collection[str] = ()
-) -> Iterator[Finding]:
-    """Look at what only the monitoring ports tell: sync_interval, storage limits, health, clocks.
-
-    Args:
-        urls: of the monitoring ports.
-        now_offset: seconds that this machine's clock is taken to be ahead.
-        known_clocks: nodes whose clocks were looked at already.
-    """
+def from_ports(urls: Sequence[str]) -> tuple[list[NodeState], list[str]]:
+    """Ask the monitoring ports at *urls*; return the nodes that answered, and the URLs where none did."""
+    found, silent = [], []
     for url in urls:
         before = time.time()
         status, body = get(url, "/varz")
-        now = (before + time.time()) / 2 + now_offset
+        at = time.time()
         try:
             varz = orjson.loads(body) if status == 200 else None
         except orjson.JSONDecodeError:
             varz = None
         if not isinstance(varz, dict) or "server_name" not in varz:
-            action = "name the ports with --monitoring, from a machine that reaches them"
-            yield unknown("sync_interval", f"the monitoring port {url} is not reachable", action)
+            silent.append(url)
             continue
-        yield from _health(varz["server_name"], url)
-        if varz["server_name"] not in known_clocks:
-            yield clock(varz["server_name"], datetime.fromisoformat(varz["now"]).timestamp() - now)
-        yield from _storage(varz["server_name"], (varz.get("jetstream") or {}))
+        health, reason = get(url, "/healthz")
+        trouble = "" if health == 200 else reason.decode("utf-8", "replace").strip()[:200] or "no answer"
+        found.append(node_state(varz, trouble, at - before, at))
+    return found, silent
 
 
-def _health(name: str, url: str) -> Iterator[Finding]:
-    status, body = get(url, "/healthz")
-    if status == 200:
-        yield ok("nodes", f"{name} is healthy")
-        return
-    reason = body.decode("utf-8", "replace").strip()[:200] or "no answer"
-    meaning = "it is behind, without a leader, or its JetStream is off, as after a full disk"
-    yield error("nodes", f"{name} is not healthy: {reason}", meaning, "look at its log; after a full disk restart it")
+def unreachable(urls: Sequence[str]) -> Iterator[Finding]:
+    """Say that nobody could be asked at these monitoring ports."""
+    for url in urls:
+        action = "run it as the user `ops`, who may ask all nodes, or name ports with --monitoring that can be reached"
+        yield unknown("sync_interval", f"the monitoring port {url} is not reachable", action)
+
+
+def check_nodes(found: Sequence[NodeState], now_offset: float = 0.0) -> Iterator[Finding]:
+    """Look at what only the nodes know: health, clock, sync_interval, storage limits.
+
+    Args:
+        found: what they said.
+        now_offset: seconds that this machine's clock is taken to be ahead.
+    """
+    for node in found:
+        if node.trouble:
+            meaning = "it is behind, without a leader, or its JetStream is off, as after a full disk"
+            action = "look at its log; after a full disk restart it"
+            yield error("nodes", f"{node.name} is not healthy: {node.trouble}", meaning, action)
+        else:
+            yield ok("nodes", f"{node.name} is healthy")
+        yield clock(node.name, node.ahead - now_offset, node.uncertain)
+        yield from _storage(node.name, node.varz.get("jetstream") or {})
 
 
 def clock(name: str, ahead: float, uncertain: float = 0.0) -> Finding:

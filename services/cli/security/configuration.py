@@ -6,12 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 
 from services.cli.security.permissions import PERMISSIONS, Permissions
-from services.eventlog.jetstream.names import Role
+from services.eventlog.jetstream.names import NODES_HEALTH, NODES_STATE, Role
 
 #: the account of the streams
 ACCOUNT = "FI"
 #: the user of the system account: `nats server report`, and nothing that a service needs
 SYSTEM = "system"
+#: what the system account lets the streams' account ask all nodes, and on which subject: no more than the monitoring
+#: port tells at /varz and /healthz
+_QUESTIONS = {"VARZ": NODES_STATE, "HEALTHZ": NODES_HEALTH}
 #: everybody who has a seed
 USERS = (*Role, SYSTEM)
 
@@ -39,9 +42,17 @@ def accounts(keys: Mapping[str, Sequence[str]]) -> str:
     """
     users = [_user(role, key, PERMISSIONS[role]) for role in Role for key in keys[role]]
     system = [f"    {{ nkey: {key} }}  # {SYSTEM}\n" for key in keys[SYSTEM]]
+    questions = {f"$SYS.REQ.SERVER.PING.{kind}": subject for kind, subject in _QUESTIONS.items()}
+    imports = [
+        f'    {{ service: {{ account: SYS, subject: "{asked}" }}, to: "{subject}" }}\n'
+        for asked, subject in questions.items()
+    ]
+    exports = [f'    {{ service: "{asked}", accounts: [{ACCOUNT}], response_type: Stream }}\n' for asked in questions]
     return (
-        f"{_HEADER}\naccounts {{\n  {ACCOUNT}: {{ jetstream: enabled, users: [\n{''.join(users)}  ] }}\n"
-        f"  SYS: {{ users: [\n{''.join(system)}  ] }}\n}}\nsystem_account: SYS\n"
+        f"{_HEADER}\naccounts {{\n"
+        f"  {ACCOUNT}: {{ jetstream: enabled, imports: [\n{''.join(imports)}  ], users: [\n{''.join(users)}  ] }}\n"
+        f"  SYS: {{ exports: [\n{''.join(exports)}  ], users: [\n{''.join(system)}  ] }}\n"
+        f"}}\nsystem_account: SYS\n"
     )
 
 

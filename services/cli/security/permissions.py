@@ -14,6 +14,8 @@ from services.eventlog.jetstream.names import (
     DEAD_STREAM,
     EVENTS_PREFIX,
     EVENTS_SUBJECT,
+    NODES_HEALTH,
+    NODES_STATE,
     PERSISTER_SERVICE,
     STREAM,
     Role,
@@ -125,6 +127,9 @@ PERMISSIONS: dict[Role, Permissions] = {
             f"$JS.ACK.{DEAD_STREAM}.>",
             *_each("$JS.SNAPSHOT.ACK.{}.>"),
             *(f"$SRV.{verb}{tail}" for verb in ("PING", "INFO", "STATS") for tail in ("", ".>")),
+            # `fiq doctor`: every node, wherever its monitoring port is
+            NODES_STATE,
+            NODES_HEALTH,
         ),
         subscribe=(_inbox(Role.OPS),),
     ),

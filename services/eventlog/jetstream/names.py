@@ -28,6 +28,11 @@ DEAD_SUBJECT = f"{DEAD_PREFIX}.>"
 #: prefix of the subjects on which persisters answer questions about the corpus
 CORPUS_PREFIX = "fi.corpus"
 
+#: prefix of the subjects on which every node tells of itself, as on its monitoring port; `ops` may ask
+NODES_PREFIX = "fi.nodes"
+#: what it tells there: its state and configuration, and whether it is healthy
+NODES_STATE, NODES_HEALTH = f"{NODES_PREFIX}.varz", f"{NODES_PREFIX}.healthz"
+
 #: beginning of each persister consumer's name
 WORKERS_PREFIX = "fi-workers"
 

@@ -6,22 +6,16 @@ list that could be wrong.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import nats.errors
-import orjson
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 
-from services.eventlog.errors import LogRefusedError, LogUnavailableError
+from services.eventlog.errors import LogRefusedError
+from services.eventlog.jetstream.everybody import everybody
 from services.eventlog.jetstream.names import PERSISTER_SERVICE
 from services.eventlog.partitions import partition_name
 
-#: how long the first answer of a persister is awaited, and how long a further one, seconds
-_FIRST_ANSWER, _NEXT_ANSWER = 1.0, 0.25
 _SUBJECT = f"$SRV.INFO.{PERSISTER_SERVICE}"
 
 
@@ -81,28 +75,4 @@ async def persister_infos(nc: Client) -> list[dict[str, str]]:
     Raises:
         LogUnavailableError: the connection is gone.
     """
-    answers: asyncio.Queue[Msg] = asyncio.Queue()
-    inbox = nc.new_inbox()
-    try:
-        subscription = await nc.subscribe(inbox, cb=answers.put)
-        try:
-            await nc.publish(_SUBJECT, reply=inbox)
-            return await _collected(answers)
-        finally:
-            await subscription.unsubscribe()
-    except (nats.errors.Error, OSError) as error:
-        raise LogUnavailableError(f"{_SUBJECT}: {type(error).__name__}") from error
-
-
-async def _collected(answers: asyncio.Queue[Msg]) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = []
-    try:
-        while True:
-            async with asyncio.timeout(_NEXT_ANSWER if found else _FIRST_ANSWER):
-                message = await answers.get()
-            if not message.data:  # status 503: nobody offers the service
-                return found
-            answer: dict[str, Any] = orjson.loads(message.data)
-            found.append(answer.get("metadata") or {})
-    except TimeoutError:
-        return found
+    return [answer.document.get("metadata") or {} for answer in await everybody(nc, _SUBJECT)]

@@ -87,7 +87,7 @@ async def test_no_stream_no_persister_and_no_claim_are_told_one_after_the_other(
     """What an operator meets who begins at the wrong end."""
     await delete_streams(log.cluster)
     found = await findings(patient(log, None))
-    assert [("clocks", "unknown"), ("corpus", "unknown"), ("stream", "error")] == bad(found)
+    assert [("corpus", "unknown"), ("stream", "error")] == bad(found)
     async with provisioned(log.cluster) as fresh:
         found = [one for one in await findings(patient(fresh, None)) if one.check == "placement"]
     assert ["no persister answers", "no volume has claimed partition 00, 01, 02, 03"] == [one.what for one in found]

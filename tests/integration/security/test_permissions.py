@@ -31,6 +31,7 @@ QUICK = 20.0
 #: role -> subjects that its user must not publish on
 FORBIDDEN = {
     Role.INGEST: [
+        "fi.nodes.varz",
         "fi.dead.0",
         "fi.events",
         "fi.events.1.c1",
@@ -52,6 +53,7 @@ FORBIDDEN = {
         "$SYS.REQ.SERVER.PING",
     ],
     Role.PERSISTER: [
+        "fi.nodes.varz",
         "fi.events.c1",
         "fi.corpus.main.1.events",
         "fi.events.1.c1",
@@ -69,6 +71,7 @@ FORBIDDEN = {
         "$SYS.REQ.SERVER.PING",
     ],
     Role.PROVISIONER: [
+        "fi.nodes.varz",
         "fi.events.c1",
         "fi.corpus.main.1.events",
         "fi.dead.0",
@@ -83,6 +86,8 @@ FORBIDDEN = {
         "$SYS.REQ.SERVER.PING",
     ],
     Role.OPS: [
+        "fi.nodes.connz",
+        "$SYS.REQ.SERVER.PING.VARZ",
         "fi.events.c1",
         "fi.corpus.main.1.find",
         "fi.dead.0",

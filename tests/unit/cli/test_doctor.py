@@ -1,54 +1,29 @@
-"""`fiq doctor` on this machine and on single nodes: each thing is broken for real where that is possible, and found."""
+"""`fiq doctor` on this machine: each thing is broken for real where that is possible, and found."""
 
 from __future__ import annotations
 
-import datetime
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
-from services.cli.doctor import corpus, machine, monitored, nodes
-from services.cli.doctor.finding import Finding, Level, worst
+from services.cli.doctor import corpus, machine
+from services.cli.doctor.finding import Level
 from services.cli.main import app
 from services.cli.ports import LOOPBACK, free_ports
 from services.corpus import filesystems
 from services.persister.settings import PersisterSettings
 from tests.support.broker import plain_server
+from tests.support.findings import fine, only
 from tests.support.polling import eventually_sync
 from tests.support.small_disk import fill, small_disk
-
-NOW = datetime.datetime.now(datetime.UTC)
-DAY = datetime.timedelta(days=1)
-
-
-def only(findings: Iterable[Finding], level: Level) -> Finding:
-    """Return the one finding of that level, which must be the worst."""
-    found = list(findings)
-    assert level == worst(found), found
-    (one,) = [finding for finding in found if finding.level is level]
-    assert one.action, "whoever reads it must know what to do"
-    return one
-
-
-def fine(findings: Iterable[Finding]) -> None:
-    found = list(findings)
-    assert found
-    assert worst(found) is Level.OK, found
 
 
 @pytest.fixture
@@ -167,152 +142,6 @@ def test_a_lock_that_excludes_nobody_is_an_error(directory: Path, monkeypatch: p
     assert "two writers" in only(machine.data_directory(directory), Level.ERROR).meaning
 
 
-# -- greetings and certificates ---------------------------------------------------------------------------------------
-
-
-def greeted(url: str) -> nodes.Greeting:
-    greeting = nodes.greet(url.removeprefix("nats://"))
-    assert greeting is not None
-    return greeting
-
-
-def test_a_node_that_does_not_answer_is_an_error() -> None:
-    """Nobody listens there, or somebody who is no nats-server."""
-    address = f"{LOOPBACK}:{free_ports(1)[0]}"
-    assert nodes.greet(address) is None
-    assert address in only(nodes.check_greetings([address], [], 100), Level.ERROR).what
-    with _speaker(b"220 mail.example ESMTP\r\n") as other:
-        assert nodes.greet(other) is None
-
-
-def test_an_old_server_is_an_error_and_two_versions_are_a_warning() -> None:
-    """An old server cannot be installed here, so one is played: it greets as 2.10 does."""
-    info = {"version": "2.10.4", "max_payload": 1 << 21}
-    with _speaker(b"INFO " + orjson.dumps(info) + b"\r\n") as address:
-        old = nodes.greet(address)
-    assert old is not None
-    assert "2.14" in only(nodes.check_greetings([address], [old], 100), Level.ERROR).meaning
-    newer = [nodes.Greeting("a", {**info, "version": v}, b"") for v in ("2.14.1", "2.15.1")]
-    assert "finish the upgrade" in only(nodes.check_greetings([], newer, 100), Level.WARNING).action
-
-
-def test_a_max_payload_below_the_largest_event_is_an_error(tmp_path: Path) -> None:
-    """Ingest would refuse to start; the node says its limit to everybody."""
-    with plain_server(tmp_path, "max_payload: 64KB") as url:
-        greeting = greeted(url)
-    fine(nodes.check_greetings([greeting.address], [greeting], 1000))
-    assert (
-        "FI_MAX_EVENT_BYTES" in only(nodes.check_greetings([greeting.address], [greeting], 1 << 20), Level.ERROR).action
-    )
-
-
-@pytest.mark.parametrize(
-    ("days", "level", "text"),
-    [
-        ((-400, -1), Level.ERROR, "ended on"),
-        ((-400, 3), Level.ERROR, "ends on"),
-        ((-400, 20), Level.WARNING, "ends on"),
-        ((1, 400), Level.ERROR, "begins on"),
-        ((-1, 400), Level.OK, "is good until"),
-    ],
-)
-def test_a_nodes_certificate_is_judged_by_its_end(
-    tmp_path: Path, days: tuple[int, int], level: Level, text: str
-) -> None:
-    """The one that the running node shows, whatever stands in its folder; nobody has to log in for that."""
-    _make_certificate(tmp_path, *days)
-    tls = f'tls {{ cert_file: "{tmp_path}/cert.pem", key_file: "{tmp_path}/key.pem", min_version: "1.3" }}'
-    with plain_server(tmp_path, tls) as url:
-        greeting = greeted(url)
-    assert greeting.certificate
-    (finding,) = nodes.check_certificates([greeting], "", time.time())
-    assert (level, "certificates") == (finding.level, finding.check)
-    assert text in finding.what
-    (_, authority) = nodes.check_certificates([greeting], str(tmp_path / "cert.pem"), time.time())
-    assert level is authority.level
-
-
-def test_a_node_that_wants_tls_before_anything_is_greeted_too(tmp_path: Path) -> None:
-    """With handshake_first it says nothing to whoever waits for its first word."""
-    _make_certificate(tmp_path, -1, 400)
-    pair = f'cert_file: "{tmp_path}/cert.pem", key_file: "{tmp_path}/key.pem"'
-    with plain_server(tmp_path, f"tls {{ {pair}, handshake_first: true, timeout: 5 }}") as url:
-        greeting = greeted(url)
-    assert greeting.certificate
-    assert greeting.info["tls_required"]
-
-
-def test_a_missing_or_broken_authority_is_an_error(tmp_path: Path) -> None:
-    """FI_NATS_CA_FILE names a file that is not there, or something else."""
-    assert "No such file" in only(nodes.check_certificates([], str(tmp_path / "ca.pem"), 0.0), Level.ERROR).what
-    (tmp_path / "ca.pem").write_text("hello")
-    assert "no certificate" in only(nodes.check_certificates([], str(tmp_path / "ca.pem"), 0.0), Level.ERROR).what
-
-
-def test_plain_text_is_fine_on_loopback_only(tmp_path: Path) -> None:
-    """Beyond it everybody on the way reads along."""
-    with plain_server(tmp_path) as url:
-        greeting = greeted(url)
-    fine(nodes.check_certificates([greeting], "", time.time()))
-    elsewhere = nodes.Greeting("192.0.2.1:4222", greeting.info, b"")
-    assert "plain text" in only(nodes.check_certificates([elsewhere], "", time.time()), Level.WARNING).what
-
-
-# -- the monitoring port ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def monitored_server(folder: Path, jetstream: str) -> Iterator[str]:
-    """Run a node with a JetStream configuration and yield the URL of its monitoring port."""
-    port = free_ports(1)[0]
-    block = f'jetstream {{ store_dir: "{folder}/js", {jetstream} }}' if jetstream else ""
-    with plain_server(folder, f'server_name: n1\nhttp: "{LOOPBACK}:{port}"\n{block}'):
-        url = f"http://{LOOPBACK}:{port}"
-        eventually_sync(lambda: monitored.get(url, "/healthz")[0] == 200)
-        yield url
-
-
-def test_a_sync_interval_is_an_error_unless_it_is_always(tmp_path: Path) -> None:
-    """With nats-server's default of two minutes acknowledged events do not survive a power cut."""
-    with monitored_server(tmp_path, "max_file_store: 1GB") as url:
-        finding = only(monitored.check_monitoring([url]), Level.ERROR)
-    assert ("sync_interval", "n1 syncs every 120 s only") == (finding.check, finding.what)
-    with monitored_server(tmp_path, "max_file_store: 1GB, sync_interval: always") as url:
-        fine(monitored.check_monitoring([url]))
-
-
-def test_a_node_without_jetstream_is_an_error(tmp_path: Path) -> None:
-    """It takes clients and holds nothing."""
-    with monitored_server(tmp_path, "") as url:
-        assert "has no JetStream" in only(monitored.check_monitoring([url]), Level.ERROR).what
-
-
-def test_a_max_file_store_beyond_the_disk_is_an_error(tmp_path: Path) -> None:
-    """A node whose disk is full turns JetStream off until it is restarted."""
-    with monitored_server(tmp_path, "max_file_store: 9000TB, sync_interval: always") as url:
-        assert "below the size of the disk" in only(monitored.check_monitoring([url]), Level.ERROR).action
-
-
-def test_a_monitoring_port_out_of_reach_is_unknown_and_no_error() -> None:
-    """It is on an inner network, as it should be."""
-    url = f"http://{LOOPBACK}:{free_ports(1)[0]}"
-    finding = only(monitored.check_monitoring([url]), Level.UNKNOWN)
-    assert f"the monitoring port {url} is not reachable" == finding.what
-    assert ["http://n1:8222", "http://n2:8222"] == monitored.monitoring_urls([], ["n1:4222", "n1:4223", "n2:4222"])
-
-
-@pytest.mark.parametrize(
-    ("offset", "level"), [(0.0, Level.OK), (-5.0, Level.WARNING), (5.0, Level.WARNING), (3600.0, Level.ERROR)]
-)
-def test_a_clock_that_is_off_is_told_with_its_direction(tmp_path: Path, offset: float, level: Level) -> None:
-    """The clock of this machine cannot be changed here, so it is taken to be off."""
-    with monitored_server(tmp_path, "max_file_store: 1GB, sync_interval: always") as url:
-        (finding,) = [one for one in monitored.check_monitoring([url], offset) if one.check == "clocks"]
-    assert level is finding.level
-    if level is not Level.OK:
-        assert ("behind" if offset > 0 else "ahead") in finding.what
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -330,25 +159,37 @@ def test_a_cluster_out_of_reach_is_a_finding_and_the_rest_is_still_looked_at(
     assert {("nodes", "error"), ("versions", "ok"), ("sync_interval", "unknown"), ("corpus", "unknown")} <= levels
 
 
-def test_a_user_that_may_not_ask_is_an_error(tmp_path: Path) -> None:
-    """The request runs into its timeout, and only the connection's error callback knows why."""
-    user = '{ user: a, password: b, permissions: { publish: { deny: "$JS.API.>" } } }'
-    jetstream = f'jetstream {{ store_dir: "{tmp_path}/js" }}'
-    with plain_server(tmp_path, f"{jetstream}\nauthorization {{ users: [ {user} ] }}") as url:
+def permissions(folder: Path, denied: str) -> list[dict[str, str]]:
+    """Return what doctor finds of permissions, as a user who may not publish on *denied*."""
+    user = f'{{ user: a, password: b, permissions: {{ publish: {{ deny: "{denied}" }} }} }}'
+    jetstream = f'jetstream {{ store_dir: "{folder}/js" }}'
+    with plain_server(folder, f"{jetstream}\nauthorization {{ users: [ {user} ] }}") as url:
         command = [sys.executable, "-m", "services.cli.main", "doctor", "--json", "--server"]
         done = subprocess.run(
             [*command, url.replace("//", "//a:b@")],
-            cwd=tmp_path,
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
     assert 1 == done.returncode
-    (finding,) = [one for one in orjson.loads(done.stdout)["findings"] if one["check"] == "permissions"]
-    assert "this user may not ask" in finding["what"]
-    assert "`ops`" in finding["action"]
     assert "a:b" not in done.stdout + done.stderr
+    return [one for one in orjson.loads(done.stdout)["findings"] if one["check"] == "permissions"]
+
+
+def test_a_user_that_may_not_ask_is_an_error(tmp_path: Path) -> None:
+    """The request runs into its timeout, and only the connection's error callback knows why."""
+    (finding,) = permissions(tmp_path, "$JS.API.>")
+    assert ("error", True) == (finding["level"], "this user may not ask" in finding["what"])
+    assert "`ops`" in finding["action"]
+
+
+def test_accounts_of_before_are_a_warning_that_says_how_to_renew_them(tmp_path: Path) -> None:
+    """`ops` may not ask the nodes then, and their monitoring ports are out of reach."""
+    (finding,) = permissions(tmp_path, "fi.nodes.>")
+    assert ("warning", True) == (finding["level"], "accounts are those of an older fiq" in finding["what"])
+    assert "`fiq init FOLDER`, and reload the nodes" in finding["action"]
 
 
 def test_a_reader_that_holds_a_file_is_named(tmp_path: Path) -> None:
@@ -361,45 +202,3 @@ def test_a_reader_that_holds_a_file_is_named(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", program, str(file)], stdin=subprocess.PIPE) as holder:
         eventually_sync(lambda: corpus.readers(file) == [holder.pid])
         holder.kill()
-
-
-# -- support ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _speaker(text: bytes) -> Iterator[str]:
-    """Listen on a port, say *text* to everybody, and yield the address."""
-    with socket.create_server((LOOPBACK, 0)) as listener:
-
-        def speak() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.sendall(text)
-
-        thread = threading.Thread(target=speak)
-        thread.start()
-        yield f"{LOOPBACK}:{listener.getsockname()[1]}"
-        thread.join()
-
-
-def _make_certificate(folder: Path, begins: int, ends: int) -> None:
-    """Make a certificate that signs itself, valid from so many days from now to so many."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "n1")])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(NOW + begins * DAY)
-        .not_valid_after(NOW + ends * DAY)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("n1")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    (folder / "key.pem").write_bytes(private)
-    (folder / "key.pem").chmod(0o600)

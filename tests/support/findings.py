@@ -1,0 +1,23 @@
+"""What the doctor found, as tests look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from services.cli.doctor.finding import Finding, Level, worst
+
+
+def only(findings: Iterable[Finding], level: Level) -> Finding:
+    """Return the one finding of that level, which must be the worst."""
+    found = list(findings)
+    assert level == worst(found), found
+    (one,) = [finding for finding in found if finding.level is level]
+    assert one.action, "whoever reads it must know what to do"
+    return one
+
+
+def fine(findings: Iterable[Finding]) -> None:
+    """Make sure that something was looked at, and nothing is wrong."""
+    found = list(findings)
+    assert found
+    assert worst(found) is Level.OK, found
