@@ -123,6 +123,14 @@ async def test_three_hosts_are_one_cluster_over_tls(clients: Clients) -> None:
     assert PARTITIONS == len(clients.owners)
 
 
+async def test_the_doctor_on_one_host_sees_all_nodes(clients: Clients) -> None:
+    """Each syncs what it acknowledges; who asks is connected to one of them only."""
+    output = await asyncio.to_thread(clients.hosts.machines[1], "run", "--rm", "-T", "ops", "fiq", "doctor", "--json")
+    findings = orjson.loads(output)["findings"]
+    assert [] == [one for one in findings if one["level"] != "ok"]
+    assert len(HOSTS) == sum(one["check"] == "sync_interval" for one in findings)
+
+
 async def test_a_prometheus_elsewhere_reaches_the_metrics_of_each_process(clients: Clients) -> None:
     """Ingest and every persister of a host have a published port of their own."""
     async with ClientSession() as session:

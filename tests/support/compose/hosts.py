@@ -19,6 +19,8 @@ HOSTS = ("host1", "host2", "host3")
 #: files that a host needs of the secrets, besides its own node's; the authority's key stays with the operator
 SHARED = ("ca.pem", "nats", "api", "users/ingest.seed", "users/persister.seed", "users/ops.seed")
 PARTITIONS = 6
+#: as whom the containers run, where that can be chosen
+OWNER = 12_000
 #: of the first host, each with a port of its own for metrics
 PERSISTERS = 2
 #: what stands for the hosts' network cards
@@ -45,7 +47,9 @@ class Hosts:
 
     def prepare(self) -> None:
         """Make the secrets, the wire, and the folder of each host."""
-        lay_out(self.operator, "--hosts", ",".join(HOSTS))
+        # another user than the image's, as whoever is not root has it
+        owner = ("--owner", f"{OWNER}:{OWNER}") if os.getuid() == 0 else ()
+        lay_out(self.operator, "--hosts", ",".join(HOSTS), *owner)
         docker("network", "create", "--label", f"com.docker.compose.project={self.wire}", self.wire)
         for index in range(len(HOSTS)):
             self.equip(index)
