@@ -52,7 +52,7 @@ class LogMetrics:
         self.failures = Counter(
             "fi_log_observation_failures", "Looks at the log that failed, by part", ("part",), registry=registry
         )
-        # run `fiq init --rotate` in time
+        # run `fiq init FOLDER --rotate certificates` in time
         self.certificate_expiry = Gauge(
             "fi_certificate_expiry_timestamp_seconds",
             "End of the certificates behind the connection, Unix time",

@@ -14,6 +14,7 @@ from services.cli.errors import CommandError
 from services.cli.security.authority import check_host
 from services.cli.security.deployment import Deployment
 from services.cli.security.files import Owner
+from services.cli.security.layout import Layout
 
 _OWNER = re.compile(r"([0-9]{1,9})(?::([0-9]{1,9}))?", re.ASCII)
 #: whom the image's processes run as
@@ -30,12 +31,14 @@ class Rotation(StrEnum):
 
 #: what is to be done after each
 _NEXT = {
-    Rotation.CERTIFICATES: "copy secrets/nodes to every host, into the same files (rsync --inplace), "
-    "then reload each node: check with `nats-server -t`, then SIGHUP",
-    Rotation.USERS: "copy secrets/nats to every host and reload each node, check with `nats-server -t`, then SIGHUP; "
-    "both seeds are good then, and  fiq init --rotate users-finish  is the second step",
-    Rotation.USERS_FINISH: "copy secrets/users and secrets/nats to every host, into the same files (rsync --inplace), "
-    "then reload each node: the services connect with their new seeds by themselves",
+    Rotation.CERTIFICATES: "copy secrets/nodes to every host, into the same files "
+    "(rsync -a --inplace --numeric-ids), then reload each node: check with `nats-server -t`, then SIGHUP",
+    Rotation.USERS: "copy secrets/nats to every host (rsync -a --numeric-ids) and reload each node, check with "
+    "`nats-server -t`, then SIGHUP; both seeds are good then, and  fiq init {folder} --rotate users-finish  is the "
+    "second step",
+    Rotation.USERS_FINISH: "copy secrets/users and secrets/nats to every host, into the same files "
+    "(rsync -a --inplace --numeric-ids), then reload each node: the services connect with their new seeds by "
+    "themselves",
 }
 
 
@@ -51,7 +54,8 @@ def init(
         str,
         typer.Option(
             metavar="UID[:GID]",
-            help="Who may read the secrets: whom the containers run as. By default 10001 for root, else yourself.",
+            help="Who may read the secrets: whom the containers run as. By default whose they are; of a new "
+            "deployment 10001 for root, else yourself.",
         ),
     ] = "",
     encrypt: Annotated[
@@ -69,7 +73,7 @@ def init(
     if rotate is not None and encrypt:
         raise CommandError("--encrypt is chosen at the beginning, not with --rotate")
     names = _hosts(hosts)
-    deployment = Deployment(folder, _owner(owner))
+    deployment = Deployment(folder, _owner(owner, Layout(folder)))
     if rotate is Rotation.CERTIFICATES:
         deployment.renew_certificates(names)
     elif rotate is Rotation.USERS:
@@ -83,7 +87,7 @@ def init(
     if not deployment.changes:
         typer.echo(f"{folder}: everything is there, nothing was changed")
     if rotate is not None:
-        typer.echo(f"next: {_NEXT[rotate]}")
+        typer.echo(f"next: {_NEXT[rotate].format(folder=folder)}")
 
 
 def _hosts(value: str) -> list[str]:
@@ -98,10 +102,19 @@ def _hosts(value: str) -> list[str]:
     return hosts
 
 
-def _owner(value: str) -> Owner:
+def _owner(value: str, layout: Layout) -> Owner:
     if not value:
-        return Owner(IMAGE_UID, IMAGE_UID) if os.geteuid() == 0 else Owner.myself()
+        return _present_owner(layout) or (Owner(IMAGE_UID, IMAGE_UID) if os.geteuid() == 0 else Owner.myself())
     match = _OWNER.fullmatch(value)
     if match is None:
         raise CommandError(f"--owner {value}: give numbers, such as 10001 or 10001:10001")
     return Owner(int(match[1]), int(match[2] or match[1]))
+
+
+def _present_owner(layout: Layout) -> Owner | None:
+    """Return whose the secrets are: processes run as that user, and could not read another one's."""
+    try:
+        found = layout.ca_certificate.lstat()
+    except OSError:  # nothing is there yet; or somebody else's, which is refused later
+        return None
+    return Owner(found.st_uid, found.st_gid)

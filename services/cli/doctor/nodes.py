@@ -28,6 +28,8 @@ SOON, VERY_SOON = 30 * 86400, 7 * 86400
 #: a node that has said nothing for so long waits for a TLS handshake, seconds; its own patience is three
 _SILENCE = 1.0
 _INFO = b"INFO "
+_RENEW_NODES = "`fiq init FOLDER --rotate certificates` makes new ones; reload the nodes"
+_RENEW_AUTHORITY = "move to another authority while this one is good: docs/security.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ def check_certificates(found: Sequence[Greeting], ca_file: str, now: float) -> I
     """Look at when the nodes' certificates, and that of their authority, end."""
     for greeting in found:
         if greeting.certificate:
-            yield _ends(f"certificate of {greeting.address}", x509.load_der_x509_certificate(greeting.certificate), now)
+            shown = x509.load_der_x509_certificate(greeting.certificate)
+            yield _ends(f"certificate of {greeting.address}", shown, now, _RENEW_NODES)
         elif not _is_loopback(greeting.address):
             yield warning(
                 "certificates",
@@ -157,13 +160,12 @@ def check_certificates(found: Sequence[Greeting], ca_file: str, now: float) -> I
             )
             return
         for authority in authorities:
-            yield _ends(f"authority in {ca_file}", authority, now)
+            yield _ends(f"authority in {ca_file}", authority, now, _RENEW_AUTHORITY)
 
 
-def _ends(what: str, certificate: x509.Certificate, now: float) -> Finding:
+def _ends(what: str, certificate: x509.Certificate, now: float, action: str) -> Finding:
     end, begin = certificate.not_valid_after_utc, certificate.not_valid_before_utc
     left = end.timestamp() - now
-    action = "`fiq init --rotate` makes new ones; reload the nodes"
     if left < 0:
         return error("certificates", f"the {what} ended on {end:%Y-%m-%d}", "nobody can connect any more", action)
     if begin.timestamp() > now:

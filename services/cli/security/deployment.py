@@ -7,6 +7,7 @@ ever replaces it, because every process trusts it.
 
 from __future__ import annotations
 
+import os
 import secrets as random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -147,11 +148,19 @@ class Deployment:
             if not path.exists():
                 raise CommandError(f"{path} is gone: {_PUT_BACK}")
         self._secrets.mend(certificate)
-        self._secrets.mend(key, owner=Owner.myself())
+        self._secrets.mend(key, owner=self._operator())
         try:
             return Authority(Pair(certificate.read_bytes(), key.read_bytes()))
         except (ValueError, TypeError) as error:
             raise CommandError(f"{certificate} and {key} cannot be used ({error}): {_PUT_BACK}") from None
+
+    def _operator(self) -> Owner:
+        """Return whose the authority's key is: who runs this, or for root, who made the deployment."""
+        made = self.layout.environment
+        if os.geteuid() != 0 or not made.exists():
+            return Owner.myself()
+        found = made.lstat()
+        return Owner(found.st_uid, found.st_gid)
 
     def _nodes(self, hosts: Sequence[str]) -> dict[str, list[str]]:
         """Return the nodes and the names that a certificate of each must have besides the node's own."""

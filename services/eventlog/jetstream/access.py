@@ -41,13 +41,13 @@ def why_refused(error: Exception, settings: LogSettings, signer: Signer | None) 
 
 def _certificate(error: ssl.SSLCertVerificationError, settings: LogSettings) -> str:
     if error.verify_code == _EXPIRED:
-        return "its certificate has expired: run `fiq init --rotate certificates` and reload the node"
+        return "its certificate has expired: run `fiq init FOLDER --rotate certificates` and reload the node"
     if error.verify_code == _NOT_YET_VALID:
         return "its certificate is not valid yet: compare the clocks of the machines"
     if error.verify_code in _OTHER_NAMES:
         return (
             f"its certificate has other names ({error.verify_message}): connect to one of them, or renew it with "
-            "`fiq init --rotate certificates --hosts …`"
+            "`fiq init FOLDER --rotate certificates --hosts …`"
         )
     if not settings.ca_file:
         return f"it speaks TLS: set {CA_VARIABLE} to ca.pem of the deployment"

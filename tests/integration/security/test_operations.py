@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import nats.errors
 import orjson
 import pytest
+from typer.testing import CliRunner
 
+from services.cli.main import app
+from services.eventlog.errors import LogAccessError, LogForbiddenError
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
 from services.persister.volume import Volume
 from tests.support.persisters import Log, Persister, persisted
+from tests.support.polling import eventually
 from tests.support.security import Outcome, Secured, fiq
 
 #: the deployment's settings of the log
 LOG = {"FI_PARTITIONS": "4", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "16MiB"}
 _CHANGES = {"partitions": 4, "max_bytes": 64 * 2**20, "dead_max_bytes": 16 * 2**20}
+#: docs/security.md, "A command that no user may run"
+LENDING = (
+    (Path(__file__).parents[3] / "docs" / "security.md")
+    .read_text(encoding="utf-8")
+    .partition("### A command that no user may run\n")[2]
+    .partition("\n## ")[0]
+)
+
+
+def lent_subjects() -> Iterator[str]:
+    """Yield each subject of the section's table."""
+    for row in re.findall(r"^\| `nats .*? \| (.*) \|$", LENDING, re.MULTILINE):
+        yield from re.findall(r"`([^`]+)`", row)
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +115,48 @@ async def test_a_user_that_may_not_ask_is_told_instead_of_a_sound_cluster(provis
         one["what"].partition(":")[0] for one in found if (one["check"], one["level"]) == ("permissions", "error")
     ]
     assert {"ok"} == {one["level"] for one in found if one["check"] == "certificates"}
+
+
+@pytest.mark.parametrize("subject", list(lent_subjects()))
+async def test_a_subject_is_lent_to_ops_and_taken_back(provisioned: Secured, subject: str) -> None:
+    """With the commands of docs/security.md: refused, let in by every node, and refused again."""
+    secured, accounts = provisioned, provisioned.layout.nats / "accounts.conf"
+    (script,) = re.findall(r"```sh\n(.*?)```", LENDING, re.DOTALL)
+    script, changed = re.subn(r"^ *subject='.*'$", f"subject='{subject}'", script, flags=re.MULTILINE)
+    before = accounts.read_bytes()
+    assert 1 == changed
+    await _all_say(secured, subject, let_in=False)
+
+    await asyncio.to_thread(subprocess.run, ["sh", "-euc", script], cwd=secured.layout.folder, check=True, timeout=10)
+    await asyncio.to_thread(secured.cluster.reload)
+    await _all_say(secured, subject, let_in=True)
+
+    done = CliRunner().invoke(app, ["init", str(secured.layout.folder)])
+    assert [f"wrote {accounts}"] == done.output.splitlines()
+    assert before == accounts.read_bytes()
+    await asyncio.to_thread(secured.cluster.reload)
+    await _all_say(secured, subject, let_in=False)
+
+
+async def _all_say(secured: Secured, subject: str, *, let_in: bool) -> None:
+    async def said() -> bool:
+        return all([await _lets_in(secured, server, subject) is let_in for server in secured.cluster.urls])
+
+    await eventually(said)
+
+
+async def _lets_in(secured: Secured, server: str, subject: str) -> bool | None:
+    """Say whether the node at *server* lets ops publish on *subject*, for something that does not exist or is empty.
+
+    None: amid a reload, when a node knows nobody for a moment.
+    """
+    try:
+        async with secured.connected(Role.OPS, servers=(server,)) as nc:
+            await nc.request(subject.replace("*", "nothing-of-that-name"), timeout=10)
+    except nats.errors.NoRespondersError:
+        return True
+    except LogForbiddenError:
+        return False
+    except LogAccessError:
+        return None
+    return True

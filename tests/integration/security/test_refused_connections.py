@@ -182,7 +182,7 @@ async def test_an_expired_certificate_is_told_at_once(expired: Secured) -> None:
     """With what renews it."""
     error = await refusal(expired.settings(Role.INGEST))
 
-    assert "its certificate has expired: run `fiq init --rotate certificates`" in error
+    assert "its certificate has expired: run `fiq init FOLDER --rotate certificates`" in error
 
 
 async def test_a_name_that_the_certificate_does_not_have_is_told_at_once(secured: Secured) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -90,6 +91,16 @@ def test_a_nodes_certificate_is_judged_by_its_end(
     assert text in finding.what
     (_, authority) = nodes.check_certificates([greeting], str(tmp_path / "cert.pem"), time.time())
     assert level is authority.level
+
+
+def test_a_certificate_that_ends_is_renewed_by_a_command_and_an_authority_by_hand(tmp_path: Path) -> None:
+    """`fiq init` makes the nodes' certificates anew, and never another authority."""
+    _make_certificate(tmp_path, -400, 3)
+    shown = ssl.PEM_cert_to_DER_cert((tmp_path / "cert.pem").read_text())
+    greeting = nodes.Greeting("a:4222", {}, shown)
+    node, authority = nodes.check_certificates([greeting], str(tmp_path / "cert.pem"), time.time())
+    assert "fiq init FOLDER --rotate certificates" in node.action
+    assert "another authority" in authority.action
 
 
 def test_a_node_that_wants_tls_before_anything_is_greeted_too(tmp_path: Path) -> None:

@@ -98,6 +98,33 @@ def test_an_owner_can_be_named(tmp_path: Path) -> None:
     assert (1234, 5678) == (found.st_uid, found.st_gid)
 
 
+@as_root
+@pytest.mark.parametrize("arguments", [(), ("--rotate", "certificates"), ("--rotate", "users")])
+def test_root_leaves_secrets_to_the_user_who_has_them(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Nodes and services run as whom they belong to, and could read nothing that became somebody else's."""
+    layout = made(tmp_path / "deployment")
+    for path in (layout.folder, *layout.folder.rglob("*")):
+        os.chown(path, 1234, 5678)
+
+    done = CliRunner().invoke(app, ["init", str(layout.folder), *arguments])
+
+    assert 0 == done.exit_code, done.output
+    assert "gave" not in done.output
+    assert {(1234, 5678)} == {(found.st_uid, found.st_gid) for found in map(os.stat, layout.folder.rglob("*"))}
+
+
+@as_root
+def test_another_owner_can_be_named_later(tmp_path: Path) -> None:
+    """Only then do secrets that are there change hands, and the output says so; the authority's key does not."""
+    layout = made(tmp_path)
+    key = layout.ca_key.stat()
+
+    done = init(tmp_path, owner="1234:5678")
+
+    assert f"gave {layout.seed('ops')} to 1234:5678" in done.output
+    assert (1234, key.st_uid) == (layout.seed("ops").stat().st_uid, layout.ca_key.stat().st_uid)
+
+
 def test_a_second_run_changes_nothing_and_says_so(tmp_path: Path) -> None:
     """It may stand in a script."""
     layout = made(tmp_path)
@@ -323,7 +350,7 @@ def test_users_are_renewed_in_two_steps(tmp_path: Path) -> None:
     old = {user: public_key(layout.seed(user).read_bytes()) for user in USERS}
     inode = layout.seed("ingest").stat().st_ino
 
-    assert "--rotate users-finish" in init(tmp_path, "--rotate", "users").output
+    assert f"fiq init {tmp_path} --rotate users-finish" in init(tmp_path, "--rotate", "users").output
     new = {user: public_key(layout.next_seed(user).read_bytes()) for user in USERS}
     assert {*old.values(), *new.values()} == set(re.findall(r"nkey: (U\w+)", accounts.read_text()))
     assert old == {user: public_key(layout.seed(user).read_bytes()) for user in USERS}
