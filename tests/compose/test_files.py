@@ -26,6 +26,7 @@ HOST = {
     "FI_NATS_URL": "nats://a.example:4222",
 }
 DEPLOY = ROOT / "docs" / "deploy.md"
+SECURITY = ROOT / "docs" / "security.md"
 FILES = ("compose.yaml", "compose.host.yaml")
 #: fields of 1.29 that Compose v2 does not print, or prints otherwise, are not compared: it only has to take the file
 V1 = "docker-compose"
@@ -89,6 +90,22 @@ def test_of_a_host_only_the_nodes_ports_are_open_to_the_others(engine: None, fol
     assert nodes | {("ingest", "127.0.0.1", 7001)} | {(a, "127.0.0.1", b) for a, b in metrics} == opened({})
     inner = {"METRICS_ADDRESS": "192.0.2.7"}
     assert nodes | {("ingest", "127.0.0.1", 7001)} | {(a, "192.0.2.7", b) for a, b in metrics} == opened(inner)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_port_asks_who_comes_or_is_on_loopback(engine: None, folder: Path, file: str) -> None:
+    """A node asks for a user or a certificate, ingest for a token, Grafana for a password; the others are told of."""
+    asking = {("balancer", 7001), ("ingest", 7001), ("grafana", 3000)}
+    asking |= {(node, port) for node in ("n1", "n2", "n3", "node") for port in (4222, 6222)}
+    section = SECURITY.read_text().partition("Some ports ask for nothing")[2].partition("\n\n")[0]
+    told = {int(port) for port in re.findall(r"\((\d{4})\)", section)}
+    published = [
+        (name, port) for name, service in config(folder, file)["services"].items() for port in service.get("ports", [])
+    ]
+    assert published
+    for name, port in published:
+        quiet = port["target"] in told and port["host_ip"] == "127.0.0.1"
+        assert quiet or (name, port["target"]) in asking, (name, port)
 
 
 def test_each_persister_of_a_host_has_a_port_for_its_metrics(engine: None, folder: Path) -> None:
