@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 
 import nats
+import nats.errors
+from nats.aio.client import Client
 
 from services.cli.cluster import Cluster
+from tests.support.polling import eventually
 
 #: the streams of the product
 STREAMS = ("fi-events", "fi-dead")
@@ -20,11 +24,19 @@ async def delete_streams(cluster: Cluster) -> None:
     connection = await nats.connect(cluster.urls, name="test clean-up")
     try:
         for stream in STREAMS:
-            reply = await connection.request(f"$JS.API.STREAM.DELETE.{stream}", timeout=10)
-            error = json.loads(reply.data).get("error")
-            assert error is None or error["err_code"] == _STREAM_NOT_FOUND, error
+            await eventually(partial(_deleted, connection, stream), 30)
     finally:
         await connection.close()
+
+
+async def _deleted(connection: Client, stream: str) -> bool:
+    try:
+        reply = await connection.request(f"$JS.API.STREAM.DELETE.{stream}", timeout=5)
+    except nats.errors.TimeoutError:  # some answers never come, although the request took effect
+        return False
+    error = json.loads(reply.data).get("error")
+    assert error is None or error["err_code"] == _STREAM_NOT_FOUND, error
+    return True
 
 
 async def heal(cluster: Cluster) -> None:
