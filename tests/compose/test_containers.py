@@ -1,4 +1,4 @@
-"""The product's image, and its processes as the first ones of their containers."""
+"""The processes of the product's image as the first ones of their containers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import io
 import os
 import signal
-import tomllib
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from http.client import parse_headers
@@ -17,15 +16,13 @@ import orjson
 import pytest
 from aiohttp import ClientSession
 
-from tests.support.compose.engine import PACE, PREFIX, ROOT, EngineError, docker, run
+from tests.support.compose.engine import PACE, PREFIX, docker
 from tests.support.compose.faults import crash, killed, restarts
 from tests.support.compose.stack import Deployment, inspect
 from tests.support.polling import eventually, eventually_sync
 
 pytestmark = pytest.mark.timeout(300)
 
-#: megabytes that the image may have: a third more than it has
-LARGEST = 300
 #: a cluster that is not there, for services that are stopped before they miss it
 NOWHERE = ("-e", "FI_NATS_URL=nats://127.0.0.1:1", "-e", "FI_ALLOW_ANONYMOUS=1")
 
@@ -44,50 +41,6 @@ def container(image: str, *arguments: str) -> Iterator[str]:
 def lines(found: str) -> list[dict[str, Any]]:
     """Return the log of a container; each line is a JSON document."""
     return [orjson.loads(line) for line in docker("logs", found).splitlines()]
-
-
-def test_the_image_has_nothing_that_only_its_building_needs(image: str) -> None:
-    """No pip, compiler, cache, certificate bundle or index of the machine that built it."""
-    code = (
-        "import importlib.util as u, pathlib, shutil; "
-        "print([m for m in ('pip', 'setuptools', 'hatchling', 'nats_server') if u.find_spec(m)], "
-        "[c for c in ('pip', 'gcc', 'cc', 'curl') if shutil.which(c)], "
-        "[str(p) for p in (pathlib.Path('/build'), pathlib.Path('/root/.cache')) if p.exists()])"
-    )
-    assert "[] [] []\n" == docker("run", "--rm", "-u", "0", image, "python3", "-c", code)
-    history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
-    assert [] == [word for word in ("PIP_", "ca.pem", "find-links", "index-url") if word in history]
-    assert int(docker("image", "inspect", "--format", "{{.Size}}", image)) < LARGEST * 10**6
-
-
-def test_no_process_compiles_what_it_imports(image: str) -> None:
-    """Its file system is read-only: each health check, too, would compile the library that it needs anew."""
-    code = (
-        "import sys, pathlib, services.persister.command, services.ingest.command; "
-        "modules = [m.__spec__ for m in list(sys.modules.values()) if getattr(m, '__spec__', None)]; "
-        "print([s.name for s in modules if s.cached and not pathlib.Path(s.cached).exists()])"
-    )
-    assert "[]\n" == docker("run", "--rm", image, "python3", "-c", code)
-
-
-def test_the_image_says_what_it_is_and_runs_as_nobody_s_user(image: str) -> None:
-    """A number that is the same everywhere, so that the owner of a volume is, too."""
-    config = orjson.loads(docker("image", "inspect", image))[0]["Config"]
-    assert "10001:10001" == config["User"]
-    assert "fiq" == config["Labels"]["org.opencontainers.image.title"]
-    assert config["Healthcheck"]["Test"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == config["Labels"]["org.opencontainers.image.version"]
-    assert _revision() == config["Labels"]["org.opencontainers.image.revision"].removesuffix("-dirty")
-    assert docker("run", "--rm", "--read-only", image, "fiq", "version").startswith("fiq ")
-
-
-def _revision() -> str:
-    """Return the commit of this checkout; ``unknown`` in a copy without git."""
-    try:
-        return run("git", "rev-parse", "HEAD", cwd=ROOT).strip()
-    except (EngineError, FileNotFoundError):
-        return "unknown"
 
 
 @pytest.mark.parametrize("module", ["services.ingest", "services.persister"])
