@@ -16,7 +16,7 @@ import orjson
 import pytest
 from aiohttp import ClientSession
 
-from tests.support.compose.engine import PACE, PREFIX, docker
+from tests.support.compose.engine import PACE, PREFIX, EngineError, docker
 from tests.support.compose.faults import crash, killed, restarts
 from tests.support.compose.stack import Deployment, inspect
 from tests.support.polling import eventually, eventually_sync
@@ -25,6 +25,9 @@ pytestmark = pytest.mark.timeout(300)
 
 #: a cluster that is not there, for services that are stopped before they miss it
 NOWHERE = ("-e", "FI_NATS_URL=nats://127.0.0.1:1", "-e", "FI_ALLOW_ANONYMOUS=1")
+
+#: what becomes smaller in a small container, and half of its default
+BOUNDS = {"ingest": ("max_in_flight_bytes", 128 * 2**20), "persister": ("FI_BUFFER_BYTES", 32 * 2**20)}
 
 
 @contextmanager
@@ -67,14 +70,28 @@ def test_a_wrong_setting_is_exit_code_2_and_one_line(image: str) -> None:
         assert 2 == inspect(found)["State"]["ExitCode"]
 
 
-def test_bounds_follow_the_containers_memory(image: str) -> None:
-    """The kernel would end a process that fills buffers made for more."""
-    with container(image, "-m", "192m", *NOWHERE, image, "python3", "-m", "services.persister") as found:
+@pytest.mark.parametrize(("service", "bound"), BOUNDS.items())
+def test_bounds_follow_the_containers_memory(image: str, service: str, bound: tuple[str, int]) -> None:
+    """The kernel would end a process that fills buffers made for more. It answers the image's own health check."""
+    name, most = bound
+    with container(image, "-m", "192m", *NOWHERE, image, "python3", "-m", f"services.{service}") as found:
         line = eventually_sync(
             lambda: next((line for line in lines(found) if line["event"] == "MEMORY_BOUNDED"), None), interval=PACE
         )
         assert line is not None
-        assert (192 * 2**20, True) == (line["limit"], int(line["FI_BUFFER_BYTES"]) < 32 * 2**20)
+        assert (True, 192 * 2**20) == (0 < int(line[name]) < most, line.get("limit", 192 * 2**20))
+        eventually_sync(lambda: _is_well(found), interval=PACE)
+
+
+def _is_well(found: str) -> bool:
+    """Whether the health check that the image has of itself says so, as the engine runs it."""
+    kind, *command = inspect(found)["Config"]["Healthcheck"]["Test"]
+    assert "CMD" == kind
+    try:
+        docker("exec", found, *command)
+    except EngineError:
+        return False
+    return True
 
 
 def test_what_ends_by_itself_is_started_again(stack: Deployment) -> None:
@@ -130,13 +147,14 @@ async def _under_way(stack: Deployment) -> tuple[asyncio.StreamWriter, Awaitable
 @pytest.mark.parametrize("service", ["ingest", "persister"])
 def test_a_stop_is_exit_code_0_and_the_log_is_json_lines(stack: Deployment, service: str) -> None:
     """What was in flight is finished first; one of the last lines says why it stopped."""
-    found = stack.containers(service)[0]
-    docker("stop", "-t", "60", found)
-    state, events = inspect(found)["State"], [line["event"] for line in lines(found)]
-    docker("start", found)
+    found = stack.containers(service)
+    stack("stop", service)  # within the grace period of the file
+    ends = {one: (inspect(one)["State"]["ExitCode"], [line["event"] for line in lines(one)][-5:]) for one in found}
+    stack("start", service)
     stack.is_healthy()
-    assert 0 == state["ExitCode"]
-    assert f"{service.upper()}_STOPPED" in events[-5:]
+    assert 2 == len(ends)
+    assert [0, 0] == [code for code, _ in ends.values()]
+    assert [] == [last for _, last in ends.values() if f"{service.upper()}_STOPPED" not in last]
 
 
 def test_a_lame_duck_exits_with_0(stack: Deployment) -> None:
