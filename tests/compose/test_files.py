@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from services.cli.security.layout import Layout
+from services.contract.settings import variables
+from services.ingest.settings import Settings
 from tests.support.compose.engine import ROOT, docker
 from tests.support.compose.stack import DEPLOYMENT
 
@@ -28,6 +30,14 @@ HOST = {
 DEPLOY = ROOT / "docs" / "deploy.md"
 SECURITY = ROOT / "docs" / "security.md"
 FILES = ("compose.yaml", "compose.host.yaml")
+#: what says which images run; the first two on each of several hosts
+IMAGES = ("FIQ_IMAGE", "NATS_IMAGE", "HAPROXY_IMAGE", "PROMETHEUS_IMAGE", "GRAFANA_IMAGE", "NATS_EXPORTER_IMAGE")
+#: the nodes of the cluster
+NODES = {"compose.yaml": ("n1", "n2", "n3"), "compose.host.yaml": ("node",)}
+#: services that do their work and end
+ONE_SHOT = {"volumes", "provision", "ops"}
+#: seconds that a persister gets at least: its last commit and checkpoint on a slow disk
+CHECKPOINT = 30
 #: fields of 1.29 that Compose v2 does not print, or prints otherwise, are not compared: it only has to take the file
 V1 = "docker-compose"
 
@@ -60,6 +70,50 @@ def test_nothing_has_rights_that_it_does_not_need(engine: None, folder: Path, fi
         assert int(service["mem_limit"]) > 0, name
         assert service["pids_limit"] > 0, name
         assert "privileged" not in service, name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_ends_or_hangs_is_seen_and_started_again(engine: None, folder: Path, file: str) -> None:
+    """Each service that is to last has a restart policy and a check of its own: `up --wait` would wait for nothing."""
+    for name, service in config(folder, file)["services"].items():
+        if name in ONE_SHOT:
+            assert service["restart"] in {"no", "on-failure"}, name
+            assert service["healthcheck"]["disable"] is True, name
+        else:
+            assert "unless-stopped" == service["restart"], name
+            assert "CMD" == service["healthcheck"]["test"][0], name
+            assert len(service["healthcheck"]["test"]) > 1, name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_is_stopped_has_the_time_that_it_takes(engine: None, folder: Path, file: str) -> None:
+    """The engine kills what is still there at the end: a lame duck, requests in flight, the last checkpoint."""
+    services = config(folder, file)["services"]
+    conf = (folder / "nats.conf").read_text(encoding="utf-8")
+    lame_duck = re.findall(r'^lame_duck_(?:duration|grace_period): "(\w+)"$', conf, re.MULTILINE)
+    assert 2 == len(lame_duck)
+    for node in NODES[file]:
+        assert "SIGUSR2" == services[node]["stop_signal"]
+        assert sum(map(seconds, lame_duck)) <= seconds(services[node]["stop_grace_period"]), node
+    (shutdown,) = (variable.default for variable in variables(Settings) if variable.name == "FI_SHUTDOWN_GRACE")
+    assert shutdown < seconds(services["ingest"]["stop_grace_period"])
+    assert seconds(services["persister"]["stop_grace_period"]) >= CHECKPOINT
+
+
+def seconds(duration: str) -> float:
+    """Return a time as compose and nats-server write it: ``45s``, ``1m30s``."""
+    match = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", duration)
+    assert match is not None, duration
+    return 60 * int(match[1] or 0) + int(match[2] or 0)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_image_can_be_another_one(engine: None, folder: Path, file: str) -> None:
+    """From a registry of one's own, which has its own names, or by a digest."""
+    names = {"compose.yaml": IMAGES, "compose.host.yaml": IMAGES[:2]}[file]
+    wanted = {name: f"registry.example/{name.lower()}@sha256:{'0' * 64}" for name in names}
+    services = config(folder, file, wanted)["services"]
+    assert set(wanted.values()) == {service["image"] for service in services.values()}
 
 
 @pytest.mark.parametrize("file", FILES)
