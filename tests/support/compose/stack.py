@@ -115,9 +115,16 @@ class Deployment:
         except subprocess.CalledProcessError as error:
             raise EngineError(f"{error}\n{self.logs()}\n{self.complaints()}") from error
 
-    def rolling_restart(self, *services: str) -> None:
-        """Restart *services*, everything by default, with the script of the deployment."""
-        run("./rolling-restart", *services, cwd=self.folder, timeout=540)
+    def rolling_restart(self, *services: str, **variables: str) -> list[str]:
+        """Restart *services*, everything by default, with the script of the deployment; return what it says.
+
+        Raises:
+            EngineError: it stopped; with that.
+        """
+        env = {"COMPOSE": " ".join(self.compose.docker_compose_command()), **variables}
+        command = ("env", *(f"{name}={value}" for name, value in env.items()), "./rolling-restart", *services)
+        said = run("sh", "-c", 'exec "$@" 2>&1', "sh", *command, cwd=self.folder, timeout=540)
+        return re.findall(r"^rolling-restart: (.*)$", said, re.MULTILINE)
 
     def remove(self) -> None:
         """Remove containers, networks and volumes."""
