@@ -121,6 +121,7 @@ async def _hurt(
     meanwhile: AbstractAsyncContextManager[None] | None = None,
 ) -> None:
     """Do *fault* in the middle of a load until *alert* fires, and compare HDF5 with what clients were told."""
+    await watch.quiet(alert)
     load = stack.load()
     async with _finished(stack.post(load, part)) as posting:
         await _accepted(load, BEGIN * sum(map(len, part)))

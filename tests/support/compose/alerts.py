@@ -69,10 +69,13 @@ class Watch:
             firing = sorted({found["metric"]["alertname"] for found in await self.query('ALERTS{alertstate="firing"}')})
             raise AssertionError(f"{alert} did not fire within {timeout:g} s, but {firing}") from None
 
+    async def quiet(self, alert: Alert) -> None:
+        """Wait until *alert* does not fire, before a fault: one that still does after the last fault tells nothing."""
+        await eventually(lambda: self._quiet(alert), STOPS, PACE)
+
     @asynccontextmanager
     async def during(self, alert: Alert) -> AsyncIterator[None]:
         """Wait at the end of the block, within a fault, until *alert* fires; the fault ends right after it."""
-        await eventually(lambda: self._quiet(alert), STOPS, PACE)
         begin = time.time()
         yield
         await self.fires(alert)
@@ -91,7 +94,7 @@ class Watch:
         await eventually(over, STOPS, PACE)
 
     async def _quiet(self, alert: Alert) -> bool:
-        return not await self.query(alert.selector)
+        return bool(await self.query("up")) and not await self.query(alert.selector)
 
     async def query(self, expression: str) -> list[dict[str, Any]]:
         """Return what *expression* is just now; nothing while Prometheus does not answer."""
