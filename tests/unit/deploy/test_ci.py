@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -27,3 +29,32 @@ def test_an_engine_that_does_not_answer_is_no_reason_to_skip(tmp_path: Path) -> 
 def test_who_wants_no_containers_says_so(tmp_path: Path) -> None:
     """On a machine with a docker command and nothing behind it."""
     assert (0, "") == docker(tmp_path, FIQ_NO_DOCKER="1")
+
+
+def compose_test(folder: Path, **env: str) -> str:
+    """Run a test of the deployment where there is no docker command; return what pytest says."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "FIQ_", "PYTEST_"))}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/compose/test_files.py", "-k"]
+    done = subprocess.run(
+        [*command, "no_port_is_open_beyond_loopback"],
+        cwd=ROOT,
+        env=known | {"PATH": str(folder)} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
+def test_without_docker_the_tests_of_containers_are_skipped_with_the_reason(tmp_path: Path) -> None:
+    """Whoever works on something else need not have it."""
+    said = compose_test(tmp_path)
+    assert re.search(r"^SKIPPED .*no containers here: there is no docker command$", said, re.MULTILINE), said
+    assert "1 skipped" in said
+
+
+def test_where_docker_is_required_they_fail_without_it(tmp_path: Path) -> None:
+    """What is skipped in CI is never run."""
+    said = compose_test(tmp_path, FIQ_REQUIRE_DOCKER="1")
+    assert "FIQ_REQUIRE_DOCKER=1, but there is no docker command" in said
+    assert "1 error" in said
