@@ -210,3 +210,10 @@ def test_services_are_replaced_one_container_after_the_other(project: Project) -
     assert 0 == code
     assert ["docker stop --time 90 ingest-1", "docker rm ingest-1", *made] == done[:4]
     assert ["docker stop --time 90 ingest-2", "docker rm ingest-2", *made] == done[4:]
+
+
+def test_a_host_without_a_node_has_nothing_to_ask(host: Project) -> None:
+    """It has ingest and persisters, and the cluster is elsewhere."""
+    code, done, _ = host.restart(nodes="")
+    stopped = [line.split()[-1] for line in done if line.startswith("docker stop")]
+    assert (0, ["persister-1", "persister-2", "ingest-1", "ingest-2"]) == (code, stopped)
