@@ -182,6 +182,8 @@ def _is_not_restarted(machine: Deployment) -> None:
     def why() -> str:
         with pytest.raises(EngineError, match="; nothing more is restarted") as refused:
             machine.rolling_restart("node", FIQ_NODES="node", FIQ_TIMEOUT="0")
+        if "restarting" in str(refused.value):
+            pytest.fail(str(refused.value))
         return str(refused.value)
 
     eventually_sync(lambda: "sees 1 of 2 other nodes" in why(), 60, PACE)
