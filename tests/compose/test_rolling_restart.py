@@ -34,11 +34,11 @@ async def test_a_client_that_retries_once_sees_no_failure(stack: Deployment) -> 
     new = await asyncio.to_thread(stack.containers, *REPLACED)
 
     assert STEPS == said
+    assert set() == await asyncio.to_thread(_changed, stack), "the next `up` would replace these, all at once"
     assert [] == [node for node in NODES if after[node][1] <= before[node][1]]
     for earlier, later in pairwise(NODES):
         assert after[earlier][1] < after[later][0], f"{later} ended before {earlier} was there again"
     assert (4, set()) == (len(new), set(new) & set(replaced))
-    assert set() == await asyncio.to_thread(_changed, stack), "the next `up` would replace these, all at once"
     assert [] == client.failed
     assert len(client.accepted) > 100
     stack.accepted.update(client.accepted)
