@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,6 +23,7 @@ from services.corpus.journal import read_records
 from services.corpus.pair import read_state, read_uuid
 from services.corpus.recovery import journal_path
 from tests.support.corpus import IDENTITY, commit_range, consultation_of, expected, record, stock_contents
+from tests.support.polling import eventually_sync
 
 #: events of a commit
 BATCH = 20
@@ -97,8 +99,14 @@ def write_until_killed(path: str, told: Connection) -> None:
             store.maybe_checkpoint()
 
 
-def kill_writer(path: Path, commits: int, seconds: float) -> int:
+def kill_writer(path: Path, commits: int, seconds: float, *, in_checkpoint: bool = False) -> int:
     """Run a writer, kill it with -9 *seconds* after so many commits; return the last sequence that it acknowledged.
+
+    Args:
+        path: of the partition file.
+        commits: that are waited for.
+        seconds: from the last of these to the kill.
+        in_checkpoint: wait for the next checkpoint to begin, too, and kill it then.
 
     Raises:
         AssertionError: it ended by itself.
@@ -113,6 +121,8 @@ def kill_writer(path: Path, commits: int, seconds: float) -> int:
             acknowledged = _told(receiver)
         # the moment of the kill is what is random here; nothing is waited for
         writer.join(seconds)
+        if in_checkpoint:
+            eventually_sync(partial(_is_in_checkpoint, path), _START_SECONDS, 0.0)
         writer.kill()
         writer.join(_START_SECONDS)
         assert writer.exitcode == -signal.SIGKILL, "the writer ended by itself"
@@ -178,6 +188,12 @@ def check_recovered(path: Path, acknowledged: int) -> int:
     return recovered
 
 
+def _is_in_checkpoint(path: Path) -> bool:
+    with path.open("rb") as file:
+        state = read_state(file.fileno(), path.name)
+    return state.target != state.absorbed
+
+
 def look_at(path: Path, killed: Killed) -> None:
     """Count what a kill left, before anything is recovered."""
     journal = journal_path(path)
@@ -205,8 +221,11 @@ def kill_again_and_again(path: Path, kills: int, seed: int, *, renew: int = 25) 
             for file in path.parent.glob(f"{path.name}*"):
                 file.unlink()
             EventStore.create(path, IDENTITY).close()
-        with held_by_a_reader(path) if chance.random() < 0.25 else nullcontext():
-            acknowledged = kill_writer(path, chance.randrange(30), chance.uniform(0.0, 0.02))
+        held, commits, seconds = chance.random() < 0.25, chance.randrange(30), chance.uniform(0.0, 0.02)
+        with held_by_a_reader(path) if held else nullcontext():
+            # in memory a checkpoint is too short to be met by chance
+            seen = not held and killed.kills % 5 == 0
+            acknowledged = kill_writer(path, commits, seconds, in_checkpoint=seen)
         look_at(path, killed)
         check_recovered(path, acknowledged)
     return killed

@@ -79,10 +79,13 @@ def _examine(patient: Patient, clock_offset: float, held_back: float) -> Iterato
         yield log.unreachable(problem)
     told = () if seen is None else seen.nodes
     if patient.monitoring or not told:
-        others, silent = monitored.from_ports(monitored.monitoring_urls(patient.monitoring, expected))
+        others, out_of_reach = monitored.from_ports(monitored.monitoring_urls(patient.monitoring, expected))
         known = {node.name for node in told}
         told = (*told, *(node for node in others if node.name not in known))
-        yield from monitored.unreachable(silent)
+        yield from monitored.unreachable(out_of_reach)
+    else:
+        greeted = {str(greeting.info.get("server_name")) for greeting in found}
+        yield from monitored.silent(greeted - {node.name for node in told})
     yield from monitored.check_nodes(told, clock_offset)
     if seen is not None:
         yield from log.check_clocks(seen, clock_offset, [node.name for node in told])

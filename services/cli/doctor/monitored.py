@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -59,6 +59,12 @@ def unreachable(urls: Sequence[str]) -> Iterator[Finding]:
     for url in urls:
         action = "run it as the user `ops`, who may ask all nodes, or name ports with --monitoring that can be reached"
         yield unknown("sync_interval", f"the monitoring port {url} is not reachable", action)
+
+
+def silent(names: Collection[str]) -> Iterator[Finding]:
+    """Say that these nodes take clients, and did not answer through the log as others did."""
+    for name in sorted(names):
+        yield unknown("sync_interval", f"{name} did not say how it is", "run it again; if it stays so look at its log")
 
 
 def check_nodes(found: Sequence[NodeState], now_offset: float = 0.0) -> Iterator[Finding]:

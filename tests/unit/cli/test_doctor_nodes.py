@@ -179,6 +179,11 @@ def test_a_monitoring_port_out_of_reach_is_unknown_and_no_error() -> None:
     assert ["http://n1:8222", "http://n2:8222"] == monitored.monitoring_urls([], ["n1:4222", "n1:4223", "n2:4222"])
 
 
+def test_a_node_that_takes_clients_and_does_not_answer_is_unknown() -> None:
+    """The others answered; that it was not asked would look as if it were fine."""
+    assert "n2 did not say how it is" == only(monitored.silent({"n2"}), Level.UNKNOWN).what
+
+
 @pytest.mark.parametrize(
     ("offset", "level"), [(0.0, Level.OK), (-5.0, Level.WARNING), (5.0, Level.WARNING), (3600.0, Level.ERROR)]
 )
