@@ -34,8 +34,10 @@ CLIENTS = 8
 @contextmanager
 def up(folder: Path) -> Iterator[StackFolder]:
     """Run `fiq up` in *folder* until it is ready; stopped at the end."""
+    # the usual one could be taken by another test while ingest is restarted
+    port = str(free_ports(1)[0])
     with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-        process = subprocess.Popen([*FIQ, "up"], cwd=folder, stdout=out, stderr=err)
+        process = subprocess.Popen([*FIQ, "up", "--port", port], cwd=folder, stdout=out, stderr=err)
     try:
         yield StackFolder(folder / ".fiq")
     finally:
