@@ -114,7 +114,6 @@ def _owner(value: str, layout: Layout) -> Owner:
 def _present_owner(layout: Layout) -> Owner | None:
     """Return whose the secrets are: processes run as that user, and could not read another one's."""
     try:
-        found = layout.ca_certificate.lstat()
+        return Owner.of(layout.ca_certificate.lstat())
     except OSError:  # nothing is there yet; or somebody else's, which is refused later
         return None
-    return Owner(found.st_uid, found.st_gid)

@@ -36,7 +36,7 @@ def get(url: str, path: str) -> tuple[int, bytes]:
 
 def from_ports(urls: Sequence[str]) -> tuple[list[NodeState], list[str]]:
     """Ask the monitoring ports at *urls*; return the nodes that answered, and the URLs where none did."""
-    found, silent = [], []
+    found, out_of_reach = [], []
     for url in urls:
         before = time.time()
         status, body = get(url, "/varz")
@@ -46,12 +46,12 @@ def from_ports(urls: Sequence[str]) -> tuple[list[NodeState], list[str]]:
         except orjson.JSONDecodeError:
             varz = None
         if not isinstance(varz, dict) or "server_name" not in varz:
-            silent.append(url)
+            out_of_reach.append(url)
             continue
         health, reason = get(url, "/healthz")
         trouble = "" if health == 200 else reason.decode("utf-8", "replace").strip()[:200] or "no answer"
         found.append(node_state(varz, trouble, at - before, at))
-    return found, silent
+    return found, out_of_reach
 
 
 def unreachable(urls: Sequence[str]) -> Iterator[Finding]:

@@ -157,10 +157,7 @@ class Deployment:
     def _operator(self) -> Owner:
         """Return whose the authority's key is: who runs this, or for root, who made the deployment."""
         made = self.layout.environment
-        if os.geteuid() != 0 or not made.exists():
-            return Owner.myself()
-        found = made.lstat()
-        return Owner(found.st_uid, found.st_gid)
+        return Owner.of(made.lstat()) if os.geteuid() == 0 and made.exists() else Owner.myself()
 
     def _nodes(self, hosts: Sequence[str]) -> dict[str, list[str]]:
         """Return the nodes and the names that a certificate of each must have besides the node's own."""

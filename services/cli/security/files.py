@@ -33,6 +33,11 @@ class Owner:
         """Return who runs this process."""
         return cls(os.geteuid(), os.getegid())
 
+    @classmethod
+    def of(cls, found: os.stat_result) -> Owner:
+        """Return whose a file is, by what stat or lstat said of it."""
+        return cls(found.st_uid, found.st_gid)
+
     def __str__(self) -> str:
         return f"{self.uid}:{self.gid}"
 
@@ -136,7 +141,7 @@ class Secrets:
         if stat.S_ISLNK(found.st_mode):
             raise CommandError(f"{path} is a symbolic link: secrets must be files of their own, replace it")
         before = len(self.changes)
-        if Owner(found.st_uid, found.st_gid) != owner:
+        if Owner.of(found) != owner:
             try:
                 os.chown(path, owner.uid, owner.gid)
             except PermissionError:

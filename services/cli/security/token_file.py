@@ -76,8 +76,7 @@ class TokenFile:
         folder = self.path.parent
         if not folder.is_dir():
             raise CommandError(f"{folder} does not exist: make the deployment with  fiq init, or name a --file")
-        found = (self.path if self.path.exists() else folder).stat()
-        secrets = Secrets(Owner(found.st_uid, found.st_gid))
+        secrets = Secrets(Owner.of((self.path if self.path.exists() else folder).stat()))
         with secrets.alone(self._layout.secrets if self._layout is not None else folder):
             yield secrets
 
