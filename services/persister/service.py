@@ -14,7 +14,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import nats.errors
 import nats.micro
 from aiohttp import web
-from nats.aio.client import Client
 
 from services.contract.command import product_version
 from services.contract.errors import BindError
@@ -25,7 +24,7 @@ from services.contract.telemetry import Spans
 from services.corpus import StoreOptions
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget
-from services.eventlog.jetstream.connection import close
+from services.eventlog.jetstream.connection import Connection, close
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name, corpus_subject
 from services.eventlog.jetstream.placement import Placement, Placements
@@ -103,7 +102,7 @@ class Readiness:
         return self.coordinator.problems()
 
 
-async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Client, LogIdentity] | None:
+async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Connection, LogIdentity] | None:
     """Return a connection to the log and which one it is, or None when a stop was requested before that."""
 
     def lost(reason: str) -> None:
@@ -114,7 +113,7 @@ async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Client, Log
 
 
 async def _persist(
-    nc: Client,
+    nc: Connection,
     settings: PersisterSettings,
     port: int,
     deployment: Deployment,
@@ -167,7 +166,7 @@ def _deployment(settings: PersisterSettings, volume: Volume, identity: LogIdenti
 
 
 def _coordinator(
-    nc: Client,
+    nc: Connection,
     settings: PersisterSettings,
     deployment: Deployment,
     members: Members,
@@ -222,7 +221,7 @@ def _coordinator(
 
 @asynccontextmanager
 async def _announced(
-    nc: Client, volume: Volume, worker: str, address: str, coordinator: Coordinator
+    nc: Connection, volume: Volume, worker: str, address: str, coordinator: Coordinator
 ) -> AsyncIterator[None]:
     """Be visible to `nats micro ls`, and tell there which partitions run here, and where `/readyz` is."""
     metadata = {
