@@ -27,7 +27,6 @@ class OpenPartition:
         journaled: the file object; not closed here.
         expected: the identity that the file must state; None accepts any.
         limit: how many consultations stay open.
-        ids_limit: how many event ids stay in memory.
         metadata_cache: limit of HDF5's metadata cache, in bytes of the file.
 
     Raises:
@@ -43,7 +42,6 @@ class OpenPartition:
         expected: Identity | None,
         *,
         limit: int,
-        ids_limit: int,
         metadata_cache: int,
     ) -> None:
         with hdf5_errors(name, journaled):
@@ -65,7 +63,6 @@ class OpenPartition:
                     self.identity,
                     events=int(self._file.attrs[COMMITTED_EVENTS]),
                     limit=limit,
-                    ids_limit=ids_limit,
                 )
         except BaseException:
             journaled.discard()

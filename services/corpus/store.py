@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -14,6 +14,7 @@ from services.corpus.checkpoint_policy import CheckpointPolicy
 from services.corpus.creation import create_pair
 from services.corpus.errors import AppendRefusedError, CorpusFormatError, StoreFailedError
 from services.corpus.filesystems import check_file_system
+from services.corpus.ids import StoredRow
 from services.corpus.lookup import Lookup
 from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.partition import OpenPartition, hdf5_errors
@@ -44,12 +45,13 @@ class EventStore:
                 self._journaled,
                 expected,
                 limit=options.open_consultations,
-                ids_limit=options.known_ids,
                 metadata_cache=options.metadata_cache_bytes,
             )
         except BaseException:
             self._journaled.close()
             raise
+        self._ids = options.ids
+        self._lookup = Lookup(self._partition.consultations, self._ids)
         #: stream sequence that the last commit reached; 0 when there is none
         self.committed = self._partition.committed
         try:
@@ -137,21 +139,14 @@ class EventStore:
             checkpoint_seconds=file.checkpoint_seconds,
         )
 
-    def has_event(self, consultation: str, event_id: bytes) -> bool:
-        """Return whether the consultation holds the event, be it committed or not yet."""
-        return event_id in self.event_ids(consultation)
+    def held(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
+        """Return the rows of those of *ids* that the consultation holds, committed or not yet.
 
-    def event_ids(self, consultation: str) -> Set[bytes]:
-        """Return the ids of all events that the consultation holds, committed or not yet; valid until the next call."""
+        Raises:
+            CorpusError: abandon the store.
+        """
         with self._guarded:
-            appender = self._partition.consultations.find(consultation)
-            if appender is None:
-                return frozenset()
-            before = appender.ids_held
-            ids = appender.ids()
-            if len(ids) != before:
-                self._partition.consultations.count_ids(before, len(ids))
-            return ids
+            return self._lookup.held(consultation, ids)
 
     @property
     def uncommitted(self) -> int:
@@ -170,28 +165,32 @@ class EventStore:
         """
         self._check_usable()
         with hdf5_errors(self._path.name, self._journaled):
-            yield Lookup(self._partition.consultations)
+            yield self._lookup
 
-    def append(self, consultation: str, records: Sequence[Record]) -> None:
+    def append(self, consultation: str, records: Sequence[Record]) -> bool:
         """Append events to a consultation; they become durable with the next :meth:`commit`.
 
         Args:
             consultation: its id; the group is created when it is new.
             records: sequences rise, above those before and above :attr:`committed`.
 
+        Returns:
+            Whether the consultation is new.
+
         Raises:
             AppendRefusedError: a record is malformed or out of order.
             CorpusError: anything else; abandon the store.
         """
         if not records:
-            return
+            return False
         with self._guarded:
             appender = self._partition.consultations.find_or_create(consultation)
-            before = appender.ids_held
+            first = appender.length
             appender.append(records, self.committed)
-            self._partition.consultations.count_ids(before, appender.ids_held)
+            self._ids.appended(self._partition.consultations, consultation, first, [one.event_id for one in records])
             self._uncommitted += len(records)
             self._highest = max(self._highest, records[-1].sequence)
+            return not first
 
     def commit(self, sequence: int) -> None:
         """Make the appended events durable together with *sequence*, in one step: all of it, or nothing.
@@ -255,6 +254,7 @@ class EventStore:
 
     def abandon(self) -> None:
         """Drop what is not committed and release everything; writes nothing to the disk."""
+        self._ids.forget(self._partition.consultations)
         self._journaled.discard()
         self._partition.close()
         self._journaled.close()

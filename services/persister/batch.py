@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.contract.errors import PoisonError
 from services.contract.event import Event, decode
-from services.corpus import EventStore, Record
+from services.corpus import EventStore, Record, StoredRow
 from services.eventlog.protocol import Delivery
 
 
@@ -85,14 +85,13 @@ def append(store: EventStore, events: Sequence[tuple[int, Event]]) -> Written:
         groups.setdefault(numbered[1].consultation, []).append(numbered)
     written = Written()
     for consultation, candidates in groups.items():
-        held = store.event_ids(consultation)
+        held = store.held(consultation, {event.event_id.bytes for _, event in candidates})
         records, repeats = _told_apart(candidates, held)
         if repeats:
-            written.reused += _reused(store, consultation, records, repeats)
+            written.reused += _reused(store, consultation, records, held, repeats)
         if records:
-            if not held:
+            if store.append(consultation, list(records.values())):
                 written.created.append(consultation)
-            store.append(consultation, list(records.values()))
             written.persisted += len(records)
             written.consultations += 1
     written.reused.sort(key=lambda reused: reused.sequence)
@@ -101,7 +100,7 @@ def append(store: EventStore, events: Sequence[tuple[int, Event]]) -> Written:
 
 
 def _told_apart(
-    candidates: Sequence[tuple[int, Event]], held: Set[bytes]
+    candidates: Sequence[tuple[int, Event]], held: Container[bytes]
 ) -> tuple[dict[bytes, Record], list[tuple[int, Event]]]:
     """Return the records of the events that are neither *held* nor among those before them, by id, and the others."""
     records: dict[bytes, Record] = {}
@@ -116,30 +115,29 @@ def _told_apart(
 
 
 def _reused(
-    store: EventStore, consultation: str, records: Mapping[bytes, Record], repeats: Sequence[tuple[int, Event]]
+    store: EventStore,
+    consultation: str,
+    records: Mapping[bytes, Record],
+    held: Mapping[bytes, StoredRow],
+    repeats: Sequence[tuple[int, Event]],
 ) -> list[Reused]:
     """Return those of *repeats*, events of one consultation, whose body is not the first one's.
 
-    What was delivered before has its own sequence in the corpus, which is found in a few steps: after a crash all of a
-    batch may be that. Other copies are searched for together, and only bodies of equal length are read.
+    What was delivered before has its own sequence in the corpus: after a crash all of a batch may be that. Of other
+    copies only bodies of equal length are read.
     """
     reused = []
-    copies: list[tuple[int, Event]] = []
     with store.reading() as lookup:
-        stored = lookup.consultation(consultation)
+        stored = lookup.consultation(consultation) if held else None
         for sequence, event in repeats:
             own = records.get(event.event_id.bytes)
             if own is not None:
                 if own.body != event.body:
                     reused.append(Reused(sequence, event, own.sequence))
-            elif stored is not None:
-                row = stored.at(sequence)
-                if row is None or row.event_id != event.event_id.bytes:
-                    copies.append((sequence, event))
-        if stored is not None and copies:
-            rows = stored.find({event.event_id.bytes for _, event in copies})
-            for sequence, event in copies:
-                row = rows[event.event_id.bytes]
-                if row.length != len(event.body) or stored.body(row) != event.body:
-                    reused.append(Reused(sequence, event, row.sequence))
+            elif (
+                stored is not None
+                and (row := held[event.event_id.bytes]).sequence != sequence
+                and (row.length != len(event.body) or stored.body(row) != event.body)
+            ):
+                reused.append(Reused(sequence, event, row.sequence))
     return reused
