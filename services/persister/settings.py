@@ -72,7 +72,7 @@ class PersisterSettings:
         "FI_KNOWN_IDS",
         4_000_000,
         parse=integer(1000, 10**8),
-        doc="Event ids that a process keeps in memory to drop retries, 12 bytes each; a larger consultation is read anew.",
+        doc="Event ids that a process keeps in memory to drop retries, 12 bytes each; others are read again.",
     )
     poison_streak: int = setting(
         "FI_POISON_STREAK",
