@@ -21,7 +21,7 @@ from services.contract.lifecycle import Stop, cancellable, settle, unless_stoppe
 from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
 from services.contract.telemetry import Spans
-from services.corpus import StoreOptions
+from services.corpus import KnownIds, StoreOptions
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import Connection, close
@@ -152,10 +152,10 @@ async def _run(announced: AbstractAsyncContextManager[None], coordinator: Coordi
         await coordinator.run()
 
 
-def _options(settings: PersisterSettings, sharing: int) -> StoreOptions:
+def _options(settings: PersisterSettings, sharing: int, ids: KnownIds) -> StoreOptions:
     return StoreOptions(
         open_consultations=max(16, settings.open_consultations // sharing),
-        known_ids=max(4096, settings.known_ids // sharing),
+        ids=ids,
         metadata_cache_bytes=min(512 << 10, max(64 << 10, METADATA_CACHE_BYTES // sharing)),
         cached_pages=max(256, CACHED_PAGES // sharing),
     )
@@ -177,6 +177,7 @@ def _coordinator(
 ) -> Coordinator:
     identity = deployment.identity
     budget = Budget(settings.buffer_events, settings.buffer_bytes)
+    ids = KnownIds(settings.known_ids)
 
     def sharing() -> int:
         """Return among how many partitions the caches are divided; one that comes later gets a smaller part."""
@@ -198,7 +199,7 @@ def _coordinator(
 
         return PartitionRunner(
             partition,
-            open_store=lambda: open_store(deployment, placement, _options(settings, sharing())),
+            open_store=lambda: open_store(deployment, placement, _options(settings, sharing(), ids)),
             follower=make_follower,
             dead_letters=DeadLetters(publisher, partition, identity, max_bytes=nc.max_payload),
             rounds=rounds,

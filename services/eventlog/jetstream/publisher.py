@@ -19,7 +19,7 @@ from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogUnavailableError, TooManyInFlightError
 from services.eventlog.jetstream.acks import DUPLICATE_IN_FLIGHT, Again, read_ack
 from services.eventlog.jetstream.batches import Batches
-from services.eventlog.jetstream.batches_known import AskHeld
+from services.eventlog.jetstream.batches_known import AskKnown
 from services.eventlog.jetstream.exchange import ATTEMPT_SECONDS, Exchange, Slot, waits
 from services.eventlog.jetstream.names import stream_of, subject_of
 from services.eventlog.jetstream.tolerance import TolerantClient
@@ -66,14 +66,16 @@ class Publisher(EventWriter):
         retries: attempts behind the first, over all calls, since the start.
     """
 
-    def __init__(self, nc: TolerantClient, *, deadline: float, max_in_flight: int, held: AskHeld | None = None) -> None:
+    def __init__(
+        self, nc: TolerantClient, *, deadline: float, max_in_flight: int, known: AskKnown | None = None
+    ) -> None:
         """Make a publisher; :meth:`start` must follow.
 
         Args:
             nc: the connection; it stays the caller's to close.
             deadline: seconds for each append, retries included, and for each batch.
             max_in_flight: single appends under way at once; one more fails at once.
-            held: says which events of a batch are stored already, so that a retry of one is quick; None: nobody does.
+            known: says which events of a batch are stored already, so that a retry of one is quick.
         """
         self.retries = 0
         self._deadline = deadline
@@ -83,7 +85,7 @@ class Publisher(EventWriter):
         self._gathered: deque[_Gathered] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._exchange = Exchange(nc, self._send_what_waits_too_long)
-        self._batches = Batches(self._exchange, deadline=deadline, append=self._append_by, held=held)
+        self._batches = Batches(self._exchange, deadline=deadline, append=self._append_by, known=known)
         self._loop = asyncio.get_running_loop()
 
     @property
