@@ -1,11 +1,12 @@
 """What ingest and the persisters need of the log, whatever keeps it.
 
-Ingest *appends* and gets a position. A persister *follows* a partition from a position in batches and *acknowledges* up
-to one. The acknowledgement informs operators and trim only: the sink holds the offset (DESIGN, section 5).
+Ingest *appends* and gets a position. A persister *follows* a partition from a position, *takes* what has come and
+*acknowledges* up to one. The acknowledgement informs operators only: the sink holds the offset (DESIGN, section 5).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,6 +39,37 @@ class Appended:
 
     sequence: int
     duplicate: bool
+
+
+#: header with the id under which a message was appended
+MESSAGE_ID_HEADER = "Nats-Msg-Id"
+#: characters of a message id that a :class:`Position` records as it is
+MAX_MESSAGE_ID = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the log that a sink has reached.
+
+    Attributes:
+        sequence: up to which the sink has everything; 0: nothing yet.
+        message_id: of the message at *sequence*, as :func:`message_id_at` returns it; empty when it is not known,
+            and then not compared. The message may be of another partition.
+    """
+
+    sequence: int
+    message_id: str = ""
+
+
+def message_id_at(headers: Mapping[str, str] | None) -> str:
+    """Return a message's id as a :class:`Position` records it.
+
+    Empty without one; a hash of one that is longer than :data:`MAX_MESSAGE_ID` or not printable ASCII.
+    """
+    found = (headers or {}).get(MESSAGE_ID_HEADER, "")
+    if len(found) <= MAX_MESSAGE_ID and found.isascii() and found.isprintable():
+        return found
+    return "blake2b:" + hashlib.blake2b(found.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,31 +227,70 @@ class EventBrowser(EventReader, Protocol):
 
 
 class Follower(Protocol):
-    """One partition, from a position on, in order, without gaps or repeats."""
+    """One partition, from a position on, in order, without gaps or repeats.
 
-    async def start(self, after: int) -> None:
-        """Deliver everything behind position *after* (0: from the first). May be called again to go back."""
-        ...
+    :meth:`run` keeps it going; :meth:`take` and the properties never wait.
+    """
 
-    async def batch(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
-        """Wait for events and return all that are there, at most *max_events* and about *max_bytes*.
+    async def start(self, after: Position) -> None:
+        """Deliver everything after *after*, once the log is known to be the one that the position belongs to.
 
-        Never returns an empty list; waits as long as it takes. Gaps, repeats and silence are repaired inside.
+        May be called again to go back.
+
+        Raises:
+            LogMismatchError: it is another log, or this one was set back or lacks events after the position.
+            LogUnavailableError: no answer in time.
         """
         ...
 
-    async def acknowledge(self, delivery: Delivery) -> None:
-        """Tell the log that everything up to *delivery* is safe in the sink."""
+    async def run(self) -> None:
+        """Keep the events coming until cancelled. Gaps, repeats and silence are repaired inside.
+
+        Raises:
+            Exception: what :meth:`interrupt` was called with; LogMismatchError or LogRefusedError when the partition
+                cannot be followed any more.
+        """
         ...
 
-    def advance(self, sequence: int) -> None:
-        """Note that the sink has reached *sequence*: nothing of the partition lies between its last event and there."""
+    def take(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
+        """Return what has come and was not taken: at most *max_events* and about *max_bytes*, perhaps nothing.
+
+        What was taken before counts as done: its memory is free for others.
+        """
+        ...
+
+    @property
+    def ready(self) -> int:
+        """How many events :meth:`take` could return now."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """How many events of the partition the log holds after the acknowledged position, as far as is known."""
+        ...
+
+    async def acknowledge(self, delivery: Delivery) -> None:
+        """Tell the log that everything up to *delivery*, which was taken, is safe in the sink."""
+        ...
+
+    async def empty_up_to(self) -> Position:
+        """Return a position up to which it is proven that nothing of the partition waits for the sink.
+
+        That is the acknowledged position itself when nothing beyond it is proven.
+
+        Raises:
+            LogUnavailableError: no answer in time.
+        """
+        ...
+
+    def advance(self, position: Position) -> None:
+        """Note that the sink has reached *position*, which :meth:`empty_up_to` returned."""
         ...
 
     def interrupt(self, error: Exception) -> None:
-        """Make :meth:`batch` raise *error*, the one that waits just now or the next one."""
+        """Make :meth:`run` raise *error*."""
         ...
 
     async def close(self) -> None:
-        """Deliver no more. Idempotent."""
+        """Deliver no more. Operators still see how much waits. Idempotent."""
         ...
