@@ -55,8 +55,11 @@ _REPLICA_SECONDS = 1.0
 #: how often a put is tried whose outcome is unknown, or that lost to an update of the same owner
 _TRIES = 5
 
-#: the key has another revision than the put expects
-_OTHER_REVISION = 10071
+#: pause before it, seconds: the update that it lost to may not be readable yet
+_PAUSE_SECONDS = 0.05
+
+#: the key has another revision than the put expects; the second one: another put of it is under way
+_OTHER_REVISION = frozenset({10071, 10164})
 _NO_MESSAGE = 10037
 _DIRECT_GET = f"$JS.API.DIRECT.GET.{BUCKET_STREAM}"
 _OPERATION = "KV-Operation"
@@ -304,13 +307,14 @@ class Placements:
         try:
             answer = orjson.loads((await cancellable(request)).data)
         except (nats.errors.Error, TimeoutError, OSError, orjson.JSONDecodeError):
-            return None
-        if (error := answer.get("error")) is None:
+            answer = {}
+        if "seq" in answer and "error" not in answer:
             return int(answer["seq"])
-        refusal = api_error(f"put {key} of bucket {BUCKET}", error)
-        if refusal.err_code == _OTHER_REVISION or isinstance(refusal, LogUnavailableError):
-            return None
-        raise refusal
+        refusal = api_error(f"put {key} of bucket {BUCKET}", answer.get("error") or {"code": 503})
+        if refusal.err_code not in _OTHER_REVISION and not isinstance(refusal, LogUnavailableError):
+            raise refusal
+        await asyncio.sleep(_PAUSE_SECONDS)
+        return None
 
     async def _entry(self, key: str) -> _Entry:
         return await _leaders(self._api, key)
