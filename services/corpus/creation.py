@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import h5py
 
 from services.corpus.errors import CorpusExistsError, CorpusNotFoundError, JournalError, system_errors
-from services.corpus.format import CONSULTATIONS, LIBVER, write_attributes
+from services.corpus.format import CONFLICTS, CONSULTATIONS, LIBVER, write_attributes
 from services.corpus.journal import new_journal
 from services.corpus.journal_scan import RECORDS_START
 from services.corpus.locks import lock
@@ -103,6 +103,7 @@ def _image(identity: Identity, uuid: UUID) -> bytes:
     with h5py.File(buffer, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
         write_attributes(file, identity, str(uuid))
         file.create_group(CONSULTATIONS)
+        file.create_group(CONFLICTS)
     content = bytearray(buffer.getvalue())
     content[:USER_BLOCK] = new_user_block(uuid)
     return bytes(content)

@@ -3,9 +3,10 @@
 ::
 
     /                                attributes: format, format_version, the identity, journal,
-                                     committed_sequence, committed_events
+                                     committed_sequence, committed_message_id, committed_events, committed_conflicts
     /consultations/<id>/events       table of EVENT_DTYPE, one row an event, in stream order
     /consultations/<id>/payload      u1: the events' bodies, each followed by a line feed
+    /conflicts/<id>/{events,payload} the same for events under an id that the consultation holds with another body
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ from services.corpus.records import Identity
 #: what the attribute ``format`` says
 FORMAT_NAME = "fiq-corpus"
 #: rises when a program that knows only the older layout would misread the newer
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 #: oldest HDF5 release whose tools must read the files; ``latest`` would shut out h5dump 1.10
 LIBVER = ("v110", "v110")
 
 CONSULTATIONS = "consultations"
+CONFLICTS = "conflicts"
 EVENTS = "events"
 PAYLOAD = "payload"
 COMMITTED = "committed_sequence"
+#: message id of the stream's message at the committed sequence; empty when it had none
+COMMITTED_ID = "committed_message_id"
 COMMITTED_EVENTS = "committed_events"
+COMMITTED_CONFLICTS = "committed_conflicts"
+#: length of the fixed string in which :data:`COMMITTED_ID` is kept, bytes
+MESSAGE_ID_BYTES = 200
 #: attribute that only an archive has: when it was made
 ARCHIVED = "archived"
 
@@ -58,6 +65,7 @@ MAX_BODY_BYTES = 2**32 - 1
 
 _CONSULTATION = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _NUMBERS = ("epoch", "partition", "partitions")
+_COUNTERS = (COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)
 
 
 def is_consultation_id(value: str) -> bool:
@@ -78,7 +86,9 @@ def write_attributes(root: Any, identity: Identity, journal: str) -> None:
         value = getattr(identity, field.name)
         root.attrs[field.name] = np.uint32(value) if field.name in _NUMBERS else value
     root.attrs[COMMITTED] = np.uint64(0)
+    root.attrs.create(COMMITTED_ID, b"", dtype=f"S{MESSAGE_ID_BYTES}")
     root.attrs[COMMITTED_EVENTS] = np.uint64(0)
+    root.attrs[COMMITTED_CONFLICTS] = np.uint64(0)
     root.attrs["journal"] = journal
 
 
@@ -101,7 +111,7 @@ def read_identity(root: Any, name: str) -> Identity:
             f"{name} has format_version {version}, written by {by} version of fiq; this one reads {FORMAT_VERSION} "
             "only: use that version, or write a new corpus from the stream"
         )
-    expected = [*(field.name for field in fields(Identity)), COMMITTED, COMMITTED_EVENTS]
+    expected = [*(field.name for field in fields(Identity)), *_COUNTERS]
     missing = [attribute for attribute in expected if attribute not in root.attrs]
     if missing:
         raise CorpusFormatError(f"{name} lacks the attribute {missing[0]}")

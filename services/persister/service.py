@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -42,8 +42,8 @@ from services.persister.coordinator import Coordinator
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.members import Members
 from services.persister.metrics import Metrics
-from services.persister.reused import SHARE, Allowance
-from services.persister.runner import Limits, PartitionRunner
+from services.persister.rounds import Hdf5Thread, Limits, Rounds
+from services.persister.runner import PartitionRunner
 from services.persister.settings import PersisterSettings
 from services.persister.traces import Traces
 from services.persister.volume import Volume
@@ -130,7 +130,10 @@ async def _persist(
         members = Members(volume.workers, uuid.uuid4().hex)
         desk = Desk(nc, volume.store, hdf5, metrics)
         answering = asyncio.create_task(desk.run(), name="answering")
-        coordinator = _coordinator(nc, settings, deployment, members, publisher, hdf5, metrics, traces, desk)
+        limits = Limits(settings.batch_events, settings.batch_bytes)
+        rounds = Rounds(Hdf5Thread(hdf5), limits, metrics, traces)
+        turning = asyncio.create_task(rounds.run(), name="rounds")
+        coordinator = _coordinator(nc, settings, deployment, members, publisher, rounds, metrics, desk)
         members.join()
         readiness.coordinator = coordinator
         try:
@@ -139,8 +142,9 @@ async def _persist(
         finally:
             get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
             await coordinator.stop()
-            answering.cancel()
-            await asyncio.wait({answering})  # its last call in the HDF5 thread comes before that ends
+            for task in (turning, answering):
+                task.cancel()
+            await asyncio.wait({turning, answering})  # the last call in the HDF5 thread comes before that ends
             await publisher.close()
 
 
@@ -168,9 +172,8 @@ def _coordinator(
     deployment: Deployment,
     members: Members,
     publisher: Publisher,
-    hdf5: ThreadPoolExecutor,
+    rounds: Rounds,
     metrics: Metrics,
-    traces: Traces,
     desk: Desk,
 ) -> Coordinator:
     identity = deployment.identity
@@ -183,13 +186,14 @@ def _coordinator(
     def make_runner(placement: Placement) -> PartitionRunner:
         partition = placement.partition
 
-        def make_follower() -> JetStreamFollower:
+        def make_follower(on_events: Callable[[], None]) -> JetStreamFollower:
             return JetStreamFollower(
                 nc,
                 consumer_name(settings.log.store, partition),
                 partition,
                 identity,
                 budget=budget,
+                on_events=on_events,
                 on_repair=lambda reason: metrics.repairs.labels(reason).inc(),
             )
 
@@ -198,12 +202,9 @@ def _coordinator(
             open_store=lambda: open_store(deployment, placement, _options(settings, sharing())),
             follower=make_follower,
             dead_letters=DeadLetters(publisher, partition, identity, max_bytes=nc.max_payload),
-            hdf5=hdf5,
-            limits=Limits(settings.batch_events, settings.batch_bytes),
+            rounds=rounds,
             metrics=metrics,
-            traces=traces,
             poison_limit=PoisonLimit(streak=settings.poison_streak),
-            allowance=Allowance(int(SHARE * settings.log.dead_max_bytes) // settings.log.partitions),
             desk=desk,
         )
 

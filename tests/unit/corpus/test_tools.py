@@ -54,7 +54,7 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
         assert (np.uint8, (4096,), (None,)) == (payload.dtype, payload.chunks, payload.maxshape)
         assert {
             "format": "fiq-corpus",
-            "format_version": 2,
+            "format_version": 3,
             "store": "main",
             "volume": IDENTITY.volume,
             "epoch": 1,
@@ -63,7 +63,9 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
             "stream": "fi-events",
             "stream_created": IDENTITY.stream_created,
             "committed_sequence": 200,
+            "committed_message_id": b"",
             "committed_events": 200,
+            "committed_conflicts": 0,
         } == {name: value for name, value in file.attrs.items() if name != "journal"}
 
 
