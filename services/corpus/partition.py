@@ -14,6 +14,7 @@ from services.corpus.atomic_file import JournaledFile
 from services.corpus.caches import CHUNK_SLOTS, bound_metadata
 from services.corpus.errors import CorpusFormatError
 from services.corpus.format import (
+    BEGINS,
     COMMITTED,
     COMMITTED_CONFLICTS,
     COMMITTED_EVENTS,
@@ -69,6 +70,7 @@ class OpenPartition:
                     check_identity(name, expected, self.identity)
                 if self._file.attrs.get("journal") != str(journaled.uuid):
                     raise CorpusFormatError(f"{name}: its user block and its HDF5 content are of two files")
+                self.begins = int(self._file.attrs[BEGINS])
                 self.committed = int(self._file.attrs[COMMITTED])
                 self.committed_id = bytes(self._file.attrs[COMMITTED_ID]).decode("ascii")
                 counted = (COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)

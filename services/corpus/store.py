@@ -61,8 +61,11 @@ class EventStore:
             raise
 
     @classmethod
-    def create(cls, path: Path, identity: Identity, options: StoreOptions | None = None) -> Self:
+    def create(cls, path: Path, identity: Identity, options: StoreOptions | None = None, *, begins: int = 1) -> Self:
         """Create a partition file and its journal, and open it.
+
+        Args:
+            begins: first stream sequence that the file may hold; everything before counts as committed.
 
         Raises:
             CorpusExistsError: the file exists.
@@ -74,7 +77,7 @@ class EventStore:
         options = options or StoreOptions()
         if path.parent.is_dir():
             check_file_system(path.parent)
-        create_pair(path, identity, options.io)
+        create_pair(path, identity, options.io, begins=begins)
         return cls(path, identity, options)
 
     @classmethod
@@ -103,6 +106,11 @@ class EventStore:
     def identity(self) -> Identity:
         """What the file says of itself."""
         return self._partition.identity
+
+    @property
+    def begins(self) -> int:
+        """First stream sequence that the file may hold: above 1 when the store began after the stream was trimmed."""
+        return self._partition.begins
 
     @property
     def path(self) -> Path:
