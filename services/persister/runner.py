@@ -97,6 +97,8 @@ class PartitionRunner:
         self.partition = partition
         self.state = State.STARTING
         self.reason = ""
+        #: what the file had reached when :meth:`stop` let go of it; None when the partition was not followed then
+        self.reached: int | None = None
         self._file = PartitionFile(open_store)
         self._make_follower = follower
         self._dead_letters = dead_letters
@@ -273,6 +275,7 @@ class PartitionRunner:
         """Let go of the follower, then of the file; with *abandon* what is not committed may be what went wrong."""
         if self._desk is not None:
             await self._desk.close(self.partition)
+        self.reached = None if abandon else self.committed
         self._member = None
         follower, self._follower = self._follower, None
         if follower is not None:

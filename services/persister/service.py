@@ -29,10 +29,8 @@ from services.eventlog.jetstream.connection import close
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name, corpus_subject
 from services.eventlog.jetstream.placement import Placement, Placements
-from services.eventlog.jetstream.processes import show_committed
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.startup import reach_log
-from services.eventlog.jetstream.trim import Trimmer
 from services.eventlog.jetstream.watch import watching
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity
@@ -214,7 +212,6 @@ def _coordinator(
         placements=Placements(nc, settings.log),
         make_runner=make_runner,
         api=JetStreamApi(nc),
-        trimmer=Trimmer(nc, partitions=settings.log.partitions, retention=settings.retention),
         metrics=metrics,
     )
     return coordinator
@@ -240,11 +237,7 @@ async def _announced(
     def changed(partitions: list[int]) -> None:
         metadata["partitions"] = ",".join(partition_name(p) for p in partitions)
 
-    def progressed(committed: dict[int, int]) -> None:
-        metadata["committed"] = show_committed(committed)
-
     coordinator.on_change = changed
-    coordinator.on_progress = progressed
     service = await cancellable(
         nats.micro.add_service(
             nc,
