@@ -95,10 +95,13 @@ class OpenPartition:
             self._file.close()
             raise
 
-    def place(self, epoch: int) -> None:
-        """Let the file say that it is the one of the partition's placement *epoch*."""
+    def place(self, store: str, volume: str, epoch: int) -> None:
+        """Let the file say that it is *store*'s, and the one of the partition's placement *epoch* on *volume*."""
+        for name, value in (("store", store), ("volume", volume)):
+            if getattr(self.identity, name) != value:
+                self._file.attrs[name] = value
         h5py.h5a.open(self._file.id, b"epoch").write(np.array(epoch, np.uint32))
-        self.identity = replace(self.identity, epoch=epoch)
+        self.identity = replace(self.identity, store=store, volume=volume, epoch=epoch)
 
     def flush(self, sequence: int, message_id: str) -> None:
         """Hand everything to the journaled file, with *sequence* and the *message_id* there as what is reached."""

@@ -253,14 +253,15 @@ class EventStore:
             self._uncommitted = 0
             self._checkpoints.note_commit(started)
 
-    def place(self, epoch: int) -> None:
-        """Make durable that this is the file of the partition's placement *epoch*.
+    def place(self, epoch: int, *, store: str | None = None, volume: str | None = None) -> None:
+        """Make durable that this is the file of the partition's placement *epoch*, and whose it is from now on.
 
         Raises:
             CorpusIOError: the system refused; abandon the store.
         """
         with self._guarded:
-            self._partition.place(epoch)
+            own = self.identity
+            self._partition.place(store or own.store, volume or own.volume, epoch)
         self.commit(self.committed, self.committed_id)
 
     def checkpoint(self) -> bool:
