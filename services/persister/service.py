@@ -23,11 +23,10 @@ from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
 from services.contract.telemetry import Spans
 from services.corpus import StoreOptions
-from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import close
 from services.eventlog.jetstream.follower import JetStreamFollower
-from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name, corpus_subject
+from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, corpus_subject
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.startup import reach_log
@@ -187,10 +186,11 @@ def _coordinator(
         def make_follower(on_events: Callable[[], None]) -> JetStreamFollower:
             return JetStreamFollower(
                 nc,
-                consumer_name(settings.log.store, partition),
+                settings.log.store,
                 partition,
                 identity,
                 budget=budget,
+                trimmable=placement.committed,
                 on_events=on_events,
                 on_repair=lambda reason: metrics.repairs.labels(reason).inc(),
             )
@@ -211,7 +211,6 @@ def _coordinator(
         members=members,
         placements=Placements(nc, settings.log),
         make_runner=make_runner,
-        api=JetStreamApi(nc),
         metrics=metrics,
     )
     return coordinator
