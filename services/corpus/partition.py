@@ -14,6 +14,7 @@ from services.corpus.atomic_file import JournaledFile
 from services.corpus.caches import CHUNK_SLOTS, bound_metadata
 from services.corpus.errors import CorpusFormatError
 from services.corpus.format import (
+    BEGINS,
     COMMITTED,
     COMMITTED_CONFLICTS,
     COMMITTED_EVENTS,
@@ -67,6 +68,7 @@ class OpenPartition:
                     check_identity(name, expected, self.identity)
                 if self._file.attrs.get("journal") != str(journaled.uuid):
                     raise CorpusFormatError(f"{name}: its user block and its HDF5 content are of two files")
+                self.begins = int(self._file.attrs[BEGINS])
                 self.committed = int(self._file.attrs[COMMITTED])
                 self.committed_id = bytes(self._file.attrs[COMMITTED_ID]).decode("ascii")
                 counted = (COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)
@@ -90,10 +92,13 @@ class OpenPartition:
             self._file.close()
             raise
 
-    def place(self, epoch: int) -> None:
-        """Let the file say that it is the one of the partition's placement *epoch*."""
+    def place(self, store: str, volume: str, epoch: int) -> None:
+        """Let the file say that it is *store*'s, and the one of the partition's placement *epoch* on *volume*."""
+        for name, value in (("store", store), ("volume", volume)):
+            if getattr(self.identity, name) != value:
+                self._file.attrs[name] = value
         h5py.h5a.open(self._file.id, b"epoch").write(np.array(epoch, np.uint32))
-        self.identity = replace(self.identity, epoch=epoch)
+        self.identity = replace(self.identity, store=store, volume=volume, epoch=epoch)
 
     def flush(self, sequence: int, message_id: str) -> None:
         """Hand everything to the journaled file, with *sequence* and the *message_id* there as what is reached."""

@@ -23,6 +23,7 @@ from services.corpus.errors import (
 from services.corpus.events import Consultation
 from services.corpus.format import (
     ARCHIVED,
+    BEGINS,
     COMMITTED,
     COMMITTED_CONFLICTS,
     COMMITTED_EVENTS,
@@ -47,6 +48,7 @@ class PartitionInfo:
     Attributes:
         path: the file.
         identity: the store, volume, partition and stream that it belongs to.
+        begins: first stream sequence that it may hold: above 1 when the store began after the stream was trimmed.
         committed: stream sequence of its last commit.
         committed_id: message id of the stream's message there; empty when it had none.
         consultations: how many it holds.
@@ -59,6 +61,7 @@ class PartitionInfo:
 
     path: Path
     identity: Identity
+    begins: int
     committed: int
     committed_id: str
     consultations: int
@@ -205,6 +208,7 @@ class _Partition:
             return PartitionInfo(
                 path=self._path,
                 identity=self._identity,
+                begins=int(self._file.attrs[BEGINS]),
                 committed=int(self._file.attrs[COMMITTED]),
                 committed_id=bytes(self._file.attrs[COMMITTED_ID]).decode("ascii"),
                 consultations=len(self._group),

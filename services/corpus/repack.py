@@ -136,7 +136,7 @@ def _copy(original: Corpus, info: PartitionInfo, target: Path, steps: _Steps) ->
     uuid = uuid4()
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
     with h5py.File(target, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
-        write_attributes(file, info.identity, str(uuid))
+        write_attributes(file, info.identity, str(uuid), begins=info.begins)
         file.attrs[COMMITTED] = np.uint64(info.committed)
         file.attrs.modify(COMMITTED_ID, info.committed_id.encode("ascii"))
         file.attrs[COMMITTED_EVENTS] = np.uint64(info.events)

@@ -64,8 +64,11 @@ class EventStore:
             raise
 
     @classmethod
-    def create(cls, path: Path, identity: Identity, options: StoreOptions | None = None) -> Self:
+    def create(cls, path: Path, identity: Identity, options: StoreOptions | None = None, *, begins: int = 1) -> Self:
         """Create a partition file and its journal, and open it.
+
+        Args:
+            begins: first stream sequence that the file may hold; everything before counts as committed.
 
         Raises:
             CorpusExistsError: the file exists.
@@ -77,7 +80,7 @@ class EventStore:
         options = options or StoreOptions()
         if path.parent.is_dir():
             check_file_system(path.parent)
-        create_pair(path, identity, options.io)
+        create_pair(path, identity, options.io, begins=begins)
         return cls(path, identity, options)
 
     @classmethod
@@ -106,6 +109,11 @@ class EventStore:
     def identity(self) -> Identity:
         """What the file says of itself."""
         return self._partition.identity
+
+    @property
+    def begins(self) -> int:
+        """First stream sequence that the file may hold: above 1 when the store began after the stream was trimmed."""
+        return self._partition.begins
 
     @property
     def path(self) -> Path:
@@ -230,14 +238,15 @@ class EventStore:
             self._uncommitted = 0
             self._checkpoints.note_commit(started)
 
-    def place(self, epoch: int) -> None:
-        """Make durable that this is the file of the partition's placement *epoch*.
+    def place(self, epoch: int, *, store: str | None = None, volume: str | None = None) -> None:
+        """Make durable that this is the file of the partition's placement *epoch*, and whose it is from now on.
 
         Raises:
             CorpusIOError: the system refused; abandon the store.
         """
         with self._guarded:
-            self._partition.place(epoch)
+            own = self.identity
+            self._partition.place(store or own.store, volume or own.volume, epoch)
         self.commit(self.committed, self.committed_id)
 
     def checkpoint(self) -> bool:

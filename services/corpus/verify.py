@@ -112,6 +112,7 @@ class _Run:
         else:
             report = PartitionReport(
                 file=path.name,
+                begins=info.begins,
                 committed=info.committed,
                 consultations=consultations,
                 events=self._events - events,

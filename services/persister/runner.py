@@ -97,6 +97,8 @@ class PartitionRunner:
         self.partition = partition
         self.state = State.STARTING
         self.reason = ""
+        #: what the file had reached when :meth:`stop` let go of it; None when the partition was not followed then
+        self.reached: int | None = None
         self._file = PartitionFile(open_store)
         self._make_follower = follower
         self._dead_letters = dead_letters
@@ -159,10 +161,17 @@ class PartitionRunner:
             return None
         return self.committed
 
-    async def advance(self, position: Position) -> None:
-        """Commit that the partition has no events up to *position* that are not in its file: it must be proved."""
+    async def advance(self) -> None:
+        """Commit up to where it is proven that the partition has no events which are not in its file.
+
+        Raises:
+            LogUnavailableError: no proof to be had just now.
+        """
         member = self._member
         if member is None or self.state is not State.FOLLOWING:
+            return
+        position = await member.follower.empty_up_to()
+        if position.sequence <= member.store.committed:
             return
         try:
             advanced = await self._rounds.hdf5.run(lambda: self._file.advance(member.store, position))
@@ -273,6 +282,7 @@ class PartitionRunner:
         """Let go of the follower, then of the file; with *abandon* what is not committed may be what went wrong."""
         if self._desk is not None:
             await self._desk.close(self.partition)
+        self.reached = None if abandon else self.committed
         self._member = None
         follower, self._follower = self._follower, None
         if follower is not None:

@@ -22,16 +22,13 @@ from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
 from services.contract.telemetry import Spans
 from services.corpus import KnownIds, StoreOptions
-from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import Connection, close
 from services.eventlog.jetstream.follower import JetStreamFollower
-from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name, corpus_subject
+from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, corpus_subject
 from services.eventlog.jetstream.placement import Placement, Placements
-from services.eventlog.jetstream.processes import show_committed
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.startup import reach_log
-from services.eventlog.jetstream.trim import Trimmer
 from services.eventlog.jetstream.watch import watching
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity
@@ -189,10 +186,11 @@ def _coordinator(
         def make_follower(on_events: Callable[[], None]) -> JetStreamFollower:
             return JetStreamFollower(
                 nc,
-                consumer_name(settings.log.store, partition),
+                settings.log.store,
                 partition,
                 identity,
                 budget=budget,
+                trimmable=placement.committed,
                 on_events=on_events,
                 on_repair=lambda reason: metrics.repairs.labels(reason).inc(),
             )
@@ -213,8 +211,6 @@ def _coordinator(
         members=members,
         placements=Placements(nc, settings.log),
         make_runner=make_runner,
-        api=JetStreamApi(nc),
-        trimmer=Trimmer(nc, partitions=settings.log.partitions, retention=settings.retention),
         metrics=metrics,
     )
     return coordinator
@@ -240,11 +236,7 @@ async def _announced(
     def changed(partitions: list[int]) -> None:
         metadata["partitions"] = ",".join(partition_name(p) for p in partitions)
 
-    def progressed(committed: dict[int, int]) -> None:
-        metadata["committed"] = show_committed(committed)
-
     coordinator.on_change = changed
-    coordinator.on_progress = progressed
     service = await cancellable(
         nats.micro.add_service(
             nc,

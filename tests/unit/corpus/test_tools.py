@@ -62,6 +62,7 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
             "partitions": 16,
             "stream": "fi-events",
             "stream_created": IDENTITY.stream_created,
+            "begins_at_sequence": 1,
             "committed_sequence": 200,
             "committed_message_id": b"",
             "committed_events": 200,
