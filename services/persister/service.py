@@ -29,7 +29,7 @@ from services.eventlog.jetstream.connection import close
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name, corpus_subject
 from services.eventlog.jetstream.placement import Placement, Placements
-from services.eventlog.jetstream.processes import show_committed
+from services.eventlog.jetstream.processes import Progress, show_progress
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.startup import reach_log
 from services.eventlog.jetstream.trim import Trimmer
@@ -232,7 +232,7 @@ async def _announced(
         "pid": str(os.getpid()),
         "address": address,
         "partitions": "",
-        "committed": "",
+        "progress": "",
         "questions": corpus_subject(volume.store, 0, "*").replace(".0.", ".<partition>."),
     }
 
@@ -240,7 +240,7 @@ async def _announced(
         metadata["partitions"] = ",".join(partition_name(p) for p in partitions)
 
     def progressed(committed: dict[int, int]) -> None:
-        metadata["committed"] = show_committed(committed)
+        metadata["progress"] = show_progress({p: Progress(at, 0) for p, at in committed.items()})
 
     coordinator.on_change = changed
     coordinator.on_progress = progressed

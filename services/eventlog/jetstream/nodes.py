@@ -13,7 +13,7 @@ from typing import Any
 
 from nats.aio.client import Client
 
-from services.eventlog.jetstream.everybody import everybody
+from services.eventlog.jetstream.processes import everybody
 from services.eventlog.jetstream.names import NODES_HEALTH, NODES_STATE
 
 

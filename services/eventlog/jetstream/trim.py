@@ -130,7 +130,7 @@ def committed_everywhere(
 def _told(processes: Iterable[LiveProcess]) -> dict[tuple[str, int], int]:
     told: dict[tuple[str, int], int] = {}
     for process in processes:
-        for partition, sequence in process.committed.items():
+        for partition, progress in process.progress.items():
             key = process.store, partition
-            told[key] = max(sequence, told.get(key, 0))  # a file never goes back, so the greatest is nearest
+            told[key] = max(progress.committed, told.get(key, 0))  # a file never goes back, so the greatest is nearest
     return told
