@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from services.contract.errors import FiqError
 from services.contract.event import Event
@@ -23,6 +23,7 @@ from services.ingest.batch import Line
 from services.ingest.horizon import Horizon
 from services.ingest.keys import KeyCheck, Keys
 from services.ingest.metrics import Metrics
+from services.ingest.pressure import Pressure
 from services.ingest.problems import Problem, RequestRefusedError
 
 #: what becomes of an event that the log did not take
@@ -50,7 +51,7 @@ class Storing:
         horizon: is told where new events stand.
         metrics: counts what becomes of them.
         answers: logs why the log refuses for good.
-        note: called with positions to which the log has come.
+        pressure: refuses what a partition has no room for, and is told how far the log has come.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class Storing:
         horizon: Horizon,
         metrics: Metrics,
         answers: Answers,
-        note: Callable[[int], None],
+        pressure: Pressure,
     ) -> None:
         self._writer = writer
         self._keys = keys
         self._horizon = horizon
         self._metrics = metrics
         self._answers = answers
-        self._note = note
+        self._pressure = pressure
 
     @contextlib.contextmanager
     def refusing(self, detail: str | None = None) -> Iterator[None]:
@@ -110,6 +111,7 @@ class Storing:
         return outcome
 
     async def _append(self, events: Sequence[Event], *, batch: bool = False) -> list[Appended]:
+        self._pressure.admit(events)
         began = self._horizon.now()
         appended = await self._writer.append_batch(events) if batch else [await self._writer.append(events[0])]
         for one in appended:
@@ -160,7 +162,7 @@ class Storing:
             return refusal.problem
 
     def _stored(self, events: Sequence[Appended]) -> None:
-        self._note(max((appended.sequence for appended in events), default=0))
+        self._pressure.note(max((appended.sequence for appended in events), default=0))
         known = sum(appended.duplicate for appended in events)
         self._metrics.outcomes[outcomes.DUPLICATE].inc(known)
         self._metrics.outcomes[outcomes.STORED].inc(len(events) - known)
