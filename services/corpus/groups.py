@@ -12,7 +12,6 @@ from services.corpus.appender import Appender, Tally
 from services.corpus.chain import chain_start
 from services.corpus.errors import AppendRefusedError
 from services.corpus.format import (
-    CONSULTATIONS,
     EVENT_DTYPE,
     EVENTS,
     EVENTS_CHUNK,
@@ -29,6 +28,7 @@ class OpenConsultations:
 
     Args:
         root: low-level id of the root group.
+        group: name of the group in it that holds them.
         tails: makes what grows a dataset.
         identity: what the file says of itself.
         events: how many it holds.
@@ -36,8 +36,11 @@ class OpenConsultations:
         ids_limit: how many event ids stay in memory in all; each takes some 100 bytes.
     """
 
-    def __init__(self, root: Any, tails: Tails, identity: Identity, *, events: int, limit: int, ids_limit: int) -> None:
-        self._group = h5g.open(root, CONSULTATIONS.encode())
+    def __init__(
+        self, root: Any, group: str, tails: Tails, identity: Identity, *, events: int, limit: int, ids_limit: int
+    ) -> None:
+        self._group = h5g.open(root, group.encode())
+        self._name = group
         # "in" on the group looks a name up twice, in an index that does not stay in HDF5's cache when it is large
         self._links = self._group.links
         self._tails = tails
@@ -130,7 +133,7 @@ class OpenConsultations:
         self._ids_held = 0
 
     def _keep(self, consultation: str, events: Any, payload: Any, *, new: bool) -> Appender:
-        start = chain_start(self._identity, consultation)
+        start = chain_start(self._identity, consultation, of=self._name)
         appender = Appender(consultation, events, payload, self._tails, start=start, tally=self._tally, new=new)
         self._open[consultation] = appender
         if len(self._open) > self._limit:

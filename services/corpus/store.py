@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -14,7 +14,8 @@ from services.corpus.checkpoint_policy import CheckpointPolicy
 from services.corpus.creation import create_pair
 from services.corpus.errors import AppendRefusedError, CorpusFormatError, StoreFailedError
 from services.corpus.filesystems import check_file_system
-from services.corpus.lookup import Lookup
+from services.corpus.groups import OpenConsultations
+from services.corpus.lookup import Lookup, StoredRow
 from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.partition import OpenPartition, hdf5_errors
 from services.corpus.records import Identity, Record
@@ -50,8 +51,8 @@ class EventStore:
         except BaseException:
             self._journaled.close()
             raise
-        #: stream sequence that the last commit reached; 0 when there is none
-        self.committed = self._partition.committed
+        #: stream sequence that the last commit reached, and the message id there; 0 and nothing when there is none
+        self.committed, self.committed_id = self._partition.committed, self._partition.committed_id
         try:
             # recovery ends with a file that stock readers can open; where that has to wait, work goes on without
             self.checkpoint()
@@ -60,8 +61,11 @@ class EventStore:
             raise
 
     @classmethod
-    def create(cls, path: Path, identity: Identity, options: StoreOptions | None = None) -> Self:
+    def create(cls, path: Path, identity: Identity, options: StoreOptions | None = None, *, begins: int = 1) -> Self:
         """Create a partition file and its journal, and open it.
+
+        Args:
+            begins: first stream sequence that the file may hold; everything before counts as committed.
 
         Raises:
             CorpusExistsError: the file exists.
@@ -73,7 +77,7 @@ class EventStore:
         options = options or StoreOptions()
         if path.parent.is_dir():
             check_file_system(path.parent)
-        create_pair(path, identity, options.io)
+        create_pair(path, identity, options.io, begins=begins)
         return cls(path, identity, options)
 
     @classmethod
@@ -102,6 +106,11 @@ class EventStore:
     def identity(self) -> Identity:
         """What the file says of itself."""
         return self._partition.identity
+
+    @property
+    def begins(self) -> int:
+        """First stream sequence that the file may hold: above 1 when the store began after the stream was trimmed."""
+        return self._partition.begins
 
     @property
     def path(self) -> Path:
@@ -153,14 +162,34 @@ class EventStore:
                 self._partition.consultations.count_ids(before, len(ids))
             return ids
 
+    def holds(self, consultation: str) -> bool:
+        """Return whether the file has the consultation, be it committed or not yet."""
+        with self._guarded:
+            return self._partition.consultations.find(consultation) is not None
+
+    def held(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
+        """Return the rows of those of *ids* that the consultation holds, committed or not yet."""
+        held = self.event_ids(consultation) & set(ids)
+        if not held:
+            return {}
+        with self.reading() as lookup:
+            stored = lookup.consultation(consultation)
+            return {} if stored is None else stored.find(held)
+
+    def held_conflicts(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
+        """Return the first row of those of *ids* that the consultation's conflicts hold, committed or not yet."""
+        with self.reading(conflicts=True) as lookup:
+            stored = lookup.consultation(consultation)
+            return {} if stored is None else stored.find(ids)
+
     @property
     def uncommitted(self) -> int:
         """Events that were appended since the last commit."""
         return self._uncommitted
 
     @contextmanager
-    def reading(self) -> Iterator[Lookup]:
-        """Look into the store, for the time of the block.
+    def reading(self, *, conflicts: bool = False) -> Iterator[Lookup]:
+        """Look into the store, or with *conflicts* into what stands beside its events, for the time of the block.
 
         Nothing that goes wrong in there spoils the store, unless it is an error of the file beneath.
 
@@ -170,7 +199,7 @@ class EventStore:
         """
         self._check_usable()
         with hdf5_errors(self._path.name, self._journaled):
-            yield Lookup(self._partition.consultations)
+            yield Lookup(self._partition.conflicts if conflicts else self._partition.consultations)
 
     def append(self, consultation: str, records: Sequence[Record]) -> None:
         """Append events to a consultation; they become durable with the next :meth:`commit`.
@@ -183,21 +212,29 @@ class EventStore:
             AppendRefusedError: a record is malformed or out of order.
             CorpusError: anything else; abandon the store.
         """
+        self._append(self._partition.consultations, consultation, records)
+
+    def append_conflicts(self, consultation: str, records: Sequence[Record]) -> None:
+        """Append events under ids that the consultation holds with another body to its conflicts, as :meth:`append`."""
+        self._append(self._partition.conflicts, consultation, records)
+
+    def _append(self, groups: OpenConsultations, consultation: str, records: Sequence[Record]) -> None:
         if not records:
             return
         with self._guarded:
-            appender = self._partition.consultations.find_or_create(consultation)
+            appender = groups.find_or_create(consultation)
             before = appender.ids_held
             appender.append(records, self.committed)
-            self._partition.consultations.count_ids(before, appender.ids_held)
+            groups.count_ids(before, appender.ids_held)
             self._uncommitted += len(records)
             self._highest = max(self._highest, records[-1].sequence)
 
-    def commit(self, sequence: int) -> None:
+    def commit(self, sequence: int, message_id: str = "") -> None:
         """Make the appended events durable together with *sequence*, in one step: all of it, or nothing.
 
         Args:
             sequence: what the stream has been handled up to; not below that of any event, and never going back.
+            message_id: of the stream's message there, at most 200 ASCII characters; empty when it has none.
 
         Raises:
             AppendRefusedError: *sequence* is too low.
@@ -208,23 +245,23 @@ class EventStore:
                 lowest = max(self.committed, self._highest)
                 raise AppendRefusedError(f"{self._path.name}: cannot commit {sequence}, below {lowest}")
             started = time.monotonic()
-            self._partition.flush(sequence)
+            self._partition.flush(sequence, message_id)
             self._journaled.commit()
             self._commit_seconds = time.monotonic() - started
-            self.committed = sequence
+            self.committed, self.committed_id = sequence, message_id
             self._events += self._uncommitted
             self._uncommitted = 0
             self._checkpoints.note_commit(started)
 
     def place(self, epoch: int) -> None:
-        """Make durable that this is the file of the partition's placement *epoch*, with whatever was appended.
+        """Make durable that this is the file of the partition's placement *epoch*.
 
         Raises:
             CorpusIOError: the system refused; abandon the store.
         """
         with self._guarded:
             self._partition.place(epoch)
-        self.commit(max(self.committed, self._highest))
+        self.commit(self.committed, self.committed_id)
 
     def checkpoint(self) -> bool:
         """Copy what is committed into the file, where stock readers see it, and wait for it.

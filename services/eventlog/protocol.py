@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Protocol
 from uuid import UUID
 
-from services.contract.event import Event
+from services.contract.event import MESSAGE_ID_HEADER, Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,27 @@ class Delivery:
     headers: Mapping[str, str] | None
     body: bytes
     token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the log that a sink has reached.
+
+    Attributes:
+        sequence: of the last message that is done; 0 when there is none.
+        message_id: found there; empty when none was ever recorded, and then it is not compared.
+    """
+
+    sequence: int
+    message_id: str = ""
+
+
+def message_id_at(headers: Mapping[str, str] | None) -> str:
+    """Return the message id in *headers* as a :class:`Position` records it: at most 200 printable ASCII characters."""
+    found = (headers or {}).get(MESSAGE_ID_HEADER, "")
+    if len(found) <= 200 and found.isascii() and found.isprintable():
+        return found
+    return f"blake2b:{blake2b(found.encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,29 +219,40 @@ class EventBrowser(EventReader, Protocol):
 class Follower(Protocol):
     """One partition, from a position on, in order, without gaps or repeats."""
 
-    async def start(self, after: int) -> None:
-        """Deliver everything behind position *after* (0: from the first). May be called again to go back."""
+    async def start(self, after: Position) -> None:
+        """Begin to receive everything behind *after*, once it is sure that the log is the one that *after* is of."""
         ...
 
-    async def batch(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
-        """Wait for events and return all that are there, at most *max_events* and about *max_bytes*.
+    async def run(self) -> None:
+        """Keep it so, whatever happens to the log, until cancelled; raise what ends it."""
+        ...
 
-        Never returns an empty list; waits as long as it takes. Gaps, repeats and silence are repaired inside.
-        """
+    def take(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
+        """Return what has come and was not taken, at most *max_events* and about *max_bytes*; perhaps nothing."""
+        ...
+
+    @property
+    def ready(self) -> int:
+        """How many events :meth:`take` could hand out now."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Events of the partition in the log that are not acknowledged, as far as known."""
         ...
 
     async def acknowledge(self, delivery: Delivery) -> None:
         """Tell the log that everything up to *delivery* is safe in the sink."""
         ...
 
-    def advance(self, sequence: int) -> None:
-        """Note that the sink has reached *sequence*: nothing of the partition lies between its last event and there."""
+    def advance(self, position: Position) -> None:
+        """Note that the sink has reached *position*: nothing of the partition lies between its last event and there."""
         ...
 
     def interrupt(self, error: Exception) -> None:
-        """Make :meth:`batch` raise *error*, the one that waits just now or the next one."""
+        """Make :meth:`run` raise *error*."""
         ...
 
     async def close(self) -> None:
-        """Deliver no more. Idempotent."""
+        """Receive no more. Idempotent."""
         ...

@@ -42,13 +42,13 @@ class PersisterSettings:
         "FI_BATCH_EVENTS",
         8192,
         parse=integer(1, 65536),
-        doc="Events committed together, at most; what a partition gets of FI_BUFFER_EVENTS is another limit.",
+        doc="Events of all partitions of a process that one round commits, at most.",
     )
     batch_bytes: int = setting(
         "FI_BATCH_BYTES",
         16 * 2**20,
         parse=size(2**16, 2**28),
-        doc="Bytes of events committed together, about, at most.",
+        doc="Bytes of the events of one round, about, at most.",
     )
     buffer_events: int = setting(
         "FI_BUFFER_EVENTS",

@@ -144,6 +144,11 @@ class Placements:
         self._created = ""
         self._known: Mapping[int, Placement] = {}
 
+    @property
+    def reconnects(self) -> int:
+        """How often the connection was made anew: what was published meanwhile was not seen."""
+        return int(self._nc.stats["reconnects"])
+
     async def read(self) -> StorePlacement:
         """Return where the store's partitions live, as new as the bucket's leader has it.
 

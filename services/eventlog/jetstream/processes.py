@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import nats.errors
@@ -42,6 +42,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a partition is.
+
+    Attributes:
+        committed: stream sequence that its file has reached.
+        waiting: events of the partition in the stream after that one.
+    """
+
+    committed: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
 class LiveProcess:
     """A persister process that answered.
 
@@ -51,6 +64,7 @@ class LiveProcess:
         partitions: numbers of those that it runs, whatever state they are in.
         progress: of those that it follows.
         stream_sequence: highest stream sequence that it had seen when it said so; 0 when it did not say.
+        metadata: all that it says of itself.
     """
 
     store: str
@@ -58,6 +72,7 @@ class LiveProcess:
     partitions: frozenset[int]
     progress: Mapping[int, Progress]
     stream_sequence: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +110,7 @@ def read_process(metadata: Mapping[str, str]) -> LiveProcess:
         partitions=frozenset(int(name) for name in metadata.get("partitions", "").split(",") if name.isdecimal()),
         progress=read_progress(metadata.get("progress", "")),
         stream_sequence=int(sequence) if sequence.isdecimal() else 0,
+        metadata=metadata,
     )
 
 

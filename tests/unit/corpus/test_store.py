@@ -46,6 +46,39 @@ def test_a_commit_without_events_moves_the_sequence(path: Path) -> None:
         assert store.committed == 12
 
 
+def test_a_commit_keeps_the_message_id_at_its_sequence(path: Path) -> None:
+    """By it the writer knows whether a log is the one that the file was written from."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        store.append("c", [record(1)])
+        store.commit(1, "c/first")
+        assert (1, "c/first") == (store.committed, store.committed_id)
+        store.commit(7, "other/id")
+    with EventStore.open(path, expected=IDENTITY) as store:
+        assert (7, "other/id") == (store.committed, store.committed_id)
+        store.place(2)
+        assert (7, "other/id") == (store.committed, store.committed_id)
+    with open_corpus(path) as corpus:
+        assert "other/id" == corpus.partitions[0].committed_id
+
+
+def test_conflicts_are_kept_apart_in_the_same_commit(path: Path) -> None:
+    """An event under a used id is no part of its consultation, and no less safe."""
+    first, second = record(1), record(2)
+    other = replace(second, event_id=first.event_id, body=b'{"event_type":"other"}')
+    with EventStore.open(path, expected=IDENTITY) as store:
+        store.append("c", [first])
+        store.append_conflicts("c", [other, replace(other, sequence=3)])
+        store.commit(3)
+        store.append_conflicts("c", [replace(other, sequence=9)])
+        store.abandon()
+    with open_corpus(path) as corpus:
+        (kept,) = corpus.conflicts()
+        assert [(2, other.body), (3, other.body)] == [(event.sequence, event.raw) for event in kept]
+        assert [first.body] == [event.raw for event in corpus["c"]]
+        assert (1, 2) == (corpus.partitions[0].events, corpus.partitions[0].conflicts)
+    assert () == verify_corpus(path).problems
+
+
 def test_a_file_that_is_placed_anew_says_so_even_when_the_writer_is_killed(path: Path) -> None:
     """Its events, their chain and the committed sequence stay; who expects the earlier epoch is refused."""
     with EventStore.open(path, expected=IDENTITY) as store:
