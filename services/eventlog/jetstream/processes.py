@@ -42,19 +42,6 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a partition is.
-
-    Attributes:
-        committed: stream sequence that its file has reached.
-        waiting: events of the partition in the stream after that one.
-    """
-
-    committed: int
-    waiting: int
-
-
-@dataclass(frozen=True, slots=True)
 class LiveProcess:
     """A persister process that answered.
 
