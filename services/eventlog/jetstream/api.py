@@ -6,8 +6,9 @@ the JSON is ours. An error answer becomes an :class:`ApiError`, whose second bas
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import nats.errors
 import orjson
@@ -26,6 +27,7 @@ NOT_ENABLED_ERR_CODES = frozenset({10039, 10076})
 
 STREAM_NOT_FOUND = 10059
 CONSUMER_NOT_FOUND = 10014
+MESSAGE_NOT_FOUND = 10037
 
 #: how long an answer may take, seconds
 REQUEST_TIMEOUT_SECONDS = 5.0
@@ -62,7 +64,7 @@ class NoRespondersError(LogUnavailableError):
 class StoredMessage(TypedDict):
     """One message as the stream holds it; *subject* with the partition, *time* RFC 3339 in UTC.
 
-    *pending*: how many messages of the subject asked for come after it, when they were counted; else 0.
+    *pending*: how many messages of the subject asked for come after it, when they were counted.
     """
 
     subject: str
@@ -70,7 +72,7 @@ class StoredMessage(TypedDict):
     time: str
     headers: dict[str, str]
     data: bytes
-    pending: int
+    pending: NotRequired[int]
 
 
 class JetStreamApi:
@@ -134,8 +136,29 @@ class JetStreamApi:
             if not page.get("consumers") or len(found) + len(missing) >= page.get("total", 0):
                 return found, missing
 
+    async def consumer_names(self, stream: str, *, timeout: float | None = None) -> list[str]:
+        """Return the names of all consumers of *stream*; the meta leader knows them, no consumer is waited for."""
+        found: list[str] = []
+        while True:
+            page = await self.request(f"CONSUMER.NAMES.{stream}", {"offset": len(found)}, timeout=timeout)
+            found += page.get("consumers") or []
+            if not page.get("consumers") or len(found) >= page.get("total", 0):
+                return found
+
+    async def delete_consumer(self, stream: str, consumer: str, *, timeout: float | None = None) -> None:
+        """Delete *consumer*; it is fine when there is none.
+
+        Raises:
+            LogUnavailableError: no answer, as when its node is dead; it may be deleted all the same.
+        """
+        try:
+            await self.request(f"CONSUMER.DELETE.{stream}.{consumer}", timeout=timeout)
+        except ApiError as error:
+            if error.err_code != CONSUMER_NOT_FOUND:
+                raise
+
     async def create_consumer(
-        self, stream: str, config: Mapping[str, Any], *, action: str = "create"
+        self, stream: str, config: Mapping[str, Any], *, action: str = "create", timeout: float | None = None
     ) -> dict[str, Any]:
         """Create, or with *action* ``update`` change, the consumer that *config* describes, and return its info.
 
@@ -143,7 +166,8 @@ class JetStreamApi:
         ``err_code`` is 10148. ``update`` of a missing one is 10149 and replaces the whole metadata.
         """
         suffix = f"CONSUMER.CREATE.{stream}.{config['name']}.{config['filter_subject']}"
-        return await self.request(suffix, {"stream_name": stream, "config": dict(config), "action": action})
+        request = {"stream_name": stream, "config": dict(config), "action": action}
+        return await self.request(suffix, request, timeout=timeout)
 
     async def reset_consumer(self, stream: str, consumer: str, sequence: int) -> dict[str, Any]:
         """Make *consumer* deliver from *sequence* on, with nothing pending and consumer sequences from 1 (ADR-60).
@@ -191,6 +215,29 @@ class JetStreamApi:
             headers=own,
             data=message.data,
             pending=int(headers.get("Nats-Num-Pending", 0)),
+        )
+
+    async def leader_message(
+        self, stream: str, sequence: int, *, next_of: str | None = None, timeout: float | None = None
+    ) -> StoredMessage | None:
+        """Do as :meth:`get_message`, but ask the stream's leader, which has all that was acknowledged.
+
+        One that was elected just now may not have applied all of it yet, and a deposed one may not know that it is.
+        """
+        wanted: dict[str, Any] = {"seq": sequence} if next_of is None else {"seq": sequence, "next_by_subj": next_of}
+        try:
+            message = (await self.request(f"STREAM.MSG.GET.{stream}", wanted, timeout=timeout))["message"]
+        except ApiError as error:
+            if error.err_code == MESSAGE_NOT_FOUND:
+                return None
+            raise
+        headers = await self._nc._process_headers(b64decode(message.get("hdrs", "")))
+        return StoredMessage(
+            subject=message["subject"],
+            seq=int(message["seq"]),
+            time=message["time"],
+            headers=headers or {},
+            data=b64decode(message.get("data", "")),
         )
 
     async def _ask(self, suffix: str, body: Mapping[str, Any] | None, timeout: float | None) -> Msg:

@@ -23,7 +23,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import nats.errors
@@ -110,7 +110,11 @@ class LogState:
     processes: tuple[LiveProcess, ...] | None = None
     stores: Mapping[str, tuple[PartitionState, ...]] | None = None
     clock_offset: float = 0.0
-    troubles: Mapping[str, str] | None = None
+    troubles: Mapping[str, str] = field(default_factory=dict)
+
+    def partitions(self, store: str) -> tuple[PartitionState, ...]:
+        """Return the partitions of *store*; none while they are not known."""
+        return (self.stores or {}).get(store, ())
 
     def backlog(self) -> Backlog | None:
         """Return what waits in the store that has most of it; None while that is not known."""
@@ -121,7 +125,7 @@ class LogState:
 
     def problems(self) -> list[str]:
         """Return why events cannot be stored and persisted just now; nothing when they can."""
-        if (trouble := (self.troubles or {}).get(STREAMS)) is not None:
+        if (trouble := self.troubles.get(STREAMS)) is not None:
             return [f"the log does not answer: {trouble}"]
         if not self.stream_exists:
             return [f"stream {STREAM} does not exist"]
@@ -132,7 +136,7 @@ class LogState:
             found.append(f"stream {STREAM} has no leader")
         elif not self.stream.has_quorum:
             found.append(f"stream {STREAM} has no quorum: most of its {self.stream.copies} nodes are down")
-        if self.placements is None and self.at and (trouble := (self.troubles or {}).get(PARTITIONS)) is not None:
+        if self.placements is None and self.at and (trouble := self.troubles.get(PARTITIONS)) is not None:
             found.append(f"it is not known where partitions live: {trouble}")
         elif self.stores is not None:
             unplaced = min(sum(one.placement is None for one in store) for store in self.stores.values())
@@ -327,7 +331,7 @@ class LogMonitor:
         message = await self._api.get_message(STREAM, committed + 1, next_of=subject, counted=counted)
         if message is None:  # committed meanwhile, or a replica that has not got it yet
             return None, 0
-        return datetime.fromisoformat(message["time"]).timestamp(), 1 + message["pending"]
+        return datetime.fromisoformat(message["time"]).timestamp(), 1 + message.get("pending", 0)
 
     # -- the snapshot -------------------------------------------------------------------------------------------------
 
@@ -346,7 +350,9 @@ class LogMonitor:
         processes = tuple(process for process, _ in self._answers.values())
         stores: dict[str, tuple[PartitionState, ...]] = {}
         if self._placements is not None:
-            names = {*self._placements, *(process.store for process in processes)} or {self._settings.store}
+            names = {*self._placements, *(process.store for process in processes)}
+            if not names or self._metrics is None:
+                names.add(self._settings.store)
             told = self._told()
             count = self._stream.partitions if self._stream is not None else 0
             for store in sorted(names):
@@ -414,7 +420,7 @@ class LogMonitor:
     def _show(self, metrics: LogMetrics) -> None:
         state, connected = self.state, self._nc.is_connected
         metrics.connected.set(connected)
-        stream = state.stream if connected and STREAMS not in (state.troubles or {}) else None
+        stream = state.stream if connected and STREAMS not in state.troubles else None
         metrics.available.set(stream is not None and bool(stream.leader) and stream.has_quorum)
         if connected:
             metrics.certificates(certificates(self._nc))
@@ -453,7 +459,9 @@ async def monitoring(nc: Client, settings: LogSettings, metrics: LogMetrics) -> 
 
 
 async def look_once(nc: Client, settings: LogSettings) -> LogState:
-    """Return the log as it is now; takes :data:`_ANSWER_SECONDS`, or a few :data:`PART_SECONDS` when nodes are frozen.
+    """Return the log as it is now, the settings' store included.
+
+    Takes :data:`_ANSWER_SECONDS`, or a few times :data:`PART_SECONDS` while nodes are frozen.
 
     Raises:
         LogUnavailableError: the stream's leader does not answer.

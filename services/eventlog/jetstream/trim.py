@@ -23,13 +23,12 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from nats.aio.client import Client
 
 from services.contract.errors import FiqError
 from services.contract.logs import get_logger
-from services.eventlog.jetstream.api import ApiError, JetStreamApi
+from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.monitor import LogState
 from services.eventlog.jetstream.names import PARTITIONS_KEY, STREAM, filter_subject
 from services.eventlog.jetstream.placement import StorePlacement, read_stores
@@ -48,7 +47,6 @@ PAUSE_SECONDS = 0.05
 TRIM_SECONDS = 2.0
 #: what the keys said this long ago does not count any more, seconds: an operator may have placed a partition anew
 KEYS_SECONDS = 2.0
-_NO_MESSAGE = 10037
 
 _log = get_logger("eventlog.trim")
 
@@ -209,14 +207,8 @@ class Trimmer:
 
     async def _next(self, partition: int, after: int) -> int:
         """Return the sequence of the partition's next message as the stream's leader has it; 0 when there is none."""
-        wanted: dict[str, Any] = {"seq": after + 1, "next_by_subj": filter_subject(partition)}
-        try:
-            answer = await self._api.request(f"STREAM.MSG.GET.{STREAM}", wanted)
-        except ApiError as error:
-            if error.err_code != _NO_MESSAGE:
-                raise
-            return 0
-        return int(answer["message"]["seq"])
+        message = await self._api.leader_message(STREAM, after + 1, next_of=filter_subject(partition))
+        return 0 if message is None else message["seq"]
 
 
 def committed_everywhere(stores: Mapping[str, StorePlacement], partition: int, last: int) -> int:
