@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from services.contract.event import Event
+from services.contract.event import MESSAGE_ID_HEADER, Event
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from services.contract.errors import FiqError
 from services.contract.event import Event
@@ -22,6 +22,7 @@ from services.ingest.answers import Answers
 from services.ingest.batch import Line
 from services.ingest.keys import KeyCheck, Keys
 from services.ingest.metrics import Metrics
+from services.ingest.pressure import Pressure
 from services.ingest.problems import Problem, RequestRefusedError
 
 #: what becomes of an event that the log did not take
@@ -48,7 +49,7 @@ class Storing:
         keys: compares what comes under a key that was used before.
         metrics: counts what becomes of them.
         answers: logs why the log refuses for good.
-        note: called with positions to which the log has come.
+        pressure: refuses what a partition has no room for, and is told how far the log has come.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class Storing:
         keys: Keys,
         metrics: Metrics,
         answers: Answers,
-        note: Callable[[int], None],
+        pressure: Pressure,
     ) -> None:
         self._writer = writer
         self._keys = keys
         self._metrics = metrics
         self._answers = answers
-        self._note = note
+        self._pressure = pressure
 
     @contextlib.contextmanager
     def refusing(self, detail: str | None = None) -> Iterator[None]:
@@ -93,7 +94,7 @@ class Storing:
         """
         with self.refusing():
             if not keyed:
-                outcome: Appended | Problem = await self._writer.append(event)
+                outcome: Appended | Problem = await self._append(event)
             else:
                 (check,) = checks = self._keys.check([event])
                 if check.certain:
@@ -101,7 +102,7 @@ class Storing:
                 if check.first is not None:
                     outcome = self._settle_known(check)
                 else:
-                    appended = await self._writer.append(event)
+                    appended = await self._append(event)
                     if not check.certain:
                         await self._keys.hear(checks)
                     outcome = await self._settle(check, appended)
@@ -109,6 +110,10 @@ class Storing:
             raise RequestRefusedError(outcome)
         self._stored([outcome])
         return outcome
+
+    async def _append(self, event: Event) -> Appended:
+        self._pressure.admit([event])
+        return await self._writer.append(event)
 
     async def batch(self, lines: Sequence[Line]) -> list[Appended | Problem]:
         """Store the events of *lines*, and return for each where it stands, or why it is not the one under its key.
@@ -127,7 +132,9 @@ class Storing:
             numbered = _with_none(events.values(), checks)
             new = [n for n, check in enumerate(numbered) if check is None or check.first is None]
             lines_of = list(events.values())
-            appended = await self._writer.append_batch([lines_of[n].event for n in new]) if new else []
+            fresh = [lines_of[n].event for n in new]
+            self._pressure.admit(fresh)
+            appended = await self._writer.append_batch(fresh) if fresh else []
             await self._keys.hear(check for check in checks if not check.certain)
             settled = await self._settle_all(numbered, dict(zip(new, appended, strict=True)))
         self._stored([outcome for outcome in settled if isinstance(outcome, Appended)])
@@ -173,7 +180,7 @@ class Storing:
         return refusal.problem
 
     def _stored(self, events: Sequence[Appended]) -> None:
-        self._note(max((appended.sequence for appended in events), default=0))
+        self._pressure.note(max((appended.sequence for appended in events), default=0))
         known = sum(appended.duplicate for appended in events)
         self._metrics.outcomes[outcomes.DUPLICATE].inc(known)
         self._metrics.outcomes[outcomes.STORED].inc(len(events) - known)
