@@ -39,7 +39,7 @@ _QUESTIONS = 64
 #: pause before it is looked for again, seconds
 _PAUSE_SECONDS = 0.05
 #: memory that snapshots may take: 8 bytes an id, and what each takes besides
-SNAPSHOT_BYTES = 32 << 20
+SNAPSHOT_BYTES = 16 << 20
 _SNAPSHOT_BYTES_EACH = 512
 #: events of this process that are remembered, some 300 bytes each
 REMEMBERED = 32_768

@@ -123,7 +123,7 @@ class Metrics:
             ("kind", "outcome"),
             registry=registry,
         )
-        # large: readers take time from the writer; while batches wait they get a fifth of the HDF5 thread
+        # large: readers take time from the writer
         self.question_seconds = Histogram(
             "fi_persister_question_seconds",
             "Time of the HDF5 thread that an answered question took",
