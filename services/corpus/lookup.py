@@ -56,12 +56,6 @@ class StoredConsultation:
                 low = middle + 1
         return low
 
-    def at(self, sequence: int) -> StoredRow | None:
-        """Return the row of *sequence*, or None when there is none."""
-        index = self.behind(sequence) - 1
-        row = self.row(index) if index >= 0 else None
-        return row if row is not None and row.sequence == sequence else None
-
     def body(self, row: StoredRow) -> bytes:
         """Return the body of the event in *row*, byte for byte."""
         return self.bodies([row])[0]

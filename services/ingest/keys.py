@@ -39,7 +39,7 @@ _QUESTIONS = 64
 #: pause before it is looked for again, seconds
 _PAUSE_SECONDS = 0.05
 #: memory that snapshots may take: 8 bytes an id, and what each takes besides
-SNAPSHOT_BYTES = 32 << 20
+SNAPSHOT_BYTES = 16 << 20
 _SNAPSHOT_BYTES_EACH = 512
 #: events of this process that are remembered, some 300 bytes each
 REMEMBERED = 32_768
@@ -242,25 +242,20 @@ class KeyCheck:
         """Whether :meth:`settle` must ask the log or the corpus for an event."""
         return appended.duplicate and self._before(appended) is None and self._remembered(appended) is None
 
-    def settle_known(self) -> Appended:
-        """Return where the :attr:`first` event is: this one need not be published.
+    async def settle(self, appended: Appended | None) -> Appended:
+        """Return where the first event with this key is.
 
-        Raises:
-            RequestRefusedError: it had another body.
-        """
-        if self.first is None:
-            raise ValueError("the corpus holds no event under this key")
-        return self._compared(self.first, CORPUS, duplicate=True)
-
-    async def settle(self, appended: Appended) -> Appended:
-        """Return where the first event with this key is, once the log has taken the event at *appended*.
+        Args:
+            appended: where the log has taken this one; None when it was not published, since :attr:`first` is known.
 
         Raises:
             RequestRefusedError: the first one had another body, or there is a first one that could not be shown.
         """
-        keys, first = self._keys, self._before(appended)
+        keys, first = self._keys, self.first if appended is None else self._before(appended)
         if first is not None:
             return self._compared(first, CORPUS, duplicate=True)
+        if appended is None:
+            raise ValueError("an event that was not published needs a first one")
         remembered = self._remembered(appended)
         if remembered is not None:
             same = remembered.sequence == appended.sequence

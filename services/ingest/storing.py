@@ -99,13 +99,10 @@ class Storing:
                 (check,) = checks = self._keys.check([event])
                 if check.certain:
                     await self._keys.hear(checks)
-                if check.first is not None:
-                    outcome = self._settle_known(check)
-                else:
-                    appended = await self._append(event)
-                    if not check.certain:
-                        await self._keys.hear(checks)
-                    outcome = await self._settle(check, appended)
+                appended = None if check.first is not None else await self._append(event)
+                if not check.certain:
+                    await self._keys.hear(checks)
+                outcome = await self._settle(check, appended)
         if isinstance(outcome, Problem):
             raise RequestRefusedError(outcome)
         self._stored([outcome])
@@ -148,36 +145,25 @@ class Storing:
     ) -> list[Appended | Problem]:
         """Settle each of *checks*, those together that must look for an event; *appended* has what was published."""
         looked_for = {
-            n: self._settle(check, appended[n])
+            n: self._settle(check, at)
             for n, check in enumerate(checks)
-            if check is not None and n in appended and check.must_look(appended[n])
+            if check is not None and (at := appended.get(n)) is not None and check.must_look(at)
         }
         found = dict(zip(looked_for, await asyncio.gather(*looked_for.values()), strict=True))
         settled: list[Appended | Problem] = []
         for n, check in enumerate(checks):
-            if n in found:
-                settled.append(found[n])
-            elif check is not None and n not in appended:
-                settled.append(self._settle_known(check))
+            if check is None:
+                settled.append(appended[n])
             else:
-                settled.append(appended[n] if check is None else await self._settle(check, appended[n]))
+                settled.append(found[n] if n in found else await self._settle(check, appended.get(n)))
         return settled
 
-    def _settle_known(self, check: KeyCheck) -> Appended | Problem:
-        try:
-            return check.settle_known()
-        except RequestRefusedError as refusal:
-            return self._refused(refusal)
-
-    async def _settle(self, check: KeyCheck, appended: Appended) -> Appended | Problem:
+    async def _settle(self, check: KeyCheck, appended: Appended | None) -> Appended | Problem:
         try:
             return await check.settle(appended)
         except RequestRefusedError as refusal:
-            return self._refused(refusal)
-
-    def _refused(self, refusal: RequestRefusedError) -> Problem:
-        self._metrics.outcomes[_KEY_OUTCOMES[refusal.problem]].inc()
-        return refusal.problem
+            self._metrics.outcomes[_KEY_OUTCOMES[refusal.problem]].inc()
+            return refusal.problem
 
     def _stored(self, events: Sequence[Appended]) -> None:
         self._pressure.note(max((appended.sequence for appended in events), default=0))

@@ -51,10 +51,6 @@ def test_a_position_is_found_between_sequences_too(store: EventStore) -> None:
     store.commit(2000)
     held = found(store, "c")
     assert [0, 0, 1, 1, 199, 200] == [held.behind(sequence) for sequence in (0, 9, 10, 19, 1999, 2000)]
-    row = held.at(50)
-    assert row is not None
-    assert (50, record(50).event_id) == (row.sequence, row.event_id)
-    assert [None, None, None] == [held.at(sequence) for sequence in (1, 55, 2001)]
 
 
 def test_names_come_in_slices_and_none_is_left_out_when_others_are_created(tmp_path: Path) -> None:
