@@ -45,7 +45,7 @@ class ArchiveWriter:
 def first_difference(original: Corpus, copy: Corpus, tell: Callable[[float], None]) -> str | None:
     """Return what differs first between two corpora of one partition file each; None when they hold the same."""
     ours, theirs = original.partitions[0], copy.partitions[0]
-    for field in ("identity", "committed", "consultations", "events"):
+    for field in ("identity", "committed", "committed_id", "consultations", "events", "conflicts"):
         if getattr(ours, field) != getattr(theirs, field):
             return f"{field} is {getattr(theirs, field)}, not {getattr(ours, field)}"
     for number, consultation in enumerate(original.values(), 1):
@@ -54,6 +54,9 @@ def first_difference(original: Corpus, copy: Corpus, tell: Callable[[float], Non
         if not _equal(consultation, copy[consultation.id]):
             return f"{consultation.id} has other events"
         tell(number / ours.consultations)
+    for kept, copied in zip(original.conflicts(), copy.conflicts(), strict=True):
+        if kept.id != copied.id or not _equal(kept, copied):
+            return f"{kept.id} has other conflicts"
     return None
 
 

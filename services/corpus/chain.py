@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from hashlib import sha256
 
+from services.corpus.format import CONSULTATIONS
 from services.corpus.records import Identity
 
 #: bytes of a chain value
@@ -18,13 +19,15 @@ CHAIN_BYTES = 32
 _PREFIX = "fiq-chain-1"
 
 
-def chain_start(identity: Identity, consultation: str) -> bytes:
-    """Return what the first row of a consultation is chained to.
+def chain_start(identity: Identity, consultation: str, *, of: str = CONSULTATIONS) -> bytes:
+    """Return what the first row of a consultation is chained to, or with *of* that of its conflicts.
 
     It names what never changes in a consultation's life; volume and epoch do when a partition moves, and the copies of
     two stores are to have equal chains.
     """
-    return sha256(_partition_name(identity) + consultation.encode()).digest()
+    # a consultation's id has no slash: the names of the two groups never meet
+    name = consultation if of == CONSULTATIONS else f"{of}/{consultation}"
+    return sha256(_partition_name(identity) + name.encode()).digest()
 
 
 def chain_next(before: bytes, row: bytes, body: bytes) -> bytes:

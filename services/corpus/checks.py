@@ -39,11 +39,13 @@ class ConsultationCheck:
         consultation: what to check.
         start: what its first row is chained to.
         committed: the sequence that the file has reached.
+        unique: whether no id may stand twice; conflicts may share one.
     """
 
-    def __init__(self, consultation: Consultation, start: bytes, committed: int) -> None:
+    def __init__(self, consultation: Consultation, start: bytes, committed: int, *, unique: bool = True) -> None:
         self._consultation = consultation
         self._committed = committed
+        self._unique = unique
         self._chain = start
         self._sequence = 0
         self._end = 0
@@ -122,7 +124,7 @@ class ConsultationCheck:
                 yield self._finding(rows, number, *_why_no_json(body))
 
     def _duplicates(self) -> Iterator[Finding]:
-        if not self._ids:
+        if not self._ids or not self._unique:
             return
         ids = np.concatenate(self._ids)
         order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of equal ids the later row comes later

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import h5py
 
 from services.corpus.errors import CorpusExistsError, CorpusNotFoundError, JournalError, system_errors
-from services.corpus.format import CONSULTATIONS, LIBVER, write_attributes
+from services.corpus.format import CONFLICTS, CONSULTATIONS, LIBVER, write_attributes
 from services.corpus.journal import new_journal
 from services.corpus.journal_scan import RECORDS_START
 from services.corpus.locks import lock
@@ -25,8 +25,8 @@ from services.corpus.storage import FILE_MODE, StorageIO, write_all
 _DIRECTORY_WAIT = 10.0
 
 
-def create_pair(path: Path, identity: Identity, io: StorageIO) -> None:
-    """Create the partition file *path* and its journal.
+def create_pair(path: Path, identity: Identity, io: StorageIO, *, begins: int = 1) -> None:
+    """Create the partition file *path*, whose first stream sequence is *begins* at the earliest, and its journal.
 
     Both are written under temporary names and renamed, the journal first: a crash leaves at most an empty journal
     without a file, which the next creation replaces.
@@ -41,7 +41,7 @@ def create_pair(path: Path, identity: Identity, io: StorageIO) -> None:
         wal = journal_path(path)
         _check_vacant(path, wal)
         replace_file(wal, new_journal(uuid), io)
-        replace_file(path, _image(identity, uuid), io)
+        replace_file(path, _image(identity, uuid, begins), io)
 
 
 def replace_file(path: Path, content: bytes, io: StorageIO) -> None:
@@ -97,12 +97,13 @@ def _check_vacant(path: Path, wal: Path) -> None:
         )
 
 
-def _image(identity: Identity, uuid: UUID) -> bytes:
+def _image(identity: Identity, uuid: UUID, begins: int) -> bytes:
     """Build the whole content of an empty partition file."""
     buffer = memory.BytesIO()
     with h5py.File(buffer, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
-        write_attributes(file, identity, str(uuid))
+        write_attributes(file, identity, str(uuid), begins=begins)
         file.create_group(CONSULTATIONS)
+        file.create_group(CONFLICTS)
     content = bytearray(buffer.getvalue())
     content[:USER_BLOCK] = new_user_block(uuid)
     return bytes(content)

@@ -3,9 +3,11 @@
 ::
 
     /                                attributes: format, format_version, the identity, journal,
-                                     committed_sequence, committed_events
+                                     begins_at_sequence, committed_sequence, committed_message_id,
+                                     committed_events, committed_conflicts
     /consultations/<id>/events       table of EVENT_DTYPE, one row an event, in stream order
     /consultations/<id>/payload      u1: the events' bodies, each followed by a line feed
+    /conflicts/<id>/{events,payload} the same for events under an id that the consultation holds with another body
 """
 
 from __future__ import annotations
@@ -23,15 +25,23 @@ from services.corpus.records import Identity
 #: what the attribute ``format`` says
 FORMAT_NAME = "fiq-corpus"
 #: rises when a program that knows only the older layout would misread the newer
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 #: oldest HDF5 release whose tools must read the files; ``latest`` would shut out h5dump 1.10
 LIBVER = ("v110", "v110")
 
 CONSULTATIONS = "consultations"
+CONFLICTS = "conflicts"
 EVENTS = "events"
 PAYLOAD = "payload"
+#: first stream sequence that the file may hold: above 1 for a store that began after the stream was trimmed
+BEGINS = "begins_at_sequence"
 COMMITTED = "committed_sequence"
+#: message id of the stream's message at the committed sequence; empty when it had none
+COMMITTED_ID = "committed_message_id"
 COMMITTED_EVENTS = "committed_events"
+COMMITTED_CONFLICTS = "committed_conflicts"
+#: length of the fixed string in which :data:`COMMITTED_ID` is kept, bytes
+MESSAGE_ID_BYTES = 200
 #: attribute that only an archive has: when it was made
 ARCHIVED = "archived"
 
@@ -58,6 +68,7 @@ MAX_BODY_BYTES = 2**32 - 1
 
 _CONSULTATION = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _NUMBERS = ("epoch", "partition", "partitions")
+_COUNTERS = (BEGINS, COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)
 
 
 def is_consultation_id(value: str) -> bool:
@@ -65,20 +76,24 @@ def is_consultation_id(value: str) -> bool:
     return _CONSULTATION.fullmatch(value) is not None
 
 
-def write_attributes(root: Any, identity: Identity, journal: str) -> None:
+def write_attributes(root: Any, identity: Identity, journal: str, *, begins: int) -> None:
     """Write what a new file says of itself.
 
     Args:
         root: the root group, open in h5py for writing.
         journal: UUID that the file shares with its journal.
+        begins: first stream sequence that it may hold.
     """
     root.attrs["format"] = FORMAT_NAME
     root.attrs["format_version"] = np.uint32(FORMAT_VERSION)
     for field in fields(Identity):
         value = getattr(identity, field.name)
         root.attrs[field.name] = np.uint32(value) if field.name in _NUMBERS else value
-    root.attrs[COMMITTED] = np.uint64(0)
+    root.attrs[BEGINS] = np.uint64(begins)
+    root.attrs[COMMITTED] = np.uint64(begins - 1)
+    root.attrs.create(COMMITTED_ID, b"", dtype=f"S{MESSAGE_ID_BYTES}")
     root.attrs[COMMITTED_EVENTS] = np.uint64(0)
+    root.attrs[COMMITTED_CONFLICTS] = np.uint64(0)
     root.attrs["journal"] = journal
 
 
@@ -101,7 +116,7 @@ def read_identity(root: Any, name: str) -> Identity:
             f"{name} has format_version {version}, written by {by} version of fiq; this one reads {FORMAT_VERSION} "
             "only: use that version, or write a new corpus from the stream"
         )
-    expected = [*(field.name for field in fields(Identity)), COMMITTED, COMMITTED_EVENTS]
+    expected = [*(field.name for field in fields(Identity)), *_COUNTERS]
     missing = [attribute for attribute in expected if attribute not in root.attrs]
     if missing:
         raise CorpusFormatError(f"{name} lacks the attribute {missing[0]}")

@@ -13,10 +13,24 @@ import numpy as np
 from services.corpus.atomic_file import JournaledFile
 from services.corpus.caches import CHUNK_SLOTS, bound_metadata
 from services.corpus.errors import CorpusFormatError
-from services.corpus.format import COMMITTED, COMMITTED_EVENTS, LIBVER, read_identity
+from services.corpus.format import (
+    BEGINS,
+    COMMITTED,
+    COMMITTED_CONFLICTS,
+    COMMITTED_EVENTS,
+    COMMITTED_ID,
+    CONFLICTS,
+    CONSULTATIONS,
+    LIBVER,
+    MESSAGE_ID_BYTES,
+    read_identity,
+)
 from services.corpus.groups import OpenConsultations
 from services.corpus.records import Identity, check_identity
 from services.corpus.tails import ChunkedTail
+
+#: consultations whose conflicts stay open: they are rare
+_OPEN_CONFLICTS = 16
 
 
 class OpenPartition:
@@ -27,7 +41,6 @@ class OpenPartition:
         journaled: the file object; not closed here.
         expected: the identity that the file must state; None accepts any.
         limit: how many consultations stay open.
-        ids_limit: how many event ids stay in memory.
         metadata_cache: limit of HDF5's metadata cache, in bytes of the file.
 
     Raises:
@@ -43,7 +56,6 @@ class OpenPartition:
         expected: Identity | None,
         *,
         limit: int,
-        ids_limit: int,
         metadata_cache: int,
     ) -> None:
         with hdf5_errors(name, journaled):
@@ -56,37 +68,55 @@ class OpenPartition:
                     check_identity(name, expected, self.identity)
                 if self._file.attrs.get("journal") != str(journaled.uuid):
                     raise CorpusFormatError(f"{name}: its user block and its HDF5 content are of two files")
+                self.begins = int(self._file.attrs[BEGINS])
                 self.committed = int(self._file.attrs[COMMITTED])
-                self._committed_attribute = h5py.h5a.open(self._file.id, COMMITTED.encode())
-                self._events_attribute = h5py.h5a.open(self._file.id, COMMITTED_EVENTS.encode())
-                self.consultations = OpenConsultations(
-                    self._file.id,
-                    partial(ChunkedTail, journaled),
-                    self.identity,
-                    events=int(self._file.attrs[COMMITTED_EVENTS]),
-                    limit=limit,
-                    ids_limit=ids_limit,
+                self.committed_id = bytes(self._file.attrs[COMMITTED_ID]).decode("ascii")
+                counted = (COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)
+                self._attributes = [h5py.h5a.open(self._file.id, name.encode()) for name in counted]
+                self.consultations, self.conflicts = (
+                    OpenConsultations(
+                        self._file.id,
+                        group,
+                        partial(ChunkedTail, journaled),
+                        self.identity,
+                        events=int(self._file.attrs[counter]),
+                        limit=most,
+                    )
+                    for group, counter, most in (
+                        (CONSULTATIONS, COMMITTED_EVENTS, limit),
+                        (CONFLICTS, COMMITTED_CONFLICTS, _OPEN_CONFLICTS),
+                    )
                 )
         except BaseException:
             journaled.discard()
             self._file.close()
             raise
 
-    def place(self, epoch: int) -> None:
-        """Let the file say that it is the one of the partition's placement *epoch*."""
+    def place(self, store: str, volume: str, epoch: int) -> None:
+        """Let the file say that it is *store*'s, and the one of the partition's placement *epoch* on *volume*."""
+        for name, value in (("store", store), ("volume", volume)):
+            if getattr(self.identity, name) != value:
+                self._file.attrs[name] = value
         h5py.h5a.open(self._file.id, b"epoch").write(np.array(epoch, np.uint32))
-        self.identity = replace(self.identity, epoch=epoch)
+        self.identity = replace(self.identity, store=store, volume=volume, epoch=epoch)
 
-    def flush(self, sequence: int) -> None:
-        """Hand everything to the journaled file, with *sequence* as the one that is reached."""
-        self._events_attribute.write(np.array(self.consultations.events, np.uint64))
-        self._committed_attribute.write(np.array(sequence, np.uint64))
+    def flush(self, sequence: int, message_id: str) -> None:
+        """Hand everything to the journaled file, with *sequence* and the *message_id* there as what is reached."""
+        values = (
+            np.array(sequence, np.uint64),
+            np.array(message_id.encode("ascii"), f"S{MESSAGE_ID_BYTES}"),
+            np.array(self.consultations.events, np.uint64),
+            np.array(self.conflicts.events, np.uint64),
+        )
+        for attribute, value in zip(self._attributes, values, strict=True):
+            attribute.write(value)
         self._file.flush()
 
     def close(self) -> None:
         """Close every handle. HDF5 may want to write then: the journaled file must discard that."""
         self.consultations.clear()
-        self._committed_attribute = self._events_attribute = None
+        self.conflicts.clear()
+        self._attributes.clear()
         try:
             self._file.close()
         except (OSError, RuntimeError, ValueError):

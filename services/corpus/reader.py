@@ -23,8 +23,12 @@ from services.corpus.errors import (
 from services.corpus.events import Consultation
 from services.corpus.format import (
     ARCHIVED,
+    BEGINS,
     COMMITTED,
+    COMMITTED_CONFLICTS,
     COMMITTED_EVENTS,
+    COMMITTED_ID,
+    CONFLICTS,
     CONSULTATIONS,
     is_consultation_id,
     read_identity,
@@ -44,9 +48,12 @@ class PartitionInfo:
     Attributes:
         path: the file.
         identity: the store, volume, partition and stream that it belongs to.
+        begins: first stream sequence that it may hold: above 1 when the store began after the stream was trimmed.
         committed: stream sequence of its last commit.
+        committed_id: message id of the stream's message there; empty when it had none.
         consultations: how many it holds.
         events: how many events, as the last commit counted them.
+        conflicts: how many events under an id that their consultation holds with another body.
         archived: whether it is a compact copy that ``fiq repack`` made: complete without a journal, and read-only.
         has_journal: whether its journal stood beside it; without one, the content is that of the last checkpoint.
         journal_records: commits that only the journal holds.
@@ -54,9 +61,12 @@ class PartitionInfo:
 
     path: Path
     identity: Identity
+    begins: int
     committed: int
+    committed_id: str
     consultations: int
     events: int
+    conflicts: int
     archived: bool
     has_journal: bool
     journal_records: int
@@ -112,6 +122,14 @@ class Corpus(Mapping[str, Consultation]):
             if consultation in partition:
                 return partition.consultation(consultation)
         raise UnknownConsultationError(f"no consultation {consultation!r} in {len(self._paths)} partition file(s)")
+
+    def conflicts(self) -> Iterator[Consultation]:
+        """Yield, for each consultation that has any, the events that came under an id that it holds with another body.
+
+        They are kept apart, in stream order, and are no part of the consultation: its own event is the first one.
+        """
+        for partition in self._partitions():
+            yield from partition.conflicts()
 
     def refresh(self) -> None:
         """Let go of all partition files; they are opened anew, with what was committed since, when they are needed."""
@@ -180,7 +198,7 @@ class _Partition:
                 self._file: Any = h5py.File(self._snapshot, "r", rdcc_nslots=CHUNK_SLOTS)
                 bound_metadata(self._file, READER_METADATA_BYTES)
                 self._identity = read_identity(self._file, path.name)
-                self._group = self._file[CONSULTATIONS]
+                self._group, self._conflicts = self._file[CONSULTATIONS], self._file[CONFLICTS]
         except BaseException:
             self._snapshot.close()
             raise
@@ -190,9 +208,12 @@ class _Partition:
             return PartitionInfo(
                 path=self._path,
                 identity=self._identity,
+                begins=int(self._file.attrs[BEGINS]),
                 committed=int(self._file.attrs[COMMITTED]),
+                committed_id=bytes(self._file.attrs[COMMITTED_ID]).decode("ascii"),
                 consultations=len(self._group),
                 events=int(self._file.attrs[COMMITTED_EVENTS]),
+                conflicts=int(self._file.attrs[COMMITTED_CONFLICTS]),
                 archived=ARCHIVED in self._file.attrs,
                 has_journal=self._snapshot.has_journal,
                 journal_records=self._snapshot.journal_records,
@@ -201,6 +222,14 @@ class _Partition:
     def names(self) -> list[str]:
         with self._errors():
             return sorted(self._group)
+
+    def conflicts(self) -> Iterator[Consultation]:
+        with self._errors():
+            names = sorted(self._conflicts)
+        for name in names:
+            with self._errors():
+                found = Consultation(name, h5py.h5g.open(self._conflicts.id, name.encode()), self._errors)
+            yield found
 
     def count(self) -> int:
         return len(self._group)

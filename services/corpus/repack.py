@@ -23,7 +23,17 @@ from services.corpus.errors import (
     CorpusNotFoundError,
     system_errors,
 )
-from services.corpus.format import ARCHIVED, COMMITTED, COMMITTED_EVENTS, CONSULTATIONS, LIBVER, write_attributes
+from services.corpus.format import (
+    ARCHIVED,
+    COMMITTED,
+    COMMITTED_CONFLICTS,
+    COMMITTED_EVENTS,
+    COMMITTED_ID,
+    CONFLICTS,
+    CONSULTATIONS,
+    LIBVER,
+    write_attributes,
+)
 from services.corpus.index import write_index
 from services.corpus.pair import USER_BLOCK
 from services.corpus.reader import Corpus, PartitionInfo, open_corpus
@@ -126,14 +136,19 @@ def _copy(original: Corpus, info: PartitionInfo, target: Path, steps: _Steps) ->
     uuid = uuid4()
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
     with h5py.File(target, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
-        write_attributes(file, info.identity, str(uuid))
+        write_attributes(file, info.identity, str(uuid), begins=info.begins)
         file.attrs[COMMITTED] = np.uint64(info.committed)
+        file.attrs.modify(COMMITTED_ID, info.committed_id.encode("ascii"))
         file.attrs[COMMITTED_EVENTS] = np.uint64(info.events)
+        file.attrs[COMMITTED_CONFLICTS] = np.uint64(info.conflicts)
         file.attrs[ARCHIVED] = datetime.now(UTC).isoformat(timespec="seconds")
         writer = ArchiveWriter(file.create_group(CONSULTATIONS).id)
         for number, consultation in enumerate(original.values(), 1):
             writer.add(consultation)
             steps.tell("copying", number / info.consultations)
+        kept = ArchiveWriter(file.create_group(CONFLICTS).id)
+        for consultation in original.conflicts():
+            kept.add(consultation)
     io = StorageIO()
     fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
     try:

@@ -65,6 +65,7 @@ class PartitionReport:
 
     Attributes:
         file: its name.
+        begins: first stream sequence that it may hold; above 1, what came before is only in other stores.
         committed: stream sequence of its last commit.
         consultations: how many were checked.
         events: how many were checked.
@@ -75,6 +76,7 @@ class PartitionReport:
     """
 
     file: str
+    begins: int
     committed: int
     consultations: int
     events: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -14,6 +14,8 @@ from services.corpus.checkpoint_policy import CheckpointPolicy
 from services.corpus.creation import create_pair
 from services.corpus.errors import AppendRefusedError, CorpusFormatError, StoreFailedError
 from services.corpus.filesystems import check_file_system
+from services.corpus.groups import OpenConsultations
+from services.corpus.ids import StoredRow
 from services.corpus.lookup import Lookup
 from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.partition import OpenPartition, hdf5_errors
@@ -44,14 +46,16 @@ class EventStore:
                 self._journaled,
                 expected,
                 limit=options.open_consultations,
-                ids_limit=options.known_ids,
                 metadata_cache=options.metadata_cache_bytes,
             )
         except BaseException:
             self._journaled.close()
             raise
-        #: stream sequence that the last commit reached; 0 when there is none
-        self.committed = self._partition.committed
+        self._ids = options.ids
+        self._lookup = Lookup(self._partition.consultations, self._ids)
+        self._conflicts = Lookup(self._partition.conflicts, self._ids)
+        #: stream sequence that the last commit reached, and the message id there; 0 and nothing when there is none
+        self.committed, self.committed_id = self._partition.committed, self._partition.committed_id
         try:
             # recovery ends with a file that stock readers can open; where that has to wait, work goes on without
             self.checkpoint()
@@ -60,8 +64,11 @@ class EventStore:
             raise
 
     @classmethod
-    def create(cls, path: Path, identity: Identity, options: StoreOptions | None = None) -> Self:
+    def create(cls, path: Path, identity: Identity, options: StoreOptions | None = None, *, begins: int = 1) -> Self:
         """Create a partition file and its journal, and open it.
+
+        Args:
+            begins: first stream sequence that the file may hold; everything before counts as committed.
 
         Raises:
             CorpusExistsError: the file exists.
@@ -73,7 +80,7 @@ class EventStore:
         options = options or StoreOptions()
         if path.parent.is_dir():
             check_file_system(path.parent)
-        create_pair(path, identity, options.io)
+        create_pair(path, identity, options.io, begins=begins)
         return cls(path, identity, options)
 
     @classmethod
@@ -102,6 +109,11 @@ class EventStore:
     def identity(self) -> Identity:
         """What the file says of itself."""
         return self._partition.identity
+
+    @property
+    def begins(self) -> int:
+        """First stream sequence that the file may hold: above 1 when the store began after the stream was trimmed."""
+        return self._partition.begins
 
     @property
     def path(self) -> Path:
@@ -137,21 +149,19 @@ class EventStore:
             checkpoint_seconds=file.checkpoint_seconds,
         )
 
-    def has_event(self, consultation: str, event_id: bytes) -> bool:
-        """Return whether the consultation holds the event, be it committed or not yet."""
-        return event_id in self.event_ids(consultation)
+    def held(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
+        """Return the rows of those of *ids* that the consultation holds, committed or not yet.
 
-    def event_ids(self, consultation: str) -> Set[bytes]:
-        """Return the ids of all events that the consultation holds, committed or not yet; valid until the next call."""
+        Raises:
+            CorpusError: abandon the store.
+        """
         with self._guarded:
-            appender = self._partition.consultations.find(consultation)
-            if appender is None:
-                return frozenset()
-            before = appender.ids_held
-            ids = appender.ids()
-            if len(ids) != before:
-                self._partition.consultations.count_ids(before, len(ids))
-            return ids
+            return self._lookup.held(consultation, ids)
+
+    def held_conflicts(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
+        """Return a row of those of *ids* that the consultation's conflicts hold, committed or not yet."""
+        with self._guarded:
+            return self._conflicts.held(consultation, ids)
 
     @property
     def uncommitted(self) -> int:
@@ -159,8 +169,8 @@ class EventStore:
         return self._uncommitted
 
     @contextmanager
-    def reading(self) -> Iterator[Lookup]:
-        """Look into the store, for the time of the block.
+    def reading(self, *, conflicts: bool = False) -> Iterator[Lookup]:
+        """Look into the store, or with *conflicts* into what stands beside its events, for the time of the block.
 
         Nothing that goes wrong in there spoils the store, unless it is an error of the file beneath.
 
@@ -170,34 +180,46 @@ class EventStore:
         """
         self._check_usable()
         with hdf5_errors(self._path.name, self._journaled):
-            yield Lookup(self._partition.consultations)
+            yield self._conflicts if conflicts else self._lookup
 
-    def append(self, consultation: str, records: Sequence[Record]) -> None:
+    def append(self, consultation: str, records: Sequence[Record]) -> bool:
         """Append events to a consultation; they become durable with the next :meth:`commit`.
 
         Args:
             consultation: its id; the group is created when it is new.
             records: sequences rise, above those before and above :attr:`committed`.
 
+        Returns:
+            Whether the consultation is new.
+
         Raises:
             AppendRefusedError: a record is malformed or out of order.
             CorpusError: anything else; abandon the store.
         """
+        return self._append(self._partition.consultations, consultation, records)
+
+    def append_conflicts(self, consultation: str, records: Sequence[Record]) -> None:
+        """Append events under ids that the consultation holds with another body to its conflicts, as :meth:`append`."""
+        self._append(self._partition.conflicts, consultation, records)
+
+    def _append(self, groups: OpenConsultations, consultation: str, records: Sequence[Record]) -> bool:
         if not records:
-            return
+            return False
         with self._guarded:
-            appender = self._partition.consultations.find_or_create(consultation)
-            before = appender.ids_held
+            appender = groups.find_or_create(consultation)
+            first = appender.length
             appender.append(records, self.committed)
-            self._partition.consultations.count_ids(before, appender.ids_held)
+            self._ids.appended(groups, consultation, first, [one.event_id for one in records])
             self._uncommitted += len(records)
             self._highest = max(self._highest, records[-1].sequence)
+            return not first
 
-    def commit(self, sequence: int) -> None:
+    def commit(self, sequence: int, message_id: str = "") -> None:
         """Make the appended events durable together with *sequence*, in one step: all of it, or nothing.
 
         Args:
             sequence: what the stream has been handled up to; not below that of any event, and never going back.
+            message_id: of the stream's message there, at most 200 ASCII characters; empty when it has none.
 
         Raises:
             AppendRefusedError: *sequence* is too low.
@@ -208,23 +230,24 @@ class EventStore:
                 lowest = max(self.committed, self._highest)
                 raise AppendRefusedError(f"{self._path.name}: cannot commit {sequence}, below {lowest}")
             started = time.monotonic()
-            self._partition.flush(sequence)
+            self._partition.flush(sequence, message_id)
             self._journaled.commit()
             self._commit_seconds = time.monotonic() - started
-            self.committed = sequence
+            self.committed, self.committed_id = sequence, message_id
             self._events += self._uncommitted
             self._uncommitted = 0
             self._checkpoints.note_commit(started)
 
-    def place(self, epoch: int) -> None:
-        """Make durable that this is the file of the partition's placement *epoch*, with whatever was appended.
+    def place(self, epoch: int, *, store: str | None = None, volume: str | None = None) -> None:
+        """Make durable that this is the file of the partition's placement *epoch*, and whose it is from now on.
 
         Raises:
             CorpusIOError: the system refused; abandon the store.
         """
         with self._guarded:
-            self._partition.place(epoch)
-        self.commit(max(self.committed, self._highest))
+            own = self.identity
+            self._partition.place(store or own.store, volume or own.volume, epoch)
+        self.commit(self.committed, self.committed_id)
 
     def checkpoint(self) -> bool:
         """Copy what is committed into the file, where stock readers see it, and wait for it.
@@ -255,6 +278,8 @@ class EventStore:
 
     def abandon(self) -> None:
         """Drop what is not committed and release everything; writes nothing to the disk."""
+        for groups in (self._partition.consultations, self._partition.conflicts):
+            self._ids.forget(groups)
         self._journaled.discard()
         self._partition.close()
         self._journaled.close()

@@ -12,7 +12,7 @@ from services.corpus.chain import chain_start
 from services.corpus.checks import ConsultationCheck, Finding
 from services.corpus.directory import check_index, check_journals, check_volume
 from services.corpus.errors import CorpusError, CorpusFormatError, JournalError
-from services.corpus.format import is_consultation_id
+from services.corpus.format import CONFLICTS, is_consultation_id
 from services.corpus.reader import Corpus, PartitionInfo, open_corpus
 from services.corpus.report import PartitionReport, Problem, Report
 
@@ -112,6 +112,7 @@ class _Run:
         else:
             report = PartitionReport(
                 file=path.name,
+                begins=info.begins,
                 committed=info.committed,
                 consultations=consultations,
                 events=self._events - events,
@@ -148,6 +149,7 @@ class _Run:
                 self.problems.append(Problem("more", message, info.path.name))
                 return count, payload
         found = self._events - first
+        self._check_conflicts(info, corpus)
         if found != info.events:
             message = f"the consultations hold {found} events but {info.events} were committed"
             self.problems.append(Problem("count", message, info.path.name))
@@ -174,6 +176,22 @@ class _Run:
         except (CorpusFormatError, *_DAMAGE) as error:
             self.problems.append(Problem("unreadable", f"cannot be read from row {done} on: {error}", file, name))
         return payload
+
+    def _check_conflicts(self, info: PartitionInfo, corpus: Corpus) -> None:
+        """Check the events under used ids as those of consultations; two of them may share an id."""
+        file, count = info.path.name, 0
+        for kept in corpus.conflicts():
+            start = chain_start(info.identity, kept.id, of=CONFLICTS)
+            try:
+                for findings in ConsultationCheck(kept, start, info.committed, unique=False).run():
+                    self.problems += (_problem(finding, file, f"{CONFLICTS}/{kept.id}") for finding in findings)
+                count += len(kept)
+            except (CorpusFormatError, *_DAMAGE) as error:
+                message = f"its conflicts cannot be read: {error}"
+                self.problems.append(Problem("unreadable", message, file, kept.id))
+        if count != info.conflicts:
+            message = f"the file holds {count} conflicts but {info.conflicts} were committed"
+            self.problems.append(Problem("count", message, file))
 
     def _tell(self, path: Path, fraction: float, *, now: bool = False) -> None:
         if self._on_progress is not None and (now or time.monotonic() >= self._next_telling):

@@ -2,32 +2,39 @@
 
 A volume takes unplaced partitions until it has its quota, ``ceil(partitions / volumes)``. Exactly one volume wins each
 (the broker decides), and only one process of a volume claims at a time (``volume.lock``), so a quota is never exceeded.
-A claim leaves a marker beside the partition files until the new file exists. So a placed partition without a file
-and without a marker has lost its file: it stops, because an empty file in its place would split the history.
+
+The file of a partition is made before the claim, and is the mark that it was made: a placed partition without a file
+has lost it, and stops, because an empty file in its place would split the history. A claim that another volume won
+leaves an empty file, which is removed. When all partitions are placed the store is *formed*. After that, or when a key
+was deleted, a partition without a key stops on every volume until an operator says where it is (``fiq place``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.contract.logs import get_logger
 from services.corpus import (
     CorpusError,
-    CorpusExistsError,
     EventStore,
     Identity,
+    StorageIO,
     StoreOptions,
     TransientCorpusError,
     open_corpus,
     write_index,
 )
 from services.corpus.records import check_identity
-from services.eventlog.errors import PlacementError
-from services.eventlog.jetstream.placement import Placement, Placements
+from services.corpus.recovery import journal_path
+from services.eventlog.errors import LogMismatchError, PlacementError
+from services.eventlog.jetstream.names import BUCKET, placement_key
+from services.eventlog.jetstream.placement import Placement, Placements, StorePlacement
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
@@ -76,11 +83,11 @@ class Placed:
 
     Attributes:
         here: the partitions that are placed on it.
-        refused: partitions that it could not claim because of the file that lies there, and why.
+        refused: partitions that nobody may run, or not from this volume, and why.
     """
 
-    here: dict[int, Placement]
-    refused: dict[int, str]
+    here: Mapping[int, Placement]
+    refused: Mapping[int, str]
 
 
 async def place(deployment: Deployment, placements: Placements) -> Placed:
@@ -89,15 +96,21 @@ async def place(deployment: Deployment, placements: Placements) -> Placed:
     Raises:
         LogUnavailableError: the broker did not answer; call again.
         LogMismatchError: the stream is another one than at the start; nothing was claimed.
-        OSError: the data directory refuses a marker.
+        PlacementError: there is no bucket.
+        VolumeError: the volume's identity is gone.
+        OSError: the data directory cannot be written.
         VolumeBusyError: another process of the volume does not let go of the claim lock; call again.
     """
     volume = deployment.volume
-    placed = await placements.read()
-    _settle_markers(volume, placed)
-    if not _may_claim(deployment, placed):  # as it is nearly always: a silent broker must not keep the lock busy
-        return _placed(volume, placed, {})
-    await placements.check_log(deployment.identity)
+    seen = await placements.read()
+    if seen.stream_created != deployment.identity.created:
+        raise LogMismatchError(
+            f"stream {deployment.identity.name} is not the one created at {deployment.identity.created} that this "
+            "process began with: it was deleted or created anew; no partition is claimed on it"
+        )
+    formed = await asyncio.to_thread(volume.formed_in)
+    if not (_may_claim(deployment, seen.partitions, seen, formed) or _to_note(deployment, seen, formed)):
+        return _placed(deployment, seen, formed, {})  # as nearly always: a silent broker must not keep the lock busy
     async with volume.claiming():
         return await _claim(deployment, placements)
 
@@ -106,73 +119,146 @@ async def _claim(deployment: Deployment, placements: Placements) -> Placed:
     """Claim one partition after the other; the caller holds the claim lock."""
     volume = deployment.volume
     refused: dict[int, str] = {}
-    placed = await placements.read()
-    _settle_markers(volume, placed)
-    unplaced = set(range(deployment.log.partitions)) - placed.keys()
+    seen = await placements.read()
+    await asyncio.to_thread(_remove_unused, deployment, seen)
+    formed = volume.formed_in()
+    placed = dict(seen.partitions)
+    unplaced = set(range(deployment.log.partitions)) - placed.keys() - seen.deleted
     if reason := await asyncio.to_thread(_stale, volume, placed):
-        return _placed(volume, placed, dict.fromkeys(unplaced, reason))
+        return _placed(deployment, seen, formed, dict.fromkeys(unplaced, reason))
     for partition in _preference(deployment, unplaced):
-        if not _may_claim(deployment, placed):
+        if not _may_claim(deployment, placed, seen, formed):
             break
         try:
-            epoch = await asyncio.to_thread(_epoch_of, deployment, partition)
-        except CorpusError as error:
+            begins = await asyncio.to_thread(_make_file, deployment, partition, seen.first_sequence)
+        except (CorpusError, PlacementError) as error:
             refused[partition] = str(error)
             continue
-        await asyncio.to_thread(volume.mark_claim, partition, epoch)
-        found = placed[partition] = await placements.claim(partition, volume.uuid, epoch)
-        if found.volume != volume.uuid:
-            await asyncio.to_thread(volume.clear_claim, partition)
-    return _placed(volume, placed, refused)
+        placed[partition] = await placements.claim(partition, volume.uuid, FIRST_EPOCH, begins=begins)
+    seen = await placements.read()
+    await asyncio.to_thread(_remove_unused, deployment, seen)  # of the claims that another volume won
+    if not seen.formed and len(seen.partitions) == deployment.log.partitions:
+        await placements.form({found.volume for found in seen.partitions.values()})
+        seen = await placements.read()
+    if seen.formed and formed != seen.stream_created:
+        formed = seen.stream_created
+        await asyncio.to_thread(volume.note_formed, formed)
+    return _placed(deployment, seen, formed, refused)
 
 
-def _may_claim(deployment: Deployment, placed: dict[int, Placement]) -> bool:
+def _may_claim(deployment: Deployment, placed: Mapping[int, Placement], seen: StorePlacement, formed: str) -> bool:
+    if seen.formed or formed:
+        return False
     ours = sum(found.volume == deployment.volume.uuid for found in placed.values())
     return len(placed) < deployment.log.partitions and ours < deployment.quota
 
 
-def _placed(volume: Volume, placed: dict[int, Placement], refused: dict[int, str]) -> Placed:
-    here = {p: found for p, found in placed.items() if found.volume == volume.uuid}
-    return Placed(here, refused | dict.fromkeys(_foreign_files(volume, placed), _FOREIGN))
+def _to_note(deployment: Deployment, seen: StorePlacement, formed: str) -> bool:
+    """Whether something is to be tidied up: a lost claim's file, or what is to be noted of the store's formation."""
+    complete = len(seen.partitions) == deployment.log.partitions
+    noted = formed == seen.stream_created if seen.formed else not complete
+    return not noted or bool(_foreign_files(deployment.volume, seen))
+
+
+def _placed(deployment: Deployment, seen: StorePlacement, formed: str, refused: dict[int, str]) -> Placed:
+    volume = deployment.volume
+    here = {p: found for p, found in seen.partitions.items() if found.volume == volume.uuid}
+    refused |= dict.fromkeys(_foreign_files(volume, seen), _FOREIGN)
+    for partition in set(range(deployment.log.partitions)) - seen.partitions.keys():
+        if seen.formed or formed or partition in seen.deleted:
+            refused[partition] = _without_key(deployment, seen, formed, partition)
+    return Placed(here, refused)
+
+
+def _without_key(deployment: Deployment, seen: StorePlacement, formed: str, partition: int) -> str:
+    if formed and formed != seen.stream_created:
+        return (
+            f"this directory belongs to the stream created at {formed}, and the present one was created at "
+            f"{seen.stream_created}: begin a new data directory; docs/operations.md, `A lost stream`"
+        )
+    key = placement_key(deployment.log.store, partition)
+    return (
+        f"key {key} is gone from bucket {BUCKET}, so nobody knows where the partition lives, and no volume takes it: "
+        f"run `fiq place` on the data directory that has the newest {partition_name(partition)}.h5; "
+        "docs/operations.md, `A lost key`"
+    )
+
+
+def _make_file(deployment: Deployment, partition: int, first: int) -> int:
+    """Make the file of a partition that is about to be claimed; return the stream sequence at which it begins.
+
+    Raises:
+        PlacementError: the file that lies here holds commits, and so was placed before and has lost its key.
+        CorpusError: it must not be used: another stream's, another volume's, locked, damaged.
+    """
+    path = deployment.volume.file(partition)
+    if path.exists():  # a process was killed, or lost the broker, before it knew the outcome of its claim
+        if (begins := _unused(deployment, partition)) is None:
+            raise PlacementError(
+                f"{path.name} holds commits, but key {placement_key(deployment.log.store, partition)} is gone from "
+                f"bucket {BUCKET}: run `fiq place` on the data directory that has the newest one"
+            )
+        if begins >= first:
+            return begins
+        _remove(path)
+    EventStore.create(path, deployment.expected(partition, FIRST_EPOCH), begins=first).close()
+    return first
+
+
+def _unused(deployment: Deployment, partition: int) -> int | None:
+    """Return where the partition's file begins when it was made for a claim and holds no commit; None when it does.
+
+    Raises:
+        CorpusError: it is another one's, locked, or damaged.
+    """
+    path = deployment.volume.file(partition)
+    with EventStore.open(path, expected=None) as store:
+        found, begins, unused = store.identity, store.begins, store.committed < store.begins
+    check_identity(path.name, deployment.expected(partition, found.epoch), found)
+    return begins if unused and found.epoch == FIRST_EPOCH else None
+
+
+def _foreign_files(volume: Volume, seen: StorePlacement) -> list[int]:
+    """Return the partitions that another volume has although a file is here: perhaps one that was made for a claim."""
+    return [p for p, found in seen.partitions.items() if found.volume != volume.uuid and volume.file(p).exists()]
+
+
+def _remove_unused(deployment: Deployment, seen: StorePlacement) -> None:
+    """Remove the empty files of claims that another volume won; the caller holds the claim lock."""
+    for partition in _foreign_files(deployment.volume, seen):
+        with contextlib.suppress(CorpusError):  # then it stays, and readiness tells of it
+            if _unused(deployment, partition) is not None:
+                _remove(deployment.volume.file(partition))
+
+
+def _remove(path: Path) -> None:
+    # a journal without commits may stand alone for a moment: the next creation replaces it
+    path.unlink()
+    journal_path(path).unlink(missing_ok=True)
+    StorageIO().sync_directory(path.parent)
 
 
 def open_store(deployment: Deployment, placement: Placement, options: StoreOptions) -> EventStore:
-    """Open the file of a partition that is placed on this volume; create it when it was just claimed.
+    """Open the file of a partition that is placed on this volume.
 
     Raises:
         PlacementError: the file is gone.
         CorpusError: another process has it, it is another one's, or it is damaged.
     """
     volume, partition = deployment.volume, placement.partition
-    expected = deployment.expected(partition, placement.epoch)
     path = volume.file(partition)
-    # the mark before the file: whoever else is creating the file removes the mark only when the file is there
-    claimed = volume.claimed_epoch(partition)
-    if path.exists():
-        store = EventStore.open(path, expected=expected, options=options)
-    elif claimed is not None:
-        # a new file must say what its claim says, not what the placement has become since
-        check_identity(f"{partition_name(partition)}.claim", expected, replace(expected, epoch=claimed))
-        store = _create(path, expected, options)
-    else:
+    if not path.exists():
         raise PlacementError(
             f"partition {partition_name(partition)} lives on this volume but its file {path} is gone: put it back "
             "(from a backup: the stream brings what is missing); an empty one would split the history"
         )
+    store = EventStore.open(path, expected=deployment.expected(partition, placement.epoch), options=options)
     try:
-        volume.clear_claim(partition)
         _link(volume)
     except BaseException:
         store.abandon()
         raise
     return store
-
-
-def _create(path: Path, identity: Identity, options: StoreOptions) -> EventStore:
-    try:
-        return EventStore.create(path, identity, options)
-    except CorpusExistsError:  # another process of the volume was faster
-        return EventStore.open(path, expected=identity, options=options)
 
 
 def _link(volume: Volume) -> None:
@@ -182,14 +268,7 @@ def _link(volume: Volume) -> None:
         get_logger("assignment").warning("INDEX_NOT_WRITTEN", reason=str(error))
 
 
-def _settle_markers(volume: Volume, placed: dict[int, Placement]) -> None:
-    """Remove the markers of claims that another volume won."""
-    for partition, found in placed.items():
-        if found.volume != volume.uuid and volume.claim_marked(partition):
-            volume.clear_claim(partition)
-
-
-def _stale(volume: Volume, placed: dict[int, Placement]) -> str:
+def _stale(volume: Volume, placed: Mapping[int, Placement]) -> str:
     """Return why this directory is not the volume's newest, so that its twin alone may claim; nothing when it is."""
     for partition, found in placed.items():
         if found.volume == volume.uuid and (held := _held_epoch(volume, partition)) not in (None, found.epoch):
@@ -203,7 +282,7 @@ def _stale(volume: Volume, placed: dict[int, Placement]) -> str:
 def _held_epoch(volume: Volume, partition: int) -> int | None:
     """Return the epoch of what the directory has of *partition*; None when that cannot be told."""
     if not volume.file(partition).exists():
-        return volume.claimed_epoch(partition)
+        return None
     try:
         with open_corpus(volume.file(partition)) as corpus:
             return corpus.partitions[0].identity.epoch
@@ -219,29 +298,3 @@ def _preference(deployment: Deployment, unplaced: set[int]) -> list[int]:
         return not deployment.volume.file(partition).exists(), hashlib.sha256(name.encode()).digest()
 
     return sorted(unplaced, key=rank)
-
-
-def _foreign_files(volume: Volume, placed: dict[int, Placement]) -> list[int]:
-    """Return the partitions whose files lie here although another volume has them."""
-    return [p for p, found in placed.items() if found.volume != volume.uuid and volume.file(p).exists()]
-
-
-def _epoch_of(deployment: Deployment, partition: int) -> int:
-    """Return the epoch to claim an unplaced *partition* with.
-
-    A file without a consumer means that the consumer was deleted, which a new claim with the file's epoch heals, or
-    that the stream is another one, which only an operator can resolve.
-
-    Raises:
-        CorpusError: the file that lies here must not be used: another stream's, another volume's, locked, damaged.
-    """
-    path = deployment.volume.file(partition)
-    if not path.exists():
-        return FIRST_EPOCH
-    store = EventStore.open(path, expected=None)
-    try:
-        found = store.identity
-    finally:
-        store.close()
-    check_identity(path.name, deployment.expected(partition, found.epoch), found)
-    return found.epoch

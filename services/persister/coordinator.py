@@ -1,25 +1,30 @@
-"""Keeps the right partitions running in this process, and looks after them: backlog, trim, idle checkpoints."""
+"""Keeps the right partitions running in this process, and puts into the bucket how far they are.
+
+What is placed on the volume is read anew when the bucket has news, after a reconnect, and now and then. Putting the
+progress is the fence: when the key of a partition has changed under this process, the placement is read, and a
+partition that was placed anew is released.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from services.contract.errors import PermanentError, TransientError
 from services.contract.logs import get_logger
-from services.eventlog.errors import LogMismatchError
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.idle import empty_up_to
-from services.eventlog.jetstream.names import STREAM, consumer_name
-from services.eventlog.jetstream.placement import Placement, Placements, placement_of
-from services.eventlog.jetstream.trim import Trimmer
+from services.eventlog.errors import LogMismatchError, LogUnavailableError, PlacementError
+from services.eventlog.jetstream.placement import Placement, Placements
+from services.eventlog.jetstream.processes import Progress
 from services.eventlog.partitions import partition_name
 from services.persister.assignment import Deployment, Placed, place
+from services.persister.errors import VolumeError
 from services.persister.members import Members, share
 from services.persister.metrics import Metrics
 from services.persister.runner import PartitionRunner, State
+from services.persister.volume import backed_up_at
 
 #: how often the members of the volume are looked at, seconds
 STEP_SECONDS = 0.5
@@ -27,15 +32,17 @@ STEP_SECONDS = 0.5
 PLACE_SECONDS = 2.0
 #: and once it has, seconds
 PLACED_SECONDS = 30.0
-#: how often the broker is asked for the backlog, and the stream is trimmed, seconds
+#: how often the files are looked after, seconds
 OBSERVE_SECONDS = 2.0
+#: how often it is looked whether there is progress to put, and how often that of one partition is put, seconds
+PROGRESS_SECONDS, PUT_SECONDS = 1.0, 5.0
+#: how long an orderly stop waits for the last progress to be put, seconds
+LAST_PUT_SECONDS = 2.0
 #: how often an idle partition's committed sequence follows the stream, seconds
-ADVANCE_SECONDS = 30.0
+ADVANCE_SECONDS = 10.0
 
 #: a partition whose file does not answer for this long is not ready, seconds
 HUNG_SECONDS = 10.0
-#: above this share of the stream's limit idle partitions follow at once, so that trim finds something
-_HURRY_FULLNESS = 0.6
 
 
 class Coordinator:
@@ -44,10 +51,8 @@ class Coordinator:
     Args:
         deployment: what the volume's processes agree on.
         members: the live processes of the volume.
-        placements: reads and claims places.
+        placements: reads, claims and updates places.
         make_runner: makes the runner of a placed partition.
-        api: for the backlog.
-        trimmer: used while this process runs partition 00.
         metrics: of this process.
     """
 
@@ -58,32 +63,37 @@ class Coordinator:
         members: Members,
         placements: Placements,
         make_runner: Callable[[Placement], PartitionRunner],
-        api: JetStreamApi,
-        trimmer: Trimmer,
         metrics: Metrics,
     ) -> None:
         self._deployment = deployment
         self._members = members
         self._placements = placements
         self._make_runner = make_runner
-        self._api = api
-        self._trimmer = trimmer
         self._metrics = metrics
         self._log = get_logger("coordinator")
         self._runners: dict[int, PartitionRunner] = {}
-        self._run_as: dict[int, Placement] = {}  # what each runner was made for
+        self._run_as: dict[int, Placement] = {}  # what each runner was made for, as the bucket has it now
+        self._put_at: dict[int, float] = {}
         self._placed = Placed({}, {})
         self._shared: set[int] = set()  # partitions of the volume that were shared among its processes
         self._advance_at: dict[int, float] = {}
         self._place_at = 0.0
         self._trouble = "partitions have not been placed yet"
+        self._reconnects = 0
         self.on_change: Callable[[list[int]], None] = lambda _: None
-        self.on_progress: Callable[[dict[int, int]], None] = lambda _: None
 
     @property
     def partitions(self) -> list[int]:
         """The partitions that this process runs, sorted."""
         return sorted(self._runners)
+
+    def progress(self) -> dict[int, Progress]:
+        """Return how far each partition is that this process follows just now."""
+        return {
+            partition: Progress(committed, runner.waiting)
+            for partition, runner in self._runners.items()
+            if (committed := runner.committed) is not None
+        }
 
     async def run(self) -> None:
         """Work until cancelled.
@@ -92,10 +102,10 @@ class Coordinator:
             PermanentError: the volume cannot be used any more.
         """
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self._placements.watching(self._place_soon), asyncio.TaskGroup() as group:
                 group.create_task(self._share())
                 group.create_task(self._look_after())
-                group.create_task(self._observe_always())
+                group.create_task(self._put_always())
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
@@ -134,7 +144,7 @@ class Coordinator:
     async def _share(self) -> None:
         while True:
             try:
-                if time.monotonic() >= self._place_at:
+                if time.monotonic() >= self._place_at or self._placements.reconnects != self._reconnects:
                     await self._place()
                 await self._step()
             except OSError as error:  # the data directory; what runs goes on, and shows its own troubles
@@ -143,17 +153,19 @@ class Coordinator:
 
     async def _place(self) -> None:
         before = self._placed.refused
+        self._reconnects = self._placements.reconnects
+        self._place_at = math.inf  # what changes from here on is read again
         try:
             self._placed = await place(self._deployment, self._placements)
         except TransientError as error:
             self._in_trouble("PLACEMENT_UNKNOWN", f"placement is not known: {error}")
             return
-        except LogMismatchError as error:  # the followers say so, too; the process stays, so that readiness tells it
+        except (LogMismatchError, PlacementError, VolumeError) as error:  # the process stays, for readiness to tell it
             self._in_trouble("PLACEMENT_REFUSED", str(error))
             return
         self._trouble = ""
         full = len(self._placed.here) >= self._deployment.quota
-        self._place_at = time.monotonic() + (PLACED_SECONDS if full else PLACE_SECONDS)
+        self._place_at = min(self._place_at, time.monotonic() + (PLACED_SECONDS if full else PLACE_SECONDS))
         for partition, reason in self._placed.refused.items() - before.items():
             self._log.error("PARTITION_NOT_CLAIMED", partition=partition_name(partition), reason=reason)
 
@@ -162,7 +174,7 @@ class Coordinator:
         wanted = {p for p, owner in share(self._placed.here, alive).items() if owner == self._members.name}
         here = self._placed.here
         # one that was placed anew meanwhile begins anew, too: its file is no longer the right one, and says so
-        given_up = [p for p in self._runners if p not in wanted or self._run_as[p] != here[p]]
+        given_up = [p for p in self._runners if p not in wanted or not _same(self._run_as[p], here[p])]
         await self._release(given_up)
         new = sorted(wanted - self._runners.keys())
         for partition in new:
@@ -177,10 +189,19 @@ class Coordinator:
     async def _release(self, partitions: list[int]) -> None:
         # a runner stays in the list until it has stopped: whoever is cancelled here leaves it to stop()
         await asyncio.gather(*(self._runners[partition].stop() for partition in partitions))
+        here = self._placed.here
+        kept = [p for p in partitions if p in here and _same(self._run_as[p], here[p])]
+        reached = {p: at for p in kept if (at := self._runners[p].reached) is not None}
+        with contextlib.suppress(TimeoutError):  # then the key says less than the file has, which loses nothing
+            async with asyncio.timeout(LAST_PUT_SECONDS):
+                await asyncio.gather(*(self._put(partition, at) for partition, at in reached.items()))
         for partition in partitions:
             del self._runners[partition]
             self._metrics.of(partition).remove()
             self._log.info("PARTITION_RELEASED", partition=partition_name(partition))
+
+    def _place_soon(self) -> None:
+        self._place_at = 0.0
 
     def _in_trouble(self, event: str, reason: str) -> None:
         self._trouble = reason
@@ -195,68 +216,56 @@ class Coordinator:
             await asyncio.sleep(OBSERVE_SECONDS)
             for runner in list(self._runners.values()):
                 await runner.look_after()
-            await self._try(self._advance_idle())
+            await self._advance_idle()
             await self._measure()
 
-    async def _observe_always(self) -> None:
-        """Do what only the broker may keep waiting: numbers must not stand still when a disk does."""
+    async def _put_always(self) -> None:
+        """Put what the partitions have reached, each now and then, and at once where the key says too much."""
         while True:
-            await asyncio.sleep(OBSERVE_SECONDS)
-            await self._try(self._observe())
-            self.on_progress({p: at for p, runner in self._runners.items() if (at := runner.committed) is not None})
-            await self._try(self._trim())
+            await asyncio.sleep(PROGRESS_SECONDS)
+            now, due = time.monotonic(), {}
+            for partition, progress in self.progress().items():
+                if progress.committed < self._run_as[partition].committed or now >= self._put_at.get(partition, 0.0):
+                    due[partition] = progress.committed
+                    self._put_at[partition] = now + PUT_SECONDS
+            await asyncio.gather(*(self._put(partition, committed) for partition, committed in due.items()))
 
-    async def _try(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _put(self, partition: int, committed: int) -> None:
+        """Put that the file of *partition* has reached *committed*, unless its key says so."""
+        known = self._run_as[partition]
+        if known.committed == committed:
+            return
         try:
-            await work
-        except (TransientError, PermanentError) as error:
-            self._log.warning("OBSERVATION_FAILED", reason=str(error))
+            self._run_as[partition] = await self._placements.progress(known, committed)
+        except PermanentError as error:
+            self._log.error("PROGRESS_REFUSED", partition=partition_name(partition), reason=str(error))
+            self._place_soon()
+        except LogUnavailableError as error:
+            self._log.warning("PROGRESS_NOT_PUT", partition=partition_name(partition), reason=str(error))
 
     async def _measure(self) -> None:
         volume = self._deployment.volume
         try:
             free, size = await asyncio.to_thread(volume.room)
+            backed_up = await asyncio.to_thread(backed_up_at, volume.directory)
         except OSError as error:
             self._log.warning("OBSERVATION_FAILED", reason=f"the data directory cannot be measured: {error.strerror}")
             return
         self._metrics.volume_free.labels(volume.uuid).set(free)
         self._metrics.volume_size.labels(volume.uuid).set(size)
-
-    async def _observe(self) -> None:
-        if not self._runners:
-            return
-        infos = {info["name"]: info for info in await self._api.list_consumers(STREAM)}
-        for partition in self.partitions:
-            info = infos.get(consumer_name(self._deployment.log.store, partition))
-            if info is None:
-                continue
-            if placement_of(partition, info) != self._placed.here.get(partition):
-                self._place_at = 0.0
-            waiting, pending = info["num_pending"], info["num_ack_pending"]
-            self._metrics.of(partition).queue(waiting + pending, pending)
+        self._metrics.backup.labels(volume.uuid).set(backed_up)
 
     async def _advance_idle(self) -> None:
         """Move idle partitions up to the stream's end now and then, or trim would stop at their last events."""
-        stream = await self._api.stream_info(STREAM)
-        if stream is None:
-            return
-        hurry = stream["state"]["bytes"] > _HURRY_FULLNESS * stream["config"]["max_bytes"]
         now = time.monotonic()
         for partition, runner in list(self._runners.items()):
-            committed = runner.idle_at
-            if committed is None or committed >= stream["state"]["last_seq"]:
-                continue
-            if hurry or now >= self._advance_at.get(partition, 0.0):
+            if runner.idle_at is not None and now >= self._advance_at.get(partition, 0.0):
                 self._advance_at[partition] = now + ADVANCE_SECONDS
-                reached = await empty_up_to(self._api, partition, committed)
-                if reached > committed:
-                    await runner.advance(reached)
+                try:
+                    await runner.advance()
+                except (TransientError, PermanentError) as error:
+                    self._log.warning("OBSERVATION_FAILED", reason=str(error))
 
-    async def _trim(self) -> None:
-        if 0 not in self._runners:
-            return
-        trimmed = await self._trimmer.trim()
-        self._metrics.stream_fullness.set(trimmed.fullness)
-        if trimmed.purged:
-            self._metrics.trimmed.inc(trimmed.purged)
-            self._log.info("STREAM_TRIMMED", purged=trimmed.purged, committed=trimmed.committed)
+
+def _same(one: Placement, other: Placement) -> bool:
+    return (one.volume, one.epoch) == (other.volume, other.epoch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,7 +19,9 @@ from prometheus_client import (
 from services.corpus import StoreStats
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.partitions import partition_name
-from services.persister.batch import Written
+
+if TYPE_CHECKING:
+    from services.persister.rounds import Batch
 
 #: the acknowledgement rate is taken over this time, seconds
 RATE_WINDOW_SECONDS = 10.0
@@ -28,7 +31,7 @@ _PARTITION = ("partition",)
 FAILURE_KINDS = ("transient", "unexpected", "permanent")
 #: what may come of a question: answered with HDF5, answered from memory, the partition was let go or is between two
 #: commits, too many wait, its asker stopped waiting, the connection is congested, it is no question, a fault
-QUESTION_OUTCOMES = ("answered", "memory", "away", "busy", "stale", "dropped", "malformed", "failed")
+QUESTION_OUTCOMES = ("answered", "away", "busy", "stale", "dropped", "malformed", "failed")
 _STATES = ("starting", "following", "retrying", "stopped")
 
 
@@ -81,6 +84,13 @@ class Metrics:
         self.volume_size = Gauge(
             "fi_volume_size_bytes", "Size of the data directory's file system", ("volume",), registry=registry
         )
+        # older than a day, with one store: what FI_RETENTION has taken from the stream is on this disk only
+        self.backup = Gauge(
+            "fi_backup_timestamp_seconds",
+            "When the newest backup of the volume was made, Unix time; 0 for never",
+            ("volume",),
+            registry=registry,
+        )
         # grows for minutes: persisters are too slow, or a partition stands still (see fi_persister_partition_state)
         self.queue_length = Gauge(
             "fi_queue_length", "Events of the partition that are not committed yet", _PARTITION, registry=registry
@@ -102,17 +112,10 @@ class Metrics:
         self.dead_letters = Counter(
             "fi_persister_dead_letters", "Messages moved to stream fi-dead", _PARTITION, registry=registry
         )
-        # any: a client used a key for two events; fi-dead tells of the second one and names the first
+        # any: a client used a key for two events; fi-dead says where the corpus keeps the second one
         self.reused_keys = Counter(
             "fi_persister_reused_keys",
-            "Events set aside as the corpus held their id with another body",
-            _PARTITION,
-            registry=registry,
-        )
-        # any: a flood of them from one client; find it before trim takes their bodies
-        self.reused_keys_listed = Counter(
-            "fi_persister_reused_keys_listed",
-            "Events under used ids whose body was not copied to stream fi-dead, which lists them",
+            "Events kept under /conflicts as the corpus held their id with another body",
             _PARTITION,
             registry=registry,
         )
@@ -123,7 +126,7 @@ class Metrics:
             ("kind", "outcome"),
             registry=registry,
         )
-        # large: readers take time from the writer; while batches wait they get a fifth of the HDF5 thread
+        # large: readers take time from the writer
         self.question_seconds = Histogram(
             "fi_persister_question_seconds",
             "Time of the HDF5 thread that an answered question took",
@@ -133,21 +136,21 @@ class Metrics:
         self.bytes = Counter("fi_persister_bytes", "Bytes of bodies taken", _PARTITION, registry=registry)
         self.batch_events = Histogram(
             "fi_persister_batch_events",
-            "Messages in a batch",
+            "Messages in a round",
             buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 8192),
             registry=registry,
         )
-        # grows: the disk is slow, or batches touch many consultations
+        # grows: the disk is slow, or rounds touch many consultations
         self.batch_seconds = Histogram(
             "fi_persister_batch_seconds",
-            "Time from a batch's arrival to its acknowledgement",
+            "Time from the begin of a round to its acknowledgements",
             buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
             registry=registry,
         )
         # the time for which an accepted event was not in HDF5 yet
         self.event_age_seconds = Histogram(
             "fi_persister_event_age_seconds",
-            "Age of the oldest event of a batch at its commit, since ingest took it",
+            "Age of the oldest event of a round at its commit, since ingest took it",
             buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, 86400),
             registry=registry,
         )
@@ -197,7 +200,7 @@ class Metrics:
         # above 0.7 and growing: some store does not commit; trim deletes only what every store has
         self.stream_fullness = Gauge(
             "fi_stream_fullness_ratio",
-            "Share of the stream's max_bytes in use, as seen by the owner of partition 00",
+            "Share of the stream's max_bytes in use, as seen by the process that trims",
             registry=registry,
         )
         self.trimmed = Counter(
@@ -223,7 +226,6 @@ class PartitionMetrics:
             metrics.duplicates,
             metrics.dead_letters,
             metrics.reused_keys,
-            metrics.reused_keys_listed,
             metrics.bytes,
         ):
             counter.labels(self._name)  # shown as 0 from the start: a counter that appears as 1 has no increase
@@ -234,17 +236,15 @@ class PartitionMetrics:
         """Note the sequence that the file has reached."""
         self._metrics.committed_sequence.labels(self._name).set(sequence)
 
-    def batch(self, count: int, size: int, written: Written, seconds: float, oldest_ns: int | None) -> None:
-        """Note a batch of *count* messages and *size* bytes that is committed and acknowledged."""
+    def batch(self, batch: Batch) -> None:
+        """Note a *batch* that is committed and acknowledged."""
         metrics, name = self._metrics, self._name
-        metrics.events.labels(name).inc(written.persisted)
-        metrics.duplicates.labels(name).inc(written.duplicates)
-        metrics.bytes.labels(name).inc(size)
-        metrics.batch_events.observe(count)
-        metrics.batch_seconds.observe(seconds)
-        if oldest_ns is not None:
-            metrics.event_age_seconds.observe(max(0.0, time.time() - oldest_ns / 1e9))
-        self._acks.add(count)
+        self.committed(batch.deliveries[-1].sequence)
+        metrics.events.labels(name).inc(batch.persisted)
+        metrics.duplicates.labels(name).inc(batch.duplicates)
+        metrics.reused_keys.labels(name).inc(len(batch.conflicts))
+        metrics.bytes.labels(name).inc(batch.size)
+        self._acks.add(len(batch.deliveries))
 
     def queue(self, length: int, pending: int) -> None:
         """Note what the broker says of the partition's consumer."""
@@ -262,15 +262,6 @@ class PartitionMetrics:
     def dead_letter(self) -> None:
         """Note a message that was set aside."""
         self._metrics.dead_letters.labels(self._name).inc()
-
-    def reused_key(self) -> None:
-        """Note an event that was set aside since another one has its id."""
-        self._metrics.reused_keys.labels(self._name).inc()
-
-    def reused_keys_listed(self, count: int) -> None:
-        """Note *count* of them whose bodies were not copied."""
-        self._metrics.reused_keys.labels(self._name).inc(count)
-        self._metrics.reused_keys_listed.labels(self._name).inc(count)
 
     def failed(self, kind: str) -> None:
         """Note a failure: transient, unexpected or permanent."""

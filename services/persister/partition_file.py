@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from services.contract.errors import TransientError
-from services.contract.event import Event
 from services.corpus import EventStore
 from services.eventlog.errors import PlacementError
-from services.eventlog.protocol import Delivery
-from services.persister.batch import Sorted, Written, append, sort
+from services.eventlog.protocol import Position
 from services.persister.names import Names
 
 #: the names of all consultations stay in memory for so long after they were asked for, seconds
@@ -66,41 +64,10 @@ class PartitionFile:
                 failures.append(error)
         return failures
 
-    def take(
-        self, store: EventStore, batch: Sequence[Delivery], condemned: Mapping[int, str]
-    ) -> tuple[Sorted, Written | None]:
-        """Decode *batch*, and :meth:`write` it at once when none of it is poison; None stands for not written yet.
-
-        Raises:
-            PlacementError: the file was deleted or replaced.
-            CorpusError: nothing was committed.
-        """
-        _check_in_place(store)
-        sorted_ = sort(batch, condemned)
-        if sorted_.poison:
-            return sorted_, None
-        return sorted_, self.write(store, sorted_.events, batch[-1].sequence)
-
-    def write(self, store: EventStore, events: Sequence[tuple[int, Event]], reached: int) -> Written:
-        """Append *events* and commit them with *reached*; with reused keys among them the :meth:`commit` must follow.
-
-        Raises:
-            CorpusError: nothing was committed.
-        """
-        written = append(store, events)
-        if not written.reused:
-            self.commit(store, written, reached)
-        return written
-
-    def commit(self, store: EventStore, written: Written, reached: int) -> None:
-        """Commit what :meth:`write` appended, once what it did not take is safe elsewhere.
-
-        Raises:
-            CorpusError: nothing was committed.
-        """
-        store.commit(reached)
-        if self._names is not None:
-            self._names.add(written.created)
+    def created(self, consultations: Sequence[str]) -> None:
+        """Note that *consultations* are committed for the first time."""
+        if self._names is not None and consultations:
+            self._names.add(consultations)
 
     @property
     def names(self) -> Names:
@@ -120,19 +87,19 @@ class PartitionFile:
             raise NotNowError("the partition was let go")
         if store.uncommitted:
             raise NotNowError("a batch is half written")
-        _check_in_place(store)
+        self.check_in_place(store)
 
-    def advance(self, store: EventStore, sequence: int) -> bool:
-        """Move the committed sequence forward; False when a batch has taken it further already, or it was closed.
+    def advance(self, store: EventStore, position: Position) -> bool:
+        """Move the committed position forward; False when a batch has taken it further already, or it was closed.
 
         Raises:
             PlacementError: the file was deleted or replaced.
             CorpusError: it was not committed.
         """
-        if store is not self.store or store.uncommitted or store.committed >= sequence:
+        if store is not self.store or store.uncommitted or store.committed >= position.sequence:
             return False
-        _check_in_place(store)
-        store.commit(sequence)
+        self.check_in_place(store)
+        store.commit(position.sequence, position.message_id)
         return True
 
     def checkpoint(self, store: EventStore) -> None:
@@ -143,16 +110,19 @@ class PartitionFile:
             CorpusError: the checkpoint failed; the journal holds everything.
         """
         if store is self.store:
-            _check_in_place(store)
+            self.check_in_place(store)
             store.maybe_checkpoint()
         if self._names is not None and time.monotonic() - self._names.used > NAMES_SECONDS:
             self._names = None
 
+    def check_in_place(self, store: EventStore) -> None:
+        """Make sure that the open files are still the ones in the directory: commits to deleted ones go nowhere.
 
-def _check_in_place(store: EventStore) -> None:
-    """Make sure that the open files are still the ones in the directory: commits to deleted ones go nowhere."""
-    if not store.in_place:
-        raise PlacementError(
-            f"{store.path} or its journal was deleted or replaced while it was written: put both back, then "
-            "restart the persister; the stream still has what they lack"
-        )
+        Raises:
+            PlacementError: one was deleted or replaced.
+        """
+        if not store.in_place:
+            raise PlacementError(
+                f"{store.path} or its journal was deleted or replaced while it was written: put both back, then "
+                "restart the persister; the stream still has what they lack"
+            )

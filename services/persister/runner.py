@@ -1,11 +1,7 @@
-"""Runs one partition: fetch a batch, drop what the corpus holds, write, commit, acknowledge the last.
-
-The order is the guarantee. A dead letter is stored before its message counts as done, a commit is durable before its
-acknowledgement is sent, and the committed sequence lies in the same commit as the events. So a crash anywhere leads
-to the same events again, and the corpus drops what it holds.
+"""The life of one partition in this process: open its file, follow its events, take part in the rounds, release it.
 
 What fails decides what happens: a transient error abandons the file and starts over after a pause, a permanent one
-stops the partition until an operator has acted, a poison message is set aside.
+stops the partition until an operator has acted. How events are written is in :mod:`services.persister.rounds`.
 """
 
 from __future__ import annotations
@@ -13,35 +9,30 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from structlog.typing import FilteringBoundLogger
+
 from services.contract import logs
-from services.contract.errors import FiqError, PermanentError, TransientError
+from services.contract.errors import PermanentError, TransientError
 from services.corpus import (
     CorpusError,
     CorpusLockedError,
     EventStore,
     PermanentCorpusError,
     StoreFailedError,
+    StoreStats,
     TransientCorpusError,
 )
 from services.eventlog.errors import PlacementError
 from services.eventlog.partitions import partition_name
-from services.eventlog.protocol import Delivery, Follower
-from services.persister.batch import Sorted, Written
-from services.persister.checkpoints import CheckpointWatch
-from services.persister.dead_letters import DeadLetters, PoisonLimit
-from services.persister.hdf5_thread import Calls
+from services.eventlog.protocol import Follower, Position
+from services.persister.dead_letters import DeadLetters, PoisonLimit, SetAside, Suspects
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
 from services.persister.reasons import described, reason_of
-from services.persister.reused import Allowance, ReusedKeys
-from services.persister.set_aside import SetAside
-from services.persister.suspects import Suspects
-from services.persister.traces import Traces
+from services.persister.rounds import Member, Rounds
 
 #: pauses between attempts after transient failures, seconds; the last one repeats
 BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -52,6 +43,9 @@ HANDOVER_PAUSE_SECONDS = 0.1
 #: a handover takes this long at most: whoever holds the partition then does not let go of it, seconds
 HANDOVER_SECONDS = 10.0
 
+#: checkpoints that wait for so long are worth a warning, seconds; it is repeated after as long again, doubled each time
+WARN_SECONDS = 60.0
+
 
 class State(StrEnum):
     """What a partition is doing."""
@@ -60,19 +54,6 @@ class State(StrEnum):
     FOLLOWING = "following"
     RETRYING = "retrying"
     STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much is committed together.
-
-    Attributes:
-        events: events in a batch, at most.
-        size: bytes of bodies in a batch, about, at most.
-    """
-
-    events: int
-    size: int
 
 
 class Answers(Protocol):
@@ -92,15 +73,12 @@ class PartitionRunner:
 
     Args:
         partition: its number.
-        open_store: opens the partition's file; runs in *hdf5*.
-        follower: makes the partition's follower.
+        open_store: opens the partition's file; runs in the HDF5 thread.
+        follower: makes the partition's follower, which calls what it is given whenever something has come.
         dead_letters: where poison goes.
-        hdf5: the one thread that touches HDF5.
-        limits: how much is committed together.
+        rounds: of this process.
         metrics: of this process.
-        traces: shows which traces came with a batch.
         poison_limit: when bad messages are a flood.
-        allowance: how many events under used keys are copied whole.
         desk: answers questions about the partition while its file is open.
     """
 
@@ -109,37 +87,34 @@ class PartitionRunner:
         partition: int,
         *,
         open_store: Callable[[], EventStore],
-        follower: Callable[[], Follower],
+        follower: Callable[[Callable[[], None]], Follower],
         dead_letters: DeadLetters,
-        hdf5: Executor,
-        limits: Limits,
+        rounds: Rounds,
         metrics: Metrics,
-        traces: Traces | None = None,
         poison_limit: PoisonLimit | None = None,
-        allowance: Allowance | None = None,
         desk: Answers | None = None,
     ) -> None:
         self.partition = partition
         self.state = State.STARTING
         self.reason = ""
+        #: what the file had reached when :meth:`stop` let go of it; None when the partition was not followed then
+        self.reached: int | None = None
         self._file = PartitionFile(open_store)
         self._make_follower = follower
-        self._limits = limits
+        self._dead_letters = dead_letters
+        self._rounds = rounds
         self._metrics = metrics.of(partition)
         self._log = logs.get_logger("runner").bind(partition=partition_name(partition))
-        self._traces = traces or Traces()
         self._checkpoints = CheckpointWatch(self._log)
         self._aside = SetAside(dead_letters, poison_limit or PoisonLimit(), self._metrics, self._log)
-        self._reused = ReusedKeys(dead_letters, self._metrics, self._log, allowance or Allowance())
-        self._desk = desk
-        self._follower: Follower | None = None
         self._suspects = Suspects()
+        self._desk = desk
+        self._member: Member | None = None
+        self._follower: Follower | None = None
         self._failures = 0
         self._locked_at = 0.0  # when another process was first found to have the file; 0 when none does
-        self._busy_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
-        self._calls = Calls(hdf5)
 
     def start(self) -> None:
         """Begin in a task of its own."""
@@ -156,49 +131,69 @@ class PartitionRunner:
         await asyncio.wait({self._task})
 
     @property
+    def position(self) -> Position | None:
+        """What the file has reached; None unless the partition is followed just now."""
+        store = self._file.store
+        if store is None or self.state is not State.FOLLOWING:
+            return None
+        return Position(store.committed, store.committed_id)
+
+    @property
     def committed(self) -> int | None:
         """The stream sequence that the file has reached; None unless the partition is followed just now."""
-        store = self._file.store
-        return store.committed if store is not None and self.state is State.FOLLOWING else None
+        position = self.position
+        return None if position is None else position.sequence
+
+    @property
+    def waiting(self) -> int:
+        """Events of the partition that the log has and the file has not, as far as is known."""
+        return 0 if self._follower is None else self._follower.waiting
 
     @property
     def disk_wait(self) -> float:
-        """For how long the oldest call on the partition's file has waited for its answer, seconds; 0 without one."""
-        return self._calls.longest
+        """For how long the oldest call on a partition file of the process has waited for its answer, seconds."""
+        return self._rounds.hdf5.longest
 
     @property
     def idle_at(self) -> int | None:
         """The committed sequence when nothing came in for a while; None otherwise."""
-        if self._file.store is None or self.state is not State.FOLLOWING:
+        if self._member is None or time.monotonic() - self._member.busy_at <= IDLE_SECONDS:
             return None
-        return self._file.store.committed if time.monotonic() - self._busy_at > IDLE_SECONDS else None
+        return self.committed
 
-    async def advance(self, sequence: int) -> None:
-        """Commit that the partition has no events up to *sequence* that are not in its file: it must be proved."""
-        store, follower = self._file.store, self._follower
-        if store is None or follower is None or self.state is not State.FOLLOWING:
+    async def advance(self) -> None:
+        """Commit up to where it is proven that the partition has no events which are not in its file.
+
+        Raises:
+            LogUnavailableError: no proof to be had just now.
+        """
+        member = self._member
+        if member is None or self.state is not State.FOLLOWING:
+            return
+        position = await member.follower.empty_up_to()
+        if position.sequence <= member.store.committed:
             return
         try:
-            advanced = await self._calls.run(lambda: self._file.advance(store, sequence))
+            advanced = await self._rounds.hdf5.run(lambda: self._file.advance(member.store, position))
         except (CorpusError, PlacementError) as error:
-            follower.interrupt(error)
+            member.follower.interrupt(error)
             return
-        if advanced and self._file.store is store:
-            follower.advance(sequence)
-            self._metrics.committed(sequence)
+        if advanced and self._member is member:
+            member.follower.advance(position)
+            self._metrics.committed(position.sequence)
 
     async def look_after(self) -> None:
-        """Renew the gauges, and bring the partition file up to date for stock readers when nothing comes in."""
-        store, follower = self._file.store, self._follower
-        if store is None or follower is None or self.state is not State.FOLLOWING:
+        """Renew the gauges, and bring the partition file up to date for stock readers."""
+        member = self._member
+        if member is None or self.state is not State.FOLLOWING:
             return
-        stats = store.stats
+        stats = member.store.stats
         self._metrics.store(stats)
         self._checkpoints.note(stats)
         try:
-            await self._calls.run(lambda: self._file.checkpoint(store))
+            await self._rounds.hdf5.run(lambda: self._file.checkpoint(member.store))
         except (CorpusError, PlacementError) as error:
-            follower.interrupt(error)  # an idle partition must show it too, and open its file again
+            member.follower.interrupt(error)  # an idle partition must show it too, and open its file again
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -219,28 +214,42 @@ class PartitionRunner:
 
     async def _follow(self) -> None:
         self._change(State.RETRYING if self.reason else State.STARTING, self.reason)
-        store = await self._calls.run(self._file.open)
+        store = await self._rounds.hdf5.run(self._file.open)
         self._locked_at = 0.0
         self._metrics.committed(store.committed)
         if self._desk is not None:
             await self._desk.open(self.partition, self._file, store)
-        self._follower = self._make_follower()
-        await self._follower.start(store.committed)
-        self._busy_at = time.monotonic()
+        follower = self._follower = self._make_follower(self._rounds.arrived)
+        await follower.start(Position(store.committed, store.committed_id))
+        member = self._member = Member(
+            self.partition,
+            self._file,
+            store,
+            follower,
+            self._aside,
+            self._suspects,
+            self._dead_letters,
+            self._metrics,
+            self._log,
+            fail=self._failed,
+            busy_at=time.monotonic(),
+        )
         self._change(State.FOLLOWING)
         self._log.info(logs.EVENT_WORKER_STARTED, committed=store.committed)
-        while True:
-            batch = await self._follower.batch(
-                max_events=1 if self._suspects.singly else self._limits.events, max_bytes=self._limits.size
-            )
-            work = asyncio.create_task(self._persist(batch))
-            try:
-                await asyncio.shield(work)
-            except asyncio.CancelledError:
-                await asyncio.wait({work})
-                if not work.cancelled() and (error := work.exception()) is not None:
-                    self._log.warning(logs.EVENT_PERSIST_FAILED, stopping=True, **described(error))
-                raise
+        self._rounds.join(member)
+        try:
+            await follower.run()
+        finally:
+            await self._rounds.leave(member)
+            if member.progressed:
+                self._failures = 0
+
+    def _failed(self, error: Exception) -> None:
+        """Take the error of a round in which this partition took part."""
+        if self._stopping:
+            self._log.warning(logs.EVENT_PERSIST_FAILED, stopping=True, **described(error))
+        elif self._follower is not None:
+            self._follower.interrupt(error)
 
     async def _pause(self, error: Exception) -> None:
         await self._release(abandon=True)
@@ -270,69 +279,51 @@ class PartitionRunner:
         self._change(State.STOPPED, reason_of(error))
 
     async def _release(self, *, abandon: bool = False) -> None:
-        """Let go of the consumer, then of the file; with *abandon* what is not committed may be what went wrong."""
+        """Let go of the follower, then of the file; with *abandon* what is not committed may be what went wrong."""
         if self._desk is not None:
             await self._desk.close(self.partition)
+        self.reached = None if abandon else self.committed
+        self._member = None
         follower, self._follower = self._follower, None
         if follower is not None:
             try:
                 await follower.close()
             except Exception as error:  # noqa: BLE001 - the file must be released whatever the broker does
                 self._log.warning("FOLLOWER_CLOSE_FAILED", **described(error))
-        for failure in await self._calls.run(lambda: self._file.close(abandon=abandon)):
+        for failure in await self._rounds.hdf5.run(lambda: self._file.close(abandon=abandon)):
             self._log.warning("PARTITION_CLOSE_FAILED", **described(failure))
 
     def _change(self, state: State, reason: str = "") -> None:
         self.state, self.reason = state, reason
         self._metrics.state(state)
 
-    # -- one batch ----------------------------------------------------------------------------------------------------
 
-    async def _persist(self, batch: list[Delivery]) -> None:
-        started = time.perf_counter()
-        store, follower = self._file.store, self._follower
-        if store is None or follower is None:
-            raise RuntimeError("no store is open")
-        reached = batch[-1].sequence
-        try:
-            sorted_, written = await self._calls.run(lambda: self._file.take(store, batch, self._suspects.condemned))
-            if written is None:
-                await self._aside.poison_of(batch, sorted_)
-                written = await self._calls.run(lambda: self._file.write(store, sorted_.events, reached))
-            else:
-                self._aside.none_of(batch)
-            if written.reused:
-                await self._reused.set_aside(batch, written.reused)
-                await self._calls.run(lambda: self._file.commit(store, written, reached))
-        except (FiqError, TransientCorpusError, PermanentCorpusError, StoreFailedError):
-            raise
-        except (OSError, MemoryError):  # the machine's trouble, not the message's
-            raise
-        except Exception as error:
-            self._suspects.failed(batch, error)
-            raise
-        await follower.acknowledge(batch[-1])
-        self._busy_at = time.monotonic()
-        self._failures = 0
-        self._suspects.passed(batch)
-        self._report(batch, sorted_, written, time.perf_counter() - started)
-        await self._calls.run(store.maybe_checkpoint)
+class CheckpointWatch:
+    """Follows the stats of one partition's store.
 
-    def _report(self, batch: list[Delivery], sorted_: Sorted, written: Written, seconds: float) -> None:
-        oldest = min((event.received_ns for _, event in sorted_.events), default=None)
-        size = sum(len(delivery.body) for delivery in batch)
-        self._metrics.committed(batch[-1].sequence)
-        self._metrics.batch(len(batch), size, written, seconds, oldest)
-        self._log.info(
-            logs.EVENT_PERSISTED,
-            first_sequence=batch[0].sequence,
-            last_sequence=batch[-1].sequence,
-            persisted=written.persisted,
-            duplicates=written.duplicates,
-            dead=len(sorted_.poison) + len(written.reused),
-            consultations=written.consultations,
-            bytes=size,
-            duration_s=round(seconds, 6),
-            age_s=None if oldest is None else round(max(0.0, time.time() - oldest / 1e9), 6),
-        )
-        self._traces.show(self._log, partition_name(self.partition), sorted_, written, seconds)
+    Args:
+        log: bound to the partition.
+    """
+
+    def __init__(self, log: FilteringBoundLogger) -> None:
+        self._log = log
+        self._warn_after = WARN_SECONDS
+        self._compactions = 0
+
+    def note(self, stats: StoreStats) -> None:
+        """Look at the *stats* as they are now; call it every second or so."""
+        waiting = stats.checkpoint_waiting_seconds
+        if waiting >= self._warn_after:
+            self._warn_after = 2 * waiting
+            self._log.warning(
+                "CHECKPOINTS_HELD_BACK",
+                reason=stats.checkpoint_deferred_because,
+                waiting_s=round(waiting),
+                journal_bytes=stats.journal_bytes,
+            )
+        elif not waiting and self._warn_after > WARN_SECONDS:
+            self._warn_after = WARN_SECONDS
+            self._log.info("CHECKPOINTS_GO_ON", journal_bytes=stats.journal_bytes)
+        if stats.compactions > self._compactions:
+            self._log.warning("JOURNAL_COMPACTED", times=stats.compactions, journal_bytes=stats.journal_bytes)
+        self._compactions = stats.compactions

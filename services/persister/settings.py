@@ -42,13 +42,13 @@ class PersisterSettings:
         "FI_BATCH_EVENTS",
         8192,
         parse=integer(1, 65536),
-        doc="Events committed together, at most; what a partition gets of FI_BUFFER_EVENTS is another limit.",
+        doc="Events of all partitions of a process that one round commits, at most.",
     )
     batch_bytes: int = setting(
         "FI_BATCH_BYTES",
         16 * 2**20,
         parse=size(2**16, 2**28),
-        doc="Bytes of events committed together, about, at most.",
+        doc="Bytes of the events of one round, about, at most.",
     )
     buffer_events: int = setting(
         "FI_BUFFER_EVENTS",
@@ -70,9 +70,9 @@ class PersisterSettings:
     )
     known_ids: int = setting(
         "FI_KNOWN_IDS",
-        500_000,
+        4_000_000,
         parse=integer(1000, 10**8),
-        doc="Event ids that a process keeps in memory to drop retries, about 100 bytes each; others are read again.",
+        doc="Event ids that a process keeps in memory to drop retries, 12 bytes each; others are read again.",
     )
     poison_streak: int = setting(
         "FI_POISON_STREAK",

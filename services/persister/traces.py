@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from services.contract.event import Event
 from services.contract.logs import EVENT_TRACED
 from services.contract.telemetry import Spans
 from services.contract.trace import trace_of_message
 from services.eventlog.jetstream.names import STREAM
-from services.persister.batch import Sorted, Written
+
+if TYPE_CHECKING:
+    from services.persister.rounds import Batch
 
 #: lines of one batch, at most; a batch may be thousands of events, each of a trace of its own
 MAX_LINES = 64
@@ -34,22 +36,21 @@ class Traces:
     def __init__(self, spans: Spans | None = None) -> None:
         self._spans = spans
 
-    def show(self, log: Any, partition: str, sorted_: Sorted, written: Written, seconds: float) -> None:
+    def show(self, log: Any, partition: str, batch: Batch, seconds: float) -> None:
         """Log one line for each sampled trace of a batch, up to a limit, and make the batch's span.
 
         Args:
             log: of the partition.
             partition: its name.
-            sorted_: the batch.
-            written: what became of it.
+            batch: what was committed.
             seconds: that it took.
         """
-        traced = [numbered for numbered in sorted_.events if numbered[1].trace is not None]
+        traced = [numbered for numbered in batch.events if numbered[1].trace is not None]
         if traced:
-            _log_lines(log, traced, written)
+            _log_lines(log, traced, batch)
         if self._spans is not None:
             traces = [event.trace for _, event in traced if event.trace is not None and event.trace.sampled]
-            self._spans.persisted(STREAM, partition, traces, events=len(sorted_.events), seconds=seconds)
+            self._spans.persisted(STREAM, partition, traces, events=len(batch.events), seconds=seconds)
 
 
 def trace_id_in(headers: Mapping[str, str] | None) -> dict[str, str]:
@@ -58,8 +59,8 @@ def trace_id_in(headers: Mapping[str, str] | None) -> dict[str, str]:
     return {} if trace is None else {"trace_id": trace.trace_id}
 
 
-def _log_lines(log: Any, traced: list[tuple[int, Event]], written: Written) -> None:
-    set_aside = {reused.sequence for reused in written.reused}
+def _log_lines(log: Any, traced: list[tuple[int, Event]], batch: Batch) -> None:
+    set_aside = {conflict.sequence for conflict in batch.conflicts}
     found: dict[str, _Found] = {}
     for sequence, event in traced:
         if event.trace is not None and event.trace.sampled and sequence not in set_aside:

@@ -2,11 +2,11 @@
 
 ::
 
-    <data>/volume.json   who the volume is: a UUID made once, and the store it belongs to
+    <data>/volume.json   who the volume is: a UUID made once, the store it belongs to, and whether that was formed
     <data>/volume.lock   held while one of the volume's processes claims partitions
-    <data>/<pp>.h5       a partition file, with its journal <pp>.h5.wal
-    <data>/<pp>.claim    a claim that is under way: its file may still be missing
+    <data>/<pp>.h5       a partition file, with its journal <pp>.h5.wal; made before the partition is claimed
     <data>/corpus.h5     opens all of them together
+    <data>/backup.json   when the newest backup was made
     <data>/workers/      a lock file for each live process
 """
 
@@ -18,14 +18,19 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from services.eventlog.partitions import partition_name
 from services.persister.errors import VolumeBusyError, VolumeError
 
+_STATED = "volume.json"
+#: says when the newest backup was made; `fiq backup` writes it
+BACKUP_NOTE = "backup.json"
 #: version of ``volume.json``
 FORMAT = 1
 #: epoch of a partition's first placement
@@ -40,7 +45,7 @@ class Volume:
 
     Attributes:
         directory: where it is.
-        uuid: made when the volume was first used; consumers and partition files name it.
+        uuid: made when the volume was first used; the partitions' keys and files name it.
         store: the store it belongs to.
     """
 
@@ -91,58 +96,57 @@ class Volume:
             await asyncio.to_thread(stack.enter_context, _locked(self.directory / "volume.lock"))
             yield
 
-    def mark_claim(self, partition: int, epoch: int) -> None:
-        """Note durably that *partition* is about to be claimed with *epoch*, so that a missing file is no loss yet."""
-        marker = self._marker(partition)
-        with open(marker, "w", encoding="ascii") as file:
-            file.write(claim_marker(self.uuid, epoch))
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_directory(self.directory)
+    def formed_in(self) -> str:
+        """Return the creation time of the stream in which the store was formed; empty while it was not.
 
-    def claim_marked(self, partition: int) -> bool:
-        """Whether a claim of *partition* is under way."""
-        return self._marker(partition).exists()
+        The volume remembers it for the case that the bucket gets lost: a formed store must not begin anew.
 
-    def claimed_epoch(self, partition: int) -> int | None:
-        """Return the epoch with which a claim of *partition* is under way; None when none is."""
-        try:
-            written = self._marker(partition).read_text(encoding="ascii").split()
-        except FileNotFoundError:
-            return None
-        return int(written[1]) if len(written) > 1 else FIRST_EPOCH
+        Raises:
+            VolumeError: ``volume.json`` is gone or damaged.
+        """
+        return str(_stated(self.directory / _STATED).get("formed", ""))
 
-    def clear_claim(self, partition: int) -> None:
-        """Note durably that the partition's file exists, or that another volume won: before anything is written."""
-        marker = self._marker(partition)
-        if marker.exists():
-            marker.unlink()
-            _sync_directory(self.directory)
+    def note_formed(self, stream_created: str) -> None:
+        """Remember that the store was formed; the caller holds the claim lock.
 
-    def _marker(self, partition: int) -> Path:
-        return self.directory / f"{partition_name(partition)}.claim"
+        Raises:
+            VolumeError: ``volume.json`` is gone or damaged.
+        """
+        path = self.directory / _STATED
+        _write_durably(path, _document({**_stated(path), "formed": stream_created}))
 
 
-def claim_marker(volume: str, epoch: int) -> str:
-    """Return what ``<pp>.claim`` contains: who claims, and with which epoch."""
-    return f"{volume}\n{epoch}\n"
+def stated(volume: str, store: str) -> str:
+    """Return what the ``volume.json`` of a volume contains."""
+    return _document({"format": FORMAT, "volume": volume, "store": store})
+
+
+def _document(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        uuid.UUID(found["volume"])
+        return {**found, "store": str(found["store"]), "format": found["format"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VolumeError(
+            f"{path} is gone or damaged: restore it; `nats kv get fi-partitions` names the volume of each partition"
+        ) from error
 
 
 def _identity(directory: Path, store: str) -> str:
-    path = directory / "volume.json"
+    path = directory / _STATED
     if not path.exists():
         if any(directory.glob("[0-9][0-9].h5")):
             raise VolumeError(
                 f"{directory} has partition files but no volume.json: put the volume.json that belongs to them back; "
                 "a new identity would orphan them"
             )
-        identity = {"format": FORMAT, "volume": str(uuid.uuid4()), "store": store}
-        _write_durably(path, json.dumps(identity, indent=2) + "\n")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        owner, volume, version = found["store"], str(uuid.UUID(found["volume"])), found["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise VolumeError(f"{path} is damaged: restore it; the consumers' metadata name the volume") from error
+        _write_durably(path, stated(str(uuid.uuid4()), store))
+    found = _stated(path)
+    owner, volume, version = found["store"], str(uuid.UUID(found["volume"])), found["format"]
     if version != FORMAT:
         raise VolumeError(f"{path} has format {version!r}; this version of fiq reads format {FORMAT}")
     if owner != store:
@@ -191,3 +195,22 @@ def _wait_for_lock(descriptor: int, path: Path) -> None:
             time.sleep(0.02)
         else:
             return
+
+
+def backed_up_at(directory: Path) -> float:
+    """Return when the newest backup of the volume in *directory* was made, seconds since 1970; 0 for never."""
+    try:
+        return datetime.fromisoformat(json.loads((directory / BACKUP_NOTE).read_text())["made"]).timestamp()
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def note_backup(directory: Path, made: str) -> None:
+    """Note that a backup of the volume in *directory* was *made*, RFC 3339; metrics and ``fiq doctor`` show its age.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    temporary = directory / f"{BACKUP_NOTE}.new"
+    temporary.write_text(json.dumps({"made": made}))
+    temporary.replace(directory / BACKUP_NOTE)

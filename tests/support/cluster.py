@@ -16,7 +16,7 @@ from services.cli.cluster import Cluster
 from tests.support.polling import eventually
 
 #: the streams of the product
-STREAMS = ("fi-events", "fi-dead")
+STREAMS = ("fi-events", "fi-dead", "KV_fi-partitions")
 #: the broker's error code for a stream that does not exist
 _STREAM_NOT_FOUND = 10059
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID
 
 from services.contract.errors import TransientError
 from services.contract.event import Event
 from services.corpus import EventStore, Identity, StorageIO, StoreOptions, open_corpus
-from services.eventlog.protocol import Appended, Delivery, LogIdentity
+from services.eventlog.protocol import Appended, Delivery, LogIdentity, Position
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.metrics import Metrics
-from services.persister.runner import Limits, PartitionRunner, State
+from services.persister.rounds import Hdf5Thread, Limits, Rounds
+from services.persister.runner import PartitionRunner, State
 from services.persister.traces import Traces
 from tests.support.polling import eventually
 
@@ -60,16 +61,20 @@ class Stream:
         self.acknowledged: list[int] = []
         self.followers = 0
         self.advanced: list[int] = []
+        self.started: list[Position] = []
         self.on_acknowledge: Callable[[int], None] = lambda _: None
-        self.changed = asyncio.Event()
+        self.on_events: list[Callable[[], None]] = []
 
     def add(self, *deliveries: Delivery) -> None:
         """Publish more."""
         self.deliveries += deliveries
-        self.changed.set()
+        for _ in deliveries:  # as a real follower does
+            for tell in self.on_events:
+                tell()
 
-    def follower(self) -> ScriptedFollower:
+    def follower(self, on_events: Callable[[], None]) -> ScriptedFollower:
         """Make a follower; each start begins where it is told."""
+        self.on_events.append(on_events)
         return ScriptedFollower(self)
 
 
@@ -79,33 +84,43 @@ class ScriptedFollower:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._position = 0
-        self._error: Exception | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def start(self, after: int) -> None:
+    async def start(self, after: Position) -> None:
         self._stream.followers += 1
-        self._position = after
+        self._stream.started.append(after)
+        self._position = after.sequence
 
-    async def batch(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
-        while True:
-            self._stream.changed.clear()
-            if self._error is not None:
-                raise self._error
-            found = [one for one in self._stream.deliveries if one.sequence > self._position][:max_events]
-            if found:
-                self._position = found[-1].sequence
-                return found
-            await self._stream.changed.wait()
+    async def run(self) -> None:
+        await self._ended
+
+    def take(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
+        found = self._left()[:max_events]
+        if found:
+            self._position = found[-1].sequence
+        return found
+
+    @property
+    def ready(self) -> int:
+        return len(self._left())
+
+    @property
+    def waiting(self) -> int:
+        return len(self._left())
+
+    def _left(self) -> list[Delivery]:
+        return [one for one in self._stream.deliveries if one.sequence > self._position]
 
     async def acknowledge(self, delivery: Delivery) -> None:
         self._stream.on_acknowledge(delivery.sequence)
         self._stream.acknowledged.append(delivery.sequence)
 
-    def advance(self, sequence: int) -> None:
-        self._stream.advanced.append(sequence)
+    def advance(self, position: Position) -> None:
+        self._stream.advanced.append(position.sequence)
 
     def interrupt(self, error: Exception) -> None:
-        self._error = error
-        self._stream.changed.set()
+        if not self._ended.done():
+            self._ended.set_exception(error)
 
     async def close(self) -> None:
         pass
@@ -149,15 +164,15 @@ class Rig:
         self.opened = 0
         self.store: EventStore | None = None
         self.wrap: Callable[[EventStore], None] = lambda _: None
+        self.rounds = Rounds(Hdf5Thread(hdf5), Limits(events=100, size=2**20), self.metrics, traces)
+        self.turning = asyncio.create_task(self.rounds.run())
         self.runner = PartitionRunner(
             0,
             open_store=self._open,
             follower=stream.follower,
             dead_letters=DeadLetters(self.dead, 0, LOG, max_bytes=2**20),
-            hdf5=hdf5,
-            limits=Limits(events=100, size=2**20),
+            rounds=self.rounds,
             metrics=self.metrics,
-            traces=traces,
             poison_limit=limit,
         )
 
@@ -194,10 +209,21 @@ def contents(path: Path) -> dict[str, list[int]]:
         return {name: [record.sequence for record in corpus[name]] for name in corpus.consultations()}
 
 
-@contextmanager
-def rig(
+def conflicts(path: Path) -> dict[str, list[tuple[int, bytes]]]:
+    """Return sequence and body of each consultation's conflicts in the partition file at *path*."""
+    with open_corpus(path) as corpus:
+        return {kept.id: [(record.sequence, record.raw) for record in kept] for kept in corpus.conflicts()}
+
+
+@asynccontextmanager
+async def rig(
     folder: Path, stream: Stream, *, limit: PoisonLimit | None = None, traces: Traces | None = None
-) -> Iterator[Rig]:
+) -> AsyncIterator[Rig]:
     """Make a :class:`Rig`; its runner is the test's to start and stop."""
     with ThreadPoolExecutor(1) as hdf5:
-        yield Rig(folder, stream, hdf5, limit, traces)
+        made = Rig(folder, stream, hdf5, limit, traces)
+        try:
+            yield made
+        finally:
+            made.turning.cancel()
+            await asyncio.wait({made.turning})

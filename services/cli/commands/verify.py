@@ -14,6 +14,9 @@ from services.cli.errors import CommandError
 from services.cli.progress import bar
 from services.cli.target import FolderOption, find_corpus
 
+#: what it means that a file does not begin with the stream
+SEED = "earlier events are only in other stores; docs/operations.md, `A store that begins late`, says how to get them"
+
 if TYPE_CHECKING:
     from services.corpus import Report
 
@@ -63,6 +66,8 @@ def _print(report: Report, limit: int) -> None:
             str(one.problems),
         )
     console.out().print(table)
+    for begins, files in late(report):
+        typer.echo(f"{files} begins at sequence {begins}: {SEED}")
     for problem in report.problems[:limit]:
         typer.echo(console.printable(str(problem)))
     more = len(report.problems) - limit
@@ -74,6 +79,15 @@ def _print(report: Report, limit: int) -> None:
         f"{_count(len(report.partitions), 'file')}, "
         f"{report.seconds:.1f} s, {report.events_per_second:,.0f} events/s"
     )
+
+
+def late(report: Report) -> list[tuple[int, str]]:
+    """Return where files begin that do not begin with the stream, and the names of those files."""
+    found: dict[int, list[str]] = {}
+    for one in report.partitions:
+        if one.begins > 1:
+            found.setdefault(one.begins, []).append(one.file)
+    return [(begins, ", ".join(files)) for begins, files in sorted(found.items())]
 
 
 def _count(number: int, what: str) -> str:

@@ -12,6 +12,11 @@ from services.eventlog.settings import LogSettings
 #: version of these definitions, kept in the streams' metadata
 FORMAT = 1
 
+#: earlier values that the bucket keeps of each key: `nats kv history fi-partitions` shows them
+BUCKET_HISTORY = 8
+#: limit of the bucket; a hundred partitions of a store take a quarter of a megabyte, history included
+BUCKET_MAX_BYTES = 16 << 20
+
 #: an ack-all consumer counts everything behind its floor as pending; the runner bounds what it holds, not the broker
 MAX_ACK_PENDING = 1_000_000
 #: longer than any batch may take, seconds: the runner resets when in doubt, so the broker's timer must never redeliver
@@ -56,6 +61,22 @@ def dead_stream_config(settings: LogSettings) -> dict[str, Any]:
         "subjects": [names.DEAD_SUBJECT],
         "max_bytes": settings.dead_max_bytes,
         "duplicate_window": _window(settings),
+        "allow_direct": True,
+        "metadata": {names.FORMAT_KEY: str(FORMAT)},
+    }
+
+
+def bucket_config(settings: LogSettings) -> dict[str, Any]:
+    """Return the configuration of the stream of the bucket ``fi-partitions``, as ``nats kv add`` makes it (ADR-8)."""
+    return {
+        **_common(settings),
+        "name": names.BUCKET_STREAM,
+        "description": "Where the partitions of each store live. Written by fiq persisters, and by fiq for operators.",
+        "subjects": [f"{names.BUCKET_PREFIX}.>"],
+        "max_bytes": BUCKET_MAX_BYTES,
+        "max_msgs_per_subject": BUCKET_HISTORY,
+        "allow_rollup_hdrs": True,
+        "deny_delete": True,
         "allow_direct": True,
         "metadata": {names.FORMAT_KEY: str(FORMAT)},
     }

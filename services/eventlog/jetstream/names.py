@@ -16,6 +16,11 @@ STREAM = "fi-events"
 #: the stream of messages that were set aside
 DEAD_STREAM = "fi-dead"
 
+#: the key-value bucket that says where partitions live, and the stream that keeps it
+BUCKET, BUCKET_STREAM = "fi-partitions", "KV_fi-partitions"
+#: prefix of the subjects of its keys
+BUCKET_PREFIX = f"$KV.{BUCKET}"
+
 #: prefix of the events' subjects, as published and as stored
 EVENTS_PREFIX = "fi.events"
 #: what clients may publish; one token behind the prefix: the consultation
@@ -90,6 +95,16 @@ def stored_subject(partition: int, consultation: str) -> str:
 def corpus_subject(store: str, partition: int, kind: str) -> str:
     """Return the subject on which the persister that has *partition* of *store* answers questions of a *kind*."""
     return f"{CORPUS_PREFIX}.{store}.{partition}.{kind}"
+
+
+def placement_key(store: str, partition: int) -> str:
+    """Return the key of the bucket that says where *partition* of *store* lives."""
+    return f"{store}.{partition_name(partition)}"
+
+
+def key_subject(key: str) -> str:
+    """Return the subject under which the bucket keeps *key*."""
+    return f"{BUCKET_PREFIX}.{key}"
 
 
 def stream_of(subject: str) -> str:

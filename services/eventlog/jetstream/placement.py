@@ -1,31 +1,69 @@
-"""Which volume a partition lives on: the metadata of the partition's own consumer, where everybody can read it.
+"""Where each partition of each store lives: keys of the bucket ``fi-partitions``, which ``nats kv`` shows.
 
-Creating the consumer with ``action: create`` claims an unplaced partition. The broker lets exactly one claimant win,
-because the metadata name the claimant's volume: the same request again succeeds, another one gets 400/10148.
+::
+
+    <store>.<pp>   {"volume": UUID, "epoch": 1, "committed": 0, "begins": 1, "stream_created": ...}
+    <store>        {"formed": true, "volumes": [UUID, ...], "stream_created": ...}
+
+A volume claims a partition by creating its key: the broker lets exactly one claim win. From then on only the owner
+changes it, each time expecting the revision that it knows. So a persister whose partition was placed anew, by ``fiq
+restore`` or ``fiq give-up``, finds out at its next update. The store's own key says that all of its partitions were
+placed once: after that a partition without a key is an error and never claimed.
+
+Sequences count in one stream of events. The values name it by its creation time, and what belongs to another one does
+not count here, as if there were no such key.
+
+Everything that decides is as new as the bucket's leader, or guarded by a revision. A put that is not answered may have
+taken effect, so each one is followed by a look. A put is a plain publish, and everybody who subscribes to the keys'
+subjects sees it, taken or refused: that is the hint to read again (docs/adr/0021).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import asyncio
+import re
+from base64 import b64decode
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import nats.errors
+import orjson
 from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js.api import Header
 
+from services.contract.lifecycle import cancellable
 from services.eventlog.errors import LogMismatchError, LogUnavailableError, PlacementError
-from services.eventlog.jetstream.api import STREAM_NOT_FOUND, ApiError, JetStreamApi
-from services.eventlog.jetstream.definitions import consumer_config
-from services.eventlog.jetstream.names import EPOCH_KEY, STREAM, VOLUME_KEY, consumer_name
+from services.eventlog.jetstream.api import ApiError, JetStreamApi, api_error
+from services.eventlog.jetstream.names import (
+    BUCKET,
+    BUCKET_PREFIX,
+    BUCKET_STREAM,
+    STREAM,
+    key_subject,
+    placement_key,
+)
 from services.eventlog.partitions import partition_name
-from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
 
-#: the consumer exists with another configuration
-_EXISTS = 10148
-#: how often a consumer that another volume created at the same moment is asked for, and for how long each, seconds
-_TRIES = 10
-_TRY_SECONDS = 0.5
+#: how long a put or a read of one key may take, seconds
+_ANSWER_SECONDS = 2.0
+#: how long a replica may take for all keys before the leader is asked for each of them, seconds
+_REPLICA_SECONDS = 1.0
+#: how often a put is tried whose outcome is unknown, or that lost to an update of the same owner
+_TRIES = 5
+
+#: pause before it, seconds: the update that it lost to may not be readable yet
+_PAUSE_SECONDS = 0.05
+
+#: the key has another revision than the put expects; the second one: another put of it is under way
+_OTHER_REVISION = frozenset({10071, 10164})
+_NO_MESSAGE = 10037
+_DIRECT_GET = f"$JS.API.DIRECT.GET.{BUCKET_STREAM}"
+_OPERATION = "KV-Operation"
+_KEY = re.compile(r"([a-z0-9]{1,32})(?:\.([0-9]{2}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,110 +72,421 @@ class Placement:
 
     Attributes:
         partition: its number.
-        volume: UUID of the volume that holds its file; empty when the consumer names none.
+        volume: UUID of the volume that holds its file.
         epoch: how often it was placed, from 1; the file must say the same.
+        committed: stream sequence that the file had reached when its owner last put it here.
+        begins: first stream sequence that the file may hold; above 1 for a store that began after a trim.
+        revision: of the key, which the next update expects.
     """
 
     partition: int
     volume: str
     epoch: int
+    committed: int
+    begins: int
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlacement:
+    """Where all partitions of a store live.
+
+    Attributes:
+        store: its name.
+        formed: all of its partitions were placed once; one without a key has lost it.
+        volumes: that had partitions then.
+        partitions: the placed ones.
+        deleted: partitions whose key was deleted, purged or made unreadable.
+        stream_created: creation time of the stream of events in which the sequences count.
+        first_sequence: of that stream now: where a file that is made now begins.
+    """
+
+    store: str
+    formed: bool
+    volumes: tuple[str, ...]
+    partitions: Mapping[int, Placement]
+    deleted: frozenset[int]
+    stream_created: str
+    first_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A key as the bucket has it; revision 0: it has none."""
+
+    revision: int
+    value: dict[str, Any] | None
+
+    def of_another(self, stream_created: str) -> bool:
+        """Whether it says something about another stream of events, and so nothing about this one."""
+        return self.value is not None and self.value.get("stream_created") != stream_created
+
+    def placement(self, partition: int) -> Placement | None:
+        try:
+            found = self.value or {}
+            epoch, committed, begins = (int(found[name]) for name in ("epoch", "committed", "begins"))
+            return Placement(partition, str(found["volume"]), epoch, committed, begins, self.revision)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+_ABSENT = _Entry(0, None)
 
 
 class Placements:
-    """Reads, claims and renews the places of one store's partitions."""
+    """Reads, claims, updates and renews the places of one store's partitions."""
 
     def __init__(self, nc: Client, settings: LogSettings) -> None:
+        self._nc = nc
         self._api = JetStreamApi(nc)
-        self._hasty_api = JetStreamApi(nc, timeout=_TRY_SECONDS)
-        self._settings = settings
+        self._store = settings.store
+        self._partitions = settings.partitions
+        self._created = ""
+        self._known: Mapping[int, Placement] = {}
 
-    async def read(self) -> dict[int, Placement]:
-        """Return the placed partitions of the store.
+    @property
+    def reconnects(self) -> int:
+        """How often the connection was made anew: what was published meanwhile was not seen."""
+        return int(self._nc.stats["reconnects"])
+
+    async def read(self) -> StorePlacement:
+        """Return where the store's partitions live, as new as the bucket's leader has it.
 
         Raises:
-            LogMismatchError: there is no stream.
+            LogMismatchError: there is no stream of events.
+            PlacementError: there is no bucket.
             LogUnavailableError: the broker did not answer.
         """
-        names = {consumer_name(self._settings.store, p): p for p in range(self._settings.partitions)}
-        found = {}
-        try:
-            infos = await self._api.list_consumers(STREAM)
-        except ApiError as error:
-            if error.err_code != STREAM_NOT_FOUND:
-                raise
-            raise LogMismatchError(f"stream {STREAM} was deleted: see docs/operations.md, `A lost stream`") from error
-        for info in infos:
-            partition = names.get(info["name"])
-            if partition is not None:
-                found[partition] = placement_of(partition, info)
+        created, first, entries = await _read(self._nc, self._store)
+        found = _store(self._store, entries, created, first, range(self._partitions))
+        self._created, self._known = created, found.partitions
         return found
 
-    async def check_log(self, identity: LogIdentity) -> None:
-        """Make sure that the stream is the one of *identity*: a claim on a re-created one would bind it to our volume.
-
-        Raises:
-            LogMismatchError: it is another one, or gone.
-            LogUnavailableError: the broker did not answer.
-        """
-        stream = await self._api.stream_info(STREAM)
-        if stream is None or stream["created"] != identity.created:
-            raise LogMismatchError(
-                f"stream {STREAM} is not the one created at {identity.created} that this process began with: it was "
-                "deleted or created anew; no partition is claimed on it"
-            )
-
-    async def claim(self, partition: int, volume: str, epoch: int) -> Placement:
+    async def claim(self, partition: int, volume: str, epoch: int, *, begins: int) -> Placement:
         """Place *partition* on *volume* unless it is placed already; return where it lives now.
 
-        A creation that times out may still take effect: the next call of the same volume succeeds then.
+        Raises:
+            PlacementError: its key was deleted: only an operator knows where it lives.
+            LogUnavailableError: the outcome is not known; call again.
+        """
+        wanted = Placement(partition, volume, epoch, begins - 1, begins, 0)
+        return await self._create(wanted, over_deleted=False)
+
+    async def place(self, placement: Placement) -> Placement:
+        """Place a partition that has no key, or whose key was deleted, as an operator says; return where it lives now.
 
         Raises:
             LogUnavailableError: the outcome is not known; call again.
-            ApiError: the broker refuses.
         """
-        name = consumer_name(self._settings.store, partition)
-        config = consumer_config(self._settings, partition, {VOLUME_KEY: volume, EPOCH_KEY: str(epoch)})
-        try:
-            info = await self._api.create_consumer(STREAM, config)
-        except ApiError as error:
-            if error.err_code != _EXISTS:
-                raise
-            info = await self._existing(name)
-        return placement_of(partition, info)
+        return await self._create(placement, over_deleted=True)
 
-    async def renew(self, partition: int, volume: str, epoch: int) -> None:
-        """Place *partition*, which lives on *volume*, there once more: from now on a file of an older epoch is refused.
-
-        What the consumer has delivered and what is acknowledged stay as they are.
+    async def form(self, volumes: Collection[str]) -> None:
+        """Note that every partition of the store is placed, on *volumes*. Idempotent.
 
         Raises:
-            PlacementError: it lives elsewhere, or was placed anew meanwhile.
-            LogUnavailableError: the outcome is not known; look again.
-            ApiError: the broker refuses.
+            LogUnavailableError: the outcome is not known; call again.
         """
-        name = consumer_name(self._settings.store, partition)
-        info = await self._existing(name)
-        found = placement_of(partition, info)
-        if found.volume != volume or found.epoch >= epoch:
-            raise PlacementError(
-                f"partition {partition_name(partition)} lives on volume {found.volume or '(none)'}, epoch "
-                f"{found.epoch}, by now: it cannot get epoch {epoch} on volume {volume}"
-            )
-        # an update replaces all metadata; what the server adds to them is its own affair
-        metadata = {VOLUME_KEY: volume, EPOCH_KEY: str(epoch)}
-        await self._api.create_consumer(STREAM, {**info["config"], "metadata": metadata}, action="update")
-
-    async def _existing(self, name: str) -> dict[str, Any]:
-        """Return the info of a consumer that exists: it does not answer while it has no leader."""
+        created = await self._stream_created()
+        value = {"formed": True, "volumes": sorted(volumes), "stream_created": created}
         for _ in range(_TRIES):
-            with contextlib.suppress(LogUnavailableError):
-                if (info := await self._hasty_api.consumer_info(STREAM, name)) is not None:
-                    return info
-        raise LogUnavailableError(f"consumer {name} exists but cannot be read yet")
+            entry = await self._entry(self._store)
+            if _formed(entry, created):
+                return
+            if await self._put(self._store, value, entry.revision) is not None:
+                return
+        raise LogUnavailableError(f"key {self._store} of bucket {BUCKET} could not be written")
+
+    async def progress(self, placement: Placement, committed: int) -> Placement:
+        """Put that the file of *placement* has reached *committed*; return the placement as it is now.
+
+        Raises:
+            PlacementError: the partition was placed anew, or its key was deleted.
+            LogUnavailableError: the outcome is not known; call again.
+        """
+        wanted = replace(placement, committed=committed)
+        for _ in range(_TRIES):
+            revision = await self._put_placement(wanted)
+            if revision is not None:
+                return replace(wanted, revision=revision)
+            found = await self.get(wanted.partition)
+            if found is None or (found.volume, found.epoch) != (placement.volume, placement.epoch):
+                raise PlacementError(_gone(placement, found))
+            if found.committed == committed:
+                return found
+            wanted = replace(wanted, revision=found.revision)
+        raise LogUnavailableError(f"progress of partition {partition_name(placement.partition)} could not be put")
+
+    async def renew(self, placement: Placement, *, epoch: int, committed: int) -> Placement:
+        """Place a partition once more where it lives: from now on a file of an older epoch is refused.
+
+        Args:
+            placement: as it was read; its ``begins`` is written, too.
+            epoch: above that of *placement*.
+            committed: what the file that is put there has reached; nothing behind it is trimmed.
+
+        Raises:
+            PlacementError: the key has changed since *placement* was read.
+            LogUnavailableError: the outcome is not known; look again.
+        """
+        wanted = replace(placement, epoch=epoch, committed=committed)
+        for _ in range(_TRIES):
+            revision = await self._put_placement(wanted)
+            if revision is not None:
+                return replace(wanted, revision=revision)
+            found = await self.get(placement.partition)
+            if found is not None and replace(found, revision=wanted.revision) == wanted:
+                return found
+            if found is None or found.revision != placement.revision:
+                raise PlacementError(_gone(placement, found))
+        raise LogUnavailableError(f"partition {partition_name(placement.partition)} could not be placed anew")
+
+    async def get(self, partition: int) -> Placement | None:
+        """Return where *partition* lives as the bucket's leader has it; None when no key says so.
+
+        Raises:
+            LogUnavailableError: the broker did not answer.
+        """
+        created = await self._stream_created()
+        entry = await self._entry(placement_key(self._store, partition))
+        return None if entry.of_another(created) else entry.placement(partition)
+
+    async def highest_epoch(self, partition: int) -> int:
+        """Return the highest epoch that the kept history of the partition's key names; 0 when there is none.
+
+        Raises:
+            LogUnavailableError: the broker did not answer.
+        """
+        created, key = await self._stream_created(), placement_key(self._store, partition)
+        highest, entry = 0, await _leaders(self._api, key, seq=1)
+        while entry.revision:
+            placement = None if entry.of_another(created) else entry.placement(partition)
+            highest = max(highest, 0 if placement is None else placement.epoch)
+            entry = await _leaders(self._api, key, seq=entry.revision + 1)
+        return highest
+
+    @asynccontextmanager
+    async def watching(self, on_change: Callable[[], None]) -> AsyncIterator[None]:
+        """Call *on_change* whenever it is worth reading again: not for the owners' progress, which changes no place.
+
+        The subscription is a plain one: what is published while the connection is away is not seen, so read again after
+        a reconnect, and now and then.
+        """
+
+        async def look(message: Msg) -> None:
+            if self._is_news(message):
+                on_change()
+
+        subscription = await self._nc.subscribe(key_subject(">"), cb=look)
+        try:
+            yield
+        finally:
+            if not self._nc.is_closed:
+                await subscription.unsubscribe()
+
+    def _is_news(self, message: Msg) -> bool:
+        store, partition = parse_key(message.subject.removeprefix(f"{BUCKET_PREFIX}."))
+        if store != self._store or partition is None:
+            return store == self._store
+        told, known = _Entry(0, _value(message.headers, message.data)).placement(partition), self._known.get(partition)
+        return told is None or known is None or (told.volume, told.epoch) != (known.volume, known.epoch)
+
+    # -- one key ------------------------------------------------------------------------------------------------------
+
+    async def _create(self, wanted: Placement, *, over_deleted: bool) -> Placement:
+        created = await self._stream_created()
+        for _ in range(_TRIES):
+            entry = await self._entry(placement_key(self._store, wanted.partition))
+            if entry.revision and not entry.of_another(created):
+                found = entry.placement(wanted.partition)
+                if found is not None:
+                    return found
+                if not over_deleted:
+                    raise PlacementError(
+                        f"the key {placement_key(self._store, wanted.partition)} of bucket {BUCKET} was deleted"
+                    )
+            revision = await self._put_placement(replace(wanted, revision=entry.revision))
+            if revision is not None:
+                return replace(wanted, revision=revision)
+        raise LogUnavailableError(f"partition {partition_name(wanted.partition)} could not be claimed")
+
+    async def _put_placement(self, wanted: Placement) -> int | None:
+        """Put *wanted*, expecting its revision; return the new one, or None: look what the key says now."""
+        value = {
+            "volume": wanted.volume,
+            "epoch": wanted.epoch,
+            "committed": wanted.committed,
+            "begins": wanted.begins,
+            "stream_created": await self._stream_created(),
+        }
+        return await self._put(placement_key(self._store, wanted.partition), value, wanted.revision)
+
+    async def _put(self, key: str, value: Mapping[str, Any], expected: int) -> int | None:
+        headers = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(expected)}
+        request = self._nc.request(key_subject(key), orjson.dumps(value), timeout=_ANSWER_SECONDS, headers=headers)
+        try:
+            answer = orjson.loads((await cancellable(request)).data)
+        except (nats.errors.Error, TimeoutError, OSError, orjson.JSONDecodeError):
+            answer = {}
+        if "seq" in answer and "error" not in answer:
+            return int(answer["seq"])
+        refusal = api_error(f"put {key} of bucket {BUCKET}", answer.get("error") or {"code": 503})
+        if refusal.err_code not in _OTHER_REVISION and not isinstance(refusal, LogUnavailableError):
+            raise refusal
+        await asyncio.sleep(_PAUSE_SECONDS)
+        return None
+
+    async def _entry(self, key: str) -> _Entry:
+        return await _leaders(self._api, key)
+
+    async def _stream_created(self) -> str:
+        if not self._created:
+            self._created = (await _stream(self._api))[0]
+        return self._created
 
 
-def placement_of(partition: int, info: Mapping[str, Any]) -> Placement:
-    """Return where *partition* lives as the *info* of its consumer says."""
-    metadata = info["config"].get("metadata") or {}
-    epoch = metadata.get(EPOCH_KEY, "")
-    return Placement(partition, metadata.get(VOLUME_KEY, ""), int(epoch) if epoch.isdigit() else 0)
+async def read_stores(nc: Client) -> dict[str, StorePlacement]:
+    """Return where the partitions of every store live, as new as the bucket's leader has it.
+
+    Raises:
+        LogMismatchError: there is no stream of events.
+        PlacementError: there is no bucket.
+        LogUnavailableError: the broker did not answer.
+    """
+    created, first, entries = await _read(nc)
+    stores = {store for key in entries if (store := parse_key(key)[0])}
+    found = {store: _store(store, entries, created, first, range(100)) for store in sorted(stores)}
+    return {name: store for name, store in found.items() if store.partitions or store.deleted or store.formed}
+
+
+def parse_key(key: str) -> tuple[str, int | None]:
+    """Return the store that a key of the bucket is of, and the partition; an empty store for a key that is none."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return "", None
+    return match[1], None if match[2] is None else int(match[2])
+
+
+def _store(
+    store: str, entries: Mapping[str, _Entry], created: str, first: int, partitions: Collection[int]
+) -> StorePlacement:
+    placed: dict[int, Placement] = {}
+    deleted: set[int] = set()
+    for partition in partitions:
+        entry = entries.get(placement_key(store, partition), _ABSENT)
+        if not entry.revision or entry.of_another(created):
+            continue
+        if (placement := entry.placement(partition)) is not None:
+            placed[partition] = placement
+        else:
+            deleted.add(partition)
+    own = entries.get(store, _ABSENT)
+    formed = _formed(own, created)
+    volumes = tuple((own.value or {}).get("volumes", ())) if formed else ()
+    return StorePlacement(store, formed, volumes, placed, frozenset(deleted), created, first)
+
+
+def _formed(entry: _Entry, created: str) -> bool:
+    return entry.value is not None and not entry.of_another(created) and entry.value.get("formed") is True
+
+
+def _gone(placement: Placement, found: Placement | None) -> str:
+    name = partition_name(placement.partition)
+    if found is None:
+        return f"the key of partition {name} was deleted from bucket {BUCKET}"
+    if (found.volume, found.epoch) == (placement.volume, placement.epoch):
+        return f"partition {name} changed meanwhile: its persister runs (revision {found.revision})"
+    return (
+        f"partition {name} was placed anew: volume {found.volume}, epoch {found.epoch}; it was on volume "
+        f"{placement.volume}, epoch {placement.epoch}"
+    )
+
+
+# -- reading the bucket -----------------------------------------------------------------------------------------------
+
+
+async def _read(nc: Client, store: str | None = None) -> tuple[str, int, dict[str, _Entry]]:
+    """Return the stream of events' creation time and first sequence, and the keys of *store*, or of all stores.
+
+    The bucket's leader says which keys there are and what its last sequence is. One batched direct get brings the
+    values; when the replica that answers has less than the leader, the leader is asked for each key instead.
+    """
+    api = JetStreamApi(nc)
+    created, first = await _stream(api)
+    state = (await _bucket(api))["state"]
+    keys = [subject.removeprefix(f"{BUCKET_PREFIX}.") for subject in state.get("subjects") or {}]
+    keys = [key for key in keys if store is None or parse_key(key)[0] == store]
+    if not keys:
+        return created, first, {}
+    found = await _replicas(nc, keys, int(state["last_seq"]))
+    if found is None:
+        found = dict(zip(keys, await asyncio.gather(*(_leaders(api, key) for key in keys)), strict=True))
+    return created, first, found
+
+
+async def _stream(api: JetStreamApi) -> tuple[str, int]:
+    info = await api.stream_info(STREAM)
+    if info is None:
+        raise LogMismatchError(f"stream {STREAM} was deleted: see docs/operations.md, `A lost stream`")
+    return str(info["created"]), max(1, int(info["state"]["first_seq"]))
+
+
+async def _bucket(api: JetStreamApi) -> dict[str, Any]:
+    try:
+        return await api.request(f"STREAM.INFO.{BUCKET_STREAM}", {"subjects_filter": key_subject(">")})
+    except ApiError as error:
+        if error.code != 404:
+            raise
+        raise PlacementError(
+            f"there is no bucket {BUCKET}: `fiq provision` makes it; when it was deleted, `fiq place` then says where "
+            "the partitions live"
+        ) from error
+
+
+async def _leaders(api: JetStreamApi, key: str, *, seq: int | None = None) -> _Entry:
+    """Return the newest value of *key*, or the first one from revision *seq* on."""
+    subject = key_subject(key)
+    body: dict[str, Any] = {"last_by_subj": subject} if seq is None else {"seq": seq, "next_by_subj": subject}
+    try:
+        answer = await api.request(f"STREAM.MSG.GET.{BUCKET_STREAM}", body, timeout=_ANSWER_SECONDS)
+    except ApiError as error:
+        if error.err_code != _NO_MESSAGE:
+            raise
+        return _ABSENT
+    message = answer["message"]
+    deleted = _OPERATION.encode() in b64decode(message.get("hdrs", ""))
+    return _Entry(int(message["seq"]), None if deleted else _value(None, b64decode(message.get("data", ""))))
+
+
+async def _replicas(nc: Client, keys: list[str], last: int) -> dict[str, _Entry] | None:
+    """Return the newest value of each of *keys*; None when not all is as new as the sequence *last*."""
+    found: dict[str, _Entry] = {}
+    answers: asyncio.Queue[Msg] = asyncio.Queue()
+    inbox = nc.new_inbox()
+    try:
+        subscription = await nc.subscribe(inbox, cb=answers.put)
+        try:
+            await nc.publish(_DIRECT_GET, orjson.dumps({"multi_last": [key_subject(key) for key in keys]}), reply=inbox)
+            async with asyncio.timeout(_REPLICA_SECONDS):
+                while "Status" not in (headers := (message := await answers.get()).headers or {}):
+                    key = headers["Nats-Subject"].removeprefix(f"{BUCKET_PREFIX}.")
+                    found[key] = _Entry(int(headers["Nats-Sequence"]), _value(headers, message.data))
+        finally:
+            if not nc.is_closed:
+                await subscription.unsubscribe()
+    except TimeoutError:
+        return None
+    except (nats.errors.Error, OSError) as error:
+        raise LogUnavailableError(f"bucket {BUCKET}: {type(error).__name__}") from error
+    new = headers["Status"] == "204" and int(headers.get("Nats-UpTo-Sequence", 0)) >= last
+    return found if new and len(found) == len(keys) else None
+
+
+def _value(headers: Mapping[str, str] | None, data: bytes) -> dict[str, Any] | None:
+    """Return what a key says; None when it was deleted or cannot be read."""
+    if _OPERATION in (headers or {}):
+        return None
+    try:
+        found = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None

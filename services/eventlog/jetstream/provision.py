@@ -19,7 +19,7 @@ from services.eventlog.errors import LogForbiddenError, LogUnavailableError, Pro
 from services.eventlog.jetstream import names
 from services.eventlog.jetstream.api import NOT_ENABLED_ERR_CODES, ApiError, JetStreamApi, NoRespondersError
 from services.eventlog.jetstream.connection import server_info
-from services.eventlog.jetstream.definitions import dead_stream_config, stream_config
+from services.eventlog.jetstream.definitions import bucket_config, dead_stream_config, stream_config
 from services.eventlog.jetstream.drift import Config, changes, check_ownership, own_metadata, size_setting
 from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
@@ -66,6 +66,7 @@ async def provision(nc: Client, settings: LogSettings, *, deadline: float = DEAD
         await patience.retry(lambda: _enabled(nc, api.request("INFO")))
         info = await patience.retry(lambda: _ensure(api, stream_config(settings), patience))
         await patience.retry(lambda: _ensure(api, dead_stream_config(settings), patience))
+        await patience.retry(lambda: _ensure(api, bucket_config(settings), patience))
     except LogForbiddenError as error:
         raise ProvisionError(
             f"the NATS user may not provision ({error}): run `fiq provision` as one who may, and set "

@@ -54,7 +54,7 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
         assert (np.uint8, (4096,), (None,)) == (payload.dtype, payload.chunks, payload.maxshape)
         assert {
             "format": "fiq-corpus",
-            "format_version": 2,
+            "format_version": 3,
             "store": "main",
             "volume": IDENTITY.volume,
             "epoch": 1,
@@ -62,8 +62,11 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
             "partitions": 16,
             "stream": "fi-events",
             "stream_created": IDENTITY.stream_created,
+            "begins_at_sequence": 1,
             "committed_sequence": 200,
+            "committed_message_id": b"",
             "committed_events": 200,
+            "committed_conflicts": 0,
         } == {name: value for name, value in file.attrs.items() if name != "journal"}
 
 

@@ -9,8 +9,8 @@ import h5py
 from structlog.testing import CapturingLogger
 
 from services.corpus import EventStore, StoreOptions, StoreStats
-from services.persister.checkpoints import CheckpointWatch
 from services.persister.metrics import Metrics
+from services.persister.runner import CheckpointWatch
 from tests.support.corpus import IDENTITY, commit_range
 
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import pytest
 
-from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.placement import Placement
+from services.eventlog.jetstream.processes import Progress
 from services.eventlog.settings import LogSettings
 from services.persister.assignment import Deployment
 from services.persister.coordinator import Coordinator
@@ -19,7 +19,7 @@ from services.persister.metrics import Metrics
 from services.persister.runner import State
 from services.persister.volume import Volume
 from tests.support.persister import LOG
-from tests.support.placements import MemoryPlacements
+from tests.support.placements import MemoryPlacements, placed
 from tests.support.polling import eventually
 
 
@@ -33,7 +33,11 @@ class FakeRunner:
         self.gate.set()
         self.stopping = self.stopped = False
         self.disk_wait = 0.0
-        self.committed = 7
+        self.committed: int | None = 7
+        self.waiting = 3
+        self.reached: int | None = None
+        self.idle_at: int | None = None
+        self.advanced = 0
         self.disk = asyncio.Event()
         self.disk.set()
 
@@ -47,12 +51,16 @@ class FakeRunner:
         self.stopping = True
         await self.gate.wait()
         self.stopped = True
+        self.reached, self.committed = self.committed, None
+
+    async def advance(self) -> None:
+        self.advanced += 1
 
 
 class Rig:
     """A coordinator among fakes, on a real volume."""
 
-    def __init__(self, folder: Path, placements: MemoryPlacements, api: object = None) -> None:
+    def __init__(self, folder: Path, placements: MemoryPlacements) -> None:
         self.alive = ["us"]
         self.left = False
         self.look = threading.Event()
@@ -67,8 +75,6 @@ class Rig:
             members=cast("Any", members),
             placements=placements,
             make_runner=cast("Any", self._make),
-            api=cast("Any", api or SimpleNamespace(stream_info=self._no_stream)),
-            trimmer=cast("Any", None),
             metrics=self.metrics,
         )
         self.coordinator.on_change = self.changes.append
@@ -77,18 +83,19 @@ class Rig:
         assert self.look.wait(5)
         return self.alive
 
-    async def _no_stream(self, _: str) -> None:
-        return None
-
     def _leave(self) -> None:
         self.left = True
-
-    async def nothing(self) -> None:
-        """Stand in for what needs a broker."""
 
     def _make(self, placement: Placement) -> FakeRunner:
         made = self.runners[placement.partition] = FakeRunner(placement)
         return made
+
+
+async def ended(work: asyncio.Task[None], rig: Rig) -> None:
+    """End as a process does."""
+    work.cancel()
+    await asyncio.wait({work})
+    await rig.coordinator.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +113,7 @@ async def test_a_process_that_is_alone_runs_everything(tmp_path: Path) -> None:
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: rig.changes == [[0, 1, 2, 3]])
     assert [] == rig.coordinator.problems()
-    work.cancel()
-    await asyncio.wait({work})
-    await rig.coordinator.stop()
+    await ended(work, rig)
     assert all(runner.stopped for runner in rig.runners.values())
     assert rig.left
 
@@ -124,9 +129,7 @@ async def test_partitions_that_were_placed_and_not_yet_shared_are_not_ready(tmp_
     ]
     rig.look.set()
     await eventually(lambda: rig.coordinator.problems() == [])
-    work.cancel()
-    await asyncio.wait({work})
-    await rig.coordinator.stop()
+    await ended(work, rig)
 
 
 async def test_a_newcomer_gets_its_share(tmp_path: Path) -> None:
@@ -137,9 +140,7 @@ async def test_a_newcomer_gets_its_share(tmp_path: Path) -> None:
     rig.alive = ["other", "us"]
     await eventually(lambda: len(rig.coordinator.partitions) == 2)
     assert 2 == sum(runner.stopped for runner in rig.runners.values())
-    work.cancel()
-    await asyncio.wait({work})
-    await rig.coordinator.stop()
+    await ended(work, rig)
 
 
 async def test_a_stop_in_the_middle_of_a_handover_ends(tmp_path: Path) -> None:
@@ -168,25 +169,21 @@ async def test_a_partition_that_is_placed_anew_meanwhile_begins_anew(tmp_path: P
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: len(rig.runners) == 4)
     before = dict(rig.runners)
-    placements.placed[2] = Placement(2, rig.volume.uuid, 2)
+    placements.placed[2] = placed(2, rig.volume.uuid, 2)
     await eventually(lambda: rig.runners[2].placement.epoch == 2)
     assert before[2].stopped
     assert [before[p] for p in (0, 1, 3)] == [rig.runners[p] for p in (0, 1, 3)]
     assert not any(before[p].stopping for p in (0, 1, 3))
-    work.cancel()
-    await asyncio.wait({work})
-    await rig.coordinator.stop()
+    await ended(work, rig)
 
 
 async def test_a_volume_without_partitions_is_not_ready(tmp_path: Path) -> None:
     """It would look healthy, and do nothing for ever."""
     other = "11111111-2222-4333-8444-555555555555"
-    rig = Rig(tmp_path, MemoryPlacements(*(Placement(p, other, 1) for p in range(4))))
+    rig = Rig(tmp_path, MemoryPlacements(*(placed(p, other) for p in range(4))))
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: any("all 4 are on others" in problem for problem in rig.coordinator.problems()))
-    work.cancel()
-    await asyncio.wait({work})
-    await rig.coordinator.stop()
+    await ended(work, rig)
 
 
 async def test_a_stream_created_anew_is_shown_and_not_claimed(tmp_path: Path) -> None:
@@ -196,36 +193,32 @@ async def test_a_stream_created_anew_is_shown_and_not_claimed(tmp_path: Path) ->
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: len(rig.runners) == 4)
     placements.placed.clear()
-    placements.recreated = True
+    placements.created = "2026-12-01T00:00:00Z"
     await eventually(lambda: any("created anew" in problem for problem in rig.coordinator.problems()))
     assert [0, 1, 2, 3] == rig.coordinator.partitions
-    work.cancel()
-    await asyncio.wait({work})
-    await rig.coordinator.stop()
+    await ended(work, rig)
 
 
-async def test_a_data_directory_that_takes_no_marker_is_shown_and_tried_again(
+async def test_a_data_directory_that_takes_no_file_is_shown_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk must not end the process."""
     full = True
-    mark = Volume.mark_claim
+    note = Volume.note_formed
 
-    def marking(volume: Volume, partition: int, epoch: int) -> None:
+    def noting(volume: Volume, stream_created: str) -> None:
         if full:
             raise OSError(28, "No space left on device")
-        mark(volume, partition, epoch)
+        note(volume, stream_created)
 
-    monkeypatch.setattr(Volume, "mark_claim", marking)
+    monkeypatch.setattr(Volume, "note_formed", noting)
     rig = Rig(tmp_path, MemoryPlacements())
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: any("No space left on device" in problem for problem in rig.coordinator.problems()))
     full = False
     await eventually(lambda: rig.changes == [[0, 1, 2, 3]])
     assert [] == rig.coordinator.problems()
-    work.cancel()
-    await asyncio.wait({work})
-    await rig.coordinator.stop()
+    await ended(work, rig)
 
 
 async def test_the_disks_room_is_shown_also_while_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,37 +242,119 @@ async def test_the_disks_room_is_shown_also_while_nothing_runs(tmp_path: Path, m
 
     await eventually(lambda: shown("fi_volume_free_bytes") == 9)
     assert 100 == shown("fi_volume_size_bytes")
-    work.cancel()
-    await asyncio.wait({work})
-    await rig.coordinator.stop()
+    await ended(work, rig)
 
 
-async def test_a_disk_that_hangs_is_shown_and_the_backlog_is_still_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Numbers that stand still while events pile up would look like health."""
-    monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 0.01)
-    asked = 0
-
-    async def list_consumers(_: str) -> list[dict[str, Any]]:
-        nonlocal asked
-        asked += 1
-        raise LogUnavailableError("no answer")
-
-    async def stream_info(_: str) -> None:
-        return None
-
-    api = SimpleNamespace(list_consumers=list_consumers, stream_info=stream_info)
-    rig = Rig(tmp_path, MemoryPlacements(), api=api)
-    monkeypatch.setattr(rig.coordinator, "_trim", rig.nothing)
+async def test_a_disk_that_hangs_is_shown(tmp_path: Path) -> None:
+    """What other partitions have reached is still told."""
+    rig = Rig(tmp_path, MemoryPlacements())
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: len(rig.runners) == 4)
     rig.runners[2].disk.clear()
     rig.runners[2].disk_wait = 11.0
-    before = asked
-    await eventually(lambda: asked >= before + 10)
     assert ["partition 02 has waited for its file for 11 s: does the disk answer?"] == rig.coordinator.problems()
+    assert Progress(7, 3) == rig.coordinator.progress()[1]
     rig.runners[2].disk.set()
-    work.cancel()
-    await asyncio.wait({work})
-    await rig.coordinator.stop()
+    await ended(work, rig)
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put progress whenever there is some."""
+    monkeypatch.setattr("services.persister.coordinator.PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.PUT_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_progress_is_put_when_it_changed_and_only_of_what_is_followed(tmp_path: Path) -> None:
+    """A log that was set back must not lower what another one's trim goes by."""
+    log = MemoryPlacements()
+    rig = Rig(tmp_path, log)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: [7] * 4 == [one.committed for one in log.placed.values()])
+    assert dict.fromkeys(range(4), Progress(7, 3)) == rig.coordinator.progress()
+    revisions = [one.revision for one in log.placed.values()]
+    rig.runners[2].committed = None
+    rig.runners[3].committed = 9
+    await eventually(lambda: log.placed[3].committed == 9)
+    assert revisions[:3] == [log.placed[p].revision for p in range(3)]
+    assert [0, 1, 3] == sorted(rig.coordinator.progress())
+    await ended(work, rig)
+
+
+async def test_progress_is_put_now_and_then_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But at once where the key says more than the file has: nothing that it lacks may be trimmed."""
+    monkeypatch.setattr("services.persister.coordinator.PROGRESS_SECONDS", 0.01)
+    log = MemoryPlacements()
+    rig = Rig(tmp_path, log)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4 and log.placed[0].committed == 7)
+    rig.runners[0].committed = 8
+    rig.runners[1].committed = 6
+    await eventually(lambda: log.placed[1].committed == 6)
+    assert 7 == log.placed[0].committed
+    await ended(work, rig)
+    assert 8 == log.placed[0].committed  # an orderly stop puts the last of it
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_whoever_was_placed_anew_finds_out_when_it_puts_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is the fence: its runner stops at once, and not at the next look."""
+    monkeypatch.setattr("services.persister.coordinator.PLACED_SECONDS", 1000)
+    log = MemoryPlacements()
+    rig = Rig(tmp_path, log)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4 and log.placed[2].committed == 7)
+    before = rig.runners[2]
+    log.placed[2] = placed(2, rig.volume.uuid, 2, committed=5)
+    before.committed = 8
+    await eventually(lambda: before.stopped)
+    assert 8 != log.placed[2].committed
+    await ended(work, rig)
+
+
+async def test_news_of_the_bucket_and_a_reconnect_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.persister.coordinator.PLACED_SECONDS", 1000)
+    log = MemoryPlacements()
+    rig = Rig(tmp_path, log)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4)
+    log.placed[2] = placed(2, rig.volume.uuid, 2)
+    log.on_change()
+    await eventually(lambda: rig.runners[2].placement.epoch == 2)
+    log.placed[1] = placed(1, rig.volume.uuid, 2)
+    log.reconnects += 1
+    await eventually(lambda: rig.runners[1].placement.epoch == 2)
+    await ended(work, rig)
+
+
+async def test_a_partition_whose_key_is_deleted_is_released_and_told(tmp_path: Path) -> None:
+    log = MemoryPlacements()
+    rig = Rig(tmp_path, log)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4)
+    del log.placed[3]
+    log.deleted.add(3)
+    await eventually(lambda: [0, 1, 2] == rig.coordinator.partitions)
+    (problem,) = rig.coordinator.problems()
+    assert problem.startswith("partition 03: key main.03 is gone from bucket fi-partitions")
+    await ended(work, rig)
+
+
+async def test_idle_partitions_follow_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or trim would stop at their last events; a partition at work needs no help, and an idle one little."""
+    monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 0.01)
+    rig = Rig(tmp_path, MemoryPlacements())
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4)
+    rig.runners[1].idle_at = 7
+    await eventually(lambda: rig.runners[1].advanced)
+    assert [0, 1, 0, 0] == [runner.advanced for runner in rig.runners.values()]
+    await ended(work, rig)

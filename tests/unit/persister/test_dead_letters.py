@@ -6,10 +6,8 @@ import orjson
 import pytest
 
 from services.eventlog.protocol import Appended, Delivery, LogIdentity
-from services.persister.batch import Reused
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.errors import PoisonFloodError
-from tests.support.persister import event
 
 
 class Recorder:
@@ -123,14 +121,13 @@ async def test_events_under_used_keys_are_listed_in_letters_that_fit() -> None:
     """By consultation: where each stands in the log, and where the first event under its key."""
     recorder = Recorder()
     letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"), max_bytes=10_000)
-    reused = [Reused(number, event(number, f"c{number % 2}"), number - 10) for number in range(20, 60)]
-    await letters.send_list(reused)
+    await letters.point_to([(f"c{number % 2}", number, number - 10) for number in range(20, 60)])
     told: list[tuple[str, int, int]] = []
     for _, body, headers in recorder.sent:
         assert len(body) + sum(len(name) + len(value) + 4 for name, value in headers.items()) < 10_000
         lines = [orjson.loads(line) for line in body.splitlines()]
-        assert int(headers["Fi-Listed"]) == sum(len(line["reused"]) for line in lines)
-        told += [(line["consultation_id"], *pair) for line in lines for pair in line["reused"]]
+        assert int(headers["Fi-Listed"]) == sum(len(line["conflicts"]) for line in lines)
+        told += [(line["consultation_id"], *pair) for line in lines for pair in line["conflicts"]]
     assert sorted(told) == sorted((f"c{number % 2}", number, number - 10) for number in range(20, 60))
     assert len(recorder.sent) == 2
     _, _, first = recorder.sent[0]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from services.corpus import StoreStats
-from services.persister.batch import Written
 from services.persister.metrics import Metrics, RateWindow
+from services.persister.rounds import Batch
+from tests.support.persister import delivery
+
+
+def batch(count: int, **became: int) -> Batch:
+    """Return a batch of *count* events, and what became of them."""
+    member: Any = None
+    return Batch(member, [delivery(n + 1) for n in range(count)], **became)  # type: ignore[arg-type]
 
 
 class Clock:
@@ -50,7 +59,7 @@ def test_the_ack_rate_outlasts_observations(clock: Clock) -> None:
     """The broker's numbers are noted every two seconds; that must not start the window anew."""
     metrics = Metrics()
     metrics.of(3).state("following")
-    metrics.of(3).batch(40, 4000, Written(40, 0, 2), 0.01, None)
+    metrics.of(3).batch(batch(40, persisted=40))
     metrics.of(3).queue(7, 5)
     assert 4.0 == value(metrics, "fi_queue_ack_rate", partition="03")
     assert 7.0 == value(metrics, "fi_queue_length", partition="03")
@@ -58,13 +67,14 @@ def test_the_ack_rate_outlasts_observations(clock: Clock) -> None:
 
 
 def test_a_batch_is_counted(clock: Clock) -> None:
-    """Events, retries, bytes, and the age of the oldest."""
+    """Events, retries, bytes, and what is reached."""
     metrics = Metrics()
-    metrics.of(3).batch(5, 100, Written(3, 2, 1), 0.25, int(990e9))
+    made = batch(5, persisted=3, duplicates=2)
+    metrics.of(3).batch(made)
     assert 3.0 == value(metrics, "fi_persister_events_total", partition="03")
     assert 2.0 == value(metrics, "fi_persister_duplicates_total", partition="03")
-    assert 100.0 == value(metrics, "fi_persister_bytes_total", partition="03")
-    assert 10.0 == value(metrics, "fi_persister_event_age_seconds_sum")
+    assert made.size == value(metrics, "fi_persister_bytes_total", partition="03")
+    assert 5.0 == value(metrics, "fi_persister_committed_sequence", partition="03")
 
 
 def test_one_state_is_set_at_a_time() -> None:
@@ -85,7 +95,7 @@ def test_a_partition_that_left_shows_no_gauges_but_keeps_its_counters(clock: Clo
         metrics.of(partition).committed(9)
         metrics.of(partition).queue(1, 1)
         metrics.of(partition).store(StoreStats(1, 1, 1, False, 0, "", 0.0, 0, 1, 1, 0, 0, 1, 0, 1, 0.1, 0.1))
-        metrics.of(partition).batch(1, 1, Written(1, 0, 1), 0.1, None)
+        metrics.of(partition).batch(batch(1, persisted=1))
     metrics.of(3).remove()
     samples = [s for metric in metrics.registry.collect() for s in metric.samples if s.labels.get("partition") == "03"]
     assert {sample.name.rpartition("_")[2] for sample in samples} == {"total", "created"}

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,18 @@ import pytest
 from services.contract.errors import PermanentError
 from services.corpus import EventStore, StorageIO
 from services.corpus.storage import Buffer
+from services.eventlog.protocol import Position
 from services.persister.dead_letters import PoisonLimit
 from services.persister.runner import State
 from tests.support.faulty_io import FailingIO
-from tests.support.persister import Rig, ScriptedFollower, Stream, contents, delivery, poison, reusing, rig
+from tests.support.persister import Rig, ScriptedFollower, Stream, conflicts, contents, delivery, poison, reusing, rig
 from tests.support.polling import eventually
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.persister.runner.BACKOFF_SECONDS", (0.01,))
+    monkeypatch.setattr("services.persister.rounds.LONGEST_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -37,8 +39,8 @@ def stream() -> Stream:
 
 
 @pytest.fixture
-def part(tmp_path: Path, stream: Stream) -> Iterator[Rig]:
-    with rig(tmp_path, stream) as made:
+async def part(tmp_path: Path, stream: Stream) -> AsyncIterator[Rig]:
+    async with rig(tmp_path, stream) as made:
         yield made
 
 
@@ -94,7 +96,7 @@ async def test_a_partition_goes_on_from_what_its_file_holds(part: Rig, stream: S
     await part.reach(2)
     await part.runner.stop()
     stream.add(delivery(3))
-    with rig(part.path.parent, stream) as again:
+    async with rig(part.path.parent, stream) as again:
         again.runner.start()
         await again.reach(3)
         await again.runner.stop()
@@ -131,7 +133,7 @@ async def test_a_failed_write_or_sync_leads_to_the_same_events_once(
     part.runner.start()
     await part.reach(1)
     await part.runner.stop()
-    with rig(part.path.parent, stream) as again:
+    async with rig(part.path.parent, stream) as again:
         failing = again.io = FailingIO(kind, after, code)
         stream.add(*(delivery(sequence) for sequence in range(2, 40)))
         again.runner.start()
@@ -163,10 +165,10 @@ async def test_a_message_that_breaks_its_batch_is_found_and_set_aside(part: Rig,
     def wrap(store: EventStore) -> None:
         append = store.append
 
-        def breaking(consultation: str, records: Any) -> None:
+        def breaking(consultation: str, records: Any) -> bool:
             if any(record.sequence == 5 for record in records):
                 raise ZeroDivisionError("secret")
-            append(consultation, records)
+            return append(consultation, records)
 
         store.append = breaking  # type: ignore[method-assign]
 
@@ -190,12 +192,12 @@ async def test_a_lack_of_memory_condemns_no_event(part: Rig, stream: Stream) -> 
     def wrap(store: EventStore) -> None:
         commit = store.commit
 
-        def failing(sequence: int) -> None:
+        def failing(sequence: int, message_id: str = "") -> None:
             nonlocal left
             left -= 1
             if left >= 0:
                 raise MemoryError
-            commit(sequence)
+            commit(sequence, message_id)
 
         store.commit = failing  # type: ignore[method-assign]
 
@@ -239,95 +241,69 @@ async def test_a_batch_with_poison_waits_for_the_dead_letter_stream(part: Rig, s
     assert {"c1": [1, 3]} == contents(part.path)
 
 
-async def test_an_event_under_a_used_id_is_stored_away_before_its_batch_is_committed(part: Rig, stream: Stream) -> None:
-    """The first one is kept; nothing of the batch counts as done while the second is nowhere."""
-    part.dead.gate = asyncio.Event()
+async def test_an_event_under_a_used_id_is_kept_beside_the_others_in_the_same_commit(part: Rig, stream: Stream) -> None:
+    """The first one stays the consultation's own; the second is as safe, and ``fi-dead`` says where it is."""
+    body = reusing(2, of=1).body
     stream.add(delivery(1), reusing(2, of=1), delivery(3, of=1), delivery(4))
     part.runner.start()
-    await eventually(lambda: part.dead.attempts == 1)
-    assert part.store is not None
-    assert 0 == part.store.committed
-    await part.runner.advance(4)
-    await part.runner.look_after()
-    assert 0 == part.store.committed
-    part.dead.gate.set()
     await part.reach(4)
+    await eventually(lambda: part.dead.letters)
     await part.runner.stop()
-    reason = "its consultation holds this message id with another body, at sequence 1"
-    assert [(2, reason)] == part.dead.reasons
+    ((_, pointer, headers),) = part.dead.letters
+    assert {"consultation_id": "c1", "conflicts": [[2, 1]]} == orjson.loads(pointer)
+    assert "/conflicts/" in headers["Fi-Reason"]
     assert [(1.0, 0.0, 1.0)] == [
         tuple(part.sample(f"fi_persister_{name}_total") for name in ("reused_keys", "dead_letters", "duplicates"))
     ]
     assert {"c1": [1, 4]} == contents(part.path)
+    assert {"c1": [(2, body)]} == conflicts(part.path)
 
 
-async def test_used_ids_wait_for_the_dead_letter_stream(part: Rig, stream: Stream) -> None:
-    """They are no poison, and no more lost than that."""
-    part.dead.down = True
+async def test_a_conflict_that_is_posted_again_is_kept_once(part: Rig, stream: Stream) -> None:
+    """Exactly once holds for it, too; another body under the id is another conflict."""
+    other = b'{"event_type":"U"}'
     stream.add(delivery(1), reusing(2, of=1))
     part.runner.start()
-    await eventually(lambda: part.dead.attempts >= 3)
-    assert [] == stream.acknowledged
-    part.dead.down = False
     await part.reach(2)
+    stream.add(reusing(3, of=1), reusing(4, of=1, body=other))
+    await part.reach(4)
     await part.runner.stop()
-    assert [2] == [sequence for sequence, _ in part.dead.reasons]
-    assert {"c1": [1]} == contents(part.path)
+    assert {"c1": [(2, reusing(2, of=1).body), (4, other)]} == conflicts(part.path)
 
 
-async def test_a_flood_of_used_ids_stops_nothing(tmp_path: Path, stream: Stream) -> None:
-    """One client's mistake must not stand in the way of all others, nor fill `fi-dead`; each event is told there."""
-    stream.add(delivery(1), *(reusing(sequence, of=1) for sequence in range(2, 300)), delivery(300))
-    with rig(tmp_path, stream, limit=PoisonLimit(streak=5, ratio=0.01, window=10)) as part:
+async def test_a_flood_of_used_ids_stops_nothing_and_loses_nothing(tmp_path: Path, stream: Stream) -> None:
+    """One client's mistake must not stand in the way of others, even while `fi-dead` is full."""
+    stream.add(delivery(1), *(reusing(n, of=1, body=b'{"event_type":"%d"}' % n) for n in range(2, 300)), delivery(300))
+    async with rig(tmp_path, stream, limit=PoisonLimit(streak=5, ratio=0.01, window=10)) as part:
+        part.dead.down = True
         part.runner.start()
         await part.reach(300)
         await part.runner.stop()
-        assert (298.0, 288.0) == (
-            part.sample("fi_persister_reused_keys_total"),
-            part.sample("fi_persister_reused_keys_listed_total"),
-        )
-        whole = [
-            int(headers["Fi-Stream-Sequence"]) for _, _, headers in part.dead.letters if "Fi-Listed" not in headers
-        ]
-        lists = [body for _, body, headers in part.dead.letters if "Fi-Listed" in headers]
-        listed = [pair for body in lists for line in body.splitlines() for pair in orjson.loads(line)["reused"]]
-        assert list(range(2, 12)) == whole
-        assert [[sequence, 1] for sequence in range(12, 300)] == listed
-        assert 3 == len(lists)  # one a batch
+        assert 298.0 == part.sample("fi_persister_reused_keys_total")
     assert {"c1": [1, 300]} == contents(part.path)
+    assert list(range(2, 300)) == [sequence for sequence, _ in conflicts(part.path)["c1"]]
 
 
-async def test_one_consultations_flood_of_used_ids_leaves_others_their_copies(part: Rig, stream: Stream) -> None:
-    """Theirs is another mistake, and its body is wanted."""
-    flood = [reusing(sequence, of=1) for sequence in range(3, 60)]
-    stream.add(delivery(1), delivery(2, consultation="c2"), *flood, reusing(60, of=2, consultation="c2"))
+async def test_a_batch_that_fails_keeps_no_conflict_either(part: Rig, stream: Stream) -> None:
+    """Events and conflicts are in one commit: a failed one is tried again as a whole."""
+    disk = part.io = FullDisk()
+    stream.add(delivery(1))
     part.runner.start()
-    await part.reach(60)
+    await part.reach(1)
+    disk.full = True
+    stream.add(reusing(2, of=1), delivery(3))
+    await eventually(lambda: (part.sample("fi_persister_failures_total", kind="transient") or 0) >= 2)
+    disk.full = False
+    await part.reach(3)
     await part.runner.stop()
-    assert 60 in [
-        int(headers["Fi-Stream-Sequence"]) for _, _, headers in part.dead.letters if "Fi-Listed" not in headers
-    ]
-
-
-async def test_a_flood_of_used_ids_that_has_to_be_tried_again_is_told_in_the_same_way(
-    part: Rig, stream: Stream
-) -> None:
-    """A copy that was promised is made, however often `fi-dead` was out of reach."""
-    part.dead.down = True
-    stream.add(delivery(1), *(reusing(sequence, of=1) for sequence in range(2, 30)))
-    part.runner.start()
-    await eventually(lambda: part.dead.attempts >= 30)
-    part.dead.down = False
-    await part.reach(29)
-    await part.runner.stop()
-    told = [(int(headers["Fi-Stream-Sequence"]), headers.get("Fi-Listed")) for _, _, headers in part.dead.letters]
-    assert [*((sequence, None) for sequence in range(2, 12)), (12, "18")] == told
+    assert {"c1": [1, 3]} == contents(part.path)
+    assert [2] == [sequence for sequence, _ in conflicts(part.path)["c1"]]
 
 
 async def test_a_flood_of_poison_stops_the_partition(tmp_path: Path, stream: Stream) -> None:
     """A bad release must not empty the stream into the dead letters; nothing behind it is acknowledged."""
     stream.add(delivery(1), *(poison(sequence) for sequence in range(2, 50)))
-    with rig(tmp_path, stream, limit=PoisonLimit(streak=5)) as part:
+    async with rig(tmp_path, stream, limit=PoisonLimit(streak=5)) as part:
         part.runner.start()
         await part.be(State.STOPPED)
         assert "5 poison messages in a row" in part.runner.reason
@@ -335,7 +311,7 @@ async def test_a_flood_of_poison_stops_the_partition(tmp_path: Path, stream: Str
         assert 4 == len(part.dead.letters)
         assert [] == stream.acknowledged
         await part.runner.stop()
-    with rig(tmp_path, stream, limit=PoisonLimit(streak=0)) as again:
+    async with rig(tmp_path, stream, limit=PoisonLimit(streak=0)) as again:
         again.runner.start()
         await again.reach(49)
         await again.runner.stop()
@@ -345,7 +321,7 @@ async def test_a_flood_of_poison_stops_the_partition(tmp_path: Path, stream: Str
 
 async def test_rare_poison_never_adds_up_to_a_flood(tmp_path: Path, stream: Stream) -> None:
     """Each comes in a batch of its own, with good batches between."""
-    with rig(tmp_path, stream, limit=PoisonLimit(streak=3)) as part:
+    async with rig(tmp_path, stream, limit=PoisonLimit(streak=3)) as part:
         part.runner.start()
         for number in range(6):
             for one in (poison(2 * number + 1), delivery(2 * number + 2)):
@@ -428,7 +404,7 @@ async def test_a_stop_whose_caller_is_cancelled_still_releases(part: Rig, stream
 async def test_a_partition_that_another_process_holds_is_taken_when_it_lets_go(part: Rig, stream: Stream) -> None:
     """A handover is no failure: no backoff, no alarm."""
     stream.add(delivery(1))
-    with rig(part.path.parent, stream) as other:
+    async with rig(part.path.parent, stream) as other:
         other.runner.start()
         await other.reach(1)
         part.runner.start()
@@ -446,7 +422,7 @@ async def test_a_partition_that_another_process_does_not_let_go_is_told(
 ) -> None:
     """It waits as long as it takes, but its events wait too: an operator must read of it, and who holds the file."""
     monkeypatch.setattr("services.persister.runner.HANDOVER_SECONDS", 0.05)
-    with rig(part.path.parent, stream) as other:
+    async with rig(part.path.parent, stream) as other:
         other.runner.start()
         await other.be(State.FOLLOWING)
         part.runner.start()
@@ -465,8 +441,8 @@ async def test_an_idle_partition_follows_the_stream(part: Rig, stream: Stream, m
     part.runner.start()
     await part.reach(1)
     await eventually(lambda: part.runner.idle_at == 1)
-    await part.runner.advance(50)
-    await part.runner.advance(40)
+    await part.runner.advance(Position(50, "other/id"))
+    await part.runner.advance(Position(40, "other/id"))
     assert [50] == stream.advanced
     assert 50 == part.runner.idle_at
     await part.runner.stop()
@@ -482,11 +458,11 @@ async def test_an_idle_partition_shows_that_its_disk_fails(part: Rig, stream: St
     part.runner.start()
     await part.reach(1)
     disk.full = True
-    await part.runner.advance(50)
+    await part.runner.advance(Position(50, "other/id"))
     await eventually(lambda: (part.sample("fi_persister_failures_total", kind="transient") or 0) >= 1)
     disk.full = False
     await part.be(State.FOLLOWING)
-    await part.runner.advance(50)
+    await part.runner.advance(Position(50, "other/id"))
     assert [50] == stream.advanced
     await part.runner.stop()
 
@@ -534,7 +510,7 @@ async def test_a_call_on_the_file_that_does_not_come_back_is_counted(part: Rig, 
     part.runner.start()
     await part.reach(1)
     gate = threading.Event()
-    call = asyncio.create_task(part.runner._calls.run(lambda: gate.wait(30)))
+    call = asyncio.create_task(part.rounds.hdf5.run(lambda: gate.wait(30)))
     await eventually(lambda: part.runner.disk_wait > 0.2)
     gate.set()
     assert await call
@@ -552,7 +528,7 @@ async def test_what_fails_in_the_thread_after_a_cancellation_is_not_quoted(
         gate.wait(30)
         raise ValueError("a patient's words")
 
-    call = asyncio.create_task(part.runner._calls.run(fail))
+    call = asyncio.create_task(part.rounds.hdf5.run(fail))
     await asyncio.sleep(0)
     call.cancel()
     gate.set()

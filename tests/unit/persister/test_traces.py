@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,11 @@ def exporter() -> InMemorySpanExporter:
 
 
 @pytest.fixture
-def part(tmp_path: Path, stream: Stream, exporter: InMemorySpanExporter) -> Iterator[Rig]:
+async def part(tmp_path: Path, stream: Stream, exporter: InMemorySpanExporter) -> AsyncIterator[Rig]:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     spans = OtelSpans(provider)
-    with rig(tmp_path, stream, traces=Traces(spans)) as made:
+    async with rig(tmp_path, stream, traces=Traces(spans)) as made:
         yield made
     spans.close()
 
@@ -95,7 +95,7 @@ async def test_what_nobody_recorded_is_no_line(part: Rig, header: str | None) ->
 
 async def test_the_lines_of_a_batch_are_bounded(part: Rig) -> None:
     """Thousands of events may be committed at once; how many traces were left out is told."""
-    part.runner._limits = type(part.runner._limits)(events=MAX_LINES + 5, size=2**20)
+    part.rounds._limits = type(part.rounds._limits)(events=MAX_LINES + 5, size=2**20)
     entries = await persist(part, [traced(delivery(n), parent(n)) for n in range(1, MAX_LINES + 6)])
     lines = named(entries, "EVENT_TRACED")
     assert [trace_id(n) for n in range(1, MAX_LINES + 1)] == [line["trace_id"] for line in lines]
@@ -108,7 +108,7 @@ async def test_what_is_set_aside_is_found_by_its_trace_there(part: Rig) -> None:
     entries = await persist(part, [traced(delivery(1), parent(1)), *bad])
     assert [trace_id(1)] == [entry["trace_id"] for entry in named(entries, "EVENT_TRACED")]
     assert [trace_id(2)] == [entry["trace_id"] for entry in named(entries, "EVENT_SET_ASIDE")]
-    assert [trace_id(3)] == [entry["trace_id"] for entry in named(entries, "EVENT_KEY_REUSED")]
+    assert [trace_id(3)] == [entry["trace_id"] for entry in named(entries, "EVENT_KEYS_REUSED")]
 
 
 async def test_an_event_that_comes_again_under_another_trace_is_a_duplicate(part: Rig) -> None:

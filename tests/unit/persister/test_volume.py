@@ -13,7 +13,7 @@ from services.persister.volume import Volume
 
 
 def test_a_new_directory_gets_an_identity_that_stays(tmp_path: Path) -> None:
-    """Consumers and partition files name the volume's UUID."""
+    """Keys and partition files name the volume's UUID."""
     first = Volume.open(tmp_path / "data", "main")
     again = Volume.open(tmp_path / "data", "main")
     assert first == again
@@ -30,7 +30,7 @@ def test_another_stores_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_partition_files_without_an_identity_are_refused(tmp_path: Path) -> None:
-    """A new UUID would orphan them: the consumers name the old one."""
+    """A new UUID would orphan them: their keys name the old one."""
     (tmp_path / "03.h5").touch()
     with pytest.raises(VolumeError, match=r"no volume\.json"):
         Volume.open(tmp_path, "main")
@@ -61,15 +61,21 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         Volume.open(tmp_path / "file" / "data", "main")
 
 
-def test_a_claim_mark_is_there_until_it_is_cleared(tmp_path: Path) -> None:
-    """It tells a file that is not there yet from one that is gone."""
+def test_a_volume_remembers_that_its_store_was_formed(tmp_path: Path) -> None:
+    """A bucket that got lost must not look like a store that begins."""
     volume = Volume.open(tmp_path, "main")
-    assert not volume.claim_marked(7)
-    volume.mark_claim(7, 1)
-    assert volume.claim_marked(7)
-    volume.clear_claim(7)
-    volume.clear_claim(7)
-    assert not volume.claim_marked(7)
+    assert "" == volume.formed_in()
+    volume.note_formed("2026-11-23T10:00:00Z")
+    again = Volume.open(tmp_path, "main")
+    assert (volume.uuid, "2026-11-23T10:00:00Z") == (again.uuid, again.formed_in())
+
+
+def test_a_volume_whose_identity_went_is_told(tmp_path: Path) -> None:
+    """It remembers nothing then, and must not claim."""
+    volume = Volume.open(tmp_path, "main")
+    (tmp_path / "volume.json").unlink()
+    with pytest.raises(VolumeError, match="gone or damaged"):
+        volume.formed_in()
 
 
 async def test_only_one_process_claims_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

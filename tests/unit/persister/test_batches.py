@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import structlog
 
 from services.corpus import EventStore, StoredConsultation
 from services.eventlog.protocol import Delivery
-from services.persister.batch import Reused, Written, append, sort
-from tests.support.persister import IDENTITY, contents, delivery, event, reusing
+from services.persister.dead_letters import DeadLetters, PoisonLimit, SetAside, Suspects
+from services.persister.metrics import Metrics
+from services.persister.partition_file import PartitionFile
+from services.persister.rounds import Batch, Conflict, Member, decoded
+from tests.support.persister import (
+    IDENTITY,
+    LOG,
+    DeadStream,
+    ScriptedFollower,
+    Stream,
+    conflicts,
+    contents,
+    delivery,
+    event,
+    reusing,
+)
 
 GOOD = event(1).headers()
 
@@ -23,37 +38,53 @@ def store(tmp_path: Path) -> Iterator[EventStore]:
     made.abandon()
 
 
-def written(store: EventStore, *deliveries: Delivery) -> Written:
-    result = append(store, sort(deliveries, {}).events)
-    store.commit(deliveries[-1].sequence)
+def made(store: EventStore, *deliveries: Delivery, condemned: Mapping[int, str] | None = None) -> Batch:
+    """Return a batch of *deliveries* for the partition whose file is open in *store*."""
+    suspects = Suspects()
+    suspects.condemned |= condemned or {}
+    metrics = Metrics().of(0)
+    log = structlog.get_logger()
+    dead = DeadLetters(DeadStream(), 0, LOG, max_bytes=2**20)
+    aside = SetAside(dead, PoisonLimit(), metrics, log)
+    file = PartitionFile(lambda: store)
+    follower = ScriptedFollower(Stream())
+    member = Member(0, file, store, follower, aside, suspects, dead, metrics, log, fail=lambda _: None)
+    return Batch(member, list(deliveries))
+
+
+def written(store: EventStore, *deliveries: Delivery) -> Batch:
+    """Take the steps of a round in the HDF5 thread."""
+    result = made(store, *deliveries)
+    for step in (Batch.decode, Batch.append, Batch.commit):
+        step(result)
     return result
 
 
-def reused(found: Written) -> list[tuple[int, int]]:
-    """Return the sequences of the events that were not taken, and those of the first ones."""
-    return [(one.sequence, one.first) for one in found.reused]
+def reused(found: Batch) -> list[tuple[int, int]]:
+    """Return the sequences of the conflicts, and those of the events that hold their ids."""
+    return [(one.sequence, one.first) for one in found.conflicts]
 
 
-def counts(found: Written) -> tuple[int, int, int]:
+def counts(found: Batch) -> tuple[int, int, int]:
     """Return what is new, what was held, and the consultations touched."""
     return found.persisted, found.duplicates, found.consultations
 
 
-def test_a_retry_in_the_same_batch_is_dropped(store: EventStore) -> None:
+async def test_a_retry_in_the_same_batch_is_dropped(store: EventStore) -> None:
     """The first one stays: its position is the one that the client was told."""
     assert (1, 1, 1) == counts(written(store, delivery(1), delivery(2, of=1)))
     assert {"c1": [1]} == contents(store.path)
     assert store.committed == 2
 
 
-def test_a_retry_in_a_later_batch_is_dropped(store: EventStore) -> None:
+async def test_a_retry_in_a_later_batch_is_dropped(store: EventStore) -> None:
     """However long after the broker's window."""
     written(store, delivery(1))
     assert (1, 1, 1) == counts(written(store, delivery(5, of=1), delivery(6)))
     assert {"c1": [1, 6]} == contents(store.path)
 
 
-def test_a_retry_after_the_file_was_opened_again_is_dropped(store: EventStore) -> None:
+async def test_a_retry_after_the_file_was_opened_again_is_dropped(store: EventStore) -> None:
     """The ids are read from the file."""
     written(store, delivery(1), delivery(2, consultation="c2"))
     store.close()
@@ -63,45 +94,51 @@ def test_a_retry_after_the_file_was_opened_again_is_dropped(store: EventStore) -
     again.close()
 
 
-def test_the_same_id_in_another_consultation_is_another_event(store: EventStore) -> None:
+async def test_the_same_id_in_another_consultation_is_another_event(store: EventStore) -> None:
     """Ids are unique within a consultation only."""
     assert (2, 0, 2) == counts(written(store, delivery(1), delivery(2, of=1, consultation="c2")))
 
 
-def test_the_first_of_two_bodies_under_one_id_is_kept_and_the_second_is_told(store: EventStore) -> None:
+async def test_the_first_of_two_bodies_under_one_id_is_kept_and_the_second_is_told(store: EventStore) -> None:
     """In one batch, in a later one, and of the same length; a retry of the first is a plain duplicate in between."""
     same_length = event(1).body.replace(b"1", b"2")
     found = written(store, delivery(1), reusing(2, of=1), delivery(3, of=1), reusing(4, of=1, body=same_length))
     assert ((1, 1, 1), [(2, 1), (4, 1)]) == (counts(found), reused(found))
-    assert Reused(2, replace(event(1), body=reusing(2, of=1).body), 1) == found.reused[0]
+    assert Conflict(2, replace(event(1), body=reusing(2, of=1).body), 1) == found.conflicts[0]
     found = written(store, reusing(5, of=1, body=same_length), delivery(6, of=1), reusing(7, of=1), delivery(8))
-    assert ((1, 1, 1), [(5, 1), (7, 1)]) == (counts(found), reused(found))
+    assert ((1, 3, 1), []) == (counts(found), reused(found))
     assert {"c1": [1, 8]} == contents(store.path)
 
 
-def test_reused_ids_are_told_in_the_order_of_the_log(store: EventStore) -> None:
-    """Whatever consultation they are of."""
+async def test_conflicts_of_several_consultations_are_kept_in_their_own_groups(store: EventStore) -> None:
+    """Whatever the order in which they come."""
     written(store, delivery(1), delivery(2, consultation="c2"), delivery(3))
     batch = [reusing(4, of=3), reusing(5, of=2, consultation="c2"), reusing(6, of=1), delivery(7, consultation="c3")]
     found = written(store, *batch)
-    assert [(4, 3), (5, 2), (6, 1)] == reused(found)
+    assert [(4, 3), (5, 2), (6, 1)] == sorted(reused(found))
     assert ["c3"] == found.created
+    kept = {name: [sequence for sequence, _ in held] for name, held in conflicts(store.path).items()}
+    assert {"c1": [4, 6], "c2": [5]} == kept
 
 
-def test_a_batch_that_is_delivered_again_is_not_compared(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each event stands at its own sequence: no search through the table, and no body is read."""
+async def test_a_batch_that_is_delivered_again_is_not_compared(
+    store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each event stands at its own sequence: no body is read."""
     batch = [delivery(sequence) for sequence in range(1, 101)]
     written(store, *batch)
 
     def never(*_: object) -> None:
-        raise AssertionError("a body was read, or the table was searched")
+        raise AssertionError("a body was read")
 
     monkeypatch.setattr(StoredConsultation, "body", never)
-    monkeypatch.setattr(StoredConsultation, "search", never)
-    assert (0, 100, 0) == counts(append(store, sort(batch, {}).events))
+    again = made(store, *batch)
+    again.decode()
+    again.append()
+    assert (0, 100, 0) == counts(again)
 
 
-def test_a_batch_of_retries_only_moves_the_position(store: EventStore) -> None:
+async def test_a_batch_of_retries_only_moves_the_position(store: EventStore) -> None:
     """Or it would be delivered again for ever."""
     written(store, delivery(1))
     assert (0, 1, 0) == counts(written(store, delivery(9, of=1)))
@@ -138,14 +175,14 @@ def test_what_ingest_would_not_have_written_is_poison(
 ) -> None:
     """The reason says which rule it breaks, and quotes nothing of the body."""
     bad = Delivery(2, consultation, headers, body, "token")
-    sorted_ = sort([delivery(1), bad, delivery(3)], {})
-    assert [1, 3] == [sequence for sequence, _ in sorted_.events]
-    ((found, why),) = sorted_.poison
+    events, poison = decoded([delivery(1), bad, delivery(3)], {})
+    assert [1, 3] == [sequence for sequence, _ in events]
+    ((found, why),) = poison
     assert bad is found
     assert reason in why
 
 
-def test_the_largest_time_fits(store: EventStore) -> None:
+async def test_the_largest_time_fits(store: EventStore) -> None:
     """It is a signed 64-bit number in the file."""
     latest = Delivery(1, "c1", GOOD | {"Fi-Received-Ns": str(2**63 - 1)}, event(1).body, "token")
     assert (1, 0, 1) == counts(written(store, latest))
@@ -153,6 +190,6 @@ def test_the_largest_time_fits(store: EventStore) -> None:
 
 def test_what_was_condemned_is_poison_whatever_it_holds() -> None:
     """It broke its batch twice."""
-    sorted_ = sort([delivery(1), delivery(2)], {2: "could not be written: ValueError"})
-    assert [1] == [sequence for sequence, _ in sorted_.events]
-    assert [(2, "could not be written: ValueError")] == [(bad.sequence, why) for bad, why in sorted_.poison]
+    events, poison = decoded([delivery(1), delivery(2)], {2: "could not be written: ValueError"})
+    assert [1] == [sequence for sequence, _ in events]
+    assert [(2, "could not be written: ValueError")] == [(bad.sequence, why) for bad, why in poison]
