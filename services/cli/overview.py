@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,16 +16,10 @@ from services.cli.folder import State
 from services.cli.target import Target, connected
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream import names
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.processes import persister_infos
-from services.eventlog.jetstream.report import (
-    ClusterReport,
-    PartitionReport,
-    ReplicaReport,
-    StreamReport,
-    cluster_report,
-    read_stream,
-)
+from services.eventlog.jetstream.monitor import LogState, PartitionState, look_once
+from services.eventlog.jetstream.processes import LiveProcess, live_processes
+from services.eventlog.jetstream.report import ReplicaReport, StreamReport
+from services.eventlog.metrics import PARTITIONS, PROCESSES
 from services.eventlog.partitions import partition_name
 from services.eventlog.settings import LogSettings
 
@@ -65,20 +59,23 @@ class Partition:
 
     Attributes:
         name: two digits.
-        acknowledged: stream sequence up to which the broker was told that all is safe; None when nobody answers.
-        lag: events behind that; None when nobody answers.
-        committed: sequence that the partition file has reached; None when it cannot be read from here.
-        volume: UUID of the volume that holds it; empty when that is not known.
-        placed: a volume has claimed it.
+        committed: stream sequence that its file has reached: as the file says where it can be read from here, else as
+            its owner or its key says; None when none of them does.
+        lag: events that wait behind that.
+        oldest_seconds: age of the oldest of them; None when nothing waits.
+        volume: UUID of the volume that holds it; empty when no key says so.
+        epoch: how often it was placed; 0 when no key says so.
+        begins: first stream sequence that its file may hold: above 1, the store began after a trim.
         owners: persisters that say they run it: one, except for a moment.
     """
 
     name: str
-    acknowledged: int | None
-    lag: int | None
     committed: int | None
+    lag: int
+    oldest_seconds: float | None
     volume: str
-    placed: bool
+    epoch: int
+    begins: int
     owners: tuple[str, ...]
 
 
@@ -106,29 +103,34 @@ async def collect(target: Target, corpus: Path | None) -> Overview:
     """
     committed, remarks = _committed(corpus)
     async with connected(target.settings) as connection:
-        report = await _report(connection, target.settings)
-        dead = await JetStreamApi(connection).stream_info(names.DEAD_STREAM)
-        workers = await ask_workers(connection, target.state)
-    if report.stream is None:
+        log = await _look(connection, target.settings)
+    workers = named_workers(log.processes or (), target.state)
+    if log.stream is None:
         remarks.append(f"there is no stream {names.STREAM}: start a service, or run  fiq provision")
-    if not workers:
+    if log.processes is None:
+        remarks.append(f"it is not known which persisters live: {log.troubles.get(PROCESSES, 'no answer')}")
+    elif not workers:
         remarks.append("no persister answers: events are kept in the stream until one runs")
+    partitions = log.partitions(target.settings.store)
+    if log.stream is not None and not partitions:
+        remarks.append(f"it is not known where partitions live: {log.troubles.get(PARTITIONS, 'no answer')}")
+    now = time.time() - log.clock_offset
     return Overview(
-        nodes=_nodes(report.stream, target.state),
-        stream=report.stream,
-        dead=None if dead is None else read_stream(dead),
+        nodes=_nodes(log.stream, target.state),
+        stream=log.stream,
+        dead=log.dead,
         workers=tuple(workers),
-        partitions=tuple(_partition(one, workers, committed) for one in report.partitions if report.stream),
+        partitions=tuple(_partition(one, workers, committed, now) for one in partitions if log.stream),
         remarks=tuple(remarks),
     )
 
 
-async def _report(connection: Client, settings: LogSettings) -> ClusterReport:
-    """Ask the broker; while a leader is being elected nobody answers, so ask again for a while."""
+async def _look(connection: Client, settings: LogSettings) -> LogState:
+    """Ask the broker; while a leader is being elected it does not answer, so ask again for a while."""
     deadline = time.monotonic() + _ELECTION
     while True:
         try:
-            return await cluster_report(connection, settings)
+            return await look_once(connection, settings)
         except LogUnavailableError as error:
             if time.monotonic() >= deadline:
                 raise LogUnavailableError(
@@ -166,32 +168,39 @@ def _is_healthy(url: str) -> bool:
 
 async def ask_workers(connection: Client, state: State | None) -> list[Worker]:
     """Return the persisters that answer, by name; *state* has the names of those that ``fiq up`` started."""
+    return named_workers(await live_processes(connection), state)
+
+
+def named_workers(processes: Iterable[LiveProcess], state: State | None) -> list[Worker]:
+    """Return *processes* by name; *state* has the names of those that ``fiq up`` started."""
     known = {} if state is None else {str(member.pid): member.name for member in state.members}
     workers = []
-    for metadata in await persister_infos(connection):
-        pid = metadata.get("pid", "")
+    for process in processes:
+        said = process.metadata
+        pid = said.get("pid", "")
         workers.append(
             Worker(
-                name=known.get(pid) or metadata.get("worker", ""),
-                host=metadata.get("host", ""),
+                name=known.get(pid) or said.get("worker", ""),
+                host=said.get("host", ""),
                 pid=pid,
-                volume=metadata.get("volume", ""),
-                partitions=tuple(sorted(filter(None, metadata.get("partitions", "").split(",")))),
-                address=metadata.get("address", ""),
+                volume=process.volume,
+                partitions=tuple(partition_name(partition) for partition in sorted(process.partitions)),
+                address=said.get("address", ""),
             )
         )
     return sorted(workers, key=lambda worker: worker.name)
 
 
-def _partition(report: PartitionReport, workers: list[Worker], committed: Mapping[int, int]) -> Partition:
-    name = partition_name(report.partition)
+def _partition(one: PartitionState, workers: list[Worker], committed: Mapping[int, int], now: float) -> Partition:
+    name, place = partition_name(one.partition), one.placement
     return Partition(
         name=name,
-        acknowledged=report.acknowledged if report.answered else None,
-        lag=report.pending + report.ack_pending if report.answered else None,
-        committed=committed.get(report.partition),
-        volume=report.volume,
-        placed=report.exists,
+        committed=committed.get(one.partition, one.committed if one.owners or place is not None else None),
+        lag=one.waiting.events,
+        oldest_seconds=None if one.oldest is None else max(0.0, now - one.oldest),
+        volume="" if place is None else place.volume,
+        epoch=0 if place is None else place.epoch,
+        begins=0 if place is None else place.begins,
         owners=tuple(worker.name for worker in workers if name in worker.partitions),
     )
 

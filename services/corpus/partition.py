@@ -29,8 +29,8 @@ from services.corpus.groups import OpenConsultations
 from services.corpus.records import Identity, check_identity
 from services.corpus.tails import ChunkedTail
 
-#: consultations whose conflicts stay open, and how many ids of conflicts stay in memory: they are rare
-_OPEN_CONFLICTS, _CONFLICT_IDS = 16, 10_000
+#: consultations whose conflicts stay open: they are rare
+_OPEN_CONFLICTS = 16
 
 
 class OpenPartition:
@@ -41,7 +41,6 @@ class OpenPartition:
         journaled: the file object; not closed here.
         expected: the identity that the file must state; None accepts any.
         limit: how many consultations stay open.
-        ids_limit: how many event ids stay in memory.
         metadata_cache: limit of HDF5's metadata cache, in bytes of the file.
 
     Raises:
@@ -57,7 +56,6 @@ class OpenPartition:
         expected: Identity | None,
         *,
         limit: int,
-        ids_limit: int,
         metadata_cache: int,
     ) -> None:
         with hdf5_errors(name, journaled):
@@ -83,11 +81,10 @@ class OpenPartition:
                         self.identity,
                         events=int(self._file.attrs[counter]),
                         limit=most,
-                        ids_limit=ids,
                     )
-                    for group, counter, most, ids in (
-                        (CONSULTATIONS, COMMITTED_EVENTS, limit, ids_limit),
-                        (CONFLICTS, COMMITTED_CONFLICTS, _OPEN_CONFLICTS, _CONFLICT_IDS),
+                    for group, counter, most in (
+                        (CONSULTATIONS, COMMITTED_EVENTS, limit),
+                        (CONFLICTS, COMMITTED_CONFLICTS, _OPEN_CONFLICTS),
                     )
                 )
         except BaseException:

@@ -1,4 +1,4 @@
-"""How much of the log waits to be committed, as a look at it found."""
+"""How many events wait to be committed, in each partition, as the log was last seen."""
 
 from __future__ import annotations
 
@@ -6,15 +6,35 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits in one partition.
+
+    Attributes:
+        events: that were stored up to *sequence* and are not committed.
+        sequence: of the stream's youngest event that *events* counts.
+        still: nothing of it is being committed: no process runs it, or its file has not moved for a while.
+    """
+
+    events: int
+    sequence: int
+    still: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Backlog:
-    """The backlog at one moment.
+    """What waits in the store that has most of it.
 
     Attributes:
         at: when it was looked at, on :func:`time.monotonic`.
         sequence: of the stream's youngest event then.
-        events: that were not acknowledged as committed, of the store that had most of them.
+        partitions: by number.
     """
 
     at: float
     sequence: int
-    events: int
+    partitions: tuple[Waiting, ...]
+
+    @property
+    def events(self) -> int:
+        """Of all partitions together."""
+        return sum(one.events for one in self.partitions)

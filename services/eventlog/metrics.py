@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from services.eventlog.backlog import Backlog
 from services.eventlog.jetstream.certificates import Validity
 from services.eventlog.jetstream.report import StreamReport
 from services.eventlog.partitions import partition_name
@@ -23,17 +22,13 @@ _NODE = ("stream", "node")
 
 
 class LogMetrics:
-    """Gauges that :class:`~services.eventlog.jetstream.watch.LogWatch` keeps up to date.
+    """Gauges that :class:`~services.eventlog.jetstream.monitor.LogMonitor` keeps up to date.
 
     Args:
         registry: the process's own.
-
-    Attributes:
-        observed: the whole backlog as it was counted last; None while it is not known, or nobody counts.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.observed: Backlog | None = None
         # 0 in one process alone: its network, or its credentials; in all of them: no node runs
         self.connected = Gauge("fi_log_connected", "1 while the process has a connection to a node", registry=registry)
         # 0: events cannot be stored; clients get 503
@@ -80,7 +75,7 @@ class LogMetrics:
         )
         self.backlog_events = Gauge(
             "fi_partition_backlog_events",
-            "Events of the partition that are not acknowledged as committed",
+            "Events of the partition that are not committed",
             ("store", "partition"),
             registry=registry,
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from services.contract.event import Event
+from services.contract.event import MESSAGE_ID_HEADER, Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,6 @@ class Appended:
     duplicate: bool
 
 
-#: header with the id under which a message was appended
-MESSAGE_ID_HEADER = "Nats-Msg-Id"
 #: characters of a message id that a :class:`Position` records as it is
 MAX_MESSAGE_ID = 200
 
@@ -107,16 +105,39 @@ class StoredEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What is stored under some ids.
+class Stored:
+    """What the corpus holds under an id, without its body.
 
     Attributes:
-        events: the first event under each id that one was found for.
-        complete: there is none under the others, and none before those; otherwise nobody could say.
+        sequence: position in the log, from 1.
+        digest: :func:`digest_of` its body.
     """
 
-    events: Mapping[UUID, StoredEvent]
-    complete: bool
+    sequence: int
+    digest: bytes
+
+
+def digest_of(body: bytes) -> bytes:
+    """Return 8 bytes that tell a body from another one."""
+    return hashlib.blake2b(body, digest_size=8).digest()
+
+
+class Snapshot(Protocol):
+    """Which ids the corpus held of a consultation at one moment."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can tell the ids that were not held; otherwise there were too many."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How much memory it takes, bytes."""
+        ...
+
+    def may_hold(self, event_id: UUID) -> bool:
+        """Return False when *event_id* was not held for certain."""
+        ...
 
 
 class EventWriter(Protocol):
@@ -158,35 +179,25 @@ class EventReader(Protocol):
         """
         ...
 
-    async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
-        """Return the event that the corpus holds under *event_id*, or None when it holds none.
+    async def snapshot(self, consultation: str) -> Snapshot:
+        """Return which ids the corpus holds of *consultation*.
 
         Raises:
             CorpusAwayError: the partition's persister does not answer.
-        """
-        ...
-
-    async def held(self, consultation: str, event_ids: Collection[UUID], before: int | None) -> Held:
-        """Return what is stored under *event_ids*, in the corpus or in the log behind it, of which it reads some only.
-
-        Args:
-            consultation: of all the ids.
-            event_ids: one at least.
-            before: the log need not be read from this position on; None: all that waits in it is to be read.
-
-        Raises:
-            CorpusAwayError: the partition's persister stopped to answer.
-            LogUnavailableError: the log does not answer in time.
+            LogUnavailableError: there is no connection.
             LogRefusedError: an operator must act.
         """
         ...
 
-    async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
-        """Return at most *limit* events of *consultation* with positions above *after*, in order, without gaps.
+    async def find(self, consultation: str, event_ids: Collection[UUID]) -> Mapping[UUID, Stored]:
+        """Return what the corpus holds under *event_ids*; raises as :meth:`snapshot` does."""
+        ...
+
+    async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
+        """Return those of *event_ids* that are stored for certain, in the corpus or in the log; perhaps not all.
 
         Raises:
-            CorpusAwayError: the partition's persister does not answer, and the log alone cannot show that it has all.
-            LogUnavailableError: the log does not answer in time.
+            CorpusAwayError, LogUnavailableError, LogRefusedError: as :meth:`snapshot`.
         """
         ...
 
@@ -207,7 +218,7 @@ class Page:
 
 
 class EventBrowser(EventReader, Protocol):
-    """What serves readers beyond the comparison of a retry. Each method raises as :meth:`EventReader.read` does."""
+    """What serves readers beyond the comparison of a retry. Each method raises as :meth:`EventReader.snapshot` does."""
 
     async def page(self, consultation: str, after: int, limit: int) -> Page:
         """Return at most *limit* events of *consultation* behind *after*, perhaps fewer, and where to go on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from services.contract.lifecycle import beside
 from services.contract.management import CachedCheck, ReadinessCheck
 from services.contract.telemetry import Spans
 from services.contract.tokens import Scope
+from services.eventlog.backlog import Backlog
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import EventBrowser, EventWriter
 from services.ingest.access import GATE, OPEN, Gate
@@ -33,7 +34,6 @@ from services.ingest.handlers import (
     poster,
     shower,
 )
-from services.ingest.horizon import Horizon
 from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
 from services.ingest.openapi import describe
@@ -81,17 +81,17 @@ class OpenLog:
         writer: takes the events.
         ready: says what is wrong with the log; nothing when it takes events.
         reader: shows the events that are stored.
-        watching: while entered, keeps the metrics of the log up to date; a log in memory has none.
+        backlog: what waits to be committed; None while that is not known, or in a log that has no persisters.
     """
 
     writer: EventWriter
     ready: ReadinessCheck
     reader: EventBrowser
-    watching: Callable[[LogMetrics], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
+    backlog: Callable[[], Backlog | None] = lambda: None
 
 
-#: opens the log at start, and closes it when the application ends
-LogOpener = Callable[[], AbstractAsyncContextManager[OpenLog]]
+#: opens the log at start, and closes it when the application ends; shows it in the metrics while it is open
+LogOpener = Callable[[LogMetrics], AbstractAsyncContextManager[OpenLog]]
 
 
 def make_app(
@@ -106,7 +106,7 @@ def make_app(
         version: of the product, for its description.
     """
     metrics = Metrics()
-    pressure = Pressure(settings.max_backlog, settings.retry_after, lambda: metrics.log.observed, metrics)
+    pressure = Pressure(settings.max_backlog, settings.retry_after, metrics)
     answers = Answers(metrics, retry_after=pressure.retry_after)
     tokens = Tokens(settings.token_file)
     rates = Rates(settings.rate, settings.rate_burst)
@@ -127,18 +127,26 @@ def make_app(
 
     async def log(app: web.Application) -> AsyncIterator[None]:
         nonlocal check
-        async with open_log() as opened:
+        async with open_log(metrics.log) as opened:
             app[READER] = opened.reader
             app[FOLLOWERS] = Followers(
                 opened.reader, metrics, limit=settings.max_followers, interval=settings.follow_interval
             )
-            horizon = Horizon(settings.log.duplicate_window, settings.publish_deadline)
-            keys = Keys(opened.reader, metrics, horizon, wait=settings.key_lookup_wait)
+            keys = Keys(
+                opened.reader,
+                metrics,
+                partitions=settings.log.partitions,
+                window=settings.log.duplicate_window,
+                wait=settings.key_lookup_wait,
+            )
             writer = opened.writer if spans is None else TracedWriter(opened.writer, spans)
-            app[STORING] = Storing(writer, keys, horizon, metrics, answers, pressure.note)
+            app[STORING] = Storing(writer, keys, metrics, answers, pressure)
+            pressure.observed = opened.backlog
             check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
-            async with opened.watching(metrics.log):
+            try:
                 yield
+            finally:
+                await keys.close()
 
     async def ready() -> list[str]:
         if answers.closing:

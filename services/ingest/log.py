@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from nats.aio.client import Client
-
 from services.eventlog.jetstream.connection import check_max_payload, close
-from services.eventlog.jetstream.counting import counting
+from services.eventlog.jetstream.monitor import monitoring
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.reading import JetStreamReader
-from services.eventlog.jetstream.report import stream_ready
 from services.eventlog.jetstream.startup import reach
-from services.eventlog.jetstream.watch import watching
 from services.eventlog.metrics import LogMetrics
 from services.ingest.app import OpenLog
 from services.ingest.settings import Settings
@@ -24,12 +20,13 @@ CONNECTION_NAME = "fi-ingest"
 
 
 @asynccontextmanager
-async def open_log(settings: Settings, on_closed: Callable[[str], None]) -> AsyncIterator[OpenLog]:
+async def open_log(settings: Settings, on_closed: Callable[[str], None], metrics: LogMetrics) -> AsyncIterator[OpenLog]:
     """Connect, provision, and yield the log; close publisher and connection afterwards.
 
     Args:
         settings: of the process.
         on_closed: called with the reason when the connection is lost for good.
+        metrics: where the log is shown while it is open.
 
     Raises:
         StartupError: no cluster within FI_STARTUP_TIMEOUT.
@@ -41,23 +38,13 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None]) -> Asyn
         check_max_payload(client, settings.max_event_bytes)
         reader = JetStreamReader(client, settings.log)
         publisher = Publisher(
-            client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight, held=reader.held
+            client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight, known=reader.known
         )
         await publisher.start()
         try:
-            yield OpenLog(
-                publisher,
-                lambda: stream_ready(client, settings.log),
-                reader,
-                lambda metrics: _watching(client, settings, metrics),
-            )
+            async with monitoring(client, settings.log, metrics) as monitor:
+                yield OpenLog(publisher, monitor.ready, reader, monitor.backlog)
         finally:
             await publisher.close()
     finally:
         await close(client)
-
-
-@asynccontextmanager
-async def _watching(client: Client, settings: Settings, metrics: LogMetrics) -> AsyncIterator[None]:
-    async with watching(client, settings.log, metrics), counting(client, settings.log, metrics):
-        yield

@@ -1,28 +1,32 @@
 """How full the log is, and when it makes sense to come back.
 
-A count each second tells how many events waited and which one was the youngest. What was stored since is known from the
-sequences in the broker's answers, by whichever process it was posted; what was committed since, from the rate between
-counts some seconds apart. So a request costs a comparison and never a question to the broker, and what is let in beyond
-the limit is at most what persisters who have just stopped would have committed since the last count: some two seconds'
-worth, and when no count succeeds that of :data:`TRUSTED_SECONDS`.
+A look each second tells for each partition how many events waited, and up to which sequence that counts. What was
+stored since is known from the sequences in the broker's answers, by whichever process it was posted, and a partition is
+taken to get an equal part of it. Nothing is taken for committed before a look shows it. So a request costs a comparison
+and never a question to the broker, and when persisters stop, the limit holds.
+
+The limit is for all partitions together. A partition that stands still (no process runs it, or its file has not moved
+for 10 s) must not stop the clients of the others: while others move, those that stand still share half of the limit,
+each refuses its own clients beyond its part, and counts for no more than that.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from services.contract.event import Event
 from services.eventlog.backlog import Backlog
+from services.eventlog.partitions import partition_name, partition_of
 from services.ingest import problems
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
 
 #: bounds of what clients are told to wait, seconds
 SHORTEST, LONGEST = 1.0, 60.0
-#: for so long what was committed is taken for granted while no count succeeds, seconds
-TRUSTED_SECONDS = 6.0
-#: persisters commit in batches: a rate over less time would be that of one batch, or none, seconds
+#: part of the limit that partitions which stand still share while others move
+STILL_SHARE = 0.5
+#: persisters commit in rounds, and say how far they are once a second: a rate over less time would be noise, seconds
 _SPAN_SECONDS = 4.5
 #: weight of the newest measurement of the rate against those before
 _NEWEST = 0.5
@@ -34,30 +38,28 @@ class Pressure:
     Args:
         limit: events that may wait to be committed; 0 for no limit of our own.
         retry_after: what clients are told while no rate is known, seconds.
-        observed: the latest look; None while nothing is known of the backlog, and then nothing is refused for it.
         metrics: where it is shown.
-        clock: seconds, as of the looks.
+
+    Attributes:
+        observed: returns the latest look; None while nothing is known of the backlog, and then nothing is refused.
     """
 
-    def __init__(
-        self,
-        limit: int,
-        retry_after: float,
-        observed: Callable[[], Backlog | None],
-        metrics: Metrics,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, limit: int, retry_after: float, metrics: Metrics) -> None:
+        self.observed: Callable[[], Backlog | None] = lambda: None
         self._limit = limit
         self._retry_after = retry_after
-        self._observed = observed
-        self._clock = clock
-        self._last: Backlog | None = None
+        self._last: tuple[Backlog, float] | None = None
         self._rate: float | None = None
         self._newest = 0
-        self._events = 0.0
+        self._partitions = 1
+        #: all that waits is this and one for each sequence up to the newest
+        self._base: float | None = None
         #: the sequence from which on nothing more is taken
         self._until = math.inf
-        metrics.backlog.set_function(lambda: self._events)
+        #: the same for each partition that stands still, and the smallest of them
+        self._own: dict[int, float] = {}
+        self._first = math.inf
+        metrics.backlog.set_function(lambda: self._events())
         metrics.drain_rate.set_function(lambda: self._rate or 0.0)
 
     def note(self, sequence: int) -> None:
@@ -67,33 +69,56 @@ class Pressure:
 
     def look(self) -> None:
         """Take in what is known now; to be called each second."""
-        seen = self._observed()
-        if seen is None:
-            self._last, self._rate, self._events, self._until = None, None, 0.0, math.inf
+        seen = self.observed()
+        self._own, self._first, self._until = {}, math.inf, math.inf
+        if seen is None or not seen.partitions:
+            self._last, self._rate, self._base = None, None, None
             return
-        self._measure(seen)
+        self._partitions = count = len(seen.partitions)
+        base = sum(one.events - one.sequence / count for one in seen.partitions)
+        self._measure(seen, base)
         self.note(seen.sequence)
-        drained = (self._rate or 0.0) * min(TRUSTED_SECONDS, max(0.0, self._clock() - seen.at))
-        self._events = max(0.0, seen.events + self._newest - seen.sequence - drained)
+        self._base = base
         if self._limit:
-            self._until = seen.sequence + self._limit - seen.events + drained
+            self._set_limits(seen)
 
     def check(self) -> None:
         """Let a request through that wants to store something.
 
         Raises:
-            RequestRefusedError: too much waits already.
+            RequestRefusedError: too many events wait already.
         """
         if self._newest >= self._until:
             raise RequestRefusedError(problems.BACKLOG_FULL)
+
+    def admit(self, events: Iterable[Event]) -> None:
+        """Let *events* through to their partitions.
+
+        Raises:
+            RequestRefusedError: one of these stands still, and too many events wait in it.
+        """
+        if self._newest < self._first:
+            return
+        for event in events:
+            partition = partition_of(event.consultation, self._partitions)
+            if self._newest >= self._own.get(partition, math.inf):
+                raise RequestRefusedError(
+                    problems.BACKLOG_FULL,
+                    f"Partition {partition_name(partition)}, which this consultation belongs to, is not being written "
+                    "to HDF5, and too many of its events wait. Other consultations are not affected.",
+                    headers={"Retry-After": str(math.ceil(LONGEST))},
+                )
 
     def retry_after(self, problem: Problem) -> float:
         """Return what ``Retry-After`` should say to *problem*, seconds: when there will be room, as far as is known."""
         if problem is problems.BACKLOG_FULL:
             return self._time_for(self._newest - self._until + 1)
         if problem is problems.LOG_FULL and self._last is not None:
-            return self._time_for(self._events)
+            return self._time_for(self._events())
         return self._retry_after
+
+    def _events(self) -> float:
+        return 0.0 if self._base is None else max(0.0, self._base + self._newest)
 
     def _time_for(self, events: float) -> float:
         """Return how long it takes to drain *events*, within the bounds."""
@@ -101,17 +126,32 @@ class Pressure:
             return self._retry_after
         return LONGEST if self._rate <= 0 else min(LONGEST, max(SHORTEST, events / self._rate))
 
-    def _measure(self, seen: Backlog) -> None:
-        """Learn from two counts that are far enough apart how many events were committed between them."""
-        before = self._last
-        if before is None or seen.sequence < before.sequence:  # another stream
-            self._last = seen
-            if before is not None:
+    def _set_limits(self, seen: Backlog) -> None:
+        count = len(seen.partitions)
+        still = [p for p, one in enumerate(seen.partitions) if one.still]
+        if len(still) == count:  # there are no others: nothing is drained, and one limit holds for all
+            still = []
+        own = STILL_SHARE * self._limit / max(1, len(still))
+        room = float(self._limit)
+        for partition, one in enumerate(seen.partitions):
+            if partition in still:
+                self._own[partition] = one.sequence + (own - one.events) * count
+                room -= min(own, one.events + max(0, self._newest - one.sequence) / count)
+            else:
+                room -= one.events - one.sequence / count
+        self._first = min(self._own.values(), default=math.inf)
+        self._until = room * count / (count - len(still))
+
+    def _measure(self, seen: Backlog, base: float) -> None:
+        """Learn from two looks that are far enough apart how many events were committed between them."""
+        if self._last is None or seen.sequence < self._last[0].sequence:  # another stream
+            if self._last is not None:
                 self._rate, self._newest = None, seen.sequence
+            self._last = seen, base
             return
+        before, was = self._last
         if seen.at - before.at < _SPAN_SECONDS:
             return
-        self._last = seen
-        drained = (seen.sequence - before.sequence) - (seen.events - before.events)
-        rate = max(0.0, drained / (seen.at - before.at))
+        self._last = seen, base
+        rate = max(0.0, (was - base) / (seen.at - before.at))
         self._rate = rate if self._rate is None else _NEWEST * rate + (1 - _NEWEST) * self._rate

@@ -54,7 +54,7 @@ async def _serve(
         stop.request(reason, failed=True)
 
     log = get_logger("ingest")
-    app = make_app(settings, lambda: open_log(settings, lost), spans, version=version)
+    app = make_app(settings, lambda shown: open_log(settings, lost, shown), spans, version=version)
     server = HttpServer(app, sock, grace=settings.shutdown_grace)
     # first and last: probes learn why nothing is served yet, and what is still in flight
     async with managed(management, app[METRICS].registry, app[READY], _MANAGEMENT):

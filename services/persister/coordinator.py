@@ -24,6 +24,7 @@ from services.persister.errors import VolumeError
 from services.persister.members import Members, share
 from services.persister.metrics import Metrics
 from services.persister.runner import PartitionRunner, State
+from services.persister.volume import backed_up_at
 
 #: how often the members of the volume are looked at, seconds
 STEP_SECONDS = 0.5
@@ -246,11 +247,13 @@ class Coordinator:
         volume = self._deployment.volume
         try:
             free, size = await asyncio.to_thread(volume.room)
+            backed_up = await asyncio.to_thread(backed_up_at, volume.directory)
         except OSError as error:
             self._log.warning("OBSERVATION_FAILED", reason=f"the data directory cannot be measured: {error.strerror}")
             return
         self._metrics.volume_free.labels(volume.uuid).set(free)
         self._metrics.volume_size.labels(volume.uuid).set(size)
+        self._metrics.backup.labels(volume.uuid).set(backed_up)
 
     async def _advance_idle(self) -> None:
         """Move idle partitions up to the stream's end now and then, or trim would stop at their last events."""

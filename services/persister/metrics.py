@@ -31,7 +31,7 @@ _PARTITION = ("partition",)
 FAILURE_KINDS = ("transient", "unexpected", "permanent")
 #: what may come of a question: answered with HDF5, answered from memory, the partition was let go or is between two
 #: commits, too many wait, its asker stopped waiting, the connection is congested, it is no question, a fault
-QUESTION_OUTCOMES = ("answered", "memory", "away", "busy", "stale", "dropped", "malformed", "failed")
+QUESTION_OUTCOMES = ("answered", "away", "busy", "stale", "dropped", "malformed", "failed")
 _STATES = ("starting", "following", "retrying", "stopped")
 
 
@@ -84,6 +84,13 @@ class Metrics:
         self.volume_size = Gauge(
             "fi_volume_size_bytes", "Size of the data directory's file system", ("volume",), registry=registry
         )
+        # older than a day, with one store: what FI_RETENTION has taken from the stream is on this disk only
+        self.backup = Gauge(
+            "fi_backup_timestamp_seconds",
+            "When the newest backup of the volume was made, Unix time; 0 for never",
+            ("volume",),
+            registry=registry,
+        )
         # grows for minutes: persisters are too slow, or a partition stands still (see fi_persister_partition_state)
         self.queue_length = Gauge(
             "fi_queue_length", "Events of the partition that are not committed yet", _PARTITION, registry=registry
@@ -119,7 +126,7 @@ class Metrics:
             ("kind", "outcome"),
             registry=registry,
         )
-        # large: readers take time from the writer; while batches wait they get a fifth of the HDF5 thread
+        # large: readers take time from the writer
         self.question_seconds = Histogram(
             "fi_persister_question_seconds",
             "Time of the HDF5 thread that an answered question took",
@@ -193,7 +200,7 @@ class Metrics:
         # above 0.7 and growing: some store does not commit; trim deletes only what every store has
         self.stream_fullness = Gauge(
             "fi_stream_fullness_ratio",
-            "Share of the stream's max_bytes in use, as seen by the owner of partition 00",
+            "Share of the stream's max_bytes in use, as seen by the process that trims",
             registry=registry,
         )
         self.trimmed = Counter(

@@ -7,30 +7,32 @@ import contextlib
 import os
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import nats.errors
 import nats.micro
 from aiohttp import web
-from nats.aio.client import Client
 
 from services.contract.command import product_version
 from services.contract.errors import BindError
-from services.contract.lifecycle import Stop, cancellable, settle, unless_stopped
+from services.contract.lifecycle import Stop, beside, cancellable, settle, unless_stopped
 from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
 from services.contract.telemetry import Spans
-from services.corpus import StoreOptions
+from services.corpus import KnownIds, StoreOptions
 from services.eventlog.jetstream.budget import Budget
-from services.eventlog.jetstream.connection import close
+from services.eventlog.jetstream.connection import Connection, close
 from services.eventlog.jetstream.follower import JetStreamFollower
+from services.eventlog.jetstream.monitor import LogMonitor, monitoring
 from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, corpus_subject
 from services.eventlog.jetstream.placement import Placement, Placements
+from services.eventlog.jetstream.processes import show_progress
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.startup import reach_log
-from services.eventlog.jetstream.watch import watching
+from services.eventlog.jetstream.trim import Trimmed, Trimmer, is_turn
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity
 from services.persister.answering import Desk
@@ -54,6 +56,8 @@ _DEAD_LETTER_DEADLINE = 5.0
 _DEAD_LETTERS_IN_FLIGHT = 256
 #: seconds that an answer of /healthz, /readyz or /metrics gets to be written at the end
 _FLUSH_SECONDS = 1.0
+#: how old what this process says of its progress may be, seconds
+TELL_SECONDS = 0.5
 #: the service's end may take this long to be announced, seconds
 _FAREWELL_SECONDS = 2.0
 
@@ -80,8 +84,8 @@ async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None 
                 try:
                     settle()
                     log.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
-                    async with watching(nc, settings.log, metrics.log):
-                        await _persist(nc, settings, port, deployment, metrics, traces, readiness, stop)
+                    async with monitoring(nc, settings.log, metrics.log) as monitor:
+                        await _persist(nc, settings, port, deployment, metrics, traces, readiness, monitor, stop)
                 finally:
                     await close(nc)
     log.info("PERSISTER_STOPPED", reason=stop.reason)
@@ -100,7 +104,7 @@ class Readiness:
         return self.coordinator.problems()
 
 
-async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Client, LogIdentity] | None:
+async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Connection, LogIdentity] | None:
     """Return a connection to the log and which one it is, or None when a stop was requested before that."""
 
     def lost(reason: str) -> None:
@@ -111,13 +115,14 @@ async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Client, Log
 
 
 async def _persist(
-    nc: Client,
+    nc: Connection,
     settings: PersisterSettings,
     port: int,
     deployment: Deployment,
     metrics: Metrics,
     traces: Traces,
     readiness: Readiness,
+    monitor: LogMonitor,
     stop: Stop,
 ) -> None:
     publisher = Publisher(nc, deadline=_DEAD_LETTER_DEADLINE, max_in_flight=_DEAD_LETTERS_IN_FLIGHT)
@@ -134,8 +139,9 @@ async def _persist(
         members.join()
         readiness.coordinator = coordinator
         try:
-            announced = _announced(nc, volume, members.name, f"{settings.host}:{port}", coordinator)
-            await unless_stopped(_run(announced, coordinator), stop)
+            announced = _announced(nc, volume, members.name, f"{settings.host}:{port}", coordinator, monitor)
+            trimming = _trimming(nc, volume.store, settings.retention, coordinator, monitor, metrics)
+            await unless_stopped(_run(announced, trimming, coordinator), stop)
         finally:
             get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
             await coordinator.stop()
@@ -145,15 +151,28 @@ async def _persist(
             await publisher.close()
 
 
-async def _run(announced: AbstractAsyncContextManager[None], coordinator: Coordinator) -> None:
-    async with announced:
+async def _run(
+    announced: AbstractAsyncContextManager[None], trimming: Coroutine[Any, Any, None], coordinator: Coordinator
+) -> None:
+    async with beside(trimming, "trim"), announced:
         await coordinator.run()
 
 
-def _options(settings: PersisterSettings, sharing: int) -> StoreOptions:
+async def _trimming(
+    nc: Connection, store: str, retention: float, coordinator: Coordinator, monitor: LogMonitor, metrics: Metrics
+) -> None:
+    def done(trimmed: Trimmed) -> None:
+        metrics.stream_fullness.set(trimmed.fullness)
+        metrics.trimmed.inc(trimmed.purged)
+
+    trimmer = Trimmer(nc, retention=retention, on_round=done)
+    await trimmer.run(lambda: is_turn(monitor.state, store, coordinator.partitions))
+
+
+def _options(settings: PersisterSettings, sharing: int, ids: KnownIds) -> StoreOptions:
     return StoreOptions(
         open_consultations=max(16, settings.open_consultations // sharing),
-        known_ids=max(4096, settings.known_ids // sharing),
+        ids=ids,
         metadata_cache_bytes=min(512 << 10, max(64 << 10, METADATA_CACHE_BYTES // sharing)),
         cached_pages=max(256, CACHED_PAGES // sharing),
     )
@@ -164,7 +183,7 @@ def _deployment(settings: PersisterSettings, volume: Volume, identity: LogIdenti
 
 
 def _coordinator(
-    nc: Client,
+    nc: Connection,
     settings: PersisterSettings,
     deployment: Deployment,
     members: Members,
@@ -175,6 +194,7 @@ def _coordinator(
 ) -> Coordinator:
     identity = deployment.identity
     budget = Budget(settings.buffer_events, settings.buffer_bytes)
+    ids = KnownIds(settings.known_ids)
 
     def sharing() -> int:
         """Return among how many partitions the caches are divided; one that comes later gets a smaller part."""
@@ -197,7 +217,7 @@ def _coordinator(
 
         return PartitionRunner(
             partition,
-            open_store=lambda: open_store(deployment, placement, _options(settings, sharing())),
+            open_store=lambda: open_store(deployment, placement, _options(settings, sharing(), ids)),
             follower=make_follower,
             dead_letters=DeadLetters(publisher, partition, identity, max_bytes=nc.max_payload),
             rounds=rounds,
@@ -218,9 +238,9 @@ def _coordinator(
 
 @asynccontextmanager
 async def _announced(
-    nc: Client, volume: Volume, worker: str, address: str, coordinator: Coordinator
+    nc: Connection, volume: Volume, worker: str, address: str, coordinator: Coordinator, monitor: LogMonitor
 ) -> AsyncIterator[None]:
-    """Be visible to `nats micro ls`, and tell there which partitions run here, and where `/readyz` is."""
+    """Be visible to `nats micro ls`: which partitions run here, how far they are, and where `/readyz` is."""
     metadata = {
         "worker": worker,
         "volume": volume.uuid,
@@ -229,12 +249,20 @@ async def _announced(
         "pid": str(os.getpid()),
         "address": address,
         "partitions": "",
-        "committed": "",
+        "progress": "",
+        "stream_sequence": "",
         "questions": corpus_subject(volume.store, 0, "*").replace(".0.", ".<partition>."),
     }
 
     def changed(partitions: list[int]) -> None:
         metadata["partitions"] = ",".join(partition_name(p) for p in partitions)
+
+    async def tell() -> None:
+        while True:
+            stream = monitor.state.stream
+            metadata["progress"] = show_progress(coordinator.progress())
+            metadata["stream_sequence"] = "" if stream is None else str(stream.last_sequence)
+            await asyncio.sleep(TELL_SECONDS)
 
     coordinator.on_change = changed
     service = await cancellable(
@@ -247,7 +275,8 @@ async def _announced(
         )
     )
     try:
-        yield
+        async with beside(tell(), "progress"):
+            yield
     finally:
         # the connection may be gone, and the service with it
         with contextlib.suppress(nats.errors.Error, TimeoutError):

@@ -6,6 +6,7 @@
     <data>/volume.lock   held while one of the volume's processes claims partitions
     <data>/<pp>.h5       a partition file, with its journal <pp>.h5.wal; made before the partition is claimed
     <data>/corpus.h5     opens all of them together
+    <data>/backup.json   when the newest backup was made
     <data>/workers/      a lock file for each live process
 """
 
@@ -20,6 +21,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from services.eventlog.partitions import partition_name
 from services.persister.errors import VolumeBusyError, VolumeError
 
 _STATED = "volume.json"
+#: says when the newest backup was made; `fiq backup` writes it
+BACKUP_NOTE = "backup.json"
 #: version of ``volume.json``
 FORMAT = 1
 #: epoch of a partition's first placement
@@ -191,3 +195,22 @@ def _wait_for_lock(descriptor: int, path: Path) -> None:
             time.sleep(0.02)
         else:
             return
+
+
+def backed_up_at(directory: Path) -> float:
+    """Return when the newest backup of the volume in *directory* was made, seconds since 1970; 0 for never."""
+    try:
+        return datetime.fromisoformat(json.loads((directory / BACKUP_NOTE).read_text())["made"]).timestamp()
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def note_backup(directory: Path, made: str) -> None:
+    """Note that a backup of the volume in *directory* was *made*, RFC 3339; metrics and ``fiq doctor`` show its age.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    temporary = directory / f"{BACKUP_NOTE}.new"
+    temporary.write_text(json.dumps({"made": made}))
+    temporary.replace(directory / BACKUP_NOTE)

@@ -36,6 +36,7 @@ def backup(
     """
     from services.cli.backup.making import make_backup, read_volume  # h5py is slow to import
     from services.corpus import CorpusError
+    from services.persister.volume import note_backup
 
     source = find_corpus(corpus, folder)
     _, store = read_volume(source / "volume.json")
@@ -46,6 +47,14 @@ def backup(
         except CorpusError as error:
             raise BackupError(f"{error}; no backup was made") from error
     _print(dest, manifest)
+    try:
+        note_backup(source, manifest.made)
+    except OSError as error:
+        console.err().print(
+            f"fiq: the backup is good, but {source} cannot note it ({error.strerror}): `fiq doctor` and the alert "
+            "FiqBackupOld do not know of it. Run fiq backup as the user of the persisters",
+            soft_wrap=True,
+        )
 
 
 def _look(server: str | None, folder: Path | None, store: str) -> ClusterView:

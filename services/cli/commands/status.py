@@ -70,9 +70,13 @@ def _print_nodes(overview: Overview) -> None:
 
 def _print_partitions(overview: Overview) -> None:
     pids = {worker.name: worker.pid for worker in overview.workers}
-    table = console.table("partition", ">acknowledged", ">committed", ">lag", "owner", "volume")
+    table = console.table("partition", ">committed", ">lag", ">oldest", "owner", "volume")
     for one in overview.partitions:
         owners = ", ".join(f"{owner} (pid {pids[owner]})" for owner in one.owners) or "nobody"
-        numbers = ("-" if number is None else str(number) for number in (one.acknowledged, one.committed, one.lag))
-        table.add_row(one.name, *numbers, owners, one.volume or ("unknown" if one.placed else "not placed"))
+        committed = "-" if one.committed is None else str(one.committed)
+        oldest = "-" if one.oldest_seconds is None else f"{one.oldest_seconds:.0f} s"
+        volume = one.volume or "not placed"
+        if one.begins > 1:
+            volume += f", from sequence {one.begins} on"
+        table.add_row(one.name, committed, str(one.lag), oldest, owners, volume)
     console.out().print(table)

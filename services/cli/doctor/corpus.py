@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,25 +12,28 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.cli.backup.making import read_volume
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
+from services.cli.doctor.log import LogView
 from services.cli.doctor.monitored import get
 from services.cli.errors import BackupError
 from services.cli.overview import Worker
 from services.corpus import CorpusError, open_corpus
 from services.corpus.reader import PartitionInfo
-from services.eventlog.jetstream.report import ClusterReport
 from services.eventlog.partitions import partition_name
+from services.persister.volume import backed_up_at
 
 #: checkpoints that wait for so long are held back, seconds
 HELD_BACK = 60.0
+#: a backup that is older is worth a warning, hours
+BACKUP_HOURS = 24
 _WAITING = "fi_persister_checkpoint_waiting_seconds"
 
 
-def check_files(directory: Path, report: ClusterReport | None) -> Iterator[Finding]:
+def check_files(directory: Path, seen: LogView | None) -> Iterator[Finding]:
     """Compare the partition files with where the cluster has their partitions.
 
     Args:
         directory: a data directory.
-        report: of the cluster; None when it could not be asked.
+        seen: what the broker answered; None when it could not be asked.
     """
     try:
         volume, _ = read_volume(directory / "volume.json")
@@ -38,7 +42,7 @@ def check_files(directory: Path, report: ClusterReport | None) -> Iterator[Findi
     except (BackupError, CorpusError) as problem:
         yield error("corpus", str(problem), "its partitions stand still, or will at the next start", "see what it says")
         return
-    found = list(_volume(infos, volume)) + ([] if report is None else list(_places(directory, volume, infos, report)))
+    found = list(_volume(infos, volume)) + ([] if seen is None else list(_places(volume, infos, seen)))
     yield from found
     if not found:
         events = sum(info.events for info in infos.values())
@@ -56,24 +60,23 @@ def _volume(infos: Mapping[int, PartitionInfo], volume: str) -> Iterator[Finding
             yield error("corpus", f"{info.path.name} has no journal", meaning, "put the journal back, or `fiq restore`")
 
 
-def _places(
-    directory: Path, volume: str, infos: Mapping[int, PartitionInfo], report: ClusterReport
-) -> Iterator[Finding]:
-    stream = report.stream
-    for one in report.partitions:
-        name, info = partition_name(one.partition), infos.get(one.partition)
+def _places(volume: str, infos: Mapping[int, PartitionInfo], seen: LogView) -> Iterator[Finding]:
+    stream = seen.log.stream
+    for one in seen.partitions:
+        name, info, place = partition_name(one.partition), infos.get(one.partition), one.placement
         if info is None:
-            if one.volume == volume and not (directory / f"{name}.claim").exists():
+            if place is not None and place.volume == volume:
                 meaning = "it stands still: an empty file in its place would split the history"
                 action = "put the pair back, or `fiq restore` the volume"
                 yield error("corpus", f"partition {name} lives here, but {name}.h5 is gone", meaning, action)
             continue
-        if one.volume and (one.volume, one.epoch) != (volume, info.identity.epoch):
+        if place is not None and (place.volume, place.epoch) != (volume, info.identity.epoch):
             what = (
-                f"{name}.h5 lies here (epoch {info.identity.epoch}), the partition on {one.volume} (epoch {one.epoch})"
+                f"{name}.h5 lies here (epoch {info.identity.epoch}), the partition on {place.volume} (epoch "
+                f"{place.epoch})"
             )
             action = "move the pair away"
-            if one.volume == volume:
+            if place.volume == volume:
                 action = "stop this directory's persisters; docs/operations.md, `A lost disk comes back`"
             yield error("corpus", what, "it is a stale copy, persisters refuse it", action)
         if stream is None:
@@ -85,9 +88,23 @@ def _places(
         elif info.committed > stream.last_sequence:
             what = f"{name}.h5 holds sequence {info.committed}, the stream ends at {stream.last_sequence}"
             yield error("corpus", what, "the stream lost events: persisters refuse it", "see docs/operations.md")
-        elif 0 < info.committed < stream.first_sequence - 1:
-            what = f"{name}.h5 ends at {info.committed}, the stream begins at {stream.first_sequence}"
-            yield error("corpus", what, "the file is an old copy: events between are gone", "put the newest copy back")
+        elif place is not None and info.committed < place.committed:
+            what = f"{name}.h5 ends at {info.committed}, its key says that it had reached {place.committed}"
+            meaning = "the file is an old copy: events between may be gone from the stream"
+            yield error("corpus", what, meaning, "put the newest copy back")
+
+
+def check_backup(directory: Path, seen: LogView | None) -> Iterator[Finding]:
+    """Look how old the newest backup of the volume in *directory* is: with one store it is the only other copy."""
+    made = backed_up_at(directory)
+    stores = 1 if seen is None else len(seen.log.stores or ())
+    hours = (time.time() - made) / 3600
+    what = f"the newest backup of this volume is {hours:.0f} hours old" if made else "this volume was never backed up"
+    if stores > 1 or hours <= BACKUP_HOURS:
+        yield ok("backup", f"{what}; {stores} store(s)")
+    else:
+        meaning = "events older than FI_RETENTION are on this disk only"
+        yield warning("backup", what, meaning, "run `fiq backup` daily, or run a second store: docs/operations.md")
 
 
 def check_workers(workers: Sequence[Worker], directory: Path | None, held_back: float = HELD_BACK) -> Iterator[Finding]:

@@ -121,4 +121,5 @@ def _directory(directory: Path | None, seen: log.LogView | None) -> Iterator[Fin
         yield unknown("corpus", "there is no data directory here", "run fiq doctor on the host of each volume, too")
         return
     yield from machine.data_directory(directory)
-    yield from corpus.check_files(directory, None if seen is None else seen.report)
+    yield from corpus.check_files(directory, seen)
+    yield from corpus.check_backup(directory, seen)

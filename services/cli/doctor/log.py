@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from nats.aio.client import Client
@@ -16,15 +15,17 @@ from rich.filesize import decimal
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
 from services.cli.doctor.monitored import clock
 from services.cli.folder import State
-from services.cli.overview import Worker, ask_workers
+from services.cli.overview import Worker, named_workers
 from services.contract.errors import FiqError
 from services.eventlog.errors import ProvisionError
 from services.eventlog.jetstream import names
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.definitions import stream_config
 from services.eventlog.jetstream.drift import changes
+from services.eventlog.jetstream.monitor import LogState, PartitionState, look_once
 from services.eventlog.jetstream.nodes import NodeState, ask_nodes
-from services.eventlog.jetstream.report import ClusterReport, PartitionReport, StreamReport, cluster_report, read_stream
+from services.eventlog.jetstream.report import StreamReport
+from services.eventlog.metrics import PARTITIONS
 from services.eventlog.partitions import partition_name
 from services.eventlog.settings import LogSettings
 
@@ -38,8 +39,8 @@ class LogView:
 
     Attributes:
         info: STREAM.INFO of the stream of events; None when there is none.
-        report: the same, read, with the partitions.
-        dead: the stream of dead letters; None when there is none.
+        log: the same snapshot that the services work with.
+        partitions: those of the settings' store; none while they are not known.
         workers: the persisters that answer.
         nodes: what each of them says of itself; empty where this user may not ask.
         clocks: where *nodes* is empty, by node: how far its clock is ahead of ours, and how uncertain that is, both in
@@ -47,8 +48,8 @@ class LogView:
     """
 
     info: dict[str, Any] | None
-    report: ClusterReport
-    dead: StreamReport | None
+    log: LogState
+    partitions: tuple[PartitionState, ...]
     workers: tuple[Worker, ...]
     nodes: tuple[NodeState, ...]
     clocks: dict[str, tuple[float, float]]
@@ -61,33 +62,20 @@ async def examine(nc: Client, settings: LogSettings, state: State | None) -> Log
         LogUnavailableError: no answer.
         LogRefusedError: the broker refuses to tell.
     """
-    api = JetStreamApi(nc)
-    info = await api.stream_info(names.STREAM)
-    report = await cluster_report(nc, settings)
-    dead = await api.stream_info(names.DEAD_STREAM)
+    asked = time.perf_counter()
+    info = await JetStreamApi(nc).stream_info(names.STREAM)
+    uncertain = (time.perf_counter() - asked) / 2
+    log = await look_once(nc, settings)
     nodes = await ask_nodes(nc)
+    clocks = {log.stream.leader: (-log.clock_offset, uncertain)} if log.stream is not None and log.stream.leader else {}
     return LogView(
         info=info,
-        report=report,
-        dead=None if dead is None else read_stream(dead),
-        workers=tuple(await ask_workers(nc, state)),
+        log=log,
+        partitions=log.partitions(settings.store),
+        workers=tuple(named_workers(log.processes or (), state)),
         nodes=tuple(nodes),
-        clocks={} if nodes else await _clocks(api, report),
+        clocks={} if nodes else clocks,
     )
-
-
-async def _clocks(api: JetStreamApi, report: ClusterReport) -> dict[str, tuple[float, float]]:
-    """Ask one consumer of each leader: the leader answers, and says its time."""
-    asked = {one.leader: one.consumer for one in report.partitions if one.leader}
-    found = {}
-    for leader, consumer in sorted(asked.items()):
-        before = time.time()
-        answer = await api.consumer_info(names.STREAM, consumer)
-        after = time.time()
-        if answer is not None and "ts" in answer:
-            ahead = datetime.fromisoformat(answer["ts"]).timestamp() - (before + after) / 2
-            found[leader] = (ahead, (after - before) / 2)
-    return found
 
 
 def check_clocks(seen: LogView, offset: float, known: Collection[str]) -> Iterator[Finding]:
@@ -96,12 +84,12 @@ def check_clocks(seen: LogView, offset: float, known: Collection[str]) -> Iterat
         if name not in known:
             yield clock(name, ahead - offset, uncertain)
     if not seen.clocks and not known:
-        yield unknown("clocks", "no node told its time", "it is told with a partition's consumer: start persisters")
+        yield unknown("clocks", "no node told its time", "the leader of the stream tells it: start the nodes")
 
 
 def check_stream(seen: LogView, settings: LogSettings) -> Iterator[Finding]:
     """Look at the stream of events: that it is what the settings ask for, its replicas, its room."""
-    stream = seen.report.stream
+    stream = seen.log.stream
     if stream is None or seen.info is None:
         meaning = "clients get 503 for everything"
         yield error("stream", f"there is no stream {names.STREAM}", meaning, "`fiq provision`, or start a service")
@@ -164,19 +152,19 @@ def _room(name: str, stream: StreamReport, meaning: str, action: str) -> Finding
 
 def check_dead_letters(seen: LogView) -> Iterator[Finding]:
     """Look whether anything was set aside."""
-    if seen.dead is None:
-        if seen.report.stream is not None:
+    if seen.log.dead is None:
+        if seen.log.stream is not None:
             meaning = "a partition with a bad message waits for it"
             yield error("dead letters", f"there is no stream {names.DEAD_STREAM}", meaning, "`fiq provision`")
         return
-    if seen.dead.messages:
+    if seen.log.dead.messages:
         yield warning(
             "dead letters",
-            f"{seen.dead.messages} messages were set aside in {names.DEAD_STREAM}",
+            f"{seen.log.dead.messages} messages were set aside in {names.DEAD_STREAM}",
             "no persister could take them: they are in no HDF5 file",
             f"`nats stream view {names.DEAD_STREAM}` shows the reasons; purge it when you are done",
         )
-        yield _room(names.DEAD_STREAM, seen.dead, "partitions with bad messages wait when it is full", "purge it")
+        yield _room(names.DEAD_STREAM, seen.log.dead, "partitions with bad messages wait when it is full", "purge it")
     else:
         yield ok("dead letters", "none")
 
@@ -187,29 +175,51 @@ def check_placement(seen: LogView, volumes: int) -> Iterator[Finding]:
     Args:
         volumes: how many volumes the store is meant to have.
     """
-    if seen.report.stream is None:
+    if seen.log.stream is None:
         return
-    found = list(_placement(seen.report.partitions, seen.workers, volumes))
+    if not seen.partitions:
+        reason = seen.log.troubles.get(PARTITIONS, "no answer")
+        yield error(
+            "placement", f"it is not known where partitions live: {reason}", "nothing is placed", "see what it says"
+        )
+        return
+    yield from _stores(seen)
+    found = list(_placement(seen.partitions, seen.workers, volumes))
     yield from found
     if not found:
         hosts = len({worker.host for worker in seen.workers})
-        yield ok("placement", f"{len(seen.report.partitions)} partitions, all placed and run, by {hosts} host(s)")
+        yield ok("placement", f"{len(seen.partitions)} partitions, all placed and run, by {hosts} host(s)")
 
 
-def _placement(partitions: Sequence[PartitionReport], workers: Sequence[Worker], volumes: int) -> Iterator[Finding]:
+def _stores(seen: LogView) -> Iterator[Finding]:
+    """Tell of partitions whose key was lost, and of stores that do not hold all of the history."""
+    for store, placed in sorted((seen.log.placements or {}).items()):
+        if placed.formed and (lost := set(range(len(seen.partitions))) - placed.partitions.keys()):
+            found = ", ".join(map(partition_name, sorted(lost)))
+            what = f"the key of partition {found} of store {store} is gone from bucket {names.BUCKET}"
+            meaning = "no volume may claim it: it could have a file already; its events wait"
+            yield error("placement", what, meaning, "docs/operations.md, `A lost key`")
+        late = [one.begins for one in placed.partitions.values() if one.begins > 1]
+        if late:
+            what = f"store {store} begins at sequence {min(late)}: it is no full copy"
+            meaning = "what is older is in no file of it"
+            yield warning("placement", what, meaning, "seed it from another store: docs/operations.md, `A second copy`")
+
+
+def _placement(partitions: Sequence[PartitionState], workers: Sequence[Worker], volumes: int) -> Iterator[Finding]:
     check = "placement"
     if not workers:
         meaning = "events wait in the stream until one runs; when it is full clients get 503"
         yield error(check, "no persister answers", meaning, "start them, with the same FI_NATS_URL and FI_STORE")
-    unplaced = [partition_name(one.partition) for one in partitions if not one.exists]
+    unplaced = [partition_name(one.partition) for one in partitions if one.placement is None]
     if unplaced:
         meaning = "their events wait in the stream; ingest is not ready"
         action = f"start persisters; FI_VOLUMES must be the number of volumes that there are, here it is {volumes}"
         yield error(check, f"no volume has claimed partition {', '.join(unplaced)}", meaning, action)
-    homes: dict[str, list[PartitionReport]] = {}
+    homes: dict[str, list[PartitionState]] = {}
     for one in partitions:
-        if one.volume:
-            homes.setdefault(one.volume, []).append(one)
+        if one.placement is not None:
+            homes.setdefault(one.placement.volume, []).append(one)
     quota = math.ceil(len(partitions) / volumes)
     alive = {worker.volume for worker in workers}
     for volume, here in sorted(homes.items()):
@@ -226,8 +236,8 @@ def _placement(partitions: Sequence[PartitionReport], workers: Sequence[Worker],
     owners = Counter(name for worker in workers for name in worker.partitions)
     for one in partitions:
         name = partition_name(one.partition)
-        if one.volume in alive and not owners[name]:
-            meaning = f"{one.pending + one.ack_pending} events of it wait"
+        if one.placement is not None and one.placement.volume in alive and not owners[name]:
+            meaning = f"{one.waiting.events} events of it wait"
             yield error(check, f"nobody runs partition {name}", meaning, "look at /readyz of the volume's persisters")
         elif owners[name] > 1:
             action = "nothing if it passes; else look at their logs"

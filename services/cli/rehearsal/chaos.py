@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-from nats.aio.client import Client
 
 from services.cli.stack import Stack
 from services.eventlog.errors import LogUnavailableError
+from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.connection import close, connect
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.report import cluster_report
+from services.eventlog.jetstream.monitor import LogMonitor, PartitionState
+from services.eventlog.jetstream.names import STREAM, filter_subject
 from services.eventlog.settings import LogSettings
 
 #: how long what was killed stays dead, seconds
@@ -72,7 +71,7 @@ class Chaos:
 
 
 async def drained(settings: LogSettings, *, timeout: float, on_lag: Callable[[int], None] = lambda _: None) -> bool:
-    """Wait until every partition has acknowledged all that the stream holds for it; False when time is over.
+    """Wait until every partition has committed all that the stream holds for it; False when time is over.
 
     Args:
         settings: of the log.
@@ -80,10 +79,12 @@ async def drained(settings: LogSettings, *, timeout: float, on_lag: Callable[[in
         on_lag: called with the number of events that are still to come.
     """
     nc = await connect(settings, name="fiq rehearsal", on_closed=lambda _: None)
+    monitor = LogMonitor(nc, settings)
     try:
         async with asyncio.timeout(timeout):
             while True:
-                lag = await _lag(nc, settings)
+                await monitor.look()
+                lag = await _lag(JetStreamApi(nc), monitor.state.partitions(settings.store))
                 on_lag(lag or 0)
                 if lag == 0:
                     return True
@@ -91,15 +92,21 @@ async def drained(settings: LogSettings, *, timeout: float, on_lag: Callable[[in
     except TimeoutError:
         return False
     finally:
+        await monitor.close()
         await close(nc)
 
 
-async def _lag(nc: Client, settings: LogSettings) -> int | None:
-    try:
-        report = await cluster_report(nc, settings)
-    except LogUnavailableError:
+async def _lag(api: JetStreamApi, partitions: Sequence[PartitionState]) -> int | None:
+    """Return how many events wait; None while that is not sure."""
+    if not partitions or not all(one.owners for one in partitions):
         return None
-    partitions = [one for one in report.partitions if one.answered]
-    if len(partitions) < settings.partitions:
-        return None
-    return sum(one.pending + one.ack_pending for one in partitions)
+    lag = sum(one.waiting.events for one in partitions)
+    if not lag:  # as far as the owners know: they may not have got the last ones yet
+        try:
+            for one in partitions:
+                next_of = filter_subject(one.partition)
+                if await api.leader_message(STREAM, one.committed + 1, next_of=next_of) is not None:
+                    lag += 1
+        except LogUnavailableError:
+            return None
+    return lag

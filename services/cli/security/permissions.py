@@ -23,7 +23,7 @@ from services.eventlog.jetstream.names import (
     Role,
     inbox_prefix,
 )
-from services.eventlog.jetstream.reading_wire import Kind
+from services.eventlog.jetstream.questions import Kind
 
 _STREAMS = (STREAM, DEAD_STREAM)
 #: subjects of the keys that say where partitions live

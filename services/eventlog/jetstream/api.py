@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from base64 import b64decode
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import nats.errors
 import orjson
@@ -62,13 +62,17 @@ class NoRespondersError(LogUnavailableError):
 
 
 class StoredMessage(TypedDict):
-    """One message as the stream holds it; *subject* with the partition, *time* RFC 3339 in UTC."""
+    """One message as the stream holds it; *subject* with the partition, *time* RFC 3339 in UTC.
+
+    *pending*: how many messages of the subject asked for come after it, when they were counted.
+    """
 
     subject: str
     seq: int
     time: str
     headers: dict[str, str]
     data: bytes
+    pending: NotRequired[int]
 
 
 class JetStreamApi:
@@ -177,19 +181,25 @@ class JetStreamApi:
         """
         return await self.request(f"CONSUMER.RESET.{stream}.{consumer}", {"seq": sequence})
 
-    async def purge(self, stream: str, sequence: int) -> int:
-        """Delete everything below *sequence* from *stream* and return how many messages that were."""
-        answer = await self.request(f"STREAM.PURGE.{stream}", {"seq": sequence})
+    async def purge(self, stream: str, sequence: int, *, only: str | None = None) -> int:
+        """Delete what is below *sequence* and of the subjects *only*; return how many messages that were."""
+        wanted = {"seq": sequence} if only is None else {"seq": sequence, "filter": only}
+        answer = await self.request(f"STREAM.PURGE.{stream}", wanted)
         return int(answer.get("purged", 0))
 
-    async def get_message(self, stream: str, sequence: int, *, next_of: str | None = None) -> StoredMessage | None:
+    async def get_message(
+        self, stream: str, sequence: int, *, next_of: str | None = None, counted: bool = False
+    ) -> StoredMessage | None:
         """Return the message at *sequence*, or None when the stream holds none there.
 
         With *next_of*, a subject with or without wildcards, return the first one of it from *sequence* on. A direct get
-        (ADR-31): any replica answers, so one that lags may not have the newest messages yet.
+        (ADR-31): any replica answers, so one that lags may not have the newest messages yet. *counted* says how many
+        follow it.
         """
         operation = f"DIRECT.GET.{stream}"
         wanted: dict[str, Any] = {"seq": sequence} if next_of is None else {"seq": sequence, "next_by_subj": next_of}
+        if counted:  # only a batched get counts; a second answer, which ends the batch of one, is not awaited
+            wanted["batch"] = 1
         message = await self._ask(operation, wanted, None)
         headers = message.headers or {}
         status = headers.get("Status")
@@ -204,6 +214,7 @@ class JetStreamApi:
             time=headers["Nats-Time-Stamp"],
             headers=own,
             data=message.data,
+            pending=int(headers.get("Nats-Num-Pending", 0)),
         )
 
     async def leader_message(

@@ -13,8 +13,8 @@ from typing import Any
 
 from nats.aio.client import Client
 
-from services.eventlog.jetstream.everybody import everybody
 from services.eventlog.jetstream.names import NODES_HEALTH, NODES_STATE
+from services.eventlog.jetstream.processes import everybody
 
 
 @dataclass(frozen=True, slots=True)

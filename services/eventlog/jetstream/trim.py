@@ -1,30 +1,54 @@
 """Deletes from the stream what every store has committed: the broker itself deletes nothing (DESIGN, section 5).
 
-What counts as committed is what the partition files hold, as the processes that run them tell in the service API, and
-no more than the acknowledgement floor of the consumer. The floor alone does not do: a purge moves that of a consumer
-that has caught up to the last sequence it has looked at (nats-server 2.15.1), past where the file stands. So a
-partition file that is younger than the last trim never lacks an event that is gone, and one that does is an old copy,
-which the follower refuses. Where nobody runs a partition, nothing is trimmed until somebody does, and no more is where
-a consumer of a store is missing.
+What counts as committed is what the keys of all stores say (:mod:`.placement`), read from the bucket's leader before
+each purge, and nothing more: a partition of a store that has no key has committed nothing. A file that is behind its
+key is an old copy, and only such a file can lack an event that is gone.
+
+An event goes when it is older than the retention, or when the stream is more than 70 % full: then the oldest go first
+until it is 60 % full. An event is old when it is old both by the clock of the stream's leader and by our own, and no
+event counts as older than one that was stored before it: so no clock that jumps deletes what is young.
+
+All purges are slices, with pauses between them: a purge stops publishing while the leader works on it. Measured on
+three nodes: 2,000 events by sequence 6 ms, by filter 40 µs an event. Slices by sequence go up to the lowest committed
+sequence of all partitions. A partition that is stopped or away holds that back; in a full stream the committed events
+of the others then go by filter, partition by partition, so it keeps its own events only.
+
+One process trims: the one that runs the lowest partition that is run at all. Several do no harm.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from nats.aio.client import Client
 
+from services.contract.errors import FiqError
+from services.contract.logs import get_logger
 from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.names import STREAM, parse_consumer_name
-from services.eventlog.jetstream.processes import LiveProcess, live_processes
+from services.eventlog.jetstream.monitor import LogState
+from services.eventlog.jetstream.names import PARTITIONS_KEY, STREAM, filter_subject
+from services.eventlog.jetstream.placement import StorePlacement, read_stores
 
-#: above this share of ``max_bytes`` committed events go whatever their age
-FULLNESS_LIMIT = 0.7
+#: above this share of ``max_bytes`` committed events go whatever their age, down to that one
+FULL, ENOUGH = 0.7, 0.6
+#: sequences that one purge takes off the stream's beginning: some 6 ms of the leader
+SLICE = 2_000
+#: sequences over which one purge by filter reaches: about 130 events of a partition of 16, some 5 ms of the leader
+FILTER_SLICE = 2_000
+#: sequences between two looks at the age of a slice's events
+STEP = 125
+#: pause after a purge, seconds
+PAUSE_SECONDS = 0.05
+#: pause between two rounds, seconds
+TRIM_SECONDS = 2.0
+#: what the keys said this long ago does not count any more, seconds: an operator may have placed a partition anew
+KEYS_SECONDS = 2.0
+
+_log = get_logger("eventlog.trim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +58,7 @@ class Trimmed:
     Attributes:
         committed: sequence up to which every store has committed everything.
         purged: messages deleted.
-        fullness: share of ``max_bytes`` in use before, 0 to 1.
+        fullness: share of ``max_bytes`` in use after that, 0 to 1.
     """
 
     committed: int
@@ -42,95 +66,167 @@ class Trimmed:
     fullness: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """The stream before a purge, and how far each partition is committed by every store."""
+
+    first: int
+    messages: int
+    last: int
+    fullness: float
+    now: float
+    committed: Mapping[int, int]
+    read_at: float
+
+    @property
+    def lowest(self) -> int:
+        return min(self.committed.values(), default=0)
+
+
 class Trimmer:
-    """Trims the stream; at most one should be at work, the owner of partition 00, but several do no harm.
+    """Trims the stream.
 
     Args:
         nc: a connected client.
-        partitions: of the stream.
         retention: seconds for which committed events stay readable while there is room.
+        on_round: told what each round of :meth:`run` did.
     """
 
-    def __init__(self, nc: Client, *, partitions: int, retention: float) -> None:
+    def __init__(self, nc: Client, *, retention: float, on_round: Callable[[Trimmed], None] = lambda _: None) -> None:
         self._nc = nc
         self._api = JetStreamApi(nc)
-        self._partitions = partitions
         self._retention = retention
+        self._on_round = on_round
+        self._latest = 0.0  # the latest time at which an event up to the stream's beginning was stored
+        self._said = ""
+
+    async def run(self, is_turn: Callable[[], bool]) -> None:
+        """Trim for ever, whenever it *is_turn* of this process; what fails is logged and tried again."""
+        while True:
+            if is_turn():
+                try:
+                    trimmed = await self.trim()
+                except FiqError as error:
+                    if self._said != str(error):  # once for each reason, or an outage would fill the log
+                        self._said = str(error)
+                        _log.warning("TRIM_FAILED", reason=self._said)
+                else:
+                    self._said = ""
+                    self._on_round(trimmed)
+                    if trimmed.purged:
+                        _log.info("STREAM_TRIMMED", purged=trimmed.purged, committed=trimmed.committed)
+            await asyncio.sleep(TRIM_SECONDS)
 
     async def trim(self) -> Trimmed:
-        """Do one round.
+        """Delete what may go, slice by slice.
 
         Raises:
+            LogMismatchError: there is no stream.
             LogUnavailableError: the broker did not answer.
+            PlacementError: there is no bucket that says where partitions live.
         """
-        stream = await self._api.stream_info(STREAM)
-        if stream is None:
-            return Trimmed(0, 0, 0.0)
-        state = stream["state"]
-        fullness = state["bytes"] / stream["config"]["max_bytes"]
-        consumers = await self._api.list_consumers(STREAM)
-        committed = committed_everywhere(consumers, self._partitions)
-        if committed >= state["first_seq"] and state["messages"]:
-            committed = committed_everywhere(consumers, self._partitions, await live_processes(self._nc))
-        if committed < state["first_seq"] or state["messages"] == 0:
-            return Trimmed(committed, 0, fullness)
-        keep_from = committed + 1
-        if fullness <= FULLNESS_LIMIT:
-            keep_from = await self._first_younger(state["first_seq"], keep_from)
-        if keep_from <= state["first_seq"]:
-            return Trimmed(committed, 0, fullness)
-        purged = await self._api.purge(STREAM, keep_from)
-        return Trimmed(committed, purged, fullness)
+        purged = 0
+        full = False
+        while True:
+            stream = await self._look()
+            full = stream.fullness > (ENOUGH if full else FULL)
+            gone = await self._slice(stream, full) if stream.messages else 0
+            purged += gone
+            if not gone:
+                return Trimmed(stream.lowest, purged, stream.fullness)
+            await asyncio.sleep(PAUSE_SECONDS)
 
-    async def _first_younger(self, low: int, high: int) -> int:
-        """Return the first sequence from *low* to *high* that is younger than the retention; bisects by time."""
-        oldest_kept = time.time() - self._retention
-        while low < high:
+    async def _look(self) -> _Stream:
+        read_at = time.monotonic()
+        stores = await read_stores(self._nc)
+        info = await self._api.request(f"STREAM.INFO.{STREAM}")
+        state, config = info["state"], info["config"]
+        partitions = int((config.get("metadata") or {}).get(PARTITIONS_KEY, 0))
+        now = min(time.time(), datetime.fromisoformat(info["ts"]).timestamp())
+        committed = {p: committed_everywhere(stores, p, state["last_seq"]) for p in range(partitions)}
+        fullness = state["bytes"] / config["max_bytes"]
+        return _Stream(state["first_seq"], state["messages"], state["last_seq"], fullness, now, committed, read_at)
+
+    async def _slice(self, stream: _Stream, full: bool) -> int:
+        """Purge one slice and return how many messages that were."""
+        end = min(stream.first + SLICE - 1, stream.lowest)
+        if end >= stream.first:
+            if not full:
+                end = await self._last_old(stream.first, end, stream.now - self._retention)
+            if end >= stream.first:
+                return await self._purge(stream, end)
+        return await self._around(stream) if full else 0
+
+    async def _around(self, stream: _Stream) -> int:
+        """Purge a slice of what lies after a partition that is held up, of the other partitions."""
+        ahead = [p for p, committed in stream.committed.items() if committed > stream.lowest]
+        found = await asyncio.gather(*(self._next(p, stream.lowest) for p in ahead))
+        firsts = {p: first for p, first in zip(ahead, found, strict=True) if 0 < first <= stream.committed[p]}
+        if not firsts:
+            return 0
+        end = min(firsts.values()) + FILTER_SLICE - 1
+        purged = 0
+        for partition, first in sorted(firsts.items(), key=lambda item: item[1]):
+            if first <= end:
+                purged += await self._purge(stream, min(end, stream.committed[partition]), partition)
+                await asyncio.sleep(PAUSE_SECONDS)
+                if time.monotonic() - stream.read_at > KEYS_SECONDS / 2:
+                    break  # look again: the keys are about to be too old
+        return purged
+
+    async def _purge(self, stream: _Stream, end: int, partition: int | None = None) -> int:
+        if time.monotonic() - stream.read_at > KEYS_SECONDS:
+            return 0  # this process stood still: look again before anything is deleted
+        only = None if partition is None else filter_subject(partition)
+        return await self._api.purge(STREAM, end + 1, only=only)
+
+    async def _last_old(self, first: int, end: int, before: float) -> int:
+        """Return the last sequence from *first* to *end* up to which all is older than *before*: looks every 125th."""
+        reached = first - 1
+        for at in (*range(first, end, STEP), end):
+            stored_at = await self._stored_at(at)
+            if max(self._latest, stored_at) >= before:
+                return await self._boundary(reached, at, before)
+            reached, self._latest = at, max(self._latest, stored_at)
+        return reached
+
+    async def _boundary(self, low: int, high: int, before: float) -> int:
+        """Return the last old sequence between *low*, which is old or before the first, and *high*, which is not."""
+        while high - low > 1:
             middle = (low + high) // 2
-            if await self._stored_at(middle) < oldest_kept:
-                low = middle + 1
-            else:
+            if max(self._latest, await self._stored_at(middle)) >= before:
                 high = middle
+            else:
+                low = middle
         return low
 
     async def _stored_at(self, sequence: int) -> float:
+        """Return when the message at *sequence* was stored; 0 when there is none."""
         message = await self._api.get_message(STREAM, sequence)
-        if message is None:  # somebody deleted it: as good as old
-            return 0.0
-        return datetime.fromisoformat(message["time"]).timestamp()
+        return 0.0 if message is None else datetime.fromisoformat(message["time"]).timestamp()
+
+    async def _next(self, partition: int, after: int) -> int:
+        """Return the sequence of the partition's next message as the stream's leader has it; 0 when there is none."""
+        message = await self._api.leader_message(STREAM, after + 1, next_of=filter_subject(partition))
+        return 0 if message is None else message["seq"]
 
 
-def committed_everywhere(
-    consumers: Iterable[Mapping[str, Any]], partitions: int, processes: Iterable[LiveProcess] | None = None
-) -> int:
-    """Return the sequence up to which every store has committed every event; 0 when that of a partition is unknown.
+def committed_everywhere(stores: Mapping[str, StorePlacement], partition: int, last: int) -> int:
+    """Return the sequence up to which every store has committed the events of *partition*; 0 when one has no key of it.
 
     Args:
-        consumers: the ``CONSUMER.LIST`` entries of the stream.
-        partitions: how many consumers a store must have.
-        processes: the living persisters; without them an upper bound is returned, from the consumers alone.
+        stores: the keys of all stores.
+        partition: its number.
+        last: sequence of the stream's youngest event. A key that is ahead of it belongs to a log that was set back:
+            what the file holds is then not known.
     """
-    floors: dict[str, dict[int, int]] = defaultdict(dict)
-    for info in consumers:
-        parsed = parse_consumer_name(info["name"])
-        if parsed is None:
-            continue
-        store, partition = parsed
-        floors[store][partition] = info["ack_floor"]["stream_seq"]
-    if not floors or any(len(found) < partitions for found in floors.values()):
+    placed = [store.partitions.get(partition) for store in stores.values()]
+    if not placed or any(one is None or one.committed > last for one in placed):
         return 0
-    if processes is not None:
-        told = _told(processes)
-        for store, found in floors.items():
-            for partition, floor in found.items():
-                found[partition] = min(floor, told.get((store, partition), 0))
-    return min(min(found.values()) for found in floors.values())
+    return min(one.committed for one in placed if one is not None)
 
 
-def _told(processes: Iterable[LiveProcess]) -> dict[tuple[str, int], int]:
-    told: dict[tuple[str, int], int] = {}
-    for process in processes:
-        for partition, sequence in process.committed.items():
-            key = process.store, partition
-            told[key] = max(sequence, told.get(key, 0))  # a file never goes back, so the greatest is nearest
-    return told
+def is_turn(state: LogState, store: str, own: Collection[int]) -> bool:
+    """Tell whether the process that runs partitions *own* of *store* is the one that trims."""
+    owned = [(partition, one.store) for one in state.processes or () for partition in one.partitions]
+    return bool(own) and (min(own), store) <= min(owned, default=(min(own), store))

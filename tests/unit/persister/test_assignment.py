@@ -334,7 +334,7 @@ async def test_a_volume_that_was_copied_keeps_its_placement(tmp_path: Path) -> N
     for placement in got.here.values():
         store = open_store(here, placement, StoreOptions())
         made = event(1)
-        assert not store.has_event(made.consultation, made.event_id.bytes)
+        assert not store.held(made.consultation, [made.event_id.bytes])
         store.commit(9)
         store.close()
     shutil.move(tmp_path / "old", tmp_path / "new")

@@ -165,10 +165,10 @@ async def test_a_message_that_breaks_its_batch_is_found_and_set_aside(part: Rig,
     def wrap(store: EventStore) -> None:
         append = store.append
 
-        def breaking(consultation: str, records: Any) -> None:
+        def breaking(consultation: str, records: Any) -> bool:
             if any(record.sequence == 5 for record in records):
                 raise ZeroDivisionError("secret")
-            append(consultation, records)
+            return append(consultation, records)
 
         store.append = breaking  # type: ignore[method-assign]
 
