@@ -130,6 +130,7 @@ PERMISSIONS: dict[Role, Permissions] = {
                 f"STREAM.MSG.GET.{BUCKET_STREAM}",
                 f"DIRECT.GET.{BUCKET_STREAM}",
                 f"DIRECT.GET.{BUCKET_STREAM}.>",
+                f"CONSUMER.CREATE.{BUCKET_STREAM}",
                 f"CONSUMER.CREATE.{BUCKET_STREAM}.>",
                 f"CONSUMER.DELETE.{BUCKET_STREAM}.*",
                 # `nats stream view` makes a consumer and deletes it: of fi-events that could be a persister's

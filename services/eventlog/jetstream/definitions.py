@@ -88,16 +88,13 @@ def consumer_config(settings: LogSettings, partition: int, metadata: Mapping[str
     Args:
         settings: the store's name is taken from here.
         partition: 0 to ``settings.partitions - 1``.
-        metadata: the placement, ``fi_volume`` and ``fi_epoch``.
+        metadata: of the consumer.
     """
     name = names.consumer_name(settings.store, partition)
     return {
         "name": name,
         "durable_name": name,
-        "description": (
-            f"Persister of store {settings.store}, partition {partition_name(partition)}. It lives on the volume whose "
-            f"volume.json has {names.VOLUME_KEY} (metadata). Do not edit: that would replace the metadata."
-        ),
+        "description": (f"Persister of store {settings.store}, partition {partition_name(partition)}."),
         "deliver_policy": "all",
         "ack_policy": "all",
         "ack_wait": ACK_WAIT_SECONDS * _NANOSECONDS,

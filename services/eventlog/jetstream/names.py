@@ -45,10 +45,6 @@ WORKERS_PREFIX = "fi-workers"
 FORMAT_KEY = "fi_format"
 #: metadata of the stream of events: number of partitions, fixed at creation
 PARTITIONS_KEY = "fi_partitions"
-#: metadata of a consumer: the volume that holds the partition
-VOLUME_KEY = "fi_volume"
-#: metadata of a consumer: counts the partition's moves from volume to volume
-EPOCH_KEY = "fi_epoch"
 
 #: name of the persisters in the NATS service API (ADR-32): what `nats micro ls` and `fiq status` show
 PERSISTER_SERVICE = "fi-persister"

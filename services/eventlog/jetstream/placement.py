@@ -355,7 +355,7 @@ async def read_stores(nc: Client) -> dict[str, StorePlacement]:
     created, first, entries = await _read(nc)
     stores = {store for key in entries if (store := parse_key(key)[0])}
     found = {store: _store(store, entries, created, first, range(100)) for store in sorted(stores)}
-    return {name: store for name, store in found.items() if store.partitions or store.deleted or store.formed}
+    return {name: store for name, store in found.items() if store.partitions or store.formed}
 
 
 def parse_key(key: str) -> tuple[str, int | None]:

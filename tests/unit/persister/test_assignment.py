@@ -304,7 +304,7 @@ async def test_a_directory_of_an_earlier_stream_claims_nothing(tmp_path: Path) -
     here, log = deployment(tmp_path), MemoryPlacements()
     here.volume.note_formed("2026-01-01T00:00:00Z")
     got = await place(here, log)
-    assert "this directory belongs to the stream created at 2026-01-01T00:00:00Z" in got.refused[0]
+    assert "this directory belongs to the one created at 2026-01-01T00:00:00Z" in got.refused[0]
     assert ({}, {}) == (got.here, log.placed)
 
 
