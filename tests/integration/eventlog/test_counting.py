@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 from prometheus_client import CollectorRegistry
+from services.eventlog.jetstream.counting import BacklogCounter
 
 from services.cli.cluster import Cluster
 from services.eventlog.backlog import Backlog
 from services.eventlog.jetstream import counting as counting_module
-from services.eventlog.jetstream.counting import BacklogCounter
 from services.eventlog.jetstream.definitions import consumer_config
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.report import PartitionReport

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from nats.aio.client import Client
 from prometheus_client import CollectorRegistry
+from services.eventlog.jetstream.watch import LogWatch, watching
 
 from services.cli.cluster import Cluster
 from services.eventlog.jetstream import watch as watch_module
@@ -21,7 +22,6 @@ from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.definitions import consumer_config
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.report import PartitionReport
-from services.eventlog.jetstream.watch import LogWatch, watching
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.settings import LogSettings
 from tests.support.broker import plain_server
