@@ -246,13 +246,14 @@ class LogMonitor:
 
     def _forget_old(self) -> None:
         kept = time.monotonic() - KEPT_SECONDS
-        if self._seen.get(STREAMS, 0.0) < kept:
+        old = {part for part in self._troubles if self._seen.get(part, 0.0) < kept}
+        if STREAMS in old:
             self._stream = self._dead = None
             self._stream_exists = True
-        if self._seen.get(PARTITIONS, 0.0) < kept:
+        if PARTITIONS in old:
             self._placements = None
             self._oldest.clear()
-        if self._seen.get(PROCESSES, 0.0) < kept:
+        if PROCESSES in old:
             self._answers.clear()
             self._heard_since = None
 
