@@ -37,6 +37,7 @@ COMMANDS = {
         "backup": "backup:backup",
         "restore": "restore:restore",
         "give-up": "give_up:give_up",
+        "place": "place:place",
         "token": "token:token",
         "nats-context": "nats_context:nats_context",
         "rolling-restart": "rolling_restart:rolling_restart",

@@ -28,8 +28,9 @@ from services.corpus.errors import (
     UnsupportedFileSystemError,
 )
 from services.corpus.events import Consultation, EventRecord
+from services.corpus.ids import IdHashes, KnownIds, StoredRow, hashes_of
 from services.corpus.index import write_index
-from services.corpus.lookup import Lookup, StoredConsultation, StoredRow
+from services.corpus.lookup import Lookup, StoredConsultation
 from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.reader import Corpus, PartitionInfo, open_corpus
 from services.corpus.records import Identity, Record
@@ -54,9 +55,11 @@ __all__ = [
     "CorpusUsageError",
     "EventRecord",
     "EventStore",
+    "IdHashes",
     "Identity",
     "IdentityMismatchError",
     "JournalError",
+    "KnownIds",
     "Lookup",
     "PartitionInfo",
     "PartitionReport",
@@ -76,6 +79,7 @@ __all__ = [
     "TransientCorpusError",
     "UnknownConsultationError",
     "UnsupportedFileSystemError",
+    "hashes_of",
     "open_corpus",
     "recover_partition",
     "repack",

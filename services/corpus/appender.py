@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from services.corpus.chain import CHAIN_BYTES, chain_next
 from services.corpus.errors import AppendRefusedError, CorpusFormatError
-from services.corpus.format import (
-    EVENT_DTYPE,
-    EVENT_HEAD,
-    EVENTS_CHUNK,
-    MAX_BODY_BYTES,
-    PAYLOAD_CHUNK,
-)
+from services.corpus.format import EVENT_HEAD, EVENTS_CHUNK, MAX_BODY_BYTES, PAYLOAD_CHUNK
 from services.corpus.records import EVENT_ID_BYTES, Record
 from services.corpus.tails import Tails
 
@@ -33,7 +25,7 @@ class Tally:
 
 
 class Appender:
-    """The open datasets of one consultation, and the ids that it holds.
+    """The open datasets of one consultation.
 
     Args:
         name: the consultation's id, for messages.
@@ -45,7 +37,7 @@ class Appender:
         new: whether both were just created.
     """
 
-    __slots__ = ("_chain", "_events", "_events_id", "_ids", "_name", "_payload", "_tally", "last_sequence")
+    __slots__ = ("_chain", "_events", "_name", "_payload", "_tally", "last_sequence")
 
     def __init__(
         self, name: str, events: Any, payload: Any, tails: Tails, *, start: bytes, tally: Tally, new: bool
@@ -53,29 +45,16 @@ class Appender:
         self._name = name
         self._chain = start
         self._tally = tally
-        self._events_id = events
         self._events = tails(events, item=_ROW_BYTES, chunk=EVENTS_CHUNK, empty=new)
         self._payload = tails(payload, item=1, chunk=PAYLOAD_CHUNK, empty=new)
-        self._ids: set[bytes] | None = set() if new else None
         self.last_sequence = 0
         if self._events.length:
             self._read_last_row()
 
     @property
-    def ids_held(self) -> int:
-        """How many event ids are in memory."""
-        return len(self._ids) if self._ids is not None else 0
-
-    @property
-    def knows_ids(self) -> bool:
-        """Whether the ids of all events are in memory."""
-        return self._ids is not None
-
-    def ids(self) -> set[bytes]:
-        """Return the ids of all events, appended ones included."""
-        if self._ids is None:
-            self._ids = self._read_ids()
-        return self._ids
+    def length(self) -> int:
+        """How many events the consultation holds, appended ones included."""
+        return self._events.length
 
     def append(self, records: Sequence[Record], committed: int) -> None:
         """Append *records*.
@@ -92,8 +71,6 @@ class Appender:
         self.last_sequence = records[-1].sequence
         self._chain = rows[-CHAIN_BYTES:]
         self._tally.events += len(records)
-        if self._ids is not None:
-            self._ids.update([record.event_id for record in records])
 
     def _encode(self, records: Sequence[Record], committed: int) -> tuple[bytes, bytes]:
         rows: list[bytes] = []
@@ -132,12 +109,3 @@ class Appender:
             )
         self.last_sequence = sequence
         self._chain = row[-CHAIN_BYTES:]
-
-    def _read_ids(self) -> set[bytes]:
-        ids: set[bytes] = set()
-        chunks = range(0, self._events.length, EVENTS_CHUNK)
-        for start in chunks:
-            raw = self._events_id.read_direct_chunk((start,))[1]
-            rows = np.frombuffer(raw, EVENT_DTYPE)[: self._events.length - start]
-            ids.update(rows["event_id"].tolist())
-        return ids

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Set
 from typing import Any
 
 from h5py import h5, h5d, h5g, h5p, h5s, h5t
@@ -33,12 +32,9 @@ class OpenConsultations:
         identity: what the file says of itself.
         events: how many it holds.
         limit: how many consultations stay open; each takes about 35 KB in HDF5.
-        ids_limit: how many event ids stay in memory in all; each takes some 100 bytes.
     """
 
-    def __init__(
-        self, root: Any, group: str, tails: Tails, identity: Identity, *, events: int, limit: int, ids_limit: int
-    ) -> None:
+    def __init__(self, root: Any, group: str, tails: Tails, identity: Identity, *, events: int, limit: int) -> None:
         self._group = h5g.open(root, group.encode())
         self._name = group
         # "in" on the group looks a name up twice, in an index that does not stay in HDF5's cache when it is large
@@ -47,9 +43,7 @@ class OpenConsultations:
         self._identity = identity
         self._tally = Tally(events)
         self._limit = limit
-        self._ids_limit = ids_limit
         self._open: OrderedDict[str, Appender] = OrderedDict()
-        self._ids_held = 0
         self._events_plan, self._payload_plan = _chunked(EVENTS_CHUNK), _chunked(PAYLOAD_CHUNK)
         self._empty = h5s.create_simple((0,), (h5s.UNLIMITED,))
         self._row_type = h5t.py_create(EVENT_DTYPE)
@@ -99,15 +93,10 @@ class OpenConsultations:
     def datasets(self, consultation: str) -> tuple[Any, Any] | None:
         """Return the low-level ids of ``events`` and ``payload``, opened for a reader; None without such a group."""
         name = consultation.encode()
-        if not is_consultation_id(consultation) or name not in self._group:
+        if not is_consultation_id(consultation) or not self._links.exists(name):
             return None
         group = h5g.open(self._group, name)
         return h5d.open(group, EVENTS.encode()), h5d.open(group, PAYLOAD.encode())
-
-    def known_ids(self, consultation: str) -> Set[bytes] | None:
-        """Return the ids of a consultation's events where they are in memory; None where HDF5 would have to tell."""
-        appender = self._open.get(consultation)
-        return appender.ids() if appender is not None and appender.knows_ids else None
 
     def names(self, start: int, count: int) -> list[str]:
         """Return at most *count* names of groups from the position *start* on, in the order of HDF5's own index."""
@@ -121,28 +110,17 @@ class OpenConsultations:
             self._group.links.iterate(take, idx_type=h5.INDEX_NAME, order=h5.ITER_NATIVE, idx=start)
         return found
 
-    def count_ids(self, before: int, after: int) -> None:
-        """Take note that a consultation's ids in memory went from *before* to *after*; close old ones when too many."""
-        self._ids_held += after - before
-        while self._ids_held > self._ids_limit and len(self._open) > 1:
-            self._close_oldest()
-
     def clear(self) -> None:
         """Close all."""
         self._open.clear()
-        self._ids_held = 0
 
     def _keep(self, consultation: str, events: Any, payload: Any, *, new: bool) -> Appender:
         start = chain_start(self._identity, consultation, of=self._name)
         appender = Appender(consultation, events, payload, self._tails, start=start, tally=self._tally, new=new)
         self._open[consultation] = appender
         if len(self._open) > self._limit:
-            self._close_oldest()
+            self._open.popitem(last=False)
         return appender
-
-    def _close_oldest(self) -> None:
-        _, appender = self._open.popitem(last=False)
-        self._ids_held -= appender.ids_held
 
 
 def _chunked(elements: int) -> Any:

@@ -2,13 +2,12 @@
 
 Chunks are read directly: HDF5 keeps nothing of them in memory, so the writer's own handles never see an old copy, and
 nothing of what the writer keeps open is closed for a reader. Sequences rise from row to row, so a position is found in
-a few steps; an id is searched from the first row on, in steps between which a commit may come.
+a few steps; an id is found by :mod:`services.corpus.ids`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,28 +15,10 @@ import numpy.typing as npt
 
 from services.corpus.format import EVENT_DTYPE, EVENT_HEAD, EVENTS_CHUNK, PAYLOAD_CHUNK
 from services.corpus.groups import OpenConsultations
+from services.corpus.ids import IdHashes, KnownIds, StoredRow
 
-#: chunks of the table that are searched in one step
-_STEP_CHUNKS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRow:
-    """One row of the table: where an event's body lies.
-
-    Attributes:
-        sequence: in the stream.
-        received_ns: when the event was accepted, nanoseconds since the Unix epoch.
-        offset: of its body in the payload, bytes.
-        length: of its body, bytes.
-        event_id: 16 bytes.
-    """
-
-    sequence: int
-    received_ns: int
-    offset: int
-    length: int
-    event_id: bytes
+#: rows of the table whose ids are read together, a multiple of a chunk's
+_PIECE_ROWS = 512 * EVENTS_CHUNK
 
 
 class StoredConsultation:
@@ -75,12 +56,6 @@ class StoredConsultation:
                 low = middle + 1
         return low
 
-    def at(self, sequence: int) -> StoredRow | None:
-        """Return the row of *sequence*, or None when there is none."""
-        index = self.behind(sequence) - 1
-        row = self.row(index) if index >= 0 else None
-        return row if row is not None and row.sequence == sequence else None
-
     def body(self, row: StoredRow) -> bytes:
         """Return the body of the event in *row*, byte for byte."""
         return self.bodies([row])[0]
@@ -95,37 +70,12 @@ class StoredConsultation:
         content = b"".join(chunks)
         return [content[row.offset - first : row.offset - first + row.length] for row in rows]
 
-    def search(self, ids: Collection[bytes]) -> Generator[None, None, dict[bytes, StoredRow]]:
-        """Search the rows of *ids* in steps of a millisecond or less; the result is the generator's value."""
-        found: dict[bytes, StoredRow] = {}
-        wanted = set(ids)
-        for number, start in enumerate(range(0, self._length, EVENTS_CHUNK)):
-            if not wanted:
-                break
-            if number and not number % _STEP_CHUNKS:
-                yield
-            held = self._ids(start).tolist()
-            if not wanted.isdisjoint(held):
-                for index, event_id in enumerate(held):
-                    if event_id in wanted:
-                        wanted.discard(event_id)
-                        found[event_id] = self.row(start + index)
-        return found
-
-    def find(self, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
-        """Return the rows of those of *ids* that the consultation holds, at once."""
-        search = self.search(ids)
-        while True:
-            try:
-                next(search)
-            except StopIteration as ended:
-                result: dict[bytes, StoredRow] = ended.value
-                return result
-
-    def _ids(self, start: int) -> npt.NDArray[np.void]:
-        rows = np.frombuffer(self._rows(start), EVENT_DTYPE)[: self._length - start]
-        ids: npt.NDArray[np.void] = rows["event_id"]
-        return ids
+    def ids(self) -> Iterator[npt.NDArray[np.void]]:
+        """Yield the ids of all rows, some thousands at a time."""
+        for low in range(0, self._length, _PIECE_ROWS):
+            high = min(low + _PIECE_ROWS, self._length)
+            chunks = [self._events.read_direct_chunk((start,))[1] for start in range(low, high, EVENTS_CHUNK)]
+            yield np.frombuffer(b"".join(chunks), EVENT_DTYPE)["event_id"][: high - low]
 
     def _rows(self, start: int) -> bytes:
         if self._chunk[0] != start:
@@ -138,19 +88,25 @@ class Lookup:
 
     Args:
         consultations: of the store.
+        ids: of them, those in memory.
     """
 
-    def __init__(self, consultations: OpenConsultations) -> None:
+    def __init__(self, consultations: OpenConsultations, ids: KnownIds) -> None:
         self._consultations = consultations
+        self._ids = ids
 
     def consultation(self, name: str) -> StoredConsultation | None:
         """Return a consultation; None when the file has no such."""
         pair = self._consultations.datasets(name)
         return None if pair is None else StoredConsultation(*pair)
 
-    def known_ids(self, name: str) -> Set[bytes] | None:
-        """Return the ids that a consultation holds where they are in memory, or None; asks HDF5 for nothing."""
-        return self._consultations.known_ids(name)
+    def held(self, name: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
+        """Return the rows of those of *ids* that a consultation holds."""
+        return self._ids.held(self._consultations, name, ids, lambda: self.consultation(name))
+
+    def id_hashes(self, name: str, most: int) -> IdHashes | None:
+        """Return the hashes of a consultation's ids, none when it does not exist; None when there are over *most*."""
+        return self._ids.hashes(self._consultations, name, most, lambda: self.consultation(name))
 
     def names(self, start: int, count: int) -> list[str]:
         """Return at most *count* ids of consultations from the position *start* on, in HDF5's own order.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.corpus.ids import KnownIds
 from services.corpus.storage import StorageIO
 
 
@@ -13,7 +14,7 @@ class StoreOptions:
 
     Attributes:
         open_consultations: how many consultations stay open in HDF5, about 35 KB each.
-        known_ids: how many event ids stay in memory, some 100 bytes each.
+        ids: keeps the ids of consultations in memory; files that one thread writes may share it.
         checkpoint_bytes: size of the journal from which :meth:`EventStore.maybe_checkpoint` copies it. While nothing
             holds checkpoints back the journal takes about twice that on the disk.
         checkpoint_seconds: age of the oldest commit in the journal from which it does, so that stock readers see it.
@@ -25,7 +26,7 @@ class StoreOptions:
     """
 
     open_consultations: int = 2000
-    known_ids: int = 250_000
+    ids: KnownIds = field(default_factory=KnownIds)
     checkpoint_bytes: int = 32 << 20
     checkpoint_seconds: float = 5.0
     metadata_cache_bytes: int = 512 << 10

@@ -29,8 +29,8 @@ from services.corpus.groups import OpenConsultations
 from services.corpus.records import Identity, check_identity
 from services.corpus.tails import ChunkedTail
 
-#: consultations whose conflicts stay open, and how many ids of conflicts stay in memory: they are rare
-_OPEN_CONFLICTS, _CONFLICT_IDS = 16, 10_000
+#: consultations whose conflicts stay open: they are rare
+_OPEN_CONFLICTS = 16
 
 
 class OpenPartition:
@@ -41,7 +41,6 @@ class OpenPartition:
         journaled: the file object; not closed here.
         expected: the identity that the file must state; None accepts any.
         limit: how many consultations stay open.
-        ids_limit: how many event ids stay in memory.
         metadata_cache: limit of HDF5's metadata cache, in bytes of the file.
 
     Raises:
@@ -57,7 +56,6 @@ class OpenPartition:
         expected: Identity | None,
         *,
         limit: int,
-        ids_limit: int,
         metadata_cache: int,
     ) -> None:
         with hdf5_errors(name, journaled):
@@ -83,11 +81,10 @@ class OpenPartition:
                         self.identity,
                         events=int(self._file.attrs[counter]),
                         limit=most,
-                        ids_limit=ids,
                     )
-                    for group, counter, most, ids in (
-                        (CONSULTATIONS, COMMITTED_EVENTS, limit, ids_limit),
-                        (CONFLICTS, COMMITTED_CONFLICTS, _OPEN_CONFLICTS, _CONFLICT_IDS),
+                    for group, counter, most in (
+                        (CONSULTATIONS, COMMITTED_EVENTS, limit),
+                        (CONFLICTS, COMMITTED_CONFLICTS, _OPEN_CONFLICTS),
                     )
                 )
         except BaseException:
@@ -95,10 +92,13 @@ class OpenPartition:
             self._file.close()
             raise
 
-    def place(self, epoch: int) -> None:
-        """Let the file say that it is the one of the partition's placement *epoch*."""
+    def place(self, store: str, volume: str, epoch: int) -> None:
+        """Let the file say that it is *store*'s, and the one of the partition's placement *epoch* on *volume*."""
+        for name, value in (("store", store), ("volume", volume)):
+            if getattr(self.identity, name) != value:
+                self._file.attrs[name] = value
         h5py.h5a.open(self._file.id, b"epoch").write(np.array(epoch, np.uint32))
-        self.identity = replace(self.identity, epoch=epoch)
+        self.identity = replace(self.identity, store=store, volume=volume, epoch=epoch)
 
     def flush(self, sequence: int, message_id: str) -> None:
         """Hand everything to the journaled file, with *sequence* and the *message_id* there as what is reached."""

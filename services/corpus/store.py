@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -15,7 +15,8 @@ from services.corpus.creation import create_pair
 from services.corpus.errors import AppendRefusedError, CorpusFormatError, StoreFailedError
 from services.corpus.filesystems import check_file_system
 from services.corpus.groups import OpenConsultations
-from services.corpus.lookup import Lookup, StoredRow
+from services.corpus.ids import StoredRow
+from services.corpus.lookup import Lookup
 from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.partition import OpenPartition, hdf5_errors
 from services.corpus.records import Identity, Record
@@ -45,12 +46,14 @@ class EventStore:
                 self._journaled,
                 expected,
                 limit=options.open_consultations,
-                ids_limit=options.known_ids,
                 metadata_cache=options.metadata_cache_bytes,
             )
         except BaseException:
             self._journaled.close()
             raise
+        self._ids = options.ids
+        self._lookup = Lookup(self._partition.consultations, self._ids)
+        self._conflicts = Lookup(self._partition.conflicts, self._ids)
         #: stream sequence that the last commit reached, and the message id there; 0 and nothing when there is none
         self.committed, self.committed_id = self._partition.committed, self._partition.committed_id
         try:
@@ -146,41 +149,19 @@ class EventStore:
             checkpoint_seconds=file.checkpoint_seconds,
         )
 
-    def has_event(self, consultation: str, event_id: bytes) -> bool:
-        """Return whether the consultation holds the event, be it committed or not yet."""
-        return event_id in self.event_ids(consultation)
-
-    def event_ids(self, consultation: str) -> Set[bytes]:
-        """Return the ids of all events that the consultation holds, committed or not yet; valid until the next call."""
-        with self._guarded:
-            appender = self._partition.consultations.find(consultation)
-            if appender is None:
-                return frozenset()
-            before = appender.ids_held
-            ids = appender.ids()
-            if len(ids) != before:
-                self._partition.consultations.count_ids(before, len(ids))
-            return ids
-
-    def holds(self, consultation: str) -> bool:
-        """Return whether the file has the consultation, be it committed or not yet."""
-        with self._guarded:
-            return self._partition.consultations.find(consultation) is not None
-
     def held(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
-        """Return the rows of those of *ids* that the consultation holds, committed or not yet."""
-        held = self.event_ids(consultation) & set(ids)
-        if not held:
-            return {}
-        with self.reading() as lookup:
-            stored = lookup.consultation(consultation)
-            return {} if stored is None else stored.find(held)
+        """Return the rows of those of *ids* that the consultation holds, committed or not yet.
+
+        Raises:
+            CorpusError: abandon the store.
+        """
+        with self._guarded:
+            return self._lookup.held(consultation, ids)
 
     def held_conflicts(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
-        """Return the first row of those of *ids* that the consultation's conflicts hold, committed or not yet."""
-        with self.reading(conflicts=True) as lookup:
-            stored = lookup.consultation(consultation)
-            return {} if stored is None else stored.find(ids)
+        """Return a row of those of *ids* that the consultation's conflicts hold, committed or not yet."""
+        with self._guarded:
+            return self._conflicts.held(consultation, ids)
 
     @property
     def uncommitted(self) -> int:
@@ -199,35 +180,39 @@ class EventStore:
         """
         self._check_usable()
         with hdf5_errors(self._path.name, self._journaled):
-            yield Lookup(self._partition.conflicts if conflicts else self._partition.consultations)
+            yield self._conflicts if conflicts else self._lookup
 
-    def append(self, consultation: str, records: Sequence[Record]) -> None:
+    def append(self, consultation: str, records: Sequence[Record]) -> bool:
         """Append events to a consultation; they become durable with the next :meth:`commit`.
 
         Args:
             consultation: its id; the group is created when it is new.
             records: sequences rise, above those before and above :attr:`committed`.
 
+        Returns:
+            Whether the consultation is new.
+
         Raises:
             AppendRefusedError: a record is malformed or out of order.
             CorpusError: anything else; abandon the store.
         """
-        self._append(self._partition.consultations, consultation, records)
+        return self._append(self._partition.consultations, consultation, records)
 
     def append_conflicts(self, consultation: str, records: Sequence[Record]) -> None:
         """Append events under ids that the consultation holds with another body to its conflicts, as :meth:`append`."""
         self._append(self._partition.conflicts, consultation, records)
 
-    def _append(self, groups: OpenConsultations, consultation: str, records: Sequence[Record]) -> None:
+    def _append(self, groups: OpenConsultations, consultation: str, records: Sequence[Record]) -> bool:
         if not records:
-            return
+            return False
         with self._guarded:
             appender = groups.find_or_create(consultation)
-            before = appender.ids_held
+            first = appender.length
             appender.append(records, self.committed)
-            groups.count_ids(before, appender.ids_held)
+            self._ids.appended(groups, consultation, first, [one.event_id for one in records])
             self._uncommitted += len(records)
             self._highest = max(self._highest, records[-1].sequence)
+            return not first
 
     def commit(self, sequence: int, message_id: str = "") -> None:
         """Make the appended events durable together with *sequence*, in one step: all of it, or nothing.
@@ -253,14 +238,15 @@ class EventStore:
             self._uncommitted = 0
             self._checkpoints.note_commit(started)
 
-    def place(self, epoch: int) -> None:
-        """Make durable that this is the file of the partition's placement *epoch*.
+    def place(self, epoch: int, *, store: str | None = None, volume: str | None = None) -> None:
+        """Make durable that this is the file of the partition's placement *epoch*, and whose it is from now on.
 
         Raises:
             CorpusIOError: the system refused; abandon the store.
         """
         with self._guarded:
-            self._partition.place(epoch)
+            own = self.identity
+            self._partition.place(store or own.store, volume or own.volume, epoch)
         self.commit(self.committed, self.committed_id)
 
     def checkpoint(self) -> bool:
@@ -292,6 +278,8 @@ class EventStore:
 
     def abandon(self) -> None:
         """Drop what is not committed and release everything; writes nothing to the disk."""
+        for groups in (self._partition.consultations, self._partition.conflicts):
+            self._ids.forget(groups)
         self._journaled.discard()
         self._partition.close()
         self._journaled.close()

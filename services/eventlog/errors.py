@@ -15,7 +15,7 @@
         LogAccessError              the nodes do not let this process in: certificates, TLS, user
         StartupError                the cluster was out of reach for too long at start
         LogMismatchError            the log is not the one that the sink's position belongs to
-        PlacementError              a partition's place is contradictory: consumer, file and volume disagree
+        PlacementError              a partition's place is contradictory: key, file and volume disagree
 """
 
 from __future__ import annotations
@@ -68,4 +68,4 @@ class LogMismatchError(PermanentError):
 
 
 class PlacementError(PermanentError):
-    """Raised when consumer, partition file and volume disagree about where a partition lives."""
+    """Raised when key, partition file and volume disagree about where a partition lives."""

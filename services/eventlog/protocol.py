@@ -1,14 +1,14 @@
 """What ingest and the persisters need of the log, whatever keeps it.
 
-Ingest *appends* and gets a position. A persister *follows* a partition from a position in batches and *acknowledges* up
-to one. The acknowledgement informs operators and trim only: the sink holds the offset (DESIGN, section 5).
+Ingest *appends* and gets a position. A persister *follows* a partition from a position, *takes* what has come and
+*acknowledges* up to one. The acknowledgement informs operators only: the sink holds the offset (DESIGN, section 5).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Protocol
 from uuid import UUID
 
@@ -41,6 +41,35 @@ class Appended:
     duplicate: bool
 
 
+#: characters of a message id that a :class:`Position` records as it is
+MAX_MESSAGE_ID = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the log that a sink has reached.
+
+    Attributes:
+        sequence: up to which the sink has everything; 0: nothing yet.
+        message_id: of the message at *sequence*, as :func:`message_id_at` returns it; empty when it is not known,
+            and then not compared. The message may be of another partition.
+    """
+
+    sequence: int
+    message_id: str = ""
+
+
+def message_id_at(headers: Mapping[str, str] | None) -> str:
+    """Return a message's id as a :class:`Position` records it.
+
+    Empty without one; a hash of one that is longer than :data:`MAX_MESSAGE_ID` or not printable ASCII.
+    """
+    found = (headers or {}).get(MESSAGE_ID_HEADER, "")
+    if len(found) <= MAX_MESSAGE_ID and found.isascii() and found.isprintable():
+        return found
+    return "blake2b:" + hashlib.blake2b(found.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """One message as the log delivers it: not decoded, perhaps poison.
@@ -61,27 +90,6 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
-    """A place in the log that a sink has reached.
-
-    Attributes:
-        sequence: of the last message that is done; 0 when there is none.
-        message_id: found there; empty when none was ever recorded, and then it is not compared.
-    """
-
-    sequence: int
-    message_id: str = ""
-
-
-def message_id_at(headers: Mapping[str, str] | None) -> str:
-    """Return the message id in *headers* as a :class:`Position` records it: at most 200 printable ASCII characters."""
-    found = (headers or {}).get(MESSAGE_ID_HEADER, "")
-    if len(found) <= 200 and found.isascii() and found.isprintable():
-        return found
-    return f"blake2b:{blake2b(found.encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}"
-
-
-@dataclass(frozen=True, slots=True)
 class StoredEvent:
     """One event with its place, read from the log or from the corpus.
 
@@ -97,16 +105,39 @@ class StoredEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What is stored under some ids.
+class Stored:
+    """What the corpus holds under an id, without its body.
 
     Attributes:
-        events: the first event under each id that one was found for.
-        complete: there is none under the others, and none before those; otherwise nobody could say.
+        sequence: position in the log, from 1.
+        digest: :func:`digest_of` its body.
     """
 
-    events: Mapping[UUID, StoredEvent]
-    complete: bool
+    sequence: int
+    digest: bytes
+
+
+def digest_of(body: bytes) -> bytes:
+    """Return 8 bytes that tell a body from another one."""
+    return hashlib.blake2b(body, digest_size=8).digest()
+
+
+class Snapshot(Protocol):
+    """Which ids the corpus held of a consultation at one moment."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can tell the ids that were not held; otherwise there were too many."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How much memory it takes, bytes."""
+        ...
+
+    def may_hold(self, event_id: UUID) -> bool:
+        """Return False when *event_id* was not held for certain."""
+        ...
 
 
 class EventWriter(Protocol):
@@ -148,35 +179,25 @@ class EventReader(Protocol):
         """
         ...
 
-    async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
-        """Return the event that the corpus holds under *event_id*, or None when it holds none.
+    async def snapshot(self, consultation: str) -> Snapshot:
+        """Return which ids the corpus holds of *consultation*.
 
         Raises:
             CorpusAwayError: the partition's persister does not answer.
-        """
-        ...
-
-    async def held(self, consultation: str, event_ids: Collection[UUID], before: int | None) -> Held:
-        """Return what is stored under *event_ids*, in the corpus or in the log behind it, of which it reads some only.
-
-        Args:
-            consultation: of all the ids.
-            event_ids: one at least.
-            before: the log need not be read from this position on; None: all that waits in it is to be read.
-
-        Raises:
-            CorpusAwayError: the partition's persister stopped to answer.
-            LogUnavailableError: the log does not answer in time.
+            LogUnavailableError: there is no connection.
             LogRefusedError: an operator must act.
         """
         ...
 
-    async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
-        """Return at most *limit* events of *consultation* with positions above *after*, in order, without gaps.
+    async def find(self, consultation: str, event_ids: Collection[UUID]) -> Mapping[UUID, Stored]:
+        """Return what the corpus holds under *event_ids*; raises as :meth:`snapshot` does."""
+        ...
+
+    async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
+        """Return those of *event_ids* that are stored for certain, in the corpus or in the log; perhaps not all.
 
         Raises:
-            CorpusAwayError: the partition's persister does not answer, and the log alone cannot show that it has all.
-            LogUnavailableError: the log does not answer in time.
+            CorpusAwayError, LogUnavailableError, LogRefusedError: as :meth:`snapshot`.
         """
         ...
 
@@ -197,7 +218,7 @@ class Page:
 
 
 class EventBrowser(EventReader, Protocol):
-    """What serves readers beyond the comparison of a retry. Each method raises as :meth:`EventReader.read` does."""
+    """What serves readers beyond the comparison of a retry. Each method raises as :meth:`EventReader.snapshot` does."""
 
     async def page(self, consultation: str, after: int, limit: int) -> Page:
         """Return at most *limit* events of *consultation* behind *after*, perhaps fewer, and where to go on."""
@@ -217,36 +238,64 @@ class EventBrowser(EventReader, Protocol):
 
 
 class Follower(Protocol):
-    """One partition, from a position on, in order, without gaps or repeats."""
+    """One partition, from a position on, in order, without gaps or repeats.
+
+    :meth:`run` keeps it going; :meth:`take` and the properties never wait.
+    """
 
     async def start(self, after: Position) -> None:
-        """Begin to receive everything behind *after*, once it is sure that the log is the one that *after* is of."""
+        """Deliver everything after *after*, once the log is known to be the one that the position belongs to.
+
+        May be called again to go back.
+
+        Raises:
+            LogMismatchError: it is another log, or this one was set back or lacks events after the position.
+            LogUnavailableError: no answer in time.
+        """
         ...
 
     async def run(self) -> None:
-        """Keep it so, whatever happens to the log, until cancelled; raise what ends it."""
+        """Keep the events coming until cancelled. Gaps, repeats and silence are repaired inside.
+
+        Raises:
+            Exception: what :meth:`interrupt` was called with; LogMismatchError or LogRefusedError when the partition
+                cannot be followed any more.
+        """
         ...
 
     def take(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
-        """Return what has come and was not taken, at most *max_events* and about *max_bytes*; perhaps nothing."""
+        """Return what has come and was not taken: at most *max_events* and about *max_bytes*, perhaps nothing.
+
+        What was taken before counts as done: its memory is free for others.
+        """
         ...
 
     @property
     def ready(self) -> int:
-        """How many events :meth:`take` could hand out now."""
+        """How many events :meth:`take` could return now."""
         ...
 
     @property
     def waiting(self) -> int:
-        """Events of the partition in the log that are not acknowledged, as far as known."""
+        """How many events of the partition the log holds after the acknowledged position, as far as is known."""
         ...
 
     async def acknowledge(self, delivery: Delivery) -> None:
-        """Tell the log that everything up to *delivery* is safe in the sink."""
+        """Tell the log that everything up to *delivery*, which was taken, is safe in the sink."""
+        ...
+
+    async def empty_up_to(self) -> Position:
+        """Return a position up to which it is proven that nothing of the partition waits for the sink.
+
+        That is the acknowledged position itself when nothing beyond it is proven.
+
+        Raises:
+            LogUnavailableError: no answer in time.
+        """
         ...
 
     def advance(self, position: Position) -> None:
-        """Note that the sink has reached *position*: nothing of the partition lies between its last event and there."""
+        """Note that the sink has reached *position*, which :meth:`empty_up_to` returned."""
         ...
 
     def interrupt(self, error: Exception) -> None:
@@ -254,5 +303,5 @@ class Follower(Protocol):
         ...
 
     async def close(self) -> None:
-        """Receive no more. Idempotent."""
+        """Deliver no more. Operators still see how much waits. Idempotent."""
         ...

@@ -34,7 +34,6 @@ from services.ingest.handlers import (
     poster,
     shower,
 )
-from services.ingest.horizon import Horizon
 from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
 from services.ingest.openapi import describe
@@ -133,13 +132,21 @@ def make_app(
             app[FOLLOWERS] = Followers(
                 opened.reader, metrics, limit=settings.max_followers, interval=settings.follow_interval
             )
-            horizon = Horizon(settings.log.duplicate_window, settings.publish_deadline)
-            keys = Keys(opened.reader, metrics, horizon, wait=settings.key_lookup_wait)
+            keys = Keys(
+                opened.reader,
+                metrics,
+                partitions=settings.log.partitions,
+                window=settings.log.duplicate_window,
+                wait=settings.key_lookup_wait,
+            )
             writer = opened.writer if spans is None else TracedWriter(opened.writer, spans)
-            app[STORING] = Storing(writer, keys, horizon, metrics, answers, pressure)
+            app[STORING] = Storing(writer, keys, metrics, answers, pressure)
             pressure.observed = opened.backlog
             check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
-            yield
+            try:
+                yield
+            finally:
+                await keys.close()
 
     async def ready() -> list[str]:
         if answers.closing:

@@ -1,26 +1,36 @@
 """Whether a key still means the event that it meant first: a retry has the same body, anything else is a mistake.
 
-The broker knows by a message id that it has the event, within its window, but compares no bodies. So a duplicate is
-compared here, with what this process remembers, else with the log, else with the corpus. A key that the broker has
-forgotten is asked for while the event is being published: in the corpus, and in the log where the corpus has not come
-as far as the broker's memory reaches back. That answer is waited for a moment only, because the persister, too, keeps
-the first event of an id; what nobody could say is not remembered either.
+The broker knows the message ids of its window (``FI_DUPLICATE_WINDOW``) but compares no bodies; what it has forgotten
+only the corpus knows. So there is one question a *consultation*: which ids does the corpus hold of it? The answer is
+kept as a snapshot for half the window, because the broker itself knows what came later. With a snapshot nearly every
+event is known to be new without a question, and an id that the corpus holds is compared before anything is published.
+
+Without a snapshot the question is asked while the event is being published, once for all events of the consultation,
+and waited for at most ``FI_KEY_LOOKUP_WAIT`` after the log's answer: intake comes first, and the persister, too, keeps
+the first event of an id. A consultation with too many ids for a snapshot is asked about id by id.
+
+A duplicate that the broker reports is compared with what this process remembers of its own events, else with the event
+in the log, else with the corpus. What could not be found out is not remembered.
+
+An owner that leaves three questions without an answer is not waited for any more, and asked once a second at most,
+until it answers again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Awaitable, Iterable
+from typing import TypeVar
 
 from services.contract.event import Event
 from services.eventlog.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
-from services.eventlog.protocol import Appended, EventReader, Held, StoredEvent
+from services.eventlog.partitions import partition_of
+from services.eventlog.protocol import Appended, EventReader, Snapshot, Stored, digest_of
 from services.ingest import problems
-from services.ingest.horizon import Horizon
 from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, Metrics
 from services.ingest.problems import RequestRefusedError
-from services.ingest.remembered import Known, Remembered, digest, name_of
 
 #: a duplicate is looked for this long: replicas lag, and persisters are restarted, seconds
 COMPARE_SECONDS = 1.0
@@ -28,60 +38,177 @@ COMPARE_SECONDS = 1.0
 _QUESTIONS = 64
 #: pause before it is looked for again, seconds
 _PAUSE_SECONDS = 0.05
-_NOTHING_SAID = Held({}, complete=False)
+#: memory that snapshots may take: 8 bytes an id, and what each takes besides
+SNAPSHOT_BYTES = 16 << 20
+_SNAPSHOT_BYTES_EACH = 512
+#: events of this process that are remembered, some 300 bytes each
+REMEMBERED = 32_768
+#: questions without an answer after which an owner is not waited for, and seconds between two questions from then on
+SILENT_AFTER, PROBE_SECONDS = 3, 1.0
+
+Answer = TypeVar("Answer")
+#: what the log, the corpus or the way to them may raise
+_AWAY = (CorpusAwayError, LogUnavailableError, LogRefusedError)
 
 
 class Keys:
-    """Compares what comes under a key with what is stored under it."""
+    """Compares what comes under a key with what is stored under it. Close it in the end."""
 
-    def __init__(self, reader: EventReader | None, metrics: Metrics, horizon: Horizon, *, wait: float) -> None:
-        """Remember nothing yet.
+    def __init__(
+        self, reader: EventReader | None, metrics: Metrics, *, partitions: int, window: float, wait: float
+    ) -> None:
+        """Know nothing yet.
 
         Args:
-            reader: what can be asked; None when nobody can.
-            metrics: counts who answered.
-            horizon: what the broker has forgotten stands before it.
-            wait: seconds for which a question may hold up an answer that the log has given; 0 asks nobody about keys
-                that the broker does not know.
+            reader: what can be asked; None when there is nothing.
+            metrics: counts what showed the events that were compared.
+            partitions: of the log: each has an owner of its own.
+            window: seconds for which the broker knows message ids.
+            wait: seconds for which a question may hold up an answer; 0 asks nothing about keys that the broker does
+                not know.
         """
         self._reader = reader
         self._checks = metrics.key_checks
-        self._horizon = horizon
+        self._partitions = partitions
         self._wait = wait
-        self._remembered = Remembered()
-        self._questions = asyncio.Semaphore(_QUESTIONS)
+        self._loop = asyncio.get_running_loop()
+        self._snapshots = _Snapshots(window / 2, self._loop)
+        self._remembered: OrderedDict[tuple[str, int], Stored] = OrderedDict()
+        self._owners = [_Owner() for _ in range(partitions)]
+        self._asking: dict[str, asyncio.Task[Snapshot]] = {}
+        self._lookups: set[asyncio.Task[None]] = set()
+        self._turns = asyncio.Semaphore(_QUESTIONS)
+
+    async def close(self) -> None:
+        """End all questions."""
+        tasks = [*self._lookups, *self._asking.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def check(self, events: Iterable[Event]) -> list[KeyCheck]:
-        """Begin to find out what the clients' keys of *events* stand for, before they are published.
-
-        There is one question for each consultation. End each check by all means.
-        """
-        checks = [KeyCheck(self, event, name := name_of(event), self._remembered.get(name)) for event in events]
-        unknown: dict[str, list[KeyCheck]] = {}
+        """Begin to find out what the clients' keys of *events* stand for, before they are published."""
+        checks = [KeyCheck(self, event) for event in events]
+        if self._reader is None or not self._wait:
+            for check in checks:
+                check.sure = True
+            return checks
+        groups: dict[str, list[KeyCheck]] = {}
         for check in checks:
-            if check.known is None:
-                unknown.setdefault(check.event.consultation, []).append(check)
-        if self._reader is not None and self.asks:
-            for consultation, of_it in unknown.items():
-                ids = {check.event.event_id for check in of_it}
-                lookup = asyncio.ensure_future(self._reader.held(consultation, ids, self._horizon.position))
+            groups.setdefault(check.event.consultation, []).append(check)
+        for consultation, of_it in groups.items():
+            snapshot = self._snapshots.get(consultation)
+            if snapshot is not None:
+                of_it = [check for check in of_it if check.compare_with(snapshot)]
                 for check in of_it:
-                    check.lookup = lookup
+                    check.certain = snapshot.whole
+            if of_it:
+                self._look_up(self._reader, consultation, of_it, snapshot)
         return checks
 
     async def hear(self, checks: Iterable[KeyCheck]) -> None:
-        """Wait for what is said to *checks*, which the log has answered; for a moment only, in all."""
-        open_ones = {check.lookup for check in checks if check.lookup is not None and not check.lookup.done()}
-        if open_ones:
-            await asyncio.wait(open_ones, timeout=self._wait)
+        """Wait until *checks* are answered, for a moment only in all."""
+        lookups = {check.lookup for check in checks if check.lookup is not None and not check.lookup.done()}
+        if lookups:
+            await asyncio.wait(lookups, timeout=self._wait)
 
-    @property
-    def asks(self) -> bool:
-        """Whether anybody is asked about keys that the broker does not know."""
-        return self._reader is not None and self._wait > 0
+    # -- questions ----------------------------------------------------------------------------------------------------
 
-    def _answered(self, by: str) -> None:
-        self._checks[by].inc()
+    def _look_up(
+        self, reader: EventReader, consultation: str, checks: list[KeyCheck], snapshot: Snapshot | None
+    ) -> None:
+        owner = self._owners[partition_of(consultation, self._partitions)]
+        silent = owner.silent
+        if silent and not owner.is_due(self._loop.time()):
+            return
+        lookup = asyncio.create_task(self._looked_up(reader, owner, consultation, checks, snapshot))
+        self._lookups.add(lookup)
+        lookup.add_done_callback(self._lookups.discard)
+        if not silent:
+            for check in checks:
+                check.lookup = lookup
+
+    async def _looked_up(
+        self,
+        reader: EventReader,
+        owner: _Owner,
+        consultation: str,
+        checks: list[KeyCheck],
+        snapshot: Snapshot | None,
+    ) -> None:
+        with contextlib.suppress(*_AWAY):
+            if snapshot is None:
+                snapshot = await self._asked(reader, owner, consultation)
+                checks = [check for check in checks if check.compare_with(snapshot)]
+            if checks:
+                ids = [check.event.event_id for check in checks]
+                found = await self._answer_of(owner, reader.find(consultation, ids))
+                for check in checks:
+                    check.first, check.sure = found.get(check.event.event_id), True
+
+    async def _asked(self, reader: EventReader, owner: _Owner, consultation: str) -> Snapshot:
+        """Ask for a snapshot, together with all who want the same one."""
+        asking = self._asking.get(consultation)
+        if asking is None:
+            asking = self._asking[consultation] = asyncio.create_task(self._ask(reader, owner, consultation))
+        return await asyncio.shield(asking)
+
+    async def _ask(self, reader: EventReader, owner: _Owner, consultation: str) -> Snapshot:
+        began = self._loop.time()
+        try:
+            snapshot = await self._answer_of(owner, reader.snapshot(consultation))
+        finally:
+            del self._asking[consultation]
+        self._snapshots.put(consultation, snapshot, began)
+        return snapshot
+
+    async def _answer_of(self, owner: _Owner, asking: Awaitable[Answer]) -> Answer:
+        """Return the answer to a question, and note whether *owner* gave one in time."""
+        late = self._loop.call_later(self._wait, owner.miss)
+        try:
+            answer = await asking
+        except _AWAY:
+            if self._loop.time() < late.when():
+                owner.miss()
+            raise
+        finally:
+            late.cancel()
+        owner.unanswered = 0
+        return answer
+
+    # -- what a check needs -------------------------------------------------------------------------------------------
+
+    def _remember(self, event: Event, stored: Stored) -> None:
+        self._remembered[event.consultation, event.event_id.int] = stored
+        if len(self._remembered) > REMEMBERED:
+            self._remembered.popitem(last=False)
+
+    async def _stored(self, event: Event, sequence: int) -> tuple[Stored, str]:
+        """Return what the log has, or had, at *sequence* under the id of *event*, and what showed it.
+
+        Raises:
+            RequestRefusedError: it could not be shown within a second.
+        """
+        if self._reader is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COMPARE_SECONDS):
+                    return await self._look_for(self._reader, event, sequence)
+        self._checks[NOBODY].inc()
+        raise RequestRefusedError(problems.KEY_NOT_COMPARED)
+
+    async def _look_for(self, reader: EventReader, event: Event, sequence: int) -> tuple[Stored, str]:
+        """Ask log and corpus by turns, until one of them shows it."""
+        while True:
+            with contextlib.suppress(LogUnavailableError, LogRefusedError):
+                async with self._turns:
+                    stored = await reader.at(sequence)
+                if stored is not None and stored.event.message_id == event.message_id:
+                    return Stored(sequence, digest_of(stored.event.body)), LOG
+            with contextlib.suppress(*_AWAY):
+                found = await reader.find(event.consultation, [event.event_id])
+                if event.event_id in found:
+                    return found[event.event_id], CORPUS
+            await asyncio.sleep(_PAUSE_SECONDS)
 
 
 class KeyCheck:
@@ -89,101 +216,149 @@ class KeyCheck:
 
     Attributes:
         event: the event.
-        known: what this process remembers of the key.
-        lookup: the question what is stored under the key, if it is asked; of all keys of the consultation that came
-            together.
+        first: what the corpus holds under the key, once it was asked.
+        sure: whether the corpus was asked, so that *first* is the answer.
+        certain: whether a snapshot showed at once that the corpus holds it: the answer need not wait for the log's.
+        lookup: the question, while its answer is worth a wait.
     """
 
-    __slots__ = ("_keys", "_name", "event", "known", "lookup")
+    __slots__ = ("_keys", "certain", "event", "first", "lookup", "sure")
 
-    def __init__(self, keys: Keys, event: Event, name: bytes, known: Known | None) -> None:
+    def __init__(self, keys: Keys, event: Event) -> None:
         self.event = event
-        self.known = known
-        self.lookup: asyncio.Future[Held] | None = None
+        self.first: Stored | None = None
+        self.sure = self.certain = False
+        self.lookup: asyncio.Task[None] | None = None
         self._keys = keys
-        self._name = name
 
-    @property
-    def answered(self) -> bool:
-        """Whether it has been asked what is stored, and an answer came."""
-        lookup = self.lookup
-        return lookup is not None and lookup.done() and not lookup.cancelled() and lookup.exception() is None
+    def compare_with(self, snapshot: Snapshot) -> bool:
+        """Take what *snapshot* shows; return whether the corpus must be asked for this id."""
+        if not snapshot.may_hold(self.event.event_id):
+            self.sure = True
+            return False
+        return True
 
     def must_look(self, appended: Appended) -> bool:
-        """Whether :meth:`settle` must look for an event that the log has, and only the log or the corpus can show."""
-        known = self.known
-        return appended.duplicate and (known is None or appended.sequence < known.last)
+        """Whether :meth:`settle` must ask the log or the corpus for an event."""
+        return appended.duplicate and self._before(appended) is None and self._remembered(appended) is None
 
-    async def settle(self, appended: Appended) -> Appended:
-        """Return where the first event with this key stands, once the log has taken the event at *appended*.
+    async def settle(self, appended: Appended | None) -> Appended:
+        """Return where the first event with this key is.
+
+        Args:
+            appended: where the log has taken this one; None when it was not published, since :attr:`first` is known.
 
         Raises:
-            RequestRefusedError: the first one had another body, or there is a first one that nobody can show.
+            RequestRefusedError: the first one had another body, or there is a first one that could not be shown.
         """
-        known, remembered, own = self.known, self._keys._remembered, digest(self.event.body)
-        if known is not None and appended.sequence >= known.last:
-            return self._compare(known, own, appended, MEMORY)
-        if known is not None:  # the log has begun anew
-            remembered.forget(self._name)
-        if appended.duplicate:
-            stored, by = await self._stored(appended.sequence)
-            known = Known(stored.sequence, appended.sequence, digest(stored.event.body))
-        else:
-            known, by = Known(appended.sequence, appended.sequence, own), ""
-        if known.digest != own and self.lookup is not None:  # the log may have shown a mistake that came second
+        keys, first = self._keys, self.first if appended is None else self._before(appended)
+        if first is not None:
+            return self._compared(first, CORPUS, duplicate=True)
+        if appended is None:
+            raise ValueError("an event that was not published needs a first one")
+        remembered = self._remembered(appended)
+        if remembered is not None:
+            same = remembered.sequence == appended.sequence
+            return self._compared(remembered, MEMORY, duplicate=appended.duplicate or not same)
+        if not self.sure:
+            keys._checks[NOBODY].inc()
+        if not appended.duplicate:
+            if self.sure:
+                keys._remember(self.event, Stored(appended.sequence, digest_of(self.event.body)))
+            return appended
+        stored, by = await keys._stored(self.event, appended.sequence)
+        if stored.digest != digest_of(self.event.body) and self.lookup is not None and not self.lookup.done():
+            # the log may have shown a mistake that came second
             await asyncio.wait({self.lookup}, timeout=COMPARE_SECONDS)
-        complete, first = self._heard()
-        if first is not None and first.sequence < known.first:
-            by = CORPUS if first.persisted else LOG
-            known = Known(first.sequence, appended.sequence, digest(first.event.body))
-        if complete:
-            remembered.put(self._name, known)
-        return self._compare(known, own, appended, by)
+            first = self._before(appended)
+            if first is not None:
+                return self._compared(first, CORPUS, duplicate=True)
+        if self.sure:
+            keys._remember(self.event, stored)
+        return self._compared(stored, by, duplicate=True)
 
-    def end(self) -> None:
-        """Ask no more."""
-        if self.lookup is not None and not self.answered:
-            self.lookup.cancel()  # an exception has been looked at: nothing is reported as never retrieved
+    def _before(self, appended: Appended) -> Stored | None:
+        """Return what the corpus holds from before *appended*; a quick persister has this very event there already."""
+        last = appended.sequence if appended.duplicate else appended.sequence - 1
+        return self.first if self.first is not None and self.first.sequence <= last else None
 
-    def _compare(self, known: Known, own: bytes, appended: Appended, by: str) -> Appended:
-        if by:
-            self._keys._answered(by)
-        if known.digest != own:
+    def _remembered(self, appended: Appended) -> Stored | None:
+        """Return what this process stored under the key, unless the log has begun anew since."""
+        stored = self._keys._remembered.get((self.event.consultation, self.event.event_id.int))
+        return stored if stored is not None and stored.sequence <= appended.sequence else None
+
+    def _compared(self, stored: Stored, by: str, *, duplicate: bool) -> Appended:
+        self._keys._checks[by].inc()
+        if stored.digest != digest_of(self.event.body):
             raise RequestRefusedError(problems.IDEMPOTENCY_KEY_REUSED)
-        if known.last != appended.sequence:
-            self._keys._remembered.put(self._name, Known(known.first, appended.sequence, known.digest))
-        return Appended(known.first, appended.duplicate or known.first != appended.sequence)
+        return Appended(stored.sequence, duplicate)
 
-    async def _stored(self, sequence: int) -> tuple[StoredEvent, str]:
-        """Return the event that the log has, or had, at *sequence*, and who showed it."""
-        if self._keys._reader is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(COMPARE_SECONDS):
-                    return await self._look_for(self._keys._reader, sequence)
-        self._keys._answered(NOBODY)
-        raise RequestRefusedError(problems.KEY_NOT_COMPARED)
 
-    async def _look_for(self, reader: EventReader, sequence: int) -> tuple[StoredEvent, str]:
-        """Ask log and corpus by turns, until one of them shows the event."""
-        while True:
-            with contextlib.suppress(LogUnavailableError, LogRefusedError):
-                async with self._keys._questions:
-                    stored = await reader.at(sequence)
-                if stored is not None and stored.event.message_id == self.event.message_id:
-                    return stored, LOG
-            # refused: by a persister of another version, or one that cannot send so large an event just now
-            with contextlib.suppress(CorpusAwayError, LogUnavailableError, LogRefusedError):
-                stored = await reader.find(self.event.consultation, self.event.event_id)
-                if stored is not None:
-                    return stored, CORPUS
-            await asyncio.sleep(_PAUSE_SECONDS)
+class _Snapshots:
+    """Snapshots of consultations, the most recently used ones, as long as they are valid.
 
-    def _heard(self) -> tuple[bool, StoredEvent | None]:
-        """Return whether there is nothing left to ask, and the first event under the key as far as anybody said."""
-        if self.lookup is None:
-            return not self._keys.asks, None
-        held = self.lookup.result() if self.answered else _NOTHING_SAID
-        first = held.events.get(self.event.event_id)
-        if first is None and not held.complete:
-            self._keys._answered(NOBODY)
-        return held.complete, first
+    Args:
+        seconds: how long that is.
+        loop: tells the time.
+    """
+
+    def __init__(self, seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._seconds = seconds
+        self._loop = loop
+        self._size = 0
+        self._kept: OrderedDict[str, tuple[float, Snapshot]] = OrderedDict()
+
+    def get(self, consultation: str) -> Snapshot | None:
+        """Return the snapshot of a consultation, or None without a valid one."""
+        kept = self._kept.get(consultation)
+        if kept is None:
+            return None
+        until, snapshot = kept
+        if self._loop.time() >= until:
+            self._drop(consultation)
+            return None
+        self._kept.move_to_end(consultation)
+        return snapshot
+
+    def put(self, consultation: str, snapshot: Snapshot, began: float) -> None:
+        """Keep a snapshot that was asked for at *began*, on the loop's clock."""
+        self._drop(consultation)
+        self._kept[consultation] = began + self._seconds, snapshot
+        self._size += snapshot.size + _SNAPSHOT_BYTES_EACH
+        while self._size > SNAPSHOT_BYTES and len(self._kept) > 1:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, consultation: str) -> None:
+        kept = self._kept.pop(consultation, None)
+        if kept is not None:
+            self._size -= kept[1].size + _SNAPSHOT_BYTES_EACH
+
+
+class _Owner:
+    """What is known of the persister that runs a partition.
+
+    Attributes:
+        unanswered: questions in a row that were not answered in time.
+    """
+
+    __slots__ = ("_due", "unanswered")
+
+    def __init__(self) -> None:
+        self.unanswered = 0
+        self._due = 0.0
+
+    @property
+    def silent(self) -> bool:
+        """Whether it is not waited for."""
+        return self.unanswered >= SILENT_AFTER
+
+    def miss(self) -> None:
+        """Note that a question was not answered in time."""
+        self.unanswered += 1
+
+    def is_due(self, now: float) -> bool:
+        """Return whether a silent one is to be asked again *now*; the answer is yes once a second."""
+        if now < self._due:
+            return False
+        self._due = now + PROBE_SECONDS
+        return True

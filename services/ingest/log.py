@@ -38,7 +38,7 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None], metrics
         check_max_payload(client, settings.max_event_bytes)
         reader = JetStreamReader(client, settings.log)
         publisher = Publisher(
-            client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight, held=reader.held
+            client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight, known=reader.known
         )
         await publisher.start()
         try:

@@ -99,7 +99,7 @@ class Metrics:
         # slow, so old keys are not recognised; see fi_partition_owners.
         checks = Counter(
             "fi_ingest_key_checks_total",
-            "Keys of clients that were compared with what is stored under them, by who showed that.",
+            "Keys of clients that were compared with what is stored under them, by what showed that.",
             ["by"],
             registry=self.registry,
         )

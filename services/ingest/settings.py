@@ -115,7 +115,7 @@ class Settings:
         "FI_KEY_LOOKUP_WAIT",
         0.1,
         parse=seconds(0, 10),
-        doc="How long the look for a key that the broker does not know may delay the answer; with 0 there is none.",
+        doc="How long the question whether the corpus holds a key may delay an answer; with 0 it is not asked.",
     )
     max_json_depth: int = setting(
         "FI_MAX_JSON_DEPTH",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from services.contract.errors import FiqError
 from services.contract.event import Event
@@ -20,7 +20,6 @@ from services.ingest import metrics as outcomes
 from services.ingest import problems
 from services.ingest.answers import Answers
 from services.ingest.batch import Line
-from services.ingest.horizon import Horizon
 from services.ingest.keys import KeyCheck, Keys
 from services.ingest.metrics import Metrics
 from services.ingest.pressure import Pressure
@@ -48,7 +47,6 @@ class Storing:
     Args:
         writer: takes them.
         keys: compares what comes under a key that was used before.
-        horizon: is told where new events stand.
         metrics: counts what becomes of them.
         answers: logs why the log refuses for good.
         pressure: refuses what a partition has no room for, and is told how far the log has come.
@@ -58,14 +56,12 @@ class Storing:
         self,
         writer: EventWriter,
         keys: Keys,
-        horizon: Horizon,
         metrics: Metrics,
         answers: Answers,
         pressure: Pressure,
     ) -> None:
         self._writer = writer
         self._keys = keys
-        self._horizon = horizon
         self._metrics = metrics
         self._answers = answers
         self._pressure = pressure
@@ -97,26 +93,24 @@ class Storing:
             RequestRefusedError: the log did not take it, or its key means another event.
         """
         with self.refusing():
-            checks = self._keys.check([event] if keyed else [])
-            try:
-                (appended,) = await self._append([event])
-                await self._keys.hear(checks)
-                outcome = await self._settle(checks[0] if checks else None, appended)
-            finally:
-                for check in checks:
-                    check.end()
+            if not keyed:
+                outcome: Appended | Problem = await self._append(event)
+            else:
+                (check,) = checks = self._keys.check([event])
+                if check.certain:
+                    await self._keys.hear(checks)
+                appended = None if check.first is not None else await self._append(event)
+                if not check.certain:
+                    await self._keys.hear(checks)
+                outcome = await self._settle(check, appended)
         if isinstance(outcome, Problem):
             raise RequestRefusedError(outcome)
         self._stored([outcome])
         return outcome
 
-    async def _append(self, events: Sequence[Event], *, batch: bool = False) -> list[Appended]:
-        self._pressure.admit(events)
-        began = self._horizon.now()
-        appended = await self._writer.append_batch(events) if batch else [await self._writer.append(events[0])]
-        for one in appended:
-            self._horizon.note(began, one)
-        return appended
+    async def _append(self, event: Event) -> Appended:
+        self._pressure.admit([event])
+        return await self._writer.append(event)
 
     async def batch(self, lines: Sequence[Line]) -> list[Appended | Problem]:
         """Store the events of *lines*, and return for each where it stands, or why it is not the one under its key.
@@ -131,30 +125,40 @@ class Storing:
             events.setdefault(line.name, line)
         with self.refusing(_BATCH_FAILED):
             checks = self._keys.check(line.event for line in events.values() if line.keyed)
-            try:
-                appended = await self._append([line.event for line in events.values()], batch=True)
-                await self._keys.hear(checks)
-                settled = await self._settle_all(list(zip(_with_none(events.values(), checks), appended, strict=True)))
-            finally:
-                for check in checks:
-                    check.end()
+            await self._keys.hear(check for check in checks if check.certain)
+            numbered = _with_none(events.values(), checks)
+            new = [n for n, check in enumerate(numbered) if check is None or check.first is None]
+            lines_of = list(events.values())
+            fresh = [lines_of[n].event for n in new]
+            self._pressure.admit(fresh)
+            appended = await self._writer.append_batch(fresh) if fresh else []
+            await self._keys.hear(check for check in checks if not check.certain)
+            settled = await self._settle_all(numbered, dict(zip(new, appended, strict=True)))
         self._stored([outcome for outcome in settled if isinstance(outcome, Appended)])
         found = dict(zip(events, settled, strict=True))
         if problems.KEY_NOT_COMPARED in settled:
             raise RequestRefusedError(problems.KEY_NOT_COMPARED, _BATCH_FAILED)
         return [_repeated(found[line.name], line is not events[line.name]) for line in lines]
 
-    async def _settle_all(self, batch: list[tuple[KeyCheck | None, Appended]]) -> list[Appended | Problem]:
-        looked_for = [self._settle(check, at) for check, at in batch if check is not None and check.must_look(at)]
-        found = iter(await asyncio.gather(*looked_for))
-        return [
-            next(found) if check is not None and check.must_look(at) else await self._settle(check, at)
-            for check, at in batch
-        ]
+    async def _settle_all(
+        self, checks: Sequence[KeyCheck | None], appended: Mapping[int, Appended]
+    ) -> list[Appended | Problem]:
+        """Settle each of *checks*, those together that must look for an event; *appended* has what was published."""
+        looked_for = {
+            n: self._settle(check, at)
+            for n, check in enumerate(checks)
+            if check is not None and (at := appended.get(n)) is not None and check.must_look(at)
+        }
+        found = dict(zip(looked_for, await asyncio.gather(*looked_for.values()), strict=True))
+        settled: list[Appended | Problem] = []
+        for n, check in enumerate(checks):
+            if check is None:
+                settled.append(appended[n])
+            else:
+                settled.append(found[n] if n in found else await self._settle(check, appended.get(n)))
+        return settled
 
-    async def _settle(self, check: KeyCheck | None, appended: Appended) -> Appended | Problem:
-        if check is None:
-            return appended
+    async def _settle(self, check: KeyCheck, appended: Appended | None) -> Appended | Problem:
         try:
             return await check.settle(appended)
         except RequestRefusedError as refusal:

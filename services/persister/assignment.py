@@ -173,8 +173,9 @@ def _placed(deployment: Deployment, seen: StorePlacement, formed: str, refused: 
 def _without_key(deployment: Deployment, seen: StorePlacement, formed: str, partition: int) -> str:
     if formed and formed != seen.stream_created:
         return (
-            f"this directory belongs to the stream created at {formed}, and the present one was created at "
-            f"{seen.stream_created}: begin a new data directory; docs/operations.md, `A lost stream`"
+            f"the stream was deleted and created anew: this directory belongs to the one created at {formed}, the "
+            f"present one was created at {seen.stream_created}. Begin a new data directory; docs/operations.md, "
+            "`A lost stream`"
         )
     key = placement_key(deployment.log.store, partition)
     return (

@@ -16,9 +16,6 @@ from collections.abc import Callable
 from services.contract.errors import PermanentError, TransientError
 from services.contract.logs import get_logger
 from services.eventlog.errors import LogMismatchError, LogUnavailableError, PlacementError
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.idle import empty_up_to
-from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.processes import Progress
 from services.eventlog.partitions import partition_name
@@ -42,12 +39,10 @@ PROGRESS_SECONDS, PUT_SECONDS = 1.0, 5.0
 #: how long an orderly stop waits for the last progress to be put, seconds
 LAST_PUT_SECONDS = 2.0
 #: how often an idle partition's committed sequence follows the stream, seconds
-ADVANCE_SECONDS = 30.0
+ADVANCE_SECONDS = 10.0
 
 #: a partition whose file does not answer for this long is not ready, seconds
 HUNG_SECONDS = 10.0
-#: above this share of the stream's limit idle partitions follow at once, so that trim finds something
-_HURRY_FULLNESS = 0.6
 
 
 class Coordinator:
@@ -58,7 +53,6 @@ class Coordinator:
         members: the live processes of the volume.
         placements: reads, claims and updates places.
         make_runner: makes the runner of a placed partition.
-        api: for the end of the stream.
         metrics: of this process.
     """
 
@@ -69,14 +63,12 @@ class Coordinator:
         members: Members,
         placements: Placements,
         make_runner: Callable[[Placement], PartitionRunner],
-        api: JetStreamApi,
         metrics: Metrics,
     ) -> None:
         self._deployment = deployment
         self._members = members
         self._placements = placements
         self._make_runner = make_runner
-        self._api = api
         self._metrics = metrics
         self._log = get_logger("coordinator")
         self._runners: dict[int, PartitionRunner] = {}
@@ -265,25 +257,14 @@ class Coordinator:
 
     async def _advance_idle(self) -> None:
         """Move idle partitions up to the stream's end now and then, or trim would stop at their last events."""
-        idle = {p: at for p, runner in self._runners.items() if (at := runner.idle_at) is not None}
-        if not idle:
-            return
-        try:
-            stream = await self._api.stream_info(STREAM)
-            if stream is None:
-                return
-            hurry = stream["state"]["bytes"] > _HURRY_FULLNESS * stream["config"]["max_bytes"]
-            now = time.monotonic()
-            for partition, committed in idle.items():
-                if committed >= stream["state"]["last_seq"] or not (hurry or now >= self._advance_at.get(partition, 0)):
-                    continue
+        now = time.monotonic()
+        for partition, runner in list(self._runners.items()):
+            if runner.idle_at is not None and now >= self._advance_at.get(partition, 0.0):
                 self._advance_at[partition] = now + ADVANCE_SECONDS
-                position = await empty_up_to(self._api, partition, committed)
-                runner = self._runners.get(partition)
-                if runner is not None and position.sequence > committed:
-                    await runner.advance(position)
-        except (TransientError, PermanentError) as error:
-            self._log.warning("OBSERVATION_FAILED", reason=str(error))
+                try:
+                    await runner.advance()
+                except (TransientError, PermanentError) as error:
+                    self._log.warning("OBSERVATION_FAILED", reason=str(error))
 
 
 def _same(one: Placement, other: Placement) -> bool:

@@ -11,9 +11,9 @@ BASE_BYTES = 128 * 2**20
 #: a message is held as it came and, while its batch is written, once more
 _COPIES = 2
 _CONSULTATION_BYTES = 35 * 2**10
-_KNOWN_ID_BYTES = 100
+_KNOWN_ID_BYTES = 12
 #: below these a process makes hardly any progress
-_LEAST = {"buffer_bytes": 2**21, "batch_bytes": 2**20, "open_consultations": 64, "known_ids": 10_000}
+_LEAST = {"buffer_bytes": 2**21, "batch_bytes": 2**20, "open_consultations": 64, "known_ids": 100_000}
 _VARIABLES = {
     "buffer_bytes": "FI_BUFFER_BYTES",
     "batch_bytes": "FI_BATCH_BYTES",

@@ -31,7 +31,7 @@ _PARTITION = ("partition",)
 FAILURE_KINDS = ("transient", "unexpected", "permanent")
 #: what may come of a question: answered with HDF5, answered from memory, the partition was let go or is between two
 #: commits, too many wait, its asker stopped waiting, the connection is congested, it is no question, a fault
-QUESTION_OUTCOMES = ("answered", "memory", "away", "busy", "stale", "dropped", "malformed", "failed")
+QUESTION_OUTCOMES = ("answered", "away", "busy", "stale", "dropped", "malformed", "failed")
 _STATES = ("starting", "following", "retrying", "stopped")
 
 
@@ -126,7 +126,7 @@ class Metrics:
             ("kind", "outcome"),
             registry=registry,
         )
-        # large: readers take time from the writer; while batches wait they get a fifth of the HDF5 thread
+        # large: readers take time from the writer
         self.question_seconds = Histogram(
             "fi_persister_question_seconds",
             "Time of the HDF5 thread that an answered question took",

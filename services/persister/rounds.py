@@ -224,7 +224,7 @@ class Batch:
         self.member.file.created(self.created)
 
     def _append(self, store: EventStore, consultation: str, events: Sequence[tuple[int, Event]]) -> None:
-        held = _held(store, consultation, events)
+        held = store.held(consultation, {event.event_id.bytes for _, event in events})
         new: dict[bytes, Record] = {}
         conflicts: list[Conflict] = []
         for sequence, event in events:
@@ -232,16 +232,16 @@ class Batch:
             if (first := new.get(event_id)) is not None:
                 same, at = first.body == event.body, first.sequence
             elif (row := held.get(event_id)) is not None:
-                same, at = _same_body(store, consultation, row, event.body), row.sequence
+                # what was delivered before stands at its own sequence: after a crash all of a batch may be that
+                same = row.sequence == sequence or _same_body(store, consultation, row, event.body)
+                at = row.sequence
             else:
                 new[event_id] = Record(sequence, event.received_ns, event_id, event.body)
                 continue
             if not same and not _is_known_conflict(store, consultation, event):
                 conflicts.append(Conflict(sequence, event, at))
-        if new:
-            if not held and not store.holds(consultation):
-                self.created.append(consultation)
-            store.append(consultation, list(new.values()))
+        if store.append(consultation, list(new.values())):
+            self.created.append(consultation)
         store.append_conflicts(consultation, [_record(one.sequence, one.event) for one in conflicts])
         self.conflicts += conflicts
         self.persisted += len(new)
@@ -488,11 +488,6 @@ def decoded(
 
 def _record(sequence: int, event: Event) -> Record:
     return Record(sequence, event.received_ns, event.event_id.bytes, event.body)
-
-
-def _held(store: EventStore, consultation: str, events: Sequence[tuple[int, Event]]) -> Mapping[bytes, StoredRow]:
-    """Return the rows of those ids of *events* that the consultation holds."""
-    return store.held(consultation, {event.event_id.bytes for _, event in events})
 
 
 def _same_body(store: EventStore, consultation: str, row: StoredRow, body: bytes) -> bool:

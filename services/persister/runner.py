@@ -161,10 +161,17 @@ class PartitionRunner:
             return None
         return self.committed
 
-    async def advance(self, position: Position) -> None:
-        """Commit that the partition has no events up to *position* that are not in its file: it must be proved."""
+    async def advance(self) -> None:
+        """Commit up to where it is proven that the partition has no events which are not in its file.
+
+        Raises:
+            LogUnavailableError: no proof to be had just now.
+        """
         member = self._member
         if member is None or self.state is not State.FOLLOWING:
+            return
+        position = await member.follower.empty_up_to()
+        if position.sequence <= member.store.committed:
             return
         try:
             advanced = await self._rounds.hdf5.run(lambda: self._file.advance(member.store, position))

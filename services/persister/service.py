@@ -15,7 +15,6 @@ from typing import Any
 import nats.errors
 import nats.micro
 from aiohttp import web
-from nats.aio.client import Client
 
 from services.contract.command import product_version
 from services.contract.errors import BindError
@@ -23,13 +22,12 @@ from services.contract.lifecycle import Stop, beside, cancellable, settle, unles
 from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
 from services.contract.telemetry import Spans
-from services.corpus import StoreOptions
-from services.eventlog.jetstream.api import JetStreamApi
+from services.corpus import KnownIds, StoreOptions
 from services.eventlog.jetstream.budget import Budget
-from services.eventlog.jetstream.connection import close
+from services.eventlog.jetstream.connection import Connection, close
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.monitor import LogMonitor, monitoring
-from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, consumer_name, corpus_subject
+from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, corpus_subject
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.processes import show_progress
 from services.eventlog.jetstream.publisher import Publisher
@@ -106,7 +104,7 @@ class Readiness:
         return self.coordinator.problems()
 
 
-async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Client, LogIdentity] | None:
+async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Connection, LogIdentity] | None:
     """Return a connection to the log and which one it is, or None when a stop was requested before that."""
 
     def lost(reason: str) -> None:
@@ -117,7 +115,7 @@ async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Client, Log
 
 
 async def _persist(
-    nc: Client,
+    nc: Connection,
     settings: PersisterSettings,
     port: int,
     deployment: Deployment,
@@ -161,7 +159,7 @@ async def _run(
 
 
 async def _trimming(
-    nc: Client, store: str, retention: float, coordinator: Coordinator, monitor: LogMonitor, metrics: Metrics
+    nc: Connection, store: str, retention: float, coordinator: Coordinator, monitor: LogMonitor, metrics: Metrics
 ) -> None:
     def done(trimmed: Trimmed) -> None:
         metrics.stream_fullness.set(trimmed.fullness)
@@ -171,10 +169,10 @@ async def _trimming(
     await trimmer.run(lambda: is_turn(monitor.state, store, coordinator.partitions))
 
 
-def _options(settings: PersisterSettings, sharing: int) -> StoreOptions:
+def _options(settings: PersisterSettings, sharing: int, ids: KnownIds) -> StoreOptions:
     return StoreOptions(
         open_consultations=max(16, settings.open_consultations // sharing),
-        known_ids=max(4096, settings.known_ids // sharing),
+        ids=ids,
         metadata_cache_bytes=min(512 << 10, max(64 << 10, METADATA_CACHE_BYTES // sharing)),
         cached_pages=max(256, CACHED_PAGES // sharing),
     )
@@ -185,7 +183,7 @@ def _deployment(settings: PersisterSettings, volume: Volume, identity: LogIdenti
 
 
 def _coordinator(
-    nc: Client,
+    nc: Connection,
     settings: PersisterSettings,
     deployment: Deployment,
     members: Members,
@@ -196,6 +194,7 @@ def _coordinator(
 ) -> Coordinator:
     identity = deployment.identity
     budget = Budget(settings.buffer_events, settings.buffer_bytes)
+    ids = KnownIds(settings.known_ids)
 
     def sharing() -> int:
         """Return among how many partitions the caches are divided; one that comes later gets a smaller part."""
@@ -207,17 +206,18 @@ def _coordinator(
         def make_follower(on_events: Callable[[], None]) -> JetStreamFollower:
             return JetStreamFollower(
                 nc,
-                consumer_name(settings.log.store, partition),
+                settings.log.store,
                 partition,
                 identity,
                 budget=budget,
+                trimmable=placement.committed,
                 on_events=on_events,
                 on_repair=lambda reason: metrics.repairs.labels(reason).inc(),
             )
 
         return PartitionRunner(
             partition,
-            open_store=lambda: open_store(deployment, placement, _options(settings, sharing())),
+            open_store=lambda: open_store(deployment, placement, _options(settings, sharing(), ids)),
             follower=make_follower,
             dead_letters=DeadLetters(publisher, partition, identity, max_bytes=nc.max_payload),
             rounds=rounds,
@@ -231,7 +231,6 @@ def _coordinator(
         members=members,
         placements=Placements(nc, settings.log),
         make_runner=make_runner,
-        api=JetStreamApi(nc),
         metrics=metrics,
     )
     return coordinator
@@ -239,7 +238,7 @@ def _coordinator(
 
 @asynccontextmanager
 async def _announced(
-    nc: Client, volume: Volume, worker: str, address: str, coordinator: Coordinator, monitor: LogMonitor
+    nc: Connection, volume: Volume, worker: str, address: str, coordinator: Coordinator, monitor: LogMonitor
 ) -> AsyncIterator[None]:
     """Be visible to `nats micro ls`: which partitions run here, how far they are, and where `/readyz` is."""
     metadata = {

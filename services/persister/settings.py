@@ -70,9 +70,9 @@ class PersisterSettings:
     )
     known_ids: int = setting(
         "FI_KNOWN_IDS",
-        500_000,
+        4_000_000,
         parse=integer(1000, 10**8),
-        doc="Event ids that a process keeps in memory to drop retries, about 100 bytes each; others are read again.",
+        doc="Event ids that a process keeps in memory to drop retries, 12 bytes each; others are read again.",
     )
     poison_streak: int = setting(
         "FI_POISON_STREAK",

@@ -94,10 +94,13 @@ def journaled(path: Path, batches: int, spread: int, warm_up: int) -> Run:
     """Write with the store."""
     with EventStore.create(path, _IDENTITY) as store:
 
+        def append(consultation: str, records: Sequence[Record]) -> None:
+            store.append(consultation, records)
+
         def commit(sequence: int) -> None:
             store.commit(sequence)
 
-        run = _write(store.append, commit, store.maybe_checkpoint, batches, spread, warm_up)
+        run = _write(append, commit, store.maybe_checkpoint, batches, spread, warm_up)
         run.checkpoints = store.stats.checkpoints
     return run
 
@@ -107,7 +110,7 @@ def plain(path: Path, batches: int, spread: int, warm_up: int) -> Run:
     create_pair(path, _IDENTITY, StorageIO())
     descriptor = os.open(path, os.O_RDWR)
     with h5py.File(path, "r+", libver=LIBVER, rdcc_nslots=17) as file:
-        consultations = OpenConsultations(file.id, HDF5Tail, _IDENTITY, events=0, limit=2000, ids_limit=250_000)
+        consultations = OpenConsultations(file.id, HDF5Tail, _IDENTITY, events=0, limit=2000)
 
         def append(consultation: str, records: Sequence[Record]) -> None:
             consultations.find_or_create(consultation).append(records, 0)

@@ -94,8 +94,8 @@ def _ways(data: Path, reader: JetStreamReader, session: ClientSession) -> dict[s
 
     async def found() -> int:
         step = max(1, len(pairs) // _FOUND)
-        answers = await asyncio.gather(*(reader.find(*pair) for pair in pairs[::step]))
-        return sum(answer is not None for answer in answers)
+        answers = await asyncio.gather(*(reader.find(name, [event_id]) for name, event_id in pairs[::step]))
+        return sum(map(len, answers))
 
     async def ndjson() -> int:
         bodies = [await _get(session, f"{_path(name)}?limit={_PAGE}", "application/x-ndjson") for name in ids]

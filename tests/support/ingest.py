@@ -20,7 +20,8 @@ from services.contract.telemetry import Spans
 from services.eventlog.backlog import Backlog
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import Appended, Held, Page, StoredEvent
+from services.eventlog.protocol import Appended, Page, Stored, StoredEvent, digest_of
+from services.eventlog.settings import LogSettings
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS, SETTINGS
 from services.ingest.openapi import describe
@@ -99,9 +100,8 @@ class MemoryReader:
         trimmed: positions that the log holds no more.
         silent: neither log nor corpus answers.
         gate: what the corpus waits for before it answers.
-        partial: of what it does not find it cannot say that nobody holds it.
+        too_many: the corpus holds too many ids for a snapshot.
         asked: names of the questions, in their order.
-        before: up to where each question about keys wanted the log read.
     """
 
     log: MemoryLog
@@ -109,9 +109,8 @@ class MemoryReader:
     trimmed: set[int] = field(default_factory=set)
     silent: bool = False
     gate: asyncio.Event | None = None
-    partial: bool = False
+    too_many: bool = False
     asked: list[str] = field(default_factory=list)
-    before: list[int | None] = field(default_factory=list)
 
     async def at(self, sequence: int) -> StoredEvent | None:
         self.asked.append("at")
@@ -121,32 +120,29 @@ class MemoryReader:
             return None
         return StoredEvent(sequence, self.log.events[sequence - 1], persisted=False)
 
-    async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+    async def snapshot(self, consultation: str) -> MemorySnapshot:
+        self.asked.append("snapshot")
+        held = await self._held(consultation)
+        return MemorySnapshot(set() if self.too_many else set(held), whole=not self.too_many)
+
+    async def find(self, consultation: str, event_ids: Collection[UUID]) -> dict[UUID, Stored]:
         self.asked.append("find")
+        held = await self._held(consultation)
+        return {event_id: held[event_id] for event_id in event_ids if event_id in held}
+
+    async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
+        return set(await self.find(consultation, event_ids))
+
+    async def _held(self, consultation: str) -> dict[UUID, Stored]:
         if self.gate is not None:
             await self.gate.wait()
         if self.silent:
             raise CorpusAwayError("silent")
-        wanted = (consultation, event_id)
-        found = (stored for stored in self.corpus if (stored.event.consultation, stored.event.event_id) == wanted)
-        return next(found, None)
-
-    async def held(self, consultation: str, event_ids: Collection[UUID], before: int | None) -> Held:
-        self.asked.append("held")
-        self.before.append(before)
-        if self.gate is not None:
-            await self.gate.wait()
-        if self.silent:
-            raise CorpusAwayError("silent")
-        found = [
-            stored
-            for stored in self.corpus
-            if stored.event.consultation == consultation and stored.event.event_id in event_ids
-        ]
-        return Held({stored.event.event_id: stored for stored in reversed(found)}, complete=not self.partial)
-
-    async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
-        return (await self.page(consultation, after, limit)).events
+        held: dict[UUID, Stored] = {}
+        for one in self.corpus:
+            if one.event.consultation == consultation:
+                held.setdefault(one.event.event_id, Stored(one.sequence, digest_of(one.event.body)))
+        return held
 
     async def page(self, consultation: str, after: int, limit: int) -> Page:
         self.log.reads += 1
@@ -182,6 +178,18 @@ class MemoryReader:
             for sequence, event in enumerate(self.log.events, start=1)
         )
         return [one for one in stored if wanted(one)]
+
+
+@dataclass
+class MemorySnapshot:
+    """A Snapshot of some ids."""
+
+    ids: set[UUID]
+    whole: bool
+    size: int = 100
+
+    def may_hold(self, event_id: UUID) -> bool:
+        return not self.whole or event_id in self.ids
 
 
 class Edge:
@@ -268,6 +276,7 @@ async def running_edge(
     *,
     extend: Callable[[Application], None] = lambda _: None,
     spans: Spans | None = None,
+    log_settings: LogSettings | None = None,
     **settings: Any,
 ) -> AsyncIterator[Edge]:
     """Run the server on a free port of loopback until the block ends.
@@ -276,10 +285,11 @@ async def running_edge(
         log: that it writes to.
         extend: may add routes to its application.
         spans: makes spans of what is posted.
+        log_settings: of the log, other than the defaults.
         settings: other than the defaults.
     """
     log = log or MemoryLog()
-    values = Settings(port=0, management_port=0, **settings)
+    values = Settings(port=0, management_port=0, log=log_settings or LogSettings(), **settings)
     app = make_app(values, log.open, spans)
     extend(app)
     sock = bind(values.host, values.port, "FI_HOST, FI_PORT")

@@ -61,6 +61,7 @@ class Stream:
         self.acknowledged: list[int] = []
         self.followers = 0
         self.advanced: list[int] = []
+        self.empty_up_to = Position(0)
         self.started: list[Position] = []
         self.on_acknowledge: Callable[[int], None] = lambda _: None
         self.on_events: list[Callable[[], None]] = []
@@ -114,6 +115,9 @@ class ScriptedFollower:
     async def acknowledge(self, delivery: Delivery) -> None:
         self._stream.on_acknowledge(delivery.sequence)
         self._stream.acknowledged.append(delivery.sequence)
+
+    async def empty_up_to(self) -> Position:
+        return self._stream.empty_up_to
 
     def advance(self, position: Position) -> None:
         self._stream.advanced.append(position.sequence)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from services.corpus import EventStore, StoreOptions, verify_corpus
+from services.corpus import EventStore, KnownIds, StoreOptions, verify_corpus
 from services.corpus.journal import read_records
 from services.corpus.pair import read_state, read_uuid
 from services.corpus.recovery import journal_path
@@ -73,7 +73,7 @@ def small_options(**changes: object) -> StoreOptions:
     """Return options under which everything that is rare happens often: checkpoints, turns, closings, compactions."""
     values: dict[str, object] = {
         "open_consultations": 15,
-        "known_ids": 300,
+        "ids": KnownIds(300),
         "checkpoint_bytes": 60_000,
         "cached_pages": 64,
         "journal_limit": 150_000,
@@ -178,9 +178,9 @@ def check_recovered(path: Path, acknowledged: int) -> int:
     with EventStore.open(path, expected=IDENTITY, options=small_options()) as store:
         recovered = store.committed
         for sequence in range(max(1, recovered - 2 * BATCH), recovered + 1):
-            assert store.has_event(consultation_of(sequence, CONSULTATIONS), record(sequence).event_id)
+            assert store.held(consultation_of(sequence, CONSULTATIONS), [record(sequence).event_id])
         unknown = record(recovered + 1)
-        assert not store.has_event(consultation_of(recovered + 1, CONSULTATIONS), unknown.event_id)
+        assert not store.held(consultation_of(recovered + 1, CONSULTATIONS), [unknown.event_id])
     assert recovered in (acknowledged, acknowledged + BATCH)
     assert (recovered, expected(recovered, CONSULTATIONS)) == stock_contents(path)
     report = verify_corpus(path)

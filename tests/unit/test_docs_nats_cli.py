@@ -8,7 +8,7 @@ import pytest
 
 from services.contract import event
 from services.eventlog.jetstream import names
-from services.eventlog.jetstream.definitions import consumer_config, dead_stream_config, stream_config
+from services.eventlog.jetstream.definitions import bucket_config, cursor_config, dead_stream_config, stream_config
 from services.eventlog.settings import LogSettings
 from services.persister import dead_letters
 
@@ -17,22 +17,38 @@ HEADERS = [
     value for module in (event, dead_letters) for name, value in vars(module).items() if name.endswith("_HEADER")
 ]
 KEYS = [value for name, value in vars(names).items() if name.endswith("_KEY")]
-PLACE = {names.VOLUME_KEY: "0b9f6a52-7d83-4c1e-9d6a-52f0c7a9b101", names.EPOCH_KEY: "1"}
 CONFIGURATIONS = [
     stream_config(LogSettings()),
     dead_stream_config(LogSettings()),
-    consumer_config(LogSettings(), 3, PLACE),
+    cursor_config("main", 3, 1, 1),
+    bucket_config(LogSettings()),
 ]
 
 
-@pytest.mark.parametrize("name", [*HEADERS, *KEYS, "host", "pid", "volume", "store", "partitions", "address", "worker"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *HEADERS,
+        *KEYS,
+        "epoch",
+        "committed",
+        "begins",
+        "host",
+        "pid",
+        "volume",
+        "store",
+        "partitions",
+        "address",
+        "worker",
+    ],
+)
 def test_each_header_and_each_key_of_metadata_is_explained(name: str) -> None:
     """Of events, dead letters, streams, consumers and of the service API."""
     assert f"`{name}`" in DOCUMENT
 
 
 @pytest.mark.parametrize(
-    "text", [names.STREAM, names.DEAD_STREAM, f"{names.WORKERS_PREFIX}-<store>-<pp>", "fi-persister"]
+    "text", [names.STREAM, names.DEAD_STREAM, names.BUCKET, f"{names.WORKERS_PREFIX}-<store>-<pp>", "fi-persister"]
 )
 def test_each_name_is_explained(text: str) -> None:
     """Streams, consumers, services."""

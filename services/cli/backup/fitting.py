@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from services.cli.backup.cluster import ClusterView
 from services.cli.backup.manifest import Manifest
 from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.placement import Placement
 from services.eventlog.partitions import partition_name
 
 
@@ -29,7 +30,8 @@ class Fit:
         problems: why nothing is restored unless the operator insists.
         gaps: what is lost for good if he does.
         unborn: partitions that live on this volume and have no file in the backup: they begin anew.
-        epochs: of this volume's partitions that live on it: what they get, so that files left elsewhere are refused.
+        places: of this volume's partitions: what their keys become, so that files left elsewhere are refused, and
+            nothing is trimmed that the restored ones lack.
         remarks: what an operator should know all the same.
     """
 
@@ -37,8 +39,13 @@ class Fit:
     problems: tuple[str, ...] = ()
     gaps: tuple[Gap, ...] = ()
     unborn: tuple[int, ...] = ()
-    epochs: Mapping[int, int] = field(default_factory=dict)
+    places: tuple[Placement, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    @property
+    def epochs(self) -> dict[int, int]:
+        """The epoch that each partition gets."""
+        return {place.partition: place.epoch for place in self.places}
 
 
 def compare(manifest: Manifest, seen: ClusterView | None) -> Fit:
@@ -57,8 +64,24 @@ def compare(manifest: Manifest, seen: ClusterView | None) -> Fit:
     problems = [*_misplaced(manifest, seen), *_ahead(manifest, seen)]
     if gaps:
         problems.append(_trimmed(gaps, seen))
-    epochs = seen.next_epochs(manifest.volume, {entry.partition: entry.epoch for entry in manifest.contents})
-    return Fit(fatal, tuple(problems), gaps, unborn, epochs, (*_unplaced(manifest, seen), *_renewed(manifest, seen)))
+    places = tuple(_places(manifest, unborn, seen))
+    return Fit(fatal, tuple(problems), gaps, unborn, places, (*_unplaced(manifest, seen), *_renewed(manifest, seen)))
+
+
+def _places(manifest: Manifest, unborn: Sequence[int], seen: ClusterView) -> Iterator[Placement]:
+    for entry in manifest.contents:
+        known = seen.placed.get(entry.partition)
+        if known is None or known.volume == manifest.volume:
+            epoch = max(entry.epoch, 0 if known is None else known.epoch) + 1
+            yield Placement(entry.partition, manifest.volume, epoch, entry.committed, entry.begins, 0)
+    yield from begun_anew(unborn, seen)
+
+
+def begun_anew(partitions: Sequence[int], seen: ClusterView) -> Iterator[Placement]:
+    """Yield what the keys of placed *partitions* become whose files are to be empty: they begin with the stream."""
+    for partition in partitions:
+        known = seen.placed[partition]
+        yield Placement(partition, known.volume, known.epoch + 1, seen.first - 1, seen.first, 0)
 
 
 def _created_anew(manifest: Manifest, seen: ClusterView) -> str:
@@ -76,7 +99,7 @@ def _misplaced(manifest: Manifest, seen: ClusterView) -> Iterator[str]:
         place = seen.placed.get(entry.partition)
         if place is not None and place.volume != manifest.volume:
             yield (
-                f"partition {partition_name(entry.partition)} lives on volume {place.volume or '(none)'}, epoch "
+                f"partition {partition_name(entry.partition)} lives on volume {place.volume}, epoch "
                 f"{place.epoch} by now; the backup has it of volume {manifest.volume}, epoch {entry.epoch}: it is "
                 "a stale copy, which persisters refuse"
             )
@@ -131,4 +154,4 @@ def _renewed(manifest: Manifest, seen: ClusterView) -> Iterator[str]:
 def _unplaced(manifest: Manifest, seen: ClusterView) -> Iterator[str]:
     names = [partition_name(entry.partition) for entry in manifest.contents if entry.partition not in seen.placed]
     if names:
-        yield f"partition {', '.join(names)} has no consumer any more: the volume claims it again when persisters start"
+        yield f"partition {', '.join(names)} had no key in the bucket: it was placed on this volume"

@@ -89,15 +89,14 @@ def read_volume(path: Path) -> tuple[str, str]:
             f"there is no {path}: a backup is made of a volume, the FI_DATA_DIR of persisters; name it with --corpus"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise BackupError(f"{path} is damaged: restore it; the consumers' metadata name the volume") from error
+        raise BackupError(f"{path} is damaged: restore it; `nats kv get fi-partitions` names the volume") from error
 
 
 def _check_complete(corpus: Path, volume: str, seen: ClusterView) -> None:
     """Refuse to call a backup good that lacks a partition which lives here."""
     here = [p for p, placement in sorted(seen.placed.items()) if placement.volume == volume]
     names = {partition: partition_name(partition) for partition in here}
-    # a claim under way has a marker and no file yet: nothing of it can be lost
-    gone = [name for name in names.values() if not any((corpus / f"{name}.{end}").exists() for end in ("h5", "claim"))]
+    gone = [name for name in names.values() if not (corpus / f"{name}.h5").exists()]
     if gone:
         raise BackupError(
             f"partition {', '.join(gone)} lives on this volume but its file is not in {corpus}: restore it first, or "
@@ -197,6 +196,7 @@ def _manifest(
                 info.path.name,
                 info.identity.partition,
                 info.identity.epoch,
+                info.begins,
                 info.committed,
                 info.consultations,
                 info.events,

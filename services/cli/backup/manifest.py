@@ -42,6 +42,7 @@ class PartitionEntry:
         file: its name.
         partition: its number.
         epoch: of its placement.
+        begins: first stream sequence that it may hold.
         committed: stream sequence up to which it holds everything.
         consultations: how many it holds.
         events: how many it holds.
@@ -50,6 +51,7 @@ class PartitionEntry:
     file: str
     partition: int
     epoch: int
+    begins: int
     committed: int
     consultations: int
     events: int
@@ -57,7 +59,7 @@ class PartitionEntry:
 
 @dataclass(frozen=True, slots=True)
 class PlaceEntry:
-    """Where the broker said a partition lives, when the backup was begun: `fi_volume` and `fi_epoch`."""
+    """Where the bucket said a partition lives, when the backup was begun."""
 
     partition: int
     volume: str

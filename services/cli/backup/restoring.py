@@ -9,25 +9,45 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.cli.backup.fitting import Fit
 from services.cli.backup.making import OnProgress, read_volume, sync_file
 from services.cli.backup.manifest import MANIFEST_NAME, VOLUME_COPY, FileEntry, Manifest
 from services.cli.errors import BackupError, CommandError, RestoreRefusedError
-from services.corpus import EventStore, StorageIO, open_corpus
+from services.corpus import EventStore, Identity, StorageIO, open_corpus
 from services.corpus.filesystems import check_file_system
 from services.corpus.locks import try_lock
+from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.placement import Placement
 from services.eventlog.partitions import partition_name
-from services.persister.volume import claim_marker
+from services.persister.volume import stated
 
 _STAGE = ".restore"
 #: what a volume without any partition may consist of; anything else is data, or somebody's
 _EMPTY = frozenset({"volume.lock", "workers", "volume.json", "lost+found"})
 _PIECE_BYTES = 4 << 20
 _SPARE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose files are put somewhere.
+
+    Attributes:
+        volume: UUID of the volume.
+        store: name of its store.
+        partitions: how many the stream has.
+        stream_created: when the stream was created, as the broker states it.
+    """
+
+    volume: str
+    store: str
+    partitions: int
+    stream_created: str
 
 
 @contextmanager
@@ -82,7 +102,7 @@ def put_back(
     target: Path,
     fit: Fit,
     *,
-    before_move: Callable[[], None],
+    owner: Owner,
     on_progress: OnProgress,
 ) -> None:
     """Copy the backup in *source* to *target*, which :func:`reserved` holds.
@@ -93,7 +113,7 @@ def put_back(
         target: the data directory.
         fit: what the cluster makes of it: partitions go on behind their gaps, say the epochs that they get, and begin
             anew where the backup has none.
-        before_move: called when everything is checked and nothing is in place yet.
+        owner: whose the files are from now on.
         on_progress: called with the fraction that is done, and with what.
 
     Raises:
@@ -108,19 +128,44 @@ def put_back(
         _copy(source, manifest, stage, on_progress)
         _check_contents(stage, manifest)
         for entry in manifest.contents:
-            _adapt(stage / entry.file, entry.partition, fit)
-        before_move()
-        _move(stage, target, manifest, {partition: fit.epochs[partition] for partition in fit.unborn})
+            _adapt(stage / entry.file, entry.partition, fit, owner)
+        for place in fit.places:
+            if place.partition in fit.unborn:
+                make_empty(stage, place, owner)
+        _move(stage, target, owner)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def mark_unborn(target: Path, volume: str, epochs: Mapping[int, int]) -> None:
-    """Mark the claims of partitions as under way, so that persisters make their files; the caller syncs *target*."""
-    for partition, epoch in epochs.items():
-        marker = target / f"{partition_name(partition)}.claim"
-        marker.write_text(claim_marker(volume, epoch), encoding="ascii")
-        sync_file(marker, StorageIO())
+def make_empty(directory: Path, place: Placement, owner: Owner) -> None:
+    """Make the file of a partition that begins anew in *directory*.
+
+    Raises:
+        OSError, CorpusError: the system refused.
+    """
+    identity = Identity(
+        store=owner.store,
+        volume=place.volume,
+        epoch=place.epoch,
+        partition=place.partition,
+        partitions=owner.partitions,
+        stream=STREAM,
+        stream_created=owner.stream_created,
+    )
+    path = directory / f"{partition_name(place.partition)}.h5"
+    EventStore.create(path, identity, begins=place.begins).close()
+
+
+def write_identity(target: Path, owner: Owner) -> None:
+    """Write ``volume.json``, as the last file: from now on persisters take the directory for the volume."""
+    io = StorageIO()
+    io.sync_directory(target)
+    temporary = target / "volume.json.new"
+    temporary.write_text(stated(owner.volume, owner.store), encoding="utf-8")
+    temporary.chmod(0o640)
+    sync_file(temporary, io)
+    io.rename(temporary, target / "volume.json")
+    io.sync_directory(target)
 
 
 def _check_unused(target: Path) -> None:
@@ -184,13 +229,16 @@ def _copy_file(source: Path, target: Path, entry: FileEntry, tell: Callable[[int
 def _check_contents(stage: Path, manifest: Manifest) -> None:
     """Compare what the files say of themselves: the manifest may be the one of another backup."""
     volume, store = read_volume(stage / VOLUME_COPY)
-    expected = {(e.file, e.partition, e.epoch, e.committed, e.consultations, e.events) for e in manifest.contents}
+    expected = {
+        (e.file, e.partition, e.epoch, e.begins, e.committed, e.consultations, e.events) for e in manifest.contents
+    }
     found = set()
     if manifest.contents:
         with open_corpus(stage) as corpus:
             for info in corpus.partitions:
                 own = info.identity
-                found.add((info.path.name, own.partition, own.epoch, info.committed, info.consultations, info.events))
+                sequences = info.begins, info.committed
+                found.add((info.path.name, own.partition, own.epoch, *sequences, info.consultations, info.events))
                 stated = (own.volume, own.store, own.partitions, own.stream, own.stream_created)
                 if stated != (volume, store, manifest.partitions, manifest.stream, manifest.stream_created):
                     raise BackupError(f"{info.path.name} is of another volume or stream than the manifest says")
@@ -198,8 +246,8 @@ def _check_contents(stage: Path, manifest: Manifest) -> None:
         raise BackupError("the manifest does not describe these files: it was changed, or is of another backup")
 
 
-def _adapt(path: Path, partition: int, fit: Fit) -> None:
-    """Let the partition go on behind its gap, although it has not got what comes before, and say its new epoch."""
+def _adapt(path: Path, partition: int, fit: Fit, owner: Owner) -> None:
+    """Let the partition go on behind its gap, although it has not got what comes before, and say whose it is now."""
     behind = [gap.last for gap in fit.gaps if gap.partition == partition]
     epoch = fit.epochs.get(partition)
     if not behind and epoch is None:
@@ -208,17 +256,13 @@ def _adapt(path: Path, partition: int, fit: Fit) -> None:
         if behind:
             store.commit(max(behind))
         if epoch is not None:
-            store.place(epoch)
+            store.place(epoch, store=owner.store, volume=owner.volume)
 
 
-def _move(stage: Path, target: Path, manifest: Manifest, unborn: Mapping[int, int]) -> None:
+def _move(stage: Path, target: Path, owner: Owner) -> None:
     io = StorageIO()
     (target / "volume.json").unlink(missing_ok=True)  # of an empty volume; what follows is none of its
-    mark_unborn(target, manifest.volume, unborn)
-    for entry in manifest.files:
-        if entry.name != VOLUME_COPY:
-            io.rename(stage / entry.name, target / entry.name)
-    io.sync_directory(target)
-    # the last: from now on persisters take the directory for the volume
-    io.rename(stage / VOLUME_COPY, target / "volume.json")
-    io.sync_directory(target)
+    (stage / VOLUME_COPY).unlink()
+    for path in sorted(stage.iterdir()):
+        io.rename(path, target / path.name)
+    write_identity(target, owner)

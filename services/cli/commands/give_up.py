@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from services.cli.backup.cluster import ClusterView, hold_trim, look, other_stores, renew_places
+from services.cli.backup.cluster import ClusterView, fence, look, other_stores
+from services.cli.backup.fitting import begun_anew
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
 from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.placement import Placement
 from services.eventlog.partitions import partition_name
 
 
@@ -29,8 +30,7 @@ def give_up(
 
     The stream brings what it still holds when persisters start. What was trimmed is gone from this store for good.
     """
-    from services.cli.backup.renewing import begin_anew  # h5py is slow to import
-    from services.cli.backup.restoring import reserved
+    from services.cli.backup.restoring import Owner, make_empty, reserved, write_identity  # h5py is slow to import
     from services.corpus import CorpusError
 
     target = find_cluster(server, folder)
@@ -39,12 +39,14 @@ def give_up(
     if not yes:
         raise RestoreRefusedError("nothing was changed; --yes gives these sequences up for good")
     with reserved(to):
-        epochs = seen.next_epochs(volume, {})
-        seen = asyncio.run(_held(target, volume, seen, epochs))
+        seen, places = asyncio.run(_fenced(target, volume, seen))
+        owner = Owner(volume, target.settings.store, seen.partitions, seen.created)
         try:
-            begin_anew(to, volume, target.settings.store, epochs)
+            for place in places:
+                make_empty(to, place, owner)
+            write_identity(to, owner)
         except CorpusError as error:
-            raise CommandError(f"{error}; nothing was put there") from error
+            raise CommandError(f"{error}; empty {to} and run the command again") from error
     typer.echo(
         f"{to}: volume {volume} begins anew{_given_up(seen)}. Start its persisters: they fetch what the stream has"
     )
@@ -70,20 +72,24 @@ async def _checked(target: Target, volume: str) -> ClusterView:
     return seen
 
 
-async def _held(target: Target, volume: str, seen: ClusterView, epochs: Mapping[int, int]) -> ClusterView:
-    """Shut out what is left of the volume, keep the stream from being trimmed any further, and look again.
+async def _fenced(target: Target, volume: str, seen: ClusterView) -> tuple[ClusterView, list[Placement]]:
+    """Shut out what is left of the volume, and keep the stream from being trimmed any further.
 
-    In this order: persisters that still run somewhere would set the consumers back to where their files end.
+    Returns:
+        the cluster, and where the partitions live from now on: they begin where the stream does.
     """
-    await renew_places(target, target.settings.store, volume, epochs)
-    await hold_trim(target, target.settings.store, volume, {}, seen)
-    return await _checked(target, volume)
+    while True:
+        places = list(begun_anew(seen.placed_on(volume), seen))
+        await fence(target, target.settings.store, places, seen)
+        before, seen = seen, await _checked(target, volume)
+        if before.first == seen.first:  # else it was trimmed between the look and the fence
+            return seen, places
 
 
 def _tell(target: Target, volume: str, seen: ClusterView) -> None:
     for partition in seen.placed_on(volume):
         typer.echo(f"fiq: partition {partition_name(partition)}{_given_up(seen)}; {_kept(seen)}", err=True)
-    if others := asyncio.run(other_stores(target, seen)):
+    if others := asyncio.run(other_stores(target)):
         typer.echo(
             f"fiq: store {', '.join(others)} has partitions of its own: what is given up here may be read there",
             err=True,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
+from uuid import UUID, uuid5
 
 import typer
 
-from services.cli.backup.cluster import ClusterView, hold_trim, look, renew_places
+from services.cli.backup.cluster import ClusterView, fence, look
 from services.cli.backup.fitting import Fit, compare
 from services.cli.backup.manifest import Manifest
 from services.cli.commands.backup import OfflineOption, print_contents
@@ -16,7 +18,10 @@ from services.cli.console import err
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.progress import bar
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
+from services.contract.errors import ConfigurationError
+from services.contract.settings import load
 from services.eventlog.partitions import partition_name
+from services.eventlog.settings import LogSettings
 
 
 def restore(
@@ -25,45 +30,65 @@ def restore(
     server: ServerOption = None,
     folder: FolderOption = None,
     offline: OfflineOption = False,
+    as_store: Annotated[
+        str | None,
+        typer.Option("--as-store", help="Begin this other store with the copy, instead of putting the volume back."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Restore although the cluster does not fit; what that means is printed.")
     ] = False,
 ) -> None:
     """Put a volume back after its loss. The stream brings what came after the backup, when persisters start.
 
-    Every file is compared with the manifest, and the backup with the stream, before anything is put in place.
+    The backup is compared with the stream. Then what is left of the volume elsewhere is shut out, and nothing that the
+    backup lacks is trimmed any more. Then the files are copied, checked and put in place. After an interruption run it
+    again.
     """
-    from services.cli.backup.restoring import check_source, put_back, reserved  # h5py is slow to import
+    from services.cli.backup.restoring import Owner, check_source, put_back, reserved  # h5py is slow to import
     from services.corpus import CorpusError
 
     manifest = Manifest.read(source)
     check_source(source, manifest)
+    if offline and as_store is not None:
+        raise RestoreRefusedError("--as-store places the partitions of the other store, so it cannot be --offline")
     target = None if offline else find_cluster(server, folder)
-
-    def shut_out() -> None:
-        if target is not None and fit.epochs:
-            asyncio.run(renew_places(target, manifest.store, manifest.volume, fit.epochs))
-
+    wanted = manifest if as_store is None else _of_store(manifest, as_store)
+    owner = Owner(wanted.volume, wanted.store, wanted.partitions, wanted.stream_created)
     with reserved(to):
-        fit = Fit() if target is None else asyncio.run(_fitted(target, manifest, force=force))
+        fit = Fit() if target is None else asyncio.run(_fenced(target, wanted, force=force))
         with bar("restoring") as show:
             try:
-                put_back(source, manifest, to, fit, before_move=shut_out, on_progress=show)
+                put_back(source, manifest, to, fit, owner=owner, on_progress=show)
             except CorpusError as error:
                 raise CommandError(f"{error}; nothing was restored") from error
-    _print(to, manifest, fit)
+    _print(to, wanted, fit)
 
 
-async def _fitted(target: Target, manifest: Manifest, *, force: bool) -> Fit:
-    """Compare the backup with the cluster, and keep the stream from being trimmed any further."""
+def _of_store(manifest: Manifest, store: str) -> Manifest:
+    """Return *manifest* as that of a volume of another store; the same one each time, so that it can be tried again.
+
+    Raises:
+        RestoreRefusedError: no store can have that name, or it is the backup's own.
+    """
+    try:
+        load(LogSettings, {"FI_STORE": store})
+    except ConfigurationError:
+        raise RestoreRefusedError(f"--as-store {store}: a store has 1 to 32 lower-case letters and digits") from None
+    if store == manifest.store:
+        raise RestoreRefusedError(f"the backup is of store {store} itself: leave --as-store out to put its volume back")
+    return replace(manifest, store=store, volume=str(uuid5(UUID(manifest.volume), store)))
+
+
+async def _fenced(target: Target, manifest: Manifest, *, force: bool) -> Fit:
+    """Compare the backup with the cluster, shut the old directory out, and keep what the backup lacks in the stream."""
     seen = await look(target, manifest.store)
     fit = _checked(manifest, seen, force=force)
-    if seen is None or seen.created != manifest.stream_created:
+    if seen is None or not fit.places:
         return fit
-    reached = {entry.partition: entry.committed for entry in manifest.contents}
-    await hold_trim(target, manifest.store, manifest.volume, reached, seen)
-    # it may have been trimmed between the look and the hold
-    return _checked(manifest, await look(target, manifest.store), force=force)
+    await fence(target, manifest.store, fit.places, seen)
+    # the stream may have been trimmed between the look and the fence; what the keys say is as this fit has it
+    again = _checked(manifest, await look(target, manifest.store), force=force)
+    return replace(again, places=fit.places, remarks=fit.remarks)
 
 
 def _checked(manifest: Manifest, seen: ClusterView | None, *, force: bool) -> Fit:

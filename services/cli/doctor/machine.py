@@ -35,7 +35,7 @@ SECRETS = ("FI_NATS_SEED_FILE",)
 _CHECK = "versions"
 #: what a persister takes without its buffers and caches, bytes
 _BASE_MEMORY = 96 << 20
-_OPEN_CONSULTATION, _KNOWN_ID = 35 << 10, 100
+_OPEN_CONSULTATION, _KNOWN_ID = 35 << 10, 12
 _LITTLE_SPACE, _NO_SPACE = 2 << 30, 256 << 20
 
 

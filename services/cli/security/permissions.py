@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.eventlog.jetstream.names import (
+    BUCKET_PREFIX,
+    BUCKET_STREAM,
     CORPUS_PREFIX,
     DEAD_PREFIX,
     DEAD_STREAM,
@@ -21,9 +23,11 @@ from services.eventlog.jetstream.names import (
     Role,
     inbox_prefix,
 )
-from services.eventlog.jetstream.reading_wire import Kind
+from services.eventlog.jetstream.questions import Kind
 
 _STREAMS = (STREAM, DEAD_STREAM)
+#: subjects of the keys that say where partitions live
+_KEYS = f"{BUCKET_PREFIX}.>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,10 @@ def _inbox(role: Role) -> str:
     return f"{inbox_prefix(role)}.>"
 
 
-#: what both services ask to show the log in their metrics: state, backlog, age of what waits, living persisters
+#: what both services ask to show the log in their metrics: state, backlog, age of what waits, places, living persisters
 _WATCH = (
     *_api(*_each("STREAM.INFO.{}"), f"CONSUMER.LIST.{STREAM}", f"DIRECT.GET.{STREAM}"),
+    *_api(*(f"{verb}.{BUCKET_STREAM}" for verb in ("STREAM.INFO", "STREAM.MSG.GET", "DIRECT.GET"))),
     f"$SRV.INFO.{PERSISTER_SERVICE}",
 )
 
@@ -73,9 +78,11 @@ PERMISSIONS: dict[Role, Permissions] = {
                 f"CONSUMER.INFO.{STREAM}.*",
                 # <consumer>.fi.events.<partition>.*: the filter stands in the subject, its asterisk as itself
                 f"CONSUMER.CREATE.{STREAM}.*.{EVENTS_PREFIX}.*.*",
-                f"CONSUMER.RESET.{STREAM}.*",
+                f"CONSUMER.DELETE.{STREAM}.*",
+                f"CONSUMER.NAMES.{STREAM}",
                 f"CONSUMER.MSG.NEXT.{STREAM}.*",
             ),
+            _KEYS,
             f"$JS.ACK.{STREAM}.>",
             f"$JS.ACK.*.*.{STREAM}.>",  # the form with domain and account: feature_flags { js_ack_fc_v2: true }
             f"{DEAD_PREFIX}.*",
@@ -83,6 +90,7 @@ PERMISSIONS: dict[Role, Permissions] = {
         subscribe=(
             _inbox(Role.PERSISTER),
             f"{CORPUS_PREFIX}.*.*.*",
+            _KEYS,  # a put is a publish: who hears it reads the bucket again
             *(
                 subject
                 for verb in ("PING", "INFO", "STATS")
@@ -96,7 +104,10 @@ PERMISSIONS: dict[Role, Permissions] = {
         answers=True,
     ),
     Role.PROVISIONER: Permissions(
-        publish=_api("INFO", *_each("STREAM.INFO.{}"), *_each("STREAM.CREATE.{}"), *_each("STREAM.UPDATE.{}")),
+        publish=_api(
+            "INFO",
+            *(f"STREAM.{verb}.{name}" for verb in ("INFO", "CREATE", "UPDATE") for name in (*_STREAMS, BUCKET_STREAM)),
+        ),
         subscribe=(_inbox(Role.PROVISIONER),),
     ),
     Role.OPS: Permissions(
@@ -115,15 +126,22 @@ PERMISSIONS: dict[Role, Permissions] = {
                 *_each("DIRECT.GET.{}.>"),
                 # `nats stream backup`
                 *_each("STREAM.SNAPSHOT.{}"),
-                # `fiq restore` and `fiq give-up`
-                f"CONSUMER.RESET.{STREAM}.*",
-                f"CONSUMER.CREATE.{STREAM}.*.{EVENTS_PREFIX}.*.*",
+                # `nats kv get`, `ls`, `history` and `watch`: the last three make a consumer of their own
+                f"STREAM.MSG.GET.{BUCKET_STREAM}",
+                f"DIRECT.GET.{BUCKET_STREAM}",
+                f"DIRECT.GET.{BUCKET_STREAM}.>",
+                f"CONSUMER.CREATE.{BUCKET_STREAM}",
+                f"CONSUMER.CREATE.{BUCKET_STREAM}.>",
+                f"CONSUMER.DELETE.{BUCKET_STREAM}.*",
                 # `nats stream view` makes a consumer and deletes it: of fi-events that could be a persister's
                 f"CONSUMER.CREATE.{DEAD_STREAM}.>",
                 f"CONSUMER.DURABLE.CREATE.{DEAD_STREAM}.*",
                 f"CONSUMER.MSG.NEXT.{DEAD_STREAM}.*",
                 f"CONSUMER.DELETE.{DEAD_STREAM}.*",
             ),
+            f"$JS.FC.{BUCKET_STREAM}.>",
+            # `fiq restore`, `fiq give-up` and `fiq place`
+            _KEYS,
             f"$JS.ACK.{DEAD_STREAM}.>",
             *_each("$JS.SNAPSHOT.ACK.{}.>"),
             *(f"$SRV.{verb}{tail}" for verb in ("PING", "INFO", "STATS") for tail in ("", ".>")),

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogUnavailableError
 from services.eventlog.jetstream.acks import BATCH_HAS_DUPLICATE, DUPLICATE_IN_FLIGHT, Again, read_batch_ack
-from services.eventlog.jetstream.batches_known import AppendOne, AskHeld, PartlyKnown
-from services.eventlog.jetstream.exchange import Exchange, Slot, waits
+from services.eventlog.jetstream.batches_known import AppendOne, AskKnown, PartlyKnown
+from services.eventlog.jetstream.exchange import ATTEMPT_SECONDS, Exchange, Slot, waits
 from services.eventlog.jetstream.names import STREAM, subject_of
 from services.eventlog.jetstream.wire import hpub
 from services.eventlog.protocol import Appended
@@ -43,18 +43,20 @@ _PATIENCE = 3.0
 class Batches:
     """Appends batches through an exchange."""
 
-    def __init__(self, exchange: Exchange, *, deadline: float, append: AppendOne, held: AskHeld | None = None) -> None:
+    def __init__(
+        self, exchange: Exchange, *, deadline: float, append: AppendOne, known: AskKnown | None = None
+    ) -> None:
         """Make it.
 
         Args:
             exchange: sends and hears.
             deadline: seconds for one batch, waiting for its turn included.
             append: publishes one event, for batches that hold known ones.
-            held: says which of those are known; None when nobody can.
+            known: says which of those are known; None when that cannot be asked.
         """
         self._exchange = exchange
         self._deadline = deadline
-        self._partly_known = PartlyKnown(append, self._at_once, held)
+        self._partly_known = PartlyKnown(append, self._at_once, known)
         self._turns = asyncio.Semaphore(MAX_UNDER_WAY)
         self._loop = asyncio.get_running_loop()
 
@@ -77,6 +79,25 @@ class Batches:
             return await self._partly_known.store(events, end)
         finally:
             self._turns.release()
+
+    async def once(self, events: Sequence[Event]) -> list[Appended] | None:
+        """Try once to store *events*, two at least, as an atomic batch; None when it did not work, or nobody knows.
+
+        Raises:
+            LogFullError, LogRefusedError: nothing of it was stored.
+        """
+        slot = self._exchange.open(subject_of(events[0].consultation))
+        try:
+            end = self._loop.time() + ATTEMPT_SECONDS
+            if await self._send(events, slot, end) is not None:
+                return None
+            answer = await self._exchange.answer(slot, end, ATTEMPT_SECONDS)
+            if answer is None:
+                return None
+            outcome = read_batch_ack(answer.data, answer.headers, STREAM, len(events))
+            return None if isinstance(outcome, Again) else outcome
+        finally:
+            self._exchange.release(slot)
 
     # -- at once ------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from services.contract.event import Event
 from services.eventlog.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
-from services.eventlog.protocol import Appended, Held
+from services.eventlog.protocol import Appended
 
 #: events of one batch that are on their way at the same time
 MAX_SINGLES = 64
@@ -26,8 +26,8 @@ _ASKING = 0.25
 AppendOne = Callable[[Event, float], Awaitable[Appended]]
 #: stores a batch until a moment on the loop's clock, or tells by None that the stream knows one of its events
 AppendAtOnce = Callable[[Sequence[Event], float], Awaitable[list[Appended] | None]]
-#: says what is stored under ids of a consultation: :meth:`services.eventlog.protocol.EventReader.held`
-AskHeld = Callable[[str, Collection[UUID], int | None], Awaitable[Held]]
+#: says which ids of a consultation are stored: :meth:`services.eventlog.protocol.EventReader.known`
+AskKnown = Callable[[str, Collection[UUID]], Awaitable[set[UUID]]]
 
 
 class PartlyKnown:
@@ -36,13 +36,13 @@ class PartlyKnown:
     Args:
         append: publishes one event.
         at_once: stores several.
-        held: says which are known; None when nobody can.
+        known: says which are known; None when that cannot be asked.
     """
 
-    def __init__(self, append: AppendOne, at_once: AppendAtOnce, held: AskHeld | None) -> None:
+    def __init__(self, append: AppendOne, at_once: AppendAtOnce, known: AskKnown | None) -> None:
         self._append = append
         self._at_once = at_once
-        self._held = held
+        self._ask_known = known
 
     async def store(self, events: Sequence[Event], end: float) -> list[Appended]:
         """Store *events*, one at least, until *end* on the loop's clock; those of a consultation in their order.
@@ -64,8 +64,8 @@ class PartlyKnown:
         return [run.found[number] for number in range(len(events))]
 
     async def _known(self, events: Sequence[Event], end: float) -> list[int]:
-        """Return the numbers of events that are stored for certain; of the others nobody says anything in time."""
-        if self._held is None:
+        """Return the numbers of events that are stored for certain; the others may be, too."""
+        if self._ask_known is None:
             return []
         of_each: dict[str, list[UUID]] = {}
         for event in events:
@@ -74,14 +74,13 @@ class PartlyKnown:
         now = asyncio.get_running_loop().time()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(now + _ASKING * (end - now)):
-                await asyncio.gather(*(self._ask(self._held, name, ids, known) for name, ids in of_each.items()))
+                await asyncio.gather(*(self._ask(self._ask_known, name, ids, known) for name, ids in of_each.items()))
         return [number for number, event in enumerate(events) if (event.consultation, event.event_id) in known]
 
-    async def _ask(self, held: AskHeld, consultation: str, ids: Sequence[UUID], known: set[tuple[str, UUID]]) -> None:
+    async def _ask(self, ask: AskKnown, consultation: str, ids: Sequence[UUID], known: set[tuple[str, UUID]]) -> None:
         # what cannot be asked is stored in order, as if it were new
         with contextlib.suppress(CorpusAwayError, LogUnavailableError, LogRefusedError):
-            answer = await held(consultation, ids, None)
-            known.update((consultation, event_id) for event_id in answer.events)
+            known.update((consultation, event_id) for event_id in await ask(consultation, ids))
 
 
 class _Run:

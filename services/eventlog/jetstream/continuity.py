@@ -1,4 +1,11 @@
-"""Whether a log can be followed from a position: it is the right one, and holds everything behind it."""
+"""Whether the log is the one that a sink's position belongs to, and holds everything after it.
+
+A stream that was deleted and created anew has another creation time. One that was set back has not: nodes whose disks
+were restored from an older copy come up with the old stream, and what clients post next gets sequences under which the
+sink has other events. So the sink keeps the message id beside the sequence, and the stream's leader is asked what it
+has there. Only what stays so for a while counts: a leader that was elected just now may not have applied all that its
+predecessor had acknowledged, and a deposed one may not know that it is.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +13,10 @@ import asyncio
 import time
 
 from services.contract.errors import PermanentError
-from services.eventlog.errors import LogMismatchError, PlacementError
+from services.eventlog.errors import LogMismatchError
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM
-from services.eventlog.protocol import LogIdentity
+from services.eventlog.protocol import LogIdentity, Position, message_id_at
 
 #: pause between two looks at a log that cannot be followed, seconds
 PAUSE_SECONDS = 0.5
@@ -19,24 +26,36 @@ PATIENCE_SECONDS = 2.0
 #: nodes for as long as that takes, seconds
 LAG_SECONDS = 30.0
 
+_WAY_FORWARD = (
+    "The partition stops, so nothing is skipped. To go on without losing an event of either: docs/operations.md, "
+    "`A log that was set back`"
+)
 
-async def check_log(api: JetStreamApi, consumer: str, identity: LogIdentity, after: int) -> None:
-    """Refuse a log that cannot be followed from *after*; only what stays so for a while counts.
 
-    A leader that was elected just now may not have applied all that its predecessor had acknowledged.
+async def check_log(api: JetStreamApi, identity: LogIdentity, after: Position, *, trimmable: int | None) -> None:
+    """Refuse a log that cannot be followed from *after*.
+
+    Args:
+        api: of a connection.
+        identity: of the log that the position belongs to.
+        after: what the sink has.
+        trimmable: up to which sequence trim may have deleted the partition's events; None: perhaps every one that the
+            stream does not hold any more.
 
     Raises:
-        LogMismatchError: the stream is another one, ends before *after*, or events behind it are gone.
-        PlacementError: *consumer* is gone.
+        LogMismatchError: the stream is another one, was set back, or events after *after* are gone.
         LogUnavailableError: no answer.
     """
     started = time.monotonic()
     while True:
         try:
-            return await _check(api, consumer, identity, after)
+            return await _check(api, identity, after, trimmable)
         except _EndsEarlyError as error:
             if time.monotonic() - started >= LAG_SECONDS:
                 raise LogMismatchError(str(error)) from None
+        except _NotThereError:
+            if time.monotonic() - started >= PAUSE_SECONDS:  # the second look: trimmed, or deleted by an operator
+                return None
         except PermanentError:
             if time.monotonic() - started >= PATIENCE_SECONDS:
                 raise
@@ -44,34 +63,46 @@ async def check_log(api: JetStreamApi, consumer: str, identity: LogIdentity, aft
 
 
 class _EndsEarlyError(Exception):
-    """The log ends before the position: lost, or not applied yet."""
+    """The log ends before the position: set back, or not applied yet."""
 
 
-async def _check(api: JetStreamApi, consumer: str, identity: LogIdentity, after: int) -> None:
+class _NotThereError(Exception):
+    """The log holds no message at the position, although it holds earlier and later ones."""
+
+
+async def _check(api: JetStreamApi, identity: LogIdentity, after: Position, trimmable: int | None) -> None:
+    found = await api.leader_message(STREAM, after.sequence) if after.message_id else None
+    # after the message: what was trimmed in between is then seen as trimmed
     stream = await api.stream_info(STREAM)
     if stream is None:
         raise LogMismatchError(f"stream {STREAM} does not exist: see docs/operations.md, `A lost stream`")
-    if (found := LogIdentity(STREAM, stream["created"])) != identity:
+    if (present := LogIdentity(STREAM, stream["created"])) != identity:
         raise LogMismatchError(
-            f"stream {STREAM} was created at {found.created}, but this partition's file belongs to the one "
-            f"created at {identity.created}: begin a new corpus in another directory, and keep this one"
+            f"stream {STREAM} was created at {present.created}, but this partition's file belongs to the one "
+            f"created at {identity.created}: begin a new corpus in another directory, and keep this one; "
+            "see docs/operations.md, `A lost stream`"
         )
-    _check_range(stream["state"]["first_seq"], stream["state"]["last_seq"], after)
-    if await api.consumer_info(STREAM, consumer) is None:
-        raise PlacementError(
-            f"consumer {consumer} is gone: if that was a mistake, restart the persister to claim it anew"
-        )
-
-
-def _check_range(first: int, last: int, after: int) -> None:
-    if after > last:
+    first, last = stream["state"]["first_seq"], stream["state"]["last_seq"]
+    if after.sequence > last:
         raise _EndsEarlyError(
-            f"the corpus holds sequence {after} but stream {STREAM} ends at {last}: "
-            "the stream lost events (restored from an older backup?): begin a new corpus for it in another directory, "
-            "and keep this one"
+            f"stream {STREAM} ends at sequence {last}, but this partition's file holds events up to {after.sequence}: "
+            f"the stream was set back (were disks restored from an older copy?). Those after {last} are only in HDF5, "
+            f"and perhaps some before. {_WAY_FORWARD}"
         )
-    if 0 < after < first - 1:  # behind what was trimmed; a new file may begin anywhere
+    if 0 < after.sequence < first - 1 and (trimmable is None or after.sequence < trimmable):
+        # a new file may begin anywhere
         raise LogMismatchError(
-            f"the corpus ends at sequence {after} but stream {STREAM} begins at {first}: the "
+            f"the corpus ends at sequence {after.sequence} but stream {STREAM} begins at {first}: the "
             "partition file is an old copy, or somebody purged the stream; put the newest copy in its place"
         )
+    if not after.message_id:
+        return
+    if found is not None and message_id_at(found["headers"]) != after.message_id:
+        raise LogMismatchError(
+            f"sequence {after.sequence} of stream {STREAM} is not the event that this partition's file has there: "
+            "the stream was set back (were disks restored from an older copy?) and has grown since. The last events "
+            f"of the file, up to {after.sequence}, are only in HDF5, and what clients posted since is only in the "
+            f"stream. {_WAY_FORWARD}"
+        )
+    if found is None and first <= after.sequence:
+        raise _NotThereError

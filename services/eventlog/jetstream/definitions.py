@@ -21,6 +21,8 @@ BUCKET_MAX_BYTES = 16 << 20
 MAX_ACK_PENDING = 1_000_000
 #: longer than any batch may take, seconds: the runner resets when in doubt, so the broker's timer must never redeliver
 ACK_WAIT_SECONDS = 600
+#: a cursor that nobody uses for this long goes, seconds: its owner deletes those before its own, this is the net
+CURSOR_IDLE_SECONDS = 24 * 3600
 
 _NANOSECONDS = 1_000_000_000
 
@@ -86,16 +88,13 @@ def consumer_config(settings: LogSettings, partition: int, metadata: Mapping[str
     Args:
         settings: the store's name is taken from here.
         partition: 0 to ``settings.partitions - 1``.
-        metadata: the placement, ``fi_volume`` and ``fi_epoch``.
+        metadata: of the consumer.
     """
     name = names.consumer_name(settings.store, partition)
     return {
         "name": name,
         "durable_name": name,
-        "description": (
-            f"Persister of store {settings.store}, partition {partition_name(partition)}. It lives on the volume whose "
-            f"volume.json has {names.VOLUME_KEY} (metadata). Do not edit: that would replace the metadata."
-        ),
+        "description": (f"Persister of store {settings.store}, partition {partition_name(partition)}."),
         "deliver_policy": "all",
         "ack_policy": "all",
         "ack_wait": ACK_WAIT_SECONDS * _NANOSECONDS,
@@ -106,6 +105,31 @@ def consumer_config(settings: LogSettings, partition: int, metadata: Mapping[str
         # as many as the stream has, now and when it is scaled later
         "num_replicas": 0,
         "metadata": dict(metadata),
+    }
+
+
+def cursor_config(store: str, partition: int, generation: int, start: int) -> dict[str, Any]:
+    """Return the configuration of a cursor through which *store* follows *partition* from sequence *start* on."""
+    name = names.cursor_name(store, partition, generation)
+    return {
+        "name": name,
+        "durable_name": name,
+        "description": (
+            f"Cursor of store {store}, partition {partition_name(partition)}: shows how much waits. The persister that "
+            "has the partition makes another one when this one is gone."
+        ),
+        "deliver_policy": "by_start_sequence",
+        "opt_start_seq": start,
+        "ack_policy": "all",
+        "ack_wait": ACK_WAIT_SECONDS * _NANOSECONDS,
+        "max_deliver": -1,
+        "max_ack_pending": MAX_ACK_PENDING,
+        "replay_policy": "instant",
+        "filter_subject": names.filter_subject(partition),
+        # the sink holds the position: a replicated cursor would write each delivery through raft for nothing
+        "num_replicas": 1,
+        "mem_storage": True,
+        "inactive_threshold": CURSOR_IDLE_SECONDS * _NANOSECONDS,
     }
 
 

@@ -10,19 +10,18 @@ import asyncio
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import nats.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from services.eventlog.errors import LogRefusedError, LogUnavailableError
 from services.eventlog.jetstream import wire
 from services.eventlog.jetstream.acks import Again
 from services.eventlog.jetstream.connection import PENDING_BYTES
 from services.eventlog.jetstream.refusals import Refusal, check_hearing, listen, must_hear
+from services.eventlog.jetstream.tolerance import DirectSubscription, TolerantClient
 
 #: an attempt without an answer is repeated after this; each further one waits twice as long, seconds
 ATTEMPT_SECONDS = 1.0
@@ -34,6 +33,13 @@ TICK_SECONDS = 0.025
 HEARING_SECONDS = 1.0
 #: more than headers ever take: only messages that come closer to the server's limit are measured exactly, bytes
 ROOM_BYTES = 64 * 2**10
+
+
+class Answer(NamedTuple):
+    """What the broker says to a message: a body, and headers or None."""
+
+    data: bytes
+    headers: Mapping[str, str] | None
 
 
 @dataclass(slots=True, eq=False)
@@ -51,20 +57,26 @@ class Slot:
     subject: str
     token: str
     reply_to: str
-    answer: asyncio.Future[Msg | None]
+    answer: asyncio.Future[Answer | None]
     due: float = math.inf
 
 
 class Exchange:
     """Messages out, answers in."""
 
-    def __init__(self, nc: Client) -> None:
-        """Make it on the connection *nc*, which stays the caller's to close; :meth:`start` must follow."""
+    def __init__(self, nc: TolerantClient, on_tick: Callable[[], None] = lambda: None) -> None:
+        """Make it on the connection *nc*, which stays the caller's to close; :meth:`start` must follow.
+
+        Args:
+            nc: the connection.
+            on_tick: called every :data:`TICK_SECONDS` while calls are open.
+        """
+        self._on_tick = on_tick
         self._nc = nc
         self._slots: dict[str, Slot] = {}
         self._tokens = (f"{number:x}" for number in itertools.count())
         self._prefix = ""
-        self._subscription: Subscription | None = None
+        self._subscription: DirectSubscription | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._closing: asyncio.Future[None] | None = None
@@ -88,7 +100,7 @@ class Exchange:
         """
         self._prefix = f"{self._nc.new_inbox()}."
         self._deafen = listen(self._nc, self._when_refused)
-        self._subscription = await self._nc.subscribe(f"{self._prefix}*", cb=self._take_answer)
+        self._subscription = await self._nc.subscribe_directly(f"{self._prefix}*", self._take_answer)
         await check_hearing(self._nc, timeout=HEARING_SECONDS)
 
     async def close(self, *, grace: float) -> None:
@@ -122,14 +134,14 @@ class Exchange:
             raise LogUnavailableError("the publisher is not open: nothing was sent")
         must_hear(self._nc)
 
-    def check_size(self, body: bytes, headers: dict[str, str]) -> None:
+    def check_size(self, body: bytes, headers: dict[str, str], *, more: int = 0) -> None:
         """Check that the server takes such a message: nats-py looks at the body alone, and the server ends the
         connection of whoever exceeds the sum.
 
         Raises:
             LogRefusedError: it does not.
         """
-        limit = self._nc.max_payload
+        limit = self._nc.max_payload - more
         if len(body) + ROOM_BYTES > limit and len(body) + headers_bytes(headers) > limit:
             raise LogRefusedError(f"a message of {len(body)} bytes and headers exceeds the server's limit, {limit}")
 
@@ -152,15 +164,11 @@ class Exchange:
             LogUnavailableError: the connection or the exchange was closed.
             LogRefusedError: no such message can be published.
         """
-        if (not_now := self._why_not(len(body))) is not None:
-            return not_now
         try:
-            await self._nc.publish(subject, body, reply=reply_to, headers=headers)
-        except (nats.errors.BadSubjectError, nats.errors.BadHeaderError) as error:
+            message = wire.hpub(subject, reply_to, headers, body)
+        except ValueError as error:
             raise LogRefusedError(f"the message cannot be published: {type(error).__name__}") from error
-        except (nats.errors.Error, OSError) as error:
-            return Again(f"the connection to the log failed: {type(error).__name__}")
-        return None
+        return await self.send_block(message, 1)
 
     async def send_block(self, block: bytes, messages: int) -> Again | None:
         """Hand over many *messages*, written by :func:`services.eventlog.jetstream.wire.hpub`, as :meth:`send` does.
@@ -186,7 +194,7 @@ class Exchange:
             return Again("the connection to the log is congested")  # above PENDING_BYTES, publish() would block
         return None
 
-    async def answer(self, slot: Slot, end: float, seconds: float) -> Msg | None:
+    async def answer(self, slot: Slot, end: float, seconds: float) -> Answer | None:
         """Wait for the next answer, or None after *seconds* or at *end*; ready for the one after it."""
         slot.due = min(self._loop.time() + seconds, end)
         if self._timer is None:
@@ -197,10 +205,10 @@ class Exchange:
 
     # -- what happens to them -----------------------------------------------------------------------------------------
 
-    async def _take_answer(self, answer: Msg) -> None:
-        slot = self._slots.get(answer.subject[len(self._prefix) :])
+    def _take_answer(self, subject: str, _: str, data: bytes, headers: Mapping[str, str] | None) -> None:
+        slot = self._slots.get(subject[len(self._prefix) :])
         if slot is not None and not slot.answer.done():
-            slot.answer.set_result(answer)
+            slot.answer.set_result(Answer(data, headers))
 
     def _when_refused(self, refusal: Refusal) -> None:
         for slot in self._slots.values():
@@ -212,6 +220,7 @@ class Exchange:
         for slot in self._slots.values():
             if slot.due <= now and not slot.answer.done():
                 slot.answer.set_result(None)
+        self._on_tick()
         self._timer = self._loop.call_later(TICK_SECONDS, self._tick) if self._slots else None
 
 

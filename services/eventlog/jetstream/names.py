@@ -45,10 +45,6 @@ WORKERS_PREFIX = "fi-workers"
 FORMAT_KEY = "fi_format"
 #: metadata of the stream of events: number of partitions, fixed at creation
 PARTITIONS_KEY = "fi_partitions"
-#: metadata of a consumer: the volume that holds the partition
-VOLUME_KEY = "fi_volume"
-#: metadata of a consumer: counts the partition's moves from volume to volume
-EPOCH_KEY = "fi_epoch"
 
 #: name of the persisters in the NATS service API (ADR-32): what `nats micro ls` and `fiq status` show
 PERSISTER_SERVICE = "fi-persister"
@@ -64,6 +60,7 @@ class Role(StrEnum):
 
 
 _CONSUMER_NAME = re.compile(rf"{WORKERS_PREFIX}-([a-z0-9]{{1,32}})-([0-9]{{2}})", re.ASCII)
+_CURSOR_NAME = re.compile(rf"{WORKERS_PREFIX}-([a-z0-9]{{1,32}})-([0-9]{{2}})-([1-9][0-9]{{0,14}})", re.ASCII)
 
 
 def inbox_prefix(role: Role) -> str:
@@ -119,6 +116,21 @@ def consumer_name(store: str, partition: int) -> str:
 def consumer_prefix(store: str) -> str:
     """Return what the names of all consumers of *store* begin with."""
     return f"{WORKERS_PREFIX}-{store}-"
+
+
+def cursor_name(store: str, partition: int, generation: int) -> str:
+    """Return the name of a cursor: the consumer through which the owner of *partition* of *store* follows it.
+
+    Each cursor that an owner makes gets a *generation* of its own, so that a predecessor that comes back with its node
+    is another consumer.
+    """
+    return f"{WORKERS_PREFIX}-{store}-{partition_name(partition)}-{generation}"
+
+
+def parse_cursor_name(name: str) -> tuple[str, int, int] | None:
+    """Return store, partition and generation of a cursor, or None for a name of another form."""
+    match = _CURSOR_NAME.fullmatch(name)
+    return (match[1], int(match[2]), int(match[3])) if match else None
 
 
 def subject_transform(partitions: int) -> dict[str, str]:

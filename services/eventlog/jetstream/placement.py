@@ -250,6 +250,20 @@ class Placements:
         entry = await self._entry(placement_key(self._store, partition))
         return None if entry.of_another(created) else entry.placement(partition)
 
+    async def highest_epoch(self, partition: int) -> int:
+        """Return the highest epoch that the kept history of the partition's key names; 0 when there is none.
+
+        Raises:
+            LogUnavailableError: the broker did not answer.
+        """
+        created, key = await self._stream_created(), placement_key(self._store, partition)
+        highest, entry = 0, await _leaders(self._api, key, seq=1)
+        while entry.revision:
+            placement = None if entry.of_another(created) else entry.placement(partition)
+            highest = max(highest, 0 if placement is None else placement.epoch)
+            entry = await _leaders(self._api, key, seq=entry.revision + 1)
+        return highest
+
     @asynccontextmanager
     async def watching(self, on_change: Callable[[], None]) -> AsyncIterator[None]:
         """Call *on_change* whenever it is worth reading again: not for the owners' progress, which changes no place.
@@ -341,7 +355,7 @@ async def read_stores(nc: Client) -> dict[str, StorePlacement]:
     created, first, entries = await _read(nc)
     stores = {store for key in entries if (store := parse_key(key)[0])}
     found = {store: _store(store, entries, created, first, range(100)) for store in sorted(stores)}
-    return {name: store for name, store in found.items() if store.partitions or store.deleted or store.formed}
+    return {name: store for name, store in found.items() if store.partitions or store.formed}
 
 
 def parse_key(key: str) -> tuple[str, int | None]:
@@ -428,9 +442,11 @@ async def _bucket(api: JetStreamApi) -> dict[str, Any]:
         ) from error
 
 
-async def _leaders(api: JetStreamApi, key: str) -> _Entry:
+async def _leaders(api: JetStreamApi, key: str, *, seq: int | None = None) -> _Entry:
+    """Return the newest value of *key*, or the first one from revision *seq* on."""
+    subject = key_subject(key)
+    body: dict[str, Any] = {"last_by_subj": subject} if seq is None else {"seq": seq, "next_by_subj": subject}
     try:
-        body = {"last_by_subj": key_subject(key)}
         answer = await api.request(f"STREAM.MSG.GET.{BUCKET_STREAM}", body, timeout=_ANSWER_SECONDS)
     except ApiError as error:
         if error.err_code != _NO_MESSAGE:

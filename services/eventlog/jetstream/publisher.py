@@ -1,27 +1,38 @@
 """Publishes events and waits for the broker's acknowledgement, within a deadline and a bound on what is in flight.
 
 Every retry carries the same message id, so the broker stores a message once however often it is sent.
+
+A few events are published as they come. While :data:`MAX_UNDER_WAY` publishes are under way the others gather, and go
+as one atomic batch (ADR-50) as soon as one of those is acknowledged: the cluster agrees on them once instead of once
+each. A batch that is refused, because the broker knows one of its events, or gets no answer is published one by one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-
-from nats.aio.client import Client
+from typing import Any
 
 from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogUnavailableError, TooManyInFlightError
 from services.eventlog.jetstream.acks import DUPLICATE_IN_FLIGHT, Again, read_ack
 from services.eventlog.jetstream.batches import Batches
-from services.eventlog.jetstream.batches_known import AskHeld
-from services.eventlog.jetstream.exchange import Exchange, Slot, waits
+from services.eventlog.jetstream.batches_known import AskKnown
+from services.eventlog.jetstream.exchange import ATTEMPT_SECONDS, Exchange, Slot, waits
 from services.eventlog.jetstream.names import stream_of, subject_of
+from services.eventlog.jetstream.tolerance import TolerantClient
 from services.eventlog.protocol import Appended, EventWriter
 
 #: what is in flight gets this long when the publisher is closed, seconds
 CLOSE_GRACE_SECONDS = 2.0
+#: publishes under way, singles and batches, from which on events gather
+MAX_UNDER_WAY = 4
+#: events of a gathered batch, and bytes of their bodies, at most
+MAX_GATHERED, MAX_GATHERED_BYTES = 256, 256 * 2**10
+#: more than the headers that make a message one of a batch take, bytes
+_BATCH_HEADERS_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,22 @@ class _Message:
     stream: str
 
 
+@dataclass(slots=True, eq=False)
+class _Gathered:
+    """An event that waits for others to go with.
+
+    Attributes:
+        event: the event.
+        since: when it came, and *end*, when it must be stored, on the loop's clock.
+        stored: where the outcome goes.
+    """
+
+    event: Event
+    since: float
+    end: float
+    stored: asyncio.Future[Appended]
+
+
 class Publisher(EventWriter):
     """The appending side of the log.
 
@@ -39,21 +66,26 @@ class Publisher(EventWriter):
         retries: attempts behind the first, over all calls, since the start.
     """
 
-    def __init__(self, nc: Client, *, deadline: float, max_in_flight: int, held: AskHeld | None = None) -> None:
+    def __init__(
+        self, nc: TolerantClient, *, deadline: float, max_in_flight: int, known: AskKnown | None = None
+    ) -> None:
         """Make a publisher; :meth:`start` must follow.
 
         Args:
             nc: the connection; it stays the caller's to close.
             deadline: seconds for each append, retries included, and for each batch.
             max_in_flight: single appends under way at once; one more fails at once.
-            held: says which events of a batch are stored already, so that a retry of one is quick; None: nobody does.
+            known: says which events of a batch are stored already, so that a retry of one is quick.
         """
         self.retries = 0
         self._deadline = deadline
         self._max_in_flight = max_in_flight
         self._in_flight = 0
-        self._exchange = Exchange(nc)
-        self._batches = Batches(self._exchange, deadline=deadline, append=self._append_by, held=held)
+        self._under_way = 0
+        self._gathered: deque[_Gathered] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._exchange = Exchange(nc, self._send_what_waits_too_long)
+        self._batches = Batches(self._exchange, deadline=deadline, append=self._append_by, known=known)
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -75,7 +107,16 @@ class Publisher(EventWriter):
         ``duplicate`` is the broker's word: it is also true when an attempt of this very call was stored although its
         answer did not come back.
         """
-        return await self.publish(subject_of(event.consultation), event.body, event.headers())
+        self._enter()
+        try:
+            if self._under_way < MAX_UNDER_WAY or len(event.body) > MAX_GATHERED_BYTES:
+                return await self._append_now(event, self._end())
+            self._exchange.check_size(event.body, event.headers(), more=_BATCH_HEADERS_BYTES)
+            one = _Gathered(event, self._loop.time(), self._end(), self._loop.create_future())
+            self._gathered.append(one)
+            return await one.stored
+        finally:
+            self._in_flight -= 1
 
     async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
         """Store *events* in atomic batches; see :meth:`services.eventlog.protocol.EventWriter.append_batch`.
@@ -96,10 +137,7 @@ class Publisher(EventWriter):
             LogRefusedError: the broker refuses for good, or the message is too large for it.
             LogForbiddenError: the user of the connection may not publish on *subject*.
         """
-        self._exchange.check_open()
-        if self._in_flight >= self._max_in_flight:
-            raise TooManyInFlightError(f"{self._max_in_flight} appends are under way, nothing was sent")
-        self._in_flight += 1
+        self._enter()
         try:
             return await self._publish(_Message(subject, body, headers, stream_of(subject)), self._end())
         finally:
@@ -108,11 +146,98 @@ class Publisher(EventWriter):
     async def close(self, *, grace: float = CLOSE_GRACE_SECONDS) -> None:
         """Take no more, let what is in flight end for *grace* seconds, then fail the rest. Idempotent."""
         await self._exchange.close(grace=grace)
+        while self._gathered:
+            if not (stored := self._gathered.popleft().stored).done():
+                stored.set_exception(LogUnavailableError("the publisher was closed before the event was sent"))
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
+    def _enter(self) -> None:
+        self._exchange.check_open()
+        if self._in_flight >= self._max_in_flight:
+            raise TooManyInFlightError(f"{self._max_in_flight} appends are under way, nothing was sent")
+        self._in_flight += 1
+
     def _end(self) -> float:
         return self._loop.time() + self._deadline
+
+    async def _append_now(self, event: Event, end: float) -> Appended:
+        self._under_way += 1
+        try:
+            return await self._append_by(event, end)
+        finally:
+            self._done()
+
+    # -- gathering ----------------------------------------------------------------------------------------------------
+
+    def _send_gathered(self) -> None:
+        """Send what has gathered, as far as the number of publishes under way allows."""
+        while self._gathered and self._under_way < MAX_UNDER_WAY:
+            self._send(self._next())
+
+    def _send_what_waits_too_long(self) -> None:
+        """Send what has waited for as long as an attempt takes: those before it hang, and it has a deadline, too."""
+        before = self._loop.time() - ATTEMPT_SECONDS
+        while self._gathered and self._gathered[0].since <= before:
+            self._send(self._next())
+
+    def _send(self, group: list[_Gathered]) -> None:
+        if len(group) == 1:
+            self._under_way += 1
+            self._spawn(self._store_one(group[0]))
+        elif group:
+            self._under_way += 1
+            self._spawn(self._store_all(group))
+
+    def _next(self) -> list[_Gathered]:
+        """Return the events that go together next: each id once, or the broker would refuse all of them."""
+        group: dict[str, _Gathered] = {}
+        size = 0
+        while self._gathered and len(group) < MAX_GATHERED and size < MAX_GATHERED_BYTES:
+            one = self._gathered[0]
+            if not one.stored.done():  # else its caller has gone
+                if one.event.message_id in group:
+                    break
+                group[one.event.message_id] = one
+                size += len(one.event.body)
+            self._gathered.popleft()
+        return list(group.values())
+
+    async def _store_all(self, group: list[_Gathered]) -> None:
+        """Store *group* as a batch, which counts as under way already, or its events one by one."""
+        try:
+            stored = await self._batches.once([one.event for one in group])
+        except Exception as error:  # noqa: BLE001 - raised where each event is waited for
+            for one in group:
+                _end(one, error)
+        else:
+            if stored is None:
+                self.retries += 1
+                self._under_way += len(group)
+                for one in group:
+                    self._spawn(self._store_one(one))
+            for one, appended in zip(group, stored or (), strict=stored is not None):
+                _end(one, appended)
+        finally:
+            self._done()
+
+    async def _store_one(self, one: _Gathered) -> None:
+        """Store one event, which counts as under way already."""
+        try:
+            _end(one, await self._append_by(one.event, one.end))
+        except Exception as error:  # noqa: BLE001 - raised where the event is waited for
+            _end(one, error)
+        finally:
+            self._done()
+
+    def _done(self) -> None:
+        self._under_way -= 1
+        self._send_gathered()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _append_by(self, event: Event, end: float) -> Appended:
         """Store one event of a batch until *end*, on the loop's clock."""
@@ -148,3 +273,12 @@ class Publisher(EventWriter):
         if trouble.err_code == DUPLICATE_IN_FLIGHT and not unanswered:
             raise DuplicateInFlightError(trouble.reason)
         raise LogUnavailableError(f"the log did not take the message within {self._deadline:g} s: {trouble.reason}")
+
+
+def _end(one: _Gathered, outcome: Appended | Exception) -> None:
+    if one.stored.done():  # its caller has gone
+        return
+    if isinstance(outcome, Appended):
+        one.stored.set_result(outcome)
+    else:
+        one.stored.set_exception(outcome)

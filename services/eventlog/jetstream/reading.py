@@ -5,33 +5,57 @@ the questions makes that so. The partition's position is asked, then the stream 
 asked *again*: trim deletes nothing that was not committed when it did, so what the stream lost meanwhile lies below the
 second position, in rows that the second answer has, and what the stream showed above it is complete.
 
-The stream may hold an event twice, when it was retried behind the broker's window; the corpus holds the first. So an
+The stream may hold an event twice, when it was retried after the broker's window; the corpus holds the first. So an
 event of the stream counts only when neither the corpus nor an earlier message there has its id.
+
+A direct get (ADR-31) is answered by any replica, and one that lags does not have the newest messages. So the stream's
+leader is asked first for the last sequence of the subject: it has applied what it acknowledged. Where a direct get ends
+before that, the rest is fetched from the leader, one by one. The answers of a batch are plain messages, which NATS
+delivers at most once: a reconnect or a slow client loses some. Each says which sequence was sent before it, and the end
+says which was the last: behind a hole it is asked again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from base64 import b64decode
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
+import nats.errors
+import orjson
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
-from services.contract.event import Event
-from services.eventlog.errors import CorpusAwayError
-from services.eventlog.jetstream.reading_corpus import CorpusReading
-from services.eventlog.jetstream.reading_held import HeldReading, persisted
-from services.eventlog.jetstream.reading_stream import StreamReading
-from services.eventlog.jetstream.reading_wire import Consultations, Events, EventsAnswer
+from services.contract.errors import PoisonError
+from services.contract.event import Event, decode
+from services.eventlog.errors import CorpusAwayError, LogUnavailableError
+from services.eventlog.jetstream.api import ApiError, JetStreamApi
+from services.eventlog.jetstream.names import STREAM, stored_subject
+from services.eventlog.jetstream.questions import Consultations, Events, EventsAnswer, Questions, Row
+from services.eventlog.jetstream.refusals import must_hear
 from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import EventBrowser, Held, Page, StoredEvent
+from services.eventlog.protocol import EventBrowser, Page, Snapshot, Stored, StoredEvent
 from services.eventlog.settings import LogSettings
 
 #: how long one answer of a persister or of the broker may take, seconds
 TIMEOUT_SECONDS = 4.0
 #: bodies that a page takes from the stream, at most, but for a single event, bytes
 PAGE_BYTES = 1 << 20
+#: what is read of the stream for the retry of a batch, at most: events, and bytes of their bodies
+MOST_EVENTS, MOST_BYTES = 1024, 4 << 20
+#: messages and bytes of one batched direct get
+BATCH_MESSAGES, BATCH_BYTES = 256, 1 << 20
+#: how often a batch is asked for of which not even the first message arrives
+_TRIES = 3
+#: the broker's error code for a message that is not there
+_NO_MESSAGE = 10037
+_DIRECT_GET = f"$JS.API.DIRECT.GET.{STREAM}"
+
+#: position in the stream, and the event there; None for what is none
+Numbered = tuple[int, Event | None]
 
 
 @dataclass(slots=True)
@@ -55,8 +79,7 @@ class JetStreamReader(EventBrowser):
     def __init__(self, nc: Client, settings: LogSettings, *, timeout: float = TIMEOUT_SECONDS) -> None:
         self._partitions = settings.partitions
         self._stream = StreamReading(nc, timeout=timeout)
-        self._corpus = CorpusReading(nc, settings.store, timeout=timeout)
-        self._held = HeldReading(self._stream, self._corpus)
+        self._corpus = Questions(nc, settings.store, timeout=timeout)
 
     async def at(self, sequence: int) -> StoredEvent | None:
         """Return the event at *sequence* of the log, or None when the log holds none there (any more)."""
@@ -65,18 +88,34 @@ class JetStreamReader(EventBrowser):
             return None
         return StoredEvent(sequence, found[1], persisted=False)
 
-    async def find(self, consultation: str, event_id: UUID) -> StoredEvent | None:
-        """Return the event that the corpus holds under *event_id*, or None when it holds none."""
-        found = await self._corpus.find(self._partition(consultation), consultation, event_id)
-        return None if found.row is None else persisted(consultation, found.row)
+    async def snapshot(self, consultation: str) -> Snapshot:
+        """Return which ids the corpus holds of *consultation*; see :class:`services.eventlog.protocol.EventReader`."""
+        return await self._corpus.ids(self._partition(consultation), consultation)
 
-    async def held(self, consultation: str, event_ids: Collection[UUID], before: int | None) -> Held:
-        """Return what is stored under *event_ids*; see :meth:`services.eventlog.protocol.EventReader.held`."""
-        return await self._held.held(self._partition(consultation), consultation, event_ids, before)
+    async def find(self, consultation: str, event_ids: Collection[UUID]) -> Mapping[UUID, Stored]:
+        """Return what the corpus holds under *event_ids*."""
+        return (await self._corpus.find(self._partition(consultation), consultation, event_ids))[0]
 
-    async def read(self, consultation: str, after: int, limit: int) -> list[StoredEvent]:
-        """Return events behind *after*, at least one when there is one; see :meth:`page`."""
-        return (await self.page(consultation, after, limit)).events
+    async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
+        """Return those of *event_ids* that the corpus holds, or the first of the events that wait in the stream."""
+        partition, wanted, committed = self._partition(consultation), set(event_ids), 0
+        try:
+            found, committed = await self._corpus.find(partition, consultation, event_ids)
+        except CorpusAwayError:
+            found = {}
+        known = set(found)
+        events = size = 0
+        async for _, event in self._stream.tail(
+            partition, consultation, committed, await self._stream.last(partition, consultation)
+        ):
+            if len(known) == len(wanted) or events == MOST_EVENTS or size > MOST_BYTES:
+                break
+            events += 1
+            if event is not None:
+                size += len(event.body)
+                if event.event_id in wanted:
+                    known.add(event.event_id)
+        return known
 
     async def page(self, consultation: str, after: int, limit: int) -> Page:
         """Return at most *limit* events of *consultation* behind *after*, and where to go on.
@@ -98,18 +137,22 @@ class JetStreamReader(EventBrowser):
         """Return the event wherever it is, corpus or stream, or None when neither holds it; raises as :meth:`page`."""
         partition = self._partition(consultation)
         try:
-            found = await self._corpus.find(partition, consultation, event_id)
+            found, committed = await self._corpus.find(partition, consultation, [event_id])
         except CorpusAwayError:
             event = await self._in_stream(consultation, event_id, 0)
             if event is None and await self._stream.first() > 1:
                 raise
             return event
-        if found.row is None:
-            event = await self._in_stream(consultation, event_id, found.committed)
+        if not found:
+            event = await self._in_stream(consultation, event_id, committed)
             if event is not None:
                 return event
-            found = await self._corpus.find(partition, consultation, event_id)  # it may have been committed meanwhile
-        return None if found.row is None else persisted(consultation, found.row)
+            # it may have been committed meanwhile
+            found, _ = await self._corpus.find(partition, consultation, [event_id])
+        if not found:
+            return None
+        answer = await self._corpus.events(partition, Events(consultation, found[event_id].sequence - 1, 1))
+        return persisted(consultation, answer.rows[0]) if answer.rows else None
 
     async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
         """Return the sorted ids of at most *limit* consultations of the corpus, and whether there are more behind them.
@@ -167,7 +210,7 @@ class JetStreamReader(EventBrowser):
         if second.more or len(events) == limit:
             return Page(events, events[-1].sequence if events else position, more=True)
         queued = [(sequence, event) for sequence, event in tail.events if sequence > second.committed]
-        new = await self._new(partition, queued)
+        new = await self._new(partition, consultation, queued)
         room = limit - len(events)
         if len(new) > room:
             new, reached, more = new[:room], new[room - 1].sequence, True
@@ -193,13 +236,14 @@ class JetStreamReader(EventBrowser):
             found.reached = max(found.reached, sequence)
         return found
 
-    async def _new(self, partition: int, queued: list[tuple[int, Event]]) -> list[StoredEvent]:
+    async def _new(self, partition: int, consultation: str, queued: list[tuple[int, Event]]) -> list[StoredEvent]:
         """Return those of *queued* whose id the corpus does not hold from an earlier message."""
-        asked = [self._corpus.find(partition, event.consultation, event.event_id) for _, event in queued]
+        found, _ = await self._corpus.find(partition, consultation, [event.event_id for _, event in queued])
         new = []
-        for (sequence, event), found in zip(queued, await asyncio.gather(*asked), strict=True):
-            if found.row is None or found.row.sequence == sequence:
-                new.append(StoredEvent(sequence, event, persisted=found.row is not None))
+        for sequence, event in queued:
+            first = found.get(event.event_id)
+            if first is None or first.sequence == sequence:
+                new.append(StoredEvent(sequence, event, persisted=first is not None))
         return new
 
     async def _from_stream(self, consultation: str, after: int, limit: int, end: int, away: CorpusAwayError) -> Page:
@@ -227,3 +271,155 @@ class JetStreamReader(EventBrowser):
 def _corpus_page(consultation: str, after: int, answer: EventsAnswer) -> Page:
     events = [persisted(consultation, row) for row in answer.rows]
     return Page(events, events[-1].sequence if events else after, answer.more)
+
+
+def persisted(consultation: str, row: Row) -> StoredEvent:
+    """Return what the corpus holds in *row*."""
+    return StoredEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
+
+
+# -- the stream -------------------------------------------------------------------------------------------------------
+
+
+class StreamReading:
+    """The stream, as readers need it.
+
+    Args:
+        nc: the connection.
+        timeout: seconds for each answer.
+    """
+
+    def __init__(self, nc: Client, *, timeout: float) -> None:
+        self._nc = nc
+        self._api = JetStreamApi(nc, timeout=timeout)
+        self._timeout = timeout
+
+    async def last(self, partition: int, consultation: str) -> int:
+        """Return the sequence of the consultation's last message, as the leader knows it; 0 when there is none.
+
+        Raises:
+            LogUnavailableError: no answer.
+        """
+        found = await self._leaders({"last_by_subj": stored_subject(partition, consultation)})
+        return 0 if found is None else int(found["seq"])
+
+    async def first(self) -> int:
+        """Return the first sequence that the stream has not lost to trim.
+
+        Raises:
+            LogUnavailableError: no answer, or no stream.
+        """
+        info = await self._api.stream_info(STREAM)
+        if info is None:
+            raise LogUnavailableError(f"there is no stream {STREAM}")
+        return max(1, int(info["state"]["first_seq"]))
+
+    async def at(self, sequence: int) -> Numbered | None:
+        """Return what stands at *sequence*; None when the stream holds nothing there.
+
+        Raises:
+            LogUnavailableError: no answer.
+        """
+        message = await self._api.get_message(STREAM, sequence)
+        if message is not None:
+            return sequence, _event(message["subject"], message["headers"], message["data"])
+        found = await self._leaders({"seq": sequence})  # a replica that lags says the same as one that has trimmed it
+        return None if found is None else (sequence, await self._decoded(found))
+
+    async def has_news(self, partition: int, consultation: str, after: int) -> bool:
+        """Return whether some replica has a message of the consultation behind *after*: cheap, and perhaps late.
+
+        Raises:
+            LogUnavailableError: no answer.
+        """
+        subject = stored_subject(partition, consultation)
+        return await self._api.get_message(STREAM, after + 1, next_of=subject) is not None
+
+    async def tail(self, partition: int, consultation: str, after: int, last: int) -> AsyncIterator[Numbered]:
+        """Yield each message of the consultation behind *after* up to *last*, which the leader told.
+
+        Raises:
+            LogUnavailableError: no answer.
+        """
+        subject, position = stored_subject(partition, consultation), after
+        while position < last:
+            batch = await self._batch(subject, position + 1)
+            if not batch:
+                break
+            for message in batch:
+                position = int((message.headers or {})["Nats-Sequence"])
+                yield position, _event(subject, message.headers, message.data)
+        while position < last:  # the replica that answered lags, or what it sends gets lost
+            found = await self._leaders({"seq": position + 1, "next_by_subj": subject})
+            if found is None:  # trimmed meanwhile
+                return
+            position = int(found["seq"])
+            yield position, await self._decoded(found)
+
+    async def _leaders(self, wanted: dict[str, object]) -> dict[str, str] | None:
+        try:
+            answer = await self._api.request(f"STREAM.MSG.GET.{STREAM}", wanted)
+        except ApiError as error:
+            if error.err_code == _NO_MESSAGE:
+                return None
+            raise
+        message: dict[str, str] = answer["message"]
+        return message
+
+    async def _decoded(self, found: dict[str, str]) -> Event | None:
+        headers = await self._nc._process_headers(b64decode(found.get("hdrs", "")))
+        return _event(found["subject"], headers, b64decode(found.get("data", "")))
+
+    async def _batch(self, subject: str, start: int) -> list[Msg]:
+        """Return some messages of *subject* from *start* on, as one replica has them; none when it has none."""
+        for _ in range(_TRIES):
+            batch, whole = await self._answers(subject, start)
+            if batch or whole:
+                return batch
+        return []
+
+    async def _answers(self, subject: str, start: int) -> tuple[list[Msg], bool]:
+        """Ask for a batch; return its messages up to the first that was lost on its way, and whether none was."""
+        wanted = {"seq": start, "next_by_subj": subject, "batch": BATCH_MESSAGES, "max_bytes": BATCH_BYTES}
+        batch: list[Msg] = []
+        before = "0"
+        try:
+            async with asyncio.timeout(self._timeout), self._inbox() as (inbox, answers):
+                await self._nc.publish(_DIRECT_GET, orjson.dumps(wanted), reply=inbox)
+                while True:
+                    message = await answers.get()
+                    headers = message.headers or {}
+                    status = headers.get("Status")
+                    if status == "404":
+                        return batch, True
+                    if status not in (None, "204"):
+                        raise LogUnavailableError(f"DIRECT.GET.{STREAM}: status {status}")
+                    if headers.get("Nats-Last-Sequence") != before:
+                        return batch, False
+                    if status == "204":
+                        return batch, True
+                    before = headers["Nats-Sequence"]
+                    batch.append(message)
+        except TimeoutError:
+            must_hear(self._nc)
+            raise LogUnavailableError(f"DIRECT.GET.{STREAM}: no answer within {self._timeout:g} s") from None
+        except (nats.errors.Error, OSError) as error:
+            raise LogUnavailableError(f"DIRECT.GET.{STREAM}: {type(error).__name__}") from error
+
+    @asynccontextmanager
+    async def _inbox(self) -> AsyncIterator[tuple[str, asyncio.Queue[Msg]]]:
+        answers: asyncio.Queue[Msg] = asyncio.Queue()
+        inbox = self._nc.new_inbox()
+        subscription = await self._nc.subscribe(inbox, cb=answers.put)
+        try:
+            yield inbox, answers
+        finally:
+            if not self._nc.is_closed:
+                await subscription.unsubscribe()
+
+
+def _event(subject: str, headers: dict[str, str] | None, body: bytes) -> Event | None:
+    try:
+        return decode(subject.rpartition(".")[2], headers, body)
+    except PoisonError:  # the persister sets it aside
+        return None

@@ -6,12 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from nats.aio.client import Client
-
 from services.contract.errors import TransientError
 from services.contract.logs import get_logger
 from services.eventlog.errors import StartupError
-from services.eventlog.jetstream.connection import close, connect
+from services.eventlog.jetstream.connection import Connection, close, connect
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.provision import DEADLINE_SECONDS, provision, stream_identity
 from services.eventlog.protocol import LogIdentity
@@ -26,7 +24,7 @@ _TRY_SECONDS = 5.0
 _RETRY_SECONDS = 0.5
 
 
-async def reach(settings: LogSettings, *, name: str, role: Role, on_closed: Callable[[str], None]) -> Client:
+async def reach(settings: LogSettings, *, name: str, role: Role, on_closed: Callable[[str], None]) -> Connection:
     """Connect and, where the settings say so, provision; try again while only time can help.
 
     Args:
@@ -47,7 +45,7 @@ async def reach(settings: LogSettings, *, name: str, role: Role, on_closed: Call
 
 async def reach_log(
     settings: LogSettings, *, name: str, role: Role, on_closed: Callable[[str], None]
-) -> tuple[Client, LogIdentity]:
+) -> tuple[Connection, LogIdentity]:
     """Do as :func:`reach`, and return which log it is, too; without provisioning the stream must exist already."""
     return await _reach(settings, name, role, on_closed, provision if settings.provision else stream_identity)
 
@@ -55,16 +53,16 @@ async def reach_log(
 class _Step(Protocol[T_co]):
     """What is done with a new connection, within *deadline* seconds."""
 
-    async def __call__(self, nc: Client, settings: LogSettings, *, deadline: float) -> T_co: ...
+    async def __call__(self, nc: Connection, settings: LogSettings, *, deadline: float) -> T_co: ...
 
 
-async def _nothing(nc: Client, settings: LogSettings, *, deadline: float) -> None:
+async def _nothing(nc: Connection, settings: LogSettings, *, deadline: float) -> None:
     """Leave the streams to others."""
 
 
 async def _reach(
     settings: LogSettings, name: str, role: Role, on_closed: Callable[[str], None], step: _Step[T]
-) -> tuple[Client, T]:
+) -> tuple[Connection, T]:
     log = get_logger("startup")
     loop = asyncio.get_running_loop()
     end = loop.time() + settings.startup_timeout

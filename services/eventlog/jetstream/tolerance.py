@@ -9,9 +9,12 @@ partition of the process for good. What cannot be decoded gets U+FFFD here; whet
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 
 from nats.aio import client
 from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.protocol import parser
 
 from services.eventlog.jetstream.transport import LoopNeutralTransport
@@ -24,8 +27,16 @@ parser.HMSG_RE = re.compile(rb"\AHMSG[ \t]+([^ \t\n]+)[ \t]+([^ \t\n]+)[ \t]+(([
 client.TcpTransport = LoopNeutralTransport  # type: ignore[attr-defined]
 
 
+#: takes a message: its subject, its reply subject or nothing, its body, its headers or None
+Take = Callable[[str, str, bytes, Mapping[str, str] | None], None]
+
+
 class TolerantClient(Client):
     """The stock client, but no message can end its reading task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._direct: dict[int, Take] = {}
 
     @staticmethod
     def _parse_header_lines(raw: bytes) -> dict[str, str]:
@@ -42,14 +53,55 @@ class TolerantClient(Client):
                     headers[key] = value.strip().decode("utf-8", "replace")
         return headers
 
+    async def subscribe_directly(self, subject: str, take: Take) -> DirectSubscription:
+        """Subscribe to *subject*, and have *take* called with each message while it is read from the connection.
+
+        The stock client puts each message into a queue, from which a task of the subscription takes it: that costs
+        more than most of our handlers. What *take* raises goes to the error callback.
+        """
+        subscription = await self.subscribe(subject, cb=_never)
+        self._direct[subscription._id] = take
+        return DirectSubscription(self, subscription)
+
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        await super()._process_msg(sid, _readable(subject), _readable(reply), data, headers)
+        take = self._direct.get(sid)
+        if take is None or sid not in self._subs:
+            await super()._process_msg(sid, _readable(subject), _readable(reply), data, headers)
+            return
+        self.stats["in_msgs"] += 1
+        self.stats["in_bytes"] += len(data)
+        try:
+            found = await self._process_headers(headers) if headers else None
+            take(_readable(subject).decode(), _readable(reply).decode(), data, found)
+        except Exception as error:  # noqa: BLE001 - as the stock client does with what a callback raises
+            await self._error_cb(error)
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
         try:
             return await super()._process_headers(headers)
         except (ValueError, IndexError):  # UnicodeDecodeError is a ValueError; a block that just ends is an IndexError
             return {}
+
+
+class DirectSubscription:
+    """A subscription made by :meth:`TolerantClient.subscribe_directly`."""
+
+    def __init__(self, nc: TolerantClient, subscription: Subscription) -> None:
+        self._nc = nc
+        self._subscription = subscription
+
+    async def unsubscribe(self) -> None:
+        """Take no more messages.
+
+        Raises:
+            nats.errors.Error: the connection is closed; nothing is taken any more all the same.
+        """
+        self._nc._direct.pop(self._subscription._id, None)
+        await self._subscription.unsubscribe()
+
+
+async def _never(_: Msg) -> None:
+    """Stand in for the callback that the stock client asks for."""
 
 
 def _readable(raw: bytes) -> bytes:

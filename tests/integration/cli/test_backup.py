@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,12 +13,12 @@ import pytest
 
 from services.cli.cluster import Cluster
 from services.corpus import open_corpus, verify_corpus
-from services.eventlog.jetstream.names import STREAM, consumer_name
-from services.eventlog.jetstream.placement import Placements
+from services.eventlog.jetstream.names import BUCKET, STREAM, placement_key
+from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.provision import provision
 from services.persister.volume import Volume
 from tests.support.cluster import delete_streams
-from tests.support.commands import done, kill, refused
+from tests.support.commands import done, kill, killed_in, refused
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, joined, persisted, provisioned
 
 
@@ -66,14 +67,14 @@ async def test_a_deleted_volume_comes_back_with_every_event_once_and_in_order(lo
 
 
 async def test_the_manifest_has_the_placement_and_the_streams_identity(log: Log, tmp_path: Path) -> None:
-    """What `nats consumer info` shows of each partition, to be read when the cluster is gone."""
+    """What `nats kv get` shows of each partition, to be read when the cluster is gone."""
     data, saved = tmp_path / "data", tmp_path / "saved"
     with Persister(tmp_path / "a", log.cluster, data) as persister:
         await persister.ready()
         await done(log, "backup", saved, "--corpus", data)
         assert 0 == await persister.end()
     manifest = json.loads((saved / "manifest.json").read_text())
-    places = await Placements(log.nc, log.settings).read()
+    places = (await Placements(log.nc, log.settings).read()).partitions
     assert [{"partition": p, "volume": place.volume, "epoch": 1} for p, place in sorted(places.items())] == manifest[
         "placement"
     ]
@@ -81,7 +82,7 @@ async def test_the_manifest_has_the_placement_and_the_streams_identity(log: Log,
 
 
 async def test_a_restore_keeps_the_stream_from_being_trimmed_before_persisters_start(log: Log, tmp_path: Path) -> None:
-    """The consumers of a lost volume had acknowledged more than its backup holds; a trim goes by them."""
+    """The keys of a lost volume said more than its backup holds; a trim goes by them. `fiq restore` fences first."""
     data, saved = tmp_path / "data", tmp_path / "saved"
     with Persister(tmp_path / "a", log.cluster, data) as persister:
         await persister.ready()
@@ -89,15 +90,62 @@ async def test_a_restore_keeps_the_stream_from_being_trimmed_before_persisters_s
         await persisted(data, before)
         await done(log, "backup", saved, "--corpus", data)
         await persisted(data, before, await log.publish(40))
-        assert 0 == await persister.end()  # so that everything is acknowledged
+        assert 0 == await persister.end()  # which puts the last progress
     with open_corpus(saved) as copy:
         committed = {info.identity.partition: info.committed for info in copy.partitions}
     shutil.rmtree(data)
-    assert 80 == max(info["ack_floor"]["stream_seq"] for info in await log.api.list_consumers(STREAM))
+    assert 80 == max((await committed_in(log)).values())
     await done(log, "restore", saved, "--to", data)
-    infos = {info["name"]: info for info in await log.api.list_consumers(STREAM)}
-    floors = {p: infos[consumer_name("main", p)]["ack_floor"]["stream_seq"] for p in range(PARTITIONS)}
-    assert committed == floors
+    assert committed == await committed_in(log)
+
+
+async def committed_in(log: Log) -> dict[int, int]:
+    """Return what the keys say is committed."""
+    places = (await Placements(log.nc, log.settings).read()).partitions
+    return {partition: place.committed for partition, place in places.items()}
+
+
+async def test_a_restore_shuts_the_old_directory_out_before_its_long_copy(log: Log, tmp_path: Path) -> None:
+    """Interrupted in the copy, it has done that already, and can be run again."""
+    data, saved, new = tmp_path / "data", tmp_path / "saved", tmp_path / "new"
+    with Persister(tmp_path / "a", log.cluster, data) as persister:
+        await persister.ready()
+        events = await log.publish(40)
+        await persisted(data, events)
+        await done(log, "backup", saved, "--corpus", data)
+        assert 0 == await persister.end()
+    step = "services.cli.backup.restoring._copy_file"
+    code = await asyncio.to_thread(killed_in, step, "restore", saved, "--to", new, "--server", log.cluster.url, after=2)
+    assert -signal.SIGKILL == code
+    with Persister(tmp_path / "b", log.cluster, data) as old:
+        await old.not_ready("epoch is 1 in the file but 2 is expected")
+        assert 0 == await old.end()
+    shutil.rmtree(new)
+    await done(log, "restore", saved, "--to", new)
+    with Persister(tmp_path / "c", log.cluster, new) as successor:
+        await successor.ready()
+        later = await log.publish(10)
+        await persisted(new, events, later)
+        assert 0 == await successor.end()
+
+
+async def test_a_restore_places_what_has_lost_its_key(log: Log, tmp_path: Path) -> None:
+    """Key and disk are both gone: the backup says where the partition was."""
+    data, saved = tmp_path / "data", tmp_path / "saved"
+    with Persister(tmp_path / "a", log.cluster, data) as persister:
+        await persister.ready()
+        events = await log.publish(40)
+        await persisted(data, events)
+        await done(log, "backup", saved, "--corpus", data)
+        await kill(persister)
+    shutil.rmtree(data)
+    await (await log.nc.jetstream().key_value(BUCKET)).delete(placement_key("main", 2))
+    assert "partition 02 had no key in the bucket" in await done(log, "restore", saved, "--to", data)
+    with Persister(tmp_path / "b", log.cluster, data) as persister:
+        await persister.ready()
+        later = await log.publish(10)
+        await persisted(data, events, later)
+        assert 0 == await persister.end()
 
 
 async def test_a_restore_is_refused_while_a_persister_of_the_volume_runs(log: Log, tmp_path: Path) -> None:
@@ -205,11 +253,11 @@ async def test_a_stale_backup_of_another_placement_is_refused(log: Log, tmp_path
         await done(log, "backup", saved, "--corpus", data)
         await kill(persister)
     shutil.rmtree(data)
-    for partition in range(PARTITIONS):
-        await log.api.request(f"CONSUMER.DELETE.{STREAM}.{consumer_name('main', partition)}")
     other = await asyncio.to_thread(Volume.open, tmp_path / "other", "main")
+    bucket, placements = await log.nc.jetstream().key_value(BUCKET), Placements(log.nc, log.settings)
     for partition in range(PARTITIONS):
-        await Placements(log.nc, log.settings).claim(partition, other.uuid, 1)
+        await bucket.delete(placement_key("main", partition))
+        await placements.place(Placement(partition, other.uuid, 1, committed=0, begins=1, revision=0))
     reason = await refused(log, "restore", saved, "--to", data)
     assert f"lives on volume {other.uuid}" in reason
     assert not data.exists()

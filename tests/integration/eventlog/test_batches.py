@@ -143,7 +143,7 @@ async def test_a_retry_waits_for_no_known_event_and_stores_the_new_ones_at_once(
     events = [new_event() for _ in range(200)]
     known = events[::2]
     reader = JetStreamReader(log.nc, LogSettings())
-    publisher = Publisher(log.nc, deadline=20, max_in_flight=500, held=reader.held)
+    publisher = Publisher(log.nc, deadline=20, max_in_flight=500, known=reader.known)
     await publisher.start()
     first = await publisher.append_batch(known)
     singly: list[Event] = []

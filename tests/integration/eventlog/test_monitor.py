@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 import time
@@ -276,7 +277,8 @@ async def test_an_owner_that_is_gone_is_seen_within_seconds(log: Log, seen: Watc
         assert time.monotonic() - gone < module.LIVE_SECONDS + 3
         assert 0 == seen("fi_volume_processes", store="main", volume="v1")
     finally:
-        owner.kill()
+        with contextlib.suppress(ProcessLookupError):
+            owner.kill()
         await owner.wait()
 
 
@@ -422,4 +424,4 @@ async def test_one_look_by_itself_answers_within_three_seconds_while_a_node_is_f
     state = await look_once(log.nc, log.settings)
     took = time.monotonic() - began
     assert (3, ()) == ((state.stream.last_sequence if state.stream else None), state.processes)
-    assert took < 3.0 + module.PART_SECONDS, took
+    assert took < 3.0, took

@@ -21,7 +21,7 @@ from services.eventlog.errors import (
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.names import DEAD_STREAM, STREAM, dead_subject
-from services.eventlog.jetstream.publisher import Publisher
+from services.eventlog.jetstream.publisher import MAX_UNDER_WAY, Publisher
 from services.eventlog.protocol import Appended
 from services.eventlog.settings import LogSettings
 from tests.support.appending import Log, new_event, open_log
@@ -207,6 +207,53 @@ async def test_a_message_that_the_server_would_not_take_is_refused_here(log: Log
         await log.publisher.append(new_event(body=body))
 
     assert (await log.publisher.append(new_event())).sequence == 1
+
+
+async def test_what_gathers_while_publishes_are_under_way_goes_as_one_batch(log: Log) -> None:
+    """A few go as they come; the others cost the cluster one agreement together."""
+    events = [new_event(f"c{number}") for number in range(60)]
+
+    appended = await asyncio.gather(*(log.publisher.append(event) for event in events))
+
+    assert sorted(one.sequence for one in appended) == list(range(1, 61))
+    assert not any(one.duplicate for one in appended)
+    api = JetStreamApi(log.nc)
+    batches: Counter[str] = Counter()
+    for event, one in zip(events, appended, strict=True):
+        stored = await api.get_message(STREAM, one.sequence)
+        assert stored is not None
+        assert stored["headers"]["Nats-Msg-Id"] == event.message_id
+        batches[stored["headers"].get("Nats-Batch-Id", "")] += 1
+    assert batches[""] == MAX_UNDER_WAY
+    assert max(batches.values()) > 10
+
+
+async def test_a_known_event_among_those_that_gathered_costs_the_others_one_more_try(log: Log) -> None:
+    """The broker refuses their batch as a whole; each of them is stored once all the same, and at once."""
+    known = [new_event(f"k{number}") for number in range(3)]
+    for event in known:
+        await log.publisher.append(event)
+    before = log.publisher.retries
+    fresh = [new_event(f"c{number}") for number in range(40)]
+
+    appended = await asyncio.gather(*(log.publisher.append(event) for event in [*fresh[:20], *known, *fresh[20:]]))
+
+    assert [one.sequence for one in appended[20:23]] == [1, 2, 3]
+    assert all(one.duplicate for one in appended[20:23])
+    assert not any(one.duplicate for one in [*appended[:20], *appended[23:]])
+    assert await log.message_ids() == Counter(event.message_id for event in [*known, *fresh])
+    assert log.publisher.retries - before <= 2
+
+
+async def test_the_same_event_twice_among_those_that_gathered_is_stored_once(log: Log) -> None:
+    """A client that does not wait for the answer before it tries again."""
+    event = new_event()
+    others = [new_event(f"c{number}") for number in range(20)]
+
+    appended = await asyncio.gather(*(log.publisher.append(one) for one in [*others, event, event]))
+
+    assert appended[-1].sequence == appended[-2].sequence
+    assert await log.message_ids() == Counter(one.message_id for one in [*others, event])
 
 
 async def _succeeds(publisher: Publisher, event: Event) -> bool:

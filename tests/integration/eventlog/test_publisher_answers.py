@@ -150,6 +150,32 @@ async def test_a_frozen_server_costs_the_deadline_and_no_more(nc: Connection, si
     assert publisher.in_flight == 0
 
 
+async def test_what_gathers_behind_publishes_that_hang_has_its_own_deadline(
+    nc: Connection, single_node: Cluster
+) -> None:
+    """It is sent after a while although nothing before it was answered, and fails in time."""
+    publisher = await _publisher(nc, 2)
+    async with scripted(single_node.url, lambda _: None):
+        started = time.monotonic()
+        outcomes = await asyncio.gather(*(publisher.append(_event()) for _ in range(10)), return_exceptions=True)
+
+    assert {type(outcome) for outcome in outcomes} == {LogUnavailableError}
+    assert time.monotonic() - started < 3.5
+    assert publisher.in_flight == 0
+
+
+async def test_what_gathered_is_told_that_the_publisher_was_closed(nc: Connection, single_node: Cluster) -> None:
+    """Nothing waits for ever."""
+    publisher = await _publisher(nc, 30)
+    async with scripted(single_node.url, lambda _: None):
+        calls = [asyncio.create_task(publisher.append(_event())) for _ in range(10)]
+        await asyncio.sleep(0)
+        await publisher.close(grace=0.1)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert {type(outcome) for outcome in outcomes} == {LogUnavailableError}
+
+
 async def test_closing_fails_what_is_in_flight_after_the_grace(nc: Connection, single_node: Cluster) -> None:
     """And takes nothing more; closing twice is fine."""
     publisher = await _publisher(nc, 30)

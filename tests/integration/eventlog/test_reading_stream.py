@@ -12,7 +12,7 @@ from services.cli.cluster import Cluster
 from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.eventlog.jetstream.names import stored_subject
-from services.eventlog.jetstream.reading_stream import StreamReading
+from services.eventlog.jetstream.reading import StreamReading
 from services.eventlog.partitions import partition_of
 from tests.support.cluster import delete_streams
 from tests.support.lossy import lossy

@@ -5,62 +5,44 @@ With the stock client each of the subjects below ends its reading task or its co
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 from nats.aio.client import Client
 
 from services.cli.cluster import Cluster
-from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import close, connect
-from services.eventlog.jetstream.follower import JetStreamFollower
-from services.eventlog.jetstream.names import consumer_name
-from services.eventlog.jetstream.placement import Placements
 from services.eventlog.jetstream.provision import provision
-from services.eventlog.protocol import Delivery
 from services.eventlog.settings import LogSettings
 from tests.support.broker import taken
+from tests.support.following import Sink
 from tests.support.raw_nats import HEADERS, SUBJECTS, message, publish_raw
 
 
 @pytest.fixture
-async def follower(single_node: Cluster) -> AsyncIterator[tuple[Client, JetStreamFollower]]:
+async def follower(single_node: Cluster) -> AsyncIterator[tuple[Client, Sink]]:
     settings = LogSettings(servers=tuple(single_node.urls), partitions=1, replicas=1, max_bytes=64 * 2**20)
     nc = await connect(settings, name="test", on_closed=lambda _: None)
     identity = await provision(nc, settings)
-    await Placements(nc, settings).claim(0, "volume", 1)
-    made = JetStreamFollower(nc, consumer_name("main", 0), 0, identity, budget=Budget(64, 0))
-    await made.start(0)
-    yield nc, made
-    await made.close()
+    async with Sink(nc, identity).following() as made:
+        yield nc, made
     await nc.request("$JS.API.STREAM.DELETE.fi-events")
     await close(nc)
 
 
-async def take(follower: JetStreamFollower, count: int) -> list[Delivery]:
-    taken: list[Delivery] = []
-    async with asyncio.timeout(10):
-        while len(taken) < count:
-            taken += await follower.batch(max_events=count, max_bytes=2**20)
-    return taken
-
-
-async def test_any_subject_and_any_header_is_delivered(
-    single_node: Cluster, follower: tuple[Client, JetStreamFollower]
-) -> None:
+async def test_any_subject_and_any_header_is_delivered(single_node: Cluster, follower: tuple[Client, Sink]) -> None:
     """The server checks neither. What is no text shows as U+FFFD; nothing is lost, repeated or repaired."""
     nc, reader = follower
     sent = [message(subject) for subject in SUBJECTS] + [message(b"c", headers) for headers in HEADERS]
     await publish_raw(single_node.urls[0], sent)
-    taken = await take(reader, len(sent))
-    assert list(range(1, len(sent) + 1)) == [delivery.sequence for delivery in taken]
-    assert [s.decode("utf-8", "replace") for s in SUBJECTS] == [d.consultation for d in taken[: len(SUBJECTS)]]
+    assert list(range(1, len(sent) + 1)) == await reader.take(len(sent), acknowledge=False, timeout=10)
+    assert [s.decode("utf-8", "replace") for s in SUBJECTS] == [d.consultation for d in reader.taken[: len(SUBJECTS)]]
+    assert [] == reader.repairs
     assert nc.is_connected
 
 
 async def test_a_request_with_a_reply_subject_that_is_no_text_leaves_the_connection_alive(
-    single_node: Cluster, follower: tuple[Client, JetStreamFollower]
+    single_node: Cluster, follower: tuple[Client, Sink]
 ) -> None:
     """Anybody may ask `$SRV.PING`, which persisters listen to."""
     nc, _ = follower

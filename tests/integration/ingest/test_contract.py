@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -21,6 +23,7 @@ from nats.js import JetStreamContext
 
 from services.cli.cluster import Cluster
 from services.eventlog.jetstream.names import STREAM
+from services.eventlog.partitions import partition_of
 from tests.support.persisters import PARTITIONS, Persister, corpus_of
 from tests.support.polling import eventually
 from tests.support.racing import Edge, race
@@ -311,27 +314,74 @@ async def test_a_key_is_known_when_its_event_has_been_persisted_trimmed_and_forg
         assert len(corpus_of(tmp_path / "data")["c-1"]) == 5
 
 
-async def test_a_key_is_known_while_its_event_waits_and_the_broker_has_forgotten_it(
+async def test_an_event_that_waits_for_longer_than_the_broker_remembers_is_taken_again_and_stored_once(
     fresh_log: Cluster, tmp_path: Path
 ) -> None:
-    """The persisters have been away for longer than the window: the stream is read behind what the corpus has."""
+    """The persisters have been away for longer than the window: intake comes first, and they drop the copies."""
     # given
     path, kind = "/consultations/c-1/events", "application/x-ndjson"
-    shared = {"FI_PARTITIONS": str(PARTITIONS), "FI_DUPLICATE_WINDOW": "1", "FI_KEY_LOOKUP_WAIT": "10"}
-    async with clients(tmp_path, fresh_log, 1, **shared) as (client,):
-        _, single = await client.post(path, BODIES[0], "k")
-        _, batch = await client.post(f"{path}/batch", lines(3), "b", kind)
-        await client.post(path, BODIES[0], "probe")
+    shared = {"FI_PARTITIONS": str(PARTITIONS), "FI_DUPLICATE_WINDOW": "1"}
     async with clients(tmp_path, fresh_log, 1, **shared) as (client,), jetstream(fresh_log) as js:
+        assert 202 == (await client.post(path, BODIES[0], "k"))[0]
+        assert 202 == (await client.post(f"{path}/batch", lines(3), "b", kind))[0]
 
-        async def forgotten() -> bool:
-            await client.post(path, BODIES[0], "probe")
-            return (await js.stream_info(STREAM)).state.messages > 5
+        # when
+        async def taken_again() -> bool:
+            assert 202 == (await client.post(path, BODIES[0], "k"))[0]
+            assert 202 == (await client.post(f"{path}/batch", lines(3), "b", kind))[0]
+            return (await js.stream_info(STREAM)).state.messages >= 8
 
-        await eventually(forgotten)
+        await eventually(taken_again)
 
-        # then
-        await keys_are_known(client, path, single, batch)
+    # then
     with Persister(tmp_path / "persister", fresh_log, tmp_path / "data", **shared, FI_DEAD_MAX_BYTES="1MiB") as one:
         await one.ready()
-        await eventually(lambda: len(corpus_of(tmp_path / "data").get("c-1", [])) == 5)
+
+        async def all_written() -> bool:
+            samples = await one.samples()
+            return sum(value for name, value in samples.items() if "fi_persister_duplicates_total" in name) >= 4
+
+        await eventually(all_written)
+        assert 4 == len(corpus_of(tmp_path / "data")["c-1"])
+
+
+async def test_a_frozen_persister_is_waited_for_by_few_and_keys_are_compared_when_it_goes_on(
+    fresh_log: Cluster, tmp_path: Path
+) -> None:
+    """SIGSTOP, or a disk that hangs: three questions wait for FI_KEY_LOOKUP_WAIT, and nothing else does."""
+    # given
+    partition = partition_of("c-1", PARTITIONS)
+    names = [name for name in (f"v-{n}" for n in range(400)) if partition_of(name, PARTITIONS) == partition]
+    shared = {"FI_PARTITIONS": str(PARTITIONS), "FI_DUPLICATE_WINDOW": "1", "FI_DEAD_MAX_BYTES": "1MiB"}
+    shared |= {"FI_KEY_LOOKUP_WAIT": "1"}
+
+    async def post(client: Client, name: str, body: bytes, key: str) -> tuple[int, float]:
+        started = time.monotonic()
+        status, _ = await client.post(f"/consultations/{name}/events", body, key)
+        return status, time.monotonic() - started
+
+    with Persister(tmp_path / "persister", fresh_log, tmp_path / "data", **shared) as persister:
+        await persister.ready()
+        async with clients(tmp_path, fresh_log, 1, **shared) as (client,):
+            assert 202 == (await post(client, "c-1", BODIES[0], "k"))[0]
+            await eventually(lambda: "c-1" in corpus_of(tmp_path / "data"))
+
+            # when
+            persister.process.send_signal(signal.SIGSTOP)
+            first = [await post(client, name, BODIES[0], "k") for name in names[:3]]
+            rest = [await post(client, name, BODIES[0], "k") for name in names[3:40]]
+
+            # then
+            assert {202} == {status for status, _ in first + rest}
+            assert all(seconds >= 1 for _, seconds in first)
+            assert sum(seconds for _, seconds in rest) < 18
+
+            # when
+            persister.process.send_signal(signal.SIGCONT)
+
+            # then
+            async def compared() -> bool:
+                return (await post(client, "c-1", BODIES[1], "k"))[0] == 422
+
+            await eventually(compared)
+            await eventually(lambda: set(names[:40]) <= corpus_of(tmp_path / "data").keys())

@@ -19,15 +19,12 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from services.corpus import EventStore, Lookup, Record, StoredConsultation
-from services.eventlog.errors import LogRefusedError
-from services.eventlog.jetstream import reading_wire as wire
-from services.eventlog.jetstream.reading_corpus import CorpusReading, Found
-from services.eventlog.jetstream.reading_wire import Consultations, Events, Find, Question
+from services.corpus import EventStore, KnownIds, Lookup, Record, StoredConsultation, StoreOptions
+from services.eventlog.jetstream import questions as wire
+from services.eventlog.jetstream.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, Questions
+from services.eventlog.protocol import digest_of
 from services.persister import answering as answering_module
-from services.persister import lookups
 from services.persister.answering import MAX_WAITING, Desk
-from services.persister.lookups import Job
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
 from tests.support.broker import plain_server, taken
@@ -74,13 +71,29 @@ class Asker:
     async def events(self, consultation: str = "c1", after: int = 0, limit: int = 100) -> wire.EventsAnswer:
         return wire.decode_events((await self.ask(Events(consultation, after, limit))).data)
 
-    async def find(self, *pairs: tuple[str, int]) -> wire.FindAnswer:
-        question = Find([(consultation, UUID(int=number)) for consultation, number in pairs])
-        return wire.decode_found(question, (await self.ask(question)).data)
+    async def find(self, consultation: str, *numbers: int) -> wire.FindAnswer:
+        question = Find(consultation, [UUID(int=number) for number in numbers])
+        return wire.decode_found((await self.ask(question)).data)
+
+    async def ids(self, consultation: str = "c1") -> IdSnapshot:
+        return wire.decode_ids((await self.ask(Ids(consultation))).data)
 
     async def names(self, prefix: str = "", after: str = "", limit: int = 10) -> tuple[list[str], bool]:
         answer = wire.decode_consultations((await self.ask(Consultations(prefix, after, limit))).data)
         return list(answer.names), answer.more
+
+    @property
+    def waiting(self) -> int:
+        return len(self.desk._waiting)
+
+    async def reopen(self) -> None:
+        """Close the file and open it again."""
+        await self.desk.close(0)
+        await self.in_thread(lambda: self.file.close(abandon=False))
+        store = await self.in_thread(self.file.open)
+        assert isinstance(store, EventStore)
+        await self.desk.open(0, self.file, store)
+        await taken(self.nc)
 
     def count(self, kind: str, outcome: str) -> float:
         labels = {"kind": kind, "outcome": outcome}
@@ -91,13 +104,17 @@ class Asker:
 
 
 @asynccontextmanager
-async def answering(url: str, path: Path) -> AsyncIterator[Asker]:
+async def answering(url: str, path: Path, options: StoreOptions | None = None) -> AsyncIterator[Asker]:
     """Answer for partition 00, whose new file stands at *path*."""
     nc = await nats.connect(url)
     metrics = Metrics()
     with ThreadPoolExecutor(1) as hdf5:
         file = PartitionFile(
-            lambda: EventStore.open(path, expected=IDENTITY) if path.exists() else EventStore.create(path, IDENTITY)
+            lambda: (
+                EventStore.open(path, expected=IDENTITY, options=options)
+                if path.exists()
+                else EventStore.create(path, IDENTITY, options)
+            )
         )
         store = await asyncio.get_running_loop().run_in_executor(hdf5, file.open)
         desk = Desk(nc, "main", hdf5, metrics)
@@ -150,14 +167,46 @@ async def test_events_come_in_pages_with_the_position_that_the_partition_has_rea
     assert wire.EventsAnswer(12, [], more=False) == await asker.events(limit=0)
 
 
-async def test_ids_are_found_in_many_consultations_at_once(asker: Asker) -> None:
-    """One question for everything that waits."""
+async def test_ids_are_found_with_the_sequence_and_the_digest_of_the_first_body(asker: Asker) -> None:
+    """Bodies do not travel to be compared."""
     await fill(asker, "c1", range(1, 101))
     await fill(asker, "c2", range(101, 111))
-    answer = await asker.find(("c2", 105), ("c1", 99), ("c1", 105), ("c3", 1), ("c1", 99))
+    answer = await asker.find("c1", 99, 105, 1, 99)
     assert ([], 110) == (answer.rest, answer.committed)
-    assert {0: 105, 1: 99, 4: 99} == {index: row.sequence for index, row in answer.found.items()}
-    assert b'{"event_type":"99"}' == answer.found[1].body
+    assert {UUID(int=99): 99, UUID(int=1): 1} == {event_id: one.sequence for event_id, one in answer.found.items()}
+    assert digest_of(b'{"event_type":"99"}') == answer.found[UUID(int=99)].digest
+    assert {} == (await asker.find("c3", 1)).found
+
+
+async def test_all_ids_of_a_consultation_are_told_as_hashes(asker: Asker) -> None:
+    """Also right after a restart, and none of one that does not exist."""
+    await fill(asker, "c1", range(1, 1001))
+    await fill(asker, "c2", range(1001, 1002))
+    await asker.reopen()
+    for _ in range(2):
+        snapshot = await asker.ids()
+        assert (True, 8000) == (snapshot.whole, snapshot.size)
+        assert all(snapshot.may_hold(UUID(int=number)) for number in range(1, 1001))
+        assert not any(snapshot.may_hold(UUID(int=number)) for number in range(1001, 2000))
+        await asker.find("c1", 5)
+    assert (True, 0) == ((await asker.ids("c3")).whole, (await asker.ids("c3")).size)
+
+
+async def test_too_many_ids_are_said_to_be_so(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer is a message of the broker."""
+    await fill(asker, "c1", range(1, 101))
+    monkeypatch.setattr(wire, "MAX_IDS", 99)
+    assert not (await asker.ids()).whole
+    assert [7] == [one.sequence for one in (await asker.find("c1", 7, 700)).found.values()]
+
+
+async def test_more_ids_than_are_kept_in_memory_are_found_all_the_same(url: str, tmp_path: Path) -> None:
+    """A consultation larger than FI_KNOWN_IDS."""
+    async with answering(url, tmp_path / "00.h5", StoreOptions(ids=KnownIds(100))) as asker:
+        await fill(asker, "c1", range(1, 1001))
+        await fill(asker, "c2", range(1001, 1021))
+        assert (await asker.ids()).may_hold(UUID(int=1000))
+        assert [1, 1000] == [one.sequence for one in (await asker.find("c1", 1, 1000, 1001)).found.values()]
 
 
 async def test_an_answer_is_bounded_and_says_where_it_ends(asker: Asker) -> None:
@@ -174,8 +223,6 @@ async def test_an_answer_is_bounded_and_says_where_it_ends(asker: Asker) -> None
     page = await asker.events()
     assert ([1, 2], True) == ([row.sequence for row in page.rows], page.more)
     assert [largest] == [row.body for row in (await asker.events(after=5)).rows]
-    answer = await asker.find(*(("c1", number) for number in (1, 2, 3, 4, 77)), ("c2", 1))
-    assert (2, 3, {0, 1, 2, 3, 5}) == (len(answer.found), len(answer.rest), {*answer.found, *answer.rest})
 
 
 async def test_an_event_larger_than_the_broker_takes_is_an_error_of_its_own(asker: Asker) -> None:
@@ -188,27 +235,14 @@ async def test_an_event_larger_than_the_broker_takes_is_an_error_of_its_own(aske
     assert "413" == answer.headers["Nats-Service-Error-Code"]
 
 
-async def test_an_event_larger_than_the_broker_takes_fails_nobody_who_asks_for_others(asker: Asker) -> None:
-    """Finds of a partition share a question, so that whoever posts would get somebody else's error."""
-    large = b'{"event_type":"' + b"x" * 1_100_000 + b'"}'
-    await asker.in_thread(asker.store.append, "c1", [record(n, large if n == 3 else b"") for n in range(1, 12)])
-    await asker.in_thread(asker.store.commit, 11)
-    reading = CorpusReading(asker.nc, "main", timeout=10)
-    asked = [("c1", UUID(int=number)) for number in range(1, 13)]
-    found = await asyncio.gather(*(reading.find(0, *pair) for pair in asked), return_exceptions=True)
-    assert {3} == {number for number, one in enumerate(found, start=1) if isinstance(one, LogRefusedError)}
-    rows = [one.row for one in found if isinstance(one, Found)]
-    assert [1, 2, *range(4, 12), None] == [None if row is None else row.sequence for row in rows]
-
-
-async def test_an_event_that_just_fits_comes_however_many_are_asked_for(asker: Asker) -> None:
-    """The list of those that must be asked for again counts, too."""
-    body = b'{"event_type":"' + b"x" * (asker.nc.max_payload - 1500) + b'"}'
-    await asker.in_thread(asker.store.append, "c1", [record(n, body if n == 1 else b"") for n in range(1, 1001)])
-    await asker.in_thread(asker.store.commit, 1000)
-    reading = CorpusReading(asker.nc, "main", timeout=10)
-    found = await asyncio.gather(*(reading.find(0, "c1", UUID(int=number)) for number in range(1, 1001)))
-    assert list(range(1, 1001)) == [one.row.sequence for one in found if one.row is not None]
+async def test_bodies_that_are_compared_in_one_go_are_bounded(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are asked for again, and a single one is compared whatever its size."""
+    await fill(asker, "c1", range(1, 101))
+    monkeypatch.setattr(answering_module, "COMPARED_BYTES", 30)
+    answer = await asker.find("c1", 5, 6, 7, 700)
+    assert ([UUID(int=5)], [UUID(int=6), UUID(int=7)]) == (list(answer.found), answer.rest)
+    found, committed = await Questions(asker.nc, "main", timeout=10).find(0, "c1", [UUID(int=n) for n in range(1, 102)])
+    assert (100, list(range(1, 101))) == (committed, sorted(one.sequence for one in found.values()))
 
 
 async def test_consultations_are_sorted_and_new_ones_appear(asker: Asker) -> None:
@@ -224,17 +258,14 @@ async def test_consultations_are_sorted_and_new_ones_appear(asker: Asker) -> Non
     assert (["c-1", "c-2", "c-3"], False) == await asker.names(prefix="c-")
 
 
-async def test_absence_that_memory_proves_is_told_while_the_thread_is_busy(asker: Asker) -> None:
-    """A post whose key is new waits for no batch."""
-    await fill(asker, "c1", range(1, 11))
-    gate = threading.Event()
-    busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
-    answer = await asker.find(("c1", 77), ("c1", 78))
-    assert ([], 10, {}) == (answer.rest, answer.committed, answer.found)
-    assert 1.0 == asker.count("find", "memory")
-    assert not busy.done()
-    gate.set()
-    await busy
+async def test_names_are_read_in_several_goes(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them says to ask again, until all are there."""
+    monkeypatch.setattr(answering_module, "NAMES_A_GO", 7)
+    await asker.in_thread(lambda: [asker.store.append(f"c{n}", [record(n)]) for n in range(1, 51)])
+    await asker.in_thread(asker.store.commit, 50)
+    answer = await Questions(asker.nc, "main", timeout=10).consultations(0, Consultations("", "", 100))
+    assert (sorted(f"c{n}" for n in range(1, 51)), False) == (answer.names, answer.more)
+    assert asker.count("consultations", "away") >= 7.0
 
 
 async def test_what_is_not_committed_is_not_told(asker: Asker) -> None:
@@ -270,19 +301,17 @@ async def test_a_question_nobody_waits_for_any_more_is_dropped(asker: Asker) -> 
         await asker.ask(Events("c1", 0, 1), within=0.05)
     gate.set()
     await busy
-    await eventually(lambda: asker.count("events", "stale") == 1.0)
+    await eventually(lambda: asker.count("events", "stale") == 2.0)
 
 
 async def test_questions_that_wait_are_bounded(asker: Asker) -> None:
     """One more is turned away at once."""
     gate = threading.Event()
     busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
-    first = asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=60))
-    await eventually(lambda: asker.hdf5._work_queue.qsize() == 1)  # taken, and behind the batch
     asked = [asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=60)) for _ in range(MAX_WAITING + 10)]
     await eventually(lambda: asker.count("events", "busy") == 10.0)
     gate.set()
-    answers = await asyncio.gather(first, *asked)
+    answers = await asyncio.gather(*asked)
     assert 10 == sum(bool(answer.headers) for answer in answers)
     await busy
 
@@ -313,31 +342,36 @@ async def test_a_damaged_consultation_is_told_and_the_partition_goes_on(
     assert 4 == len((await asker.events()).rows)
 
 
-async def test_a_long_search_lets_batches_through(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turn by turn: a commit waits for one of them, and not for the whole table."""
-    await fill(asker, "c1", range(1, 60_001))
-    await asker.desk.close(0)
-    await asker.in_thread(lambda: asker.file.close(abandon=False))
-    store = await asker.in_thread(asker.file.open)  # whose ids are not in memory
-    assert isinstance(store, EventStore)
-    await asker.desk.open(0, asker.file, store)
-    await taken(asker.nc)
+async def test_a_go_ends_after_some_milliseconds(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits is answered in one go, and a round comes in between when that gets long."""
+    monkeypatch.setattr(answering_module, "GO_SECONDS", 0.0)
+    await fill(asker, "c1", range(1, 3))
+    gate = threading.Event()
     order: list[str] = []
-    whole = Job.turn
+    busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
+    whole = Desk._go
 
-    def turn(self: Job) -> bytes | None:
-        order.append("turn")
-        return whole(self)
+    def go(self: Desk, waiting: Any) -> Any:
+        made = whole(self, waiting)
+        order.append(f"go {len(made)}")
+        return made
 
-    monkeypatch.setattr(Job, "turn", turn)
-    monkeypatch.setattr(lookups, "TURN_SECONDS", 0.0)
-    searching = asyncio.ensure_future(asker.find(("c1", 70_000)))
-    while not searching.done():
-        await asker.in_thread(order.append, "batch")
-    assert {} == (await searching).found
-    first, last = order.index("turn"), len(order) - order[::-1].index("turn")
-    assert order.count("turn") > 10
-    assert "batch" in order[first:last]
+    monkeypatch.setattr(Desk, "_go", go)
+    asked = [asyncio.ensure_future(asker.ids()) for _ in range(3)]
+    await eventually(lambda: asker.waiting == 3)
+    gate.set()
+    await asyncio.gather(busy, *asked)
+    assert ["go 1"] * 3 == order
+    monkeypatch.setattr(answering_module, "GO_SECONDS", 60.0)
+    order.clear()
+    gate.clear()
+    busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
+    asked = [asyncio.ensure_future(asker.ids()) for _ in range(9)]
+    await eventually(lambda: asker.waiting == 9)
+    gate.set()
+    await asyncio.gather(busy, *asked)
+    assert 9 == sum(int(one[3:]) for one in order)
+    assert len(order) <= 2
 
 
 class Handles:
@@ -363,61 +397,8 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> Handles:
     return Handles(monkeypatch)
 
 
-async def test_a_job_that_nobody_waits_for_lets_go_of_its_handles_in_the_hdf5_thread(
-    asker: Asker, handles: Handles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where a commit holds h5py's global lock, closing a handle waits for it: the event loop must not."""
-    await fill(asker, "c1", range(1, 11))
-    gate = threading.Event()
-    whole = Job.turn
-
-    def turn(self: Job) -> bytes | None:
-        answer = whole(self)
-        gate.wait(60)
-        return answer
-
-    monkeypatch.setattr(Job, "turn", turn)
-    monkeypatch.setattr(lookups, "TURN_SECONDS", 0.0)
-    asking = asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=0.5, patience=2))
-    await eventually(lambda: handles.opened == 1)
-    with pytest.raises(nats.errors.TimeoutError):  # the desk's clock began later, and is over for certain
-        await asking
-    gate.set()
-    await eventually(lambda: asker.count("events", "stale") == 1.0)
-    thread = await asker.in_thread(threading.get_ident)
-    assert (1, [thread]) == (handles.opened, handles.released_in)
-
-
-async def test_a_job_that_is_cancelled_lets_go_of_its_handles_in_the_hdf5_thread(
-    asker: Asker, handles: Handles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when the process stops while batches come, so that the job waits for its next turn."""
-    await fill(asker, "c1", range(1, 11))
-    monkeypatch.setattr(lookups, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(answering_module, "_BUSY_SECONDS", -1.0)
-    monkeypatch.setattr(answering_module, "_PAUSE_TURNS", 1e9)
-    asking = asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=60))
-    await eventually(lambda: handles.opened == 1)
-    await asker.in_thread(int)  # its result comes to the loop behind that of the turn
-    asker.work.cancel()
-    with suppress(asyncio.CancelledError):
-        await asker.work
-    thread = await asker.in_thread(threading.get_ident)
-    assert (1, [thread]) == (handles.opened, handles.released_in)
-    asking.cancel()
-
-
-async def test_a_job_that_fails_lets_go_of_its_handles_in_the_hdf5_thread(
-    asker: Asker, handles: Handles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error keeps the variables of every function that it came through, and the loop is who drops it."""
-    whole = Desk._refuse
-
-    async def refuse(self: Desk, *arguments: Any) -> None:
-        await asker.in_thread(int)  # the thread has forgotten the error, and the loop holds it
-        await whole(self, *arguments)
-
-    monkeypatch.setattr(Desk, "_refuse", refuse)
+async def test_a_question_lets_go_of_its_handles_in_the_hdf5_thread(asker: Asker, handles: Handles) -> None:
+    """Closing one waits for h5py's lock, which a commit may have: the event loop must not. Errors hold handles, too."""
     await asker.in_thread(asker.store.append, "c1", [record(1, b'{"event_type":"' + b"x" * 1_100_000 + b'"}')])
     await asker.in_thread(asker.store.commit, 1)
     assert (await asker.ask(Events("c1", 0, 1))).headers

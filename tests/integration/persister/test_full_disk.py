@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from services.corpus import open_corpus
-from services.eventlog.jetstream.names import STREAM, consumer_name
+from services.eventlog.jetstream.names import STREAM, parse_cursor_name
 from services.eventlog.partitions import partition_name
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted
 from tests.support.polling import eventually
@@ -82,8 +82,13 @@ async def _floors_that_stand(log: Log, persister: Persister) -> list[int]:
 
 
 async def _floors(log: Log) -> list[int]:
-    infos = {info["name"]: info for info in await log.api.list_consumers(STREAM)}
-    return [infos[consumer_name("main", number)]["ack_floor"]["stream_seq"] for number in range(PARTITIONS)]
+    floors: dict[int, tuple[int, int]] = {}  # by partition: the newest cursor's generation and floor
+    for info in await log.api.list_consumers(STREAM):
+        parsed = parse_cursor_name(info["name"])
+        assert parsed is not None
+        _, partition, generation = parsed
+        floors[partition] = max(floors.get(partition, (0, 0)), (generation, info["ack_floor"]["stream_seq"]))
+    return [floors[partition][1] for partition in range(PARTITIONS)]
 
 
 def _failures(persister: Persister) -> Counter[str]:

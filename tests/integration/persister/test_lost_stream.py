@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.eventlog.jetstream.names import STREAM, consumer_name
-from tests.support.cluster import delete_streams
-from tests.support.persisters import PARTITIONS, Log, Persister, persisted
+from services.eventlog.jetstream.names import STREAM
+from tests.support.persisters import Log, Persister, persisted
 from tests.support.polling import eventually
 from tests.support.snapshots import back_up, restore
 
@@ -23,15 +22,14 @@ async def test_a_restored_stream_is_a_new_one_and_gets_a_new_data_directory(log:
         lost = await log.publish(20)
         await persisted(old, saved, lost)
         assert 0 == await persister.end()
-    await delete_streams(log.cluster)
+    await log.api.request(f"STREAM.DELETE.{STREAM}")
     await restore(log.nc, backup)
 
     async def restored() -> bool:
         info = await log.api.stream_info(STREAM)
         assert info is not None
         assert log.identity.created != info["created"]
-        consumers, missing = await log.api.survey_consumers(STREAM)
-        return (20, PARTITIONS, []) == (info["state"]["last_seq"], len(consumers), missing)
+        return bool(info["state"]["last_seq"] == 20)
 
     await eventually(restored)
     after = await log.publish(30)  # sequences 21 to 50: the old corpus has other events up to 40
@@ -40,12 +38,8 @@ async def test_a_restored_stream_is_a_new_one_and_gets_a_new_data_directory(log:
         assert 0 == await persister.end()
     await persisted(old, saved, lost)
 
+    # the bucket still has the old keys: they name the old stream, so they do not count
     with Persister(tmp_path / "c", log.cluster, new) as persister:
-        await persister.not_ready("all 4 are on others")  # the consumers came back with the stream
-        assert 0 == await persister.end()
-    for partition in range(PARTITIONS):
-        await log.api.request(f"CONSUMER.DELETE.{STREAM}.{consumer_name('main', partition)}")
-    with Persister(tmp_path / "d", log.cluster, new) as persister:
         await persister.ready()
         await persisted(new, saved, after)
         assert 0 == await persister.end()

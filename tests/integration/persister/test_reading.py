@@ -19,10 +19,9 @@ from services.contract.ids import new_event_id
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM, consumer_name
-from services.eventlog.jetstream.reading import JetStreamReader
-from services.eventlog.jetstream.reading_stream import StreamReading
+from services.eventlog.jetstream.reading import JetStreamReader, StreamReading
 from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import Page, StoredEvent
+from services.eventlog.protocol import Page, Stored, StoredEvent, digest_of
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
 
@@ -60,6 +59,10 @@ async def reaches(position: Callable[[], Awaitable[int]], wanted: int) -> bool:
     return await position() >= wanted
 
 
+async def read(reader: JetStreamReader, consultation: str, after: int, limit: int) -> list[StoredEvent]:
+    return (await reader.page(consultation, after, limit)).events
+
+
 async def in_pages(reader: JetStreamReader, consultation: str = "c1", *, limit: int = 7) -> list[StoredEvent]:
     """Read all, page by page."""
     found: list[StoredEvent] = []
@@ -84,14 +87,19 @@ async def test_what_is_persisted_is_read_page_by_page(log: Log, reader: JetStrea
         await persisted(tmp_path / "data", {"c1": [one.event_id for one in events]})
         expected = [StoredEvent(s, e, persisted=True) for s, e in zip(stands, events, strict=True)]
         assert expected == await in_pages(reader)
-        assert expected[5:8] == await reader.read("c1", stands[4], 3)
-        assert [] == await reader.read("c1", stands[-1], 3)
-        assert [] == await reader.read("never", 0, 3)
-        assert expected[3] == await reader.find("c1", events[3].event_id)
-        assert expected[3] == await reader.locate("c1", events[3].event_id)
-        for ask in (reader.find, reader.locate):
-            assert await ask("c1", new_event_id()) is None
-            assert await ask("c2", events[3].event_id) is None
+        assert expected[5:8] == await read(reader, "c1", stands[4], 3)
+        assert [] == await read(reader, "c1", stands[-1], 3)
+        assert [] == await read(reader, "never", 0, 3)
+        wanted = events[3]
+        assert expected[3] == await reader.locate("c1", wanted.event_id)
+        stored = {wanted.event_id: Stored(stands[3], digest_of(wanted.body))}
+        assert stored == await reader.find("c1", [wanted.event_id, new_event_id()])
+        assert {} == await reader.find("c2", [wanted.event_id])
+        assert await reader.locate("c1", new_event_id()) is None
+        assert await reader.locate("c2", wanted.event_id) is None
+        snapshot = await reader.snapshot("c1")
+        assert all(snapshot.may_hold(one.event_id) for one in events)
+        assert not snapshot.may_hold(new_event_id())
 
 
 async def test_a_client_reads_its_own_writes_while_they_are_persisted_and_trimmed(
@@ -151,16 +159,16 @@ async def test_what_waits_is_read_without_a_persister_and_after_trim_it_is_refus
     assert expected[7] == await reader.locate("c1", events[7].event_id)
     assert await reader.locate("c1", new_event_id()) is None
     started = time.monotonic()
-    with pytest.raises(CorpusAwayError, match="nobody has it open"):
-        await reader.find("c1", events[0].event_id)
+    with pytest.raises(CorpusAwayError, match="no persister has it open"):
+        await reader.find("c1", [events[0].event_id])
     with pytest.raises(CorpusAwayError):
         await reader.consultations("", "", 10)
     assert time.monotonic() - started < 2
 
     await log.api.purge(STREAM, stands[10])
-    assert expected[10:] == await reader.read("c1", stands[9], 100)
+    assert expected[10:] == await read(reader, "c1", stands[9], 100)
     with pytest.raises(CorpusAwayError):
-        await reader.read("c1", stands[8], 100)
+        await read(reader, "c1", stands[8], 100)
     with pytest.raises(CorpusAwayError):
         await reader.locate("c1", new_event_id())
     assert expected[12] == await reader.locate("c1", events[12].event_id)
@@ -243,36 +251,13 @@ async def test_large_and_many_events_of_the_stream_come_in_bounded_pages(log: Lo
 async def test_what_is_no_event_is_passed_over(log: Log, reader: JetStreamReader) -> None:
     """The persister sets it aside; also when it is all that there is."""
     await log.nc.request("fi.events.c1", b"garbage", timeout=10)
-    assert [] == await reader.read("c1", 0, 10)
+    assert [] == await read(reader, "c1", 0, 10)
     (stands,) = await append(log, event(1))
-    assert [stands] == sequences(await reader.read("c1", 0, 10))
+    assert [stands] == sequences(await read(reader, "c1", 0, 10))
     assert await reader.at(stands - 1) is None
     found = await reader.at(stands)
     assert found is not None
     assert ("c1", False) == (found.event.consultation, found.persisted)
-
-
-async def test_finds_that_come_together_are_one_question(
-    log: Log, reader: JetStreamReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One is under way for a partition, and everything that comes meanwhile is the next."""
-    with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
-        await persister.ready()
-        events = [event(number) for number in range(1, 51)]
-        stands = await append(log, *events)
-        await persisted(tmp_path / "data", {"c1": [one.event_id for one in events]})
-        asked: list[str] = []
-        request = type(log.nc).request
-
-        async def counted(self: object, subject: str, *arguments: object, **options: object) -> Msg:
-            asked.append(subject)
-            return await request(self, subject, *arguments, **options)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(type(log.nc), "request", counted)
-        ids = [one.event_id for one in events] + [new_event_id() for _ in range(1500)]
-        found = await asyncio.gather(*(reader.find("c1", event_id) for event_id in ids + ids[:50]))
-    assert [*stands, *[None] * 1500, *stands] == [one.sequence if one else None for one in found]
-    assert len(asked) <= 3
 
 
 async def test_consultations_of_all_partitions_are_listed_in_order(

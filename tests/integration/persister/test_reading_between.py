@@ -14,11 +14,11 @@ from services.cli.cluster import Cluster
 from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.corpus import EventStore, Record
+from services.eventlog.errors import CorpusAwayError
 from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.reading import JetStreamReader
-from services.eventlog.jetstream.reading_stream import Numbered, StreamReading
+from services.eventlog.jetstream.reading import JetStreamReader, Numbered, StreamReading
 from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import Page
+from services.eventlog.protocol import Page, Stored, digest_of
 from services.persister.answering import Desk
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
@@ -151,119 +151,58 @@ async def test_an_event_is_found_although_it_is_committed_and_trimmed_meanwhile(
     assert (stands[1], True) == (found.sequence, found.persisted)
 
 
-async def held(halted: Halted, *events: Event, before: int | None = None) -> tuple[list[int], bool]:
-    """Return where the first event under each of the ids stands, 0 for none, and whether that is all."""
-    found = await halted.reader.held("c1", [one.event_id for one in events], before)
-    places = [found.events[one.event_id].sequence if one.event_id in found.events else 0 for one in events]
-    return places, found.complete
+async def test_a_snapshot_shows_what_is_committed_and_nothing_else(halted: Halted) -> None:
+    """What waits in the stream the broker knows itself."""
+    events = [event(number) for number in range(1, 5)]
+    stands = await halted.append(*events)
+    empty = await halted.reader.snapshot("c1")
+    await halted.commit(stands[:2], events[:2])
+    snapshot = await halted.reader.snapshot("c1")
+    assert (True, 0) == (empty.whole, empty.size)
+    assert (True, 16) == (snapshot.whole, snapshot.size)
+    assert [True, True, False, False] == [snapshot.may_hold(one.event_id) for one in events]
+    assert not empty.may_hold(events[0].event_id)
 
 
-async def test_of_a_key_the_first_event_is_found_whether_it_is_persisted_or_waits(halted: Halted) -> None:
-    """The broker has taken both a second time."""
+async def test_a_consultation_with_too_many_ids_has_no_snapshot(
+    halted: Halted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then each id may be held, and is asked for."""
+    events = [event(number) for number in range(1, 5)]
+    await halted.commit(await halted.append(*events), events)
+    monkeypatch.setattr("services.eventlog.jetstream.questions.MAX_IDS", 3)
+    snapshot = await halted.reader.snapshot("c1")
+    assert (False, True) == (snapshot.whole, snapshot.may_hold(event(9).event_id))
+    found = await halted.reader.find("c1", [events[1].event_id, event(9).event_id])
+    assert {events[1].event_id: Stored(2, digest_of(events[1].body))} == found
+
+
+async def test_of_a_batch_it_is_known_what_is_persisted_and_what_waits(halted: Halted) -> None:
+    """So its retry waits for neither."""
     events = [event(number) for number in range(1, 5)]
     stands = await halted.append(*events)
     await halted.commit(stands[:2], events[:2])
-    await halted.again(events[0])
-    copy = await halted.again(events[2])
-
-    for before in (None, copy, stands[3]):
-        assert await held(halted, events[0], events[2], event(9), before=before) == ([1, 3, 0], True)
-    assert await held(halted, *events, before=stands[2]) == ([1, 2, 0, 0], True)
-
-
-async def test_the_stream_is_not_asked_where_the_corpus_has_come_as_far(
-    halted: Halted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a short backlog a new key costs one question to the persister."""
-    events = [event(number) for number in range(1, 4)]
-    stands = await halted.append(*events)
-    await halted.commit(stands[:2], events[:2])
-    for name in ("last", "tail", "first"):
-        monkeypatch.delattr(StreamReading, name)
-
-    assert await held(halted, events[1], event(9), before=stands[2]) == ([2, 0], True)
-
-
-async def test_a_key_is_found_although_its_event_is_committed_and_trimmed_meanwhile(
-    halted: Halted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a reader finds it: the corpus is asked once more."""
-    events = [event(number) for number in range(1, 4)]
-    stands = await halted.append(*events)
-    await halted.commit(stands[:1], events[:1])
-    tail = StreamReading.tail
-
-    async def trimmed(
-        self: StreamReading, partition: int, consultation: str, after: int, last: int
-    ) -> AsyncIterator[Numbered]:
-        await halted.commit(stands[1:], events[1:])
-        await halted.log.api.purge(STREAM, stands[2])
-        async for numbered in tail(self, partition, consultation, after, last):
-            yield numbered
-
-    monkeypatch.setattr(StreamReading, "tail", trimmed)
-    assert await held(halted, events[1], before=stands[2] + 1) == ([2], True)
+    wanted = [events[0].event_id, events[3].event_id, event(9).event_id]
+    assert {events[0].event_id, events[3].event_id} == await halted.reader.known("c1", wanted)
 
 
 @pytest.mark.parametrize("bound", ["MOST_EVENTS", "MOST_BYTES"])
-async def test_what_is_read_of_a_long_backlog_for_a_key_is_bounded(
+async def test_what_is_read_of_a_long_backlog_for_a_batch_is_bounded(
     halted: Halted, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
-    """Then it is not known whether there is an event under the key; those that were met are known."""
+    """The others are published in order, as if they were new."""
     events = [event(number) for number in range(1, 41)]
     await halted.append(*events)
-    monkeypatch.setattr(f"services.eventlog.jetstream.reading_held.{bound}", 20)
-
-    assert await held(halted, events[0]) == ([1], True)
-    assert await held(halted, events[0], events[39]) == ([1, 0], False)
+    monkeypatch.setattr(f"services.eventlog.jetstream.reading.{bound}", 20)
+    assert {events[0].event_id} == await halted.reader.known("c1", [events[0].event_id, events[39].event_id])
 
 
-async def test_one_question_at_a_time_reads_the_stream(halted: Halted, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flood of keys while much waits must leave the process time for its events."""
-    events = [event(number) for number in range(1, 11)]
-    await halted.append(*events)
-    tail, reading, most = StreamReading.tail, 0, 0
-
-    async def counted(
-        self: StreamReading, partition: int, consultation: str, after: int, last: int
-    ) -> AsyncIterator[Numbered]:
-        nonlocal reading, most
-        reading += 1
-        most = max(most, reading)
-        async for numbered in tail(self, partition, consultation, after, last):
-            yield numbered
-        reading -= 1
-
-    monkeypatch.setattr(StreamReading, "tail", counted)
-    found = await asyncio.gather(*(held(halted, one, event(99)) for one in events))
-
-    assert [([one, 0], True) for one in range(1, 11)] == found
-    assert most == 1
-
-
-async def test_without_a_persister_only_a_whole_stream_can_say_that_a_key_is_new(log: Log) -> None:
-    """What it has is found all the same."""
+async def test_without_a_persister_the_stream_shows_what_is_known(log: Log) -> None:
+    """A retry of a batch in an outage must be quick, too."""
     reader = JetStreamReader(log.nc, log.settings)
     events = [event(number) for number in range(1, 4)]
     for one in events:
         await log.publisher.append(one)
-
-    async def found(wanted: Event) -> tuple[int, bool]:
-        said = await reader.held("c1", [wanted.event_id], None)
-        return (said.events[wanted.event_id].sequence if said.events else 0), said.complete
-
-    assert [(2, True), (0, True)] == [await found(events[1]), await found(event(9))]
-    await log.api.purge(STREAM, 2)
-    assert [(2, False), (0, False)] == [await found(events[1]), await found(event(9))]
-
-
-async def test_without_a_persister_new_events_do_not_queue_for_the_stream(log: Log) -> None:
-    """Intake goes on at its pace in an outage: of those that come together one has its key looked for."""
-    reader = JetStreamReader(log.nc, log.settings)
-    events = [event(number) for number in range(1, 11)]
-    for one in events:
-        await log.publisher.append(one)
-
-    said = await asyncio.gather(*(reader.held("c1", [one.event_id], 11) for one in events))
-
-    assert [(1, True), *[(0, False)] * 9] == sorted(((len(one.events), one.complete) for one in said), reverse=True)
+    assert {events[1].event_id} == await reader.known("c1", [events[1].event_id, event(9).event_id])
+    with pytest.raises(CorpusAwayError):
+        await reader.snapshot("c1")

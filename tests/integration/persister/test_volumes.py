@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from services.contract.errors import TransientError
-from services.eventlog.jetstream.names import STREAM, consumer_name
-from services.eventlog.jetstream.placement import Placements
+from services.eventlog.jetstream.names import BUCKET, STREAM
+from services.eventlog.jetstream.placement import Placements, read_stores
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.settings import LogSettings
 from services.persister.assignment import Deployment, place
 from services.persister.volume import Volume
 from tests.support.cluster import delete_streams
+from tests.support.commands import done
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted
 from tests.support.polling import eventually
 
@@ -33,7 +35,7 @@ async def claim(log: Log, folder: Path, settings: LogSettings) -> set[int]:
 
 
 async def test_two_volumes_that_claim_at_the_same_moment_share_evenly_twenty_times(log: Log, tmp_path: Path) -> None:
-    """The broker lets one win each partition; a store of its own a round means fresh consumers."""
+    """The broker lets one win each partition; a store of its own a round means fresh keys."""
     for number in range(20):
         settings = dataclasses.replace(log.settings, store=f"s{number}")
         folders = (tmp_path / f"{number}-a", tmp_path / f"{number}-b")
@@ -46,7 +48,7 @@ async def test_two_volumes_that_claim_at_the_same_moment_share_evenly_twenty_tim
 async def test_two_volumes_whose_processes_start_at_the_same_moment_share_the_events_twenty_times(
     log: Log, tmp_path: Path
 ) -> None:
-    """Every event is in one of them, and none in both; a store of its own a round means fresh consumers."""
+    """Every event is in one of them, and none in both; a store of its own a round means fresh keys."""
     events = await log.publish(60)
     for number in range(20):
         folder = tmp_path / str(number)
@@ -60,8 +62,8 @@ async def test_two_volumes_whose_processes_start_at_the_same_moment_share_the_ev
             assert [2, 2] == [len(list(place.glob("[0-9][0-9].h5"))) for place in data]
             await persisted_in(data, events)
             assert [0, 0] == list(await asyncio.gather(one.end(), two.end()))
-        for partition in range(PARTITIONS):  # or the brokers keep up those of all rounds
-            await log.api.request(f"CONSUMER.DELETE.{STREAM}.{consumer_name(f's{number}', partition)}")
+        for name in await log.api.consumer_names(STREAM):  # or the brokers keep up those of all rounds
+            await log.api.request(f"CONSUMER.DELETE.{STREAM}.{name}")
 
 
 async def persisted_in(data: list[Path], events: Contents) -> None:
@@ -149,13 +151,132 @@ async def test_a_stream_created_anew_stops_everything_and_gets_no_claims(log: Lo
         await log.publish(5)
         for partition in range(PARTITIONS):
             await persister.not_ready(f"partition 0{partition} is stopped: stream fi-events was created at")
-        assert [] == await log.api.list_consumers(STREAM)
+        assert {} == await read_stores(log.nc)
         assert 0 == await persister.end()
     with Persister(tmp_path / "b", log.cluster, data) as persister:
         await persister.not_ready("the stream was deleted and created anew")
-        assert [] == await log.api.list_consumers(STREAM)
+        assert {} == await read_stores(log.nc)
         assert 0 == await persister.end()
     assert events == corpus_of(data)
     with Persister(tmp_path / "c", log.cluster, tmp_path / "new") as persister:
         await persister.ready()
         await eventually(lambda: sum(map(len, corpus_of(tmp_path / "new").values())) == 5)
+
+
+async def test_a_deleted_key_stops_its_partition_on_every_volume_until_it_is_placed(log: Log, tmp_path: Path) -> None:
+    """The other volume must not begin it anew with an empty file; the owner lets go of it. Nothing is lost."""
+    data = [tmp_path / "one", tmp_path / "two"]
+    with (
+        Persister(tmp_path / "a", log.cluster, data[0], FI_VOLUMES="2") as one,
+        Persister(tmp_path / "b", log.cluster, data[1], FI_VOLUMES="2") as two,
+    ):
+        await asyncio.gather(one.ready(), two.ready())
+        before = await log.publish(40)
+        await persisted_in(data, before)
+        files = [sorted(folder.glob("[0-9][0-9].h5")) for folder in data]
+        lost = files[0][0].stem
+        await (await log.nc.jetstream().key_value(BUCKET)).delete(f"main.{lost}")
+        for persister in (one, two):
+            await persister.not_ready(f"partition {lost}: key main.{lost} is gone from bucket fi-partitions")
+        after = await log.publish(40)
+        assert files == [sorted(folder.glob("[0-9][0-9].h5")) for folder in data]
+        assert "there is nothing to place" not in await done(log, "place", "--corpus", data[1])
+        await one.not_ready("run `fiq place`")
+
+        told = await done(log, "place", "--corpus", data[0])
+        assert f"partition {lost} lives on volume" in told
+        await asyncio.gather(one.ready(), two.ready())
+        await persisted_in(data, joined((before, after)))
+        assert "there is nothing to place" in await done(log, "place", "--corpus", data[1])
+        assert [0, 0] == list(await asyncio.gather(one.end(), two.end()))
+
+
+async def test_a_lost_bucket_is_no_fresh_start(log: Log, tmp_path: Path) -> None:
+    """Neither for the volumes that were there nor, once they are placed again, for anybody else."""
+    data = tmp_path / "data"
+    with Persister(tmp_path / "a", log.cluster, data) as persister:
+        await persister.ready()
+        events = await log.publish(40)
+        await persisted(data, events)
+        await log.api.request("STREAM.DELETE.KV_fi-partitions")
+        await provision(log.nc, log.settings)
+        await persister.not_ready("key main.03 is gone from bucket fi-partitions")
+        assert PARTITIONS == (await done(log, "place", "--corpus", data)).count("lives on volume")
+        await persister.ready()
+        await eventually(lambda: formed(log))
+        later = await log.publish(40)
+        await persisted(data, events, later)
+        assert 0 == await persister.end()
+
+
+async def formed(log: Log) -> bool:
+    """Whether the store is."""
+    return (await Placements(log.nc, log.settings).read()).formed
+
+
+async def test_a_file_is_made_before_its_claim_whenever_a_process_is_killed(log: Log, tmp_path: Path) -> None:
+    """Twenty kills while it claims: in the end each partition is placed once, with its file, and the rest is clean."""
+    data = tmp_path / "data"
+    for number in range(20):
+        with Persister(tmp_path / f"k{number}", log.cluster, data) as persister:
+            await persister.port()
+            await eventually(partial(made, data, number % (PARTITIONS + 1)))
+            persister.process.kill()
+            await asyncio.to_thread(persister.process.wait)
+        for partition in (await Placements(log.nc, log.settings).read()).partitions:
+            assert (data / f"{partition:02d}.h5").exists()
+    with Persister(tmp_path / "last", log.cluster, data) as persister:
+        await persister.ready()
+        events = await log.publish(40)
+        await persisted(data, events)
+        assert 0 == await persister.end()
+
+
+def made(data: Path, files: int) -> bool:
+    """Whether there are so many partition files."""
+    return len(list(data.glob("[0-9][0-9].h5"))) >= files
+
+
+async def test_a_store_that_begins_after_a_trim_says_where(log: Log, tmp_path: Path) -> None:
+    """It is no full copy, and says so in its files, its keys and to `fiq verify`."""
+    await log.publish(40)
+    await log.api.purge(STREAM, 31)
+    second = tmp_path / "second"
+    with Persister(tmp_path / "b", log.cluster, second, FI_STORE="second") as persister:
+        await persister.ready()
+        await eventually(lambda: sum(map(len, corpus_of(second).values())) == 10)
+        assert 0 == await persister.end()
+    told = await done(log, "verify", second)
+    assert "00.h5, 01.h5, 02.h5, 03.h5 begins at sequence 31: earlier events are only in other stores" in told
+    places = (await read_stores(log.nc))["second"].partitions
+    assert [31] * PARTITIONS == [place.begins for place in places.values()]
+
+
+async def test_a_store_is_seeded_with_a_backup_of_another_one(log: Log, tmp_path: Path) -> None:
+    """It has what was trimmed, and goes on from there by itself: a full copy, with the same chains."""
+    data, saved, second = tmp_path / "data", tmp_path / "saved", tmp_path / "second"
+    with Persister(tmp_path / "a", log.cluster, data) as first:
+        await first.ready()
+        before = await log.publish(40)
+        await persisted(data, before)
+        await done(log, "backup", saved, "--corpus", data)
+        await eventually(lambda: caught_up(log, 40))
+        await log.api.purge(STREAM, 21)
+        await done(log, "restore", saved, "--to", second, "--as-store", "second")
+        with Persister(tmp_path / "b", log.cluster, second, FI_STORE="second") as other:
+            await other.ready()
+            after = await log.publish(40)
+            await persisted(data, before, after)
+            await persisted(second, before, after)
+            assert [0, 0] == list(await asyncio.gather(first.end(), other.end()))
+    assert "clean" in await done(log, "verify", second)
+    stores = await read_stores(log.nc)
+    assert {True} == {store.formed for store in stores.values()}
+    assert {1} == {place.begins for place in stores["second"].partitions.values()}
+    assert stores["main"].volumes != stores["second"].volumes
+
+
+async def caught_up(log: Log, sequence: int) -> bool:
+    """Whether every partition's key has reached *sequence*."""
+    places = (await Placements(log.nc, log.settings).read()).partitions
+    return all(place.committed >= sequence for place in places.values())

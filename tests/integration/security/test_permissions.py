@@ -18,10 +18,10 @@ from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import Connection, close, connect
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import STREAM, Role
-from services.eventlog.jetstream.placement import Placements
+from services.eventlog.jetstream.placement import Placements, read_stores
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.protocol import LogIdentity
+from services.eventlog.protocol import LogIdentity, Position
 from tests.support.polling import eventually
 from tests.support.security import PORTS, Secured, fiq, run
 
@@ -49,6 +49,7 @@ FORBIDDEN = {
         "$JS.API.CONSUMER.RESET.fi-events.fi-workers-main-00",
         "$JS.API.CONSUMER.MSG.NEXT.fi-events.fi-workers-main-00",
         "$JS.ACK.fi-events.fi-workers-main-00.1.1.1.1.0",
+        "$KV.fi-partitions.main.00",
         "_INBOX_persister.x",
         "$SYS.REQ.SERVER.PING",
     ],
@@ -66,7 +67,10 @@ FORBIDDEN = {
         "$JS.API.STREAM.RESTORE.fi-events",
         "$JS.API.CONSUMER.CREATE.fi-events.mine",
         "$JS.API.CONSUMER.CREATE.fi-dead.mine",
-        "$JS.API.CONSUMER.DELETE.fi-events.fi-workers-main-00",
+        "$JS.API.CONSUMER.CREATE.KV_fi-partitions.mine.$KV.fi-partitions.>",
+        "$JS.API.CONSUMER.RESET.fi-events.fi-workers-main-00-1",
+        "$JS.API.STREAM.PURGE.KV_fi-partitions",
+        "$JS.API.STREAM.DELETE.KV_fi-partitions",
         "_INBOX_ops.x",
         "$SYS.REQ.SERVER.PING",
     ],
@@ -83,6 +87,9 @@ FORBIDDEN = {
         "$JS.API.STREAM.SNAPSHOT.fi-events",
         "$JS.API.CONSUMER.CREATE.fi-events.mine",
         "$JS.API.CONSUMER.DELETE.fi-events.fi-workers-main-00",
+        "$KV.fi-partitions.main.00",
+        "$JS.API.STREAM.DELETE.KV_fi-partitions",
+        "$JS.API.STREAM.MSG.GET.KV_fi-partitions",
         "$SYS.REQ.SERVER.PING",
     ],
     Role.OPS: [
@@ -98,6 +105,10 @@ FORBIDDEN = {
         "$JS.API.STREAM.MSG.DELETE.fi-events",
         "$JS.API.STREAM.RESTORE.fi-events",
         "$JS.API.CONSUMER.CREATE.fi-events.mine",
+        "$JS.API.CONSUMER.CREATE.fi-events.fi-workers-main-00-1.fi.events.0.*",
+        "$JS.API.CONSUMER.RESET.fi-events.fi-workers-main-00-1",
+        "$JS.API.STREAM.PURGE.KV_fi-partitions",
+        "$JS.API.STREAM.DELETE.KV_fi-partitions",
         "$JS.API.CONSUMER.DELETE.fi-events.fi-workers-main-00",
         "$JS.API.CONSUMER.MSG.NEXT.fi-events.fi-workers-main-00",
         "$JS.ACK.fi-events.fi-workers-main-00.1.1.1.1.0",
@@ -190,9 +201,36 @@ async def test_provisioning_says_who_may(stranger: Connection, secured: Secured)
 
 
 async def test_placement_says_what_is_missing(stranger: Connection, secured: Secured) -> None:
-    """A claim by somebody who may not create consumers."""
-    with pytest.raises(LogForbiddenError, match=r"consumer\.create\.fi-events\.fi-workers-main-00"):
-        await Placements(stranger, secured.settings(Role.INGEST)).claim(0, "volume", 1)
+    """A claim by somebody who may read the bucket and not write it."""
+    await _identity(secured)
+    with pytest.raises(LogForbiddenError, match=r"may not publish on \$kv\.fi-partitions\.main\.00"):
+        await Placements(stranger, secured.settings(Role.INGEST)).claim(0, "volume", 1, begins=1)
+
+
+async def test_a_persister_places_and_ops_places_anew(secured: Secured) -> None:
+    """Each with its own user: claim, progress and the hint of it; then what `fiq restore` does; everybody reads it."""
+    await _identity(secured)
+    async with secured.connected(Role.PERSISTER) as owner, secured.connected(Role.OPS) as ops:
+        placements = Placements(owner, secured.settings(Role.PERSISTER, store="placing"))
+        news: list[None] = []
+        async with placements.watching(lambda: news.append(None)):
+            claimed = await placements.progress(await placements.claim(0, "volume", 1, begins=1), 10)
+            await placements.form({"volume"})
+            await placements.read()
+            news.clear()
+            renewed = await Placements(ops, secured.settings(Role.OPS, store="placing")).renew(
+                claimed, epoch=2, committed=5
+            )
+            await eventually(lambda: news)
+        assert renewed == await placements.get(0)
+        bucket = await ops.jetstream().key_value("fi-partitions")
+        assert {"placing", "placing.00"} <= set(await bucket.keys())
+        assert 3 == len(await bucket.history("placing.00"))
+        assert not owner.violations
+        assert not ops.violations
+    async with secured.connected(Role.INGEST) as reader:
+        assert {0: renewed} == (await read_stores(reader))["placing"].partitions
+        assert not reader.violations
 
 
 async def test_a_publisher_says_what_is_missing(secured: Secured) -> None:
@@ -207,16 +245,12 @@ async def test_a_publisher_says_what_is_missing(secured: Secured) -> None:
 
 
 async def test_a_follower_says_what_is_missing(secured: Secured) -> None:
-    """Silence of the consumer would look like an idle partition."""
+    """Silence of the log would look like an idle partition."""
     identity = await _identity(secured)
-    async with secured.connected(Role.PERSISTER) as owner:
-        await Placements(owner, secured.settings(Role.PERSISTER, replicas=3)).claim(0, "volume", 1)
-    async with secured.connected(Role.OPS) as nc:  # may reset it, and not pull from it
-        follower = JetStreamFollower(nc, "fi-workers-main-00", 0, identity, budget=Budget(64, 2**20))
-        await follower.start(0)
-        with pytest.raises(LogForbiddenError, match=r"consumer\.msg\.next"):
-            async with asyncio.timeout(QUICK):
-                await follower.batch(max_events=10, max_bytes=2**20)
+    async with secured.connected(Role.OPS) as nc:
+        follower = JetStreamFollower(nc, "main", 0, identity, budget=Budget(64, 2**20))
+        with pytest.raises(LogForbiddenError, match=r"consumer\.create\.fi-events\.fi-workers-main-00"):
+            await asyncio.wait_for(follower.start(Position(0)), QUICK)
         await follower.close()
 
 

@@ -31,6 +31,7 @@ COMMANDS = [
     "backup",
     "restore",
     "give-up",
+    "place",
     "token",
     "nats-context",
     "rolling-restart",

@@ -39,7 +39,7 @@ def slow() -> Iterator[_SlowIO]:
 
 def _begin_slow_checkpoint(path: Path, slow: _SlowIO, **limits: int) -> EventStore:
     """Open a store and commit 100 events; a checkpoint of them is half way."""
-    store = EventStore.open(path, expected=IDENTITY, options=StoreOptions(io=slow, **limits))
+    store = EventStore.open(path, expected=IDENTITY, options=StoreOptions(io=slow, **limits))  # type: ignore[arg-type]
     commit_range(store, range(1, 101))
     assert store.maybe_checkpoint(now=True)
     assert slow.holding.wait(30)

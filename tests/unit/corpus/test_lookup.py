@@ -51,49 +51,6 @@ def test_a_position_is_found_between_sequences_too(store: EventStore) -> None:
     store.commit(2000)
     held = found(store, "c")
     assert [0, 0, 1, 1, 199, 200] == [held.behind(sequence) for sequence in (0, 9, 10, 19, 1999, 2000)]
-    row = held.at(50)
-    assert row is not None
-    assert (50, record(50).event_id) == (row.sequence, row.event_id)
-    assert [None, None, None] == [held.at(sequence) for sequence in (1, 55, 2001)]
-
-
-def test_many_ids_are_found_in_one_search_of_short_steps(store: EventStore) -> None:
-    """A long consultation must not hold back a commit until all of it has been searched."""
-    store.append("c", [record(sequence) for sequence in range(1, 5001)])
-    store.commit(5000)
-    ids = [record(sequence).event_id for sequence in (1, 4999, 7000)]
-    held = found(store, "c")
-    taken = 0
-    search = held.search(ids)
-    while True:
-        try:
-            next(search)
-        except StopIteration as ended:
-            rows = ended.value
-            break
-        taken += 1
-    assert 2 == taken
-    assert {ids[0]: 1, ids[1]: 4999} == {event_id: row.sequence for event_id, row in rows.items()}
-    assert rows == held.find(ids)
-
-
-def test_known_ids_are_told_without_hdf5(store: EventStore) -> None:
-    """Only what the writer keeps in memory anyway."""
-    commit_range(store, range(1, 3), consultations=1)
-    name = consultation_of(1, 1)
-    with store.reading() as lookup:
-        assert {record(1).event_id, record(2).event_id} == lookup.known_ids(name)
-        assert lookup.known_ids("other") is None
-
-
-def test_ids_that_were_not_needed_yet_are_not_loaded_for_a_reader(tmp_path: Path) -> None:
-    """What a reader asks for must not push out what the writer needs."""
-    with EventStore.create(tmp_path / "00.h5", IDENTITY) as first:
-        commit_range(first, range(1, 3), consultations=1)
-    with EventStore.open(tmp_path / "00.h5", expected=IDENTITY) as again, again.reading() as lookup:
-        assert lookup.known_ids(consultation_of(1, 1)) is None
-        assert lookup.consultation(consultation_of(1, 1)) is not None
-        assert 0 == again.stats.open_consultations
 
 
 def test_names_come_in_slices_and_none_is_left_out_when_others_are_created(tmp_path: Path) -> None:

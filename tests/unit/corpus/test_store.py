@@ -13,6 +13,7 @@ from services.corpus import (
     AppendRefusedError,
     EventStore,
     IdentityMismatchError,
+    KnownIds,
     Record,
     StoreFailedError,
     StoreOptions,
@@ -97,18 +98,19 @@ def test_a_file_that_is_placed_anew_says_so_even_when_the_writer_is_killed(path:
 
 
 def test_an_event_is_known_before_and_after_its_commit_and_after_a_reopen(path: Path) -> None:
-    """has_event covers what is committed and what is only appended."""
+    """What is committed, and what is only appended."""
     first, second, unknown = record(1), record(2), record(3)
     with EventStore.open(path, expected=IDENTITY) as store:
-        assert not store.has_event("c", first.event_id)
+        assert not store.held("c", [first.event_id])
         store.append("c", [first])
-        assert store.has_event("c", first.event_id)
+        assert store.held("c", [first.event_id])
         store.commit(1)
         store.append("c", [second])
         store.commit(2)
     with EventStore.open(path, expected=IDENTITY) as store:
-        assert [store.has_event("c", event.event_id) for event in (first, second, unknown)] == [True, True, False]
-        assert not store.has_event("other", first.event_id)
+        held = store.held("c", [event.event_id for event in (first, second, unknown)])
+        assert {first.event_id, second.event_id} == held.keys()
+        assert not store.held("other", [first.event_id])
 
 
 def test_ids_that_end_in_zeros_are_kept_whole(path: Path) -> None:
@@ -118,7 +120,7 @@ def test_ids_that_end_in_zeros_are_kept_whole(path: Path) -> None:
         store.append("c", [Record(n, 0, event_id, b"{}") for n, event_id in enumerate(ids, 1)])
         store.commit(3)
     with EventStore.open(path, expected=IDENTITY) as store:
-        assert [store.has_event("c", event_id) for event_id in ids] == [True] * 3
+        assert ids == list(store.held("c", ids))
     assert ids == [event_id for _, event_id, _ in stock_contents(path)[1]["c"]]
 
 
@@ -156,7 +158,7 @@ def test_a_store_that_failed_refuses_everything_until_it_is_opened_again(path: P
         store.append("c-0001", [record(3)])
     for call in (
         lambda: store.append("c-0001", [record(11)]),
-        lambda: store.has_event("c-0001", bytes(16)),
+        lambda: store.held("c-0001", [bytes(16)]),
         lambda: store.commit(11),
         store.checkpoint,
         store.maybe_checkpoint,
@@ -204,15 +206,15 @@ def test_a_commit_below_an_appended_event_is_refused(path: Path) -> None:
 
 def test_consultations_that_were_closed_for_others_go_on_where_they_were(path: Path) -> None:
     """With room for three consultations, sixty are appended to in turn, and duplicates are found in all of them."""
-    options = StoreOptions(open_consultations=3, known_ids=40, cached_pages=8)
+    options = StoreOptions(open_consultations=3, ids=KnownIds(400), cached_pages=8)
     with EventStore.open(path, expected=IDENTITY, options=options) as store:
         for start in range(1, 1201, 40):
             batch = range(start, start + 40)
             commit_range(store, batch, consultations=60)
             assert store.stats.open_consultations <= 3
         for consultation, events in expected(1200, 60).items():
-            assert all(store.has_event(consultation, event_id) for _, event_id, _ in events)
-            assert not store.has_event(consultation, record(1201).event_id)
+            assert len(events) == len(store.held(consultation, [event_id for _, event_id, _ in events]))
+            assert not store.held(consultation, [record(1201).event_id])
     assert (1200, expected(1200, 60)) == stock_contents(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.eventlog.jetstream.definitions import consumer_config, dead_stream_config, stream_config
+from services.eventlog.jetstream.definitions import bucket_config, consumer_config, dead_stream_config, stream_config
 from services.eventlog.settings import LogSettings
 
 
@@ -54,3 +54,18 @@ def test_a_consumer_is_acknowledged_by_the_batch_and_never_redelivers_by_timer()
 def test_a_consumer_has_as_many_replicas_as_its_stream() -> None:
     """0 means the stream's, also after the stream was scaled."""
     assert consumer_config(LogSettings(), 0, {})["num_replicas"] == 0
+
+
+def test_the_bucket_is_what_nats_kv_reads_and_as_safe_as_events() -> None:
+    """`nats kv` goes by the stream's name and subjects; reads of all keys at once need direct gets."""
+    settings = LogSettings(replicas=3)
+    config = bucket_config(settings)
+
+    assert ("KV_fi-partitions", ["$KV.fi-partitions.>"], 8) == (
+        config["name"],
+        config["subjects"],
+        config["max_msgs_per_subject"],
+    )
+    assert all(config[key] for key in ("allow_direct", "allow_rollup_hdrs", "deny_delete"))
+    for key in ("storage", "num_replicas", "discard", "retention", "max_age"):
+        assert config[key] == stream_config(settings)[key]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import pytest
 
 from services.contract.event import Event
 from services.contract.ids import event_id_from_key
 from services.eventlog.protocol import StoredEvent
+from services.eventlog.settings import LogSettings
 from tests.support.ingest import Edge, MemoryLog, MemoryReader, Reply, running_edge
+from tests.support.polling import eventually
 
 BODY = b'{"event_type":"A","payload":1}'
 OTHER = b'{"event_type":"A","payload":2}'
@@ -93,7 +94,7 @@ async def test_what_was_trimmed_from_the_log_is_compared_with_the_corpus(edge: E
 
     assert outcome(await edge.post("c-1", OTHER, Idempotency_Key="k")) == REUSED
     assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == (202, 1, True)
-    assert edge.metric("fi_ingest_key_checks_total", by="corpus") == 1.0
+    assert edge.metric("fi_ingest_key_checks_total", by="corpus") == 2.0
 
 
 async def test_a_duplicate_that_nobody_can_show_is_503(edge: Edge) -> None:
@@ -169,28 +170,111 @@ async def test_a_slow_corpus_delays_an_answer_only_so_long() -> None:
         assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == REUSED  # nothing wrong was remembered
 
 
-async def test_what_nobody_could_say_is_not_remembered() -> None:
-    """Persisters are away: what waits in the log is found, what does not may be in the corpus all the same."""
+async def test_what_could_not_be_found_out_is_not_remembered() -> None:
+    """Persisters are away when the key comes again, and hold it all the same."""
     async with running_edge(log_from(10)) as edge:
-        reader_of(edge).partial = True
-        reader_of(edge).corpus.append(replace(persisted("waits", BODY, sequence=3), persisted=False))
-
-        assert outcome(await edge.post("c-1", BODY, Idempotency_Key="waits")) == (202, 3, True)
-        assert edge.metric("fi_ingest_key_checks_total", by="log") == 1.0
-        assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == (202, 11, False)
-        assert edge.metric("fi_ingest_key_checks_total", by="nobody") == 1.0
-        reader_of(edge).partial = False
+        reader_of(edge).silent = True
         reader_of(edge).corpus.append(persisted("k", OTHER))
+
+        assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == (202, 10, False)
+        assert edge.metric("fi_ingest_key_checks_total", by="nobody") == 1.0
+        reader_of(edge).silent = False
         assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == REUSED
         assert edge.metric("fi_ingest_key_checks_total", by="memory") == 0.0
 
 
-async def test_the_log_is_read_only_as_far_as_the_broker_forgets(edge: Edge) -> None:
-    """What it has forgotten stands before what this process stored lately; at first nobody knows where that is."""
-    for number in range(3):
-        await edge.post("c-1", BODY, Idempotency_Key=f"k{number}")
+async def test_there_is_one_question_for_a_consultation() -> None:
+    """Its answer is good for half of the broker's window, whatever comes meanwhile."""
+    async with running_edge() as edge:
+        for consultation in ("c-1", "c-2"):
+            for number in range(20):
+                await edge.post(consultation, BODY, Idempotency_Key=f"k{number}")
 
-    assert reader_of(edge).before == [None, 1, 1]
+        assert reader_of(edge).asked == ["snapshot", "snapshot"]
+
+
+async def test_events_that_come_together_share_the_question() -> None:
+    """Also while there is no answer yet."""
+    async with running_edge() as edge:
+        reader_of(edge).gate = gate = asyncio.Event()
+        posts = [asyncio.create_task(edge.post("c-1", BODY, Idempotency_Key=f"k{number}")) for number in range(20)]
+        await eventually(lambda: len(edge.log.events) == 20)
+        gate.set()
+        replies = await asyncio.gather(*posts)
+
+        assert [202] * 20 == [reply.status for reply in replies]
+        assert reader_of(edge).asked == ["snapshot"]
+
+
+async def test_a_snapshot_is_renewed_before_the_broker_forgets_what_came_after_it() -> None:
+    """Half of FI_DUPLICATE_WINDOW."""
+    async with running_edge(log_settings=LogSettings(duplicate_window=0.2)) as edge:
+        await edge.post("c-1", BODY, Idempotency_Key="k")
+
+        async def asked_again() -> bool:
+            await edge.post("c-1", BODY, Idempotency_Key="l")
+            return reader_of(edge).asked == ["snapshot", "snapshot"]
+
+        await eventually(asked_again)
+
+
+async def test_what_a_snapshot_shows_is_compared_and_not_published(edge: Edge) -> None:
+    """The event is committed: the answer is its first sequence, and the log gets no copy."""
+    reader_of(edge).corpus += [persisted("k", BODY), persisted("l", BODY)]
+    await edge.post("c-1", BODY, Idempotency_Key="other")
+
+    assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == (202, 7, True)
+    assert outcome(await edge.post("c-1", OTHER, Idempotency_Key="l")) == REUSED
+    assert 1 == len(edge.log.events)
+    assert reader_of(edge).asked == ["snapshot", "find", "find"]
+    assert edge.metric("fi_ingest_key_checks_total", by="corpus") == 2.0
+
+
+async def test_what_the_corpus_does_not_hold_after_all_is_published(edge: Edge) -> None:
+    """A snapshot holds hashes: one in many million is wrong."""
+    reader_of(edge).corpus.append(persisted("k", BODY))
+    await edge.post("c-1", BODY, Idempotency_Key="other")
+    reader_of(edge).corpus.clear()
+
+    assert outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == (202, 2, False)
+
+
+async def test_of_too_many_ids_each_is_asked_for_while_its_event_is_published() -> None:
+    """A snapshot of a huge consultation would not fit into a message."""
+    async with running_edge(log_from(10)) as edge:
+        reader_of(edge).too_many = True
+        reader_of(edge).corpus.append(persisted("k", BODY))
+
+        replies = [await edge.post("c-1", BODY, Idempotency_Key=key) for key in ("a", "b", "k")]
+
+        assert [(202, 10, False), (202, 11, False), (202, 7, True)] == [outcome(reply) for reply in replies]
+        assert reader_of(edge).asked == ["snapshot", "find", "find", "find"]
+
+
+async def test_an_owner_that_does_not_answer_is_not_waited_for_after_three_questions() -> None:
+    """A frozen persister, a hung disk; when it answers again keys are compared again."""
+    async with running_edge(log_from(10), key_lookup_wait=0.2, log_settings=LogSettings(partitions=1)) as edge:
+        reader_of(edge).gate = gate = asyncio.Event()
+        reader_of(edge).corpus.append(persisted("k", OTHER))
+
+        async def seconds(number: int) -> float:
+            started = time.monotonic()
+            await edge.post("c-1", BODY, Idempotency_Key=f"k{number}")
+            return time.monotonic() - started
+
+        # one question a consultation: the three that wait are of three
+        for number in range(3):
+            started = time.monotonic()
+            await edge.post(f"d-{number}", BODY, Idempotency_Key="k")
+            assert time.monotonic() - started >= 0.2
+        assert sum([await seconds(number) for number in range(20)]) < 2.0
+        assert edge.metric("fi_ingest_key_checks_total", by="nobody") >= 20.0
+        gate.set()
+
+        async def compared() -> bool:
+            return outcome(await edge.post("c-1", BODY, Idempotency_Key="k")) == REUSED
+
+        await eventually(compared)
 
 
 async def test_with_no_wait_the_corpus_is_never_asked_about_new_keys() -> None:
@@ -208,13 +292,14 @@ async def test_an_event_without_a_key_asks_nobody(edge: Edge) -> None:
     assert reader_of(edge).asked == []
 
 
-async def test_a_lookup_ends_with_its_request(edge: Edge) -> None:
-    """Whatever became of the event: no task is left behind."""
-    reader_of(edge).gate = asyncio.Event()
-    edge.log.error = RuntimeError("x")
-    await edge.post("c-1", BODY, Idempotency_Key="k")
+async def test_no_question_outlives_the_service() -> None:
+    """Whatever became of the event."""
+    async with running_edge() as edge:
+        reader_of(edge).gate = asyncio.Event()
+        edge.log.error = RuntimeError("x")
+        await edge.post("c-1", BODY, Idempotency_Key="k")
 
-    assert not [task for task in asyncio.all_tasks() if "MemoryReader.held" in repr(task)]
+    assert not [task for task in asyncio.all_tasks() if "Keys." in repr(task)]
 
 
 def batch(*payloads: int) -> bytes:
@@ -229,12 +314,11 @@ async def post_batch(edge: Edge, body: bytes, key: str = "k") -> Reply:
 async def test_all_lines_of_a_consultation_are_one_question(edge: Edge) -> None:
     """A thousand questions for each new batch would cost more than reading it."""
     await post_batch(edge, batch(1, 2, 3))
-    assert reader_of(edge).asked == ["held"]
+    assert reader_of(edge).asked == ["snapshot"]
 
-    reader_of(edge).asked.clear()
     own = b'{"event_type":"A","event_id":"a"}\n{"event_type":"A","event_id":"b"}\n'
     await post_batch(edge, own + batch(4, 5), key="l")
-    assert reader_of(edge).asked == ["held"]
+    assert reader_of(edge).asked == ["snapshot"]
 
 
 async def test_a_line_is_known_although_the_first_one_is_new() -> None:

@@ -304,7 +304,7 @@ async def test_a_directory_of_an_earlier_stream_claims_nothing(tmp_path: Path) -
     here, log = deployment(tmp_path), MemoryPlacements()
     here.volume.note_formed("2026-01-01T00:00:00Z")
     got = await place(here, log)
-    assert "this directory belongs to the stream created at 2026-01-01T00:00:00Z" in got.refused[0]
+    assert "this directory belongs to the one created at 2026-01-01T00:00:00Z" in got.refused[0]
     assert ({}, {}) == (got.here, log.placed)
 
 
@@ -334,7 +334,7 @@ async def test_a_volume_that_was_copied_keeps_its_placement(tmp_path: Path) -> N
     for placement in got.here.values():
         store = open_store(here, placement, StoreOptions())
         made = event(1)
-        assert not store.has_event(made.consultation, made.event_id.bytes)
+        assert not store.held(made.consultation, [made.event_id.bytes])
         store.commit(9)
         store.close()
     shutil.move(tmp_path / "old", tmp_path / "new")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from services.corpus import EventStore
+from services.corpus import EventStore, StoredConsultation
 from services.eventlog.protocol import Delivery
 from services.persister.dead_letters import DeadLetters, PoisonLimit, SetAside, Suspects
 from services.persister.metrics import Metrics
@@ -119,6 +119,23 @@ async def test_conflicts_of_several_consultations_are_kept_in_their_own_groups(s
     assert ["c3"] == found.created
     kept = {name: [sequence for sequence, _ in held] for name, held in conflicts(store.path).items()}
     assert {"c1": [4, 6], "c2": [5]} == kept
+
+
+async def test_a_batch_that_is_delivered_again_is_not_compared(
+    store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each event stands at its own sequence: no body is read."""
+    batch = [delivery(sequence) for sequence in range(1, 101)]
+    written(store, *batch)
+
+    def never(*_: object) -> None:
+        raise AssertionError("a body was read")
+
+    monkeypatch.setattr(StoredConsultation, "body", never)
+    again = made(store, *batch)
+    again.decode()
+    again.append()
+    assert (0, 100, 0) == counts(again)
 
 
 async def test_a_batch_of_retries_only_moves_the_position(store: EventStore) -> None:

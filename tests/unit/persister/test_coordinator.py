@@ -12,7 +12,6 @@ import pytest
 
 from services.eventlog.jetstream.placement import Placement
 from services.eventlog.jetstream.processes import Progress
-from services.eventlog.protocol import Position
 from services.eventlog.settings import LogSettings
 from services.persister.assignment import Deployment
 from services.persister.coordinator import Coordinator
@@ -38,7 +37,7 @@ class FakeRunner:
         self.waiting = 3
         self.reached: int | None = None
         self.idle_at: int | None = None
-        self.advanced: list[Position] = []
+        self.advanced = 0
         self.disk = asyncio.Event()
         self.disk.set()
 
@@ -54,14 +53,14 @@ class FakeRunner:
         self.stopped = True
         self.reached, self.committed = self.committed, None
 
-    async def advance(self, position: Position) -> None:
-        self.advanced.append(position)
+    async def advance(self) -> None:
+        self.advanced += 1
 
 
 class Rig:
     """A coordinator among fakes, on a real volume."""
 
-    def __init__(self, folder: Path, placements: MemoryPlacements, api: object = None) -> None:
+    def __init__(self, folder: Path, placements: MemoryPlacements) -> None:
         self.alive = ["us"]
         self.left = False
         self.look = threading.Event()
@@ -76,7 +75,6 @@ class Rig:
             members=cast("Any", members),
             placements=placements,
             make_runner=cast("Any", self._make),
-            api=cast("Any", api or SimpleNamespace(stream_info=self._no_stream)),
             metrics=self.metrics,
         )
         self.coordinator.on_change = self.changes.append
@@ -84,9 +82,6 @@ class Rig:
     def _alive(self) -> list[str]:
         assert self.look.wait(5)
         return self.alive
-
-    async def _no_stream(self, _: str) -> None:
-        return None
 
     def _leave(self) -> None:
         self.left = True
@@ -296,7 +291,7 @@ async def test_progress_is_put_now_and_then_only(tmp_path: Path, monkeypatch: py
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
     work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: log.placed and log.placed[0].committed == 7)
+    await eventually(lambda: len(rig.runners) == 4 and log.placed[0].committed == 7)
     rig.runners[0].committed = 8
     rig.runners[1].committed = 6
     await eventually(lambda: log.placed[1].committed == 6)
@@ -314,7 +309,7 @@ async def test_whoever_was_placed_anew_finds_out_when_it_puts_its_progress(
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
     work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: log.placed and log.placed[2].committed == 7)
+    await eventually(lambda: len(rig.runners) == 4 and log.placed[2].committed == 7)
     before = rig.runners[2]
     log.placed[2] = placed(2, rig.volume.uuid, 2, committed=5)
     before.committed = 8
@@ -354,20 +349,12 @@ async def test_a_partition_whose_key_is_deleted_is_released_and_told(tmp_path: P
 
 
 async def test_idle_partitions_follow_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or trim would stop at their last events; a partition at work needs no help."""
+    """Or trim would stop at their last events; a partition at work needs no help, and an idle one little."""
     monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 0.01)
-
-    async def empty_up_to(_: object, partition: int, after: int) -> Position:
-        return Position(100, f"at {partition} behind {after}")
-
-    async def stream_info(_: str) -> dict[str, Any]:
-        return {"state": {"bytes": 1, "last_seq": 100}, "config": {"max_bytes": 10}}
-
-    monkeypatch.setattr("services.persister.coordinator.empty_up_to", empty_up_to)
-    rig = Rig(tmp_path, MemoryPlacements(), api=SimpleNamespace(stream_info=stream_info))
+    rig = Rig(tmp_path, MemoryPlacements())
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: len(rig.runners) == 4)
     rig.runners[1].idle_at = 7
-    await eventually(lambda: [Position(100, "at 1 behind 7")] == rig.runners[1].advanced)
-    assert [] == rig.runners[0].advanced
+    await eventually(lambda: rig.runners[1].advanced)
+    assert [0, 1, 0, 0] == [runner.advanced for runner in rig.runners.values()]
     await ended(work, rig)

@@ -30,7 +30,7 @@ def test_a_small_limit_makes_all_bounds_smaller_so_that_they_fit() -> None:
 def test_what_progress_needs_is_left(limit: int) -> None:
     """A limit that no process can keep is no reason to stand still."""
     bounded = within(DEFAULTS, limit)
-    assert (2**21, 2**20, 64, 10_000) == (
+    assert (2**21, 2**20, 64, 100_000) == (
         bounded.buffer_bytes,
         bounded.batch_bytes,
         bounded.open_consultations,

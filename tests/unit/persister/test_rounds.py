@@ -120,7 +120,7 @@ async def test_a_partition_that_fails_leaves_the_round_and_comes_back(
         error = failures.pop(0) if number == 1 and failures else None
         if error is not None:
 
-            def failing(*_: object) -> None:
+            def failing(*_: object) -> bool:
                 raise error
 
             store.append = failing  # type: ignore[method-assign]

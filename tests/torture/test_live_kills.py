@@ -1,0 +1,204 @@
+"""The live path is killed under load: what got a 202 is there once, in order, and no partition waits for long."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import orjson
+import pytest
+from aiohttp import ClientError, ClientSession, ClientTimeout
+
+from services.cli import monitoring
+from services.cli.rehearsal.chaos import drained
+from services.cli.rehearsal.consultations import Post
+from services.cli.rehearsal.load import Accepted
+from services.cli.rehearsal.verification import verify
+from services.cli.stack import Stack
+from services.cli.target import connected
+from services.corpus import verify_corpus
+from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.names import STREAM
+from services.eventlog.partitions import partition_of
+from services.eventlog.settings import LogSettings
+from tests.support.polling import eventually
+from tests.support.torture import LONG, times
+
+PARTITIONS = 16
+CLIENTS = 20
+#: what a client waits between two events: some 200 events a second in all, seconds
+PAUSE = 0.1
+#: longest time from a 202 behind a kill to the commit of that event, seconds
+LONGEST_WAIT = 10.0
+_COMMITTED = re.compile(r'^fi_persister_committed_sequence\{partition="(\d+)"\} (\S+)$', re.MULTILINE)
+
+
+@dataclass
+class Load:
+    """Clients that post until they are told to stop, and remember what was accepted, and when.
+
+    Attributes:
+        stack: what they post to.
+        accepted: by key.
+        told: of each partition, when each 202 came, and the sequence that it named.
+        stop: ends it.
+    """
+
+    stack: Stack
+    accepted: dict[str, Accepted] = field(default_factory=dict)
+    told: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        """Post with every client."""
+        async with ClientSession(timeout=ClientTimeout(30)) as session, asyncio.TaskGroup() as group:
+            for client in range(CLIENTS):
+                group.create_task(self._post_on(session, client))
+
+    async def _post_on(self, session: ClientSession, client: int) -> None:
+        number = 0
+        while not self.stop.is_set():
+            number += 1
+            consultation = f"c{(client + CLIENTS * number) % 160}"
+            document = {"event_type": "MESSAGE_RECEIVED", "payload": {"client": client, "number": number}}
+            post, accepted = Post(consultation, str(uuid4()), orjson.dumps(document)), False
+            while not accepted:
+                accepted = await self._accepted(session, post)
+                await asyncio.sleep(PAUSE)
+
+    async def _accepted(self, session: ClientSession, post: Post) -> bool:
+        url = f"{self.stack.ingest.url}/consultations/{post.consultation}/events"
+        headers = {"Content-Type": "application/json", "Idempotency-Key": post.key}
+        try:
+            async with session.post(url, data=post.body, headers=headers) as response:
+                if response.status != 202:
+                    return False
+                sequence = (await response.json())["sequence"]
+        except (ClientError, TimeoutError):
+            return False
+        self.accepted[post.key] = Accepted(post, sequence)
+        self.told[partition_of(post.consultation, PARTITIONS)].append((time.monotonic(), sequence))
+        return True
+
+
+@dataclass
+class Watch:
+    """Looks ten times a second at how far each partition is committed, as its owner says."""
+
+    stack: Stack
+    reached: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            for service in self.stack.persisters:
+                status, body = await asyncio.to_thread(monitoring.get, service.management_port, "/metrics")
+                if status == 200:
+                    for partition, sequence in _COMMITTED.findall(body.decode()):
+                        self.reached[int(partition)].append((time.monotonic(), int(float(sequence))))
+            await asyncio.sleep(0.1)
+
+    def committed_at(self, partition: int, sequence: int) -> float | None:
+        """Return when *sequence* was first seen committed; None when it has not been yet."""
+        return next((at for at, reached in self.reached[partition] if reached >= sequence), None)
+
+
+async def _nodes_of_cursors(stack: Stack) -> list[int]:
+    """Return the node that holds most of the cursors first."""
+    async with connected(LogSettings(servers=tuple(stack.cluster.urls))) as nc:
+        found = await JetStreamApi(nc).list_consumers(STREAM)
+    leaders = [consumer["cluster"]["leader"] for consumer in found if consumer["cluster"].get("leader")]
+    names = list(stack.cluster.names)
+    return [names.index(name) for name in sorted(set(leaders), key=leaders.count, reverse=True)]
+
+
+async def _kill_nodes(stack: Stack, nodes: list[int]) -> None:
+    for node in nodes:
+        await asyncio.to_thread(stack.cluster.kill, node)
+    await asyncio.sleep(2)
+    for node in nodes:
+        await asyncio.to_thread(stack.cluster.start_node, node)
+
+
+async def _the_node_of_the_cursors(stack: Stack) -> None:
+    await _kill_nodes(stack, (await _nodes_of_cursors(stack))[:1])
+
+
+async def _the_leader(stack: Stack) -> None:
+    await _kill_nodes(stack, [await asyncio.to_thread(stack.cluster.wait_stream_leader, STREAM)])
+
+
+async def _a_persister(stack: Stack, number: int = 0) -> None:
+    service = stack.persisters[number]
+    await asyncio.to_thread(service.process.kill)
+    await asyncio.sleep(1)
+    await asyncio.to_thread(stack.restart, service)
+
+
+async def _all_of_them(stack: Stack) -> None:
+    leader = await asyncio.to_thread(stack.cluster.wait_stream_leader, STREAM)
+    nodes = list(dict.fromkeys([leader, *(await _nodes_of_cursors(stack))[:1]]))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_kill_nodes(stack, nodes))
+        for number in range(len(stack.persisters)):
+            group.create_task(_a_persister(stack, number))
+
+
+@pytest.mark.parametrize("kill", [_the_node_of_the_cursors, _the_leader, _a_persister, _all_of_them])
+@pytest.mark.timeout(3600 if LONG else 240)
+async def test_what_was_accepted_is_there_once_and_in_order_whatever_is_killed(
+    tmp_path: Path, kill: Callable[[Stack], Awaitable[None]]
+) -> None:
+    """And a partition's first event behind the kill is committed within 10 s of its 202."""
+    stack = Stack(tmp_path / "stack", env={"FI_STREAM_MAX_BYTES": "256MiB"})
+    await asyncio.to_thread(stack.start)
+    load, watch = Load(stack), Watch(stack)
+    kills: list[float] = []
+    try:
+        posting, watching = asyncio.create_task(load.run()), asyncio.create_task(watch.run())
+        for _ in range(times(1, 20)):
+            await eventually(lambda: all(len(load.told[p]) > 3 for p in range(PARTITIONS)), timeout=60)
+            kills.append(time.monotonic())
+            await kill(stack)
+            await asyncio.to_thread(stack.cluster.wait_ready)
+            for service in stack.services:
+                await asyncio.to_thread(stack.wait_ready, service)
+            await eventually(lambda: all(_first_behind(load, p, kills[-1]) for p in range(PARTITIONS)), timeout=60)
+        load.stop.set()
+        await posting
+        settings = LogSettings(servers=tuple(stack.cluster.urls))
+        assert await drained(settings, timeout=60)
+        await eventually(lambda: all(_committed(load, watch, p, kills[-1]) for p in range(PARTITIONS)))
+        watching.cancel()
+        waits = [_waited(load, watch, p, at) for at in kills for p in range(PARTITIONS)]
+        # shown by `make torture ARGS=-rP`
+        print(f"longest wait {max(waits):.1f} s, median {sorted(waits)[len(waits) // 2]:.2f} s, {len(kills)} kills")  # noqa: T201
+        assert max(waits) <= LONGEST_WAIT
+        assert [] == verify(stack.data_dir, load.accepted.values()).summary()
+        assert verify_corpus(stack.data_dir).clean
+    finally:
+        load.stop.set()
+        await asyncio.to_thread(stack.stop)
+
+
+def _first_behind(load: Load, partition: int, kill: float) -> tuple[float, int] | None:
+    return next((told for told in load.told[partition] if told[0] > kill), None)
+
+
+def _committed(load: Load, watch: Watch, partition: int, kill: float) -> float | None:
+    first = _first_behind(load, partition, kill)
+    return None if first is None else watch.committed_at(partition, first[1])
+
+
+def _waited(load: Load, watch: Watch, partition: int, kill: float) -> float:
+    """Return for how long the first event behind the kill waited for its commit, seconds."""
+    first, committed = _first_behind(load, partition, kill), _committed(load, watch, partition, kill)
+    assert first is not None
+    assert committed is not None
+    return committed - first[0]
