@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
         print(f"```json\n{encoded.decode()}```")
     if options.write is not None:
         page.write(results, options.write)
-    return 0
+    return 1 if results["about"]["failed"] else 0
 
 
 def measure(options: argparse.Namespace, plan: Plan) -> Results:
@@ -93,6 +93,7 @@ def measure(options: argparse.Namespace, plan: Plan) -> Results:
             results["memory"] = memory.memory(bench)
         if _wanted(options, "upgrade"):
             results["upgrade"] = upgrade.upgrade(bench)
+    results["about"]["failed"] = bench.failed
     results["about"]["seconds"] = round(time.monotonic() - started, 1)
     return results
 
@@ -122,6 +123,7 @@ def _about(plan: Plan, source: dialogues.Dialogues, *, quick: bool) -> About:
         drain_rounds=plan.drain_rounds,
         load_seconds=plan.seconds,
         backlog=plan.backlog,
+        failed=[],
     )
 
 

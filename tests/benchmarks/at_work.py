@@ -50,7 +50,7 @@ class Running:
         target: port or URL.
         pids: of its processes, by kind: nodes, ingest, persisters.
         logs: of what commits its events; none when nothing does.
-        watched: must not end.
+        watched: what commits them.
         ports: of the persisters' metrics.
     """
 
@@ -58,7 +58,7 @@ class Running:
     target: str
     pids: dict[str, list[int]]
     logs: list[CommitLog] = field(default_factory=list)
-    watched: ManagedProcess | None = None
+    watched: list[ManagedProcess] = field(default_factory=list)
     ports: list[int] = field(default_factory=list)
 
 
@@ -89,9 +89,15 @@ def at_work(bench: Bench, targets: Sequence[str] = TARGETS) -> list[AtWork]:
             name = f"{target}, {product.label}" if product.label else target
             folder = bench.folder / f"at-work-{number}-{place}"
             folder.mkdir()
-            for clients, cell in _measure(bench, target, product, folder, f"at work: round {number + 1}, {name}"):
+            what = f"at work: round {number + 1}, {name}"
+            try:
+                found = _measure(bench, target, product, folder, what)
+            except RuntimeError as error:  # the other rounds and targets are worth having
+                bench.fail(f"{what}: {error}")
+                continue
+            for clients, cell in found:
                 cells.setdefault((clients, name), []).append(cell)
-    return [_row(name, clients, found) for (clients, name), found in sorted(cells.items(), key=lambda item: item[0][0])]
+    return [_row(name, clients, of) for (clients, name), of in sorted(cells.items(), key=lambda item: item[0][0])]
 
 
 def _turns(bench: Bench, targets: Sequence[str]) -> Iterator[tuple[str, Product]]:
@@ -141,13 +147,15 @@ def _post(bench: Bench, running: Running, clients: int, before: int) -> Cell:
         on_ready=lambda: take(-1),
     )
     cell = Cell(report, {})
-    if running.logs and running.watched is not None:
+    if running.logs:
         accepted = before + report.accepted
 
         def committed() -> bool:
+            for process in running.watched:
+                processes.check(process)
             return sum(log.read() for log in running.logs) >= accepted
 
-        processes.wait(committed, running.watched, bench.plan.drain_timeout, poll=0.1)
+        processes.wait(committed, running.watched[0], bench.plan.drain_timeout, poll=0.1)
         cell.lag = max(0, accepted - commits.committed_until(running.logs, report.last_ns))
         last = max(log.commits[-1].at_ns for log in running.logs if log.commits)
         cell.caught_up = max(0.0, (last - report.last_ns) / 1e9)
@@ -215,7 +223,7 @@ def _with_persisters(stack: ExitStack, url: str, product: Product, folder: Path)
         target=str(port),
         pids={"ingest": _pids([ingest]), "persisters": _pids([one.process for one in found])},
         logs=[CommitLog(one.process.log) for one in found],
-        watched=found[0].process,
+        watched=[one.process for one in found],
         ports=[one.port for one in found],
     )
 
@@ -239,7 +247,7 @@ def _plain_service(stack: ExitStack, url: str, _: Product, folder: Path) -> Runn
         target=str(port),
         pids={"ingest": _pids([web]), "persisters": _pids(workers)},
         logs=[CommitLog(worker.log) for worker in workers],
-        watched=workers[0],
+        watched=workers,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.cli.cluster import Cluster
@@ -27,6 +27,7 @@ class Bench:
         folder: for files and logs; removed afterwards.
         tell: says what is going on.
         products: what is measured at work and draining: this checkout, and perhaps others.
+        failed: parts of the run that failed.
     """
 
     cluster: Cluster
@@ -35,6 +36,12 @@ class Bench:
     folder: Path
     tell: Tell
     products: tuple[Product, ...]
+    failed: list[str] = field(default_factory=list)
+
+    def fail(self, what: str) -> None:
+        """Note that a part of the run failed; the rest goes on."""
+        self.failed.append(what)
+        self.tell(f"FAILED: {what}")
 
     def load(
         self,

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import nats
-import nats.errors
 import orjson
 import uvloop
 from aiohttp import web
@@ -58,7 +57,7 @@ async def run_worker(url: str, path: Path) -> None:
         while True:
             try:
                 messages = await consumer.fetch(_FETCH, timeout=_WAIT)
-            except nats.errors.TimeoutError:
+            except TimeoutError:  # nats-py's own one, too
                 continue
             consultations: dict[str, list[Msg]] = {}
             for message in messages:

@@ -181,11 +181,16 @@ def wait(condition: Callable[[], bool], running: ManagedProcess, timeout: float,
     """
     deadline = time.monotonic() + timeout
     while not condition():
-        if not running.running:
-            raise RuntimeError(f"{running.name} ended with code {running.exit_code}:\n{running.log_tail()}")
+        check(running)
         if time.monotonic() > deadline:
             raise RuntimeError(f"{running.name} was not done within {timeout:g} s:\n{running.log_tail()}")
         time.sleep(poll)
+
+
+def check(running: ManagedProcess) -> None:
+    """Raise RuntimeError when a process has ended."""
+    if not running.running:
+        raise RuntimeError(f"{running.name} ended with code {running.exit_code}:\n{running.log_tail()}")
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:

@@ -45,6 +45,7 @@ class About(TypedDict):
     drain_rounds: int
     load_seconds: float
     backlog: int
+    failed: list[str]
 
 
 class AtWork(TypedDict):

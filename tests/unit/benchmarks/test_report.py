@@ -86,6 +86,7 @@ def results() -> Results:
         drain_rounds=5,
         load_seconds=6.0,
         backlog=100_000,
+        failed=[],
     )
     return Results(
         about=about,
@@ -172,6 +173,12 @@ def test_a_rolling_restart_stands_beside_the_time_before_it(results: Results) ->
     before, during = tables.upgrade(results).splitlines()[2:]
     assert "| before it | 8 | 30 | 5.0 | 7.0 | 9.0 | 18.0 | 4,000 | 3 | 0 |" == before
     assert "| 640.0 | 1280.0 |" in during
+
+
+def test_what_failed_stands_on_the_page(results: Results) -> None:
+    """A target that is missing without a word would look forgotten."""
+    results["about"]["failed"] = ["at work: round 1, plain service: it ended"]
+    assert "**Failed:** at work: round 1, plain service: it ended\n" in page.render(results)
 
 
 def test_without_docker_the_page_says_so_instead_of_a_number(results: Results) -> None:
