@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from services.cli import monitoring
 from services.cli.ports import free_ports
 from services.cli.processes import ManagedProcess
@@ -92,7 +94,7 @@ def at_work(bench: Bench, targets: Sequence[str] = TARGETS) -> list[AtWork]:
             what = f"at work: round {number + 1}, {name}"
             try:
                 found = _measure(bench, target, product, folder, what)
-            except RuntimeError as error:  # the other rounds and targets are worth having
+            except (RuntimeError, psutil.Error) as error:  # the other rounds and targets are worth having
                 bench.fail(f"{what}: {error}")
                 continue
             for clients, cell in found:
