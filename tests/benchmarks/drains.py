@@ -51,10 +51,10 @@ def drains(bench: Bench) -> list[Drain]:
 
 
 def drained(bench: Bench, url: str, events: int, *, partitions: int, workers: int, product: Product = HERE) -> float:
-    """Let *workers* persisters drain the stream into an empty volume, and return the events a second."""
+    """Let a persister with *workers* processes drain the stream into an empty volume; return the events a second."""
     store = next(_stores)
     data = bench.folder / store / "corpus"
-    with processes.persisters(url, data, count=workers, partitions=partitions, store=store, product=product) as found:
+    with processes.persisters(url, data, workers=workers, partitions=partitions, store=store, product=product) as found:
         logs = wait_committed(found, events, bench.plan.drain_timeout)
     streams.delete_consumers(url)
     commits = [commit for log in logs for commit in log.commits]

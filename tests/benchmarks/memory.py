@@ -103,7 +103,7 @@ def _watch(bench: Bench, cluster: Cluster, sampler: Sampler) -> None:
         accepted = _post(bench, port)
         bench.tell("memory: draining")
         sampler.phase = "draining"
-        with processes.persisters(url, bench.folder / _STORE / "corpus", count=1, partitions=PARTITIONS) as found:
+        with processes.persisters(url, bench.folder / _STORE / "corpus", partitions=PARTITIONS) as found:
             sampler.watch("persister", found[0].process)
             drains.wait_committed(found, accepted, plan.drain_timeout)
             sampler.phase = "after"

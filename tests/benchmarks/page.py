@@ -63,8 +63,8 @@ logs, their metrics and the files; a run in which they differ fails.
 _DRAIN = """\
 ## A backlog in all partitions
 
-{backlog:,} events lie in 16 partitions before one or two processes of the persister start with an empty volume.
-Counted is the time from their first request for events to the last commit, as their logs say; the medians of
+{backlog:,} events lie in 16 partitions before `python -m services.persister --workers N` starts with an empty volume.
+Counted is the time from the processes' first request for events to the last commit, as their log says; the medians of
 {drain_rounds} rounds, in turns.
 """
 

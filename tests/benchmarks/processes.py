@@ -139,9 +139,16 @@ def ingest(
 
 @contextmanager
 def persisters(
-    url: str, data: Path, *, count: int, partitions: int, store: str = "main", product: Product = HERE
+    url: str,
+    data: Path,
+    *,
+    count: int = 1,
+    workers: int = 1,
+    partitions: int,
+    store: str = "main",
+    product: Product = HERE,
 ) -> Iterator[list[Persister]]:
-    """Run *count* persister processes over the volume *data* until the block ends; it does not wait for them."""
+    """Run *count* persisters with *workers* each over the volume *data* until the block ends; it does not wait."""
     data.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         found = []
@@ -151,10 +158,10 @@ def persisters(
                 "FI_DATA_DIR": str(data),
                 "FI_STORE": store,
                 "FI_PARTITIONS": str(partitions),
-                "FI_PERSISTER_PORT": str(port),
+                "FI_PERSISTER_PORT": str(port) if workers == 1 else "0",
             }
             name = f"persister-{store}-{number}"
-            running = process(name, "services.persister", [], data.parent, product, **env)
+            running = process(name, "services.persister", ["--workers", str(workers)], data.parent, product, **env)
             found.append(Persister(stack.enter_context(running), port))
         yield found
 

@@ -47,7 +47,7 @@ def reads(bench: Bench) -> list[Read]:
     streams.fresh_stream(bench.cluster, PARTITIONS)
     streams.fill(bench.cluster.urls[0], dialogues.backlog(dialogues.load(bench.dialogues), total, TYPICAL_SPREAD))
     url, data = bench.cluster.urls[0], bench.folder / _STORE / "corpus"
-    with processes.persisters(url, data, count=1, partitions=PARTITIONS, store=_STORE) as found:
+    with processes.persisters(url, data, partitions=PARTITIONS, store=_STORE) as found:
         drains.wait_committed(found, total, bench.plan.drain_timeout)
         settings = {"FI_STORE": _STORE, "FI_MAX_FOLLOWERS": "1000"}
         with processes.ingest(url, bench.folder, partitions=PARTITIONS, settings=settings) as (_, port):
