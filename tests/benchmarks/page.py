@@ -155,7 +155,7 @@ def render(results: Results) -> str:
     return "\n".join(
         [
             "# Benchmarks\n",
-            *(f"**Failed:** {what}\n" for what in about["failed"]),
+            *(f"**Failed:** {what.partition(chr(10))[0]}\n" for what in about["failed"]),
             *sections[:first],
             introduction,
             "## Aims\n\n" + tables.verdicts(results),

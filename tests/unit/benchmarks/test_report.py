@@ -177,7 +177,7 @@ def test_a_rolling_restart_stands_beside_the_time_before_it(results: Results) ->
 
 def test_what_failed_stands_on_the_page(results: Results) -> None:
     """A target that is missing without a word would look forgotten."""
-    results["about"]["failed"] = ["at work: round 1, plain service: it ended"]
+    results["about"]["failed"] = ["at work: round 1, plain service: it ended\nTraceback"]
     assert "**Failed:** at work: round 1, plain service: it ended\n" in page.render(results)
 
 
