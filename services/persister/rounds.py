@@ -317,19 +317,20 @@ class Rounds:
         """Persist *batches*: decode, append, set aside, commit, acknowledge."""
         began, self._cost = time.perf_counter(), 0.0
         await self._in_hdf5(batches, Batch.decode, Batch.append)
-        clean = [batch for batch in batches if not batch.poison]
         for batch in batches:
             if batch.poison:
                 self._spawn(self._finish([batch], began))
-        await self._finish(clean, began)
+        await self._finish([batch for batch in batches if not batch.poison], began)
 
     async def _finish(self, batches: list[Batch], began: float) -> None:
-        await _each(batches, _set_aside)
-        await self._in_hdf5(batches, Batch.commit)
-        await _each(batches, _acknowledge)
-        self._report([batch for batch in batches if batch.error is None], time.perf_counter() - began)
-        for batch in batches:
-            self._done(batch)
+        try:
+            await _each(batches, _set_aside)
+            await self._in_hdf5(batches, Batch.commit)
+            await _each(batches, _acknowledge)
+            self._report([batch for batch in batches if batch.error is None], time.perf_counter() - began)
+        finally:  # whatever happens: runners wait for their batches
+            for batch in batches:
+                self._done(batch)
 
     def _take(self) -> tuple[list[Batch], bool]:
         """Return a batch of each member that has something, in equal parts, and whether something was left."""
