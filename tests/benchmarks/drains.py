@@ -14,7 +14,7 @@ import orjson
 
 from services.cli.processes import ManagedProcess
 from services.contract.logs import EVENT_PERSISTED, EVENT_WORKER_STARTED
-from services.eventlog.jetstream.pulls import MAX_BYTES, MAX_EVENTS
+from services.eventlog.jetstream.follower import MAX_BYTES, MAX_EVENTS
 from services.persister.settings import PersisterSettings
 from tests.benchmarks import dialogues, processes, streams
 from tests.benchmarks.jobs import AppendJob, PullJob, run

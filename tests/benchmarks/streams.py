@@ -14,8 +14,8 @@ from nats.aio.msg import Msg
 from services.cli.cluster import Cluster
 from services.contract.event import Event
 from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.definitions import consumer_config
-from services.eventlog.jetstream.names import STREAM, consumer_name, subject_of
+from services.eventlog.jetstream.definitions import cursor_config
+from services.eventlog.jetstream.names import STREAM, cursor_name, subject_of
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.settings import LogSettings
 from tests.support.cluster import delete_streams
@@ -45,7 +45,7 @@ def make_consumers(cluster: Cluster, store: str, partitions: int) -> list[str]:
 
 def names(store: str, partitions: int) -> list[str]:
     """Return the names of a store's consumers."""
-    return [consumer_name(store, partition) for partition in range(partitions)]
+    return [cursor_name(store, partition, 1) for partition in range(partitions)]
 
 
 def delete_consumers(cluster: Cluster, doomed: Iterable[str]) -> None:
@@ -67,7 +67,7 @@ async def _make_consumers(cluster: Cluster, settings: LogSettings) -> None:
     async with await nats.connect(cluster.urls, name="bench") as connection:
         api = JetStreamApi(connection)
         for partition in range(settings.partitions):
-            await api.create_consumer(STREAM, consumer_config(settings, partition, {}))
+            await api.create_consumer(STREAM, cursor_config(settings.store, partition, 1, 1))
 
 
 async def _delete_consumers(url: str, doomed: Iterable[str]) -> None:
