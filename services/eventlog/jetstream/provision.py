@@ -26,7 +26,7 @@ from services.eventlog.settings import LogSettings
 
 T = TypeVar("T")
 
-#: oldest server with CONSUMER.RESET (ADR-60)
+#: oldest server that this was tested with
 MINIMUM_VERSION = (2, 14)
 #: elections right after a cluster's start may take this long, seconds
 DEADLINE_SECONDS = 30.0

@@ -18,7 +18,7 @@ from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.names import STREAM, consumer_name
+from services.eventlog.jetstream.names import STREAM, parse_cursor_name
 from services.eventlog.jetstream.reading import JetStreamReader, StreamReading
 from services.eventlog.partitions import partition_of
 from services.eventlog.protocol import Page, Stored, StoredEvent, digest_of
@@ -45,7 +45,11 @@ async def append(log: Log, *events: Event) -> list[int]:
 async def paused(log: Log, partition: int, *, seconds: float) -> None:
     """Let the broker deliver nothing to the partition's persister for so long, or go on at once (0)."""
     until = datetime.now(UTC) + timedelta(seconds=seconds) if seconds else datetime(1, 1, 1, tzinfo=UTC)
-    consumer = consumer_name("main", partition)
+    (consumer,) = [
+        name
+        for name in await log.api.consumer_names(STREAM)
+        if (parse_cursor_name(name) or ())[:2] == ("main", partition)
+    ]
     await log.api.request(f"CONSUMER.PAUSE.{STREAM}.{consumer}", {"pause_until": until.isoformat()})
 
     async def known_to_its_leader() -> bool:  # who answers the request is another node
