@@ -18,7 +18,7 @@ from services.contract.errors import InvalidIdError
 from services.contract.ids import check_consultation_id
 
 if TYPE_CHECKING:
-    from services.corpus import Consultation, EventRecord
+    from services.corpus import Consultation, Corpus, EventRecord
 
 #: columns of CSV, and members of the objects of the two JSON forms
 FIELDS = ("consultation", "sequence", "event_id", "received", "received_ns", "event_type", "event")
@@ -45,15 +45,32 @@ def opened(path: Path, consultation: str) -> Iterator[Consultation]:
         check_consultation_id(consultation)
     except InvalidIdError as error:
         raise CommandError(f"{consultation!r} is no consultation's id: {error}") from None
-    from services.corpus import CorpusError, UnknownConsultationError, open_corpus  # h5py is slow to import
+    from services.corpus import UnknownConsultationError  # h5py is slow to import
 
     try:
-        with open_corpus(path) as corpus:
+        with opened_corpus(path) as corpus:
             yield corpus[consultation]
     except UnknownConsultationError:
         raise CommandError(
             f"there is no consultation {consultation!r} in {path}; an event accepted just now may still be on its way"
         ) from None
+
+
+@contextmanager
+def opened_corpus(path: Path) -> Iterator[Corpus]:
+    """Open the corpus at *path*.
+
+    Raises:
+        CommandError: it cannot be read.
+        UnknownConsultationError: of the body.
+    """
+    from services.corpus import CorpusError, UnknownConsultationError, open_corpus
+
+    try:
+        with open_corpus(path) as corpus:
+            yield corpus
+    except UnknownConsultationError:
+        raise
     except CorpusError as error:
         raise CommandError(f"cannot read the corpus in {path}: {error}") from error
 

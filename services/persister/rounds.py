@@ -15,7 +15,7 @@ runs in one thread, as one job for all partitions. A partition with poison waits
 that fails leaves the round: its runner opens the file anew.
 
 A round begins at once when the last one could not take everything. Otherwise it begins when rounds have taken less than
-:data:`SHARE` of the time: a lone event is committed within milliseconds, and 2,000 events a second cost four rounds.
+:data:`SHARE` of the time: a lone event is committed within milliseconds, and 2,000 events a second cost three rounds.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from services.persister.traces import Traces, trace_id_in
 T = TypeVar("T")
 
 #: rounds that take all there is use at most this share of the time
-SHARE = 0.1
+SHARE = 0.05
 #: longest time between the beginnings of two rounds, seconds
-LONGEST_SECONDS = 0.25
+LONGEST_SECONDS = 0.5
 #: errors that say nothing about a single message
 _NOT_THE_MESSAGE = (FiqError, TransientCorpusError, PermanentCorpusError, StoreFailedError, OSError, MemoryError)
 

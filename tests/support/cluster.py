@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import nats
 import nats.errors
@@ -46,3 +48,26 @@ async def heal(cluster: Cluster) -> None:
         if not cluster.running(index):
             cluster.start_node(index)
     await asyncio.to_thread(cluster.wait_ready)
+
+
+def stores_copied(cluster: Cluster, target: Path) -> None:
+    """Stop all nodes, copy their stores to *target*, as a backup of disks does, and start them again."""
+    cluster.stop_all()
+    for name in cluster.names:
+        shutil.copytree(cluster.folder / name, target / name)
+    _start(cluster)
+
+
+def set_back(cluster: Cluster, copies: Path) -> None:
+    """Stop all nodes, put the *copies* of their stores back, and start them again on the same ports."""
+    cluster.stop_all()
+    for name in cluster.names:
+        shutil.rmtree(cluster.folder / name)
+        shutil.copytree(copies / name, cluster.folder / name)
+    _start(cluster)
+
+
+def _start(cluster: Cluster) -> None:
+    for index in range(cluster.size):
+        cluster.start_node(index)
+    cluster.wait_ready()

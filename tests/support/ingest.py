@@ -17,7 +17,9 @@ from aiohttp.web import Application
 from services.contract.event import Event
 from services.contract.management import bind, managed
 from services.contract.telemetry import Spans
+from services.eventlog.backlog import Backlog
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
+from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import Appended, Page, Stored, StoredEvent, digest_of
 from services.eventlog.settings import LogSettings
 from services.ingest.app import READY, OpenLog, make_app
@@ -38,6 +40,7 @@ class MemoryLog:
         page_events: events of a page, at most.
         reads: pages that were read.
         looks: questions for news.
+        backlog: what waits in a log that has persisters.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -54,6 +57,7 @@ class MemoryLog:
     page_events: int = 1000
     reads: int = 0
     looks: int = 0
+    backlog: Backlog | None = None
 
     def __post_init__(self) -> None:
         self.reader = MemoryReader(self)
@@ -81,8 +85,8 @@ class MemoryLog:
         return self.reasons
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[OpenLog]:
-        yield OpenLog(self, self.ready, self.reader)
+    async def open(self, _: LogMetrics) -> AsyncIterator[OpenLog]:
+        yield OpenLog(self, self.ready, self.reader, lambda: self.backlog)
         self.closed = True
 
 

@@ -34,6 +34,7 @@ def persister_metrics() -> PersisterMetrics:
     metrics.info.labels("main", "volume", "host")
     metrics.volume_free.labels("volume")
     metrics.volume_size.labels("volume")
+    metrics.backup.labels("volume")
     return metrics
 
 
@@ -42,7 +43,7 @@ def log_metrics() -> CollectorRegistry:
     registry = CollectorRegistry()
     metrics = LogMetrics(registry)
     replica = ReplicaReport("n2", current=True, offline=False, lag=0, seen_seconds=0.1)
-    metrics.stream("fi-events", StreamReport("", 16, "n1", (replica,), 1, 1, 1, 1, 1, 16))
+    metrics.stream("fi-events", StreamReport("", 16, "n1", (replica,), 1, 1, 1, 1, 1))
     metrics.certificates([Validity("node", "n1", 0.0)])
     metrics.backlog("main", 0, 1, 1.0)
     metrics.owned("main", 0, "volume", 1)

@@ -7,30 +7,54 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from services.cli.consultations import Format, lines, opened
+from services.cli.consultations import Format, lines, opened, opened_corpus
 from services.cli.errors import CommandError
 from services.cli.target import CorpusOption, FolderOption, find_corpus
 
+if TYPE_CHECKING:
+    from services.corpus import EventRecord
+
 
 def export(
-    consultation: Annotated[str, typer.Argument(help="Id of the consultation.")],
+    consultation: Annotated[
+        str | None, typer.Argument(help="Id of the consultation; all of them, one after the other, with --after.")
+    ] = None,
     form: Annotated[Format, typer.Option("--format", "-f", help="ndjson and json carry each event byte for byte.")] = (
         Format.NDJSON
     ),
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write, complete or not at all; stdout otherwise.")
     ] = None,
+    after: Annotated[int | None, typer.Option(min=0, help="Only events after this sequence of the stream.")] = None,
     corpus: CorpusOption = None,
     folder: FolderOption = None,
 ) -> None:
     """Write a consultation's events in stream order, one at a time, however many there are."""
-    with opened(find_corpus(corpus, folder), consultation) as found, _target(output) as file:
+    with _events(find_corpus(corpus, folder), consultation, after) as found, _target(output) as file:
         for piece in lines(found, form):
             file.write(piece)
+
+
+@contextlib.contextmanager
+def _events(path: Path, consultation: str | None, after: int | None) -> Iterator[Iterator[EventRecord]]:
+    if consultation is not None:
+        with opened(path, consultation) as found:
+            yield (event for event in found if event.sequence > (after or 0))
+        return
+    if after is None:
+        raise CommandError("name a consultation, or with --after a sequence: then all of them are written")
+    with opened_corpus(path) as corpus:
+        yield (
+            event
+            for name in corpus.consultations()
+            if len(events := corpus[name]) and events.table(len(events) - 1)["seq"][0] > after
+            for event in events
+            if event.sequence > after
+        )
 
 
 @contextlib.contextmanager

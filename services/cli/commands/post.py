@@ -49,6 +49,7 @@ class _Options:
     concurrency: int
     batch: int
     patience: float
+    exported: bool
 
 
 def post(
@@ -67,18 +68,23 @@ def post(
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Batches on their way at the same time.")] = 4,
     batch: Annotated[int, typer.Option(min=1, max=1000, help="Events of a batch.")] = 500,
     patience: Annotated[float, typer.Option(min=1, max=86400, help="How long each batch is tried, seconds.")] = 60,
+    exported: Annotated[bool, typer.Option("--exported", help="It is of `fiq export`: each keeps its id.")] = False,
 ) -> None:
     """Post the events of a file; go on where it was stopped, and repeat none.
 
     Every line is looked at before the first one is sent. Events of one consultation keep their order.
     """
     _check_ids(consultation, key)
-    options = _Options(_url(url, folder), _token(token_file), ca_file, consultation, concurrency, batch, patience)
+    # the ids of exported events are not in their bodies, where a batch would look for them
+    batch = 1 if exported else batch
+    options = _Options(
+        _url(url, folder), _token(token_file), ca_file, consultation, concurrency, batch, patience, exported
+    )
     with _opened(file) as source:
         if not is_regular(source):
             _post(source, options, key or _new_key(), state, None)
             return
-        found = _checked(source, consultation)
+        found = _checked(source, consultation, exported=exported)
         source.seek(0)
         beside = None if str(file) == "-" else file.with_name(f"{file.name}.posting")
         _post(source, options, key or found.digest, state or beside, found)
@@ -131,16 +137,18 @@ async def _send(
         FiqClient(
             options.url, options.token, patience=patience, connections=options.concurrency, context=context
         ) as client,
-        aclosing(lines(source, options.consultation, behind=tally.done, size=size)) as events,
+        aclosing(
+            lines(source, options.consultation, exported=options.exported, behind=tally.done, size=size)
+        ) as events,
     ):
         poster = Poster(client, key, tally, lanes=options.concurrency, batch=options.batch, on_accepted=on_accepted)
         await poster.run(events)
         return client.retries
 
 
-def _checked(source: IO[bytes], consultation: str | None) -> Checked:
+def _checked(source: IO[bytes], consultation: str | None, *, exported: bool) -> Checked:
     with bar("checking") as show:
-        found = check(source, consultation, show)
+        found = check(source, consultation, show, exported=exported)
     if found.wrong:
         for number, reason in found.wrong[:_SHOWN]:
             typer.echo(f"line {number}: {reason}", err=True)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from os import fstat
 from typing import IO
+from uuid import UUID
 
 import orjson
 
@@ -16,6 +17,8 @@ from services.contract.errors import PoisonError
 from services.contract.event import InvalidBodyError, check_body
 from services.contract.ids import check_consultation_id, event_id_from_key
 
+#: what precedes the event in a line of `fiq export`: before it there are only texts, in which quotes are escaped
+_EXPORTED_EVENT = b',"event":'
 #: bytes that are read at a time
 _PIECE = 1 << 18
 
@@ -56,12 +59,31 @@ class Checked:
     wrong: list[tuple[int, str]]
 
 
-def read_line(number: int, raw: bytes, consultation: str | None) -> Line:
+def read_exported(number: int, raw: bytes) -> Line:
+    """Read one line of `fiq export`: the event with its own id, byte for byte.
+
+    Raises:
+        PoisonError: it is no such line. The message quotes nothing of it.
+    """
+    before, separator, after = raw.partition(_EXPORTED_EVENT)
+    try:
+        document = orjson.loads(before + b"}")
+        consultation, event_id = document["consultation"], str(UUID(document["event_id"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InvalidBodyError("it is no line of `fiq export --format ndjson`") from None
+    if not separator or not after.endswith(b"}"):
+        raise InvalidBodyError("it is no line of `fiq export --format ndjson`")
+    return Line(number, check_consultation_id(consultation), True, event_id, check_body(after[:-1]))
+
+
+def read_line(number: int, raw: bytes, consultation: str | None, *, exported: bool = False) -> Line:
     """Read one line; *consultation* is for those that name none.
 
     Raises:
         PoisonError: it is no event. The message quotes nothing of it.
     """
+    if exported:
+        return read_exported(number, raw)
     body = check_body(raw)
     document = orjson.loads(body)
     named, event_id = (document.get(name) for name in ("consultation_id", "event_id"))
@@ -77,7 +99,13 @@ def read_line(number: int, raw: bytes, consultation: str | None) -> Line:
     return Line(number, owner, named is not None, event_id, body)
 
 
-def check(file: IO[bytes], consultation: str | None, on_progress: Callable[[float, str], None]) -> Checked:
+def check(
+    file: IO[bytes],
+    consultation: str | None,
+    on_progress: Callable[[float, str], None],
+    *,
+    exported: bool = False,
+) -> Checked:
     """Look through the whole *file* and find each line that is no event."""
     digest, size, events = hashlib.sha256(), 0, 0
     total = max(1, fstat(file.fileno()).st_size)
@@ -88,7 +116,7 @@ def check(file: IO[bytes], consultation: str | None, on_progress: Callable[[floa
         if text := _text(raw):
             events += 1
             try:
-                read_line(number, text, consultation)
+                read_line(number, text, consultation, exported=exported)
             except PoisonError as error:
                 wrong.append((number, str(error)))
         if number % 1000 == 0:
@@ -97,13 +125,19 @@ def check(file: IO[bytes], consultation: str | None, on_progress: Callable[[floa
 
 
 async def lines(
-    file: IO[bytes], consultation: str | None, *, behind: int = 0, size: int | None = None
+    file: IO[bytes],
+    consultation: str | None,
+    *,
+    exported: bool = False,
+    behind: int = 0,
+    size: int | None = None,
 ) -> AsyncGenerator[Line, None]:
     """Yield the lines of *file* that are not empty, as soon as they are there.
 
     Args:
         file: a regular one, or a pipe, a socket, a terminal.
         consultation: of lines that name none.
+        exported: they are of `fiq export`.
         behind: number of the line behind which to begin.
         size: bytes that were looked through; what came later is left. None for all.
 
@@ -117,7 +151,7 @@ async def lines(
             text = _text(raw)
             if text and number > behind:
                 try:
-                    line = read_line(number, text, consultation)
+                    line = read_line(number, text, consultation, exported=exported)
                 except PoisonError as error:
                     raise InvalidBodyError(f"line {number}: {error}") from None
                 yield line

@@ -58,8 +58,9 @@ SILENCE_SECONDS = 2.0
 REPAIR_PAUSE_SECONDS = 0.25
 #: how long an answer may take; short, as it may be a frozen node's and another one answers soon, seconds
 REQUEST_SECONDS = 2.0
-#: the same after some that did not come: the cluster may only be slow, seconds
-LONG_REQUEST_SECONDS = 5.0
+#: how long the making of a cursor may take, by attempt; it takes milliseconds, unless it fell to a dead node, and the
+#: next one may fall to another. The last one repeats: the cluster may only be slow, seconds
+CREATE_SECONDS = (1.0, 1.0, 2.0, 5.0)
 #: a pull that found nothing ends after this time and is renewed, seconds
 PULL_SECONDS = 30.0
 #: one pull brings at most these
@@ -271,7 +272,7 @@ class JetStreamFollower:
         connects = self._nc.stats["reconnects"]
         await check_log(self._api, self._identity, self._committed, trimmable=self._trimmable)
         committed = self._committed.sequence
-        timeout = LONG_REQUEST_SECONDS if self._failures > 1 else REQUEST_SECONDS
+        timeout = CREATE_SECONDS[min(self._failures, len(CREATE_SECONDS) - 1)]
         cursor = await self._cursors.make(committed, timeout=timeout)
         self._consumer, self._pending = cursor.name, cursor.pending
         self._connects = connects

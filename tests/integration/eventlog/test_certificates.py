@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from nats.aio.client import Client
 from prometheus_client import CollectorRegistry
+from services.eventlog.jetstream.watch import LogWatch
 
 from services.eventlog.jetstream.certificates import Validity, certificates
-from services.eventlog.jetstream.watch import LogWatch
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.settings import LogSettings
 from tests.support.broker import plain_server

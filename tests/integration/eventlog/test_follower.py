@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -16,13 +18,14 @@ from services.eventlog.jetstream.connection import Connection, close, connect
 from services.eventlog.jetstream.definitions import cursor_config
 from services.eventlog.jetstream.names import STREAM, subject_of
 from services.eventlog.jetstream.provision import provision
+from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.partitions import partition_of
 from services.eventlog.protocol import Position
 from services.eventlog.settings import LogSettings
 from tests.support.cluster import delete_streams
 from tests.support.following import Sink, until
 from tests.support.persisters import Log, provisioned
-from tests.support.polling import eventually
+from tests.support.polling import eventually, eventually_sync
 from tests.support.raw_nats import message, publish_raw
 
 #: a frozen node is noticed after three seconds, and an election may follow, seconds
@@ -254,42 +257,60 @@ async def test_an_idle_partition_is_followed_again_soon(
 ) -> None:
     """Its cursor's node leads nothing, so no election comes before."""
     await log.publish(10)
-    connection = await _on_the_leader(log)
-    leader = log.cluster.stream_leader(STREAM)
-    assert leader is not None
-    async with Sink(connection, log.identity).following() as reader:
+    async with _on_the_leader(log) as (through, leader), sink(through).following() as reader:
         await reader.take(10)
         victim = await _node_of_cursor(log, reader, other_than=leader)
         before = len(reader.repairs)
         (log.cluster.kill if how == "kill" else log.cluster.pause)(victim)
         started = time.monotonic()
-        await log.publish(10)
+        await through.publish(10)
         assert list(range(11, 21)) == await reader.take(10)
         took = time.monotonic() - started
         assert took <= FROZEN_SECONDS, reader.repairs[before:]
         record_property("followed again after s", round(took, 2))
-    await connection.close()
+
+
+async def test_a_partition_is_followed_again_when_the_node_that_leads_everything_freezes(
+    log: Log, record_property: Callable[[str, object], None]
+) -> None:
+    """An election of the stream's leader and one of the meta leader come before, as for every client."""
+    await log.publish(10)
+    async with _on_the_leader(log) as (_, leader):
+        pass
+    other = await _connected(log, (leader + 1) % 3)
+    async with Sink(other, log.identity).following() as reader:
+        await reader.take(10)
+        await _node_of_cursor(log, reader, other_than=(leader + 1) % 3)
+        log.cluster.pause(leader)
+        started = time.monotonic()
+        elected = asyncio.create_task(asyncio.to_thread(_wait_other_leaders, log.cluster, leader))
+        publisher = Publisher(other, deadline=30, max_in_flight=100)
+        await publisher.start()
+        await replace(log, nc=other, publisher=publisher).publish(10)
+        assert list(range(11, 21)) == await reader.take(10)
+        took = time.monotonic() - started
+        beyond = took - (await elected - started)
+        record_property("followed again after s, of that beyond the election", (round(took, 2), round(beyond, 2)))
+        assert beyond <= FROZEN_SECONDS
+        await publisher.close()
+    await close(other)
 
 
 async def test_a_frozen_node_that_thaws_brings_nothing_twice(log: Log) -> None:
     """Its old cursor answers for a moment as if nothing had happened."""
-    connection = await _on_the_leader(log)
-    leader = log.cluster.stream_leader(STREAM)
-    assert leader is not None
-    async with Sink(connection, log.identity).following() as reader:
-        await log.publish(50)
+    async with _on_the_leader(log) as (through, leader), sink(through).following() as reader:
+        await through.publish(50)
         taken = await reader.take(50)
         for _ in range(2):
             victim = await _node_of_cursor(log, reader, other_than=leader)
             log.cluster.pause(victim)
-            await log.publish(100)
+            await through.publish(100)
             taken += await reader.take(60)
             log.cluster.resume(victim)
-            await log.publish(50)
+            await through.publish(50)
             taken += await reader.take(90)
         assert list(range(1, 351)) == taken
         await eventually(lambda: _one_cursor(reader), 60)
-    await connection.close()
 
 
 # -- idle partitions --------------------------------------------------------------------------------------------------
@@ -500,8 +521,9 @@ async def _one_cursor(reader: Sink) -> bool:
     return len(await reader.cursors()) == 1
 
 
-async def _on_the_leader(log: Log) -> Connection:
-    """Have the meta leader's node lead the stream, too, and return a connection to it."""
+@asynccontextmanager
+async def _on_the_leader(log: Log) -> AsyncIterator[tuple[Log, int]]:
+    """Have the meta leader's node lead the stream, too; yield the log through that node, and the node."""
 
     async def check() -> list[int]:
         meta = log.cluster.meta_leader()
@@ -512,7 +534,19 @@ async def _on_the_leader(log: Log) -> Connection:
         return []
 
     (leader,) = await eventually(check)
-    return await _connected(log, leader)
+    connection = await _connected(log, leader)
+    publisher = Publisher(connection, deadline=20, max_in_flight=100)
+    await publisher.start()
+    yield replace(log, nc=connection, publisher=publisher), leader
+    await publisher.close()
+    await close(connection)
+
+
+def _wait_other_leaders(cluster: Cluster, frozen: int) -> float:
+    """Wait until another node leads the stream, and another one the metadata; return when that was."""
+    eventually_sync(lambda: cluster.meta_leader() not in {None, frozen}, 40, 0.2)
+    eventually_sync(lambda: cluster.stream_leader(STREAM) not in {None, frozen}, 40, 0.2)
+    return time.monotonic()
 
 
 async def _connected(log: Log, node: int) -> Connection:

@@ -15,7 +15,7 @@ def _info(*peers: dict[str, Any], leader: str = "n1") -> dict[str, Any]:
     return {
         "created": "2026-01-01T00:00:00Z",
         "config": {"max_bytes": 100, "metadata": {"fi_partitions": "16"}},
-        "state": {"messages": 1, "bytes": 80, "first_seq": 1, "last_seq": 1, "consumer_count": 16},
+        "state": {"messages": 1, "bytes": 80, "first_seq": 1, "last_seq": 1},
         "cluster": {"leader": leader, "replicas": list(peers)},
     }
 

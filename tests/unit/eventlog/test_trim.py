@@ -1,69 +1,63 @@
-"""What every store has committed, from the consumers' own figures."""
+"""What every store has committed, from the keys of the bucket, and which process trims."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from services.eventlog.jetstream.processes import LiveProcess, read_committed, show_committed
-from services.eventlog.jetstream.trim import committed_everywhere
-
-
-def consumer(store: str, partition: int, floor: int) -> dict[str, Any]:
-    return {"name": f"fi-workers-{store}-{partition:02d}", "ack_floor": {"stream_seq": floor}}
+from services.eventlog.jetstream.monitor import LogState
+from services.eventlog.jetstream.placement import Placement, StorePlacement
+from services.eventlog.jetstream.processes import LiveProcess, Progress, read_process, read_progress, show_progress
+from services.eventlog.jetstream.trim import committed_everywhere, is_turn
 
 
-def process(store: str, committed: dict[int, int]) -> LiveProcess:
-    return LiveProcess(store, "volume", frozenset(committed), committed)
+def store(name: str, committed: dict[int, int], *, formed: bool = True) -> StorePlacement:
+    placed = {p: Placement(p, "volume", 1, at, 1, 1) for p, at in committed.items()}
+    return StorePlacement(name, formed, ("volume",), placed, frozenset(), "2026-01-01T00:00:00Z", 1)
 
 
-def test_the_slowest_partition_counts() -> None:
-    """Everything below its floor is in HDF5."""
-    consumers = [consumer("main", 0, 90), consumer("main", 1, 40)]
-    assert 40 == committed_everywhere(consumers, 2)
+def process(name: str, *partitions: int) -> LiveProcess:
+    return LiveProcess(name, "volume", frozenset(partitions), {})
 
 
-def test_the_slowest_store_counts() -> None:
-    """The second copy must get every event too."""
-    consumers = [consumer("main", 0, 90), consumer("second", 0, 20)]
-    assert 20 == committed_everywhere(consumers, 1)
+def test_each_partition_has_committed_what_every_store_has() -> None:
+    """The second copy must get every event too; another partition does not matter."""
+    stores = {"main": store("main", {0: 90, 1: 20}), "second": store("second", {0: 40, 1: 80})}
+    assert [40, 20] == [committed_everywhere(stores, partition, 100) for partition in (0, 1)]
 
 
-def test_a_store_that_is_not_complete_holds_everything_back() -> None:
-    """Its missing partitions have committed nothing yet; a consumer that the broker left out may be behind."""
-    assert 0 == committed_everywhere([consumer("main", 0, 90), consumer("main", 1, 90), consumer("b", 0, 90)], 2)
+def test_a_partition_without_a_key_has_committed_nothing() -> None:
+    """Of a store that is being formed, or that has lost the key: its volume may lack everything."""
+    stores = {"main": store("main", {0: 90, 1: 90}), "second": store("second", {0: 90}, formed=False)}
+    assert [90, 0] == [committed_everywhere(stores, partition, 100) for partition in (0, 1)]
 
 
 def test_without_stores_nothing_is_committed() -> None:
-    """Foreign consumers do not count."""
-    assert 0 == committed_everywhere([{"name": "somebody", "ack_floor": {"stream_seq": 9}}], 16)
+    """No persister has ever been there."""
+    assert 0 == committed_everywhere({}, 0, 100)
 
 
-def test_a_floor_that_ran_ahead_of_the_file_does_not_count() -> None:
-    """A purge moves the floors of consumers that have caught up."""
-    consumers = [consumer("main", 0, 90), consumer("main", 1, 90)]
-    assert 38 == committed_everywhere(consumers, 2, [process("main", {0: 90}), process("main", {1: 38})])
+def test_a_key_that_is_ahead_of_the_stream_counts_for_nothing() -> None:
+    """The stream was set back: what is in the file is not what is in the stream."""
+    assert 0 == committed_everywhere({"main": store("main", {0: 101})}, 0, 100)
 
 
-def test_a_file_ahead_of_its_floor_does_not_count_either() -> None:
-    """The acknowledgement follows in a moment."""
-    assert 40 == committed_everywhere([consumer("main", 0, 40)], 1, [process("main", {0: 90})])
+def test_the_process_with_the_lowest_partition_that_is_run_trims() -> None:
+    """When partition 00 is stopped or away, another one does."""
+    state = LogState(processes=(process("main", 3, 4), process("main", 2, 5), process("second", 2)))
+    assert not is_turn(state, "main", [3, 4])
+    assert is_turn(state, "main", [2, 5])
+    assert not is_turn(state, "second", [2])
+    assert not is_turn(state, "main", [])
 
 
-def test_a_partition_that_nobody_runs_holds_everything_back() -> None:
-    """What its file holds is not known; another store's process does not count."""
-    consumers = [consumer("main", 0, 90), consumer("main", 1, 90)]
-    assert 0 == committed_everywhere(consumers, 2, [process("main", {0: 90}), process("second", {1: 90})])
-
-
-def test_in_a_handover_the_greater_of_two_answers_counts() -> None:
-    """A file never goes back."""
-    assert 70 == committed_everywhere(
-        [consumer("main", 0, 90)], 1, [process("main", {0: 50}), process("main", {0: 70})]
-    )
+def test_a_process_that_hears_nobody_trims() -> None:
+    """Several do no harm, none at all would."""
+    assert is_turn(LogState(), "main", [7])
 
 
 def test_what_a_process_tells_is_read_as_it_was_shown() -> None:
     """And what another version may tell does no harm."""
-    assert show_committed({3: 41, 0: 38}) == "00:38,03:41"
-    assert read_committed("00:38,03:41") == {0: 38, 3: 41}
-    assert read_committed("") == read_committed("x:1,2:y,3,:") == {}
+    progress = {3: Progress(41, 0), 0: Progress(38, 2)}
+    assert show_progress(progress) == "00:38:2,03:41:0"
+    assert read_progress("00:38:2,03:41:0") == progress
+    assert read_progress("") == read_progress("x:1:1,2:y:1,3,:,::,4:5") == {}
+    said = {"store": "main", "volume": "v", "partitions": "00,03", "progress": "00:1:2", "stream_sequence": "9"}
+    assert LiveProcess("main", "v", frozenset({0, 3}), {0: Progress(1, 2)}, 9, said) == read_process(said)

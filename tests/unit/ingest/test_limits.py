@@ -13,13 +13,20 @@ from typing import Any
 
 import pytest
 
-from services.eventlog.backlog import Backlog
+from services.eventlog.backlog import Backlog, Waiting
+from services.eventlog.partitions import partition_of
 from services.ingest import app as module
-from services.ingest.handlers import METRICS
 from tests.support.ingest import Edge, running_edge
 from tests.support.polling import eventually
 
+#: a consultation of partition 0 of 2, and one of the other
+STOPPED_AND_OTHER = [next(n for n in map("c{}".format, range(9)) if partition_of(n, 2) == p) for p in (0, 1)]
 GET = b"GET /problems/not-found HTTP/1.1\r\nHost: t\r\n\r\n"
+
+
+def backlog(at: float, sequence: int, *events: int, still: tuple[int, ...] = ()) -> Backlog:
+    """Return what waits in each partition."""
+    return Backlog(at, sequence, tuple(Waiting(count, sequence, p in still) for p, count in enumerate(events)))
 
 
 @pytest.mark.parametrize("expect", [False, True])
@@ -29,18 +36,17 @@ async def test_beyond_the_backlog_it_is_503_with_the_time_that_draining_takes(
     """Before the body is asked for; events are taken again when there is room."""
     monkeypatch.setattr(module, "PRESSURE_SECONDS", 0.02)
     async with running_edge(max_backlog=100) as edge:
-        log = edge.app[METRICS].log
         now = time.monotonic()
-        log.observed = Backlog(now - 5, 1000, 600)
+        edge.log.backlog = backlog(now - 5, 1000, 600)
         await eventually(lambda: edge.metric("fi_ingest_backlog_events") == 600.0)
-        log.observed = Backlog(now, 1000, 500)
+        edge.log.backlog = backlog(now, 1000, 500)
         await eventually(lambda: 0 < edge.metric("fi_ingest_backlog_events") <= 500.0)
         headers: dict[str, Any] = {"Expect": "100-continue"} if expect else {}
         reply = await edge.post(**headers)
         assert (503, "/problems/backlog-full") == (reply.status, reply.json["type"])
         assert 15 <= int(reply.headers["Retry-After"]) <= 21
         assert 200 == (await edge.request("GET", "/problems/backlog-full")).status
-        log.observed = Backlog(time.monotonic(), 1500, 10)
+        edge.log.backlog = backlog(time.monotonic(), 1500, 10)
         await eventually(lambda: edge.metric("fi_ingest_backlog_events") <= 10.0)
         assert 202 == (await edge.post()).status
 
@@ -49,13 +55,31 @@ async def test_what_the_backlog_refuses_does_not_count_against_the_rate(monkeypa
     """A client that waits and retries as it was told has its whole rate still."""
     monkeypatch.setattr(module, "PRESSURE_SECONDS", 0.02)
     async with running_edge(max_backlog=100, rate=0.001, rate_burst=1) as edge:
-        log = edge.app[METRICS].log
-        log.observed = Backlog(time.monotonic(), 1000, 600)
+        edge.log.backlog = backlog(time.monotonic(), 1000, 600)
         await eventually(lambda: edge.metric("fi_ingest_backlog_events") == 600.0)
         assert [503] * 3 == [(await edge.post()).status for _ in range(3)]
-        log.observed = Backlog(time.monotonic(), 1500, 10)
+        edge.log.backlog = backlog(time.monotonic(), 1500, 10)
         await eventually(lambda: edge.metric("fi_ingest_backlog_events") <= 10.0)
         assert [202, 429] == [(await edge.post()).status for _ in range(2)]
+
+
+async def test_a_partition_that_stands_still_stops_its_own_clients_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G6: the others go on, although more waits in it than may wait in all."""
+    monkeypatch.setattr(module, "PRESSURE_SECONDS", 0.02)
+    async with running_edge(max_backlog=100) as edge:
+        edge.log.backlog = backlog(time.monotonic(), 5000, 5000, 3, still=(0,))
+        await eventually(lambda: edge.metric("fi_ingest_backlog_events") == 5003.0)
+        stopped, other = [await edge.post(name) for name in STOPPED_AND_OTHER]
+        assert (503, "/problems/backlog-full", "60") == (
+            stopped.status,
+            stopped.json["type"],
+            stopped.headers["Retry-After"],
+        )
+        assert "Partition 00" in stopped.json["detail"]
+        assert 202 == other.status
+        edge.log.backlog = backlog(time.monotonic(), 5000, 40, 3)
+        await eventually(lambda: edge.metric("fi_ingest_backlog_events") == 43.0)
+        assert 202 == (await edge.post(STOPPED_AND_OTHER[0])).status
 
 
 @pytest.mark.parametrize(("levels", "expected"), [(5, 202), (6, 422)])

@@ -13,6 +13,7 @@ from services.cli import monitoring
 from services.cli.ports import free_ports
 from services.contract.errors import PermanentError
 from services.contract.lifecycle import Stop
+from services.eventlog.metrics import LogMetrics
 from services.ingest import service
 from services.ingest.app import OpenLog
 from services.ingest.service import serve
@@ -35,8 +36,8 @@ async def test_a_connection_that_is_lost_for_good_ends_the_process_with_1(monkey
     log = MemoryLog()
 
     @asynccontextmanager
-    async def opener(_: Settings, on_closed: Callable[[str], None]) -> AsyncIterator[OpenLog]:
-        async with log.open() as opened:
+    async def opener(_: Settings, on_closed: Callable[[str], None], metrics: LogMetrics) -> AsyncIterator[OpenLog]:
+        async with log.open(metrics) as opened:
             asyncio.get_running_loop().call_later(0.05, on_closed, "gone")
             yield opened
 
@@ -49,7 +50,7 @@ async def test_a_connection_that_is_lost_for_good_ends_the_process_with_1(monkey
 async def test_an_error_at_start_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The program makes one line of it."""
 
-    def opener(_: Settings, __: Callable[[str], None]) -> None:
+    def opener(_: Settings, __: Callable[[str], None], ___: LogMetrics) -> None:
         raise PermanentError("no permission")
 
     monkeypatch.setattr(service, "open_log", opener)
@@ -63,7 +64,7 @@ async def test_probes_are_answered_while_the_cluster_is_waited_for(
     """Alive, not ready, and why; clients are refused until events can be taken."""
 
     @asynccontextmanager
-    async def opener(_: Settings, __: Callable[[str], None]) -> AsyncIterator[OpenLog]:
+    async def opener(_: Settings, __: Callable[[str], None], ___: LogMetrics) -> AsyncIterator[OpenLog]:
         await asyncio.Event().wait()
         yield OpenLog(MemoryLog(), MemoryLog().ready, MemoryLog().reader)
 
@@ -90,7 +91,7 @@ async def test_a_stop_while_it_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -
     """However long the cluster lets it wait."""
 
     @asynccontextmanager
-    async def opener(_: Settings, __: Callable[[str], None]) -> AsyncIterator[OpenLog]:
+    async def opener(_: Settings, __: Callable[[str], None], ___: LogMetrics) -> AsyncIterator[OpenLog]:
         await asyncio.Event().wait()
         yield OpenLog(MemoryLog(), MemoryLog().ready, MemoryLog().reader)
 
