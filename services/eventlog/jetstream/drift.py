@@ -95,5 +95,5 @@ def own_metadata(config: Config) -> dict[str, str]:
 
 
 def size_setting(stream: str) -> str:
-    """Return the name of the setting that limits *stream*."""
-    return "FI_STREAM_MAX_BYTES" if stream == names.STREAM else "FI_DEAD_MAX_BYTES"
+    """Return the name of the setting that limits *stream*; for the small bucket that of what takes its room."""
+    return "FI_DEAD_MAX_BYTES" if stream == names.DEAD_STREAM else "FI_STREAM_MAX_BYTES"
