@@ -89,7 +89,9 @@ async def test_the_metrics_show_them_though_nothing_else_answers(tmp_path: Path)
     """A broker in trouble is no reason to be silent about its certificate."""
     registry = CollectorRegistry()
     async with _encrypted(tmp_path) as nc:
-        await LogMonitor(nc, LogSettings(replicas=1), LogMetrics(registry)).look()
+        monitor = LogMonitor(nc, LogSettings(replicas=1), LogMetrics(registry))
+        await monitor.look()
+        await monitor.close()
     for kind, name, end in (("node", "n1", NODE_END), ("ca", "our-ca", CA_END)):
         labels = {"certificate": kind, "name": name}
         assert end.timestamp() == registry.get_sample_value("fi_certificate_expiry_timestamp_seconds", labels)

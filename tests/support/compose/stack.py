@@ -27,10 +27,10 @@ from services.cli.rehearsal.verification import Found, compare
 from services.cli.security.layout import Layout
 from services.contract.settings import load
 from services.eventlog.errors import LogUnavailableError
+from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.connection import close, connect
-from services.eventlog.jetstream.monitor import look_once
-from services.eventlog.jetstream.names import Role
-from services.eventlog.jetstream.report import StreamReport
+from services.eventlog.jetstream.names import STREAM, Role
+from services.eventlog.jetstream.report import StreamReport, read_stream
 from services.eventlog.settings import LogSettings
 from tests.support.compose.engine import PACE, PREFIX, ROOT, EngineError, clean_up, containers_of, docker, run
 from tests.support.polling import eventually, eventually_sync
@@ -274,7 +274,8 @@ async def reports(settings: Callable[[], LogSettings]) -> AsyncIterator[Callable
             if nc is None:
                 found = await asyncio.to_thread(settings)
                 nc = await connect(found, name="test", role=Role.OPS, on_closed=lambda _: None, deadline=5)
-            return (await look_once(nc, LogSettings())).stream
+            info = await JetStreamApi(nc).stream_info(STREAM)
+            return None if info is None else read_stream(info)
         except LogUnavailableError:
             return None
 
