@@ -46,14 +46,13 @@ format: $(VENV)/.dev ## apply ruff's formatting and safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## measure against the named references; prints Markdown and JSON
+bench: $(VENV)/.dev ## measure against the named references; prints Markdown and JSON (ARGS="--only at-work" to choose)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, the curve of batch sizes, growth; prints Markdown
 	$(BIN)/python -m tests.benchmarks.corpus_commits
 	$(BIN)/python -m tests.benchmarks.corpus_curve
 	$(BIN)/python -m tests.benchmarks.corpus_growth
-	$(BIN)/python -m tests.benchmarks.persister_curve
 
 lock: $(VENV)/.dev ## renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile $(LOCK) --extra cluster --group build pyproject.toml -o requirements/run.txt

@@ -15,7 +15,7 @@ from services.eventlog.jetstream.report import StreamReport
 from services.eventlog.partitions import partition_name
 
 #: what is looked at, one after the other
-PARTS = STREAMS, PARTITIONS, PROCESSES = ("streams", "partitions", "processes")
+PARTS = STREAMS, DEAD_LETTERS, PARTITIONS, PROCESSES = ("streams", "dead_letters", "partitions", "processes")
 
 _STREAM = ("stream",)
 _NODE = ("stream", "node")
@@ -146,4 +146,4 @@ class LogMetrics:
             return (*stream, self.leader, self.replica_up, self.replica_current, self.replica_lag)
         if part == PARTITIONS:
             return self.backlog_events, self.backlog_age
-        return self.owners, self.volume_processes
+        return (self.owners, self.volume_processes) if part == PROCESSES else ()

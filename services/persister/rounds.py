@@ -15,7 +15,7 @@ runs in one thread, as one job for all partitions. A partition with poison waits
 that fails leaves the round: its runner opens the file anew.
 
 A round begins at once when the last one could not take everything. Otherwise it begins when rounds have taken less than
-:data:`SHARE` of the time: a lone event is committed within milliseconds, and 2,000 events a second cost four rounds.
+:data:`SHARE` of the time: a lone event is committed within milliseconds, and 2,000 events a second cost three rounds.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from services.persister.traces import Traces, trace_id_in
 T = TypeVar("T")
 
 #: rounds that take all there is use at most this share of the time
-SHARE = 0.1
+SHARE = 0.05
 #: longest time between the beginnings of two rounds, seconds
-LONGEST_SECONDS = 0.25
+LONGEST_SECONDS = 0.5
 #: errors that say nothing about a single message
 _NOT_THE_MESSAGE = (FiqError, TransientCorpusError, PermanentCorpusError, StoreFailedError, OSError, MemoryError)
 
@@ -317,19 +317,20 @@ class Rounds:
         """Persist *batches*: decode, append, set aside, commit, acknowledge."""
         began, self._cost = time.perf_counter(), 0.0
         await self._in_hdf5(batches, Batch.decode, Batch.append)
-        clean = [batch for batch in batches if not batch.poison]
         for batch in batches:
             if batch.poison:
                 self._spawn(self._finish([batch], began))
-        await self._finish(clean, began)
+        await self._finish([batch for batch in batches if not batch.poison], began)
 
     async def _finish(self, batches: list[Batch], began: float) -> None:
-        await _each(batches, _set_aside)
-        await self._in_hdf5(batches, Batch.commit)
-        await _each(batches, _acknowledge)
-        self._report([batch for batch in batches if batch.error is None], time.perf_counter() - began)
-        for batch in batches:
-            self._done(batch)
+        try:
+            await _each(batches, _set_aside)
+            await self._in_hdf5(batches, Batch.commit)
+            await _each(batches, _acknowledge)
+            self._report([batch for batch in batches if batch.error is None], time.perf_counter() - began)
+        finally:  # whatever happens: runners wait for their batches
+            for batch in batches:
+                self._done(batch)
 
     def _take(self) -> tuple[list[Batch], bool]:
         """Return a batch of each member that has something, in equal parts, and whether something was left."""

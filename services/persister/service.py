@@ -134,28 +134,34 @@ async def _persist(
         answering = asyncio.create_task(desk.run(), name="answering")
         limits = Limits(settings.batch_events, settings.batch_bytes)
         rounds = Rounds(Hdf5Thread(hdf5), limits, metrics, traces)
-        turning = asyncio.create_task(rounds.run(), name="rounds")
         coordinator = _coordinator(nc, settings, deployment, members, publisher, rounds, metrics, desk)
         members.join()
         readiness.coordinator = coordinator
         try:
             announced = _announced(nc, volume, members.name, f"{settings.host}:{port}", coordinator, monitor)
             trimming = _trimming(nc, volume.store, settings.retention, coordinator, monitor, metrics)
-            await unless_stopped(_run(announced, trimming, coordinator), stop)
+            await unless_stopped(_run(announced, trimming, rounds, coordinator), stop)
         finally:
             get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
             await coordinator.stop()
-            for task in (turning, answering):
-                task.cancel()
-            await asyncio.wait({turning, answering})  # the last call in the HDF5 thread comes before that ends
+            answering.cancel()
+            await asyncio.wait({answering})  # its last call in the HDF5 thread comes before that ends
             await publisher.close()
 
 
 async def _run(
-    announced: AbstractAsyncContextManager[None], trimming: Coroutine[Any, Any, None], coordinator: Coordinator
+    announced: AbstractAsyncContextManager[None],
+    trimming: Coroutine[Any, Any, None],
+    rounds: Rounds,
+    coordinator: Coordinator,
 ) -> None:
     async with beside(trimming, "trim"), announced:
-        await coordinator.run()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(rounds.run(), name="rounds")
+                group.create_task(coordinator.run(), name="coordinator")
+        except ExceptionGroup as failed:  # one of them cannot go on: the process ends, and says why
+            raise failed.exceptions[0] from None
 
 
 async def _trimming(

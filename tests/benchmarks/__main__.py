@@ -1,4 +1,7 @@
-"""Run the benchmarks: ``python -m tests.benchmarks [--only NAME] [--quick] [--json FILE] [--write PAGE]``."""
+"""Run the benchmarks: ``python -m tests.benchmarks [--only NAME] [--quick] [--json FILE] [--write PAGE]``.
+
+``--only at-work`` and ``--only drain`` take other checkouts besides this one: ``--product before=DIR``.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
 
 from services.cli.cluster import Cluster
-from tests.benchmarks import batches, dialogues, drains, machine, memory, page, posts, reads, secured, tables, upgrade
+from tests.benchmarks import (
+    at_work,
+    batches,
+    dialogues,
+    drains,
+    machine,
+    memory,
+    page,
+    processes,
+    reads,
+    secured,
+    tables,
+    upgrade,
+)
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.plan import FULL, QUICK, Plan
-from tests.benchmarks.posts import Bench
 from tests.benchmarks.results import About, Results
 from tests.support.dialogues import DATA
 
-#: room for a few backlogs on each node
-_MAX_FILE_STORE = "8GB"
+#: benchmarks that share one cluster of this checkout
+_ON_CLUSTER = ("batches", "security", "persister", "reads")
 
 
 def main(arguments: list[str]) -> int:
@@ -30,17 +48,19 @@ def main(arguments: list[str]) -> int:
     if options.results is not None:
         results: Results = orjson.loads(options.results.read_bytes())
     else:
-        results = measure(options, QUICK if options.quick else FULL)
+        results = measure(options, _plan(options))
     encoded = orjson.dumps(results, option=orjson.OPT_INDENT_2) + b"\n"
     print("\n".join(["", *(f"## {key}\n\n{table}" for key, table in tables.all_tables(results))]))
     print(f"## aims\n\n{tables.verdicts(results)}")
+    if quoted := page.sentence(results):
+        print(f"## README\n\n{quoted}\n")
     if options.json is not None:
         options.json.write_bytes(encoded)
     elif options.results is None:
         print(f"```json\n{encoded.decode()}```")
     if options.write is not None:
         page.write(results, options.write)
-    return 0
+    return 1 if results["about"]["failed"] else 0
 
 
 def measure(options: argparse.Namespace, plan: Plan) -> Results:
@@ -48,29 +68,45 @@ def measure(options: argparse.Namespace, plan: Plan) -> Results:
     started = time.monotonic()
     source = dialogues.load(options.data)
     results = Results(about=_about(plan, source, quick=options.quick))
-    with tempfile.TemporaryDirectory(prefix="fiq-bench-", dir=options.folder) as name:
+    with tempfile.TemporaryDirectory(prefix="fiq-bench-", dir=options.folder) as name, ExitStack() as stack:
         folder = Path(name)
         results["about"]["machine"] = machine.describe(folder)
-        with Cluster(folder / "cluster", max_file_store=_MAX_FILE_STORE) as cluster:
-            bench = Bench(cluster, plan, options.data, folder, _teller(started))
-            if _wanted(options, "latency"):
-                results["latency"] = posts.latency(bench)
-            if _wanted(options, "throughput"):
-                results["throughput"] = posts.throughput(bench)
-            if _wanted(options, "batches"):
-                results["batches"] = batches.batches(bench)
-            if _wanted(options, "security"):
-                results["security"] = secured.security(bench)
-            if _wanted(options, "persister"):
-                results["persister"] = drains.drains(bench)
-            if _wanted(options, "reads"):
-                results["reads"] = reads.reads(bench)
+        cluster = Cluster(folder / "cluster", max_file_store=processes.MAX_FILE_STORE)
+        products = (processes.HERE, *options.product)
+        bench = Bench(cluster, plan, options.data, folder, _teller(started), products)
+        if _wanted(options, "at-work"):
+            results["at_work"] = at_work.at_work(bench, options.targets or at_work.TARGETS)
+        if _wanted(options, "drain"):
+            results["drain"] = drains.drain(bench)
+        if any(_wanted(options, name) for name in _ON_CLUSTER):
+            stack.enter_context(cluster)
+        if _wanted(options, "batches"):
+            results["batches"] = batches.batches(bench)
+        if _wanted(options, "security"):
+            results["security"] = secured.security(bench)
+        if _wanted(options, "persister"):
+            results["persister"] = drains.drains(bench)
+        if _wanted(options, "reads"):
+            results["reads"] = reads.reads(bench)
+        stack.close()
         if _wanted(options, "memory"):
             results["memory"] = memory.memory(bench)
         if _wanted(options, "upgrade"):
             results["upgrade"] = upgrade.upgrade(bench)
+    results["about"]["failed"] = bench.failed
     results["about"]["seconds"] = round(time.monotonic() - started, 1)
     return results
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    plan = QUICK if options.quick else FULL
+    if options.rounds:
+        plan = replace(plan, rounds=options.rounds, drain_rounds=options.rounds)
+    if options.seconds:
+        plan = replace(plan, seconds=options.seconds)
+    if options.clients:
+        plan = replace(plan, clients=tuple(sorted(set(options.clients))))
+    return plan
 
 
 def _about(plan: Plan, source: dialogues.Dialogues, *, quick: bool) -> About:
@@ -84,7 +120,10 @@ def _about(plan: Plan, source: dialogues.Dialogues, *, quick: bool) -> About:
         data=f"{source.source} ({len(source.consultations):,} consultations, {len(bodies):,} events, "
         f"{dialogues.mean_bytes(bodies):.0f} bytes each on average)",
         rounds=plan.rounds,
+        drain_rounds=plan.drain_rounds,
+        load_seconds=plan.seconds,
         backlog=plan.backlog,
+        failed=[],
     )
 
 
@@ -101,9 +140,23 @@ def _wanted(options: argparse.Namespace, name: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    names = ("latency", "throughput", "batches", "security", "persister", "reads", "memory", "upgrade")
+    names = ("at-work", "drain", "batches", "security", "persister", "reads", "memory", "upgrade")
     parser.add_argument("--only", action="append", choices=names, help="measure this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="a smoke run: little of everything, under two minutes")
+    parser.add_argument("--rounds", type=int, help="how often each target is measured")
+    parser.add_argument("--seconds", type=float, help="how long a load lasts")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", metavar="N", help="concurrent clients at work; 0 is one that pauses"
+    )
+    parser.add_argument("--targets", nargs="+", choices=at_work.TARGETS, help="what is measured at work")
+    parser.add_argument(
+        "--product",
+        type=processes.Product.parse,
+        action="append",
+        default=[],
+        metavar="LABEL=DIR",
+        help="another checkout, with its own .venv, that is measured at work and draining, too; may be repeated",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there instead of printing them")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="make this Markdown page, docs/benchmarks.md")
     parser.add_argument("--results", type=Path, metavar="FILE", help="measure nothing, take an earlier run's JSON")

@@ -12,9 +12,9 @@ import orjson
 import uvloop
 
 from tests.benchmarks import batches, loads, pulls
-from tests.benchmarks.jobs import AppendJob, LoadJob, PullJob, Report
+from tests.benchmarks.jobs import GO, READY, AppendJob, LoadJob, PullJob, Report
 
-_WORK: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Report]]]] = {
+_WORK: dict[str, tuple[type[Any], Callable[[Any, Callable[[], None]], Awaitable[Report]]]] = {
     "http": (LoadJob, loads.over_http),
     "batch": (LoadJob, batches.over_http),
     "bare_batch": (LoadJob, batches.over_nats),
@@ -27,15 +27,23 @@ _WORK: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Report]]]] = {
 async def run(order: dict[str, Any]) -> Report:
     """Do the job that *order* describes."""
     kind, work = _WORK[order["kind"]]
+    async with asyncio.timeout(order["timeout"]):
+        return await work(kind(**order["job"]), _meet)
+
+
+def _meet() -> None:
+    """Say that everything is prepared, and wait for the word to begin."""
     gc.collect()
     gc.freeze()
-    async with asyncio.timeout(order["timeout"]):
-        return await work(kind(**order["job"]))
+    sys.stdout.buffer.write(READY)
+    sys.stdout.buffer.flush()
+    if sys.stdin.buffer.readline() != GO:
+        raise RuntimeError("the measuring process is gone")
 
 
 def main() -> None:
     """Read the order, print the report."""
-    report = uvloop.run(run(orjson.loads(sys.stdin.buffer.read())))
+    report = uvloop.run(run(orjson.loads(sys.stdin.buffer.readline())))
     sys.stdout.buffer.write(orjson.dumps(report))
 
 

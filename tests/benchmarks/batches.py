@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,13 +16,11 @@ import orjson
 from services.eventlog.jetstream.batches import BATCH_COMMIT_HEADER, BATCH_ID_HEADER, BATCH_SEQUENCE_HEADER
 from services.eventlog.jetstream.names import subject_of
 from tests.benchmarks import dialogues, http_client, processes, streams
+from tests.benchmarks.bench import Bench, of_rounds
 from tests.benchmarks.jobs import LoadJob, Report
 from tests.benchmarks.plan import BATCH_CLIENTS, BATCH_EVENTS, PARTITIONS
-from tests.benchmarks.posts import Bench, of_rounds
 from tests.benchmarks.results import BARE_BATCH, BATCH, Throughput
-
-#: sends one batch of a consultation; returns whether it was accepted
-Send = Callable[[str, list[bytes]], Awaitable[bool]]
+from tests.benchmarks.tally import Tally
 
 
 def batches(bench: Bench) -> list[Throughput]:
@@ -38,26 +36,23 @@ def batches(bench: Bench) -> list[Throughput]:
     return [of_rounds(target, BATCH_CLIENTS, of) for target, of in reports.items()]
 
 
-async def over_http(job: LoadJob) -> Report:
+async def over_http(job: LoadJob, meet: Callable[[], None]) -> Report:
     """Post NDJSON, each client over a connection of its own, each batch under a key of its own."""
-    port = int(job.target)
-    connections = [await http_client.connect(port) for _ in range(job.clients)]
+    port, tally = int(job.target), Tally(job, events=BATCH_EVENTS)
+    requests = (
+        http_client.post_batch(port, consultation, str(uuid4()), b"\n".join(bodies))
+        for consultation, bodies in _posts(dialogues.load(Path(job.folder)))
+    )
 
-    def sender(connection: http_client.Connection) -> Send:
-        async def send(consultation: str, bodies: list[bytes]) -> bool:
-            request = http_client.post_batch(port, consultation, str(uuid4()), b"\n".join(bodies))
-            return await connection.request(request) == 202
+    def start() -> None:
+        meet()
+        tally.start()
 
-        return send
-
-    try:
-        return await _measure(job, [sender(connection) for connection in connections])
-    finally:
-        for connection in connections:
-            connection.close()
+    await http_client.post_all(port, job.clients, requests, tally, start)
+    return tally.report()
 
 
-async def over_nats(job: LoadJob) -> Report:
+async def over_nats(job: LoadJob, meet: Callable[[], None]) -> Report:
     """Publish atomic batches with nats-py as it is: a publish for each message, a request for the last one."""
     connection = await nats.connect(job.target, name="bench batch", pending_size=64 * 2**20)
 
@@ -79,29 +74,21 @@ async def over_nats(job: LoadJob) -> Report:
             return False
         return int(orjson.loads(answer.data).get("count", 0)) == len(bodies)
 
+    tally, posts = Tally(job, events=BATCH_EVENTS), _posts(dialogues.load(Path(job.folder)))
+
+    async def client() -> None:
+        while tally.more():
+            consultation, bodies = next(posts)
+            started = time.perf_counter()
+            tally.count(started, accepted=await send(consultation, bodies))
+
     try:
-        return await _measure(job, [send] * job.clients)
+        meet()
+        tally.start()
+        await asyncio.gather(*(client() for _ in range(job.clients)))
     finally:
         await connection.close()
-
-
-async def _measure(job: LoadJob, senders: list[Send]) -> Report:
-    posts = _posts(dialogues.load(Path(job.folder)))
-    begin = time.perf_counter() + job.warm_up
-    end = begin + job.seconds
-    events = failures = 0
-
-    async def client(send: Send) -> None:
-        nonlocal events, failures
-        while time.perf_counter() < end:
-            accepted = await send(*next(posts))
-            if not accepted:
-                failures += 1
-            elif begin <= time.perf_counter() <= end:
-                events += BATCH_EVENTS
-
-    await asyncio.gather(*(client(send) for send in senders))
-    return Report(min(time.perf_counter(), end) - begin, events, failures, [])
+    return tally.report()
 
 
 def _posts(source: dialogues.Dialogues) -> Iterator[tuple[str, list[bytes]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,20 @@ def backlog(dialogues: Dialogues, events: int, spread: int) -> Iterator[Event]:
         told[place] += 1
         if told[place] == CONSULTATION_EVENTS:
             told[place], generation[place] = 0, generation[place] + 1
+
+
+def posts(dialogues: Dialogues, at_a_time: int, name: str) -> Iterator[tuple[str, bytes]]:
+    """Yield consultation and body without end, *at_a_time* consultations in turn.
+
+    A consultation has 50 events; when it is complete a new one takes its place. The first ones have fewer, so that
+    afterwards new ones begin evenly. The bodies are the dialogues' lines in their order, again and again.
+    """
+    bodies = dialogues.bodies
+    for number in itertools.count():
+        turn, place = divmod(number, at_a_time)
+        generation, told = divmod(turn + place * CONSULTATION_EVENTS // at_a_time, CONSULTATION_EVENTS)
+        index = generation * at_a_time + place
+        yield f"{name}-{index:06d}", bodies[(index * CONSULTATION_EVENTS + told) % len(bodies)]
 
 
 def mean_bytes(bodies: Sequence[bytes]) -> float:

@@ -1,162 +1,115 @@
-"""Benchmark of the persister: how fast the real process drains a backlog."""
+"""Benchmarks of the persister: how fast real processes drain a backlog that lies in the stream."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack
 
-import orjson
-
-from services.cli.processes import ManagedProcess
-from services.contract.logs import EVENT_PERSISTED, EVENT_WORKER_STARTED
-from services.eventlog.jetstream.follower import MAX_BYTES, MAX_EVENTS
-from services.persister.settings import PersisterSettings
+from services.contract.event import Event
 from tests.benchmarks import dialogues, processes, streams
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.commits import CommitLog
 from tests.benchmarks.jobs import AppendJob, PullJob, run
-from tests.benchmarks.plan import PARTITIONS, SPREADS, TYPICAL_SPREAD, WORKERS
-from tests.benchmarks.posts import Bench
+from tests.benchmarks.plan import PARTITIONS, SPREADS, TYPICAL_SPREAD
+from tests.benchmarks.processes import HERE, Persister, Product
 from tests.benchmarks.results import APPEND, PERSISTER, PULL, Drain, middle
+
+#: what the bare pull asks for at a time, and how seldom it acknowledges
+_PULL_EVENTS, _PULL_BYTES, _ACK_EVENTS = 8192, 16 * 2**20, 8192
 
 _stores = (f"bench{number}" for number in itertools.count(1))
 
 
-@dataclass(slots=True)
-class DrainLog:
-    """What the log of a persister says of a drain.
-
-    Attributes:
-        started: when the first partition asked for its events, seconds since the epoch.
-        ended: when the last batch was committed and acknowledged.
-        persisted: events in HDF5.
-        batches: number of events of each batch.
-        consultations: how many consultations each batch touched.
-    """
-
-    started: float = 0.0
-    ended: float = 0.0
-    persisted: int = 0
-    batches: list[int] = field(default_factory=list)
-    consultations: list[int] = field(default_factory=list)
-
-    def take(self, line: dict[str, Any]) -> None:
-        """Take one line of the log into account."""
-        if line["event"] == EVENT_WORKER_STARTED:
-            self.started = self.started or _seconds(line)
-        elif line["event"] == EVENT_PERSISTED:
-            self.ended = _seconds(line)
-            self.persisted += line["persisted"]
-            self.batches.append(line["persisted"])
-            self.consultations.append(line["consultations"])
-
-    @property
-    def rate(self) -> float:
-        """Events a second."""
-        return self.persisted / (self.ended - self.started)
+def drain(bench: Bench) -> list[Drain]:
+    """Let one and two processes of each product drain all partitions, in rounds that take turns."""
+    total, rates = bench.plan.backlog, dict[tuple[str, int], list[float]]()
+    with ExitStack() as stack:
+        urls = {}
+        for product in bench.products:
+            folder = bench.folder / f"drain-{product.label}"
+            urls[product] = stack.enter_context(processes.nodes(folder, product)).urls[0]
+            with processes.ingest(urls[product], folder, partitions=PARTITIONS, product=product):
+                bench.tell(f"drain: publishing {total:,} events")  # ingest has made the stream
+                streams.fill(urls[product], _backlog(bench, TYPICAL_SPREAD))
+        for number in range(bench.plan.drain_rounds):
+            for product, url in urls.items():
+                for workers in (1, 2):
+                    rate = drained(bench, url, total, partitions=PARTITIONS, workers=workers, product=product)
+                    target = f"{PERSISTER}, {product.label}" if product.label else PERSISTER
+                    rates.setdefault((target, workers), []).append(rate)
+                    bench.tell(f"drain: round {number + 1}, {target}, {workers} processes: {rate:,.0f}/s")
+    return [
+        _row(target, found, spread=TYPICAL_SPREAD, partitions=PARTITIONS, workers=workers, events=total)
+        for (target, workers), found in rates.items()
+    ]
 
 
 def drains(bench: Bench) -> list[Drain]:
-    """Measure the persister against a bare pull and an append for each event."""
-    rows = [row for spread in SPREADS for row in _compare(bench, spread, partitions=1, workers=1)]
-    return rows + _compare(bench, TYPICAL_SPREAD, partitions=PARTITIONS, workers=WORKERS)
+    """Measure one partition against a bare pull and an append for each event."""
+    return [row for spread in SPREADS for row in _compare(bench, spread)]
 
 
-@contextmanager
-def persister(
-    url: str, folder: Path, store: str, *, partitions: int, workers: int = 1, name: str = ""
-) -> Iterator[ManagedProcess]:
-    """Run the product's persister with a volume of its own until the block ends."""
-    name = name or f"persister-{store}"
-    env = {
-        "FI_NATS_URL": url,
-        "FI_DATA_DIR": str(folder / store),
-        "FI_STORE": store,
-        "FI_PARTITIONS": str(partitions),
-        "FI_PERSISTER_PORT": "0",
-    }
-    with processes.process(name, "services.persister", ["--workers", str(workers)], folder, **env) as running:
-        yield running
+def drained(bench: Bench, url: str, events: int, *, partitions: int, workers: int, product: Product = HERE) -> float:
+    """Let a persister with *workers* processes drain the stream into an empty volume; return the events a second."""
+    store = next(_stores)
+    data = bench.folder / store / "corpus"
+    with processes.persisters(url, data, workers=workers, partitions=partitions, store=store, product=product) as found:
+        logs = wait_committed(found, events, bench.plan.drain_timeout)
+    streams.delete_consumers(url)
+    commits = [commit for log in logs for commit in log.commits]
+    begin = min(log.started_ns or log.commits[0].at_ns for log in logs if log.commits)
+    return sum(commit.events for commit in commits) / (max(commit.at_ns for commit in commits) - begin) * 1e9
 
 
-def read_log(path: Path) -> DrainLog:
-    """Read the complete lines of a persister's log."""
-    log = DrainLog()
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.startswith(b"{") and line.endswith(b"\n"):
-            log.take(orjson.loads(line))
-    return log
+def wait_committed(found: list[Persister], events: int, timeout: float) -> list[CommitLog]:
+    """Wait until persisters have committed *events*, and return what their logs say."""
+    logs = [CommitLog(one.process.log) for one in found]
+    # seldom: it costs time on the same cores
+    processes.wait(lambda: sum(log.read() for log in logs) >= events, found[0].process, timeout, poll=0.2)
+    return logs
 
 
-def _compare(bench: Bench, spread: int, *, partitions: int, workers: int) -> list[Drain]:
-    plan = bench.plan
-    where = f"persister: {spread} consultations, {partitions} partitions"
-    bench.tell(f"{where}: publishing {plan.backlog:,} events")
-    streams.fresh_stream(bench.cluster, partitions)
-    streams.fill(bench.cluster, dialogues.backlog(dialogues.load(bench.dialogues), plan.backlog, spread))
-    logs: list[DrainLog] = []
-    pulled: list[float] = []
-    appended: list[float] = []
+def _compare(bench: Bench, spread: int) -> list[Drain]:
+    plan, url = bench.plan, bench.cluster.urls[0]
+    bench.tell(f"persister: {spread} consultations: publishing {plan.backlog:,} events")
+    streams.fresh_stream(bench.cluster, 1)
+    streams.fill(url, _backlog(bench, spread))
+    rates: dict[str, list[float]] = {PERSISTER: [], PULL: [], APPEND: []}
     for number in range(plan.rounds):
-        bench.tell(f"{where}: round {number + 1}")
-        logs.append(_drain(bench, partitions, workers))
-        pulled.append(_pull(bench, partitions))
-        if partitions == 1:
-            appended.append(_append(bench, spread))
-
-    def row(target: str, rates: list[float], processes_: int, events: int) -> Drain:
-        ours = target == PERSISTER
-        return Drain(
-            target=target,
-            partitions=partitions,
-            workers=processes_,
+        bench.tell(f"persister: {spread} consultations: round {number + 1}")
+        rates[PERSISTER].append(drained(bench, url, plan.backlog, partitions=1, workers=1))
+        rates[PULL].append(_pull(bench, url))
+        rates[APPEND].append(_append(bench, spread))
+    return [
+        _row(
+            target,
+            found,
             spread=spread,
-            events=events,
-            events_per_s=middle(rates),
-            rounds=rates,
-            batch_events=_mean([size for log in logs for size in log.batches]) if ours else 0.0,
-            batch_consultations=_mean([count for log in logs for count in log.consultations]) if ours else 0.0,
+            partitions=1,
+            workers=1,
+            events=plan.appended if target == APPEND else plan.backlog,
         )
-
-    rows = [
-        row(PERSISTER, [log.rate for log in logs], workers, plan.backlog),
-        row(PULL, pulled, 1, plan.backlog),
+        for target, found in rates.items()
     ]
-    return rows + ([row(APPEND, appended, 1, plan.appended)] if appended else [])
 
 
-def _drain(bench: Bench, partitions: int, workers: int) -> DrainLog:
-    """Let a persister drain the stream into an empty volume."""
-    store, total = next(_stores), bench.plan.backlog
-    url = bench.cluster.urls[0]
-    with persister(url, bench.folder, store, partitions=partitions, workers=workers) as running:
-
-        def done() -> bool:
-            return running.log.exists() and read_log(running.log).persisted >= total
-
-        # seldom: it costs time on the same cores
-        processes.wait(done, running, bench.plan.drain_timeout, poll=0.2)
-    streams.delete_consumers(bench.cluster, streams.names(store, partitions))
-    return read_log(running.log)
+def _backlog(bench: Bench, spread: int) -> Iterator[Event]:
+    return dialogues.backlog(dialogues.load(bench.dialogues), bench.plan.backlog, spread)
 
 
-def _pull(bench: Bench, partitions: int) -> float:
-    """Pull everything with the persister's sizes and throw it away."""
-    settings = PersisterSettings()
-    names = streams.make_consumers(bench.cluster, next(_stores), partitions)
+def _pull(bench: Bench, url: str) -> float:
+    """Pull everything and throw it away."""
     job = PullJob(
-        url=bench.cluster.urls[0],
-        consumers=names,
+        url=url,
+        consumers=streams.make_consumers(url, 1),
         events=bench.plan.backlog,
-        pull_events=min(MAX_EVENTS, settings.buffer_events // partitions // 2),
-        pull_bytes=max(4 * 2**20, min(MAX_BYTES, settings.buffer_bytes // partitions // 2)),
-        ack_events=settings.batch_events // partitions,
+        pull_events=_PULL_EVENTS,
+        pull_bytes=_PULL_BYTES,
+        ack_events=_ACK_EVENTS,
     )
     report = run("pull", job, seconds=bench.plan.drain_timeout)
-    streams.delete_consumers(bench.cluster, names)
+    streams.delete_consumers(url)
     return report.rate
 
 
@@ -166,9 +119,13 @@ def _append(bench: Bench, spread: int) -> float:
     return run("append", job, seconds=bench.plan.drain_timeout).rate
 
 
-def _mean(values: list[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _seconds(line: dict[str, Any]) -> float:
-    return datetime.fromisoformat(line["timestamp"]).timestamp()
+def _row(target: str, rates: list[float], *, spread: int, partitions: int, workers: int, events: int) -> Drain:
+    return Drain(
+        target=target,
+        partitions=partitions,
+        workers=workers,
+        spread=spread,
+        events=events,
+        events_per_s=middle(rates),
+        rounds=rates,
+    )

@@ -5,64 +5,73 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import nats
-import nats.errors
-import nats.js.errors
+from nats.aio.msg import Msg
 
-from services.eventlog.jetstream.names import subject_of
-from tests.benchmarks import dialogues, http_client
+from tests.benchmarks import dialogues, http_client, plain_service
 from tests.benchmarks.jobs import AppendJob, LoadJob, Report
 from tests.benchmarks.plain_hdf5 import PlainFile
+from tests.benchmarks.tally import Tally
 
-#: sends one event of a consultation; returns whether it was accepted
-Send = Callable[[str, bytes], Awaitable[bool]]
-
-_ACCEPTED = 202
-
-
-async def over_http(job: LoadJob) -> Report:
-    """Post to a server, each client over a connection of its own."""
-    port = int(job.target)
-    connections = [await http_client.connect(port) for _ in range(job.clients)]
-
-    def sender(connection: http_client.Connection) -> Send:
-        async def send(consultation: str, body: bytes) -> bool:
-            request = http_client.post(port, consultation, str(uuid4()), body)
-            return await connection.request(request) == _ACCEPTED
-
-        return send
-
-    try:
-        return await _measure(job, [sender(connection) for connection in connections])
-    finally:
-        for connection in connections:
-            connection.close()
+#: called when everything is prepared; returns when the load is to begin
+Meet = Callable[[], None]
 
 
-async def over_nats(job: LoadJob) -> Report:
-    """Publish with nats-py as its manual shows it, all clients over one connection, and wait for each answer."""
+async def over_http(job: LoadJob, meet: Meet) -> Report:
+    """Post to a server, each client over a connection of its own, each event with a fresh key."""
+    port, tally = int(job.target), Tally(job)
+    requests = (
+        http_client.post(port, consultation, key, body)
+        for key, (consultation, body) in zip(_keys(), _posts(job), strict=True)
+    )
+
+    def start() -> None:
+        meet()
+        tally.start()
+
+    await http_client.post_all(port, job.clients, requests, tally, start, pause=job.pause)
+    return tally.report()
+
+
+async def over_nats(job: LoadJob, meet: Meet) -> Report:
+    """Publish with nats-py to a bare R3 file stream, all clients over one connection, all answers to one inbox."""
+    tally, posts, keys = Tally(job), _posts(job), _keys()
     connection = await nats.connect(job.target, name="bench publish")
-    stream = connection.jetstream()
+    await plain_service.prepare(connection.jetstream())
+    inbox = connection.new_inbox()
+    waiting: dict[str, asyncio.Future[bool]] = {}
 
-    async def send(consultation: str, body: bytes) -> bool:
-        headers = {"Nats-Msg-Id": f"{consultation}/{uuid4()}"}
-        try:
-            await stream.publish(subject_of(consultation), body, timeout=10, headers=headers)
-        except (nats.errors.Error, nats.js.errors.Error):
-            return False
-        return True
+    async def answered(message: Msg) -> None:
+        waiting.pop(message.subject).set_result(b'"error"' not in message.data)
+
+    async def client() -> None:
+        while tally.more():
+            key, (consultation, body) = next(keys), next(posts)
+            reply = f"{inbox}.{key}"
+            answer = waiting[reply] = asyncio.get_running_loop().create_future()
+            started = time.perf_counter()
+            headers = {"Nats-Msg-Id": f"{consultation}/{key}"}
+            await connection.publish(f"plain.{consultation}", body, reply=reply, headers=headers)
+            tally.count(started, accepted=await answer)
+            if job.pause:
+                await asyncio.sleep(job.pause)
 
     try:
-        return await _measure(job, [send] * job.clients)
+        await connection.subscribe(f"{inbox}.*", cb=answered)
+        await connection.flush()
+        meet()
+        tally.start()
+        await asyncio.gather(*(client() for _ in range(job.clients)))
     finally:
         await connection.close()
+    return tally.report()
 
 
-async def append_each(job: AppendJob) -> Report:
+async def append_each(job: AppendJob, meet: Meet) -> Report:
     """Append to HDF5 with high-level h5py and flush, event by event.
 
     A part of a backlog creates more consultations an event than the whole. So their creation is timed by itself and
@@ -70,45 +79,24 @@ async def append_each(job: AppendJob) -> Report:
     """
     events = list(dialogues.backlog(dialogues.load(Path(job.folder)), job.events, job.spread))
     consultations = {event.consultation for event in events}
+    meet()
     with PlainFile(Path(job.path)) as file:
         started = time.perf_counter()
         for consultation in consultations:
             file.create(consultation)
         created = time.perf_counter()
         for event in events:
-            file.append(event.consultation, event.received_ns, event.event_id.bytes, event.body)
+            file.append(event.consultation, [(event.received_ns, event.event_id.bytes, event.body)])
             file.flush()
         ended = time.perf_counter()
     creation = (created - started) / len(consultations) * len(events) / dialogues.CONSULTATION_EVENTS
-    return Report(ended - created + creation, len(events), 0, [])
+    return Report(ended - created + creation, len(events))
 
 
-async def _measure(job: LoadJob, senders: list[Send]) -> Report:
-    posts = _posts(dialogues.load(Path(job.folder)))
-    begin = time.perf_counter() + job.warm_up
-    end = begin + job.seconds
-    latencies: list[int] = []
-    sent = failures = 0
-
-    async def client(send: Send) -> None:
-        nonlocal sent, failures
-        while sent < job.limit and (started := time.perf_counter()) < end:
-            sent += 1
-            accepted = await send(*next(posts))
-            done = time.perf_counter()
-            if not accepted:
-                failures += 1
-            elif begin <= done <= end:
-                latencies.append(round((done - started) * 1e6))
-
-    await asyncio.gather(*(client(send) for send in senders))
-    return Report(min(time.perf_counter(), end) - begin, len(latencies), failures, latencies)
+def _keys() -> Iterator[str]:
+    run = uuid4().hex
+    return (f"{run}-{number}" for number in itertools.count())
 
 
-def _posts(source: dialogues.Dialogues) -> Iterator[tuple[str, bytes]]:
-    """Yield consultation and body without end; a dialogue that comes again is another consultation."""
-    for turn in itertools.count():
-        for number, bodies in enumerate(source.consultations):
-            consultation = f"bench-{turn}-{number:05d}"
-            for body in bodies:
-                yield consultation, body
+def _posts(job: LoadJob) -> Iterator[tuple[str, bytes]]:
+    return dialogues.posts(dialogues.load(Path(job.folder)), job.consultations, job.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from pathlib import Path
 from types import TracebackType
 
 import psutil
@@ -13,9 +12,9 @@ import psutil
 from services.cli.cluster import Cluster
 from services.cli.processes import ManagedProcess
 from tests.benchmarks import drains, processes, streams
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.jobs import LoadJob, run
-from tests.benchmarks.plan import FULL_LOAD, PARTITIONS
-from tests.benchmarks.posts import Bench
+from tests.benchmarks.plan import CONSULTATIONS, FULL_LOAD, PARTITIONS
 from tests.benchmarks.results import Memory
 
 #: how often memory is looked at, seconds
@@ -104,19 +103,14 @@ def _watch(bench: Bench, cluster: Cluster, sampler: Sampler) -> None:
         accepted = _post(bench, port)
         bench.tell("memory: draining")
         sampler.phase = "draining"
-        with drains.persister(url, bench.folder, _STORE, partitions=PARTITIONS) as persister:
-            sampler.watch("persister", persister)
-            log = persister.log
-            processes.wait(lambda: _drained(log, accepted), persister, plan.drain_timeout, poll=0.2)
+        with processes.persisters(url, bench.folder / _STORE / "corpus", partitions=PARTITIONS) as found:
+            sampler.watch("persister", found[0].process)
+            drains.wait_committed(found, accepted, plan.drain_timeout)
             sampler.phase = "after"
             time.sleep(plan.settle)
 
 
 def _post(bench: Bench, port: int) -> int:
     plan = bench.plan
-    job = LoadJob(str(port), FULL_LOAD, plan.drain_timeout, 0.0, plan.backlog, str(bench.dialogues))
+    job = LoadJob(str(port), FULL_LOAD, plan.drain_timeout, 0.0, plan.backlog, str(bench.dialogues), CONSULTATIONS)
     return run("http", job, seconds=plan.drain_timeout).events
-
-
-def _drained(log: Path, events: int) -> bool:
-    return log.exists() and drains.read_log(log).persisted >= events

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from tests.benchmarks import tables
 from tests.benchmarks.plan import BATCH_CLIENTS, BATCH_EVENTS
-from tests.benchmarks.results import Results
+from tests.benchmarks.results import AT_WORK, OLD_WAY, PLAIN_SERVICE, Results
 
+#: clients of the line that the README quotes
+README_CLIENTS = 20
 #: what stands behind this line of an existing page is kept
 KEPT_FROM = "<!-- Written by hand from here on: kept when the page is made again. -->"
 
 _INTRODUCTION = """\
-# Benchmarks
+## How it was measured
 
 Made by `{command}`
 on {date} in {minutes:.1f} minutes. Nothing of it is asserted by a test.
@@ -24,26 +26,46 @@ on {date} in {minutes:.1f} minutes. Nothing of it is asserted by a test.
 Everything ran on this one machine: the three nats-server nodes (`sync_interval: always`, three replicas), what is
 measured, and the load, which is a process of its own. So the processor is what limits most rows, and a target is
 charged for every process that its events pass through. What is compared is measured in the same run, in rounds that
-take turns ({rounds} of them); the median of the rounds counts.
+take turns ({rounds} of them unless said otherwise); the median of the rounds counts.
 
 The events: {data}.
 """
 
-_LATENCY = """\
-## Latency of POST
+_AT_WORK = """\
+## At work
 
-Each client sends its next event when the last one is accepted. *Bare publish* is nats-py's `js.publish` with a
-`Nats-Msg-Id`, from as many tasks over one connection to the node that ingest uses too. *HDF5 in the request* is how it
-was before: an aiohttp handler that appends with high-level h5py, flushes and calls fsync before it answers. The HTTP
-client sends prepared requests and reads only status and length of the answers.
+Clients post one event at a time with a fresh `Idempotency-Key` each and send the next one when it is accepted, to 200
+consultations in turn, for {seconds:g} seconds after a second of warm-up. Each round starts every target anew, with
+its own nodes; the targets take turns, and {rounds} rounds' medians count.
+
+- *at work*: the whole product as it comes: three nodes, one ingest, two persister processes, 16 partitions. The
+  persisters run from before the first event until all are committed.
+- *no persister*: the same without persisters, and without a limit of the backlog.
+- *plain service*: what one would write in an afternoon (`tests/benchmarks/plain_service.py`): an aiohttp handler with
+  nats-py's `js.publish` and a message id, and two workers on one durable consumer, each with its own HDF5 file: fetch
+  up to 500, append, flush, fsync, acknowledge each. Stream and consumer have three replicas. It keeps no order, finds
+  no copy of an event later than the broker does, and its files do not survive a crash while they are written.
+- *bare publish*: nats-py publishes to such a stream, all answers to one inbox, with as many events in flight as there
+  are clients. No HTTP, no check, no file.
+- *empty handler*: aiohttp on uvloop that reads the body and answers 202.
+- *HDF5 in the request*: an aiohttp handler that appends with h5py, flushes and calls fsync before it answers.
+
+*Age at commit* is the time from ingest's `received_ns` to the commit, fsync included, of each event that was received
+in the measured time: when, is in the files; the commits are in the persisters' logs. *Lag* is how many events were
+accepted and not committed when the last 202 came, *all committed after* how long the rest took from then on. *nodes*,
+*ingest* and *persisters ms* are the processor time of all processes of a kind, by the events accepted, from the first
+event until all are committed. *client ms* is what the load costs by itself: a client in a process of its own, which
+sends prepared requests and reads only status and length of the answers. For the bare publish it includes nats-py.
+*alone* is one client that pauses for 0.2 s between two events. What was accepted is compared with the persisters'
+logs, their metrics and the files; a run in which they differ fails.
 """
 
-_THROUGHPUT = """\
-## Events a second of POST
+_DRAIN = """\
+## A backlog in all partitions
 
-*Empty handler* is aiohttp on uvloop that parses the JSON and answers 202; it has both cores for itself and the client.
-*Bare publish*, as above, shows how much the three nodes take one by one when no HTTP is in front of them. No persister
-runs meanwhile.
+{backlog:,} events lie in 16 partitions before `python -m services.persister --workers N` starts with an empty volume.
+Counted is the time from the processes' first request for events to the last commit, as their log says; the medians of
+{drain_rounds} rounds, in turns.
 """
 
 _BATCHES = """\
@@ -71,15 +93,13 @@ attempt failed, too.
 """
 
 _PERSISTER = """\
-## Events a second of the persister
+## A backlog in one partition
 
-{backlog:,} events lie in the stream before `python -m services.persister` starts with an empty volume; counted is the
-time from its first request for events to its last commit, as its log tells. The events are interleaved such that 500 in
-a row touch the given number of consultations; a consultation has 50 events in every row. The persister takes batches as
-they come: their mean size and the consultations that they touch stand beside it. *Bare pull* is nats-py with a consumer
-of the same kind, requests of the same size and acknowledgements as seldom, in one process, which throws the messages
-away. *Append + flush* is high-level h5py, the group looked up by its name and a flush for each event, without fsync and
-without any network, over the first events of the same sequence (how many stands beside it).
+As above, with one partition and one process. The events are interleaved such that 500 in a row touch the given number
+of consultations; a consultation has 50 events in every row. *Bare pull* is nats-py with a consumer of one replica in
+memory, large requests and rare acknowledgements, in one process, which throws the messages away. *Append + flush* is
+high-level h5py, the group looked up by its name and a flush for each event, without fsync and without any network,
+over the first events of the same sequence (how many stands beside it).
 """
 
 _READS = """\
@@ -99,11 +119,11 @@ most that was seen in each phase, looked at ten times a second; 1 MB is 10^6 byt
 """
 
 _SECTIONS = {
-    "latency": _LATENCY,
-    "throughput": _THROUGHPUT,
-    "batches": _BATCHES.format(clients=BATCH_CLIENTS, events=BATCH_EVENTS),
+    "at_work": _AT_WORK,
+    "batches": _BATCHES,
     "security": _SECURITY,
     "upgrade": _UPGRADE,
+    "drain": _DRAIN,
     "persister": _PERSISTER,
     "reads": _READS,
     "memory": _MEMORY,
@@ -122,10 +142,46 @@ def render(results: Results) -> str:
         rounds=about["rounds"],
         data=about["data"],
     )
-    parts = [introduction, "## Aims\n\n" + tables.verdicts(results)]
-    for key, table in tables.all_tables(results):
-        parts += [_SECTIONS[key].format(backlog=about["backlog"]), table]
-    return "\n".join(parts)
+    numbers = {
+        "backlog": about["backlog"],
+        "rounds": about["rounds"],
+        "drain_rounds": about["drain_rounds"],
+        "seconds": about["load_seconds"],
+        "clients": BATCH_CLIENTS,
+        "events": BATCH_EVENTS,
+    }
+    sections = [f"{_SECTIONS[key].format(**numbers)}\n{table}" for key, table in tables.all_tables(results)]
+    first = 1 if "at_work" in results else 0
+    return "\n".join(
+        [
+            "# Benchmarks\n",
+            *(f"**Failed:** {what.partition(chr(10))[0]}\n" for what in about["failed"]),
+            *sections[:first],
+            introduction,
+            "## Aims\n\n" + tables.verdicts(results),
+            *sections[first:],
+        ]
+    )
+
+
+def sentence(results: Results) -> str:
+    """Return what the README says of a run: the line of 20 clients; empty when it was not measured."""
+    rows = {row["target"]: row for row in results.get("at_work", []) if row["clients"] == README_CLIENTS}
+    if AT_WORK not in rows:
+        return ""
+    ours = rows[AT_WORK]
+    text = (
+        f"At work, with {README_CLIENTS} clients: {ours['events_per_s']:,.0f} events/s, "
+        f"p50 {ours['p50_ms']:.0f} ms, p99 {ours['p99_ms']:.0f} ms"
+    )
+    if ours["age_p50_ms"] is not None:
+        text += f", in HDF5 after {ours['age_p50_ms']:,.0f} ms (p50)"
+    others = [
+        f"the {target} {rows[target]['events_per_s']:,.0f} events/s"
+        for target in (PLAIN_SERVICE, OLD_WAY)
+        if target in rows
+    ]
+    return f"{text}; in the same run {' and '.join(others)}." if others else f"{text}."
 
 
 def write(results: Results, path: Path) -> None:

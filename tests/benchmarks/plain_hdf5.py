@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,19 +24,22 @@ class PlainFile:
         self._file = h5py.File(path, "w")
         self._sequence = 0
 
-    def append(self, consultation: str, received_ns: int, event_id: bytes, body: bytes) -> None:
-        """Append one event."""
+    def append(self, consultation: str, events: Sequence[tuple[int, bytes, bytes]]) -> None:
+        """Append events of one consultation: when each was received, its id, its body."""
         name = f"consultations/{consultation}"
         group = self._file[name] if name in self._file else self.create(consultation)
-        events, payload = group[EVENTS], group[PAYLOAD]
-        self._sequence += 1
-        line = np.frombuffer(body + b"\n", np.uint8)
-        offset, row = payload.shape[0], events.shape[0]
-        payload.resize((offset + len(line),))
-        payload[offset:] = line
-        events.resize((row + 1,))
-        values = (self._sequence, received_ns, offset, len(body), 0, np.void(event_id), np.void(bytes(32)))
-        events[row] = np.array([values], EVENT_DTYPE)[0]
+        table, payload = group[EVENTS], group[PAYLOAD]
+        offset, row = payload.shape[0], table.shape[0]
+        rows, lines = [], b""
+        for received_ns, event_id, body in events:
+            self._sequence += 1
+            place = offset + len(lines)
+            rows.append((self._sequence, received_ns, place, len(body), 0, np.void(event_id), np.void(bytes(32))))
+            lines += body + b"\n"
+        payload.resize((offset + len(lines),))
+        payload[offset:] = np.frombuffer(lines, np.uint8)
+        table.resize((row + len(rows),))
+        table[row:] = np.array(rows, EVENT_DTYPE)
 
     def create(self, consultation: str) -> Any:
         """Create the group of a consultation with its two datasets and return it."""

@@ -6,21 +6,25 @@ from dataclasses import dataclass
 
 #: consultations that 500 events in a row touch, in the persister's benchmark
 SPREADS = (10, 100, 500)
-#: concurrent clients, in the latency benchmark
+#: a "number of clients" that stands for one client which pauses, and the pause, seconds
+ALONE, ALONE_PAUSE = 0, 0.2
+#: concurrent clients, in the benchmark of what security costs
 CLIENTS = (1, 10, 50)
-#: concurrent clients, in the throughput benchmark
+#: concurrent clients of a full load
 FULL_LOAD = 50
+#: consultations that get events at the same time
+CONSULTATIONS = 200
 #: events of a batch, in the benchmark of batches: the most that a batch may have
 BATCH_EVENTS = 1000
 #: concurrent clients there
 BATCH_CLIENTS = 4
-#: spread of the row with several partitions, and of the memory benchmark
+#: spread of the drains of 16 partitions, and of the reads
 TYPICAL_SPREAD = 100
 #: clients of the deployment during a rolling restart; each pauses between two events, as people do
 PEOPLE = 8
 #: partitions that the product has when nothing else is asked for
 PARTITIONS = 16
-#: processes of the row with several partitions
+#: persister processes at work
 WORKERS = 2
 
 
@@ -30,7 +34,9 @@ class Plan:
 
     Attributes:
         rounds: how often each target is measured, in turn with the others; the median counts.
-        seconds: how long a load lasts in the latency and throughput benchmarks.
+        drain_rounds: the same of the drains of 16 partitions.
+        clients: concurrent clients, in the benchmark of the product at work.
+        seconds: how long a load lasts.
         warm_up: seconds before that, not counted.
         limit: requests of one load at most, warm-up included.
         backlog: events that the persister drains.
@@ -42,6 +48,8 @@ class Plan:
     """
 
     rounds: int
+    drain_rounds: int
+    clients: tuple[int, ...]
     seconds: float
     warm_up: float
     limit: int
@@ -55,7 +63,9 @@ class Plan:
 
 FULL = Plan(
     rounds=3,
-    seconds=5.0,
+    drain_rounds=5,
+    clients=(ALONE, 1, 10, 20, 50),
+    seconds=6.0,
     warm_up=1.0,
     limit=100_000,
     backlog=100_000,
@@ -67,6 +77,8 @@ FULL = Plan(
 )
 QUICK = Plan(
     rounds=1,
+    drain_rounds=1,
+    clients=(ALONE, 1, 20),
     seconds=1.0,
     warm_up=0.3,
     limit=20_000,

@@ -17,7 +17,7 @@ from tests.benchmarks.jobs import PullJob, Report
 _EXPIRES_NS = 30_000_000_000
 
 
-async def pull(job: PullJob) -> Report:
+async def pull(job: PullJob, meet: Callable[[], None]) -> Report:
     """Take all events of all consumers over one connection, two requests of each under way."""
     connection = await nats.connect(job.url, name="bench pull")
     try:
@@ -31,6 +31,7 @@ async def pull(job: PullJob) -> Report:
                 done.set()
 
         consumers = [_Consumer(connection, name, job, took) for name in job.consumers]
+        meet()
         started = time.perf_counter()
         for consumer in consumers:
             await consumer.start()
@@ -38,7 +39,7 @@ async def pull(job: PullJob) -> Report:
         for consumer in consumers:
             await consumer.acknowledge()
         await connection.flush()
-        return Report(time.perf_counter() - started, job.events, 0, [])
+        return Report(time.perf_counter() - started, job.events)
     finally:
         await connection.close()
 

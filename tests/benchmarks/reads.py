@@ -16,8 +16,8 @@ from services.corpus import open_corpus
 from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.settings import LogSettings
 from tests.benchmarks import dialogues, drains, processes, streams
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.plan import PARTITIONS, TYPICAL_SPREAD
-from tests.benchmarks.posts import Bench
 from tests.benchmarks.results import (
     CORPUS_READER,
     READ_FOLLOW,
@@ -45,18 +45,12 @@ def reads(bench: Bench) -> list[Read]:
     total = min(bench.plan.backlog, 20_000)
     bench.tell(f"reads: {total:,} events")
     streams.fresh_stream(bench.cluster, PARTITIONS)
-    streams.fill(bench.cluster, dialogues.backlog(dialogues.load(bench.dialogues), total, TYPICAL_SPREAD))
-    url, data = bench.cluster.urls[0], bench.folder / _STORE
-    with drains.persister(url, bench.folder, _STORE, partitions=PARTITIONS, name="reads-persister") as running:
-
-        def done() -> bool:
-            return running.log.exists() and drains.read_log(running.log).persisted >= total
-
-        processes.wait(done, running, bench.plan.drain_timeout, poll=0.2)
-        with processes.ingest(url, bench.folder, partitions=PARTITIONS, FI_STORE=_STORE, FI_MAX_FOLLOWERS="1000") as (
-            _,
-            port,
-        ):
+    streams.fill(bench.cluster.urls[0], dialogues.backlog(dialogues.load(bench.dialogues), total, TYPICAL_SPREAD))
+    url, data = bench.cluster.urls[0], bench.folder / _STORE / "corpus"
+    with processes.persisters(url, data, partitions=PARTITIONS, store=_STORE) as found:
+        drains.wait_committed(found, total, bench.plan.drain_timeout)
+        settings = {"FI_STORE": _STORE, "FI_MAX_FOLLOWERS": "1000"}
+        with processes.ingest(url, bench.folder, partitions=PARTITIONS, settings=settings) as (_, port):
             return asyncio.run(_compare(bench, port, data))
 
 

@@ -8,7 +8,9 @@ from statistics import median
 from typing import TypedDict
 
 # -- what is measured, as the tables call it ----------------------------------------------------------------------
-POST = "POST"
+AT_WORK = "at work"
+NO_PERSISTER = "no persister"
+PLAIN_SERVICE = "plain service"
 PUBLISH = "bare publish"
 OLD_WAY = "HDF5 in the request"
 EMPTY = "empty handler"
@@ -40,7 +42,32 @@ class About(TypedDict):
     machine: dict[str, str]
     data: str
     rounds: int
+    drain_rounds: int
+    load_seconds: float
     backlog: int
+    failed: list[str]
+
+
+class AtWork(TypedDict):
+    """One target with one number of clients (0: one that pauses): medians over the rounds; None where there is none."""
+
+    target: str
+    clients: int
+    events_per_s: float
+    rounds: list[float]
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    age_p50_ms: float | None
+    age_p99_ms: float | None
+    lag_events: float | None
+    caught_up_s: float | None
+    nodes_ms: float | None
+    ingest_ms: float | None
+    persisters_ms: float | None
+    client_ms: float
+    samples: int
+    failures: int
 
 
 class Latency(TypedDict):
@@ -92,7 +119,7 @@ class Upgrades(TypedDict):
 
 
 class Drain(TypedDict):
-    """One target that takes a backlog; batches are means, 0 where there are none."""
+    """One target that takes a backlog."""
 
     target: str
     partitions: int
@@ -101,8 +128,6 @@ class Drain(TypedDict):
     events: int
     events_per_s: float
     rounds: list[float]
-    batch_events: float
-    batch_consultations: float
 
 
 class Read(TypedDict):
@@ -128,11 +153,11 @@ class Results(TypedDict, total=False):
     """A run; a benchmark that was not asked for is missing."""
 
     about: About
-    latency: list[Latency]
-    throughput: list[Throughput]
+    at_work: list[AtWork]
     batches: list[Throughput]
     security: list[Latency]
     upgrade: Upgrades
+    drain: list[Drain]
     persister: list[Drain]
     reads: list[Read]
     memory: list[Memory]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from services.cli.cluster import Cluster
 from services.eventlog.jetstream.names import Role
 from tests.benchmarks import processes, streams
+from tests.benchmarks.bench import Bench, summary
 from tests.benchmarks.jobs import Report
 from tests.benchmarks.plan import CLIENTS, PARTITIONS
-from tests.benchmarks.posts import Bench, summary
 from tests.benchmarks.results import PLAIN, SECURED, Latency
 from tests.support.security import Secured, fiq, make_deployment
 
@@ -27,7 +27,7 @@ def security(bench: Bench) -> list[Latency]:
             folder.mkdir()
         with (
             processes.ingest(bench.cluster.urls[0], folders[0], partitions=PARTITIONS) as (_, plain_port),
-            processes.ingest(cluster.urls[0], folders[1], partitions=PARTITIONS, **_credentials(secured)) as (
+            processes.ingest(cluster.urls[0], folders[1], partitions=PARTITIONS, settings=_credentials(secured)) as (
                 _,
                 secured_port,
             ),

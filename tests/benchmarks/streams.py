@@ -10,12 +10,11 @@ import nats
 import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig
 
 from services.cli.cluster import Cluster
 from services.contract.event import Event
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.definitions import cursor_config
-from services.eventlog.jetstream.names import STREAM, cursor_name, subject_of
+from services.eventlog.jetstream.names import STREAM, filter_subject, subject_of
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.settings import LogSettings
 from tests.support.cluster import delete_streams
@@ -29,32 +28,22 @@ _TIMEOUT = 20.0
 
 def fresh_stream(cluster: Cluster, partitions: int) -> None:
     """Delete the product's streams and let the product make them again with *partitions*."""
-    asyncio.run(_fresh_stream(cluster, _settings(cluster, partitions)))
+    asyncio.run(_fresh_stream(cluster, LogSettings(servers=tuple(cluster.urls), partitions=partitions)))
 
 
-def fill(cluster: Cluster, events: Iterable[Event]) -> int:
+def fill(url: str, events: Iterable[Event]) -> int:
     """Publish *events* as ingest would, but in atomic batches, which is several times as fast; return how many."""
-    return asyncio.run(_fill(cluster.urls[0], events))
+    return asyncio.run(_fill(url, events))
 
 
-def make_consumers(cluster: Cluster, store: str, partitions: int) -> list[str]:
-    """Create a consumer a partition, exactly as the persister's are, and return their names."""
-    asyncio.run(_make_consumers(cluster, _settings(cluster, partitions, store)))
-    return names(store, partitions)
+def make_consumers(url: str, partitions: int) -> list[str]:
+    """Create a consumer a partition that costs as little as one can, and return their names."""
+    return asyncio.run(_make_consumers(url, partitions))
 
 
-def names(store: str, partitions: int) -> list[str]:
-    """Return the names of a store's consumers."""
-    return [cursor_name(store, partition, 1) for partition in range(partitions)]
-
-
-def delete_consumers(cluster: Cluster, doomed: Iterable[str]) -> None:
-    """Delete consumers that are needed no more, so that every round meets the same number of them."""
-    asyncio.run(_delete_consumers(cluster.urls[0], doomed))
-
-
-def _settings(cluster: Cluster, partitions: int, store: str = "main") -> LogSettings:
-    return LogSettings(servers=tuple(cluster.urls), partitions=partitions, store=store)
+def delete_consumers(url: str) -> None:
+    """Delete all consumers of the stream of events, so that every round meets none but its own."""
+    asyncio.run(_delete_consumers(url))
 
 
 async def _fresh_stream(cluster: Cluster, settings: LogSettings) -> None:
@@ -63,17 +52,27 @@ async def _fresh_stream(cluster: Cluster, settings: LogSettings) -> None:
         await provision(connection, settings)
 
 
-async def _make_consumers(cluster: Cluster, settings: LogSettings) -> None:
-    async with await nats.connect(cluster.urls, name="bench") as connection:
-        api = JetStreamApi(connection)
-        for partition in range(settings.partitions):
-            await api.create_consumer(STREAM, cursor_config(settings.store, partition, 1, 1))
-
-
-async def _delete_consumers(url: str, doomed: Iterable[str]) -> None:
+async def _make_consumers(url: str, partitions: int) -> list[str]:
+    names = [f"bench-{partition}" for partition in range(partitions)]
     async with await nats.connect(url, name="bench") as connection:
-        for name in doomed:
-            await connection.request(f"$JS.API.CONSUMER.DELETE.{STREAM}.{name}", timeout=_TIMEOUT)
+        for partition, name in enumerate(names):
+            config = ConsumerConfig(
+                durable_name=name,
+                filter_subject=filter_subject(partition),
+                ack_policy=AckPolicy.ALL,
+                max_ack_pending=-1,
+                num_replicas=1,
+                mem_storage=True,
+            )
+            await connection.jetstream().add_consumer(STREAM, config)
+    return names
+
+
+async def _delete_consumers(url: str) -> None:
+    async with await nats.connect(url, name="bench") as connection:
+        stream = connection.jetstream(timeout=_TIMEOUT)
+        for found in await stream.consumers_info(STREAM):
+            await stream.delete_consumer(STREAM, found.name)
 
 
 async def _fill(url: str, events: Iterable[Event]) -> int:

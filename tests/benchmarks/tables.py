@@ -10,33 +10,35 @@ from tests.benchmarks.results import (
     APPEND,
     BARE_BATCH,
     CORPUS_READER,
-    EMPTY,
     PERSISTER,
     PLAIN,
-    PUBLISH,
     PULL,
     Drain,
     Results,
 )
 
 
-def latency(results: Results) -> str:
-    """Return the table of latencies."""
-    rows = []
-    for row in results["latency"]:
-        reference = _of(results["latency"], target=PUBLISH, clients=row["clients"])
-        rows.append(
-            [
-                f"{row['clients']}",
-                row["target"],
-                *(f"{value:.2f}" for value in (row["p50_ms"], row["p95_ms"], row["p99_ms"])),
-                _ratio(row["p50_ms"], reference["p50_ms"] if reference else math.nan),
-                _count(row["events_per_s"]),
-                _count(row["samples"]),
-                f"{row['failures']}",
-            ]
-        )
-    heads = "clients|target|p50 ms|p95 ms|p99 ms|p50 / bare publish|events/s|samples|failures"
+def at_work(results: Results) -> str:
+    """Return the table of the product at work."""
+    rows = [
+        [
+            f"{row['clients']}" if row["clients"] else "alone",
+            row["target"],
+            _count(row["events_per_s"]),
+            _spread(row["rounds"]),
+            *(f"{value:.1f}" for value in (row["p50_ms"], row["p95_ms"], row["p99_ms"])),
+            *(_known(value, ".0f") for value in (row["age_p50_ms"], row["age_p99_ms"], row["lag_events"])),
+            _known(row["caught_up_s"], ".2f"),
+            *(_known(value, ".2f") for value in (row["nodes_ms"], row["ingest_ms"], row["persisters_ms"])),
+            f"{row['client_ms']:.3f}" if row["clients"] else "",
+            f"{row['failures']}",
+        ]
+        for row in results["at_work"]
+    ]
+    heads = (
+        "clients|target|events/s|rounds|p50 ms|p95 ms|p99 ms|age at commit p50 ms|p99 ms|lag, events|"
+        "all committed after s|nodes ms|ingest ms|persisters ms|client ms|failures"
+    )
     return table(heads.split("|"), rows, text=2)
 
 
@@ -81,23 +83,6 @@ def upgrade(results: Results) -> str:
     return table(heads.split("|"), rows)
 
 
-def throughput(results: Results) -> str:
-    """Return the table of POST's throughput."""
-    empty = _of(results["throughput"], target=EMPTY)
-    rows = [
-        [
-            row["target"],
-            f"{row['clients']}",
-            _count(row["events_per_s"]),
-            _ratio(row["events_per_s"], empty["events_per_s"] if empty else math.nan),
-            _rounds(row["rounds"]),
-            f"{row['failures']}",
-        ]
-        for row in results["throughput"]
-    ]
-    return table(["target", "clients", "events/s", "/ empty handler", "rounds", "failures"], rows)
-
-
 def batches(results: Results) -> str:
     """Return the table of batches."""
     bare = _of(results["batches"], target=BARE_BATCH)
@@ -115,6 +100,24 @@ def batches(results: Results) -> str:
     return table(["target", "clients", "events/s", "/ bare atomic batch", "rounds", "failures"], rows)
 
 
+def drain(results: Results) -> str:
+    """Return the table of how one and two processes drain all partitions."""
+    rows = []
+    for row in results["drain"]:
+        one = _of(results["drain"], target=row["target"], workers=1)
+        rows.append(
+            [
+                row["target"],
+                f"{row['workers']}",
+                _count(row["events_per_s"]),
+                _ratio(row["events_per_s"], one["events_per_s"] if one else math.nan),
+                _spread(row["rounds"]),
+                _rounds(row["rounds"]),
+            ]
+        )
+    return table(["target", "processes", "events/s", "/ one process", "lowest to highest", "rounds"], rows)
+
+
 def persister(results: Results) -> str:
     """Return the table of the persister's throughput."""
     rows = []
@@ -124,23 +127,16 @@ def persister(results: Results) -> str:
         rows.append(
             [
                 f"{row['spread']}",
-                f"{row['partitions']}",
-                f"{row['workers']}",
                 row["target"],
                 _count(row["events_per_s"]),
                 _ratio(row["events_per_s"], pull["events_per_s"]) if ours and pull else "",
                 _ratio(row["events_per_s"], append["events_per_s"]) if ours and append else "",
-                _count(row["batch_events"]) if row["batch_events"] else "",
-                _count(row["batch_consultations"]) if row["batch_consultations"] else "",
                 _count(row["events"]),
                 _rounds(row["rounds"]),
             ]
         )
-    heads = (
-        "consultations in 500 events|partitions|processes|target|events/s|/ bare pull|/ append + flush|"
-        "events a batch|consultations a batch|events|rounds"
-    )
-    return table(heads.split("|"), rows, text=4)
+    heads = "consultations in 500 events|target|events/s|/ bare pull|/ append + flush|events|rounds"
+    return table(heads.split("|"), rows, text=2)
 
 
 def reads(results: Results) -> str:
@@ -179,11 +175,11 @@ def verdicts(results: Results) -> str:
 def all_tables(results: Results) -> list[tuple[str, str]]:
     """Return key and table of each benchmark that was run, in order."""
     makers = {
-        "latency": latency,
-        "throughput": throughput,
+        "at_work": at_work,
         "batches": batches,
         "security": security,
         "upgrade": upgrade,
+        "drain": drain,
         "persister": persister,
         "reads": reads,
         "memory": memory,
@@ -213,6 +209,14 @@ def _ratio(value: float, reference: float) -> str:
         return ""
     ratio = value / reference
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
+
+
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, f",{form}" if form == ".0f" else form)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{min(values):,.0f} to {max(values):,.0f}"
 
 
 def _count(value: float) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.plan import PEOPLE
-from tests.benchmarks.posts import Bench
 from tests.benchmarks.results import RESTARTED, UNDISTURBED, Upgrade, Upgrades, percentile
 from tests.support.compose.clients import Client
 from tests.support.compose.engine import build, missing, missing_image

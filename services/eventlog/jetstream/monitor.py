@@ -1,9 +1,9 @@
 """One look at the log a second, and one immutable snapshot of it, from which everything else of the process reads.
 
 Metrics, readiness, the backlog and its ``Retry-After``, ``fiq status`` and the turn to trim all read :class:`LogState`;
-nothing else polls the broker. A look has three parts, which fail one by one:
+nothing else polls the broker. A look has four parts, which fail one by one:
 
-- *streams*: ``STREAM.INFO`` of the events, each second, and of the dead letters, each :data:`WHOLE_EVERY` seconds;
+- *streams*: ``STREAM.INFO`` of the events, each second; *dead letters*: of theirs, each :data:`WHOLE_EVERY` seconds;
 - *processes*: one question to all persisters, each second. Their answers come while the loop sleeps, and count for
   :data:`LIVE_SECONDS`;
 - *partitions*, each :data:`WHOLE_EVERY` seconds: the keys of the bucket ``fi-partitions``, and for each partition that
@@ -43,7 +43,7 @@ from services.eventlog.jetstream.names import DEAD_STREAM, STREAM, filter_subjec
 from services.eventlog.jetstream.placement import Placement, StorePlacement, read_stores
 from services.eventlog.jetstream.processes import PROCESSES_SUBJECT, LiveProcess, check_allowed, read_process
 from services.eventlog.jetstream.report import StreamReport, read_stream
-from services.eventlog.metrics import PARTITIONS, PARTS, PROCESSES, STREAMS, LogMetrics
+from services.eventlog.metrics import DEAD_LETTERS, PARTITIONS, PARTS, PROCESSES, STREAMS, LogMetrics
 from services.eventlog.settings import LogSettings
 
 #: pause between two looks, seconds
@@ -198,10 +198,11 @@ class LogMonitor:
 
     async def look(self, *, whole: bool = True) -> None:
         """Look once; what fails is counted and logged, never raised."""
-        streams = self._part(STREAMS, lambda: self._streams(whole), whole=whole)
+        streams = self._part(STREAMS, self._streams, whole=whole)
         await asyncio.gather(streams, self._part(PROCESSES, self._ask, whole=whole))
         if whole:
-            await self._part(PARTITIONS, self._places, whole=whole)
+            dead = self._part(DEAD_LETTERS, self._dead_letters, whole=whole)
+            await asyncio.gather(dead, self._part(PARTITIONS, self._places, whole=whole))
         self._forget_old()
         self.state = self._snapshot()
         if self._metrics is not None:
@@ -246,19 +247,22 @@ class LogMonitor:
 
     def _forget_old(self) -> None:
         kept = time.monotonic() - KEPT_SECONDS
-        if self._seen.get(STREAMS, 0.0) < kept:
-            self._stream = self._dead = None
+        old = {part for part in self._troubles if self._seen.get(part, 0.0) < kept}
+        if STREAMS in old:
+            self._stream = None
             self._stream_exists = True
-        if self._seen.get(PARTITIONS, 0.0) < kept:
+        if DEAD_LETTERS in old:
+            self._dead = None
+        if PARTITIONS in old:
             self._placements = None
             self._oldest.clear()
-        if self._seen.get(PROCESSES, 0.0) < kept:
+        if PROCESSES in old:
             self._answers.clear()
             self._heard_since = None
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
-    async def _streams(self, whole: bool) -> None:
+    async def _streams(self) -> None:
         begun, started = time.time(), time.perf_counter()
         info = await self._api.stream_info(STREAM)
         round_trip = time.perf_counter() - started
@@ -270,9 +274,10 @@ class LogMonitor:
             if self._metrics is not None:
                 self._metrics.round_trip.set(round_trip)
                 self._metrics.clock_offset.set(self._offset)
-        if whole:
-            dead = await self._api.stream_info(DEAD_STREAM)
-            self._dead = None if dead is None else read_stream(dead)
+
+    async def _dead_letters(self) -> None:
+        dead = await self._api.stream_info(DEAD_STREAM)
+        self._dead = None if dead is None else read_stream(dead)
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
@@ -461,19 +466,16 @@ async def monitoring(nc: Client, settings: LogSettings, metrics: LogMetrics) -> 
 async def look_once(nc: Client, settings: LogSettings) -> LogState:
     """Return the log as it is now, the settings' store included.
 
-    Takes :data:`_ANSWER_SECONDS`, or a few times :data:`PART_SECONDS` while nodes are frozen.
+    Takes :data:`_ANSWER_SECONDS`, or :data:`PART_SECONDS` while a node is frozen that leads something.
 
     Raises:
         LogUnavailableError: the stream's leader does not answer.
     """
     monitor = LogMonitor(nc, settings)
     try:
-        await monitor.look(whole=False)
-        await asyncio.sleep(_ANSWER_SECONDS)
-        await monitor.look(whole=True)
-        trouble = monitor._troubles.get(STREAMS)
-        if trouble is not None:
+        await asyncio.gather(monitor.look(), asyncio.sleep(_ANSWER_SECONDS))
+        if (trouble := monitor.state.troubles.get(STREAMS)) is not None:
             raise LogUnavailableError(trouble)
-        return monitor.state
+        return monitor._snapshot()
     finally:
         await monitor.close()

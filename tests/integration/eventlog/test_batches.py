@@ -12,8 +12,7 @@ import pytest
 from services.cli.cluster import Cluster
 from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogFullError, LogRefusedError, LogUnavailableError
-from services.eventlog.jetstream.batches import MAX_BATCH, MAX_UNDER_WAY
-from services.eventlog.jetstream.batches_known import MAX_SINGLES
+from services.eventlog.jetstream.batches import MAX_BATCH, MAX_SINGLES, MAX_UNDER_WAY
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.reading import JetStreamReader

@@ -253,8 +253,8 @@ async def test_consultations_are_sorted_and_new_ones_appear(asker: Asker) -> Non
     assert (["b", "c-1"], True) == await asker.names(limit=2)
     assert (["c-1", "c-3"], False) == await asker.names(prefix="c-")
     assert (["c-3"], False) == await asker.names(prefix="c-", after="c-1")
-    sorted_ = [delivery(20, consultation="c-2")]
-    await asker.in_thread(lambda: asker.file.take(asker.store, sorted_, {}))
+    await fill(asker, "c-2", range(20, 21))
+    await asker.in_thread(asker.file.created, ["c-2"])
     assert (["c-1", "c-2", "c-3"], False) == await asker.names(prefix="c-")
 
 
@@ -411,13 +411,13 @@ async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path:
     nc = await nats.connect(url)
     metrics = Metrics()
     stream = Stream(delivery(1), reusing(2, of=1), delivery(3))
-    with rig(tmp_path, stream) as part:
-        desk = Desk(nc, "main", part.runner._calls._hdf5, metrics)
+    async with rig(tmp_path, stream) as part:
+        desk = Desk(nc, "main", part.rounds.hdf5._executor, metrics)
         part.runner._desk = desk
         work = asyncio.create_task(desk.run())
         part.runner.start()
         await part.reach(3)
-        asker = Asker(nc, desk, part.runner._file, part.runner._calls._hdf5, metrics, work)  # type: ignore[arg-type]
+        asker = Asker(nc, desk, part.runner._file, part.rounds.hdf5._executor, metrics, work)  # type: ignore[arg-type]
         assert [1, 3] == [row.sequence for row in (await asker.events()).rows]
         await part.runner.stop()
         await taken(nc)

@@ -1,7 +1,8 @@
-"""What the benchmarks post, and how they read answers and logs."""
+"""What the benchmarks post, and how they read answers."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 
 from services.contract.event import check_body
 from tests.benchmarks import dialogues
-from tests.benchmarks.drains import read_log
 from tests.benchmarks.http_client import answer_status, post
 from tests.benchmarks.plan import SPREADS
 
@@ -83,18 +83,11 @@ def test_a_request_carries_its_key_and_its_length() -> None:
     assert {b"Idempotency-Key: k", b"Content-Length: 2", b"Content-Type: application/json"} < set(head.split(b"\r\n"))
 
 
-def test_a_drain_lasts_from_the_first_request_to_the_last_commit(tmp_path: Path) -> None:
-    """Starting the process and placing its partitions is no part of it; a line that is being written waits."""
-    lines = [
-        {"event": "PERSISTER_STARTED", "timestamp": "2026-01-01T00:00:00Z"},
-        {"event": "EVENT_WORKER_STARTED", "timestamp": "2026-01-01T00:00:01Z"},
-        {"event": "EVENT_WORKER_STARTED", "timestamp": "2026-01-01T00:00:02Z"},
-        {"event": "EVENT_PERSISTED", "timestamp": "2026-01-01T00:00:03Z", "persisted": 60, "consultations": 5},
-        {"event": "EVENT_PERSISTED", "timestamp": "2026-01-01T00:00:05Z", "persisted": 40, "consultations": 7},
-    ]
-    log = tmp_path / "log"
-    log.write_bytes(b"plain text\n" + b"\n".join(map(orjson.dumps, lines)) + b'\n{"event": "EVENT_PER')
-    drain = read_log(log)
-    assert drain.persisted == 100
-    assert drain.rate == 25.0
-    assert drain.batches == [60, 40]
+def test_a_load_keeps_its_number_of_consultations_open(generated: dialogues.Dialogues) -> None:
+    """Each has 50 events and then makes room for a new one; the first ones are shorter, so that they end in turn."""
+    names = [name for name, _ in itertools.islice(dialogues.posts(generated, 20, "c"), 3000)]
+    assert all(len(set(names[start : start + 20])) == 20 for start in range(0, 3000, 20))
+    lengths = Counter(names)
+    assert {lengths[f"c-{number:06d}"] for number in range(20, 60)} == {50}
+    begun = [sum(name not in names[:start] for name in set(names[start : start + 100])) for start in (1000, 1100, 1200)]
+    assert [2, 2, 2] == begun

@@ -218,6 +218,16 @@ async def test_a_snapshot_is_renewed_before_the_broker_forgets_what_came_after_i
         await eventually(asked_again)
 
 
+async def test_snapshots_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The consultation that was unused for longest is asked about again."""
+    monkeypatch.setattr("services.ingest.keys.SNAPSHOT_BYTES", 2000)
+    async with running_edge() as edge:
+        for consultation in ("c-1", "c-2", "c-3", "c-1", "c-4", "c-1", "c-2"):
+            await edge.post(consultation, BODY, Idempotency_Key="k")
+
+        assert 5 == len(reader_of(edge).asked)
+
+
 async def test_what_a_snapshot_shows_is_compared_and_not_published(edge: Edge) -> None:
     """The event is committed: the answer is its first sequence, and the log gets no copy."""
     reader_of(edge).corpus += [persisted("k", BODY), persisted("l", BODY)]

@@ -123,7 +123,7 @@ async def test_a_partition_that_fails_leaves_the_round_and_comes_back(
             def failing(*_: object) -> bool:
                 raise error
 
-            store.append = failing  # type: ignore[method-assign]
+            store.append = failing  # type: ignore[method-assign,assignment]
 
     process.wrap = wrap
     await process.start()
