@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import nats.errors
 
@@ -21,7 +20,7 @@ from services.eventlog.jetstream import wire
 from services.eventlog.jetstream.acks import Again
 from services.eventlog.jetstream.connection import PENDING_BYTES
 from services.eventlog.jetstream.refusals import Refusal, check_hearing, listen, must_hear
-from services.eventlog.jetstream.tolerance import DirectSubscription, TolerantClient
+from services.eventlog.jetstream.tolerance import DirectSubscription, Received, TolerantClient
 
 #: an attempt without an answer is repeated after this; each further one waits twice as long, seconds
 ATTEMPT_SECONDS = 1.0
@@ -33,13 +32,6 @@ TICK_SECONDS = 0.025
 HEARING_SECONDS = 1.0
 #: more than headers ever take: only messages that come closer to the server's limit are measured exactly, bytes
 ROOM_BYTES = 64 * 2**10
-
-
-class Answer(NamedTuple):
-    """What the broker says to a message: a body, and headers or None."""
-
-    data: bytes
-    headers: Mapping[str, str] | None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +49,7 @@ class Slot:
     subject: str
     token: str
     reply_to: str
-    answer: asyncio.Future[Answer | None]
+    answer: asyncio.Future[Received | None]
     due: float = math.inf
 
 
@@ -194,7 +186,7 @@ class Exchange:
             return Again("the connection to the log is congested")  # above PENDING_BYTES, publish() would block
         return None
 
-    async def answer(self, slot: Slot, end: float, seconds: float) -> Answer | None:
+    async def answer(self, slot: Slot, end: float, seconds: float) -> Received | None:
         """Wait for the next answer, or None after *seconds* or at *end*; ready for the one after it."""
         slot.due = min(self._loop.time() + seconds, end)
         if self._timer is None:
@@ -205,10 +197,10 @@ class Exchange:
 
     # -- what happens to them -----------------------------------------------------------------------------------------
 
-    def _take_answer(self, subject: str, _: str, data: bytes, headers: Mapping[str, str] | None) -> None:
-        slot = self._slots.get(subject[len(self._prefix) :])
+    def _take_answer(self, answer: Received) -> None:
+        slot = self._slots.get(answer.subject[len(self._prefix) :])
         if slot is not None and not slot.answer.done():
-            slot.answer.set_result(Answer(data, headers))
+            slot.answer.set_result(answer)
 
     def _when_refused(self, refusal: Refusal) -> None:
         for slot in self._slots.values():
