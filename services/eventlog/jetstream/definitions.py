@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from services.eventlog.jetstream import names
@@ -79,32 +78,6 @@ def bucket_config(settings: LogSettings) -> dict[str, Any]:
         "deny_delete": True,
         "allow_direct": True,
         "metadata": {names.FORMAT_KEY: str(FORMAT)},
-    }
-
-
-def consumer_config(settings: LogSettings, partition: int, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the configuration of the consumer through which the settings' store follows *partition*.
-
-    Args:
-        settings: the store's name is taken from here.
-        partition: 0 to ``settings.partitions - 1``.
-        metadata: of the consumer.
-    """
-    name = names.consumer_name(settings.store, partition)
-    return {
-        "name": name,
-        "durable_name": name,
-        "description": (f"Persister of store {settings.store}, partition {partition_name(partition)}."),
-        "deliver_policy": "all",
-        "ack_policy": "all",
-        "ack_wait": ACK_WAIT_SECONDS * _NANOSECONDS,
-        "max_deliver": -1,
-        "max_ack_pending": MAX_ACK_PENDING,
-        "replay_policy": "instant",
-        "filter_subject": names.filter_subject(partition),
-        # as many as the stream has, now and when it is scaled later
-        "num_replicas": 0,
-        "metadata": dict(metadata),
     }
 
 

@@ -13,12 +13,11 @@ from services.contract.errors import PermanentError
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.api import ApiError, JetStreamApi
 from services.eventlog.jetstream.connection import close, connect
-from services.eventlog.jetstream.definitions import consumer_config
-from services.eventlog.jetstream.names import STREAM, consumer_name
+from services.eventlog.jetstream.definitions import cursor_config
+from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.settings import LogSettings
 from tests.support.cluster import delete_streams
-from tests.support.polling import eventually
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ async def test_every_consumer_is_listed_over_several_pages(nc: Client, settings:
     await api.request("STREAM.CREATE.many", {"name": "many", "subjects": ["many.*"]})
     for number in range(300):
         name = f"c{number}"
-        config = {**consumer_config(settings, 1, {}), "name": name, "durable_name": name, "filter_subject": "many.1"}
+        config = {**cursor_config("main", 1, 1, 1), "name": name, "durable_name": name, "filter_subject": "many.1"}
         await api.create_consumer("many", config)
 
     listed = await api.list_consumers("many")
@@ -79,30 +78,6 @@ async def test_a_message_comes_back_as_it_was_stored(nc: Client) -> None:
     assert (message["subject"], message["seq"], message["data"]) == ("fi.events.57.c1", 1, b"body")
     assert message["headers"] == {"Nats-Msg-Id": "c1/1"}
     assert datetime.fromisoformat(message["time"][:19] + "Z").tzinfo is not None
-
-
-async def test_a_reset_consumer_delivers_from_the_given_sequence(nc: Client, settings: LogSettings) -> None:
-    """Consumer sequences start at 1 again; a consumer that does not exist never answers."""
-    # given
-    api = JetStreamApi(nc, timeout=1)
-    await api.create_consumer(STREAM, consumer_config(settings, 57, {}))
-    for _ in range(5):
-        await nc.request("fi.events.c1", b"x", timeout=5)
-    name = consumer_name(settings.store, 57)
-
-    # when
-    answer = await api.reset_consumer(STREAM, name, 4)
-
-    # then
-    assert answer["delivered"]["consumer_seq"] == 0
-
-    async def pending() -> bool:  # the broker counts a little behind its answers
-        info = await api.consumer_info(STREAM, name)
-        return info is not None and info["num_pending"] == 2
-
-    await eventually(pending)
-    with pytest.raises(LogUnavailableError):
-        await api.reset_consumer(STREAM, consumer_name(settings.store, 58), 1)
 
 
 async def test_purging_deletes_below_the_sequence(nc: Client) -> None:
