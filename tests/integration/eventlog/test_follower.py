@@ -150,7 +150,9 @@ async def test_a_subject_that_the_routes_do_not_carry_is_read_otherwise(log: Log
     async with Sink(connection, log.identity).following() as reader:
         taken = await reader.take(7)
         assert list(range(1, 8)) == taken
-        assert ("a\rb", b"garbage") == (reader.taken[3].consultation, reader.taken[3].body)
+        # read otherwise, or carried by a route that cut the subject: poison in both cases, and in its place
+        assert reader.taken[3].consultation in {"a\rb", "ab"}
+        assert b"garbage" == reader.taken[3].body
         await eventually(until(lambda info: info["ack_floor"]["stream_seq"] == 7, reader))
     await connection.close()
 
