@@ -111,6 +111,7 @@ class PartitionRunner:
         self._desk = desk
         self._member: Member | None = None
         self._follower: Follower | None = None
+        self._waited = 0  # what was known to wait when it was followed last
         self._failures = 0
         self._locked_at = 0.0  # when another process was first found to have the file; 0 when none does
         self._task: asyncio.Task[None] | None = None
@@ -118,6 +119,7 @@ class PartitionRunner:
 
     def start(self) -> None:
         """Begin in a task of its own."""
+        self._metrics.queue(lambda: self.waiting, lambda: 0 if self._follower is None else self._follower.delivered)
         self._task = asyncio.create_task(self._run(), name=f"partition {self.partition}")
 
     async def stop(self) -> None:
@@ -147,7 +149,9 @@ class PartitionRunner:
     @property
     def waiting(self) -> int:
         """Events of the partition that the log has and the file has not, as far as is known."""
-        return 0 if self._follower is None else self._follower.waiting
+        if self._follower is not None:
+            self._waited = self._follower.waiting
+        return self._waited
 
     @property
     def disk_wait(self) -> float:
@@ -284,6 +288,7 @@ class PartitionRunner:
             await self._desk.close(self.partition)
         self.reached = None if abandon else self.committed
         self._member = None
+        self._waited = self.waiting
         follower, self._follower = self._follower, None
         if follower is not None:
             try:

@@ -109,6 +109,10 @@ class ScriptedFollower:
     def waiting(self) -> int:
         return len(self._left())
 
+    @property
+    def delivered(self) -> int:
+        return 0
+
     def _left(self) -> list[Delivery]:
         return [one for one in self._stream.deliveries if one.sequence > self._position]
 

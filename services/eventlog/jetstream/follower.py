@@ -205,6 +205,11 @@ class JetStreamFollower:
         # a new cursor counts as pending what is held here already, until it has delivered it again
         return self._pending + (min(held, self._again) if self._is_repeating else held)
 
+    @property
+    def delivered(self) -> int:
+        """How many events were delivered and are not acknowledged."""
+        return self._buffer.events
+
     async def acknowledge(self, delivery: Delivery) -> None:
         """Tell the broker that everything up to *delivery* is committed; a lost acknowledgement does no harm."""
         self._buffer.done()
