@@ -36,8 +36,7 @@ from services.ingest.handlers import (
 )
 from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
-from services.ingest.openapi import describe
-from services.ingest.openapi_operations import DOCS_PATH, OPENAPI_PATH
+from services.ingest.openapi import DOCS_PATH, OPENAPI_PATH, describe
 from services.ingest.openapi_page import PAGE_HEADERS, PAGE_TYPE, as_page
 from services.ingest.pressure import Pressure
 from services.ingest.problems import TYPE_PREFIX
