@@ -8,6 +8,7 @@ one in its path is for tokens of all consultations, unless its handler promises 
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
+from services.contract.logs import get_logger
 from services.contract.tokens import Scope
 from services.ingest import metrics as reasons
 from services.ingest import problems
 from services.ingest.answers import Answers
-from services.ingest.audit import Audit
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
-from services.ingest.rates import Rates
+from services.ingest.rates import Lines, Rates
 from services.ingest.tokens import ANONYMOUS, Tokens
 from services.ingest.tracing import trace_id_of
 
@@ -34,6 +35,8 @@ ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 OPEN = None
 _CHALLENGE = 'Bearer realm="fiq"'
 _INVALID = f'{_CHALLENGE}, error="invalid_token"'
+#: the kind of the log lines that no token of ours belongs to
+_STRANGERS = ""
 
 
 class Grant:
@@ -127,7 +130,7 @@ class Gate:
         self, answers: Answers, metrics: Metrics, tokens: Tokens, rates: Rates, before_write: Callable[[], None]
     ) -> None:
         self._answers = answers
-        self._audit = Audit(metrics)
+        self._audit = _Audit(metrics)
         self._tokens = tokens
         self._rates = rates
         self._before_write = before_write
@@ -261,6 +264,47 @@ def _lacks(grant: Grant, rule: Rule, scope: Scope, consultation: str | None) -> 
     if not rule.each and not grant.may(scope, consultation or ""):
         return reasons.PREFIX
     return ""
+
+
+class _Audit:
+    """Writes ``ACCESS_REFUSED``: who, from where, what, why; never a token, of the path its template only.
+
+    As many as anybody can read: those of each token, and of all strangers together, so that no stranger hides what is
+    done with a token.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._lines = Lines()
+        self._log = get_logger("ingest.access").bind()
+
+    def refused(self, request: web.Request, reason: str, name: str | None) -> None:
+        """Note that *request* was refused.
+
+        Args:
+            request: what was asked for.
+            reason: one of :data:`services.ingest.metrics.ACCESS_REASONS`.
+            name: of the token, when it is one of ours.
+        """
+        self._metrics.access_refused[reason].inc()
+        told = self._lines.told(name or _STRANGERS)
+        if told is None:
+            return
+        values: dict[str, object] = {"token": name, "remote": request.remote, "forwarded": _forwarded(request)}
+        resource = request.match_info.route.resource
+        values["method"] = request.method if request.method in hdrs.METH_ALL else "another one"
+        values["path"] = None if resource is None else resource.canonical
+        present = {key: value for key, value in (values | told).items() if value is not None}
+        self._log.warning("ACCESS_REFUSED", reason=reason, **present)
+
+
+def _forwarded(request: web.Request) -> str | None:
+    """Return the address that the nearest proxy names, which is no more than its word, when it is an address."""
+    values = request.headers.getall("X-Forwarded-For", ())
+    try:
+        return str(ipaddress.ip_address(values[-1].rpartition(",")[2].strip())) if values else None
+    except ValueError:
+        return None
 
 
 #: where handlers find the gate

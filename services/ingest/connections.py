@@ -1,7 +1,7 @@
 """How many connections one process has, and what those beyond it get.
 
-Whoever is in a TLS handshake cannot be told anything yet. All sockets together, whatever they are at, are at most
-:data:`_MOST_TURNED` more than there may be connections; so many files there are for them (:func:`within`).
+A connection counts from the end of its TLS handshake on; only time bounds handshakes, as asyncio does not show them.
+There are files for all connections and for those that are turned away (:func:`within`).
 """
 
 from __future__ import annotations
@@ -39,26 +39,15 @@ class Connections:
         self._answers = answers
         self._open = 0
         self._turned = 0
-        self._shaking = 0
-
-    def begin(self) -> bool:
-        """Count a TLS handshake that begins, unless there are too many sockets already; say which."""
-        if self._open + self._turned + self._shaking >= self._limit + _MOST_TURNED:
-            return False
-        self._shaking += 1
-        return True
-
-    def end(self) -> None:
-        """Count its end, whatever came of it."""
-        self._shaking -= 1
+        self._closed = False
 
     def enter(self, transport: asyncio.BaseTransport | None) -> bool:
         """Count a new connection, or turn it away when there are as many as may be; say which."""
-        if self._open < self._limit:
+        if self._open < self._limit and not self._closed:
             self._open += 1
             return True
         sender = cast("asyncio.Transport", transport)
-        if self._turned >= _MOST_TURNED:
+        if self._turned >= _MOST_TURNED or self._closed:
             sender.set_protocol(asyncio.Protocol())  # which does not care how it ends
             sender.abort()
         else:
@@ -69,6 +58,10 @@ class Connections:
     def leave(self) -> None:
         """Count the end of one that was served."""
         self._open -= 1
+
+    def close(self) -> None:
+        """Cut off whoever comes from now on: out of a handshake that was begun before the listener was closed."""
+        self._closed = True
 
     def _refusal(self) -> bytes:
         return in_bytes(self._answers.refused(problems.TOO_MANY_CONNECTIONS))

@@ -15,11 +15,12 @@ from services.ingest import problems
 from services.ingest.answers import Answers
 from services.ingest.connections import Connections, in_bytes
 from services.ingest.handlers import ANSWERS, METRICS, SETTINGS
-from services.ingest.handshakes import TlsListener
 from services.ingest.problems import RequestRefusedError
 from services.ingest.sending import Patience, Sending
 from services.ingest.tracing import trace_id_of
 
+#: seconds for a TLS handshake, and for the other side's farewell
+HANDSHAKE_SECONDS, FAREWELL_SECONDS = 10.0, 2.0
 #: connections that wait to be accepted
 _BACKLOG = 1024
 #: seconds until an idle connection is closed
@@ -172,7 +173,7 @@ class HttpServer:
         self._sock = sock
         self._grace = grace
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_FLUSH_SECONDS)
-        self._listener: asyncio.Server | TlsListener | None = None
+        self._listener: asyncio.Server | None = None
         self._connections = Connections(app[SETTINGS].max_connections, app[ANSWERS])
 
     async def start(self) -> None:
@@ -184,11 +185,14 @@ class HttpServer:
         await self._runner.setup()
         tls = self._app.get(TLS)
         try:
-            if tls is None:
-                loop = asyncio.get_running_loop()
-                self._listener = await loop.create_server(self._connect, sock=self._sock, backlog=_BACKLOG)
-            else:
-                self._listener = TlsListener(self._sock, tls, self._connect, self._connections, backlog=_BACKLOG)
+            self._listener = await asyncio.get_running_loop().create_server(
+                self._connect,
+                sock=self._sock,
+                backlog=_BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None,
+                ssl_shutdown_timeout=FAREWELL_SECONDS if tls else None,
+            )
         except OSError as error:
             raise BindError(f"cannot listen (FI_HOST, FI_PORT): {error.strerror or error}") from error
 
@@ -200,8 +204,7 @@ class HttpServer:
             # not left to aiohttp: its runner drops what comes on a connection from the first moment of its shutdown,
             # so a request whose body is on the way could never finish
             await self._app[ANSWERS].drain(self._grace)
-            if isinstance(listener, TlsListener):
-                await listener.abandon()
+            self._connections.close()
         self._sock.close()
         await self._runner.cleanup()
 
