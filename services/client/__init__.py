@@ -11,7 +11,7 @@
 
 from services.client.client import FiqClient
 from services.client.errors import ClientError, GaveUpError, RefusedError, UnexpectedAnswerError
-from services.client.patience import Patience
+from services.client.exchange import Patience
 from services.client.records import Accepted, BadLine, Problem, StoredEvent
 
 __all__ = [

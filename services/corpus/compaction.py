@@ -16,9 +16,8 @@ from uuid import UUID
 from services.corpus.journal import slots
 from services.corpus.journal_records import HEADER_BYTES, JournalRecord, Position, padded_table, seal
 from services.corpus.journal_scan import RECORDS_START
-from services.corpus.locks import try_lock, unlock
 from services.corpus.sectors import SectorIndex
-from services.corpus.storage import FILE_MODE, StorageIO, write_all
+from services.corpus.storage import FILE_MODE, StorageIO, try_lock, unlock, write_all
 
 
 class Compaction:

@@ -15,11 +15,10 @@ from services.corpus.errors import CorpusExistsError, CorpusNotFoundError, Journ
 from services.corpus.format import CONFLICTS, CONSULTATIONS, LIBVER, write_attributes
 from services.corpus.journal import new_journal
 from services.corpus.journal_scan import RECORDS_START
-from services.corpus.locks import lock
 from services.corpus.pair import USER_BLOCK, new_user_block
 from services.corpus.records import Identity
 from services.corpus.recovery import journal_path
-from services.corpus.storage import FILE_MODE, StorageIO, write_all
+from services.corpus.storage import FILE_MODE, StorageIO, lock, write_all
 
 #: how long a creation waits for another one in the same directory, seconds
 _DIRECTORY_WAIT = 10.0

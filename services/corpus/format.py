@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import fields
+from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,15 @@ import numpy as np
 from services.corpus.errors import CorpusFormatError
 from services.corpus.records import Identity
 
+#: bytes of a chain value
+CHAIN_BYTES = 32
+
+_PREFIX = "fiq-chain-1"
+#: slots of a dataset's chunk cache: whole chunks are written directly and read in slices, and HDF5 2.0's default takes
+#: 88 KB each
+CHUNK_SLOTS = 17
+#: metadata of a file that is read which stays in memory, bytes as they are in the file
+READER_METADATA_BYTES = 2 << 20
 #: what the attribute ``format`` says
 FORMAT_NAME = "fiq-corpus"
 #: rises when a program that knows only the older layout would misread the newer
@@ -130,3 +141,56 @@ def read_identity(root: Any, name: str) -> Identity:
         stream=str(values["stream"]),
         stream_created=str(values["stream_created"]),
     )
+
+
+def bound_metadata(file: Any, size: int) -> None:
+    """Fix the size of a file's metadata cache.
+
+    Left alone it grows to 32 MB of metadata, half a gigabyte of memory, when many consultations are read or written one
+    after another, and does not get any faster by that: HDF5 keeps some 10 KB for an object header of a few hundred
+    bytes.
+
+    Args:
+        file: an open h5py ``File``.
+        size: bytes as they are in the file; unpacked they take fifteen to twenty times as much.
+    """
+    config = file.id.get_mdc_config()
+    config.set_initial_size = True
+    config.initial_size = config.min_size = config.max_size = size
+    config.incr_mode = config.flash_incr_mode = config.decr_mode = 0
+    file.id.set_mdc_config(config)
+
+
+# -- The chain of a consultation: each row carries a hash of its event and of the row before it ----------------------
+#
+# An event that is changed, removed or moved no longer fits the row behind it. Whoever rewrites all later rows too goes
+# unnoticed: the chain finds damage and honest mistakes, it is no signature. Events cut off at the end break no chain;
+# they are missed by the partition's ``committed_events``.
+
+
+def chain_start(identity: Identity, consultation: str, *, of: str = CONSULTATIONS) -> bytes:
+    """Return what the first row of a consultation is chained to, or with *of* that of its conflicts.
+
+    It names what never changes in a consultation's life; volume and epoch do when a partition moves, and the copies of
+    two stores are to have equal chains.
+    """
+    # a consultation's id has no slash: the names of the two groups never meet
+    name = consultation if of == CONSULTATIONS else f"{of}/{consultation}"
+    return sha256(_partition_name(identity) + name.encode()).digest()
+
+
+def chain_next(before: bytes, row: bytes, body: bytes) -> bytes:
+    """Return the chain value of an event.
+
+    Args:
+        before: that of the row before it, or :func:`chain_start`.
+        row: the row's first 48 bytes, all but the chain value itself.
+        body: the body without its line feed.
+    """
+    return sha256(b"".join((before, row, body))).digest()
+
+
+@lru_cache(64)
+def _partition_name(identity: Identity) -> bytes:
+    numbers = (str(identity.partition), str(identity.partitions))
+    return "\0".join([_PREFIX, identity.stream, identity.stream_created, *numbers, ""]).encode()

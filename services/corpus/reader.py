@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import h5py
 
-from services.corpus.caches import CHUNK_SLOTS, READER_METADATA_BYTES, bound_metadata
 from services.corpus.errors import (
     CorpusFormatError,
     CorpusIOError,
@@ -24,12 +23,15 @@ from services.corpus.events import Consultation
 from services.corpus.format import (
     ARCHIVED,
     BEGINS,
+    CHUNK_SLOTS,
     COMMITTED,
     COMMITTED_CONFLICTS,
     COMMITTED_EVENTS,
     COMMITTED_ID,
     CONFLICTS,
     CONSULTATIONS,
+    READER_METADATA_BYTES,
+    bound_metadata,
     is_consultation_id,
     read_identity,
 )

@@ -12,9 +12,8 @@ from services.corpus.compaction import remove_leftover
 from services.corpus.errors import CorpusLockedError, CorpusNotFoundError, JournalError, system_errors
 from services.corpus.journal import read_records, read_start
 from services.corpus.journal_records import JournalRecord, Position
-from services.corpus.locks import lock, try_lock
 from services.corpus.pair import State, read_state, read_uuid
-from services.corpus.storage import StorageIO
+from services.corpus.storage import StorageIO, lock, try_lock
 
 #: how long an open waits for the lock of the partition file, seconds. With the journal's lock in hand no writer of ours
 #: holds that one: a lock dies with its process and a store lets go of the file first. So who has it is another program.

@@ -10,11 +10,10 @@ from services.corpus.errors import CorpusNotFoundError, JournalError, system_err
 from services.corpus.journal import read_records
 from services.corpus.journal_records import Position
 from services.corpus.journal_scan import RECORDS_START
-from services.corpus.locks import LOCK_WAIT, lock, unlock
 from services.corpus.pair import State, read_state, read_uuid
 from services.corpus.recovery import journal_path
 from services.corpus.sectors import SectorIndex
-from services.corpus.storage import Buffer, read_into
+from services.corpus.storage import LOCK_WAIT, Buffer, lock, read_into, unlock
 
 
 class SnapshotFile:

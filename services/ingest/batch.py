@@ -4,26 +4,69 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import orjson
 
-from services.contract.errors import PoisonError
-from services.contract.event import Event, check_depth
-from services.contract.ids import event_id_of_line, new_event_id
+from services.contract.errors import InvalidIdError, PoisonError
+from services.contract.event import Event, InvalidBodyError, check_depth, read_body
+from services.contract.ids import check_consultation_id, event_id_from_key, event_id_of_line, new_event_id
 from services.contract.trace import Trace
 from services.ingest import problems
-from services.ingest.drafts import Draft
 from services.ingest.problems import RequestRefusedError
-from services.ingest.spans import elements
 
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+#: what comes next outside strings: at the top a comma counts, inside only brackets do
+_AT_TOP = re.compile(rb'[^"\[\]{},]*+(?:' + _STRING + rb'[^"\[\]{},]*+)*+([\[\]{},])', re.DOTALL)
+_INSIDE = re.compile(rb'[^"\[\]{}]*+(?:' + _STRING + rb'[^"\[\]{}]*+)*+([\[\]{}])', re.DOTALL)
+_NAME = re.compile(rb"[ \t\r\n]*+(" + _STRING + rb")[ \t\r\n]*+:", re.DOTALL)
+_SPACE = b" \t\r\n"
 #: most events of a batch
 MAX_EVENTS = 1000
 #: a longer body is read in a thread: meanwhile other requests go on, bytes
 _LONG_BYTES = 128 * 2**10
+
+
+class Draft(NamedTuple):
+    """One event.
+
+    Attributes:
+        body: as it is stored.
+        consultation: the consultation that it names, or None.
+        event_id: the id that it brings with it, or None.
+    """
+
+    body: bytes
+    consultation: str | None
+    event_id: UUID | None
+
+
+def read_line(raw: bytes) -> Draft:
+    """Read an event of a batch: its top-level members ``consultation_id`` and ``event_id`` say where it belongs.
+
+    Raises:
+        PoisonError: it is no event, or one of the two is not what it should be. The message quotes nothing of it.
+    """
+    body, document = read_body(raw)
+    consultation = _text(document, "consultation_id")
+    if consultation is not None:
+        check_consultation_id(consultation)
+    key = _text(document, "event_id")
+    try:
+        return Draft(body, consultation, None if key is None else event_id_from_key(key))
+    except InvalidIdError:
+        raise InvalidBodyError("event_id is 1 to 255 visible ASCII characters") from None
+
+
+def _text(document: dict[str, Any], name: str) -> str | None:
+    value = document.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidBodyError(f"{name} is a string")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,3 +197,42 @@ def _event_id(number: int, draft: Draft, key: str | None) -> tuple[UUID, bool]:
     if key is not None:
         return event_id_of_line(key, number), True
     return new_event_id(), False
+
+
+# -- Where the parts of a JSON array or object begin and end, so that they can be kept byte for byte -----------------
+#
+# The text must have been parsed before: only then does looking for brackets, commas and strings suffice.
+
+
+def elements(raw: bytes) -> Iterator[bytes]:
+    """Yield the elements of the JSON array *raw*, each as it stands there, without the white space around it."""
+    return _parts(raw)
+
+
+def members(raw: bytes) -> dict[str, bytes]:
+    """Return the members of the JSON object *raw*, each value as it stands there; of members of one name the last."""
+    found: dict[str, bytes] = {}
+    for part in _parts(raw):
+        name = _NAME.match(part)
+        assert name is not None
+        found[orjson.loads(name[1])] = part[name.end() :].strip(_SPACE)
+    return found
+
+
+def _parts(raw: bytes) -> Iterator[bytes]:
+    """Yield what stands between the commas of the outermost array or object."""
+    begin = position = raw.index(raw.strip(_SPACE)[:1]) + 1
+    depth = 1
+    while depth:
+        found = (_AT_TOP if depth == 1 else _INSIDE).match(raw, position)
+        assert found is not None
+        position = found.end()
+        if found[1] in b"[{":
+            depth += 1
+        elif found[1] == b",":
+            yield raw[begin : position - 1].strip(_SPACE)
+            begin = position
+        else:
+            depth -= 1
+    if last := raw[begin : position - 1].strip(_SPACE):
+        yield last

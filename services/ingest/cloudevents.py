@@ -18,8 +18,7 @@ from multidict import CIMultiDictProxy
 from services.contract.errors import InvalidIdError
 from services.contract.event import InvalidBodyError, NotJsonError, without_line_breaks
 from services.contract.ids import check_consultation_id, event_id_of_cloudevent
-from services.ingest.drafts import Draft
-from services.ingest.spans import members
+from services.ingest.batch import Draft, members
 
 #: the header of the binary mode that no event lacks
 VERSION_HEADER = "ce-specversion"

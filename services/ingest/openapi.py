@@ -6,6 +6,12 @@ refused with, become responses here, so that titles and details are written once
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,33 @@ from services.ingest.problems import BY_SLUG, CONTENT_TYPE, Problem
 from services.ingest.resources import Form
 from services.ingest.settings import Settings
 
+PAGE_TYPE = "text/html; charset=utf-8"
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; }
+section { margin: 1.5rem 0; }
+code, pre { font: 14px/1.45 ui-monospace, monospace; }
+pre { background: #8882; padding: .7rem; overflow-x: auto; }
+table { border-collapse: collapse; margin: .5rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0; }
+.method { font-weight: 700; }
+""".strip()
+_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+#: nothing is loaded, run, sent or framed: the one style is named by its hash
+PAGE_HEADERS: Mapping[str, str] = {
+    "Content-Security-Policy": (
+        f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_LIMITS = {
+    "x-max-event-bytes": "bytes of an event",
+    "x-max-batch-bytes": "bytes of a batch",
+    "x-max-batch-events": "events of a batch",
+    "x-max-json-depth": "levels of JSON",
+}
 Json = dict[str, Any]
 
 #: where the description is, for programs and for people
@@ -63,3 +96,133 @@ def _refusal(status: int, problems: list[Problem]) -> Json:
     }
     names = [name for name, has in _PROBLEM_HEADERS.items() if status in has]
     return answer | ({"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}} if names else {})
+
+
+# -- The description as a page for people: plain HTML that loads nothing, made from the same document ----------------
+
+
+def as_page(description: Json) -> bytes:
+    """Return the page that shows *description*."""
+    info = description["info"]
+    found = list(_operations(description))
+    parts = [
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(info['title'])}: HTTP</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{escape(info['description'])}</p>",
+        '<p>For programs: <a href="/openapi.json">/openapi.json</a>, OpenAPI 3.1.</p>',
+        _list(
+            f'<a href="#{name(one)}">{_title(path, method)}</a> {escape(one["summary"])}' for path, method, one in found
+        ),
+    ]
+    for tag in description["tags"]:
+        parts.append(f"<h2>{escape(tag['name'])}</h2>")
+        parts += [_section(description, *one) for one in found if tag["name"] in one[2]["tags"]]
+    parts.append("<h2>Any request</h2><p>These problems can answer any request.</p>")
+    parts.append(_list(_problem(kind) for kind in description["x-general-problems"]))
+    parts.append("</body></html>\n")
+    return "\n".join(parts).encode()
+
+
+def curl(description: Json, path: str, method: str, operation: Json) -> str:
+    """Return a command that asks for *operation*, with its examples."""
+    query = [
+        f"{one['name']}={one['example']}"
+        for one in _parameters(description, operation)
+        if one["in"] == "query" and "example" in one
+    ]
+    for one in _parameters(description, operation):
+        if one["in"] == "path":
+            path = path.replace("{" + one["name"] + "}", str(one["example"]))
+    url = "http://127.0.0.1:7001" + path + ("?" + "&".join(query) if query else "")
+    words = ["curl", *(["-X", method.upper()] if method not in ("get", "post") else []), url]
+    if operation["security"]:
+        words += ["-H", "Authorization: Bearer …"]
+    for kind, content in list(operation.get("requestBody", {}).get("content", {}).items())[:1]:
+        body = content["example"]
+        text = body if isinstance(body, str) else json.dumps(body)
+        words += ["-H", f"Content-Type: {kind}", "--data-binary", text]
+    return shlex.join(words)
+
+
+def name(operation: Json) -> str:
+    """Return the anchor of *operation*."""
+    return escape(operation["operationId"])
+
+
+def _operations(description: Json) -> Iterator[tuple[str, str, Json]]:
+    for path, methods in description["paths"].items():
+        for method, operation in methods.items():
+            yield path, method, operation
+
+
+def _section(description: Json, path: str, method: str, operation: Json) -> str:
+    parts = [
+        f'<section id="{name(operation)}"><h3>{_title(path, method)}</h3>',
+        f"<p><b>{escape(operation['summary'])}.</b> {escape(operation['description'])}</p>",
+        f"<p>{_access(operation)}</p>",
+    ]
+    parameters = _parameters(description, operation)
+    if parameters:
+        parts.append(_table(("parameter", "in", ""), [_parameter(one) for one in parameters]))
+    if kinds := operation.get("requestBody", {}).get("content"):
+        parts.append("<p>Takes " + ", ".join(f"<code>{escape(kind)}</code>" for kind in kinds) + ".</p>")
+        parts.append(_list(f"at most {operation[key]:,} {text}" for key, text in _LIMITS.items() if key in operation))
+    parts.append(_table(("answer", "", ""), [_answer(*one) for one in operation["responses"].items()]))
+    parts.append(f"<pre>{escape(curl(description, path, method, operation))}</pre>")
+    for content in operation["responses"].values():
+        example = next((kind["example"] for kind in content["content"].values() if "example" in kind), None)
+        if example is not None:
+            parts.append(f"<pre>{escape(json.dumps(example, indent=2))}</pre>")
+        break  # the good one
+    return "".join([*parts, "</section>"])
+
+
+def _title(path: str, method: str) -> str:
+    return f'<code><span class="method">{escape(method.upper())}</span> {escape(path)}</code>'
+
+
+def _access(operation: Json) -> str:
+    if not operation["security"]:
+        return "Open to everybody."
+    scope = operation["security"][-1]["token"][0]
+    asked = "Takes" if {} not in operation["security"] else "This process asks for no token; elsewhere it takes"
+    return f"{asked} a token with the scope <b>{escape(scope)}</b>."
+
+
+def _parameters(description: Json, operation: Json) -> list[Json]:
+    found = description["components"]["parameters"]
+    return [found[one["$ref"].rpartition("/")[2]] for one in operation["parameters"]]
+
+
+def _parameter(one: Json) -> tuple[str, ...]:
+    schema = json.dumps(one["schema"], ensure_ascii=False)
+    text = f"{escape(one['description'])} <code>{escape(schema)}</code>"
+    return f"<code>{escape(one['name'])}</code>", escape(one["in"]), text
+
+
+def _answer(status: str, answer: Json) -> tuple[str, ...]:
+    kinds = ", ".join(f"<code>{escape(kind)}</code>" for kind in answer["content"])
+    return f"<b>{escape(status)}</b>", kinds, ", ".join(map(_problem, _types(answer))) or escape(answer["description"])
+
+
+def _types(answer: Json) -> list[str]:
+    for content in answer["content"].values():
+        for schema in content["schema"].get("allOf", ()):
+            if "type" in schema.get("properties", {}):
+                return list(schema["properties"]["type"]["enum"])
+    return []
+
+
+def _problem(kind: str) -> str:
+    return f'<a href="{escape(kind)}">{escape(kind.rpartition("/")[2])}</a>'
+
+
+def _list(items: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    cells = "".join(f"<th>{text}</th>" for text in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"

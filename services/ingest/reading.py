@@ -24,10 +24,10 @@ from services.ingest import problems
 from services.ingest import reading_records as records
 from services.ingest.access import GRANT
 from services.ingest.answers import SERVER
+from services.ingest.connections import send
 from services.ingest.handlers import ANSWERS, METRICS
 from services.ingest.problems import Problem, RequestRefusedError
 from services.ingest.reading_follow import Followers
-from services.ingest.sending import send
 
 READER = web.AppKey("reader", EventBrowser)
 FOLLOWERS = web.AppKey("followers", Followers)

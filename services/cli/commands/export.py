@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
+import orjson
 import typer
 
-from services.cli.consultations import Format, lines, opened, opened_corpus
+from services.cli import console
+from services.cli.consultations import Format, iso, lines, opened, opened_corpus
 from services.cli.errors import CommandError
 from services.cli.target import CorpusOption, FolderOption, find_corpus
 
@@ -84,3 +86,20 @@ def _file(output: Path) -> Iterator[BinaryIO]:
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def show(
+    consultation: Annotated[str, typer.Argument(help="Id of the consultation.")],
+    corpus: CorpusOption = None,
+    folder: FolderOption = None,
+) -> None:
+    """Print a consultation's events, one line each: sequence, time, type, payload.
+
+    Sees everything that is committed, also while persisters write.
+    """
+    with opened(find_corpus(corpus, folder), consultation) as found:
+        typer.echo(f"{found.id}: {len(found)} event{'' if len(found) == 1 else 's'}")
+        for event in found:
+            payload = orjson.dumps(event.payload).decode("utf-8")
+            line = f"{event.sequence:>10}  {iso(event.received_ns)}  {event.event_type}  {payload}"
+            typer.echo(console.printable(line))

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from services.cli import console
+from services.cli.console import bar
 from services.cli.errors import CommandError
-from services.cli.progress import bar
 
 
 def recover(

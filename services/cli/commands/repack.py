@@ -9,8 +9,8 @@ import typer
 from rich.filesize import decimal
 
 from services.cli import console
+from services.cli.console import bar
 from services.cli.errors import CommandError
-from services.cli.progress import bar
 
 
 def repack(

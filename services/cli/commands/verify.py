@@ -10,8 +10,8 @@ import typer
 from rich.filesize import decimal
 
 from services.cli import console
+from services.cli.console import bar
 from services.cli.errors import CommandError
-from services.cli.progress import bar
 from services.cli.target import FolderOption, find_corpus
 
 #: what it means that a file does not begin with the stream

@@ -28,7 +28,7 @@ from services.eventlog.jetstream.placement import Placements
 from services.eventlog.jetstream.processes import Progress, show_progress
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.settings import LogSettings
-from services.ingest.log import open_log
+from services.ingest.service import open_log
 from services.ingest.settings import Settings
 from tests.support.broker import plain_server
 from tests.support.persisters import Log, provisioned

@@ -10,7 +10,7 @@ import pytest
 from h5py import h5d, h5p
 
 from services.corpus import CorpusFormatError, EventStore, groups
-from services.corpus.file_object import FileObject
+from services.corpus.atomic_file import FileObject
 from services.corpus.overlay import PageOverlay
 from services.corpus.sectors import SectorIndex
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents

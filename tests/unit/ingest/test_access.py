@@ -15,13 +15,12 @@ from structlog.testing import capture_logs
 
 from services.contract.errors import ConfigurationError
 from services.contract.tokens import Scope, Token, digest_of, render
-from services.ingest import changes, rates, tokens
-from services.ingest.access import GATE, GRANT, OPEN
+from services.ingest import access, changes, rates
+from services.ingest.access import GATE, GRANT, OPEN, Tokens
 from services.ingest.app import make_app
 from services.ingest.handlers import ANSWERS
 from services.ingest.rates import Bucket
 from services.ingest.settings import Settings
-from services.ingest.tokens import Tokens
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
 from tests.support.polling import eventually
 
@@ -67,7 +66,7 @@ def test_no_time_tells_how_close_a_token_is_to_one_of_ours(file: Path, monkeypat
         compared.append((ours, theirs))
         return hmac.compare_digest(ours, theirs)
 
-    monkeypatch.setattr(tokens, "compare_digest", compare)
+    monkeypatch.setattr(access, "compare_digest", compare)
     for each in (known, other):
         each.load()
     for secret in (SECRETS["writer"], SECRETS["ward"], SECRETS["ended"], "nobody's", "", "\udc80"):
@@ -333,7 +332,7 @@ async def test_a_fault_in_the_reading_does_not_end_the_watch(
         raise OverflowError("secret-token")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tokens, "read", fails)
+        patched.setattr(access, "read", fails)
         change(file, render([TOKENS["reader"]]))
         await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 1.0)
     await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 0.0)
