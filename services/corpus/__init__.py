@@ -35,10 +35,9 @@ from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.reader import Corpus, PartitionInfo, open_corpus
 from services.corpus.records import Identity, Record
 from services.corpus.repack import Repacked, repack
-from services.corpus.report import PartitionReport, Problem, Report
 from services.corpus.storage import StorageIO
 from services.corpus.store import EventStore, Recovered, recover_partition
-from services.corpus.verify import Progress, verify_corpus
+from services.corpus.verify import PartitionReport, Problem, Progress, Report, verify_corpus
 
 __all__ = [
     "AppendRefusedError",

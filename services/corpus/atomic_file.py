@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from services.corpus.beside import Beside
 from services.corpus.checkpoint import NO_ROOM, READER, Checkpointer, Pair, Sealed
 from services.corpus.compaction import Compaction
 from services.corpus.errors import (
@@ -26,7 +25,7 @@ from services.corpus.errors import (
     system_errors,
 )
 from services.corpus.journal import Journal
-from services.corpus.overlay import PageOverlay
+from services.corpus.overlay import Beside, PageOverlay
 from services.corpus.recovery import journal_path, recover
 from services.corpus.sectors import SectorIndex
 from services.corpus.storage import Buffer, StorageIO, unlock

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from services.corpus.beside import Beside
 from services.corpus.errors import CorpusFormatError, CorpusIOError, system_errors
 from services.corpus.journal import write_start
 from services.corpus.journal_records import JournalRecord, Position
+from services.corpus.overlay import Beside
 from services.corpus.pair import State, write_state
 from services.corpus.sectors import SectorIndex
 from services.corpus.storage import LOCK_WAIT, StorageIO, lock, try_lock, write_all

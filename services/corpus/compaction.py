@@ -13,9 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
 
-from services.corpus.journal import slots
+from services.corpus.journal import RECORDS_START, slots
 from services.corpus.journal_records import HEADER_BYTES, JournalRecord, Position, padded_table, seal
-from services.corpus.journal_scan import RECORDS_START
 from services.corpus.sectors import SectorIndex
 from services.corpus.storage import FILE_MODE, StorageIO, try_lock, unlock, write_all
 

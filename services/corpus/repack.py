@@ -42,9 +42,8 @@ from services.corpus.format import (
 from services.corpus.index import write_index
 from services.corpus.pair import USER_BLOCK, archive_user_block
 from services.corpus.reader import Corpus, PartitionInfo, open_corpus
-from services.corpus.report import Problem
 from services.corpus.storage import FILE_MODE, StorageIO, write_all
-from services.corpus.verify import verify_partition
+from services.corpus.verify import Problem, verify_partition
 
 #: largest chunk of ``events``, rows; a shorter consultation is one chunk
 _EVENTS_CHUNK = 2048

@@ -14,7 +14,6 @@ import h5py
 import numpy as np
 
 from services.corpus.atomic_file import JournaledFile
-from services.corpus.creation import create_pair
 from services.corpus.errors import AppendRefusedError, CorpusFormatError, StoreFailedError
 from services.corpus.format import (
     BEGINS,
@@ -30,14 +29,14 @@ from services.corpus.format import (
     bound_metadata,
     read_identity,
 )
-from services.corpus.groups import OpenConsultations
+from services.corpus.groups import ChunkedTail, OpenConsultations
 from services.corpus.ids import StoredRow
 from services.corpus.lookup import Lookup
 from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.pair import refuse_archive
 from services.corpus.records import Identity, Record, check_identity
+from services.corpus.recovery import create_pair
 from services.corpus.storage import check_file_system
-from services.corpus.tails import ChunkedTail
 
 #: consultations whose conflicts stay open: they are rare
 _OPEN_CONFLICTS = 16

@@ -15,9 +15,8 @@ from services.contract.lifecycle import beside
 from services.contract.management import CachedCheck, ReadinessCheck
 from services.contract.telemetry import Spans
 from services.contract.tokens import Scope
-from services.eventlog.backlog import Backlog
 from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import EventBrowser, EventWriter
+from services.eventlog.protocol import Backlog, EventBrowser, EventWriter
 from services.ingest.access import GATE, OPEN, VARIABLE, Gate, Tokens
 from services.ingest.admission import Admission
 from services.ingest.answers import Answers

@@ -17,9 +17,9 @@ from services.contract.telemetry import Spans
 from services.eventlog.jetstream.connection import check_max_payload, close
 from services.eventlog.jetstream.monitor import monitoring
 from services.eventlog.jetstream.names import Role
+from services.eventlog.jetstream.provision import reach
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.reading import JetStreamReader
-from services.eventlog.jetstream.startup import reach
 from services.eventlog.metrics import LogMetrics
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS

@@ -14,8 +14,7 @@ import h5py
 import pytest
 
 from services.cli.rehearsal.chaos import Chaos, drained
-from services.cli.rehearsal.load import Load, Outcome
-from services.cli.rehearsal.verification import verify
+from services.cli.rehearsal.load import Load, Outcome, verify
 from services.cli.stack import Stack
 from services.cli.target import connected
 from services.contract.event import decode

@@ -20,9 +20,9 @@ from typing import Any
 import h5py
 
 from services.corpus import EventStore, Identity, Record
-from services.corpus.creation import create_pair
 from services.corpus.format import CONSULTATIONS, LIBVER
 from services.corpus.groups import OpenConsultations
+from services.corpus.recovery import create_pair
 from services.corpus.storage import StorageIO
 
 #: consultations that a batch touches, and batches that are not measured: they create the groups, and the journal takes

@@ -20,9 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from services.cli import console, monitoring
 from services.cli.errors import CommandError
 from services.cli.rehearsal.chaos import Chaos, drained
-from services.cli.rehearsal.consultations import Post, generate
-from services.cli.rehearsal.load import Load, Outcome
-from services.cli.rehearsal.verification import Verdict, verify
+from services.cli.rehearsal.load import Load, Outcome, Post, Verdict, generate, verify
 from services.cli.stack import Stack
 from services.eventlog.settings import LogSettings
 

@@ -15,7 +15,7 @@ import typer
 
 from services.cli import console
 from services.cli.console import bar
-from services.cli.doctor import corpus, log, machine, monitored, nodes
+from services.cli.doctor import corpus, log, machine, nodes
 from services.cli.doctor.finding import Finding, Level, error, unknown, warning, worst
 from services.cli.errors import CommandError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
@@ -148,14 +148,14 @@ def _examine(patient: Patient, clock_offset: float, held_back: float) -> Iterato
         yield log.unreachable(problem)
     told = () if seen is None else seen.nodes
     if patient.monitoring or not told:
-        others, out_of_reach = monitored.from_ports(monitored.monitoring_urls(patient.monitoring, expected))
+        others, out_of_reach = nodes.from_ports(nodes.monitoring_urls(patient.monitoring, expected))
         known = {node.name for node in told}
         told = (*told, *(node for node in others if node.name not in known))
-        yield from monitored.unreachable(out_of_reach)
+        yield from nodes.unreachable(out_of_reach)
     else:
         greeted = {str(greeting.info.get("server_name")) for greeting in found}
-        yield from monitored.silent(greeted - {node.name for node in told})
-    yield from monitored.check_nodes(told, clock_offset)
+        yield from nodes.silent(greeted - {node.name for node in told})
+    yield from nodes.check_nodes(told, clock_offset)
     if seen is not None:
         yield from log.check_clocks(seen, clock_offset, [node.name for node in told])
         yield from log.check_stream(seen, settings)

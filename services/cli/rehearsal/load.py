@@ -6,21 +6,80 @@ import asyncio
 import math
 import random
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
 
 import orjson
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
-from services.cli.rehearsal.consultations import Post
-
+#: problems that are named one by one; the rest is counted
+_NAMED = 10
+_OPENINGS = ("What brings you in today?", "How have you been since the last visit?", "Where does it hurt?")
+_QUESTIONS = ("Since when?", "Does it get worse at night?", "Any fever?", "Do you take anything for it?", "How strong?")
+_ANSWERS = ("For about {n} days.", "No, I don't think so.", "Yes, mostly in the morning.", "{n} out of ten.", "A bit.")
+_SUMMARY = "Symptoms for {n} days. Advised rest and a follow-up in {m} weeks."
 #: statuses after which the same request, with the same key, is sent again
 _AGAIN = frozenset({409, 429, 503})
 #: pause before that, seconds; shorter than Retry-After says, so that the length of an outage is seen
 _PAUSE = 0.1
 #: an answer may take this long, seconds
 _TIMEOUT = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One request.
+
+    Attributes:
+        consultation: id of the consultation.
+        key: the idempotency key, a UUID, so that it is the event's id too.
+        body: the JSON document.
+    """
+
+    consultation: str
+    key: str
+    body: bytes
+
+
+def generate(events: int, *, seed: int, per_consultation: int = 10) -> list[list[Post]]:
+    """Return consultations with *events* events in all, the same for the same *seed*.
+
+    Args:
+        events: how many events.
+        seed: of the pseudo-random generator.
+        per_consultation: mean number of events in a consultation.
+    """
+    chance = random.Random(seed)  # noqa: S311 - no secrets
+    consultations: list[list[Post]] = []
+    left = events
+    while left > 0:
+        count = min(left, chance.randint(2, 2 * per_consultation - 2))
+        consultations.append(_consultation(f"demo-{len(consultations):05d}", count, chance))
+        left -= count
+    return consultations
+
+
+def post(consultation: str, body: dict[str, object], chance: random.Random) -> Post:
+    """Return the request that posts *body*, with a key drawn from *chance*."""
+    return Post(consultation, str(UUID(int=chance.getrandbits(128), version=4)), orjson.dumps(body))
+
+
+def _consultation(name: str, count: int, chance: random.Random) -> list[Post]:
+    events: list[dict[str, object]] = [_message("Doctor", chance.choice(_OPENINGS))]
+    while len(events) < count - 1:
+        doctor = len(events) % 2 == 0
+        text = chance.choice(_QUESTIONS if doctor else _ANSWERS).format(n=chance.randint(1, 9))
+        events.append(_message("Doctor" if doctor else "Patient", text))
+    summary = _SUMMARY.format(n=chance.randint(1, 9), m=chance.randint(1, 4))
+    events.append({"event_type": "CONSULTATION_SUMMARIZED", "payload": {"text": summary}})
+    return [post(name, event, chance) for event in events[:count]]
+
+
+def _message(speaker: str, text: str) -> dict[str, object]:
+    return {"event_type": "MESSAGE_RECEIVED", "payload": {"speaker": speaker, "text": text}}
 
 
 class UnexpectedAnswerError(Exception):
@@ -180,3 +239,78 @@ class Load:
             outcome.accepted[post.key] = Accepted(post, sequence)
         else:
             known.sequence = min(known.sequence, sequence)
+
+
+# -- The proof: every accepted event is in the corpus once, byte for byte, in stream order, and nothing else is ------
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What the comparison found.
+
+    Attributes:
+        persisted: events in the corpus.
+        consultations: groups in the corpus.
+        problems: what is wrong; nothing when all is well. No payloads.
+    """
+
+    persisted: int = 0
+    consultations: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def summary(self) -> list[str]:
+        """Return the first problems, and how many there are more."""
+        more = len(self.problems) - _NAMED
+        return self.problems[:_NAMED] + ([f"and {more} more"] if more > 0 else [])
+
+
+#: an event of the corpus: its id, its sequence, its body
+Found = tuple[str, int, bytes]
+
+
+def verify(path: Path, accepted: Iterable[Accepted]) -> Verdict:
+    """Compare the corpus at *path* with what clients were told.
+
+    Raises:
+        CorpusError: the corpus cannot be read.
+    """
+    from services.corpus import open_corpus  # h5py takes long to import, and most commands need none of it
+
+    with open_corpus(path) as corpus:
+        found = (
+            (name, [(str(event.event_id), event.sequence, event.raw) for event in corpus[name]])
+            for name in sorted(corpus.consultations())
+        )
+        return compare(found, accepted)
+
+
+def compare(found: Iterable[tuple[str, list[Found]]], accepted: Iterable[Accepted]) -> Verdict:
+    """Compare the consultations of a corpus, each with its events in their order, with what clients were told."""
+    wanted: dict[str, dict[str, Accepted]] = defaultdict(dict)
+    for one in accepted:
+        wanted[one.post.consultation][one.post.key] = one
+    verdict = Verdict()
+    for name, events in found:
+        verdict.consultations += 1
+        verdict.persisted += len(events)
+        verdict.problems += _compare(name, events, wanted.pop(name, {}))
+    verdict.problems += [f"{name}: not in the corpus" for name in sorted(wanted)]
+    return verdict
+
+
+def _compare(name: str, events: list[Found], wanted: dict[str, Accepted]) -> list[str]:
+    problems = []
+    if len({key for key, _, _ in events}) != len(events):
+        problems.append(f"{name}: an event is there twice")
+    if [sequence for _, sequence, _ in events] != sorted({sequence for _, sequence, _ in events}):
+        problems.append(f"{name}: events are not in stream order")
+    for key, sequence, body in events:
+        one = wanted.get(key)
+        if one is None:
+            problems.append(f"{name}: event {key} was never accepted")
+        elif body != one.post.body:
+            problems.append(f"{name}: event {key} has another body")
+        elif sequence > one.sequence:  # an earlier attempt, whose answer was lost, may have brought it
+            problems.append(f"{name}: event {key} has sequence {sequence}, but its client was told {one.sequence}")
+    missing = wanted.keys() - {key for key, _, _ in events}
+    return problems + [f"{name}: event {key} is missing" for key in sorted(missing)]

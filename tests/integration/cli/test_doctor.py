@@ -17,7 +17,7 @@ from services.cli.cluster import Cluster
 from services.cli.commands.doctor import Patient, examine
 from services.cli.doctor.finding import Finding, Level
 from services.cli.main import app
-from services.cli.ports import LOOPBACK
+from services.cli.processes import LOOPBACK
 from services.cli.target import Target
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.settings import LogSettings

@@ -19,7 +19,7 @@ from services.cli.commands.rolling_restart import wait_whole
 from services.cli.errors import NotWholeError
 from services.cli.folder import StackFolder
 from services.cli.monitoring import NodeView, StreamView, whole
-from services.cli.ports import LOOPBACK, free_ports
+from services.cli.processes import LOOPBACK, free_ports
 from services.cli.rehearsal.chaos import drained
 from services.corpus import open_corpus, verify_corpus
 from services.eventlog.settings import LogSettings

@@ -18,7 +18,7 @@ from nats.aio.client import Client
 from prometheus_client import CollectorRegistry
 from services.eventlog.jetstream.watch import LogWatch
 
-from services.eventlog.jetstream.certificates import Validity, certificates
+from services.eventlog.jetstream.credentials import Validity, certificates
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.settings import LogSettings
 from tests.support.broker import plain_server

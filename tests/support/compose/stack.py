@@ -21,9 +21,7 @@ import orjson
 from nats.aio.client import Client
 from testcontainers.compose import DockerCompose
 
-from services.cli.rehearsal.consultations import Post
-from services.cli.rehearsal.load import Accepted, Load
-from services.cli.rehearsal.verification import Found, compare
+from services.cli.rehearsal.load import Accepted, Found, Load, Post, compare
 from services.cli.security.layout import Layout
 from services.contract.settings import load
 from services.eventlog.errors import LogUnavailableError

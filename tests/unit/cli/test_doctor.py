@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from services.cli.doctor import corpus, machine
 from services.cli.doctor.finding import Level
 from services.cli.main import app
-from services.cli.ports import LOOPBACK, free_ports
+from services.cli.processes import LOOPBACK, free_ports
 from services.corpus import storage
 from services.persister.settings import PersisterSettings
 from tests.support.broker import plain_server
