@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from services.corpus.checkpoint import NO_ROOM, READER, Checkpointer, Pair, Sealed
-from services.corpus.compaction import Compaction
+from services.corpus.checkpoint import NO_ROOM, READER, Checkpointer, Compaction, Pair, Sealed
 from services.corpus.errors import (
     CorpusError,
     CorpusFormatError,
@@ -25,9 +24,8 @@ from services.corpus.errors import (
     system_errors,
 )
 from services.corpus.journal import Journal
-from services.corpus.overlay import Beside, PageOverlay
+from services.corpus.overlay import Beside, PageOverlay, SectorIndex
 from services.corpus.recovery import journal_path, recover
-from services.corpus.sectors import SectorIndex
 from services.corpus.storage import Buffer, StorageIO, unlock
 
 #: growth of the file that is reserved on the disk ahead of the commits, bytes
@@ -184,8 +182,8 @@ class FileStats:
     torn_records: int = 0
 
 
-class CommittingFile(FileObject):
-    """A file object whose content commits to a journal. :class:`~services.corpus.atomic_file.JournaledFile` is whole.
+class JournaledFile(FileObject):
+    """A partition file open for writing; one thread, one process.
 
     Args:
         path: the partition file; its journal stands beside it.
@@ -194,7 +192,11 @@ class CommittingFile(FileObject):
         turn_bytes: size from which the journal goes back to its front when that is free.
 
     Raises:
-        CorpusError: see :func:`~services.corpus.recovery.recover`.
+        CorpusNotFoundError: the file is missing.
+        CorpusLockedError: another process writes it, or a program other than this has it open for writing.
+        JournalError: the journal is missing, damaged, or of another file.
+        CorpusFormatError: it is no partition file.
+        CorpusIOError: the system refused.
     """
 
     def __init__(
@@ -215,6 +217,9 @@ class CommittingFile(FileObject):
         self._reserved = os.fstat(self._fd).st_size
         super().__init__(path.name, PageOverlay(self._fd, self._wal, found.size, self._index()))
         self.stats = FileStats(records_recovered=len(found.records), torn_records=int(found.torn))
+        self._checkpointer = Checkpointer(path, self._pair())
+        self._copy: tuple[Sealed, Beside[bool]] | None = None
+        self._rewrite: tuple[Compaction, int, Beside[None]] | None = None
 
     @property
     def in_place(self) -> bool:
@@ -243,7 +248,7 @@ class CommittingFile(FileObject):
         return self._overlay.bytes_held
 
     def commit(self) -> int:
-        """Make everything written so far durable, in one step.
+        """Make everything written so far durable, in one step; take note of work beside it that has ended.
 
         Returns:
             The bytes that went to the journal.
@@ -251,7 +256,7 @@ class CommittingFile(FileObject):
         Raises:
             CorpusIOError: the system refused. Whether the commit counts is open until the file is opened again.
         """
-        self._check_usable()
+        self.collect()
         if not self._overlay.changed:
             return 0
         before = self._journal.bytes_live
@@ -300,32 +305,6 @@ class CommittingFile(FileObject):
             self._io.reserve(self._fd, held, size - held)
             self._reserved = size
 
-
-class JournaledFile(CommittingFile):
-    """A partition file open for writing; one thread, one process.
-
-    Args:
-        path: the partition file; its journal stands beside it.
-        io: the seam through which everything is written.
-        cached_pages: how many committed pages are kept in memory before they are read from the journal instead.
-        turn_bytes: size from which the journal goes back to its front when that is free.
-
-    Raises:
-        CorpusNotFoundError: the file is missing.
-        CorpusLockedError: another process writes it, or a program other than this has it open for writing.
-        JournalError: the journal is missing, damaged, or of another file.
-        CorpusFormatError: it is no partition file.
-        CorpusIOError: the system refused.
-    """
-
-    def __init__(
-        self, path: Path, *, io: StorageIO | None = None, cached_pages: int = 8192, turn_bytes: int = 32 << 20
-    ) -> None:
-        super().__init__(path, io=io, cached_pages=cached_pages, turn_bytes=turn_bytes)
-        self._checkpointer = Checkpointer(path, self._pair())
-        self._copy: tuple[Sealed, Beside[bool]] | None = None
-        self._rewrite: tuple[Compaction, int, Beside[None]] | None = None
-
     @property
     def checkpoint_running(self) -> bool:
         """Whether a checkpoint is being made beside the commits."""
@@ -335,18 +314,6 @@ class JournaledFile(CommittingFile):
     def busy(self) -> bool:
         """Whether a checkpoint or a compaction is under way."""
         return self._copy is not None or self._rewrite is not None
-
-    def commit(self) -> int:
-        """Make everything written so far durable, in one step; take note of work beside it that has ended.
-
-        Returns:
-            The bytes that went to the journal.
-
-        Raises:
-            CorpusIOError: the system refused. Whether the commit counts is open until the file is opened again.
-        """
-        self.collect()
-        return super().commit()
 
     def checkpoint(self) -> bool:
         """Copy what is committed into the file, and wait for it.

@@ -13,16 +13,18 @@ from services.corpus.format import (
     CHAIN_BYTES,
     EVENT_DTYPE,
     EVENT_HEAD,
+    EVENT_ID_BYTES,
     EVENTS,
     EVENTS_CHUNK,
     MAX_BODY_BYTES,
     PAYLOAD,
     PAYLOAD_CHUNK,
+    Identity,
+    Record,
     chain_next,
     chain_start,
     is_consultation_id,
 )
-from services.corpus.records import EVENT_ID_BYTES, Identity, Record
 
 _MAX_SIGNED = 2**63 - 1
 _ROW_BYTES = EVENT_HEAD.size + CHAIN_BYTES
@@ -90,15 +92,13 @@ class ChunkedTail:
         empty: whether it was just created.
     """
 
-    __slots__ = ("_beneath", "_chunk", "_dataset", "_early", "_filled", "_item", "_place", "length")
+    __slots__ = ("_beneath", "_chunk", "_dataset", "_filled", "_item", "_place", "length")
 
     def __init__(self, beneath: Beneath, dataset: Any, *, item: int, chunk: int, empty: bool) -> None:
         self._beneath = beneath
         self._dataset = dataset
         self._item = item
         self._chunk = chunk * item
-        #: whether a new extent allocates the chunks, None before it matters; in files of earlier versions a write does
-        self._early: bool | None = None
         self.length = 0 if empty else int(dataset.shape[0])
         #: bytes in use of the last chunk, and its byte offset
         self._filled = self._place = 0
@@ -128,10 +128,6 @@ class ChunkedTail:
 
     def _begin(self, element: int, content: bytes) -> None:
         """Write the *content* of a new chunk that begins with *element*."""
-        if self._early is None:
-            self._early = self._dataset.get_create_plist().get_alloc_time() == h5d.ALLOC_TIME_EARLY
-        if not self._early:
-            self._dataset.write_direct_chunk((element,), bytes(self._chunk))
         self._place, self._filled = self._find(element), len(content)
         self._beneath.put(self._place, content)
 

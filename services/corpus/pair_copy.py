@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from services.corpus.errors import CorpusExistsError, CorpusLockedError, JournalError, system_errors
-from services.corpus.journal import RECORDS_START, slots
-from services.corpus.journal_records import Position
+from services.corpus.journal import RECORDS_START, Position, slots
 from services.corpus.pair import State, refuse_archive, write_state
 from services.corpus.reader import SnapshotFile
 from services.corpus.recovery import journal_path

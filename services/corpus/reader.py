@@ -34,16 +34,15 @@ from services.corpus.format import (
     CONFLICTS,
     CONSULTATIONS,
     READER_METADATA_BYTES,
+    Identity,
     bound_metadata,
     is_consultation_id,
     read_identity,
 )
-from services.corpus.journal import RECORDS_START, read_records
-from services.corpus.journal_records import Position
+from services.corpus.journal import RECORDS_START, Position, read_records
+from services.corpus.overlay import SectorIndex
 from services.corpus.pair import State, read_state, read_uuid
-from services.corpus.records import Identity
 from services.corpus.recovery import journal_path
-from services.corpus.sectors import SectorIndex
 from services.corpus.storage import LOCK_WAIT, Buffer, lock, read_into, unlock
 
 #: file names of partitions

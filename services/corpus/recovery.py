@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 import h5py
 
-from services.corpus.compaction import remove_leftover
+from services.corpus.checkpoint import remove_leftover
 from services.corpus.errors import (
     CorpusExistsError,
     CorpusLockedError,
@@ -20,11 +20,9 @@ from services.corpus.errors import (
     JournalError,
     system_errors,
 )
-from services.corpus.format import CONFLICTS, CONSULTATIONS, LIBVER, write_attributes
-from services.corpus.journal import RECORDS_START, new_journal, read_records, read_start
-from services.corpus.journal_records import JournalRecord, Position
+from services.corpus.format import CONFLICTS, CONSULTATIONS, LIBVER, Identity, write_attributes
+from services.corpus.journal import RECORDS_START, JournalRecord, Position, new_journal, read_records, read_start
 from services.corpus.pair import USER_BLOCK, State, new_user_block, read_state, read_uuid
-from services.corpus.records import Identity
 from services.corpus.storage import FILE_MODE, StorageIO, lock, try_lock, write_all
 
 #: how long a creation waits for another one in the same directory, seconds

@@ -26,15 +26,16 @@ from services.corpus.format import (
     CONSULTATIONS,
     LIBVER,
     MESSAGE_ID_BYTES,
+    Identity,
+    Record,
     bound_metadata,
+    check_identity,
     read_identity,
 )
 from services.corpus.groups import ChunkedTail, OpenConsultations
-from services.corpus.ids import StoredRow
-from services.corpus.lookup import Lookup
+from services.corpus.ids import Lookup, StoredRow
 from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.pair import refuse_archive
-from services.corpus.records import Identity, Record, check_identity
 from services.corpus.recovery import create_pair
 from services.corpus.storage import check_file_system
 

@@ -19,8 +19,17 @@ from services.ingest import problems
 from services.ingest.access import GATE, GRANT
 from services.ingest.admission import Admission, Share
 from services.ingest.answers import SERVER, Answers
-from services.ingest.batch import Draft, Place, consultation_of, read_batch, read_line, split_array, split_lines
-from services.ingest.cloudevents import read_binary, read_structured
+from services.ingest.batch import (
+    Draft,
+    Place,
+    consultation_of,
+    read_batch,
+    read_binary,
+    read_line,
+    read_structured,
+    split_array,
+    split_lines,
+)
 from services.ingest.metrics import Metrics
 from services.ingest.problems import BY_SLUG, RequestRefusedError
 from services.ingest.resources import Form, Resource, check_content, read_body

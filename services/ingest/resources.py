@@ -12,7 +12,7 @@ from multidict import CIMultiDictProxy
 
 from services.ingest import problems
 from services.ingest.admission import Share
-from services.ingest.cloudevents import VERSION_HEADER
+from services.ingest.batch import VERSION_HEADER
 from services.ingest.problems import RequestRefusedError
 
 #: what a body may be declared to be in; US-ASCII is a part of UTF-8

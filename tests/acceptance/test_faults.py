@@ -10,8 +10,7 @@ import orjson
 import pytest
 from aiohttp import ClientResponse, ClientSession, ClientTimeout
 
-from services.cli.rehearsal.chaos import drained
-from services.cli.rehearsal.load import Accepted, Post, verify
+from services.cli.rehearsal import Accepted, Post, drained, verify
 from services.cli.stack import Stack
 from services.cli.target import connected
 from services.corpus import open_corpus

@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from services.cli import console, monitoring
 from services.cli.errors import CommandError
-from services.cli.rehearsal.chaos import Chaos, drained
-from services.cli.rehearsal.load import Load, Outcome, Post, Verdict, generate, verify
+from services.cli.rehearsal import Chaos, Load, Outcome, Post, Verdict, drained, generate, verify
 from services.cli.stack import Stack
 from services.eventlog.settings import LogSettings
 

@@ -14,8 +14,7 @@ import typer
 
 from services.cli import console
 from services.cli.errors import CommandError
-from services.cli.security.files import Owner, Secrets
-from services.cli.security.layout import Layout
+from services.cli.security.files import Layout, Owner, Secrets
 from services.contract.errors import ConfigurationError
 from services.contract.settings import seconds
 from services.contract.tokens import (

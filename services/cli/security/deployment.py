@@ -20,8 +20,7 @@ from services.cli.errors import CommandError
 from services.cli.security import configuration
 from services.cli.security.authority import Authority, Pair, belong_together, make_authority, names_in, start_of
 from services.cli.security.configuration import USERS
-from services.cli.security.files import Owner, Secrets
-from services.cli.security.layout import Layout
+from services.cli.security.files import Layout, Owner, Secrets
 from services.contract import tokens
 from services.contract.tokens import Scope, Token
 from services.eventlog.jetstream.credentials import public_key

@@ -60,19 +60,51 @@ HEADERS_BYTES = 1024
 _log = get_logger("eventlog.connection")
 
 
-class IdentifiedClient(RefusalAwareClient):
-    """A client that signs with the seed as it is now, and speaks TLS from the first byte where an authority is named.
+class Connection(RefusalAwareClient):
+    """A NATS client that gets in or says why not, comes back by itself, and knows whether its end is wanted.
+
+    It signs with the seed as it is now, and speaks TLS from the first byte where an authority is named.
 
     Args:
-        settings: name the files.
+        settings: name the servers and the files.
+        on_closed: called with the reason when the connection ends for good, and that is not wanted.
     """
 
-    def __init__(self, settings: LogSettings) -> None:
+    def __init__(self, settings: LogSettings, on_closed: Callable[[str], None]) -> None:
         super().__init__()
         self._settings = settings
+        self._on_closed = on_closed
         self._signer: Signer | None = None
-        self._established = False
+        self._established = self._connecting = False
         self._told = ""
+        self._failures: list[str] = []
+
+    async def open(self, *, name: str, inbox_prefix: str, deadline: float) -> None:
+        """Connect to one of the servers; :func:`connect` is the way to call it.
+
+        Raises:
+            ConfigurationError: the authority's or the seed's file cannot be used.
+            LogAccessError: the servers that answer do not let us in.
+            LogUnavailableError: no server took the connection within *deadline* seconds.
+        """
+        options: dict[str, Any] = {"name": name, "inbox_prefix": inbox_prefix, **self.credentials()}
+        try:
+            async with asyncio.timeout(deadline):
+                await self._first_connect(options)
+        except TimeoutError:
+            await self._abandon()
+            raise LogUnavailableError(self._unreachable(deadline)) from None
+        except BaseException:
+            await self._abandon()
+            raise
+        self._established = True
+        self._failures.clear()
+        self._limit_tcp_silence()
+        _log.info("LOG_CONNECTED", server=self._server_name)
+
+    def expect_close(self) -> None:
+        """Do not report the end of the connection as a failure."""
+        self._established = False
 
     def credentials(self) -> dict[str, Any]:
         """Return the options of the first connect.
@@ -138,43 +170,6 @@ class IdentifiedClient(RefusalAwareClient):
             await self._process_op_err(nats.errors.AuthorizationError())
             return
         await super()._process_err(err_msg)
-
-
-class Connection(IdentifiedClient):
-    """A NATS client that gets in or says why not, comes back by itself, and knows whether its end is wanted."""
-
-    def __init__(self, settings: LogSettings, on_closed: Callable[[str], None]) -> None:
-        super().__init__(settings)
-        self._on_closed = on_closed
-        self._connecting = False
-        self._failures: list[str] = []
-
-    async def open(self, *, name: str, inbox_prefix: str, deadline: float) -> None:
-        """Connect to one of the servers; :func:`connect` is the way to call it.
-
-        Raises:
-            ConfigurationError: the authority's or the seed's file cannot be used.
-            LogAccessError: the servers that answer do not let us in.
-            LogUnavailableError: no server took the connection within *deadline* seconds.
-        """
-        options: dict[str, Any] = {"name": name, "inbox_prefix": inbox_prefix, **self.credentials()}
-        try:
-            async with asyncio.timeout(deadline):
-                await self._first_connect(options)
-        except TimeoutError:
-            await self._abandon()
-            raise LogUnavailableError(self._unreachable(deadline)) from None
-        except BaseException:
-            await self._abandon()
-            raise
-        self._established = True
-        self._failures.clear()
-        self._limit_tcp_silence()
-        _log.info("LOG_CONNECTED", server=self._server_name)
-
-    def expect_close(self) -> None:
-        """Do not report the end of the connection as a failure."""
-        self._established = False
 
     # -- the first connect --------------------------------------------------------------------------------------------
 
