@@ -6,16 +6,16 @@ import asyncio
 import math
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
 import orjson
-from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
 from services.cli.stack import Stack
+from services.client import FiqClient, Patience
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.connection import close, connect
@@ -34,12 +34,8 @@ _OPENINGS = ("What brings you in today?", "How have you been since the last visi
 _QUESTIONS = ("Since when?", "Does it get worse at night?", "Any fever?", "Do you take anything for it?", "How strong?")
 _ANSWERS = ("For about {n} days.", "No, I don't think so.", "Yes, mostly in the morning.", "{n} out of ten.", "A bit.")
 _SUMMARY = "Symptoms for {n} days. Advised rest and a follow-up in {m} weeks."
-#: statuses after which the same request, with the same key, is sent again
-_AGAIN = frozenset({409, 429, 503})
-#: pause before that, seconds; shorter than Retry-After says, so that the length of an outage is seen
-_PAUSE = 0.1
-#: an answer may take this long, seconds
-_TIMEOUT = 15.0
+#: an outage may take this long; the longest pause between two tries of a post is short, so that its length is seen
+_PATIENCE = Patience(deadline=600.0, longest_pause=0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +91,6 @@ def _message(speaker: str, text: str) -> dict[str, object]:
     return {"event_type": "MESSAGE_RECEIVED", "payload": {"speaker": speaker, "text": text}}
 
 
-class UnexpectedAnswerError(Exception):
-    """Raised when the service answers what it never should."""
-
-
 @dataclass(slots=True)
 class Accepted:
     """An event that got at least one 202.
@@ -120,15 +112,15 @@ class Outcome:
         accepted: by event id.
         repeated: posts that were sent again on purpose after their 202.
         duplicates: answers that said so.
-        refused: answers by status, and "lost" for requests without one; all of them were sent again.
-        seconds: latency of each 202, from the attempt that brought it.
+        retries: tries that were made again after a failure.
+        seconds: latency of each 202, with the tries before it.
         longest_gap: longest time without a 202 from any client, seconds.
     """
 
     accepted: dict[str, Accepted] = field(default_factory=dict)
     repeated: int = 0
     duplicates: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
+    retries: int = 0
     seconds: list[float] = field(default_factory=list)
     longest_gap: float = 0.0
 
@@ -158,11 +150,10 @@ class Load:
         seed: int = 0,
         token: str = "",
     ) -> None:
-        self._url = url
+        self._client = FiqClient(url, token or None, patience=_PATIENCE, connections=clients)
         self._clients = clients
         self._repeats = repeats
         self._seed = seed
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._last = 0.0
         self._allowed = math.inf
         self._more_allowed = asyncio.Event()
@@ -179,24 +170,18 @@ class Load:
         """Post everything; a consultation is one client's, in order, mixed with that client's other consultations.
 
         Raises:
-            UnexpectedAnswerError: an answer was neither 202 nor one that asks to try again.
+            ClientError: the service refuses a valid event, or is away for good.
         """
         self._last = time.monotonic()
-        async with (
-            ClientSession(
-                connector=TCPConnector(limit=self._clients),
-                timeout=ClientTimeout(total=_TIMEOUT),
-                headers=self._headers,
-            ) as session,
-            asyncio.TaskGroup() as group,
-        ):
+        async with self._client, asyncio.TaskGroup() as group:
             for index in range(self._clients):
                 chance = random.Random(f"{self._seed}/{index}")  # noqa: S311 - no secrets
-                group.create_task(self._client(session, consultations[index :: self._clients], chance))
+                group.create_task(self._post_all(consultations[index :: self._clients], chance))
+        self.outcome.retries = self._client.retries
         self.finished = True
         return self.outcome
 
-    async def _client(self, session: ClientSession, mine: Sequence[Sequence[Post]], chance: random.Random) -> None:
+    async def _post_all(self, mine: Sequence[Sequence[Post]], chance: random.Random) -> None:
         waiting = [list(reversed(posts)) for posts in mine if posts]
         sent: list[Post] = []
         while waiting:
@@ -206,52 +191,26 @@ class Load:
                 waiting.pop(chosen)
             while len(self.outcome.accepted) >= self._allowed:
                 await self._more_allowed.wait()
-            await self._until_accepted(session, post)
+            await self._post(post)
             sent.append(post)
             if chance.random() < self._repeats:
                 self.outcome.repeated += 1
-                await self._until_accepted(session, chance.choice(sent[-50:]))
+                await self._post(chance.choice(sent[-50:]))
 
-    async def _until_accepted(self, session: ClientSession, post: Post) -> None:
-        while True:
-            if await self._attempt(session, post):
-                return
-            await asyncio.sleep(_PAUSE)
-
-    async def _attempt(self, session: ClientSession, post: Post) -> bool:
-        headers = {"Content-Type": "application/json", "Idempotency-Key": post.key}
+    async def _post(self, post: Post) -> None:
         started = time.monotonic()
-        try:
-            async with session.post(
-                f"{self._url}/consultations/{post.consultation}/events", data=post.body, headers=headers
-            ) as response:
-                status, body = response.status, await response.read()
-        except (ClientError, TimeoutError):
-            self.outcome.refused["lost"] += 1
-            return False
-        if status == 202:
-            self._accept(post, orjson.loads(body), time.monotonic() - started)
-            return True
-        if status not in _AGAIN:
-            raise UnexpectedAnswerError(f"status {status} to a valid event")
-        self.outcome.refused[str(status)] += 1
-        return False
-
-    def _accept(self, post: Post, answer: dict[str, object], seconds: float) -> None:
+        answer = await self._client.post(post.consultation, post.body, post.key)
         now = time.monotonic()
         outcome = self.outcome
         outcome.longest_gap = max(outcome.longest_gap, now - self._last)
         self._last = now
-        outcome.seconds.append(seconds)
-        outcome.duplicates += bool(answer.get("duplicate"))
-        sequence = answer["sequence"]
-        if not isinstance(sequence, int):
-            raise UnexpectedAnswerError("a 202 without a sequence")
+        outcome.seconds.append(now - started)
+        outcome.duplicates += answer.duplicate
         known = outcome.accepted.get(post.key)
         if known is None:
-            outcome.accepted[post.key] = Accepted(post, sequence)
+            outcome.accepted[post.key] = Accepted(post, answer.sequence)
         else:
-            known.sequence = min(known.sequence, sequence)
+            known.sequence = min(known.sequence, answer.sequence)
 
 
 # -- The proof: every accepted event is in the corpus once, byte for byte, in stream order, and nothing else is ------

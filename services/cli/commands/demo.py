@@ -171,12 +171,11 @@ def _dropped(stack: Stack) -> int:
 def _print(result: Result, stack: Stack) -> None:
     outcome, verdict = result.outcome, result.verdict
     table = console.table("what", ">value", title="fiq demo")
-    refused = ", ".join(f"{count} × {status}" for status, count in sorted(outcome.refused.items())) or "none"
     rows = (
         ("killed with SIGKILL", ", ".join(result.killed)),
         ("events accepted (202)", str(len(outcome.accepted))),
         ("posts repeated on purpose", str(outcome.repeated)),
-        ("posts sent again after a failure", refused),
+        ("tries made again after a failure", str(outcome.retries)),
         ("duplicates dropped by the broker", str(outcome.duplicates)),
         ("duplicates dropped by persisters", str(result.dropped)),
         ("events in HDF5", f"{verdict.persisted} in {verdict.consultations} consultations"),
