@@ -173,12 +173,10 @@ class Cluster:
                 node.kill()
 
     def __enter__(self) -> Cluster:
-        """Start."""
         self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Stop every node."""
         self.stop_all()
 
     # -- state --------------------------------------------------------------------------------------------------------

@@ -61,22 +61,16 @@ class Commands(Mapping[str, Any]):
         self._found: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """Return the command of that *name*, as click knows it.
-
-        Raises:
-            KeyError: there is none.
-        """
+        """Return the command of that *name*, as click knows it. Raises KeyError: there is none."""
         if name not in self._found:
             module, _, attribute = self._places[name].partition(":")
             self._found[name] = _command(name, getattr(import_module(module), attribute))
         return self._found[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the names."""
         return iter(self._places)
 
     def __len__(self) -> int:
-        """Return how many there are."""
         return len(self._places)
 
 
@@ -92,11 +86,7 @@ class FiqGroup(TyperGroup):
     """Shows an error as one message on stderr and exits with 1, instead of with a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for.
-
-        Raises:
-            typer.Exit: it failed (1) or was interrupted (130).
-        """
+        """Run the command that was asked for. Raises typer.Exit: it failed (1) or was interrupted (130)."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

@@ -116,11 +116,7 @@ class ManagedProcess:
         return None if self._process is None else self._process.poll()
 
     def start(self) -> None:
-        """Start it; returns at once.
-
-        Raises:
-            CommandError: it runs already, or the program cannot be started.
-        """
+        """Start it; returns at once. Raises CommandError: it runs already, or the program cannot be started."""
         if self.running:
             raise CommandError(f"{self.name} runs already")
         try:

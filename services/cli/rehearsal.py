@@ -241,11 +241,7 @@ Found = tuple[str, int, bytes]
 
 
 def verify(path: Path, accepted: Iterable[Accepted]) -> Verdict:
-    """Compare the corpus at *path* with what clients were told.
-
-    Raises:
-        CorpusError: the corpus cannot be read.
-    """
+    """Compare the corpus at *path* with what clients were told. Raises CorpusError: the corpus cannot be read."""
     from services.corpus import open_corpus  # h5py takes long to import, and most commands need none of it
 
     with open_corpus(path) as corpus:

@@ -182,12 +182,10 @@ class Stack:
             process.send(signal.SIGKILL)
 
     def __enter__(self) -> Stack:
-        """Start."""
         self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Stop."""
         self.stop()
 
     # -- set-up -------------------------------------------------------------------------------------------------------

@@ -116,7 +116,6 @@ class Problem:
         return self.type != _NO_DOCUMENT
 
     def __str__(self) -> str:
-        """Say it on one line."""
         text = self.detail or self.title
         return f"{self.status} {self.type}: {text}" if text else f"status {self.status}"
 

@@ -80,11 +80,7 @@ class Compaction:
             self.records.append(self._write(position, index, records))
 
     def prepare(self) -> None:
-        """Make the new journal durable, and lock it for the writer.
-
-        Raises:
-            OSError: the system refused.
-        """
+        """Make the new journal durable, and lock it for the writer. Raises OSError: the system refused."""
         write_all(self._io, self.fd, slots(self._uuid, self.turn, self.start), 0)
         self._io.fsync(self.fd)
         if not try_lock(self.fd, exclusive=True):

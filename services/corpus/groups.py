@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from h5py import h5, h5d, h5g, h5p, h5s, h5t
 
+from services.corpus.atomic_file import FileObject
 from services.corpus.errors import AppendRefusedError, CorpusFormatError
 from services.corpus.format import (
     CHAIN_BYTES,
@@ -28,6 +29,8 @@ from services.corpus.format import (
 
 _MAX_SIGNED = 2**63 - 1
 _ROW_BYTES = EVENT_HEAD.size + CHAIN_BYTES
+#: makes the tail of a dataset, given as h5py's low-level ``DatasetID`` with its element's and chunk's size
+Tails = Callable[..., "ChunkedTail"]
 
 
 # -- Grows a dataset at its end, past most of HDF5 -------------------------------------------------------------------
@@ -36,49 +39,6 @@ _ROW_BYTES = EVENT_HEAD.size + CHAIN_BYTES
 # HDF5 only learns the new extent, for which it allocates the chunks, and the content goes straight to its place in the
 # file. That is safe: a chunk without filters never moves, and HDF5 keeps nothing of a chunk in memory that is only read
 # and written directly.
-
-
-class Beneath(Protocol):
-    """The file under HDF5."""
-
-    def locate(self, read: Callable[[], object], length: int) -> int:
-        """Return the byte offset of what HDF5 reads when *read* is called, *length* bytes at last.
-
-        Raises:
-            CorpusFormatError: it read something else.
-        """
-        ...
-
-    def peek(self, place: int, length: int) -> bytes:
-        """Return *length* bytes at *place*, a byte offset."""
-        ...
-
-    def put(self, place: int, data: bytes) -> None:
-        """Write *data* at *place*, as a part of the batch."""
-        ...
-
-
-class Tail(Protocol):
-    """The end of one dataset."""
-
-    @property
-    def length(self) -> int:
-        """Elements of the dataset."""
-        ...
-
-    def append(self, data: bytes) -> None:
-        """Append whole elements."""
-        ...
-
-    def last(self) -> bytes:
-        """Return the last element; the dataset is not empty."""
-        ...
-
-
-class Tails(Protocol):
-    """Makes the tail of a dataset, given as h5py's low-level ``DatasetID`` with its element's and chunk's size."""
-
-    def __call__(self, dataset: Any, *, item: int, chunk: int, empty: bool) -> Tail: ...
 
 
 class ChunkedTail:
@@ -94,7 +54,7 @@ class ChunkedTail:
 
     __slots__ = ("_beneath", "_chunk", "_dataset", "_filled", "_item", "_place", "length")
 
-    def __init__(self, beneath: Beneath, dataset: Any, *, item: int, chunk: int, empty: bool) -> None:
+    def __init__(self, beneath: FileObject, dataset: Any, *, item: int, chunk: int, empty: bool) -> None:
         self._beneath = beneath
         self._dataset = dataset
         self._item = item

@@ -19,7 +19,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,22 +72,8 @@ class IdHashes:
     hashes: bytes
 
 
-class Table(Protocol):
-    """The rows of one consultation."""
-
-    def __len__(self) -> int: ...
-
-    def row(self, index: int) -> StoredRow:
-        """Return the row at *index*."""
-        ...
-
-    def ids(self) -> Iterator[npt.NDArray[np.void]]:
-        """Yield the ids of all rows, in pieces."""
-        ...
-
-
 #: opens the table of a consultation; None when there is no such
-OpenTable = Callable[[], Table | None]
+OpenTable = Callable[[], "StoredConsultation | None"]
 
 
 class KnownIds:
@@ -104,7 +90,6 @@ class KnownIds:
         self._kept: OrderedDict[tuple[object, str], _Ids] = OrderedDict()
 
     def __len__(self) -> int:
-        """How many ids are in memory."""
         return sum(map(len, self._kept.values()))
 
     def held(
@@ -156,14 +141,14 @@ class KnownIds:
         for key in [key for key in self._kept if key[0] is store]:
             self._weight -= self._kept.pop(key).weight
 
-    def _load(self, store: object, name: str, table: Table) -> _Ids | None:
+    def _load(self, store: object, name: str, table: StoredConsultation) -> _Ids | None:
         if len(table) > self._limit:
             return None
         ids = self._keep(store, name, _Ids.read(self.key, table))
         self._shrink()
         return ids
 
-    def _search(self, table: Table, wanted: Collection[bytes]) -> Iterator[tuple[bytes, int]]:
+    def _search(self, table: StoredConsultation, wanted: Collection[bytes]) -> Iterator[tuple[bytes, int]]:
         """Yield the ids of *wanted* with each row that may hold one, without keeping anything."""
         ids = list(wanted)
         hashes = hashes_of(self.key, _joined(ids))
@@ -206,7 +191,7 @@ class _Ids:
         self._recent: dict[bytes, int] = {}
 
     @classmethod
-    def read(cls, key: bytes, table: Table) -> _Ids:
+    def read(cls, key: bytes, table: StoredConsultation) -> _Ids:
         """Read all ids of *table*: twice as much memory as they take in the end."""
         hashes = np.empty(len(table), np.uint64)
         start = 0

@@ -189,11 +189,7 @@ class Beside(Generic[T]):
             self._thread.join()
 
     def outcome(self) -> T:
-        """Wait for the end and return what the work returned.
-
-        Raises:
-            CorpusError: it failed.
-        """
+        """Wait for the end and return what the work returned. Raises CorpusError: it failed."""
         self.join()
         if self._error is not None:
             raise self._error

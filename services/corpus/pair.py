@@ -98,11 +98,7 @@ def read_uuid(fd: int, name: str) -> UUID:
 
 
 def read_state(fd: int, name: str) -> State:
-    """Return the newest state of the file.
-
-    Raises:
-        CorpusFormatError: neither slot is readable.
-    """
+    """Return the newest state of the file. Raises CorpusFormatError: neither slot is readable."""
     states = [state for slot in (0, 1) if (state := _unpack(read_exactly(fd, _STATE.size, _BLOCK * (1 + slot))))]
     if not states:
         raise CorpusFormatError(f"{name}: both state slots of the user block are damaged; restore the file")

@@ -79,11 +79,7 @@ class Tokens:
         return {token.name for token in self._tokens.values()}
 
     def load(self) -> None:
-        """Read the file.
-
-        Raises:
-            ConfigurationError: it cannot be read, or is none; the tokens stay as they were.
-        """
+        """Read the file. Raises ConfigurationError: it cannot be read, or is none; the tokens stay as they were."""
         try:
             self._tokens = tokens.parse(read(self.path, VARIABLE))
         except ConfigurationError as error:

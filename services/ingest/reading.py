@@ -56,11 +56,7 @@ class Reads:
         self._under_way = 0
 
     def enter(self, held: ExitStack) -> None:
-        """Count one until *held* ends.
-
-        Raises:
-            TooManyInFlightError: there are as many as may be.
-        """
+        """Count one until *held* ends. Raises TooManyInFlightError: there are as many as may be."""
         if self._under_way >= MAX_READS:
             raise TooManyInFlightError("too many reads are under way")
         self._under_way += 1

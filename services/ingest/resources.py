@@ -128,11 +128,7 @@ class Resource:
     binary: bool = False
 
     def form(self, request: web.Request) -> Form:
-        """Return the form of *request*'s body.
-
-        Raises:
-            RequestRefusedError: the resource does not take it.
-        """
+        """Return the form of *request*'s body. Raises RequestRefusedError: the resource does not take it."""
         kind = media_type(request.headers)
         form = self.forms.get(kind)
         if self.binary and VERSION_HEADER in request.headers and form in (None, Form.EVENT):

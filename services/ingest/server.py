@@ -289,11 +289,7 @@ class Certificate:
 
 
 def check_both(certificate: str, key: str) -> bool:
-    """Say whether TLS is wanted.
-
-    Raises:
-        ConfigurationError: one of the two is missing.
-    """
+    """Say whether TLS is wanted. Raises ConfigurationError: one of the two is missing."""
     if bool(certificate) != bool(key):
         raise ConfigurationError([f"{CERTIFICATE_VARIABLE} and {KEY_VARIABLE}: set both, or none for plain HTTP"])
     return bool(certificate)

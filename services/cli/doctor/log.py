@@ -54,12 +54,7 @@ class LogView:
 
 
 async def examine(nc: Client, settings: LogSettings, state: State | None) -> LogView:
-    """Ask the broker everything.
-
-    Raises:
-        LogUnavailableError: no answer.
-        LogRefusedError: the broker refuses to tell.
-    """
+    """Ask the broker everything. Raises LogUnavailableError: no answer; LogRefusedError: the broker refuses to tell."""
     asked = time.perf_counter()
     info = await JetStreamApi(nc).stream_info(names.STREAM)
     uncertain = (time.perf_counter() - asked) / 2

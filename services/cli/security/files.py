@@ -229,11 +229,7 @@ class Secrets:
 
     @contextlib.contextmanager
     def alone(self, folder: Path) -> Iterator[None]:
-        """Be the only one that writes into *folder*.
-
-        Raises:
-            CommandError: another process does just now.
-        """
+        """Be the only one that writes into *folder*. Raises CommandError: another process does just now."""
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

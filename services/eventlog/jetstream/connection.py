@@ -107,11 +107,7 @@ class Connection(RefusalAwareClient):
         self._established = False
 
     def credentials(self) -> dict[str, Any]:
-        """Return the options of the first connect.
-
-        Raises:
-            ConfigurationError: a file cannot be used.
-        """
+        """Return the options of the first connect. Raises ConfigurationError: a file cannot be used."""
         self._signer = read_signer(self._settings)
         options: dict[str, Any] = {} if self._signer is None else {"signature_cb": self._sign}
         if (context := tls_context(self._settings)) is not None:

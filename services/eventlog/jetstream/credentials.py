@@ -75,11 +75,7 @@ def read_signer(settings: LogSettings) -> Signer | None:
 
 
 def public_key(seed: bytes) -> str:
-    """Return the public key that belongs to *seed*.
-
-    Raises:
-        ValueError: it is no seed of a user.
-    """
+    """Return the public key that belongs to *seed*. Raises ValueError: it is no seed of a user."""
     text = seed.strip()
     try:
         # nkeys compares no checksum: what was typed wrong would be another user's valid key

@@ -208,11 +208,7 @@ class Exchange:
         return self._nc.pending_data_size
 
     async def start(self) -> None:
-        """Subscribe to the answers.
-
-        Raises:
-            LogForbiddenError: the user of the connection may not hear them.
-        """
+        """Subscribe to the answers. Raises LogForbiddenError: the user of the connection may not hear them."""
         self._prefix = f"{self._nc.new_inbox()}."
         self._deafen = listen(self._nc, self._when_refused)
         self._subscription = await self._nc.subscribe_directly(f"{self._prefix}*", self._take_answer)

@@ -109,11 +109,7 @@ async def stream_identity(nc: Client, settings: LogSettings, *, deadline: float 
 
 
 def check_version(version: str) -> None:
-    """Check that the server is new enough.
-
-    Raises:
-        ProvisionError: it is older than 2.14, or says no version.
-    """
+    """Check that the server is new enough. Raises ProvisionError: it is older than 2.14, or says no version."""
     match = re.match(r"v?(\d+)\.(\d+)", version)
     if match is None or (int(match[1]), int(match[2])) < MINIMUM_VERSION:
         wanted = ".".join(str(part) for part in MINIMUM_VERSION)

@@ -100,11 +100,7 @@ class Publisher(EventWriter):
         return self._in_flight
 
     async def start(self) -> None:
-        """Subscribe to the answers.
-
-        Raises:
-            LogForbiddenError: the user of the connection may not hear them.
-        """
+        """Subscribe to the answers. Raises LogForbiddenError: the user of the connection may not hear them."""
         await self._exchange.start()
 
     async def append(self, event: Event) -> Appended:

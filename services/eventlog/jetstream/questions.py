@@ -126,11 +126,7 @@ def encode_question(question: Question, within: float) -> bytes:
 
 
 def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
-    """Return a question and for how many seconds its asker waits.
-
-    Raises:
-        MalformedError: it is none.
-    """
+    """Return a question and for how many seconds its asker waits. Raises MalformedError: it is none."""
     try:
         fields = orjson.loads(data)
         within = _number(fields["within_ms"]) / 1000

@@ -29,8 +29,8 @@ def test_the_place_of_a_chunk_is_the_one_that_hdf5_tells(path: Path) -> None:
         for appender in store._partition.consultations._open.values():
             tail = appender._payload
             first = tail.length - 1 - (tail.length - 1) % 4096
-            told = tail._dataset.get_chunk_info_by_coord((first,)).byte_offset  # type: ignore[attr-defined]
-            assert told == tail._place  # type: ignore[attr-defined]
+            told = tail._dataset.get_chunk_info_by_coord((first,)).byte_offset
+            assert told == tail._place
 
 
 def test_the_content_of_a_chunk_is_not_read_to_find_its_place(path: Path) -> None:
