@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from services.cli import stack
 from services.cli.cluster import Cluster
-from services.cli.ports import free_ports
+from services.cli.processes import free_ports
 
 pytest.register_assert_rewrite("tests.support")  # a failing assert in there says what it compared
 

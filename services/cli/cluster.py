@@ -15,9 +15,8 @@ from types import TracebackType
 from services.cli.assets import find_nats_conf, find_nats_server
 from services.cli.errors import ChildFailedError, PortTakenError
 from services.cli.monitoring import NodeView, view
-from services.cli.ports import LOOPBACK, free_ports
-from services.cli.processes import ManagedProcess
-from services.cli.security.layout import NATS_FILES, Layout
+from services.cli.processes import LOOPBACK, ManagedProcess, free_ports
+from services.cli.security.files import NATS_FILES, Layout
 
 #: how long a start may take, seconds: on two busy cores an election alone takes up to ten
 START_TIMEOUT = 60.0
@@ -174,12 +173,10 @@ class Cluster:
                 node.kill()
 
     def __enter__(self) -> Cluster:
-        """Start."""
         self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Stop every node."""
         self.stop_all()
 
     # -- state --------------------------------------------------------------------------------------------------------

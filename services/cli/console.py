@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
+
+from services.cli import console
 
 #: categories of characters that a terminal may obey instead of showing: controls, formats (text direction), surrogates
 _UNSAFE = frozenset({"Cc", "Cf", "Cs"})
@@ -44,3 +48,25 @@ def _escape(character: str) -> str:
     # surrogate pairs beyond the 16-bit plane, as JSON has them
     units = character.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[index]:02x}{units[index + 1]:02x}" for index in range(0, len(units), 2))
+
+
+@contextmanager
+def bar(description: str) -> Iterator[Callable[[float, str], None]]:
+    """Show a bar while the block runs; yield what sets its fraction (0 to 1) and the text behind it.
+
+    On stderr, and only where that is a terminal.
+    """
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    on = console.err()
+    with Progress(*columns, console=on, transient=True, disable=not on.is_terminal) as progress:
+        task = progress.add_task(description, total=1.0, detail="")
+        yield lambda fraction, detail: progress.update(task, completed=fraction, detail=detail)

@@ -103,11 +103,7 @@ class StackFolder:
         self._state_path.unlink(missing_ok=True)
 
     def read(self) -> State:
-        """Return the state of the stack that runs here.
-
-        Raises:
-            NotRunningError: none does, or it is not ready yet.
-        """
+        """Return the state of the stack that runs here. Raises NotRunningError: none does, or it is not ready yet."""
         if not self._is_held():
             raise NotRunningError(
                 f"nothing runs in {self.path}: start it with  fiq up  or name another: --server, or --url of fiq post"

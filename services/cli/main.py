@@ -6,13 +6,14 @@ import errno
 import logging
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any, cast
 
 import structlog
 import typer
 from typer.core import TyperGroup
 
-from services.cli.lazy import Commands
 from services.contract.errors import FiqError
 
 #: exit code after Ctrl-C: 128 + SIGINT
@@ -29,11 +30,11 @@ COMMANDS = {
         "status": "status:status",
         "doctor": "doctor:doctor",
         "post": "post:post",
-        "show": "show:show",
+        "show": "export:show",
         "export": "export:export",
         "verify": "verify:verify",
-        "recover": "recover:recover",
-        "repack": "repack:repack",
+        "recover": "verify:recover",
+        "repack": "verify:repack",
         "backup": "backup:backup",
         "restore": "restore:restore",
         "give-up": "give_up:give_up",
@@ -48,15 +49,44 @@ COMMANDS = {
 }
 
 
+class Commands(Mapping[str, Any]):
+    """The commands of a group, in their order.
+
+    Args:
+        places: name → ``module:function`` of a command, or ``module:app`` of a group of some.
+    """
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._places = places
+        self._found: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the command of that *name*, as click knows it. Raises KeyError: there is none."""
+        if name not in self._found:
+            module, _, attribute = self._places[name].partition(":")
+            self._found[name] = _command(name, getattr(import_module(module), attribute))
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _command(name: str, found: Any) -> Any:
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command(name)(found)
+    return typer.main.get_command(alone)
+
+
 class FiqGroup(TyperGroup):
     """Shows an error as one message on stderr and exits with 1, instead of with a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for.
-
-        Raises:
-            typer.Exit: it failed (1) or was interrupted (130).
-        """
+        """Run the command that was asked for. Raises typer.Exit: it failed (1) or was interrupted (130)."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

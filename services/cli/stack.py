@@ -15,8 +15,7 @@ import services
 from services.cli import monitoring
 from services.cli.cluster import Cluster
 from services.cli.errors import ChildFailedError, PortTakenError
-from services.cli.ports import LOOPBACK, free_ports, is_free
-from services.cli.processes import ManagedProcess
+from services.cli.processes import LOOPBACK, ManagedProcess, free_ports, is_free
 
 #: where ingest listens when nothing else is asked for and nobody else is there
 PREFERRED_PORT = 7001
@@ -183,12 +182,10 @@ class Stack:
             process.send(signal.SIGKILL)
 
     def __enter__(self) -> Stack:
-        """Start."""
         self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Stop."""
         self.stop()
 
     # -- set-up -------------------------------------------------------------------------------------------------------

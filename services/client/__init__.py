@@ -10,9 +10,17 @@
 """
 
 from services.client.client import FiqClient
-from services.client.errors import ClientError, GaveUpError, RefusedError, UnexpectedAnswerError
-from services.client.patience import Patience
-from services.client.records import Accepted, BadLine, Problem, StoredEvent
+from services.client.exchange import Patience
+from services.client.records import (
+    Accepted,
+    BadLine,
+    ClientError,
+    GaveUpError,
+    Problem,
+    RefusedError,
+    StoredEvent,
+    UnexpectedAnswerError,
+)
 
 __all__ = [
     "Accepted",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 import ssl
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,14 +12,14 @@ from typing import Any, Self
 from uuid import UUID
 
 import orjson
+from aiohttp import ClientTimeout
 
-from services.client.errors import RefusedError, UnexpectedAnswerError
-from services.client.exchange import Exchange, Request
-from services.client.following import follow
-from services.client.patience import Patience
-from services.client.records import Accepted, StoredEvent
+from services.client.exchange import Exchange, LostError, Patience, Request, Tries, retry_after
+from services.client.records import Accepted, Problem, RefusedError, StoredEvent, UnexpectedAnswerError
 from services.contract.ids import check_consultation_id, event_id_from_key, new_event_id
 
+_END_OF_LINE = re.compile("\r\n|\n|\r")
+_MEDIA_TYPE = "text/event-stream"
 #: an event as a program has it, or its JSON text, which is stored byte for byte
 EventBody = Mapping[str, Any] | bytes
 
@@ -231,3 +233,98 @@ def _readable() -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError):
         raise UnexpectedAnswerError("an answer cannot be read as events: is it the URL of fiq?") from None
+
+
+# -- A consultation's events as they come, over any number of connections --------------------------------------------
+
+
+class MessageReader:
+    """Makes messages out of the pieces of one answer. One that is cut off is none."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self._rest = ""
+        self._data: list[str] = []
+
+    def feed(self, piece: bytes) -> Iterator[str]:
+        """Yield the data of each message that *piece* completes."""
+        for line in self._lines(self._decoder.decode(piece)):
+            if line:
+                self._field(line)
+                continue
+            if self._data:
+                yield "\n".join(self._data)
+                self._data = []
+
+    def _lines(self, text: str) -> list[str]:
+        text = self._rest + text
+        held = "\r" if text.endswith("\r") else ""  # its LF may be still to come
+        *lines, rest = _END_OF_LINE.split(text.removesuffix(held) if held else text)
+        self._rest = rest + held
+        return lines
+
+    def _field(self, line: str) -> None:
+        name, _, value = line.partition(":")  # a comment has no name; those besides data say nothing that data does not
+        if name == "data":
+            self._data.append(value.removeprefix(" "))
+
+
+async def follow(
+    exchange: Exchange, consultation: str, path: str, after: int, *, silence: float
+) -> AsyncGenerator[StoredEvent, None]:
+    """Yield each event behind the position *after* once, in order, for ever.
+
+    A connection that breaks, ends or falls silent is followed by another one that goes on behind the last event.
+
+    Args:
+        exchange: the connections.
+        consultation: whose events.
+        path: of them.
+        after: a sequence; 0 for all.
+        silence: seconds after which a connection without a word, be it a comment, is given up.
+
+    Raises:
+        RefusedError, UnexpectedAnswerError: going on is of no use.
+        GaveUpError: the deadline has passed without a word.
+    """
+    tries = Tries(exchange.patience)
+    while True:
+        problem: Problem | None = None
+        least, why = 0.0, "the stream ended"
+        # sock_connect and sock_read: a stream has no end by which it could be late
+        timeout = ClientTimeout(total=None, sock_connect=tries.timeout, sock_read=silence)
+        request = _request(path, after)
+        try:
+            async with exchange.sent(request, timeout) as response:
+                if response.status != request.expected:
+                    body = await response.read()
+                    problem = exchange.judged(request, response, body, may_be_stored=False)
+                    least = retry_after(response.headers)
+                elif response.content_type != _MEDIA_TYPE:
+                    raise UnexpectedAnswerError("the answer is no stream of Server-Sent Events")
+                else:
+                    reader = MessageReader()
+                    async for piece in response.content.iter_any():
+                        tries.renew()
+                        for data in reader.feed(piece):
+                            event = _event(consultation, data)
+                            if event.sequence > after:
+                                after = event.sequence
+                                yield event
+        except LostError as lost:
+            why = str(lost)  # go on with another connection
+        await exchange.wait(tries, problem, least, why)
+
+
+def _request(path: str, after: int) -> Request:
+    headers = {"Accept": _MEDIA_TYPE, "Cache-Control": "no-store"}
+    if after:
+        headers["Last-Event-ID"] = str(after)
+    return Request("GET", path, 200, headers, {"follow": "1", "after": str(after)})
+
+
+def _event(consultation: str, data: str) -> StoredEvent:
+    try:
+        return StoredEvent.of(consultation, orjson.loads(data))
+    except (ValueError, TypeError, KeyError):
+        raise UnexpectedAnswerError("a message of the stream is no event") from None

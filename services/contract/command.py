@@ -7,11 +7,16 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, TypeVar
 
 from services.contract.errors import ConfigurationError, FiqError
 from services.contract.settings import load, variables
 
+#: where the kernel shows a container its own limit: cgroup v2, then v1
+_FILES = ("memory.max", "memory/memory.limit_in_bytes")
+#: v1 writes a number of this order where there is no limit, bytes
+_UNLIMITED = 2**60
 T = TypeVar("T")
 
 #: exit code of a failure that an operator must look at
@@ -79,3 +84,18 @@ def complain(program: str, error: FiqError) -> int:
         return EXIT_USAGE
     sys.stderr.write(f"{program}: {error}\n")
     return EXIT_FAILURE
+
+
+def memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the limit of the container, in bytes; None outside of one, or when it has none.
+
+    Args:
+        root: where control groups are mounted; within a container its own group is the root.
+    """
+    for name in _FILES:
+        try:
+            text = (root / name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() and int(text) < _UNLIMITED else None
+    return None

@@ -75,22 +75,14 @@ def digest_of(secret: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return *name* when a token may have it.
-
-    Raises:
-        ValueError: it may not.
-    """
+    """Return *name* when a token may have it. Raises ValueError: it may not."""
     if _NAME.fullmatch(name) is None or name.startswith("."):
         raise ValueError("a name is 1 to 64 characters of A-Z a-z 0-9 _ - . and begins with no dot")
     return name
 
 
 def parse_scopes(value: str) -> frozenset[Scope]:
-    """Read ``read,write``.
-
-    Raises:
-        ValueError: there is none, or another one.
-    """
+    """Read ``read,write``. Raises ValueError: there is none, or another one."""
     try:
         return frozenset(Scope(part.strip()) for part in value.split(","))
     except ValueError:
@@ -98,11 +90,7 @@ def parse_scopes(value: str) -> frozenset[Scope]:
 
 
 def parse_prefix(value: str) -> str:
-    """Read ``visit-*``; ``*`` is every consultation.
-
-    Raises:
-        ValueError: it has another form.
-    """
+    """Read ``visit-*``; ``*`` is every consultation. Raises ValueError: it has another form."""
     if _PREFIX.fullmatch(value) is None:
         raise ValueError("a prefix is up to 128 characters of A-Z a-z 0-9 _ - with a * behind")
     return value[:-1]

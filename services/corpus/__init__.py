@@ -28,18 +28,15 @@ from services.corpus.errors import (
     UnsupportedFileSystemError,
 )
 from services.corpus.events import Consultation, EventRecord
-from services.corpus.ids import IdHashes, KnownIds, StoredRow, hashes_of
+from services.corpus.format import Identity, Record
+from services.corpus.ids import IdHashes, KnownIds, Lookup, StoredConsultation, StoredRow, hashes_of
 from services.corpus.index import write_index
-from services.corpus.lookup import Lookup, StoredConsultation
 from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.reader import Corpus, PartitionInfo, open_corpus
-from services.corpus.records import Identity, Record
-from services.corpus.recover import Recovered, recover_partition
 from services.corpus.repack import Repacked, repack
-from services.corpus.report import PartitionReport, Problem, Report
 from services.corpus.storage import StorageIO
-from services.corpus.store import EventStore
-from services.corpus.verify import Progress, verify_corpus
+from services.corpus.store import EventStore, Recovered, recover_partition
+from services.corpus.verify import PartitionReport, Problem, Progress, Report, verify_corpus
 
 __all__ = [
     "AppendRefusedError",

@@ -8,22 +8,181 @@ After a crash, the file together with the whole records of its journal is the la
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from services.corpus.beside import Beside
-from services.corpus.checkpoint import Pair, Sealed
-from services.corpus.checkpointer import NO_ROOM, READER, Checkpointer
-from services.corpus.committing import CommittingFile
-from services.corpus.compaction import Compaction
-from services.corpus.errors import CorpusIOError, CorpusUsageError, system_errors
+from services.corpus.checkpoint import NO_ROOM, READER, Checkpointer, Compaction, Pair, Sealed
+from services.corpus.errors import (
+    CorpusError,
+    CorpusFormatError,
+    CorpusIOError,
+    CorpusUsageError,
+    StoreFailedError,
+    system_errors,
+)
 from services.corpus.journal import Journal
-from services.corpus.locks import unlock
-from services.corpus.recovery import journal_path
-from services.corpus.storage import StorageIO
+from services.corpus.overlay import Beside, PageOverlay, SectorIndex
+from services.corpus.recovery import journal_path, recover
+from services.corpus.storage import Buffer, StorageIO, unlock
+
+#: growth of the file that is reserved on the disk ahead of the commits, bytes
+_RESERVE_BYTES = 1 << 20
 
 
-class JournaledFile(CommittingFile):
+class FileObject:
+    """A position in an overlay, with the methods that h5py calls.
+
+    Args:
+        name: the file's name, for messages.
+        overlay: the content.
+    """
+
+    def __init__(self, name: str, overlay: PageOverlay) -> None:
+        self.name = name
+        self._overlay = overlay
+        self._position = 0
+        #: place and length of the last read, while somebody wants to know, and the length of what is looked for
+        self._located: tuple[int, int] | None = None
+        self._sought = -1
+        self._frozen = self._closed = False
+        #: the error after which nothing may be written any more
+        self.failure: CorpusError | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position, as files do."""
+        if whence:
+            offset += self._position if whence == os.SEEK_CUR else self._overlay.size
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def readinto(self, buffer: Buffer) -> int:
+        """Fill the whole *buffer*, with zeros past the end: h5py does not check for short reads."""
+        view = memoryview(buffer).cast("B")
+        if self._located is not None:
+            self._located = self._position, len(view)
+        if self._closed or len(view) == self._sought:
+            # closed: HDF5 may hold on to a file that it could not close; the descriptor may be another file's by now.
+            # sought: only the place matters; should metadata ever be as long as a chunk, its checksum tells
+            view[:] = bytes(len(view))
+        else:
+            # no context manager: HDF5 calls this and write() thousands of times a batch
+            try:
+                self._overlay.read_into(self._position, view)
+            except OSError as error:
+                raise self._remember(f"read {self.name}", error) from error
+        self._position += len(view)
+        return len(view)
+
+    def read(self, size: int = -1) -> bytes:
+        """Return *size* bytes, or all up to the end."""
+        buffer = bytearray(max(0, self._overlay.size - self._position) if size < 0 else size)
+        self.readinto(buffer)
+        return bytes(buffer)
+
+    def write(self, data: Buffer) -> int:
+        """Keep *data* for the next commit."""
+        size = len(data)
+        if not self._frozen:
+            try:
+                self._overlay.write(self._position, data)
+            except OSError as error:
+                raise self._remember(f"read {self.name}", error) from error
+        self._position += size
+        return size
+
+    def locate(self, read: Callable[[], object], length: int) -> int:
+        """Return the byte offset of what HDF5 reads when *read* is called, *length* bytes at last.
+
+        Raises:
+            CorpusFormatError: it read something else.
+        """
+        self._located, self._sought = (0, 0), length
+        try:
+            read()
+            place, span = self._located
+        finally:
+            self._located, self._sought = None, -1
+        if span != length:
+            raise CorpusFormatError(f"{self.name}: HDF5 read {span} bytes instead of a chunk of {length}")
+        return place
+
+    def peek(self, place: int, length: int) -> bytes:
+        """Return *length* bytes at *place*; the position stays."""
+        out = bytearray(length)
+        with self._remembered(f"read {self.name}"):
+            self._overlay.read_into(place, memoryview(out))
+        return bytes(out)
+
+    def put(self, place: int, data: Buffer) -> None:
+        """Keep *data*, which belongs at *place*, for the next commit; the position stays."""
+        try:
+            self._overlay.write(place, data)
+        except OSError as error:
+            raise self._remember(f"read {self.name}", error) from error
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size, at the next commit."""
+        size = self._position if size is None else size
+        if not self._frozen:
+            with self._remembered(f"read {self.name}"):
+                self._overlay.truncate(size)
+        return size
+
+    def flush(self) -> None:
+        """Do nothing: durability is the commit's affair."""
+
+    def _check_usable(self) -> None:
+        if self.failure is not None:
+            raise StoreFailedError(f"{self.name} failed before ({self.failure}); open it again")
+
+    def _remember(self, operation: str, error: OSError) -> CorpusIOError:
+        """Remember an error: h5py hides those that its callbacks raise."""
+        told = CorpusIOError(f"cannot {operation}: {error.strerror or error}")
+        self.failure = self.failure or told
+        return told
+
+    @contextmanager
+    def _remembered(self, operation: str) -> Iterator[None]:
+        """Remember the error of the block."""
+        try:
+            yield
+        except OSError as error:
+            raise self._remember(operation, error) from error
+        except CorpusError as error:
+            self.failure = self.failure or error
+            raise
+
+
+@dataclass(slots=True)
+class FileStats:
+    """What a journaled file has done since it was opened."""
+
+    commits: int = 0
+    checkpoints: int = 0
+    #: checkpoints put off since a reader held the file, or the disk had no room for them
+    checkpoints_deferred: int = 0
+    #: why the last checkpoint was put off; empty after one that was done
+    deferred_because: str = ""
+    #: duration of the last checkpoint
+    checkpoint_seconds: float = 0.0
+    #: how often the journal was compacted while checkpoints had to wait
+    compactions: int = 0
+    #: bytes written to the journal
+    journaled_bytes: int = 0
+    #: records found in the journal when the file was opened
+    records_recovered: int = 0
+    #: records dropped then because a crash had cut them short
+    torn_records: int = 0
+
+
+class JournaledFile(FileObject):
     """A partition file open for writing; one thread, one process.
 
     Args:
@@ -43,20 +202,50 @@ class JournaledFile(CommittingFile):
     def __init__(
         self, path: Path, *, io: StorageIO | None = None, cached_pages: int = 8192, turn_bytes: int = 32 << 20
     ) -> None:
-        super().__init__(path, io=io, cached_pages=cached_pages, turn_bytes=turn_bytes)
+        self._io = StorageIO() if io is None else io
+        self._path = path
+        self._cached_pages = cached_pages
+        self._turn_bytes = turn_bytes
+        found = recover(path, self._io)
+        self.uuid = found.uuid
+        self._fd, self._wal, self._state = found.file, found.journal, found.state
+        self._journal = Journal(
+            self._wal, self._io, found.uuid, found.turn, found.start, found.records, turn_bytes=turn_bytes
+        )
+        #: how many live records no page in memory covers
+        self._indexed = len(found.records)
+        self._reserved = os.fstat(self._fd).st_size
+        super().__init__(path.name, PageOverlay(self._fd, self._wal, found.size, self._index()))
+        self.stats = FileStats(records_recovered=len(found.records), torn_records=int(found.torn))
         self._checkpointer = Checkpointer(path, self._pair())
         self._copy: tuple[Sealed, Beside[bool]] | None = None
         self._rewrite: tuple[Compaction, int, Beside[None]] | None = None
 
     @property
-    def checkpoint_running(self) -> bool:
-        """Whether a checkpoint is being made beside the commits."""
-        return self._copy is not None
+    def in_place(self) -> bool:
+        """Whether the open file and journal are still those at their paths.
+
+        Raises:
+            CorpusIOError: the system refused to tell.
+        """
+        with system_errors(f"look for {self._path.name}"):
+            try:
+                return all(
+                    os.path.samestat(os.fstat(descriptor), path.stat())
+                    for descriptor, path in ((self._fd, self._path), (self._wal, journal_path(self._path)))
+                )
+            except FileNotFoundError:
+                return False
 
     @property
-    def busy(self) -> bool:
-        """Whether a checkpoint or a compaction is under way."""
-        return self._copy is not None or self._rewrite is not None
+    def journal_bytes(self) -> int:
+        """Bytes of the journal that wait for a checkpoint."""
+        return self._journal.bytes_live
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that changed pages take."""
+        return self._overlay.bytes_held
 
     def commit(self) -> int:
         """Make everything written so far durable, in one step; take note of work beside it that has ended.
@@ -68,7 +257,63 @@ class JournaledFile(CommittingFile):
             CorpusIOError: the system refused. Whether the commit counts is open until the file is opened again.
         """
         self.collect()
-        return super().commit()
+        if not self._overlay.changed:
+            return 0
+        before = self._journal.bytes_live
+        with self._remembered(f"commit to {journal_path(self._path).name}"):
+            self._reserve(self._overlay.size)
+            self._journal.append(self._overlay.size, *self._overlay.changes())
+        self._overlay.commit()
+        self._bound_memory()
+        written = self._journal.bytes_live - before
+        self.stats.commits += 1
+        self.stats.journaled_bytes += written
+        return written
+
+    def discard(self) -> None:
+        """Drop what was written since the last commit, and all that is written from now on.
+
+        HDF5 writes when its handles are closed; a closing file must not take that in.
+        """
+        self._frozen = True
+
+    def rollback(self) -> None:
+        """Drop the batch and take writes again; the caller has closed every HDF5 handle of the file."""
+        self._indexed = len(self._journal.records)
+        self._overlay.rollback(self._index())
+        self._frozen = False
+
+    def _bound_memory(self) -> None:
+        if self._overlay.pages > self._cached_pages:
+            newer = self._journal.records[self._indexed :]
+            self._indexed += len(newer)
+            self._overlay.rebase(self._overlay.index.with_newer([record.extents for record in newer]))
+
+    def _index(self) -> SectorIndex:
+        """Index the records that no page in memory covers."""
+        return SectorIndex.of([record.extents for record in self._journal.records[: self._indexed]])
+
+    def _reserve(self, size: int) -> None:
+        """Reserve the room of the next checkpoint: what is committed can always be copied, however full the disk."""
+        if size <= self._reserved:
+            return
+        held = self._reserved
+        try:
+            self._io.reserve(self._fd, held, size + _RESERVE_BYTES - held)
+            self._reserved = size + _RESERVE_BYTES
+        except OSError:
+            self._io.reserve(self._fd, held, size - held)
+            self._reserved = size
+
+    @property
+    def checkpoint_running(self) -> bool:
+        """Whether a checkpoint is being made beside the commits."""
+        return self._copy is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint or a compaction is under way."""
+        return self._copy is not None or self._rewrite is not None
 
     def checkpoint(self) -> bool:
         """Copy what is committed into the file, and wait for it.

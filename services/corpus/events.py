@@ -67,11 +67,7 @@ class EventRecord:
         return self.document().get("payload")
 
     def document(self) -> dict[str, Any]:
-        """Parse the body.
-
-        Raises:
-            CorpusFormatError: it is no JSON object.
-        """
+        """Parse the body. Raises CorpusFormatError: it is no JSON object."""
         try:
             document = orjson.loads(self.raw)
         except orjson.JSONDecodeError:
@@ -106,11 +102,7 @@ class Consultation:
         return f"Consultation({self.id!r}, {len(self)} events)"
 
     def __iter__(self) -> Iterator[EventRecord]:
-        """Yield the events in stream order.
-
-        Raises:
-            CorpusFormatError: a row points outside the payload.
-        """
+        """Yield the events in stream order. Raises CorpusFormatError: a row points outside the payload."""
         for rows, payload in self._slices():
             first = int(rows["offset"][0])
             for sequence, received, offset, length, _, event_id, _ in rows.tolist():
@@ -138,11 +130,7 @@ class Consultation:
         return content
 
     def check_layout(self) -> None:
-        """Check that both datasets have the types of the format.
-
-        Raises:
-            CorpusFormatError: one has not.
-        """
+        """Check that both datasets have the types of the format. Raises CorpusFormatError: one has not."""
         with self._guard():
             for name, dataset, kind in ((EVENTS, self._events, _row_type()), (PAYLOAD, self._payload, h5t.STD_U8LE)):
                 if not dataset.get_type().equal(kind):

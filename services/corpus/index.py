@@ -8,10 +8,10 @@ from typing import Any
 
 import h5py
 
-from services.corpus.creation import locked_directory, replace_file
 from services.corpus.errors import system_errors
 from services.corpus.format import LIBVER
 from services.corpus.reader import partition_files
+from services.corpus.recovery import locked_directory, replace_file
 from services.corpus.storage import StorageIO
 
 #: name of the index in a data directory

@@ -13,14 +13,24 @@ find it there. All integers are little-endian::
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from uuid import UUID
 
-from services.corpus.errors import CorpusFormatError
+from services.corpus.errors import ArchivedFileError, CorpusFormatError, system_errors
 from services.corpus.storage import StorageIO, read_exactly, write_all
 
+#: place of the mark in the user block
+_MARK_AT = 256
+_MARK = b"FIQARCHV"
+_NOTE_AT, _NOTE_END = 512, 4096
+_ARCHIVE_NOTE = (
+    b"fiq corpus archive. Its HDF5 content starts at byte 16384: open it read-only, with any HDF5 tool.\n"
+    b"It is complete: there is no journal beside it.\n"
+)
 #: size of the user block: three blocks of a disk with large sectors and one to spare (HDF5 wants a power of two)
 USER_BLOCK = 16384
 #: version of the pair: user block and journal
@@ -88,11 +98,7 @@ def read_uuid(fd: int, name: str) -> UUID:
 
 
 def read_state(fd: int, name: str) -> State:
-    """Return the newest state of the file.
-
-    Raises:
-        CorpusFormatError: neither slot is readable.
-    """
+    """Return the newest state of the file. Raises CorpusFormatError: neither slot is readable."""
     states = [state for slot in (0, 1) if (state := _unpack(read_exactly(fd, _STATE.size, _BLOCK * (1 + slot))))]
     if not states:
         raise CorpusFormatError(f"{name}: both state slots of the user block are damaged; restore the file")
@@ -113,3 +119,35 @@ def _unpack(raw: bytes) -> State | None:
     if magic != _STATE_MAGIC or crc != zlib.crc32(raw[_CRC_END:]):
         return None
     return State(turn, absorbed, target, link)
+
+
+def archive_user_block(uuid: UUID) -> bytes:
+    """Return the user block of an archive: that of a new file, with a mark and another note."""
+    block = bytearray(new_user_block(uuid))
+    block[_MARK_AT : _MARK_AT + len(_MARK)] = _MARK
+    block[_NOTE_AT:_NOTE_END] = _ARCHIVE_NOTE.ljust(_NOTE_END - _NOTE_AT, b"\0")
+    assert len(block) == USER_BLOCK
+    return bytes(block)
+
+
+def refuse_archive(path: Path) -> None:
+    """Refuse to write a file that is an archive; what is wrong with any other is for others to say.
+
+    Raises:
+        ArchivedFileError: it is one.
+        CorpusIOError: the system refused.
+    """
+    with system_errors(f"open {path.name}"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            mark = os.pread(fd, len(_MARK), _MARK_AT)
+        finally:
+            os.close(fd)
+    if mark == _MARK:
+        raise ArchivedFileError(
+            f"{path.name} is an archive that `fiq repack` made: it can be read, not written; "
+            "put the partition file and its journal back that it was made from"
+        )

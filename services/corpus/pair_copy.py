@@ -7,14 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from services.corpus.archive import refuse_archive
 from services.corpus.errors import CorpusExistsError, CorpusLockedError, JournalError, system_errors
-from services.corpus.journal import slots
-from services.corpus.journal_records import Position
-from services.corpus.journal_scan import RECORDS_START
-from services.corpus.pair import State, write_state
+from services.corpus.journal import RECORDS_START, Position, slots
+from services.corpus.pair import State, refuse_archive, write_state
+from services.corpus.reader import SnapshotFile
 from services.corpus.recovery import journal_path
-from services.corpus.snapshot import SnapshotFile
 from services.corpus.storage import FILE_MODE, StorageIO, write_all
 
 #: how long a copy waits for the writer's checkpoints, seconds; one takes some 0.1 s

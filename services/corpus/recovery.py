@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import io as memory
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
-from services.corpus.compaction import remove_leftover
-from services.corpus.errors import CorpusLockedError, CorpusNotFoundError, JournalError, system_errors
-from services.corpus.journal import read_records, read_start
-from services.corpus.journal_records import JournalRecord, Position
-from services.corpus.locks import lock, try_lock
-from services.corpus.pair import State, read_state, read_uuid
-from services.corpus.storage import StorageIO
+import h5py
 
+from services.corpus.checkpoint import remove_leftover
+from services.corpus.errors import (
+    CorpusExistsError,
+    CorpusLockedError,
+    CorpusNotFoundError,
+    JournalError,
+    system_errors,
+)
+from services.corpus.format import CONFLICTS, CONSULTATIONS, LIBVER, Identity, write_attributes
+from services.corpus.journal import RECORDS_START, JournalRecord, Position, new_journal, read_records, read_start
+from services.corpus.pair import USER_BLOCK, State, new_user_block, read_state, read_uuid
+from services.corpus.storage import FILE_MODE, StorageIO, lock, try_lock, write_all
+
+#: how long a creation waits for another one in the same directory, seconds
+_DIRECTORY_WAIT = 10.0
 #: how long an open waits for the lock of the partition file, seconds. With the journal's lock in hand no writer of ours
 #: holds that one: a lock dies with its process and a store lets go of the file first. So who has it is another program.
 _FOREIGN_WAIT = 0.2
@@ -117,3 +128,90 @@ def _open_journal(path: Path) -> int:
             f"{path.name} has no journal {path.name}.wal: commits that only the journal held may be missing; "
             "put the journal back that belongs to the file"
         ) from None
+
+
+# -- Creates a partition file with its journal: both whole, or nothing that an open would accept ---------------------
+
+
+def create_pair(path: Path, identity: Identity, io: StorageIO, *, begins: int = 1) -> None:
+    """Create the partition file *path*, whose first stream sequence is *begins* at the earliest, and its journal.
+
+    Both are written under temporary names and renamed, the journal first: a crash leaves at most an empty journal
+    without a file, which the next creation replaces.
+
+    Raises:
+        CorpusExistsError: the file exists.
+        JournalError: a journal with commits in it stands there without its file.
+        CorpusIOError: the system refused.
+    """
+    uuid = uuid4()
+    with locked_directory(path.parent), system_errors(f"create {path.name}"):
+        wal = journal_path(path)
+        _check_vacant(path, wal)
+        replace_file(wal, new_journal(uuid), io)
+        replace_file(path, _image(identity, uuid, begins), io)
+
+
+def replace_file(path: Path, content: bytes, io: StorageIO) -> None:
+    """Put a file with *content* at *path* in one durable step; the caller holds the directory's lock.
+
+    Raises:
+        OSError: the system refused; what stood there still does.
+    """
+    temporary = path.with_name(path.name + ".new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+    try:
+        try:
+            write_all(io, fd, content, 0)
+            io.fsync(fd)
+        finally:
+            os.close(fd)
+        io.rename(temporary, path)
+    except BaseException:
+        # a full disk gets its room back
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    io.sync_directory(path.parent)
+
+
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock: one creation at a time, so that temporary files are nobody else's.
+
+    Raises:
+        CorpusLockedError: another process held it for 10 s.
+        CorpusNotFoundError: there is no such directory.
+    """
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusNotFoundError(f"there is no directory {directory}") from None
+    try:
+        refusal = f"another process creates files in {directory}"
+        lock(fd, exclusive=True, timeout=_DIRECTORY_WAIT, refusal=refusal)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _check_vacant(path: Path, wal: Path) -> None:
+    if path.exists():
+        raise CorpusExistsError(f"{path.name} exists in {path.parent}; open it, or move it away")
+    # a journal as creation leaves it is two blocks long, one with commits is longer
+    if wal.exists() and wal.stat().st_size > RECORDS_START:
+        raise JournalError(
+            f"{wal.name} holds commits but {path.name} is missing: restore the file, or move the journal away"
+        )
+
+
+def _image(identity: Identity, uuid: UUID, begins: int) -> bytes:
+    """Build the whole content of an empty partition file."""
+    buffer = memory.BytesIO()
+    with h5py.File(buffer, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
+        write_attributes(file, identity, str(uuid), begins=begins)
+        file.create_group(CONSULTATIONS)
+        file.create_group(CONFLICTS)
+    content = bytearray(buffer.getvalue())
+    content[:USER_BLOCK] = new_user_block(uuid)
+    return bytes(content)

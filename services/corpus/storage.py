@@ -8,11 +8,36 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from services.corpus.errors import CorpusLockedError, UnsupportedFileSystemError
+
+#: how long an open waits for a lock that is held only for moments, seconds
+LOCK_WAIT = 5.0
+
+_POLL_SECONDS = 0.02
+#: ``f_type`` of statfs(2), from linux/magic.h and the file systems' own sources
+_REMOTE = {
+    0x6969: "NFS",
+    0x517B: "SMB",
+    0xFF534D42: "CIFS",
+    0xFE534D42: "SMB2",
+    0x01021997: "9p",
+    0x00C36400: "Ceph",
+    0x5346414F: "AFS",
+    0x6B414653: "kAFS",
+    0x0BD00BD0: "Lustre",
+    0x47504653: "GPFS",
+    0x7461636F: "OCFS2",
+    0x01161970: "GFS2",
+    0x786F4256: "vboxsf",
+}
 #: what can be written
 Buffer = bytes | bytearray | memoryview
 
@@ -108,3 +133,70 @@ def _fallocate() -> Any:
     if call is not None:
         call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     return call
+
+
+def check_file_system(directory: Path) -> None:
+    """Refuse a *directory* on a file system that is known to be remote.
+
+    What cannot be told (FUSE, or a system other than Linux) is accepted.
+
+    Raises:
+        UnsupportedFileSystemError: it is a remote one; the message names its type.
+    """
+    kind = _REMOTE.get(_file_system_type(directory))
+    if kind is not None:
+        raise UnsupportedFileSystemError(
+            f"{directory} is on a {kind} file system: a corpus needs a local POSIX file system (ext4, XFS, btrfs, …), "
+            "since its commits rely on flock and fdatasync; move the data directory to a local disk"
+        )
+
+
+def _file_system_type(directory: Path) -> int:
+    """Return ``f_type``, the first word of ``struct statfs`` on Linux; 0 when it cannot be told."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    buffer = ctypes.create_string_buffer(512)  # struct statfs is 120 bytes on 64-bit systems
+    if ctypes.CDLL(None).statfs(os.fsencode(directory), buffer) != 0:
+        return 0
+    return ctypes.c_uint32.from_buffer(buffer).value if sys.byteorder == "little" else 0
+
+
+# -- Advisory locks (``flock``) on the files of a partition ----------------------------------------------------------
+#
+# ``<pp>.h5.wal``  exclusive, held by the writer for life: there is one writer.
+# ``<pp>.h5``      shared, held by the writer and by every reader: HDF5 itself takes it, so stock readers open the file
+#                  while the writer lives and a stock ``r+`` is refused. A checkpoint holds it exclusively while it
+#                  copies, some 0.05-0.2 s.
+# directory        exclusive, held while files are created.
+#
+# Whoever waits for a lock waits for a bounded time.
+
+
+def try_lock(fd: int, *, exclusive: bool) -> bool:
+    """Take or convert the lock at once; return whether it was got.
+
+    A conversion that fails loses the lock held before (flock(2)): the caller must take it again.
+    """
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def lock(fd: int, *, exclusive: bool, timeout: float, refusal: str) -> None:
+    """Take the lock, waiting for at most *timeout* seconds.
+
+    Raises:
+        CorpusLockedError: another process held it all the time; the message is *refusal*.
+    """
+    deadline = time.monotonic() + timeout
+    while not try_lock(fd, exclusive=exclusive):
+        if time.monotonic() >= deadline:
+            raise CorpusLockedError(refusal)
+        time.sleep(_POLL_SECONDS)
+
+
+def unlock(fd: int) -> None:
+    """Release the lock, even where a duplicate of the descriptor lives on in a forked child."""
+    fcntl.flock(fd, fcntl.LOCK_UN)

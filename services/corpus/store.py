@@ -5,21 +5,225 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
-from services.corpus.archive import refuse_archive
+import h5py
+import numpy as np
+
 from services.corpus.atomic_file import JournaledFile
-from services.corpus.checkpoint_policy import CheckpointPolicy
-from services.corpus.creation import create_pair
 from services.corpus.errors import AppendRefusedError, CorpusFormatError, StoreFailedError
-from services.corpus.filesystems import check_file_system
-from services.corpus.groups import OpenConsultations
-from services.corpus.ids import StoredRow
-from services.corpus.lookup import Lookup
+from services.corpus.format import (
+    BEGINS,
+    CHUNK_SLOTS,
+    COMMITTED,
+    COMMITTED_CONFLICTS,
+    COMMITTED_EVENTS,
+    COMMITTED_ID,
+    CONFLICTS,
+    CONSULTATIONS,
+    LIBVER,
+    MESSAGE_ID_BYTES,
+    Identity,
+    Record,
+    bound_metadata,
+    check_identity,
+    read_identity,
+)
+from services.corpus.groups import ChunkedTail, OpenConsultations
+from services.corpus.ids import Lookup, StoredRow
 from services.corpus.options import StoreOptions, StoreStats
-from services.corpus.partition import OpenPartition, hdf5_errors
-from services.corpus.records import Identity, Record
+from services.corpus.pair import refuse_archive
+from services.corpus.recovery import create_pair
+from services.corpus.storage import check_file_system
+
+#: consultations whose conflicts stay open: they are rare
+_OPEN_CONFLICTS = 16
+#: how long after a checkpoint that had to wait the next one is tried, seconds
+_DEFERRED_RETRY = 1.0
+
+
+class OpenPartition:
+    """A partition file open in HDF5 through its journaled file.
+
+    Args:
+        name: the file's name, for messages.
+        journaled: the file object; not closed here.
+        expected: the identity that the file must state; None accepts any.
+        limit: how many consultations stay open.
+        metadata_cache: limit of HDF5's metadata cache, in bytes of the file.
+
+    Raises:
+        CorpusFormatError: it is no partition file, or damaged.
+        IdentityMismatchError: its identity is another.
+        CorpusIOError: the system refused.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        journaled: JournaledFile,
+        expected: Identity | None,
+        *,
+        limit: int,
+        metadata_cache: int,
+    ) -> None:
+        with hdf5_errors(name, journaled):
+            self._file = h5py.File(journaled, "r+", libver=LIBVER, rdcc_nslots=CHUNK_SLOTS)
+        try:
+            with hdf5_errors(name, journaled):
+                bound_metadata(self._file, metadata_cache)
+                self.identity = read_identity(self._file, name)
+                if expected is not None:
+                    check_identity(name, expected, self.identity)
+                if self._file.attrs.get("journal") != str(journaled.uuid):
+                    raise CorpusFormatError(f"{name}: its user block and its HDF5 content are of two files")
+                self.begins = int(self._file.attrs[BEGINS])
+                self.committed = int(self._file.attrs[COMMITTED])
+                self.committed_id = bytes(self._file.attrs[COMMITTED_ID]).decode("ascii")
+                counted = (COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)
+                self._attributes = [h5py.h5a.open(self._file.id, name.encode()) for name in counted]
+                self.consultations, self.conflicts = (
+                    OpenConsultations(
+                        self._file.id,
+                        group,
+                        partial(ChunkedTail, journaled),
+                        self.identity,
+                        events=int(self._file.attrs[counter]),
+                        limit=most,
+                    )
+                    for group, counter, most in (
+                        (CONSULTATIONS, COMMITTED_EVENTS, limit),
+                        (CONFLICTS, COMMITTED_CONFLICTS, _OPEN_CONFLICTS),
+                    )
+                )
+        except BaseException:
+            journaled.discard()
+            self._file.close()
+            raise
+
+    def place(self, store: str, volume: str, epoch: int) -> None:
+        """Let the file say that it is *store*'s, and the one of the partition's placement *epoch* on *volume*."""
+        for name, value in (("store", store), ("volume", volume)):
+            if getattr(self.identity, name) != value:
+                self._file.attrs[name] = value
+        h5py.h5a.open(self._file.id, b"epoch").write(np.array(epoch, np.uint32))
+        self.identity = replace(self.identity, store=store, volume=volume, epoch=epoch)
+
+    def flush(self, sequence: int, message_id: str) -> None:
+        """Hand everything to the journaled file, with *sequence* and the *message_id* there as what is reached."""
+        values = (
+            np.array(sequence, np.uint64),
+            np.array(message_id.encode("ascii"), f"S{MESSAGE_ID_BYTES}"),
+            np.array(self.consultations.events, np.uint64),
+            np.array(self.conflicts.events, np.uint64),
+        )
+        for attribute, value in zip(self._attributes, values, strict=True):
+            attribute.write(value)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close every handle. HDF5 may want to write then: the journaled file must discard that."""
+        self.consultations.clear()
+        self.conflicts.clear()
+        self._attributes.clear()
+        try:
+            self._file.close()
+        except (OSError, RuntimeError, ValueError):
+            # HDF5 could not read what it needs for writing what is dropped anyway
+            return
+
+
+@contextmanager
+def hdf5_errors(name: str, journaled: JournaledFile) -> Iterator[None]:
+    """Turn an error of h5py inside the block into the corpus's own.
+
+    Raises:
+        CorpusIOError: the journaled file failed underneath.
+        CorpusFormatError: HDF5 does not accept the content.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise (journaled.failure or CorpusFormatError(f"{name}: HDF5: {error}")) from error
+
+
+class CheckpointPolicy:
+    """Decides for one open file.
+
+    Args:
+        journaled: the file.
+        options: its limits.
+    """
+
+    def __init__(self, journaled: JournaledFile, options: StoreOptions) -> None:
+        self._journaled = journaled
+        self._options = options
+        self._oldest_in_journal: float | None = None
+        self._next_attempt = 0.0
+        self._deferred_since: float | None = None
+        self._deferred = 0
+        self._compactions = 0
+        self._compact_from = options.journal_limit
+
+    @property
+    def waiting_seconds(self) -> float:
+        """For how long checkpoints have been put off; 0 when they are not."""
+        since = self._deferred_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def note_commit(self, moment: float) -> None:
+        """Take note of a commit that was begun at *moment*."""
+        self._oldest_in_journal = self._oldest_in_journal or moment
+
+    def make(self) -> bool:
+        """Make a checkpoint now and wait for it; False when it is put off."""
+        done = self._journaled.checkpoint()
+        if done:
+            self._oldest_in_journal = None
+        self._note_deferrals()
+        return done
+
+    def begin(self, *, now: bool) -> bool:
+        """Begin one beside the commits when it is due, or *now*; return whether one was begun."""
+        self._journaled.collect()
+        self._note_deferrals()
+        if (now or self._is_due()) and self._journaled.start_checkpoint():
+            self._oldest_in_journal = None
+            return True
+        self._note_deferrals()
+        self._bound_journal()
+        return False
+
+    def _is_due(self) -> bool:
+        if not self._journaled.journal_bytes or self._journaled.busy:
+            return False
+        moment = time.monotonic()
+        old = self._oldest_in_journal is None or moment - self._oldest_in_journal >= self._options.checkpoint_seconds
+        long = self._journaled.journal_bytes >= self._options.checkpoint_bytes
+        return (old or long) and moment >= self._next_attempt
+
+    def _note_deferrals(self) -> None:
+        """Take note of a checkpoint that was put off, so that the next one is not tried at every commit."""
+        stats = self._journaled.stats
+        if stats.checkpoints_deferred > self._deferred:
+            self._deferred = stats.checkpoints_deferred
+            self._next_attempt = time.monotonic() + _DEFERRED_RETRY
+            self._deferred_since = self._deferred_since or time.monotonic()
+        elif not stats.deferred_because:
+            self._deferred_since = None
+
+    def _bound_journal(self) -> None:
+        """Compact a journal that has outgrown its limit since a reader holds checkpoints back."""
+        size, limit = self._journaled.journal_bytes, self._options.journal_limit
+        if self._journaled.stats.compactions > self._compactions or self._deferred_since is None:
+            self._compactions = self._journaled.stats.compactions
+            # what it cannot make shorter must not be tried again soon
+            self._compact_from = max(limit, 2 * size)
+        elif size >= self._compact_from and self._journaled.start_compaction():
+            self._compact_from = 2 * size
 
 
 class EventStore:
@@ -343,3 +547,43 @@ class _Guard:
         self._store._failure = told
         if told is not error:
             raise told from error
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a recovery did.
+
+    Attributes:
+        file: name of the partition file.
+        committed: stream sequence of the last commit.
+        replayed: commits that only the journal held.
+        torn: commits that a crash had cut short and that were dropped; they were never acknowledged.
+        held_back: why the journal could not be copied into the file yet, though nothing is lost; empty when it was.
+    """
+
+    file: str
+    committed: int
+    replayed: int
+    torn: int
+    held_back: str
+
+
+def recover_partition(path: Path) -> Recovered:
+    """Open a partition file as its writer does, copy what its journal holds into it, and close it.
+
+    Stock tools see everything that was committed then. A persister does the same when it opens the file.
+
+    Raises:
+        CorpusLockedError: a writer has it open; there is nothing to recover then.
+        CorpusError: it cannot be recovered; the message says what to do.
+    """
+    with EventStore.open(path, expected=None) as store:
+        done = store.checkpoint()
+        stats = store.stats
+        return Recovered(
+            file=path.name,
+            committed=store.committed,
+            replayed=stats.records_recovered,
+            torn=stats.torn_records,
+            held_back="" if done else stats.checkpoint_deferred_because,
+        )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from services.eventlog.jetstream.certificates import Validity
+from services.eventlog.jetstream.credentials import Validity
 from services.eventlog.jetstream.report import StreamReport
 from services.eventlog.partitions import partition_name
 

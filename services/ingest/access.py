@@ -8,24 +8,36 @@ one in its path is for tokens of all consultations, unless its handler promises 
 
 from __future__ import annotations
 
+import ipaddress
 import math
+import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from hmac import compare_digest
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from services.contract.tokens import Scope
+from services.contract import tokens
+from services.contract.errors import ConfigurationError
+from services.contract.logs import get_logger
+from services.contract.tokens import Scope, Token, digest_of
 from services.ingest import metrics as reasons
 from services.ingest import problems
 from services.ingest.answers import Answers
-from services.ingest.audit import Audit
+from services.ingest.changes import read
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
-from services.ingest.rates import Rates
-from services.ingest.tokens import ANONYMOUS, Tokens
+from services.ingest.rates import Lines, Rates
 from services.ingest.tracing import trace_id_of
 
+VARIABLE = "FI_TOKEN_FILE"
+#: the digest of nobody
+ANONYMOUS = ""
+#: what a token that is not known is compared with
+_NOBODY = "0" * 64
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 #: as aiohttp has it: an answer ends the request, None goes on to the handler
 ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
@@ -34,6 +46,62 @@ ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 OPEN = None
 _CHALLENGE = 'Bearer realm="fiq"'
 _INVALID = f'{_CHALLENGE}, error="invalid_token"'
+#: the kind of the log lines that no token of ours belongs to
+_STRANGERS = ""
+
+
+class Tokens:
+    """Tokens by their digests.
+
+    The file's digest of a token is found by a hash of it with a key that this process alone has, and only then
+    compared, in constant time: how long either takes tells nothing about any token or its digest, and does not grow
+    with the number of tokens.
+
+    Attributes:
+        path: of the file; empty when no tokens are asked for, and everybody may everything.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._tokens: dict[str, Token] = {}
+        self._key = secrets.token_bytes(32)
+        #: digests by their hashes
+        self._blinded: dict[bytes, str] = {}
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether a request needs a token."""
+        return bool(self.path)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tokens, also of those that have ended."""
+        return {token.name for token in self._tokens.values()}
+
+    def load(self) -> None:
+        """Read the file. Raises ConfigurationError: it cannot be read, or is none; the tokens stay as they were."""
+        try:
+            self._tokens = tokens.parse(read(self.path, VARIABLE))
+        except ConfigurationError as error:
+            marked = [one if one.startswith(VARIABLE) else f"{VARIABLE}={self.path}: {one}" for one in error.problems]
+            raise ConfigurationError(marked) from None
+        self._blinded = {self._blind(digest): digest for digest in self._tokens}
+
+    def known(self, secret: str) -> str | None:
+        """Return the digest of *secret* when it is a token that has not ended."""
+        digest = digest_of(secret)
+        ours = self._blinded.get(self._blind(digest), _NOBODY)
+        return ours if compare_digest(ours, digest) and self.by_digest(ours) is not None else None
+
+    def by_digest(self, digest: str) -> Token | None:
+        """Return the token with *digest*, unless it has ended or there is none."""
+        token = self._tokens.get(digest)
+        if token is None or (token.expires is not None and token.expires <= datetime.now(UTC)):
+            return None
+        return token
+
+    def _blind(self, digest: str) -> bytes:
+        return blake2b(digest.encode(), key=self._key, digest_size=16).digest()
 
 
 class Grant:
@@ -127,7 +195,7 @@ class Gate:
         self, answers: Answers, metrics: Metrics, tokens: Tokens, rates: Rates, before_write: Callable[[], None]
     ) -> None:
         self._answers = answers
-        self._audit = Audit(metrics)
+        self._audit = _Audit(metrics)
         self._tokens = tokens
         self._rates = rates
         self._before_write = before_write
@@ -261,6 +329,47 @@ def _lacks(grant: Grant, rule: Rule, scope: Scope, consultation: str | None) -> 
     if not rule.each and not grant.may(scope, consultation or ""):
         return reasons.PREFIX
     return ""
+
+
+class _Audit:
+    """Writes ``ACCESS_REFUSED``: who, from where, what, why; never a token, of the path its template only.
+
+    As many as anybody can read: those of each token, and of all strangers together, so that no stranger hides what is
+    done with a token.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._lines = Lines()
+        self._log = get_logger("ingest.access").bind()
+
+    def refused(self, request: web.Request, reason: str, name: str | None) -> None:
+        """Note that *request* was refused.
+
+        Args:
+            request: what was asked for.
+            reason: one of :data:`services.ingest.metrics.ACCESS_REASONS`.
+            name: of the token, when it is one of ours.
+        """
+        self._metrics.access_refused[reason].inc()
+        told = self._lines.told(name or _STRANGERS)
+        if told is None:
+            return
+        values: dict[str, object] = {"token": name, "remote": request.remote, "forwarded": _forwarded(request)}
+        resource = request.match_info.route.resource
+        values["method"] = request.method if request.method in hdrs.METH_ALL else "another one"
+        values["path"] = None if resource is None else resource.canonical
+        present = {key: value for key, value in (values | told).items() if value is not None}
+        self._log.warning("ACCESS_REFUSED", reason=reason, **present)
+
+
+def _forwarded(request: web.Request) -> str | None:
+    """Return the address that the nearest proxy names, which is no more than its word, when it is an address."""
+    values = request.headers.getall("X-Forwarded-For", ())
+    try:
+        return str(ipaddress.ip_address(values[-1].rpartition(",")[2].strip())) if values else None
+    except ValueError:
+        return None
 
 
 #: where handlers find the gate

@@ -107,11 +107,7 @@ class Share:
         self._timeout = timeout
 
     def take(self, chunk: bytes) -> None:
-        """Take a part of the body.
-
-        Raises:
-            TooManyInFlightError: there is no memory for it.
-        """
+        """Take a part of the body. Raises TooManyInFlightError: there is no memory for it."""
         self._check()
         self._admission._reserve(len(chunk), self)
         self.size += len(chunk)

@@ -15,10 +15,9 @@ from services.contract.lifecycle import beside
 from services.contract.management import CachedCheck, ReadinessCheck
 from services.contract.telemetry import Spans
 from services.contract.tokens import Scope
-from services.eventlog.backlog import Backlog
 from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import EventBrowser, EventWriter
-from services.ingest.access import GATE, OPEN, Gate
+from services.eventlog.protocol import Backlog, EventBrowser, EventWriter
+from services.ingest.access import GATE, OPEN, VARIABLE, Gate, Tokens
 from services.ingest.admission import Admission
 from services.ingest.answers import Answers
 from services.ingest.changes import WatchedFiles
@@ -36,9 +35,7 @@ from services.ingest.handlers import (
 )
 from services.ingest.keys import Keys
 from services.ingest.metrics import Metrics
-from services.ingest.openapi import describe
-from services.ingest.openapi_operations import DOCS_PATH, OPENAPI_PATH
-from services.ingest.openapi_page import PAGE_HEADERS, PAGE_TYPE, as_page
+from services.ingest.openapi import DOCS_PATH, OPENAPI_PATH, PAGE_HEADERS, PAGE_TYPE, as_page, describe
 from services.ingest.pressure import Pressure
 from services.ingest.problems import TYPE_PREFIX
 from services.ingest.rates import Rates
@@ -53,11 +50,9 @@ from services.ingest.reading import (
 )
 from services.ingest.reading_follow import Followers
 from services.ingest.resources import EVENTS, RESOURCES
-from services.ingest.server import TLS
+from services.ingest.server import CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS, Certificate, check_both
 from services.ingest.settings import Settings
 from services.ingest.storing import Storing
-from services.ingest.tls import CERTIFICATE_VARIABLE, KEY_VARIABLE, Certificate, check_both
-from services.ingest.tokens import VARIABLE, Tokens
 from services.ingest.tracing import TracedWriter, serving_spans
 
 #: what keeps the service from taking events just now

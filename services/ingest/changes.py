@@ -41,11 +41,7 @@ class WatchedFiles:
         self._log = get_logger("ingest.files")
 
     def start(self) -> None:
-        """Read them for the first time.
-
-        Raises:
-            ConfigurationError: they are no good.
-        """
+        """Read them for the first time. Raises ConfigurationError: they are no good."""
         seen = self._signatures()
         self._load()
         self._seen = seen

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import uvloop
 
 from services.contract import logs
-from services.contract.command import complain, load_or_exit, parser, product_version
+from services.contract.command import complain, load_or_exit, memory_limit, parser, product_version
 from services.contract.errors import FiqError
 from services.contract.lifecycle import Stop, stop_on_signals
-from services.contract.memory import memory_limit
-from services.ingest import connections, memory
+from services.ingest import connections
 from services.ingest.settings import Settings
 
+#: a process without requests: the interpreter and its libraries, bytes
+BASE_BYTES = 96 * 2**20
+#: a body is in memory as it was read, as the event, and in the buffer of the connection to the log
+COPIES = 3
 PROGRAM = "fiq-ingest"
 
 
@@ -23,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = load_or_exit(PROGRAM, Settings, os.environ)
     logs.configure("ingest", level=settings.log_level)
     log = logs.get_logger("ingest")
-    bounded = memory.within(settings, memory_limit())
+    bounded = within(settings, memory_limit())
     if bounded != settings:
         log.warning("MEMORY_BOUNDED", max_in_flight_bytes=bounded.max_in_flight_bytes)
     if (connectable := connections.within(bounded)) != bounded:
@@ -45,3 +49,14 @@ async def _run(settings: Settings) -> int:
     with spans_of(PROGRAM, os.environ) as spans:
         await serve(settings, stop, version=product_version(), spans=spans)
     return stop.exit_code
+
+
+def within(settings: Settings, limit: int | None) -> Settings:
+    """Return *settings* with bodies in flight that fit into *limit* bytes; None is no limit.
+
+    One body of the largest size is always taken, whatever the limit.
+    """
+    if limit is None:
+        return settings
+    room = max(settings.max_event_bytes, (limit - BASE_BYTES) // COPIES)
+    return dataclasses.replace(settings, max_in_flight_bytes=min(settings.max_in_flight_bytes, room))

@@ -1,23 +1,30 @@
 """How many connections one process has, and what those beyond it get.
 
-Whoever is in a TLS handshake cannot be told anything yet. All sockets together, whatever they are at, are at most
-:data:`_MOST_TURNED` more than there may be connections; so many files there are for them (:func:`within`).
+A connection counts from the end of its TLS handshake on; only time bounds handshakes, as asyncio does not show them.
+There are files for all connections and for those that are turned away (:func:`within`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import resource
+import socket
+import struct
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import cast
+from typing import Protocol, cast
 
 from aiohttp import web
+from prometheus_client import Counter
 
 from services.ingest import problems
 from services.ingest.answers import Answers
 from services.ingest.settings import Settings
 
+#: of SO_LINGER: on, for no time
+_DROP = struct.pack("ii", 1, 0)
 #: seconds in which a client that is turned away gets to send its request and to read the answer
 _PATIENCE = 2.0
 #: clients that are being turned away at the same time; more are cut off without an answer
@@ -39,26 +46,15 @@ class Connections:
         self._answers = answers
         self._open = 0
         self._turned = 0
-        self._shaking = 0
-
-    def begin(self) -> bool:
-        """Count a TLS handshake that begins, unless there are too many sockets already; say which."""
-        if self._open + self._turned + self._shaking >= self._limit + _MOST_TURNED:
-            return False
-        self._shaking += 1
-        return True
-
-    def end(self) -> None:
-        """Count its end, whatever came of it."""
-        self._shaking -= 1
+        self._closed = False
 
     def enter(self, transport: asyncio.BaseTransport | None) -> bool:
         """Count a new connection, or turn it away when there are as many as may be; say which."""
-        if self._open < self._limit:
+        if self._open < self._limit and not self._closed:
             self._open += 1
             return True
         sender = cast("asyncio.Transport", transport)
-        if self._turned >= _MOST_TURNED:
+        if self._turned >= _MOST_TURNED or self._closed:
             sender.set_protocol(asyncio.Protocol())  # which does not care how it ends
             sender.abort()
         else:
@@ -69,6 +65,10 @@ class Connections:
     def leave(self) -> None:
         """Count the end of one that was served."""
         self._open -= 1
+
+    def close(self) -> None:
+        """Cut off whoever comes from now on: out of a handshake that was begun before the listener was closed."""
+        self._closed = True
 
     def _refusal(self) -> bytes:
         return in_bytes(self._answers.refused(problems.TOO_MANY_CONNECTIONS))
@@ -121,3 +121,72 @@ def within(settings: Settings) -> Settings:
         return settings
     room = max(1, soft - _MOST_TURNED - _OTHER_FILES)
     return dataclasses.replace(settings, max_connections=room)
+
+
+# -- Sends answers, each in a bounded time: who does not read what it asked for keeps nothing of ours for ever -------
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a client may take to take what was sent to it, and what counts those that did not."""
+
+    seconds: float
+    cut: Counter
+
+
+class Sending:
+    """What a connection still has to send. Costs nothing while the kernel takes all of it at once.
+
+    The transport tells when it has to keep something (its high-water mark must be 1 byte) and when all has gone.
+    """
+
+    def __init__(self, patience: Patience) -> None:
+        self._usual = self._patience = patience
+        self._timer: asyncio.TimerHandle | None = None
+
+    def allow(self, patience: Patience) -> None:
+        """Be as patient until the end of this answer."""
+        self._patience = patience
+
+    def answered(self) -> None:
+        """Be as patient as usual with the next answer."""
+        self._patience = self._usual
+
+    def waits(self, transport: asyncio.Transport) -> None:
+        """Cut *transport* off, and count it, unless :meth:`goes_on` is called in time."""
+        self._timer = asyncio.get_running_loop().call_later(self._patience.seconds, self._end, transport)
+
+    def goes_on(self) -> None:
+        """Everything was taken, or the client has gone."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self, transport: asyncio.Transport) -> None:
+        self._timer = None
+        self._patience.cut.inc()
+        cut_off(transport)
+
+
+def allow(request: web.BaseRequest, patience: Patience) -> None:
+    """Be as patient with the client of *request* until it has its answer."""
+    cast("_Sender", request.protocol).sending.allow(patience)
+
+
+class _Sender(Protocol):
+    sending: Sending
+
+
+def cut_off(transport: asyncio.Transport) -> None:
+    """End a connection without waiting for the other side; the kernel drops what it would have sent, too."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        with contextlib.suppress(OSError):  # it has gone
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _DROP)
+    transport.abort()
+
+
+async def send(response: web.StreamResponse, request: web.Request) -> None:
+    """Send *response* as a whole; aiohttp then finds nothing left to send."""
+    await response.prepare(request)
+    await response.write_eof()

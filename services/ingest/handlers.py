@@ -19,13 +19,20 @@ from services.ingest import problems
 from services.ingest.access import GATE, GRANT
 from services.ingest.admission import Admission, Share
 from services.ingest.answers import SERVER, Answers
-from services.ingest.batch import Place, consultation_of, read_batch, split_array, split_lines
-from services.ingest.body import check_content, read_body
-from services.ingest.cloudevents import read_binary, read_structured
-from services.ingest.drafts import Draft, read_line
+from services.ingest.batch import (
+    Draft,
+    Place,
+    consultation_of,
+    read_batch,
+    read_binary,
+    read_line,
+    read_structured,
+    split_array,
+    split_lines,
+)
 from services.ingest.metrics import Metrics
 from services.ingest.problems import BY_SLUG, RequestRefusedError
-from services.ingest.resources import Form, Resource
+from services.ingest.resources import Form, Resource, check_content, read_body
 from services.ingest.settings import Settings
 from services.ingest.storing import Storing
 from services.ingest.tracing import trace_id_of, trace_of

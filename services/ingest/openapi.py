@@ -1,27 +1,60 @@
-"""The OpenAPI 3.1 description of the service, with the limits of this process in it."""
+"""The OpenAPI 3.1 description of the service: `openapi.json`, with the limits and problems of this process in it.
+
+It is JSON, as the service needs no reader of YAML otherwise. Its `x-problems`, the slugs of what an operation can be
+refused with, become responses here, so that titles and details are written once, in :mod:`services.ingest.problems`.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from html import escape
+from pathlib import Path
 from typing import Any
 
-from services.ingest import openapi_schemas as schemas
+import orjson
+
 from services.ingest.batch import MAX_EVENTS
 from services.ingest.handlers import body_limit
-from services.ingest.openapi_operations import Operation, operations
-from services.ingest.openapi_refusals import GENERAL
-from services.ingest.problems import Problem
+from services.ingest.problems import BY_SLUG, CONTENT_TYPE, Problem
 from services.ingest.resources import Form
 from services.ingest.settings import Settings
 
+PAGE_TYPE = "text/html; charset=utf-8"
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; }
+section { margin: 1.5rem 0; }
+code, pre { font: 14px/1.45 ui-monospace, monospace; }
+pre { background: #8882; padding: .7rem; overflow-x: auto; }
+table { border-collapse: collapse; margin: .5rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0; }
+.method { font-weight: 700; }
+""".strip()
+_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+#: nothing is loaded, run, sent or framed: the one style is named by its hash
+PAGE_HEADERS: Mapping[str, str] = {
+    "Content-Security-Policy": (
+        f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_LIMITS = {
+    "x-max-event-bytes": "bytes of an event",
+    "x-max-batch-bytes": "bytes of a batch",
+    "x-max-batch-events": "events of a batch",
+    "x-max-json-depth": "levels of JSON",
+}
 Json = dict[str, Any]
 
-_ABOUT = (
-    "Takes events, stores each once, and reads them back. Every refusal is a problem document (RFC 9457); decide by "
-    "its type. The problems in x-general-problems can answer any request, one that is not described here, too."
-)
-_TOKEN = "A token of this service, with the scope that the operation names, for the consultation in question."  # noqa: S105
-#: tag of each scope, for readers
-_TAGS = {"write": "Post", "read": "Read", None: "Open to everybody"}
+#: where the description is, for programs and for people
+OPENAPI_PATH, DOCS_PATH = "/openapi.json", "/docs"
+_PROBLEM_HEADERS = {"Retry-After": (409, 429, 503), "WWW-Authenticate": (401, 403)}
 
 
 def describe(settings: Settings, version: str) -> Json:
@@ -31,62 +64,165 @@ def describe(settings: Settings, version: str) -> Json:
         settings: of the process, whose limits it names.
         version: of the product.
     """
-    paths: dict[str, Json] = {}
-    for operation in operations():
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, settings)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "fiq", "version": version, "description": _ABOUT},
-        "servers": [{"url": "/"}],
-        "tags": [{"name": name} for name in _TAGS.values()],
-        "paths": paths,
-        "components": {
-            "schemas": schemas.schemas(),
-            "parameters": schemas.parameters(),
-            "headers": schemas.headers(),
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": _TOKEN}},
-        },
-        "x-general-problems": [problem.type for problem in GENERAL],
+    described: Json = orjson.loads((Path(__file__).parent / "openapi.json").read_bytes())
+    described["info"]["version"] = version
+    described["components"]["parameters"]["slug"]["schema"]["enum"] = list(BY_SLUG)
+    limits = {
+        "x-max-event-bytes": settings.max_event_bytes,
+        "x-max-json-depth": settings.max_json_depth,
+        "x-max-batch-bytes": body_limit(Form.LINES, settings),
+        "x-max-batch-events": MAX_EVENTS,
     }
-
-
-def _operation(operation: Operation, settings: Settings) -> Json:
-    described: Json = {
-        "operationId": operation.name,
-        "summary": operation.title,
-        "description": operation.text,
-        "tags": [_TAGS[operation.scope]],
-        "security": _security(operation, settings),
-        "parameters": [schemas.named("parameters", name) for name in operation.parameters],
-        "responses": _answers(operation),
-    }
-    if operation.resource is not None:
-        described["requestBody"] = {"required": True, "content": operation.body}
-        described |= limits(set(operation.resource.forms.values()), settings)
+    for operation in (one for methods in described["paths"].values() for one in methods.values()):
+        operation |= {name: limit for name, limit in limits.items() if name in operation}
+        if operation["security"] and not settings.token_file:
+            operation["security"].insert(0, {})
+        refused: dict[int, list[Problem]] = {}
+        for slug in operation.pop("x-problems"):
+            refused.setdefault(BY_SLUG[slug].status, []).append(BY_SLUG[slug])
+        operation["responses"] |= {str(status): _refusal(status, refused[status]) for status in sorted(refused)}
     return described
 
 
-def _security(operation: Operation, settings: Settings) -> list[Json]:
-    if operation.scope is None:
-        return []
-    asked = [{"token": [str(operation.scope)]}]
-    return asked if settings.token_file else [{}, *asked]
+def _refusal(status: int, problems: list[Problem]) -> Json:
+    """Return the answer *status* that is one of the *problems*."""
+    first, types = problems[0], [problem.type for problem in problems]
+    told = {"properties": {"type": {"enum": types}, "status": {"const": status}}}
+    schema = {"allOf": [{"$ref": "#/components/schemas/Problem"}, told]}
+    example = {"type": first.type, "title": first.title, "status": status, "detail": first.detail}
+    answer: Json = {
+        "description": "; ".join(problem.title for problem in problems) + ".",
+        "content": {CONTENT_TYPE: {"schema": schema, "example": example}},
+    }
+    names = [name for name, has in _PROBLEM_HEADERS.items() if status in has]
+    return answer | ({"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}} if names else {})
 
 
-def limits(forms: set[Form], settings: Settings) -> Json:
-    """Return the extensions that tell the limits of what is posted in *forms*."""
-    told: Json = {"x-max-event-bytes": settings.max_event_bytes, "x-max-json-depth": settings.max_json_depth}
-    if any(form.is_batch for form in forms):
-        told |= {"x-max-batch-bytes": body_limit(Form.LINES, settings), "x-max-batch-events": MAX_EVENTS}
-    return told
+# -- The description as a page for people: plain HTML that loads nothing, made from the same document ----------------
 
 
-def _answers(operation: Operation) -> Json:
-    good: Json = {"description": "Done.", "content": operation.answers}
-    if operation.answer_headers:
-        good["headers"] = {name: schemas.named("headers", name) for name in operation.answer_headers}
-    found: dict[int, list[Problem]] = {}
-    for problem in operation.problems:
-        found.setdefault(problem.status, []).append(problem)
-    refused = {str(status): schemas.problem_answer(status, found[status]) for status in sorted(found)}
-    return {str(operation.status): good, **refused}
+def as_page(description: Json) -> bytes:
+    """Return the page that shows *description*."""
+    info = description["info"]
+    found = list(_operations(description))
+    parts = [
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(info['title'])}: HTTP</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{escape(info['description'])}</p>",
+        '<p>For programs: <a href="/openapi.json">/openapi.json</a>, OpenAPI 3.1.</p>',
+        _list(
+            f'<a href="#{name(one)}">{_title(path, method)}</a> {escape(one["summary"])}' for path, method, one in found
+        ),
+    ]
+    for tag in description["tags"]:
+        parts.append(f"<h2>{escape(tag['name'])}</h2>")
+        parts += [_section(description, *one) for one in found if tag["name"] in one[2]["tags"]]
+    parts.append("<h2>Any request</h2><p>These problems can answer any request.</p>")
+    parts.append(_list(_problem(kind) for kind in description["x-general-problems"]))
+    parts.append("</body></html>\n")
+    return "\n".join(parts).encode()
+
+
+def curl(description: Json, path: str, method: str, operation: Json) -> str:
+    """Return a command that asks for *operation*, with its examples."""
+    query = [
+        f"{one['name']}={one['example']}"
+        for one in _parameters(description, operation)
+        if one["in"] == "query" and "example" in one
+    ]
+    for one in _parameters(description, operation):
+        if one["in"] == "path":
+            path = path.replace("{" + one["name"] + "}", str(one["example"]))
+    url = "http://127.0.0.1:7001" + path + ("?" + "&".join(query) if query else "")
+    words = ["curl", *(["-X", method.upper()] if method not in ("get", "post") else []), url]
+    if operation["security"]:
+        words += ["-H", "Authorization: Bearer …"]
+    for kind, content in list(operation.get("requestBody", {}).get("content", {}).items())[:1]:
+        body = content["example"]
+        text = body if isinstance(body, str) else json.dumps(body)
+        words += ["-H", f"Content-Type: {kind}", "--data-binary", text]
+    return shlex.join(words)
+
+
+def name(operation: Json) -> str:
+    """Return the anchor of *operation*."""
+    return escape(operation["operationId"])
+
+
+def _operations(description: Json) -> Iterator[tuple[str, str, Json]]:
+    for path, methods in description["paths"].items():
+        for method, operation in methods.items():
+            yield path, method, operation
+
+
+def _section(description: Json, path: str, method: str, operation: Json) -> str:
+    parts = [
+        f'<section id="{name(operation)}"><h3>{_title(path, method)}</h3>',
+        f"<p><b>{escape(operation['summary'])}.</b> {escape(operation['description'])}</p>",
+        f"<p>{_access(operation)}</p>",
+    ]
+    parameters = _parameters(description, operation)
+    if parameters:
+        parts.append(_table(("parameter", "in", ""), [_parameter(one) for one in parameters]))
+    if kinds := operation.get("requestBody", {}).get("content"):
+        parts.append("<p>Takes " + ", ".join(f"<code>{escape(kind)}</code>" for kind in kinds) + ".</p>")
+        parts.append(_list(f"at most {operation[key]:,} {text}" for key, text in _LIMITS.items() if key in operation))
+    parts.append(_table(("answer", "", ""), [_answer(*one) for one in operation["responses"].items()]))
+    parts.append(f"<pre>{escape(curl(description, path, method, operation))}</pre>")
+    for content in operation["responses"].values():
+        example = next((kind["example"] for kind in content["content"].values() if "example" in kind), None)
+        if example is not None:
+            parts.append(f"<pre>{escape(json.dumps(example, indent=2))}</pre>")
+        break  # the good one
+    return "".join([*parts, "</section>"])
+
+
+def _title(path: str, method: str) -> str:
+    return f'<code><span class="method">{escape(method.upper())}</span> {escape(path)}</code>'
+
+
+def _access(operation: Json) -> str:
+    if not operation["security"]:
+        return "Open to everybody."
+    scope = operation["security"][-1]["token"][0]
+    asked = "Takes" if {} not in operation["security"] else "This process asks for no token; elsewhere it takes"
+    return f"{asked} a token with the scope <b>{escape(scope)}</b>."
+
+
+def _parameters(description: Json, operation: Json) -> list[Json]:
+    found = description["components"]["parameters"]
+    return [found[one["$ref"].rpartition("/")[2]] for one in operation["parameters"]]
+
+
+def _parameter(one: Json) -> tuple[str, ...]:
+    schema = json.dumps(one["schema"], ensure_ascii=False)
+    text = f"{escape(one['description'])} <code>{escape(schema)}</code>"
+    return f"<code>{escape(one['name'])}</code>", escape(one["in"]), text
+
+
+def _answer(status: str, answer: Json) -> tuple[str, ...]:
+    kinds = ", ".join(f"<code>{escape(kind)}</code>" for kind in answer["content"])
+    return f"<b>{escape(status)}</b>", kinds, ", ".join(map(_problem, _types(answer))) or escape(answer["description"])
+
+
+def _types(answer: Json) -> list[str]:
+    for content in answer["content"].values():
+        for schema in content["schema"].get("allOf", ()):
+            if "type" in schema.get("properties", {}):
+                return list(schema["properties"]["type"]["enum"])
+    return []
+
+
+def _problem(kind: str) -> str:
+    return f'<a href="{escape(kind)}">{escape(kind.rpartition("/")[2])}</a>'
+
+
+def _list(items: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    cells = "".join(f"<th>{text}</th>" for text in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"

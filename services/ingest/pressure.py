@@ -16,8 +16,8 @@ import math
 from collections.abc import Callable, Iterable
 
 from services.contract.event import Event
-from services.eventlog.backlog import Backlog
 from services.eventlog.partitions import partition_name, partition_of
+from services.eventlog.protocol import Backlog
 from services.ingest import problems
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError

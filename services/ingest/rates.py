@@ -1,9 +1,13 @@
-"""How much one client may ask for: a bucket of allowances that fills at a steady rate."""
+"""How much one client may ask for, and how much is logged of it: buckets of allowances that fill at a steady rate."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
+
+#: log lines of one kind a second in the long run, and at once
+_LINE_RATE, _LINE_BURST = 5.0, 50
 
 
 class Bucket:
@@ -80,3 +84,26 @@ class Rates:
         if bucket is None:
             bucket = self._buckets[name] = Bucket(self._rate, self._burst)
         return bucket
+
+
+class Lines:
+    """Decides which log lines are written: who is refused decides how often, and must not fill a disk.
+
+    The others are counted, and told with the next one of their kind.
+    """
+
+    def __init__(self) -> None:
+        self._rates = Rates(_LINE_RATE, _LINE_BURST)
+        self._left_out: Counter[str] = Counter()
+
+    def told(self, kind: str) -> dict[str, int] | None:
+        """Return what a line of *kind* should say besides, ``left_out`` if any were; None when it is left out itself.
+
+        Args:
+            kind: one of a few; each is remembered for ever.
+        """
+        if self._rates.take(kind):
+            self._left_out[kind] += 1
+            return None
+        left_out = self._left_out.pop(kind, 0)
+        return {"left_out": left_out} if left_out else {}

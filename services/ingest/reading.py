@@ -24,10 +24,10 @@ from services.ingest import problems
 from services.ingest import reading_records as records
 from services.ingest.access import GRANT
 from services.ingest.answers import SERVER
+from services.ingest.connections import send
 from services.ingest.handlers import ANSWERS, METRICS
 from services.ingest.problems import Problem, RequestRefusedError
 from services.ingest.reading_follow import Followers
-from services.ingest.sending import send
 
 READER = web.AppKey("reader", EventBrowser)
 FOLLOWERS = web.AppKey("followers", Followers)
@@ -56,11 +56,7 @@ class Reads:
         self._under_way = 0
 
     def enter(self, held: ExitStack) -> None:
-        """Count one until *held* ends.
-
-        Raises:
-            TooManyInFlightError: there are as many as may be.
-        """
+        """Count one until *held* ends. Raises TooManyInFlightError: there are as many as may be."""
         if self._under_way >= MAX_READS:
             raise TooManyInFlightError("too many reads are under way")
         self._under_way += 1

@@ -24,9 +24,9 @@ from services.ingest import problems
 from services.ingest import reading_records as records
 from services.ingest.access import GRANT
 from services.ingest.answers import SERVER
+from services.ingest.connections import Patience, allow
 from services.ingest.metrics import Metrics
 from services.ingest.problems import RequestRefusedError
-from services.ingest.sending import Patience, allow
 
 #: a client that has not taken what was sent after this is let go, seconds
 SLOW_SECONDS = 10.0

@@ -24,22 +24,14 @@ _MAX_POSITION = 2**63 - 1
 
 
 def position(text: str, name: str) -> int:
-    """Return the position in the log that *text*, the value of *name*, says.
-
-    Raises:
-        RequestRefusedError: it is none.
-    """
+    """Return the position in the log that *text*, the value of *name*, says. Raises RequestRefusedError: it is none."""
     if _NUMBER.fullmatch(text) is None or int(text) > _MAX_POSITION:
         raise RequestRefusedError(problems.INVALID_PARAMETER, f"{name} must be a whole number from 0 on.")
     return int(text)
 
 
 def limit(request: web.Request) -> int:
-    """Return how many records a page may have.
-
-    Raises:
-        RequestRefusedError: the parameter is malformed.
-    """
+    """Return how many records a page may have. Raises RequestRefusedError: the parameter is malformed."""
     text = request.query.get("limit", str(DEFAULT_LIMIT))
     if _NUMBER.fullmatch(text) is None or not 1 <= int(text) <= MAX_LIMIT:
         raise RequestRefusedError(problems.INVALID_PARAMETER, f"limit must be 1 to {MAX_LIMIT}.")

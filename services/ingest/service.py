@@ -6,18 +6,28 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from services.contract.errors import ConfigurationError
 from services.contract.lifecycle import Stop, settle
 from services.contract.logs import get_logger
 from services.contract.management import bind, managed
 from services.contract.telemetry import Spans
-from services.ingest.app import READY, make_app
+from services.eventlog.jetstream.connection import check_max_payload, close
+from services.eventlog.jetstream.monitor import monitoring
+from services.eventlog.jetstream.names import Role
+from services.eventlog.jetstream.provision import reach
+from services.eventlog.jetstream.publisher import Publisher
+from services.eventlog.jetstream.reading import JetStreamReader
+from services.eventlog.metrics import LogMetrics
+from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS
-from services.ingest.log import open_log
 from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
 
+#: shown in the servers' monitoring
+CONNECTION_NAME = "fi-ingest"
 _MANAGEMENT = "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"
 
 
@@ -109,3 +119,34 @@ async def _started(server: HttpServer, stop: Stop) -> bool:
         return False
     finally:
         asked.cancel()
+
+
+@asynccontextmanager
+async def open_log(settings: Settings, on_closed: Callable[[str], None], metrics: LogMetrics) -> AsyncIterator[OpenLog]:
+    """Connect, provision, and yield the log; close publisher and connection afterwards.
+
+    Args:
+        settings: of the process.
+        on_closed: called with the reason when the connection is lost for good.
+        metrics: where the log is shown while it is open.
+
+    Raises:
+        StartupError: no cluster within FI_STARTUP_TIMEOUT.
+        ConfigurationError: the broker takes no message as large as FI_MAX_EVENT_BYTES.
+        ProvisionError: the stream is not what the settings ask for.
+    """
+    client = await reach(settings.log, name=CONNECTION_NAME, role=Role.INGEST, on_closed=on_closed)
+    try:
+        check_max_payload(client, settings.max_event_bytes)
+        reader = JetStreamReader(client, settings.log)
+        publisher = Publisher(
+            client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight, known=reader.known
+        )
+        await publisher.start()
+        try:
+            async with monitoring(client, settings.log, metrics) as monitor:
+                yield OpenLog(publisher, monitor.ready, reader, monitor.backlog)
+        finally:
+            await publisher.close()
+    finally:
+        await close(client)

@@ -30,7 +30,7 @@ from services.corpus import (
     open_corpus,
     write_index,
 )
-from services.corpus.records import check_identity
+from services.corpus.format import check_identity
 from services.corpus.recovery import journal_path
 from services.eventlog.errors import LogMismatchError, PlacementError
 from services.eventlog.jetstream.names import BUCKET, placement_key

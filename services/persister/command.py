@@ -8,10 +8,9 @@ import os
 import uvloop
 
 from services.contract import logs
-from services.contract.command import complain, load_or_exit, parser
+from services.contract.command import complain, load_or_exit, memory_limit, parser
 from services.contract.errors import ConfigurationError, FiqError
 from services.contract.lifecycle import Stop, stop_on_signals
-from services.contract.memory import memory_limit
 from services.persister.memory import needed_bytes, variables, within
 from services.persister.settings import PersisterSettings
 

@@ -30,8 +30,8 @@ from services.eventlog.jetstream.monitor import LogMonitor, monitoring
 from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, corpus_subject
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.processes import show_progress
+from services.eventlog.jetstream.provision import reach_log
 from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.jetstream.startup import reach_log
 from services.eventlog.jetstream.trim import Trimmed, Trimmer, is_turn
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from services.cli.commands import demo
 from services.cli.main import app
-from services.cli.rehearsal.load import Accepted
-from services.cli.rehearsal.verification import Verdict, compare
+from services.cli.rehearsal import Accepted, Verdict, compare
 from services.corpus import open_corpus, verify_corpus
 from tests.support.polling import eventually_sync
 

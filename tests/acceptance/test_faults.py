@@ -10,10 +10,7 @@ import orjson
 import pytest
 from aiohttp import ClientResponse, ClientSession, ClientTimeout
 
-from services.cli.rehearsal.chaos import drained
-from services.cli.rehearsal.consultations import Post
-from services.cli.rehearsal.load import Accepted
-from services.cli.rehearsal.verification import verify
+from services.cli.rehearsal import Accepted, Post, drained, verify
 from services.cli.stack import Stack
 from services.cli.target import connected
 from services.corpus import open_corpus

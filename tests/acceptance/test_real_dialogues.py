@@ -13,9 +13,7 @@ from uuid import UUID
 import h5py
 import pytest
 
-from services.cli.rehearsal.chaos import Chaos, drained
-from services.cli.rehearsal.load import Load, Outcome
-from services.cli.rehearsal.verification import verify
+from services.cli.rehearsal import Chaos, Load, Outcome, drained, verify
 from services.cli.stack import Stack
 from services.cli.target import connected
 from services.contract.event import decode

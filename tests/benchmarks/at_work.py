@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 
 from services.cli import monitoring
-from services.cli.ports import free_ports
-from services.cli.processes import ManagedProcess
+from services.cli.processes import ManagedProcess, free_ports
 from tests.benchmarks import commits, processes
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.commits import CommitLog

@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h5py
 
 from services.corpus import EventStore, Identity, Record
-from services.corpus.creation import create_pair
 from services.corpus.format import CONSULTATIONS, LIBVER
 from services.corpus.groups import OpenConsultations
+from services.corpus.recovery import create_pair
 from services.corpus.storage import StorageIO
 
 #: consultations that a batch touches, and batches that are not measured: they create the groups, and the journal takes
@@ -110,7 +110,9 @@ def plain(path: Path, batches: int, spread: int, warm_up: int) -> Run:
     create_pair(path, _IDENTITY, StorageIO())
     descriptor = os.open(path, os.O_RDWR)
     with h5py.File(path, "r+", libver=LIBVER, rdcc_nslots=17) as file:
-        consultations = OpenConsultations(file.id, CONSULTATIONS, HDF5Tail, _IDENTITY, events=0, limit=2000)
+        consultations = OpenConsultations(
+            file.id, CONSULTATIONS, cast("Any", HDF5Tail), _IDENTITY, events=0, limit=2000
+        )
 
         def append(consultation: str, records: Sequence[Record]) -> None:
             consultations.find_or_create(consultation).append(records, 0)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import cast
 
-from services.cli.ports import LOOPBACK
+from services.cli.processes import LOOPBACK
 from tests.benchmarks.tally import Tally
 
 _HEAD_END = b"\r\n\r\n"

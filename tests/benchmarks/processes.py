@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 
 from services.cli import monitoring
-from services.cli.ports import free_ports
-from services.cli.processes import ManagedProcess
+from services.cli.processes import ManagedProcess, free_ports
 
 #: root of the repository
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import nats
 import orjson
 from aiohttp import ClientSession
 
-from services.cli.ports import LOOPBACK
+from services.cli.processes import LOOPBACK
 from services.corpus import open_corpus
 from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.settings import LogSettings

@@ -18,7 +18,7 @@ import orjson
 import uvloop
 from aiohttp import web
 
-from services.cli.ports import LOOPBACK
+from services.cli.processes import LOOPBACK
 from tests.benchmarks.plain_hdf5 import PlainFile
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

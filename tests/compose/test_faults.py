@@ -21,8 +21,7 @@ from uuid import uuid4
 
 import pytest
 
-from services.cli.rehearsal.consultations import Post, generate
-from services.cli.rehearsal.load import Load
+from services.cli.rehearsal import Load, Post, generate
 from tests.support.compose.alerts import Alert, Watch
 from tests.support.compose.engine import docker
 from tests.support.compose.faults import disconnected, killed, no_slow_network, paused, slow

@@ -10,9 +10,7 @@ import orjson
 import pytest
 from aiohttp import ClientSession
 
-from services.cli.rehearsal.consultations import Post, generate
-from services.cli.rehearsal.load import Accepted, Load
-from services.cli.rehearsal.verification import compare
+from services.cli.rehearsal import Accepted, Load, Post, compare, generate
 from services.eventlog.partitions import partition_of
 from tests.support.compose.engine import PACE, EngineError, docker
 from tests.support.compose.hosts import HOSTS, PARTITIONS, PERSISTERS, Hosts

@@ -13,7 +13,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.cli.assets import find_nats_server
-from services.cli.ports import LOOPBACK, free_ports, is_free
+from services.cli.processes import LOOPBACK, free_ports, is_free
 from tests.support.polling import eventually_sync
 
 

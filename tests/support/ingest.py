@@ -17,10 +17,9 @@ from aiohttp.web import Application
 from services.contract.event import Event
 from services.contract.management import bind, managed
 from services.contract.telemetry import Spans
-from services.eventlog.backlog import Backlog
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import Appended, Page, Stored, StoredEvent, digest_of
+from services.eventlog.protocol import Appended, Backlog, Page, Stored, StoredEvent, digest_of
 from services.eventlog.settings import LogSettings
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS, SETTINGS

@@ -16,8 +16,7 @@ from typing import Any
 from services.cli.cluster import Cluster
 from services.cli.security.authority import Authority, Pair
 from services.cli.security.deployment import Deployment
-from services.cli.security.files import Owner
-from services.cli.security.layout import Layout
+from services.cli.security.files import Layout, Owner
 from services.eventlog.jetstream.connection import Connection, close, connect
 from services.eventlog.jetstream.names import Role
 from services.eventlog.settings import LogSettings

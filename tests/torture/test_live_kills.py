@@ -16,10 +16,7 @@ import pytest
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
 from services.cli import monitoring
-from services.cli.rehearsal.chaos import drained
-from services.cli.rehearsal.consultations import Post
-from services.cli.rehearsal.load import Accepted
-from services.cli.rehearsal.verification import verify
+from services.cli.rehearsal import Accepted, Post, drained, verify
 from services.cli.stack import Stack
 from services.cli.target import connected
 from services.corpus import verify_corpus

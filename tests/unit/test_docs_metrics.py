@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from services.corpus import StoreStats
-from services.eventlog.jetstream.certificates import Validity
+from services.eventlog.jetstream.credentials import Validity
 from services.eventlog.jetstream.report import ReplicaReport, StreamReport
 from services.eventlog.metrics import PARTS, LogMetrics
 from services.ingest.metrics import OUTCOMES

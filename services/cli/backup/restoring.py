@@ -19,8 +19,7 @@ from services.cli.backup.making import OnProgress, read_volume, sync_file
 from services.cli.backup.manifest import MANIFEST_NAME, VOLUME_COPY, FileEntry, Manifest
 from services.cli.errors import BackupError, CommandError, RestoreRefusedError
 from services.corpus import EventStore, Identity, StorageIO, open_corpus
-from services.corpus.filesystems import check_file_system
-from services.corpus.locks import try_lock
+from services.corpus.storage import check_file_system, try_lock
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.placement import Placement
 from services.eventlog.partitions import partition_name

@@ -12,8 +12,8 @@ from rich.filesize import decimal
 from services.cli import console
 from services.cli.backup.cluster import ClusterView, look
 from services.cli.backup.manifest import Manifest
+from services.cli.console import bar
 from services.cli.errors import BackupError
-from services.cli.progress import bar
 from services.cli.target import FolderOption, ServerOption, find_cluster, find_corpus
 
 OfflineOption = Annotated[

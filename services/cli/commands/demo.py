@@ -19,10 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from services.cli import console, monitoring
 from services.cli.errors import CommandError
-from services.cli.rehearsal.chaos import Chaos, drained
-from services.cli.rehearsal.consultations import Post, generate
-from services.cli.rehearsal.load import Load, Outcome
-from services.cli.rehearsal.verification import Verdict, verify
+from services.cli.rehearsal import Chaos, Load, Outcome, Post, Verdict, drained, generate, verify
 from services.cli.stack import Stack
 from services.eventlog.settings import LogSettings
 
@@ -174,12 +171,11 @@ def _dropped(stack: Stack) -> int:
 def _print(result: Result, stack: Stack) -> None:
     outcome, verdict = result.outcome, result.verdict
     table = console.table("what", ">value", title="fiq demo")
-    refused = ", ".join(f"{count} × {status}" for status, count in sorted(outcome.refused.items())) or "none"
     rows = (
         ("killed with SIGKILL", ", ".join(result.killed)),
         ("events accepted (202)", str(len(outcome.accepted))),
         ("posts repeated on purpose", str(outcome.repeated)),
-        ("posts sent again after a failure", refused),
+        ("tries made again after a failure", str(outcome.retries)),
         ("duplicates dropped by the broker", str(outcome.duplicates)),
         ("duplicates dropped by persisters", str(result.dropped)),
         ("events in HDF5", f"{verdict.persisted} in {verdict.consultations} consultations"),

@@ -13,8 +13,7 @@ import typer
 from services.cli.errors import CommandError
 from services.cli.security.authority import check_host
 from services.cli.security.deployment import Deployment
-from services.cli.security.files import Owner
-from services.cli.security.layout import Layout
+from services.cli.security.files import Layout, Owner
 
 _OWNER = re.compile(r"([0-9]{1,9})(?::([0-9]{1,9}))?", re.ASCII)
 #: whom the image's processes run as

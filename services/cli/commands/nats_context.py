@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from services.cli.errors import CommandError
-from services.cli.security.layout import Layout
+from services.cli.security.files import Layout
 from services.cli.target import FolderOption, ServerOption, find_cluster
 from services.eventlog.jetstream.names import Role, inbox_prefix
 

@@ -16,12 +16,10 @@ from typing import IO, Annotated
 
 import typer
 
+from services.cli.console import bar
 from services.cli.errors import CommandError, NotRunningError
 from services.cli.folder import DEFAULT_FOLDER, StackFolder
-from services.cli.posting.checkpoint import Checkpoint, Posting
-from services.cli.posting.lines import Checked, check, is_regular, lines
-from services.cli.posting.poster import Poster, Tally
-from services.cli.progress import bar
+from services.cli.posting import Checked, Checkpoint, Poster, Posting, Tally, check, is_regular, lines
 from services.client import FiqClient, Patience
 from services.contract.errors import InvalidIdError
 from services.contract.ids import check_consultation_id, event_id_from_key, new_event_id

@@ -14,9 +14,8 @@ from services.cli.backup.cluster import ClusterView, fence, look
 from services.cli.backup.fitting import Fit, compare
 from services.cli.backup.manifest import Manifest
 from services.cli.commands.backup import OfflineOption, print_contents
-from services.cli.console import err
+from services.cli.console import bar, err
 from services.cli.errors import CommandError, RestoreRefusedError
-from services.cli.progress import bar
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
 from services.contract.errors import ConfigurationError
 from services.contract.settings import load

@@ -10,12 +10,13 @@ import typer
 from rich.filesize import decimal
 
 from services.cli import console
+from services.cli.console import bar
 from services.cli.errors import CommandError
-from services.cli.progress import bar
 from services.cli.target import FolderOption, find_corpus
 
 #: what it means that a file does not begin with the stream
 SEED = "earlier events are only in other stores; docs/operations.md, `A store that begins late`, says how to get them"
+
 
 if TYPE_CHECKING:
     from services.corpus import Report
@@ -92,3 +93,67 @@ def late(report: Report) -> list[tuple[int, str]]:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def recover(
+    path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
+) -> None:
+    """Copy what journals hold into their partition files, without the service.
+
+    A persister does the same when it starts. The exit code is 1 when a file could not be recovered.
+    """
+    from services.corpus import CorpusError, CorpusLockedError, open_corpus, recover_partition  # h5py is slow to import
+
+    table = console.table("file", ">committed", ">replayed", ">torn", "")
+    failures: list[str] = []
+    locked: dict[str, list[tuple[str, str]]] = {}  # what differs by the file's name only is told once
+    try:
+        paths = open_corpus(path).paths
+    except CorpusError as error:
+        raise CommandError(str(error)) from error
+    with bar("recovering") as show:
+        for number, file in enumerate(paths):
+            show(number / len(paths), file.name)
+            try:
+                done = recover_partition(file)
+            except CorpusLockedError as error:
+                locked.setdefault(str(error).replace(file.name, ""), []).append((file.name, str(error)))
+            except CorpusError as error:
+                failures.append(str(error))
+            else:
+                state = f"still in the journal: {done.held_back}" if done.held_back else "complete"
+                table.add_row(done.file, str(done.committed), str(done.replayed), str(done.torn), state)
+                if done.held_back:
+                    failures.append(f"{done.file}: {done.held_back}; nothing is lost, try again later")
+    if table.row_count:
+        console.out().print(table)
+    for (_, reason), *others in locked.values():
+        too = f" (and so for {', '.join(name for name, _ in others)})" if others else ""
+        failures.append(f"{reason}{too}; a writer that lives has recovered its files, there is nothing to do")
+    if failures:
+        raise CommandError("\n  ".join(failures))
+
+
+def repack(
+    path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
+    output: Annotated[Path, typer.Argument(help="The directory, or the file, to make; must not exist.")],
+) -> None:
+    """Write a compact copy of a corpus for archiving, verified and compared with the original event by event.
+
+    It has no journal: everything reads it, nothing writes it.
+    """
+    from services.corpus import CorpusError  # h5py is slow to import
+    from services.corpus import repack as repack_corpus
+
+    with bar("repacking") as show:
+        try:
+            done = repack_corpus(path, output, on_progress=lambda step, fraction: show(fraction, step))
+        except CorpusError as error:
+            raise CommandError(str(error)) from error
+    table = console.table("file", ">consultations", ">events", ">before", ">after")
+    for one in done:
+        sizes = decimal(one.bytes_before), decimal(one.bytes_after)
+        table.add_row(one.file, str(one.consultations), str(one.events), *sizes)
+    console.out().print(table)
+    before, after = sum(one.bytes_before for one in done), sum(one.bytes_after for one in done)
+    typer.echo(f"{output}: {decimal(after)} instead of {decimal(before)} ({after / before:.0%}), equal to the original")

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from services.cli.backup.making import read_volume
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
 from services.cli.doctor.log import LogView
-from services.cli.doctor.monitored import get
+from services.cli.doctor.nodes import get
 from services.cli.errors import BackupError
 from services.cli.overview import Worker
 from services.corpus import CorpusError, open_corpus

@@ -13,18 +13,16 @@ from nats.aio.client import Client
 from rich.filesize import decimal
 
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
-from services.cli.doctor.monitored import clock
+from services.cli.doctor.nodes import clock
 from services.cli.folder import State
 from services.cli.overview import Worker, named_workers
 from services.contract.errors import FiqError
 from services.eventlog.errors import ProvisionError
 from services.eventlog.jetstream import names
 from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.definitions import stream_config
-from services.eventlog.jetstream.drift import changes
+from services.eventlog.jetstream.definitions import changes, stream_config
 from services.eventlog.jetstream.monitor import LogState, PartitionState, look_once
-from services.eventlog.jetstream.nodes import NodeState, ask_nodes
-from services.eventlog.jetstream.report import StreamReport
+from services.eventlog.jetstream.report import NodeState, StreamReport, ask_nodes
 from services.eventlog.metrics import PARTITIONS
 from services.eventlog.partitions import partition_name
 from services.eventlog.settings import LogSettings
@@ -56,12 +54,7 @@ class LogView:
 
 
 async def examine(nc: Client, settings: LogSettings, state: State | None) -> LogView:
-    """Ask the broker everything.
-
-    Raises:
-        LogUnavailableError: no answer.
-        LogRefusedError: the broker refuses to tell.
-    """
+    """Ask the broker everything. Raises LogUnavailableError: no answer; LogRefusedError: the broker refuses to tell."""
     asked = time.perf_counter()
     info = await JetStreamApi(nc).stream_info(names.STREAM)
     uncertain = (time.perf_counter() - asked) / 2

@@ -19,7 +19,7 @@ from rich.filesize import decimal
 from services.cli.doctor.finding import Finding, error, ok, warning
 from services.contract.command import product_version
 from services.corpus import UnsupportedFileSystemError
-from services.corpus.filesystems import check_file_system
+from services.corpus.storage import check_file_system
 from services.persister.settings import PersisterSettings
 
 #: oldest h5py with what the corpus calls, as pyproject.toml asks for

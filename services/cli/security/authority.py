@@ -134,11 +134,7 @@ def belong_together(pair: Pair) -> bool:
 
 
 def check_host(host: str) -> str:
-    """Return *host* when it is a host's name or an address.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Return *host* when it is a host's name or an address. Raises ValueError: it is neither."""
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:

@@ -9,21 +9,49 @@ from __future__ import annotations
 
 import os
 import secrets as random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import nkeys
+
 from services.cli.errors import CommandError
-from services.cli.security import configuration, environment, seeds
+from services.cli.security import configuration
 from services.cli.security.authority import Authority, Pair, belong_together, make_authority, names_in, start_of
 from services.cli.security.configuration import USERS
-from services.cli.security.files import Owner, Secrets
-from services.cli.security.layout import Layout
+from services.cli.security.files import Layout, Owner, Secrets
 from services.contract import tokens
 from services.contract.tokens import Scope, Token
 from services.eventlog.jetstream.credentials import public_key
 
+_TEXT = """\
+# Made by `fiq init`, yours from now on: it is never written again. Compose reads it from the folder of compose.yaml.
+# What is commented out shows its default.
+
+# the secrets; a relative path begins at the folder of compose.yaml
+FIQ_SECRETS=./secrets
+# whom the secrets belong to, and so whom the containers run as
+FIQ_UID={uid}
+FIQ_GID={gid}
+
+# the log: see docs/settings.md; alike for every process of the deployment
+#FI_PARTITIONS=16
+#FI_REPLICAS=3
+#FI_STREAM_MAX_BYTES=4GiB
+#FI_STORE=main
+#FI_VOLUMES=1
+#FI_RETENTION=24h
+# and every other of docs/settings.md
+"""
+
+_HOSTS = """
+# the machines, one node each: alike on all of them
+FI_NATS_URL={url}
+NODE_ROUTES={routes}
+# and what differs: which one this is
+{nodes}
+"""
 #: nodes of a deployment on one machine
 NODES = 3
 #: how every node can be reached from its own machine
@@ -94,7 +122,7 @@ class Deployment:
             self._check_users()
             for user in USERS:
                 if not self.layout.next_seed(user).exists():
-                    self._secrets.create(self.layout.next_seed(user), seeds.new_seed())
+                    self._secrets.create(self.layout.next_seed(user), new_seed())
             self._write_nats()
 
     def finish_users(self) -> None:
@@ -205,7 +233,7 @@ class Deployment:
     def _ensure_seed(self, user: str) -> None:
         path = self.layout.seed(user)
         if not path.exists():
-            self._secrets.create(path, seeds.new_seed())
+            self._secrets.create(path, new_seed())
         self._secrets.mend(path)
         if self.layout.next_seed(user).exists():
             self._secrets.mend(self.layout.next_seed(user))
@@ -262,9 +290,39 @@ class Deployment:
 
     def _ensure_environment(self, hosts: dict[str, str]) -> None:
         if not self.layout.environment.exists():
-            text = environment.dotenv(self._secrets.owner, hosts)
+            text = dotenv(self._secrets.owner, hosts)
             self._secrets.create(self.layout.environment, text.encode(), owner=Owner.myself())
 
 
 _PUT_BACK = "put the authority back from your copy; a new one would be trusted by nobody, so fiq makes none"
 _RENEW = "renew all with  --rotate certificates"
+
+
+def new_seed() -> bytes:
+    """Make the seed of a user: 58 characters, with a line's end."""
+    return bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)) + b"\n"
+
+
+def dotenv(owner: Owner, hosts: Mapping[str, str]) -> str:
+    """Return its text.
+
+    Args:
+        owner: of the secrets.
+        hosts: node -> the machine's name or address; empty when everything runs on one machine.
+    """
+    text = _TEXT.format(uid=owner.uid, gid=owner.gid)
+    if not hosts:
+        return text
+    return text + _HOSTS.format(
+        nodes="\n".join(f"#NODE_NAME={node}\n#NODE_HOST={host}" for node, host in hosts.items()),
+        url=",".join(_url(host, 4222) for host in hosts.values()),
+        routes=_list([_url(host, 6222) for host in hosts.values()]),
+    )
+
+
+def _url(host: str, port: int) -> str:
+    return f"nats://[{host}]:{port}" if ":" in host else f"nats://{host}:{port}"
+
+
+def _list(urls: Sequence[str]) -> str:
+    return "'[" + ", ".join(f'"{url}"' for url in urls) + "]'"

@@ -18,10 +18,18 @@ from uuid import UUID
 
 from services.contract.event import Event
 from services.eventlog.errors import CorpusAwayError, DuplicateInFlightError, LogRefusedError, LogUnavailableError
-from services.eventlog.jetstream.acks import BATCH_HAS_DUPLICATE, DUPLICATE_IN_FLIGHT, Again, read_batch_ack
-from services.eventlog.jetstream.exchange import ATTEMPT_SECONDS, Exchange, Slot, waits
+from services.eventlog.jetstream.exchange import (
+    ATTEMPT_SECONDS,
+    BATCH_HAS_DUPLICATE,
+    DUPLICATE_IN_FLIGHT,
+    Again,
+    Exchange,
+    Slot,
+    hpub,
+    read_batch_ack,
+    waits,
+)
 from services.eventlog.jetstream.names import STREAM, subject_of
-from services.eventlog.jetstream.wire import hpub
 from services.eventlog.protocol import Appended
 
 #: most messages of an atomic batch: the broker's limit

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import random
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -21,13 +22,20 @@ from services.contract.errors import ConfigurationError
 from services.contract.lifecycle import cancellable
 from services.contract.logs import get_logger
 from services.eventlog.errors import LogAccessError, LogUnavailableError
-from services.eventlog.jetstream.access import why_refused
-from services.eventlog.jetstream.credentials import CA_VARIABLE
-from services.eventlog.jetstream.identity import IdentifiedClient
+from services.eventlog.jetstream.credentials import CA_VARIABLE, SEED_VARIABLE, Signer, read_signer, tls_context
 from services.eventlog.jetstream.names import Role, inbox_prefix
-from services.eventlog.jetstream.refusals import Refusal
+from services.eventlog.jetstream.refusals import Refusal, RefusalAwareClient
 from services.eventlog.settings import LogSettings
 
+#: OpenSSL's X509_V_ERR_…
+_NOT_YET_VALID, _EXPIRED = 9, 10
+_OTHER_NAMES = frozenset({62, 64})
+#: OpenSSL's reasons: what answered was no TLS at all, or an older version of it
+_NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"})
+_OLD_TLS = frozenset({"TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"})
+
+#: what a node says to a connection whose user was changed or removed
+_AUTHORIZATION = "authorization violation"
 #: the first connect may take this long over all servers, seconds
 CONNECT_DEADLINE_SECONDS = 10.0
 #: one server's TCP connect, and each step of its handshake, seconds
@@ -52,13 +60,23 @@ HEADERS_BYTES = 1024
 _log = get_logger("eventlog.connection")
 
 
-class Connection(IdentifiedClient):
-    """A NATS client that gets in or says why not, comes back by itself, and knows whether its end is wanted."""
+class Connection(RefusalAwareClient):
+    """A NATS client that gets in or says why not, comes back by itself, and knows whether its end is wanted.
+
+    It signs with the seed as it is now, and speaks TLS from the first byte where an authority is named.
+
+    Args:
+        settings: name the servers and the files.
+        on_closed: called with the reason when the connection ends for good, and that is not wanted.
+    """
 
     def __init__(self, settings: LogSettings, on_closed: Callable[[str], None]) -> None:
-        super().__init__(settings)
+        super().__init__()
+        self._settings = settings
         self._on_closed = on_closed
-        self._connecting = False
+        self._signer: Signer | None = None
+        self._established = self._connecting = False
+        self._told = ""
         self._failures: list[str] = []
 
     async def open(self, *, name: str, inbox_prefix: str, deadline: float) -> None:
@@ -87,6 +105,67 @@ class Connection(IdentifiedClient):
     def expect_close(self) -> None:
         """Do not report the end of the connection as a failure."""
         self._established = False
+
+    def credentials(self) -> dict[str, Any]:
+        """Return the options of the first connect. Raises ConfigurationError: a file cannot be used."""
+        self._signer = read_signer(self._settings)
+        options: dict[str, Any] = {} if self._signer is None else {"signature_cb": self._sign}
+        if (context := tls_context(self._settings)) is not None:
+            options |= {"tls": context, "tls_handshake_first": True}
+        return options
+
+    def tell(self, reason: str) -> None:
+        """Log why a node does not let us in, once: it is tried four times a second."""
+        if reason != self._told:
+            self._told = reason
+            _log.error("LOG_ACCESS_REFUSED", reason=reason)
+
+    def forget(self) -> None:
+        """Begin anew after a connect that succeeded."""
+        super().forget()
+        self._told = ""
+
+    @property
+    def _writer(self) -> Any:
+        return getattr(self._transport, "_io_writer", None)  # nats-py offers no way to its socket
+
+    # -- what nats-py asks at each connect ----------------------------------------------------------------------------
+
+    def _connect_command(self) -> bytes:
+        """Introduce ourselves with the seed as it is now: it may have been rotated since the last connect."""
+        if self._established:
+            try:
+                self._signer = read_signer(self._settings)
+            except ConfigurationError as error:  # it is being written, or gone: go on with the one we know
+                self.tell(str(error))
+        self._public_nkey = None if self._signer is None else self._signer.public_key
+        return super()._connect_command()
+
+    def _sign(self, nonce: str) -> bytes:
+        if self._signer is None:
+            raise nats.errors.Error("no key to sign with")
+        return self._signer.sign(nonce)
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        """Learn of other servers; each has to show its own address in its certificate, and not the first one's."""
+        await super()._process_info(info, initial_connection)
+        for server in self._server_pool:
+            server.tls_name = None
+        if initial_connection and self._settings.ca_file:
+            self._announce_tls()
+
+    def _announce_tls(self) -> None:
+        """Tell the protocol, which nats-py makes by hand, that it is over TLS: the loop warns of each end otherwise."""
+        protocol = self._writer.transport.get_protocol() if self._writer is not None else None
+        if protocol is not None:  # the connection may have ended already
+            protocol._over_ssl = True
+
+    async def _process_err(self, err_msg: str) -> None:
+        """Come back when a reload of the node has thrown this user out: the seed's file may hold its next one."""
+        if self._established and _AUTHORIZATION in err_msg:
+            await self._process_op_err(nats.errors.AuthorizationError())
+            return
+        await super()._process_err(err_msg)
 
     # -- the first connect --------------------------------------------------------------------------------------------
 
@@ -286,3 +365,51 @@ def _refused(reasons: dict[str, str]) -> str:
 def _without_secrets(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def why_refused(error: Exception, settings: LogSettings, signer: Signer | None) -> str | None:
+    """Return why a node refused a connection, or None when *error* has nothing to do with access.
+
+    Args:
+        error: what the attempt to connect raised.
+        settings: that it was made with.
+        signer: the user, when there is one.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _certificate(error, settings)
+    if isinstance(error, ssl.SSLError):
+        return _handshake(error)
+    if _AUTHORIZATION not in str(error).lower():
+        return None
+    if signer is None:
+        return f"it wants to know who is there: set {SEED_VARIABLE} to the seed of this service's user"
+    return (
+        f"it does not know the user of {SEED_VARIABLE}={settings.seed_file} (public key {signer.public_key}): take the "
+        "seed of this deployment, and reload the nodes after a rotation"
+    )
+
+
+def _certificate(error: ssl.SSLCertVerificationError, settings: LogSettings) -> str:
+    if error.verify_code == _EXPIRED:
+        return "its certificate has expired: run `fiq init FOLDER --rotate certificates` and reload the node"
+    if error.verify_code == _NOT_YET_VALID:
+        return "its certificate is not valid yet: compare the clocks of the machines"
+    if error.verify_code in _OTHER_NAMES:
+        return (
+            f"its certificate has other names ({error.verify_message}): connect to one of them, or renew it with "
+            "`fiq init FOLDER --rotate certificates --hosts …`"
+        )
+    if not settings.ca_file:
+        return f"it speaks TLS: set {CA_VARIABLE} to ca.pem of the deployment"
+    return (
+        f"its certificate is not from the authority in {CA_VARIABLE}={settings.ca_file}: take ca.pem of the deployment"
+    )
+
+
+def _handshake(error: ssl.SSLError) -> str:
+    reason = error.reason or type(error).__name__
+    if reason in _NO_TLS:
+        return f"it does not speak TLS from the first byte: correct its nats.conf, or unset {CA_VARIABLE}"
+    if reason in _OLD_TLS:
+        return "it speaks no TLS 1.3: correct the tls block of its nats.conf"
+    return f"it refused the TLS handshake ({reason}): look at its log"

@@ -10,18 +10,32 @@ import asyncio
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import nats.errors
+import orjson
+from nats.aio.client import Client
 
-from services.eventlog.errors import LogRefusedError, LogUnavailableError
-from services.eventlog.jetstream import wire
-from services.eventlog.jetstream.acks import Again
+from services.eventlog.errors import LogFullError, LogRefusedError, LogUnavailableError
+from services.eventlog.jetstream.api import is_transient
 from services.eventlog.jetstream.connection import PENDING_BYTES
 from services.eventlog.jetstream.refusals import Refusal, check_hearing, listen, must_hear
 from services.eventlog.jetstream.tolerance import DirectSubscription, Received, TolerantClient
+from services.eventlog.protocol import Appended
 
+#: the same message id is being stored just now
+DUPLICATE_IN_FLIGHT = 10158
+#: an atomic batch holds a message id that the stream knows, or one of them twice: nothing of it was stored
+BATCH_HAS_DUPLICATE = 10201
+#: an atomic batch lost its beginning in a change of leaders, or the stream has as many batches under way as it takes
+_BATCH_LATER = frozenset({10176, 10210})
+
+#: generic failure to store; its text tells a stream at its limit from anything else
+_STORE_FAILED = 10077
+#: the account's or the server's storage is used up
+_NO_STORAGE = frozenset({10002, 10047})
 #: an attempt without an answer is repeated after this; each further one waits twice as long, seconds
 ATTEMPT_SECONDS = 1.0
 #: pause after "not now"; each further one is twice as long, up to the second value, seconds
@@ -32,6 +46,108 @@ TICK_SECONDS = 0.025
 HEARING_SECONDS = 1.0
 #: more than headers ever take: only messages that come closer to the server's limit are measured exactly, bytes
 ROOM_BYTES = 64 * 2**10
+
+
+# -- Messages as the NATS protocol writes them, many at a time
+#
+# nats-py's ``publish`` takes some 10 µs a message, most of it for looking at headers that are ours and for waking up
+# its writer. A batch of 1,000 is written here into a few blocks.
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The message was not stored, or nobody knows, and may be sent again with the same id.
+
+    Attributes:
+        reason: for operators.
+        err_code: the broker's, or 0.
+    """
+
+    reason: str
+    err_code: int = 0
+
+
+def read_ack(data: bytes, headers: Mapping[str, str] | None, stream: str) -> Appended | Again:
+    """Return what the answer says about the message.
+
+    Args:
+        data: body of the answer.
+        headers: of the answer, or None; a status is there when nobody took the message.
+        stream: that must have stored it.
+
+    Raises:
+        LogFullError: the stream is at its limit.
+        LogRefusedError: the broker refuses for good, or another stream or service answered.
+    """
+    ack = _read(data, headers, stream)
+    return ack if isinstance(ack, Again) else Appended(int(ack["seq"]), bool(ack.get("duplicate", False)))
+
+
+def read_batch_ack(data: bytes, headers: Mapping[str, str] | None, stream: str, count: int) -> list[Appended] | Again:
+    """Return what the answer to the last message of an atomic batch of *count* says about all of them (ADR-50).
+
+    The broker names the last position; those before it are consecutive, whatever others publish meanwhile. An
+    :class:`Again` with the code :data:`BATCH_HAS_DUPLICATE` is about the messages: the same batch would get it again.
+
+    Raises:
+        LogFullError, LogRefusedError: as of :func:`read_ack`; nothing of the batch was stored.
+    """
+    ack = _read(data, headers, stream)
+    if isinstance(ack, Again):
+        return ack
+    if ack.get("count") != count:
+        raise LogRefusedError(f"the broker stored {ack.get('count')!r} messages of a batch of {count}")
+    last = int(ack["seq"])
+    return [Appended(sequence, duplicate=False) for sequence in range(last - count + 1, last + 1)]
+
+
+def _read(data: bytes, headers: Mapping[str, str] | None, stream: str) -> dict[str, Any] | Again:
+    if headers is not None and "Status" in headers:
+        return Again(f"no node leads the stream just now (status {headers['Status']})")
+    try:
+        ack = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        ack = None
+    if not isinstance(ack, dict):
+        raise LogRefusedError("the answer to a publish is no JetStream acknowledgement: another service is listening")
+    if "error" in ack:
+        return _read_error(ack["error"])
+    if ack.get("stream") != stream:
+        raise LogRefusedError(f"stream {ack.get('stream')!r} took a message of {stream}: its subjects overlap")
+    return ack
+
+
+def _read_error(error: Mapping[str, object]) -> Again:
+    code, err_code = int(str(error.get("code", 0))), int(str(error.get("err_code", 0)))
+    text = f"{error.get('description', 'no description')} (err_code {err_code})"
+    if err_code in _NO_STORAGE or (err_code == _STORE_FAILED and "maximum" in text):
+        raise LogFullError(f"the stream is full: {text}")
+    if is_transient(code, err_code) or err_code in _BATCH_LATER or err_code == BATCH_HAS_DUPLICATE:
+        return Again(text, err_code)
+    raise LogRefusedError(f"the broker refuses the message: {text}")
+
+
+def hpub(subject: str, reply_to: str, headers: Mapping[str, str], body: bytes) -> bytes:
+    """Return the bytes that publish *body* with *headers*, an answer going to *reply_to*, or none when that is empty.
+
+    Raises:
+        ValueError: subject or headers hold what would end their line, or other than ASCII.
+    """
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    if head.count("\n") != len(headers) or " " in subject or "\n" in subject:
+        raise ValueError("a subject has no blanks, a header no line breaks")
+    block = f"NATS/1.0\r\n{head}\r\n".encode("ascii")
+    line = f"HPUB {subject} {reply_to} {len(block)} {len(block) + len(body)}\r\n".encode("ascii")
+    return b"".join((line, block, body, b"\r\n"))
+
+
+async def write(nc: Client, block: bytes, messages: int) -> None:
+    """Write *messages* messages, which :func:`hpub` made a *block* of, as :meth:`Client.publish` writes one."""
+    nc.stats["out_msgs"] += messages
+    nc.stats["out_bytes"] += len(block)
+    await nc._send_command(block)
+    if nc._flush_queue is not None and nc._flush_queue.empty():
+        await nc._flush_pending()
 
 
 @dataclass(slots=True, eq=False)
@@ -85,11 +201,7 @@ class Exchange:
         return self._nc.pending_data_size
 
     async def start(self) -> None:
-        """Subscribe to the answers.
-
-        Raises:
-            LogForbiddenError: the user of the connection may not hear them.
-        """
+        """Subscribe to the answers. Raises LogForbiddenError: the user of the connection may not hear them."""
         self._prefix = f"{self._nc.new_inbox()}."
         self._deafen = listen(self._nc, self._when_refused)
         self._subscription = await self._nc.subscribe_directly(f"{self._prefix}*", self._take_answer)
@@ -157,13 +269,13 @@ class Exchange:
             LogRefusedError: no such message can be published.
         """
         try:
-            message = wire.hpub(subject, reply_to, headers, body)
+            message = hpub(subject, reply_to, headers, body)
         except ValueError as error:
             raise LogRefusedError(f"the message cannot be published: {type(error).__name__}") from error
         return await self.send_block(message, 1)
 
     async def send_block(self, block: bytes, messages: int) -> Again | None:
-        """Hand over many *messages*, written by :func:`services.eventlog.jetstream.wire.hpub`, as :meth:`send` does.
+        """Hand over many *messages*, written by :func:`hpub`, as :meth:`send` does.
 
         Raises:
             LogUnavailableError: the connection or the exchange was closed.
@@ -171,7 +283,7 @@ class Exchange:
         if (not_now := self._why_not(len(block))) is not None:
             return not_now
         try:
-            await wire.write(self._nc, block, messages)
+            await write(self._nc, block, messages)
         except (nats.errors.Error, OSError) as error:
             return Again(f"the connection to the log failed: {type(error).__name__}")
         return None

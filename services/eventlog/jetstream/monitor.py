@@ -35,15 +35,15 @@ from nats.aio.subscription import Subscription
 from services.contract.errors import FiqError
 from services.contract.lifecycle import beside
 from services.contract.logs import get_logger
-from services.eventlog.backlog import Backlog, Waiting
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.certificates import certificates
+from services.eventlog.jetstream.credentials import certificates
 from services.eventlog.jetstream.names import DEAD_STREAM, STREAM, filter_subject
 from services.eventlog.jetstream.placement import Placement, StorePlacement, read_stores
 from services.eventlog.jetstream.processes import PROCESSES_SUBJECT, LiveProcess, check_allowed, read_process
 from services.eventlog.jetstream.report import StreamReport, read_stream
 from services.eventlog.metrics import DEAD_LETTERS, PARTITIONS, PARTS, PROCESSES, STREAMS, LogMetrics
+from services.eventlog.protocol import Backlog, Waiting
 from services.eventlog.settings import LogSettings
 
 #: pause between two looks, seconds

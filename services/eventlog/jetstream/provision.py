@@ -10,21 +10,37 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from nats.aio.client import Client
 
+from services.contract.errors import TransientError
 from services.contract.logs import get_logger
-from services.eventlog.errors import LogForbiddenError, LogUnavailableError, ProvisionError
+from services.eventlog.errors import LogForbiddenError, LogUnavailableError, ProvisionError, StartupError
 from services.eventlog.jetstream import names
 from services.eventlog.jetstream.api import NOT_ENABLED_ERR_CODES, ApiError, JetStreamApi, NoRespondersError
-from services.eventlog.jetstream.connection import server_info
-from services.eventlog.jetstream.definitions import bucket_config, dead_stream_config, stream_config
-from services.eventlog.jetstream.drift import Config, changes, check_ownership, own_metadata, size_setting
+from services.eventlog.jetstream.connection import Connection, close, connect, server_info
+from services.eventlog.jetstream.definitions import (
+    Config,
+    bucket_config,
+    changes,
+    check_ownership,
+    dead_stream_config,
+    own_metadata,
+    size_setting,
+    stream_config,
+)
+from services.eventlog.jetstream.names import Role
 from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+#: one try to reach the cluster, seconds; each that fails is logged
+_TRY_SECONDS = 5.0
+#: pause between two tries, and the least that a try gets, seconds
+_STARTUP_RETRY_SECONDS = 0.5
 
 #: oldest server that this was tested with
 MINIMUM_VERSION = (2, 14)
@@ -93,11 +109,7 @@ async def stream_identity(nc: Client, settings: LogSettings, *, deadline: float 
 
 
 def check_version(version: str) -> None:
-    """Check that the server is new enough.
-
-    Raises:
-        ProvisionError: it is older than 2.14, or says no version.
-    """
+    """Check that the server is new enough. Raises ProvisionError: it is older than 2.14, or says no version."""
     match = re.match(r"v?(\d+)\.(\d+)", version)
     if match is None or (int(match[1]), int(match[2])) < MINIMUM_VERSION:
         wanted = ".".join(str(part) for part in MINIMUM_VERSION)
@@ -210,3 +222,69 @@ class _Patience:
                         "Check that a majority of its nodes runs"
                     ) from error
                 await asyncio.sleep(_RETRY_SECONDS)
+
+
+# -- The first steps of a service: reach the cluster within a bounded time, and make sure that the streams exist -----
+
+
+async def reach(settings: LogSettings, *, name: str, role: Role, on_closed: Callable[[str], None]) -> Connection:
+    """Connect and, where the settings say so, provision; try again while only time can help.
+
+    Args:
+        settings: of the log.
+        name: of the connection, shown in the servers' monitoring.
+        role: of the process, which decides where answers arrive.
+        on_closed: called with the reason when the connection is lost for good.
+
+    Raises:
+        ConfigurationError: a file with an authority or a seed cannot be used.
+        LogAccessError: the nodes do not let this process in.
+        StartupError: no cluster within FI_STARTUP_TIMEOUT.
+        ProvisionError: the stream is not what the settings ask for.
+    """
+    client, _ = await _reach(settings, name, role, on_closed, provision if settings.provision else _nothing)
+    return client
+
+
+async def reach_log(
+    settings: LogSettings, *, name: str, role: Role, on_closed: Callable[[str], None]
+) -> tuple[Connection, LogIdentity]:
+    """Do as :func:`reach`, and return which log it is, too; without provisioning the stream must exist already."""
+    return await _reach(settings, name, role, on_closed, provision if settings.provision else stream_identity)
+
+
+class _Step(Protocol[T_co]):
+    """What is done with a new connection, within *deadline* seconds."""
+
+    async def __call__(self, nc: Connection, settings: LogSettings, *, deadline: float) -> T_co: ...
+
+
+async def _nothing(nc: Connection, settings: LogSettings, *, deadline: float) -> None:
+    """Leave the streams to others."""
+
+
+async def _reach(
+    settings: LogSettings, name: str, role: Role, on_closed: Callable[[str], None], step: _Step[T]
+) -> tuple[Connection, T]:
+    log = get_logger("startup")
+    loop = asyncio.get_running_loop()
+    end = loop.time() + settings.startup_timeout
+
+    def within(limit: float) -> float:
+        return min(limit, max(_STARTUP_RETRY_SECONDS, end - loop.time()))
+
+    while True:
+        try:
+            client = await connect(settings, name=name, role=role, on_closed=on_closed, deadline=within(_TRY_SECONDS))
+            try:
+                return client, await step(client, settings, deadline=within(DEADLINE_SECONDS))
+            except BaseException:
+                await close(client)
+                raise
+        except TransientError as error:
+            left = end - loop.time()
+            if left <= 0:
+                waited = f"gave up after {settings.startup_timeout:g} s (FI_STARTUP_TIMEOUT)"
+                raise StartupError(f"{waited}: {error}") from error
+            log.warning("LOG_AWAITED", reason=str(error), seconds_left=round(left, 1))
+        await asyncio.sleep(_STARTUP_RETRY_SECONDS)

@@ -17,9 +17,16 @@ from typing import Any
 
 from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogUnavailableError, TooManyInFlightError
-from services.eventlog.jetstream.acks import DUPLICATE_IN_FLIGHT, Again, read_ack
 from services.eventlog.jetstream.batches import AskKnown, Batches
-from services.eventlog.jetstream.exchange import ATTEMPT_SECONDS, Exchange, Slot, waits
+from services.eventlog.jetstream.exchange import (
+    ATTEMPT_SECONDS,
+    DUPLICATE_IN_FLIGHT,
+    Again,
+    Exchange,
+    Slot,
+    read_ack,
+    waits,
+)
 from services.eventlog.jetstream.names import stream_of, subject_of
 from services.eventlog.jetstream.tolerance import TolerantClient
 from services.eventlog.protocol import Appended, EventWriter
@@ -93,11 +100,7 @@ class Publisher(EventWriter):
         return self._in_flight
 
     async def start(self) -> None:
-        """Subscribe to the answers.
-
-        Raises:
-            LogForbiddenError: the user of the connection may not hear them.
-        """
+        """Subscribe to the answers. Raises LogForbiddenError: the user of the connection may not hear them."""
         await self._exchange.start()
 
     async def append(self, event: Event) -> Appended:

@@ -83,10 +83,6 @@ class Ids:
 
     consultation: str
 
-    def fields(self) -> dict[str, Any]:
-        """Return what the question says."""
-        return {"consultation": self.consultation}
-
 
 @dataclass(frozen=True, slots=True)
 class Find:
@@ -94,10 +90,6 @@ class Find:
 
     consultation: str
     event_ids: Sequence[UUID]
-
-    def fields(self) -> dict[str, Any]:
-        """Return what the question says."""
-        return {"consultation": self.consultation, "ids": [str(event_id) for event_id in self.event_ids]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +100,6 @@ class Events:
     after: int
     limit: int
 
-    def fields(self) -> dict[str, Any]:
-        """Return what the question says."""
-        return {"consultation": self.consultation, "after": self.after, "limit": self.limit}
-
 
 @dataclass(frozen=True, slots=True)
 class Consultations:
@@ -120,10 +108,6 @@ class Consultations:
     prefix: str
     after: str
     limit: int
-
-    def fields(self) -> dict[str, Any]:
-        """Return what the question says."""
-        return {"prefix": self.prefix, "after": self.after, "limit": self.limit}
 
 
 Question = Ids | Find | Events | Consultations
@@ -137,22 +121,19 @@ KIND_OF: Mapping[type[Question], Kind] = {
 
 def encode_question(question: Question, within: float) -> bytes:
     """Return *question* as it is sent by somebody who waits *within* seconds."""
-    return orjson.dumps({"within_ms": max(1, round(within * 1000)), **question.fields()})
+    fields = {name: getattr(question, name) for name in question.__slots__}
+    return orjson.dumps({"within_ms": max(1, round(within * 1000)), **fields})
 
 
 def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
-    """Return a question and for how many seconds its asker waits.
-
-    Raises:
-        MalformedError: it is none.
-    """
+    """Return a question and for how many seconds its asker waits. Raises MalformedError: it is none."""
     try:
         fields = orjson.loads(data)
         within = _number(fields["within_ms"]) / 1000
         if kind == Kind.IDS:
             return Ids(check_consultation_id(fields["consultation"])), within
         if kind == Kind.FIND:
-            ids = [UUID(event_id) for event_id in fields["ids"]]
+            ids = [UUID(event_id) for event_id in fields["event_ids"]]
             if not 0 < len(ids) <= MAX_ITEMS:
                 raise MalformedError(f"1 to {MAX_ITEMS} ids")
             return Find(check_consultation_id(fields["consultation"]), ids), within

@@ -17,7 +17,7 @@ from nats.js.api import StreamConfig
 from services.cli import cluster as cluster_module
 from services.cli.cluster import Cluster
 from services.cli.errors import ChildFailedError, PortTakenError
-from services.cli.ports import free_ports
+from services.cli.processes import free_ports
 from tests.support.cluster import heal
 from tests.support.polling import eventually_sync
 

@@ -16,10 +16,10 @@ from nats.js.api import Header
 from typer.testing import CliRunner
 
 from services.cli.cluster import Cluster
-from services.cli.doctor.examination import Patient, examine
+from services.cli.commands.doctor import Patient, examine
 from services.cli.doctor.finding import Finding, Level
 from services.cli.main import app
-from services.cli.ports import LOOPBACK
+from services.cli.processes import LOOPBACK
 from services.cli.target import Target
 from services.eventlog.jetstream.placement import Placements
 from services.eventlog.settings import LogSettings

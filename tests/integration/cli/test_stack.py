@@ -9,7 +9,7 @@ import pytest
 
 from services.cli import stack as module
 from services.cli.errors import ChildFailedError, PortTakenError
-from services.cli.ports import free_ports, is_free
+from services.cli.processes import free_ports, is_free
 from services.cli.stack import Stack
 from tests.support.polling import eventually_sync
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from services.cli.folder import StackFolder, State
-from services.cli.ports import LOOPBACK
+from services.cli.processes import LOOPBACK
 from services.cli.stack import PREFERRED_PORT
 from tests.support.polling import eventually_sync
 

@@ -17,7 +17,7 @@ from cryptography.x509.oid import NameOID
 from nats.aio.client import Client
 from prometheus_client import CollectorRegistry
 
-from services.eventlog.jetstream.certificates import Validity, certificates
+from services.eventlog.jetstream.credentials import Validity, certificates
 from services.eventlog.jetstream.monitor import LogMonitor
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.settings import LogSettings

@@ -19,7 +19,6 @@ from nats.micro.service import Service
 from prometheus_client import CollectorRegistry
 
 from services.cli.cluster import Cluster
-from services.eventlog.backlog import Waiting
 from services.eventlog.jetstream import monitor as module
 from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.monitor import LogMonitor, LogState, look_once, monitoring
@@ -27,8 +26,9 @@ from services.eventlog.jetstream.names import PERSISTER_SERVICE, STREAM
 from services.eventlog.jetstream.placement import Placements
 from services.eventlog.jetstream.processes import Progress, show_progress
 from services.eventlog.metrics import LogMetrics
+from services.eventlog.protocol import Waiting
 from services.eventlog.settings import LogSettings
-from services.ingest.log import open_log
+from services.ingest.service import open_log
 from services.ingest.settings import Settings
 from tests.support.broker import plain_server
 from tests.support.persisters import Log, provisioned

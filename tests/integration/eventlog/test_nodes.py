@@ -14,7 +14,7 @@ import pytest
 from nats.aio.msg import Msg
 
 from services.eventlog.jetstream.names import NODES_HEALTH, NODES_STATE
-from services.eventlog.jetstream.nodes import NodeState, ask_nodes
+from services.eventlog.jetstream.report import NodeState, ask_nodes
 from tests.support.broker import plain_server
 
 

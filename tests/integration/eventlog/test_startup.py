@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 
 from services.eventlog.errors import ProvisionError, StartupError
 from services.eventlog.jetstream.names import Role
-from services.eventlog.jetstream.startup import reach, reach_log
+from services.eventlog.jetstream.provision import reach, reach_log
 from services.eventlog.settings import LogSettings
 from tests.support.broker import plain_server, taken
 from tests.support.polling import eventually

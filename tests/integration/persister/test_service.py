@@ -14,7 +14,7 @@ from nats.aio.client import Client
 
 from services.contract.lifecycle import Stop
 from services.corpus import EventStore
-from services.eventlog.jetstream import startup
+from services.eventlog.jetstream import provision
 from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
 from services.persister import assignment
@@ -52,7 +52,7 @@ def run(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
         made = Run(tmp_path / "data", log.settings)
 
         async def reach_log(*arguments: object, **options: object) -> tuple[Client, LogIdentity]:
-            made.client, identity = await startup.reach_log(*arguments, **options)  # type: ignore[arg-type]
+            made.client, identity = await provision.reach_log(*arguments, **options)  # type: ignore[arg-type]
             return made.client, identity
 
         monkeypatch.setattr("services.persister.service.reach_log", reach_log)

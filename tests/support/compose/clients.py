@@ -12,8 +12,7 @@ from uuid import uuid4
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
-from services.cli.rehearsal.consultations import Post, generate
-from services.cli.rehearsal.load import Accepted
+from services.cli.rehearsal import Accepted, Post, generate
 
 #: a client's pause between two events: a person speaks no faster, seconds
 PAUSE = 0.05

@@ -21,10 +21,8 @@ import orjson
 from nats.aio.client import Client
 from testcontainers.compose import DockerCompose
 
-from services.cli.rehearsal.consultations import Post
-from services.cli.rehearsal.load import Accepted, Load
-from services.cli.rehearsal.verification import Found, compare
-from services.cli.security.layout import Layout
+from services.cli.rehearsal import Accepted, Found, Load, Post, compare
+from services.cli.security.files import Layout
 from services.contract.settings import load
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.api import JetStreamApi

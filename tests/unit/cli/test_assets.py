@@ -12,7 +12,7 @@ import pytest
 from services.cli import assets
 from services.cli.assets import find_nats_conf, find_nats_server
 from services.cli.errors import MissingServerError
-from services.cli.security.layout import NATS_FILES, Layout
+from services.cli.security.files import NATS_FILES, Layout
 from tests.support.security import make_deployment
 
 

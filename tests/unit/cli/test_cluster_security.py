@@ -6,8 +6,7 @@ from pathlib import Path
 
 from services.cli.cluster import Cluster
 from services.cli.security.deployment import Deployment
-from services.cli.security.files import Owner
-from services.cli.security.layout import NATS_FILES
+from services.cli.security.files import NATS_FILES, Owner
 
 
 def included(folder: Path) -> dict[str, str]:

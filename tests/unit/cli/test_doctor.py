@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from services.cli.doctor import corpus, machine
 from services.cli.doctor.finding import Level
 from services.cli.main import app
-from services.cli.ports import LOOPBACK, free_ports
-from services.corpus import filesystems
+from services.cli.processes import LOOPBACK, free_ports
+from services.corpus import storage
 from services.persister.settings import PersisterSettings
 from tests.support.broker import plain_server
 from tests.support.findings import fine, only
@@ -132,7 +132,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
 
 def test_a_remote_file_system_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None can be mounted here, so the system's answer is replaced."""
-    monkeypatch.setattr(filesystems, "_file_system_type", lambda _: 0x6969)
+    monkeypatch.setattr(storage, "_file_system_type", lambda _: 0x6969)
     assert "NFS" in only(machine.data_directory(directory), Level.ERROR).what
 
 

@@ -17,9 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from services.cli.doctor import monitored, nodes
+from services.cli.doctor import nodes
 from services.cli.doctor.finding import Finding, Level
-from services.cli.ports import LOOPBACK, free_ports
+from services.cli.processes import LOOPBACK, free_ports
 from tests.support.broker import plain_server
 from tests.support.findings import fine, only
 from tests.support.polling import eventually_sync
@@ -139,15 +139,15 @@ def monitored_server(folder: Path, jetstream: str) -> Iterator[str]:
     block = f'jetstream {{ store_dir: "{folder}/js", {jetstream} }}' if jetstream else ""
     with plain_server(folder, f'server_name: n1\nhttp: "{LOOPBACK}:{port}"\n{block}'):
         url = f"http://{LOOPBACK}:{port}"
-        eventually_sync(lambda: monitored.get(url, "/healthz")[0] == 200)
+        eventually_sync(lambda: nodes.get(url, "/healthz")[0] == 200)
         yield url
 
 
 def examined(url: str, offset: float = 0.0) -> Iterator[Finding]:
     """Look at the node that monitors at *url*."""
-    found, silent = monitored.from_ports([url])
-    yield from monitored.unreachable(silent)
-    yield from monitored.check_nodes(found, offset)
+    found, silent = nodes.from_ports([url])
+    yield from nodes.unreachable(silent)
+    yield from nodes.check_nodes(found, offset)
 
 
 def test_a_sync_interval_is_an_error_unless_it_is_always(tmp_path: Path) -> None:
@@ -176,12 +176,12 @@ def test_a_monitoring_port_out_of_reach_is_unknown_and_no_error() -> None:
     url = f"http://{LOOPBACK}:{free_ports(1)[0]}"
     finding = only(examined(url), Level.UNKNOWN)
     assert f"the monitoring port {url} is not reachable" == finding.what
-    assert ["http://n1:8222", "http://n2:8222"] == monitored.monitoring_urls([], ["n1:4222", "n1:4223", "n2:4222"])
+    assert ["http://n1:8222", "http://n2:8222"] == nodes.monitoring_urls([], ["n1:4222", "n1:4223", "n2:4222"])
 
 
 def test_a_node_that_takes_clients_and_does_not_answer_is_unknown() -> None:
     """The others answered; that it was not asked would look as if it were fine."""
-    assert "n2 did not say how it is" == only(monitored.silent({"n2"}), Level.UNKNOWN).what
+    assert "n2 did not say how it is" == only(nodes.silent({"n2"}), Level.UNKNOWN).what
 
 
 @pytest.mark.parametrize(

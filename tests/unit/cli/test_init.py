@@ -19,7 +19,7 @@ from services.cli.main import app
 from services.cli.security import configuration
 from services.cli.security.authority import NODE_LIFETIME, names_in, not_after
 from services.cli.security.configuration import USERS
-from services.cli.security.layout import NATS_FILES, Layout
+from services.cli.security.files import NATS_FILES, Layout
 from services.eventlog.jetstream.credentials import public_key
 from services.eventlog.jetstream.names import Role
 

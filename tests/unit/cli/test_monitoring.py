@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from services.cli.monitoring import ready_pid
-from services.cli.ports import LOOPBACK
+from services.cli.processes import LOOPBACK
 
 
 @contextmanager

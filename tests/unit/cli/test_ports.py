@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cli import ports
+from services.cli import processes
 from services.cli.errors import CommandError
-from services.cli.ports import LOOPBACK, free_ports, is_free
+from services.cli.processes import LOOPBACK, free_ports, is_free
 
 
 def test_chosen_ports_are_different_and_free() -> None:
@@ -34,7 +34,7 @@ def test_chosen_ports_lie_below_the_range_of_outgoing_connections(
     """No client can be given the port of a node that is down."""
     ranges = tmp_path / "range"
     ranges.write_text("20000\t60999\n")
-    monkeypatch.setattr(ports, "_EPHEMERAL_RANGE", ranges)
+    monkeypatch.setattr(processes, "_EPHEMERAL_RANGE", ranges)
 
     assert max(free_ports(50)) < 20000
 
@@ -47,14 +47,14 @@ def test_the_default_range_stands_in_for_an_unknown_or_a_total_one(
     ranges = tmp_path / "range"
     if content is not None:
         ranges.write_text(content)
-    monkeypatch.setattr(ports, "_EPHEMERAL_RANGE", ranges)
+    monkeypatch.setattr(processes, "_EPHEMERAL_RANGE", ranges)
 
     assert max(free_ports(50)) < 32768
 
 
 def test_a_machine_without_free_ports_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says that something else must stop."""
-    monkeypatch.setattr(ports, "is_free", lambda _: False)
+    monkeypatch.setattr(processes, "is_free", lambda _: False)
 
     with pytest.raises(CommandError, match="stop something"):
         free_ports(1)

@@ -21,8 +21,8 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.consultations import Format
-from services.cli.consultations import lines as exported_lines
+from services.cli.commands.export import Format
+from services.cli.commands.export import lines as exported_lines
 from services.cli.main import app
 from services.contract.ids import event_id_from_key
 from services.corpus.events import EventRecord

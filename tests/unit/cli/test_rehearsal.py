@@ -7,9 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from services.cli.rehearsal.consultations import Post, generate
-from services.cli.rehearsal.load import Accepted, Outcome
-from services.cli.rehearsal.verification import verify
+from services.cli.rehearsal import Accepted, Outcome, Post, generate, verify
 from services.corpus import EventStore, Identity, Record
 
 IDENTITY = Identity("main", "volume", 1, 0, 1, "fi-events", "2026-11-23T10:00:00Z")

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from services.cli.main import app
-from services.cli.security.layout import Layout
+from services.cli.security.files import Layout
 from services.contract.tokens import Scope, Token, digest_of, parse
 from services.ingest import changes
 from tests.support.ingest import running_edge

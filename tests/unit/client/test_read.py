@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from services.client import FiqClient, GaveUpError, Patience, RefusedError, StoredEvent, UnexpectedAnswerError
-from services.client.server_sent import MessageReader
+from services.client.client import MessageReader
 from tests.support.polling import eventually
 from tests.support.scripted_http import Step, cut, lost, refused, says, scripted, silent, stream
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contract.depth import deeper_than
+from services.contract.event import deeper_than
 
 #: strings that look like structure, too
 TEXTS = st.text(alphabet='[]{}"\\a\n', max_size=8)
@@ -52,7 +52,7 @@ def test_the_parser_itself_takes_1024_levels() -> None:
 def test_a_long_string_takes_no_memory_of_its_own() -> None:
     """A pattern that could go back would keep a mark for each character: a hundred times the body."""
     code = (
-        "import resource; from services.contract.depth import deeper_than\n"
+        "import resource; from services.contract.event import deeper_than\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB\n"
         """body = b"[" * 102 + b'"' + b"a" * 2**20 + b'"' + b"]" * 102\n"""
         "before = peak(); assert deeper_than(body, 101); print(peak() - before)"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.contract.memory import memory_limit
+from services.contract.command import memory_limit
 
 
 @pytest.mark.parametrize(

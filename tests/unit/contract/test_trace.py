@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from services.contract.event import Event, decode
 from services.contract.trace import MAX_STATE, Trace, read_trace, trace_of_message
 from services.eventlog.jetstream.connection import HEADERS_BYTES
-from services.eventlog.jetstream.exchange import headers_bytes
-from services.eventlog.jetstream.wire import hpub
+from services.eventlog.jetstream.exchange import headers_bytes, hpub
 
 ID, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = f"00-{ID}-{SPAN}-01"

@@ -8,14 +8,14 @@ from typing import Any
 import h5py
 import pytest
 
-from services.corpus import EventStore, StoreOptions, caches, open_corpus, reader
+from services.corpus import EventStore, StoreOptions, format, open_corpus, reader
 from tests.support.corpus import IDENTITY, commit_range
 
 
 def test_the_metadata_of_many_consultations_does_not_pile_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left alone, HDF5 would let its cache grow to 32 MB, which take half a gigabyte of memory."""
     opened: list[Any] = []
-    bound = caches.bound_metadata
+    bound = format.bound_metadata
 
     def watched(file: Any, size: int) -> None:
         opened.append(file)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from services.corpus import CorpusFormatError, EventStore, Record, StoreOptions, open_corpus
-from services.corpus.chain import chain_next, chain_start
+from services.corpus.format import chain_next, chain_start
 from tests.support.corpus import IDENTITY, commit_range
 
 

@@ -83,7 +83,7 @@ def test_a_crash_while_a_checkpoint_runs_loses_nothing(path: Path, slow: _SlowIO
 
 def test_readers_never_see_a_half_copied_file(path: Path, slow: _SlowIO, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock h5py is told that the file is locked; open_corpus waits for the checkpoint to end."""
-    monkeypatch.setattr("services.corpus.snapshot.LOCK_WAIT", 30.0)
+    monkeypatch.setattr("services.corpus.reader.LOCK_WAIT", 30.0)
     store = _begin_slow_checkpoint(path, slow)
     with pytest.raises(OSError, match="lock"):
         h5py.File(path, "r")

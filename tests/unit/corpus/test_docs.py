@@ -9,7 +9,7 @@ import pytest
 
 from services.corpus import EventStore, errors, write_index
 from services.corpus.format import EVENT_DTYPE
-from services.corpus.journal_scan import RECORDS_START
+from services.corpus.journal import RECORDS_START
 from services.corpus.pair import USER_BLOCK
 from tests.support.corpus import IDENTITY, commit_range
 

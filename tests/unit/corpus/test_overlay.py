@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.corpus.overlay import PageOverlay
-from services.corpus.sectors import SECTOR, Extents, SectorIndex, Sectors, runs_of
+from services.corpus.overlay import SECTOR, Extents, PageOverlay, SectorIndex, Sectors, runs_of
 from services.corpus.storage import Buffer
 
 

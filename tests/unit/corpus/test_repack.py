@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from services.corpus import (
     CorpusNotFoundError,
     EventStore,
     Record,
-    archive_copy,
     open_corpus,
     recover_partition,
     repack,
@@ -30,6 +30,9 @@ from services.corpus import (
 from tests.support import damage as damages
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
 from tests.support.damage import Damage, damage
+
+#: the module; the package has its function under the same name
+repacking = import_module("services.corpus.repack")
 
 
 @pytest.fixture
@@ -180,16 +183,16 @@ def test_a_source_or_a_place_that_is_missing_is_named(path: Path) -> None:
 @pytest.mark.parametrize("spoil", ["body", "event", "consultation"])
 def test_a_copy_that_differs_is_dropped(directory: Path, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
     """Whatever the writing made wrong is found before the archive gets its name."""
-    write: Callable[..., Any] = archive_copy.ArchiveWriter.add
+    write: Callable[..., Any] = repacking.ArchiveWriter.add
 
-    def spoiled(self: archive_copy.ArchiveWriter, consultation: Consultation) -> None:
+    def spoiled(self: Any, consultation: Consultation) -> None:
         if spoil == "consultation" and consultation.id == "c-0003":
             return
         write(self, consultation)
 
-    monkeypatch.setattr(archive_copy.ArchiveWriter, "add", spoiled)
+    monkeypatch.setattr(repacking.ArchiveWriter, "add", spoiled)
     if spoil != "consultation":
-        lines = archive_copy._lines if spoil == "body" else archive_copy._tables
+        lines = repacking._lines if spoil == "body" else repacking._tables
         name = "_lines" if spoil == "body" else "_tables"
 
         def changed(consultation: Consultation) -> Any:
@@ -199,7 +202,7 @@ def test_a_copy_that_differs_is_dropped(directory: Path, monkeypatch: pytest.Mon
                     altered[5] = altered[4]
                 yield altered
 
-        monkeypatch.setattr(archive_copy, name, changed)
+        monkeypatch.setattr(repacking, name, changed)
     with pytest.raises(CorpusFormatError, match=r"the copy of 00\.h5 .*dropped"):
         repack(directory, directory.with_name("archive"))
     assert ["corpus"] == [path.name for path in directory.parent.iterdir()]

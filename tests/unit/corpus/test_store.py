@@ -19,8 +19,8 @@ from services.corpus import (
     StoreFailedError,
     StoreOptions,
     UnsupportedFileSystemError,
-    filesystems,
     open_corpus,
+    storage,
     verify_corpus,
 )
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, record, stock_contents
@@ -319,7 +319,7 @@ def test_a_checkpoint_is_made_when_the_journal_is_long_or_old(path: Path) -> Non
 
 def test_a_remote_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS and its like do not keep what flock and fdatasync promise."""
-    monkeypatch.setattr(filesystems, "_file_system_type", lambda _: 0x6969)
+    monkeypatch.setattr(storage, "_file_system_type", lambda _: 0x6969)
     with pytest.raises(UnsupportedFileSystemError, match="NFS"):
         EventStore.create(tmp_path / "00.h5", IDENTITY)
     assert list(tmp_path.iterdir()) == []
@@ -327,5 +327,5 @@ def test_a_remote_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_local_file_system_can_be_told(tmp_path: Path) -> None:
     """The type of the test's own directory is read from the system."""
-    assert filesystems._file_system_type(tmp_path) != 0
-    filesystems.check_file_system(tmp_path)
+    assert storage._file_system_type(tmp_path) != 0
+    storage.check_file_system(tmp_path)

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import h5py
 import pytest
-from h5py import h5d, h5p
 
-from services.corpus import CorpusFormatError, EventStore, groups
-from services.corpus.file_object import FileObject
-from services.corpus.overlay import PageOverlay
-from services.corpus.sectors import SectorIndex
+from services.corpus import CorpusFormatError, EventStore
+from services.corpus.atomic_file import FileObject
+from services.corpus.overlay import PageOverlay, SectorIndex
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
-
-
-def _allocated_when_written(elements: int) -> Any:
-    """Plan a dataset as earlier versions did."""
-    plan = h5p.create(h5p.DATASET_CREATE)
-    plan.set_chunk((elements,))
-    plan.set_fill_time(h5d.FILL_TIME_NEVER)
-    plan.set_obj_track_times(False)
-    return plan
 
 
 def test_batches_of_any_size_come_out_as_they_went_in(path: Path) -> None:
@@ -35,21 +22,6 @@ def test_batches_of_any_size_come_out_as_they_went_in(path: Path) -> None:
     assert (start - 1, expected(start - 1, consultations=1)) == stock_contents(path)
 
 
-def test_a_file_of_an_earlier_version_is_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its datasets get a chunk when that is written; new ones when their extent grows over it."""
-    with monkeypatch.context() as patch:
-        patch.setattr(groups, "_chunked", _allocated_when_written)
-        with EventStore.open(path, expected=IDENTITY) as store:
-            commit_range(store, range(1, 101))
-    for start in range(101, 500, 57):
-        with EventStore.open(path, expected=IDENTITY) as store:
-            commit_range(store, range(start, start + 57))
-    with h5py.File(path, "r") as file:
-        times = {group["events"].id.get_create_plist().get_alloc_time() for group in file["consultations"].values()}
-    assert {h5d.ALLOC_TIME_INCR} == times
-    assert (499, expected(499)) == stock_contents(path)
-
-
 def test_the_place_of_a_chunk_is_the_one_that_hdf5_tells(path: Path) -> None:
     """Its own function for that goes through all chunks of a dataset, so it is only asked here."""
     with EventStore.open(path, expected=IDENTITY) as store:
@@ -57,8 +29,8 @@ def test_the_place_of_a_chunk_is_the_one_that_hdf5_tells(path: Path) -> None:
         for appender in store._partition.consultations._open.values():
             tail = appender._payload
             first = tail.length - 1 - (tail.length - 1) % 4096
-            told = tail._dataset.get_chunk_info_by_coord((first,)).byte_offset  # type: ignore[attr-defined]
-            assert told == tail._place  # type: ignore[attr-defined]
+            told = tail._dataset.get_chunk_info_by_coord((first,)).byte_offset
+            assert told == tail._place
 
 
 def test_the_content_of_a_chunk_is_not_read_to_find_its_place(path: Path) -> None:

@@ -24,7 +24,7 @@ from services.corpus import (
     verify_corpus,
     write_index,
 )
-from services.corpus.report import KINDS
+from services.corpus.verify import KINDS
 from tests.support import damage as damages
 from tests.support.corpus import IDENTITY, append_range, commit_range
 from tests.support.damage import VICTIM, Damage, damage

@@ -10,7 +10,7 @@ import nkeys
 import pytest
 
 from services.eventlog.errors import LogForbiddenError
-from services.eventlog.jetstream.access import why_refused
+from services.eventlog.jetstream.connection import why_refused
 from services.eventlog.jetstream.credentials import public_key, read_signer, tls_context
 from services.eventlog.jetstream.refusals import Refusal, RefusalAwareClient, listen
 from services.eventlog.settings import LogSettings

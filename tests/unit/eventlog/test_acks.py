@@ -7,7 +7,7 @@ import pytest
 
 from services.contract.errors import FiqError
 from services.eventlog.errors import LogFullError, LogRefusedError
-from services.eventlog.jetstream.acks import Again, read_ack, read_batch_ack
+from services.eventlog.jetstream.exchange import Again, read_ack, read_batch_ack
 from services.eventlog.protocol import Appended
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from services.eventlog.errors import ProvisionError
-from services.eventlog.jetstream.definitions import stream_config
-from services.eventlog.jetstream.drift import changes
+from services.eventlog.jetstream.definitions import changes, stream_config
 from services.eventlog.settings import LogSettings
 
 MIB = 2**20

@@ -13,9 +13,17 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from services.contract.errors import PoisonError
 from services.contract.event import check_body
-from services.ingest.batch import Line, Place, read_batch, split_array, split_lines
-from services.ingest.cloudevents import read_binary, read_structured
-from services.ingest.drafts import Draft, read_line
+from services.ingest.batch import (
+    Draft,
+    Line,
+    Place,
+    read_batch,
+    read_binary,
+    read_line,
+    read_structured,
+    split_array,
+    split_lines,
+)
 from services.ingest.problems import RequestRefusedError
 
 JSON: st.SearchStrategy[Any] = st.recursive(

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from services.eventlog.backlog import Backlog, Waiting
 from services.eventlog.partitions import partition_of
+from services.eventlog.protocol import Backlog, Waiting
 from services.ingest import app as module
 from tests.support.ingest import Edge, running_edge
 from tests.support.polling import eventually

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.ingest.memory import BASE_BYTES, COPIES, within
+from services.ingest.command import BASE_BYTES, COPIES, within
 from services.ingest.settings import Settings
 
 DEFAULTS = Settings()

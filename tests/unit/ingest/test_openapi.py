@@ -17,7 +17,8 @@ from openapi_spec_validator import validate
 from services.ingest.access import GATE, OPEN
 from services.ingest.batch import MAX_EVENTS
 from services.ingest.openapi import describe
-from services.ingest.problems import BY_SLUG, registry
+from services.ingest.problems import BY_SLUG, UNKNOWN_EVENT, registry
+from services.ingest.reading_records import DEFAULT_LIMIT, MAX_LIMIT
 from services.ingest.resources import RESOURCES
 from services.ingest.settings import Settings
 from tests.support.description import answer_problems, operation_of, validator
@@ -95,6 +96,18 @@ def test_the_limits_are_those_of_the_process() -> None:
         assert (2000, 7) == (operation["x-max-event-bytes"], operation["x-max-json-depth"])
         assert (3000, MAX_EVENTS) == (operation["x-max-batch-bytes"], operation["x-max-batch-events"])
         assert set(resource.forms) <= set(operation["requestBody"]["content"])
+
+
+def test_the_constants_in_the_file_are_those_that_are_enforced(description: Json) -> None:
+    """openapi.json repeats what no setting changes."""
+    schemas, parameters = (description["components"][name] for name in ("schemas", "parameters"))
+    assert {MAX_EVENTS} == {schemas[name]["maxItems"] for name in ("Batch", "CloudEventBatch")}
+    pages = (schemas["EventPage"]["properties"]["events"], schemas["ConsultationPage"]["properties"]["consultations"])
+    limit = parameters["limit"]["schema"]
+    assert {MAX_LIMIT} == {limit["maximum"], *(page["maxItems"] for page in pages)}
+    assert DEFAULT_LIMIT == limit["default"]
+    about = description["paths"]["/problems/{slug}"]["get"]["responses"]["200"]["content"]["application/json"]
+    assert orjson.loads(UNKNOWN_EVENT.render()) == about["example"]
 
 
 async def test_the_described_sizes_are_the_ones_that_are_taken() -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.ingest.openapi import describe
-from services.ingest.openapi_page import PAGE_HEADERS, as_page, curl
+from services.ingest.openapi import PAGE_HEADERS, as_page, curl, describe
 from services.ingest.problems import registry
 from services.ingest.settings import Settings
 from tests.support.ingest import running_edge

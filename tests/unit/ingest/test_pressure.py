@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from services.contract.event import Event
 from services.contract.ids import new_event_id
-from services.eventlog.backlog import Backlog, Waiting
 from services.eventlog.partitions import partition_of
+from services.eventlog.protocol import Backlog, Waiting
 from services.ingest import problems
 from services.ingest.metrics import Metrics
 from services.ingest.pressure import Pressure

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from services.cli import monitoring
-from services.cli.ports import free_ports
+from services.cli.processes import free_ports
 from services.contract.errors import PermanentError
 from services.contract.lifecycle import Stop
 from services.eventlog.metrics import LogMetrics

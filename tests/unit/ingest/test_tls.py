@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import ssl
 import warnings
@@ -20,7 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from services.cli.security.authority import Authority, Pair, make_authority
 from services.contract.errors import ConfigurationError
-from services.ingest import changes, connections, handshakes
+from services.ingest import changes, server
 from services.ingest.app import make_app
 from services.ingest.settings import Settings
 from tests.support.ingest import Edge, MemoryLog, running_edge
@@ -114,19 +115,15 @@ async def test_plain_http_and_garbage_are_not_answered(edge: Edge, files: Files)
     assert "first" == await name_shown(edge, files)
 
 
-async def test_those_in_their_handshake_are_as_many_as_there_is_room_for(
-    files: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who says nothing holds a socket all the same: one more is cut off at once, and takes nobody's place."""
-    monkeypatch.setattr(connections, "_MOST_TURNED", 2)
-    monkeypatch.setattr(handshakes, "HANDSHAKE_SECONDS", 60.0)
+async def test_there_are_no_more_connections_than_there_may_be(files: Files) -> None:
+    """One more completes its handshake, is told so and is closed."""
     async with running_edge(max_connections=1, **files.settings) as edge:
-        silent = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(20)]
-        ends = [asyncio.create_task(reader.read()) for reader, _ in silent]
-        await eventually(lambda: sum(end.done() for end in ends) == 17)
-        for _, writer in silent:
+        _, first = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
+        reader, second = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
+        second.write(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+        assert b"/problems/too-many-connections" in await reader.read()
+        for writer in (first, second):
             writer.close()
-        await asyncio.gather(*ends, return_exceptions=True)
         await eventually(lambda: shown_again(edge, files))
 
 
@@ -139,8 +136,7 @@ async def shown_again(edge: Edge, files: Files) -> bool:
 
 async def test_a_handshake_that_fails_makes_room(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """However it fails: garbage, and silence until its time is up."""
-    monkeypatch.setattr(connections, "_MOST_TURNED", 1)
-    monkeypatch.setattr(handshakes, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 0.2)
     async with running_edge(max_connections=1, **files.settings) as edge:
         for _ in range(5):
             await edge.raw(b"garbage" * 100)
@@ -148,15 +144,20 @@ async def test_a_handshake_that_fails_makes_room(files: Files, monkeypatch: pyte
         await eventually(lambda: shown_again(edge, files))
 
 
-async def test_a_stop_ends_handshakes(files: Files) -> None:
-    """Nobody waits for one who says nothing."""
+async def test_a_stop_does_not_wait_for_handshakes(files: Files) -> None:
+    """Nobody waits for one who says nothing; who completes one afterwards is cut off."""
     async with running_edge(**files.settings) as edge:
-        reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
-        await name_shown(edge, files)  # the one before it has been accepted
+        _, silent = await asyncio.open_connection("127.0.0.1", edge.port)
+        reader, late = await asyncio.open_connection("127.0.0.1", edge.port)
+        await name_shown(edge, files)  # those before it have been accepted
         async with asyncio.timeout(5):
             await edge.server.stop()
-            assert b"" == await reader.read()
-        writer.close()
+            with contextlib.suppress(OSError):
+                await late.start_tls(files.trust(), server_hostname="127.0.0.1")
+                late.write(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+                assert b"" == await reader.read()
+        silent.close()
+        late.close()
 
 
 async def test_a_renewed_certificate_is_shown_and_open_connections_go_on(edge: Edge, files: Files) -> None:
