@@ -30,7 +30,7 @@ _SYSTEM: _Attributes = {"messaging.system": "nats"}
 
 @dataclass(slots=True)
 class OtelServing:
-    """A request that is being served; see :class:`services.contract.telemetry.Serving`."""
+    """A request that is being served; see :class:`services.contract.trace.Serving`."""
 
     trace: Trace
     span: Span
@@ -43,7 +43,7 @@ class OtelServing:
 
 
 class OtelSpans:
-    """Makes spans; see :class:`services.contract.telemetry.Spans`."""
+    """Makes spans; see :class:`services.contract.trace.Spans`."""
 
     def __init__(self, provider: TracerProvider) -> None:
         """Make it; *provider* is its own from now on."""

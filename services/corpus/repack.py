@@ -39,9 +39,8 @@ from services.corpus.format import (
     PAYLOAD,
     write_attributes,
 )
-from services.corpus.index import write_index
 from services.corpus.pair import USER_BLOCK, archive_user_block
-from services.corpus.reader import Corpus, PartitionInfo, open_corpus
+from services.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
 from services.corpus.storage import FILE_MODE, StorageIO, write_all
 from services.corpus.verify import Problem, verify_partition
 

@@ -17,9 +17,8 @@ import orjson
 from services.corpus.errors import CorpusError, CorpusFormatError, JournalError
 from services.corpus.events import Consultation
 from services.corpus.format import CONFLICTS, EVENT_DTYPE, EVENT_HEAD, chain_next, chain_start, is_consultation_id
-from services.corpus.index import INDEX_NAME, read_links
 from services.corpus.journal import RECORDS_START
-from services.corpus.reader import Corpus, PartitionInfo, open_corpus, partition_files
+from services.corpus.reader import INDEX_NAME, Corpus, PartitionInfo, open_corpus, partition_files, read_links
 
 #: the kinds of problems, words that a program can compare
 KINDS = {

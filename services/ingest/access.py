@@ -26,11 +26,11 @@ from services.contract.logs import get_logger
 from services.contract.tokens import Scope, Token, digest_of
 from services.ingest import metrics as reasons
 from services.ingest import problems
+from services.ingest.admission import Lines, Rates
 from services.ingest.answers import Answers
 from services.ingest.changes import read
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
-from services.ingest.rates import Lines, Rates
 from services.ingest.tracing import trace_id_of
 
 VARIABLE = "FI_TOKEN_FILE"

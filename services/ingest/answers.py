@@ -16,10 +16,10 @@ from services.contract.event import Event
 from services.contract.logs import BATCH_QUEUED, EVENT_QUEUED, get_logger
 from services.eventlog.protocol import Appended
 from services.ingest import problems
+from services.ingest.admission import Lines
 from services.ingest.batch import Line
 from services.ingest.metrics import Metrics
 from services.ingest.problems import CONTENT_TYPE, Problem
-from services.ingest.rates import Lines
 
 #: what the Server header says: not which library in which version
 SERVER = "fiq"

@@ -13,12 +13,12 @@ from aiohttp import web
 
 from services.contract.lifecycle import beside
 from services.contract.management import CachedCheck, ReadinessCheck
-from services.contract.telemetry import Spans
 from services.contract.tokens import Scope
+from services.contract.trace import Spans
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import Backlog, EventBrowser, EventWriter
 from services.ingest.access import GATE, OPEN, VARIABLE, Gate, Tokens
-from services.ingest.admission import Admission
+from services.ingest.admission import Admission, Rates
 from services.ingest.answers import Answers
 from services.ingest.changes import WatchedFiles
 from services.ingest.handlers import (
@@ -38,7 +38,6 @@ from services.ingest.metrics import Metrics
 from services.ingest.openapi import DOCS_PATH, OPENAPI_PATH, PAGE_HEADERS, PAGE_TYPE, as_page, describe
 from services.ingest.pressure import Pressure
 from services.ingest.problems import TYPE_PREFIX
-from services.ingest.rates import Rates
 from services.ingest.reading import (
     FOLLOWERS,
     READER,

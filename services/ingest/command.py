@@ -43,7 +43,7 @@ async def _run(settings: Settings) -> int:
     stop = Stop()
     stop_on_signals(stop)
     # only now: these imports take a while, and from here on a signal ends the process in an orderly way
-    from services.contract.telemetry import spans_of
+    from services.contract.trace import spans_of
     from services.ingest.service import serve
 
     with spans_of(PROGRAM, os.environ) as spans:

@@ -13,7 +13,7 @@ from services.contract.errors import ConfigurationError
 from services.contract.lifecycle import Stop, settle
 from services.contract.logs import get_logger
 from services.contract.management import bind, managed
-from services.contract.telemetry import Spans
+from services.contract.trace import Spans
 from services.eventlog.jetstream.connection import check_max_payload, close
 from services.eventlog.jetstream.monitor import monitoring
 from services.eventlog.jetstream.names import Role

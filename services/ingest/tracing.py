@@ -9,8 +9,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
 from services.contract.event import Event
-from services.contract.telemetry import Spans
-from services.contract.trace import PARENT_HEADER, STATE_HEADER, Trace, read_trace
+from services.contract.trace import PARENT_HEADER, STATE_HEADER, Spans, Trace, read_trace
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.protocol import Appended, EventWriter
 

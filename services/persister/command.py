@@ -67,7 +67,7 @@ async def _run(settings: PersisterSettings, options: argparse.Namespace) -> int:
 
         await Supervisor(options.workers, port=settings.port, env=os.environ | variables(settings), stop=stop).run()
     else:
-        from services.contract.telemetry import spans_of
+        from services.contract.trace import spans_of
         from services.persister.service import serve
         from services.persister.supervisor import stop_with_parent
 

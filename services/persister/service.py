@@ -21,7 +21,7 @@ from services.contract.errors import BindError
 from services.contract.lifecycle import Stop, beside, cancellable, settle, unless_stopped
 from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
-from services.contract.telemetry import Spans
+from services.contract.trace import Spans
 from services.corpus import KnownIds, StoreOptions
 from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import Connection, close

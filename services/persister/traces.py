@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from services.contract.event import Event
 from services.contract.logs import EVENT_TRACED
-from services.contract.telemetry import Spans
-from services.contract.trace import trace_of_message
+from services.contract.trace import Spans, trace_of_message
 from services.eventlog.jetstream.names import STREAM
 
 if TYPE_CHECKING:

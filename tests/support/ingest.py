@@ -16,7 +16,7 @@ from aiohttp.web import Application
 
 from services.contract.event import Event
 from services.contract.management import bind, managed
-from services.contract.telemetry import Spans
+from services.contract.trace import Spans
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import Appended, Backlog, Page, Stored, StoredEvent, digest_of

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from services.contract import otel
 from services.contract.errors import ConfigurationError
 from services.contract.otel import OtelSpans, exporting
-from services.contract.telemetry import spans_of
+from services.contract.trace import spans_of
 
 ENDPOINT = "http://127.0.0.1:9"
 
@@ -59,7 +59,7 @@ def test_unless_asked_for_nothing_of_it_is_imported() -> None:
     """Neither by the modules of both services nor when they look whether spans are wanted."""
     code = (
         "import sys\nimport services.ingest.service, services.persister.service\n"
-        "from services.contract.telemetry import spans_of\n"
+        "from services.contract.trace import spans_of\n"
         "with spans_of('x', {}) as spans: assert spans is None\n"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )

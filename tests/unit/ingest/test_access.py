@@ -15,11 +15,11 @@ from structlog.testing import capture_logs
 
 from services.contract.errors import ConfigurationError
 from services.contract.tokens import Scope, Token, digest_of, render
-from services.ingest import access, changes, rates
+from services.ingest import access, admission, changes
 from services.ingest.access import GATE, GRANT, OPEN, Tokens
+from services.ingest.admission import Bucket
 from services.ingest.app import make_app
 from services.ingest.handlers import ANSWERS
-from services.ingest.rates import Bucket
 from services.ingest.settings import Settings
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
 from tests.support.polling import eventually
@@ -409,7 +409,7 @@ async def test_a_flood_of_refusals_does_not_fill_the_log(file: Path, monkeypatch
 @pytest.fixture
 def bursts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the test takes, no further lines are allowed."""
-    monkeypatch.setattr(rates, "_LINE_RATE", 1e-9)
+    monkeypatch.setattr(admission, "_LINE_RATE", 1e-9)
 
 
 @pytest.mark.usefixtures("bursts_only")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.rates import Bucket, Rates
+from services.ingest.admission import Bucket, Rates
 
 
 class Clock:
