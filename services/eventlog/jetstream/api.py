@@ -167,11 +167,13 @@ class JetStreamApi:
             wanted["batch"] = 1
         message = await self._ask(operation, wanted, None)
         headers = message.headers or {}
-        status = headers.get("Status")
-        if status == "404":
-            return None
-        if status is not None:
-            raise PermanentApiError(operation, int(status), 0, headers.get(Header.DESCRIPTION, "refused"))
+        if "Nats-Sequence" not in headers:  # a stored message, too, may say "Status"
+            status = headers.get("Status", "")
+            if status == "404":
+                return None
+            raise PermanentApiError(
+                operation, int(status) if status.isdecimal() else 0, 0, headers.get(Header.DESCRIPTION, "refused")
+            )
         own = {key: value for key, value in headers.items() if key not in _DIRECT_GET_HEADERS}
         return StoredMessage(
             subject=headers["Nats-Subject"],

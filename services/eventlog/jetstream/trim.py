@@ -109,10 +109,11 @@ class Trimmer:
             if is_turn():
                 try:
                     trimmed = await self.trim()
-                except FiqError as error:
-                    if self._said != str(error):  # once for each reason, or an outage would fill the log
-                        self._said = str(error)
-                        _log.warning("TRIM_FAILED", reason=self._said)
+                except Exception as error:  # noqa: BLE001 - whatever a message holds, it must not end the service
+                    reason = str(error) if isinstance(error, FiqError) else type(error).__name__
+                    if self._said != reason:  # once for each reason, or an outage would fill the log
+                        self._said = reason
+                        _log.warning("TRIM_FAILED", reason=reason)
                 else:
                     self._said = ""
                     self._on_round(trimmed)

@@ -16,8 +16,14 @@ from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.definitions import cursor_config
 from services.eventlog.jetstream.names import STREAM, cursor_name
 from services.eventlog.jetstream.provision import provision
+from services.eventlog.jetstream.reading import StreamReading
 from services.eventlog.settings import LogSettings
 from tests.support.cluster import delete_streams
+from tests.support.polling import eventually
+from tests.support.raw_nats import message, publish_raw
+
+#: what the broker might say instead of a message, and what it never says
+STATUS = (b"404", b"204", b"408", b"4x")
 
 
 @pytest.fixture
@@ -86,6 +92,20 @@ async def test_a_message_comes_back_as_it_was_stored(nc: Client) -> None:
     assert (message["subject"], message["seq"], message["data"]) == ("fi.events.57.c1", 1, b"body")
     assert message["headers"] == {"Nats-Msg-Id": "c1/1"}
     assert datetime.fromisoformat(message["time"][:19] + "Z").tzinfo is not None
+
+
+@pytest.mark.parametrize("headers", [b"NATS/1.0 503\r\n\r\n", *(b"NATS/1.0\r\nStatus: %b\r\n\r\n" % s for s in STATUS)])
+async def test_a_stored_message_may_look_like_a_status(nc: Client, single_node: Cluster, headers: bytes) -> None:
+    """Anybody who may publish could stop trim otherwise, or hide a message."""
+    await publish_raw(single_node.urls[0], [message(b"c1", headers)])
+    api = JetStreamApi(nc)
+
+    await eventually(lambda: api.leader_message(STREAM, 1))
+    found = await api.get_message(STREAM, 1)
+    read = [at async for at, _ in StreamReading(nc, timeout=5).tail(57, "c1", 0, 1)]
+
+    assert found is not None
+    assert ([1], 1, b"garbage") == (read, found["seq"], found["data"])
 
 
 async def test_purging_deletes_below_the_sequence(nc: Client) -> None:

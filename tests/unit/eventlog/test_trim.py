@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+from nats.aio.client import Client
+
+from services.eventlog.jetstream import trim as module
 from services.eventlog.jetstream.monitor import LogState
 from services.eventlog.jetstream.placement import Placement, StorePlacement
 from services.eventlog.jetstream.processes import LiveProcess, Progress, read_process, read_progress, show_progress
-from services.eventlog.jetstream.trim import committed_everywhere, is_turn
+from services.eventlog.jetstream.trim import Trimmed, Trimmer, committed_everywhere, is_turn
+from tests.support.polling import eventually
 
 
 def store(name: str, committed: dict[int, int], *, formed: bool = True) -> StorePlacement:
@@ -57,6 +64,24 @@ def test_the_process_with_the_lowest_partition_that_is_run_trims() -> None:
 def test_a_process_that_hears_nobody_trims() -> None:
     """Several do no harm, none at all would."""
     assert is_turn(LogState(), "main", [7])
+
+
+async def test_trim_goes_on_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message that it stumbled over may be gone at the next look, and persisting must not end with it."""
+    monkeypatch.setattr(module, "TRIM_SECONDS", 0.001)
+    trims = iter([ValueError("4x")])
+
+    async def trim(_: Trimmer) -> Trimmed:
+        if (error := next(trims, None)) is not None:
+            raise error
+        return Trimmed(7, 0, 0.5)
+
+    monkeypatch.setattr(Trimmer, "trim", trim)
+    told: list[Trimmed] = []
+    task = asyncio.create_task(Trimmer(Client(), retention=0, on_round=told.append).run(lambda: True))
+    await eventually(lambda: told or task.done())
+    task.cancel()
+    assert told
 
 
 def test_what_a_process_tells_is_read_as_it_was_shown() -> None:
