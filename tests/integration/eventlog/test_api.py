@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime
 
@@ -117,6 +118,40 @@ async def test_purging_deletes_below_the_sequence(nc: Client) -> None:
     assert await api.purge(STREAM, 4) == 3
     assert await api.get_message(STREAM, 3) is None
     assert await api.get_message(STREAM, 4) is not None
+
+
+async def test_a_purge_that_was_not_sent_never_is(nc: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would delete at the next connection, when an operator may have put an older file in a partition's place."""
+    await nc.request("fi.events.c1", b"x", timeout=5)
+    with monkeypatch.context() as lost:
+        lost.setattr(nc, "_flush_pending", _nothing)
+        with pytest.raises(LogUnavailableError, match="no answer"):
+            await JetStreamApi(nc, timeout=0.1).purge(STREAM, 2)
+
+    await nc.flush()
+
+    assert await JetStreamApi(nc).leader_message(STREAM, 1)
+
+
+async def test_nothing_is_purged_without_a_connection(nc: Client, single_node: Cluster) -> None:
+    """Nor at the next one."""
+    await nc.request("fi.events.c1", b"x", timeout=5)
+    await asyncio.to_thread(single_node.stop_all)
+    try:
+        await eventually(lambda: not nc.is_connected)
+        with pytest.raises(LogUnavailableError, match="no connection"):
+            await JetStreamApi(nc).purge(STREAM, 2)
+    finally:
+        await asyncio.to_thread(single_node.start_node, 0)
+        await asyncio.to_thread(single_node.wait_ready)
+    await eventually(lambda: nc.is_connected)
+    await nc.flush()
+
+    assert await JetStreamApi(nc).leader_message(STREAM, 1)
+
+
+async def _nothing(**_: object) -> None:
+    """Send nothing."""
 
 
 async def test_a_closed_connection_is_unavailable(nc: Client) -> None:
