@@ -147,10 +147,22 @@ class JetStreamApi:
         return await self.request(suffix, request, timeout=timeout)
 
     async def purge(self, stream: str, sequence: int, *, only: str | None = None) -> int:
-        """Delete what is below *sequence* and of the subjects *only*; return how many messages that were."""
+        """Delete what is below *sequence* and of the subjects *only*; return how many messages that were.
+
+        Raises:
+            LogUnavailableError: no connection, or no answer. It may have taken effect, but takes none at a later
+                connection: the client keeps what it could not send, and by then less might have to go.
+        """
+        suffix = f"STREAM.PURGE.{stream}"
         wanted = {"seq": sequence} if only is None else {"seq": sequence, "filter": only}
-        answer = await self.request(f"STREAM.PURGE.{stream}", wanted)
-        return int(answer.get("purged", 0))
+        if not self._nc.is_connected:
+            raise LogUnavailableError(f"{suffix}: no connection")
+        try:
+            return int((await self.request(suffix, wanted)).get("purged", 0))
+        finally:
+            unsent, command = self._nc._pending, f"PUB $JS.API.{suffix} ".encode()
+            unsent[:] = [one for one in unsent if not one.startswith(command)]
+            self._nc._pending_data_size = sum(map(len, unsent))
 
     async def get_message(
         self, stream: str, sequence: int, *, next_of: str | None = None, counted: bool = False
@@ -167,11 +179,13 @@ class JetStreamApi:
             wanted["batch"] = 1
         message = await self._ask(operation, wanted, None)
         headers = message.headers or {}
-        status = headers.get("Status")
-        if status == "404":
-            return None
-        if status is not None:
-            raise PermanentApiError(operation, int(status), 0, headers.get(Header.DESCRIPTION, "refused"))
+        if "Nats-Sequence" not in headers:  # a stored message, too, may say "Status"
+            status = headers.get("Status", "")
+            if status == "404":
+                return None
+            raise PermanentApiError(
+                operation, int(status) if status.isdecimal() else 0, 0, headers.get(Header.DESCRIPTION, "refused")
+            )
         own = {key: value for key, value in headers.items() if key not in _DIRECT_GET_HEADERS}
         return StoredMessage(
             subject=headers["Nats-Subject"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime
 
@@ -16,8 +17,14 @@ from services.eventlog.jetstream.connection import close, connect
 from services.eventlog.jetstream.definitions import cursor_config
 from services.eventlog.jetstream.names import STREAM, cursor_name
 from services.eventlog.jetstream.provision import provision
+from services.eventlog.jetstream.reading import StreamReading
 from services.eventlog.settings import LogSettings
 from tests.support.cluster import delete_streams
+from tests.support.polling import eventually
+from tests.support.raw_nats import message, publish_raw
+
+#: what the broker might say instead of a message, and what it never says
+STATUS = (b"404", b"204", b"408", b"4x")
 
 
 @pytest.fixture
@@ -88,6 +95,20 @@ async def test_a_message_comes_back_as_it_was_stored(nc: Client) -> None:
     assert datetime.fromisoformat(message["time"][:19] + "Z").tzinfo is not None
 
 
+@pytest.mark.parametrize("headers", [b"NATS/1.0 503\r\n\r\n", *(b"NATS/1.0\r\nStatus: %b\r\n\r\n" % s for s in STATUS)])
+async def test_a_stored_message_may_look_like_a_status(nc: Client, single_node: Cluster, headers: bytes) -> None:
+    """Anybody who may publish could stop trim otherwise, or hide a message."""
+    await publish_raw(single_node.urls[0], [message(b"c1", headers)])
+    api = JetStreamApi(nc)
+
+    await eventually(lambda: api.leader_message(STREAM, 1))
+    found = await api.get_message(STREAM, 1)
+    read = [at async for at, _ in StreamReading(nc, timeout=5).tail(57, "c1", 0, 1)]
+
+    assert found is not None
+    assert ([1], 1, b"garbage") == (read, found["seq"], found["data"])
+
+
 async def test_purging_deletes_below_the_sequence(nc: Client) -> None:
     """And says how many."""
     for _ in range(5):
@@ -97,6 +118,40 @@ async def test_purging_deletes_below_the_sequence(nc: Client) -> None:
     assert await api.purge(STREAM, 4) == 3
     assert await api.get_message(STREAM, 3) is None
     assert await api.get_message(STREAM, 4) is not None
+
+
+async def test_a_purge_that_was_not_sent_never_is(nc: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would delete at the next connection, when an operator may have put an older file in a partition's place."""
+    await nc.request("fi.events.c1", b"x", timeout=5)
+    with monkeypatch.context() as lost:
+        lost.setattr(nc, "_flush_pending", _nothing)
+        with pytest.raises(LogUnavailableError, match="no answer"):
+            await JetStreamApi(nc, timeout=0.1).purge(STREAM, 2)
+
+    await nc.flush()
+
+    assert await JetStreamApi(nc).leader_message(STREAM, 1)
+
+
+async def test_nothing_is_purged_without_a_connection(nc: Client, single_node: Cluster) -> None:
+    """Nor at the next one."""
+    await nc.request("fi.events.c1", b"x", timeout=5)
+    await asyncio.to_thread(single_node.stop_all)
+    try:
+        await eventually(lambda: not nc.is_connected)
+        with pytest.raises(LogUnavailableError, match="no connection"):
+            await JetStreamApi(nc).purge(STREAM, 2)
+    finally:
+        await asyncio.to_thread(single_node.start_node, 0)
+        await asyncio.to_thread(single_node.wait_ready)
+    await eventually(lambda: nc.is_connected)
+    await nc.flush()
+
+    assert await JetStreamApi(nc).leader_message(STREAM, 1)
+
+
+async def _nothing(**_: object) -> None:
+    """Send nothing."""
 
 
 async def test_a_closed_connection_is_unavailable(nc: Client) -> None:
