@@ -41,6 +41,7 @@ from services.eventlog.jetstream.names import (
     BUCKET,
     BUCKET_PREFIX,
     BUCKET_STREAM,
+    LATE_KEY,
     STREAM,
     key_subject,
     placement_key,
@@ -63,6 +64,8 @@ _OTHER_REVISION = frozenset({10071, 10164})
 _NO_MESSAGE = 10037
 _DIRECT_GET = f"$JS.API.DIRECT.GET.{BUCKET_STREAM}"
 _OPERATION = "KV-Operation"
+#: key that says that the operator has named every store, after the bucket was lost
+_STORES = "_stores"
 _KEY = re.compile(r"([a-z0-9]{1,32})(?:\.([0-9]{2}))?", re.ASCII)
 
 
@@ -157,7 +160,7 @@ class Placements:
             PlacementError: there is no bucket.
             LogUnavailableError: the broker did not answer.
         """
-        created, first, entries = await _read(self._nc, self._store)
+        created, first, entries, _ = await _read(self._nc, self._store)
         found = _store(self._store, entries, created, first, range(self._partitions))
         self._created, self._known = created, found.partitions
         return found
@@ -186,15 +189,30 @@ class Placements:
         Raises:
             LogUnavailableError: the outcome is not known; call again.
         """
+        await self._note(self._store, {"formed": True, "volumes": sorted(volumes)})
+
+    async def name_stores(self, others: Collection[str]) -> None:
+        """Note that no store but this one and *others* had keys in a bucket that got lost. Idempotent.
+
+        Those of *others* that have no keys yet count as formed: nothing is trimmed before they are placed.
+
+        Raises:
+            LogUnavailableError: the outcome is not known; call again.
+        """
+        for name in sorted(set(others) - (await read_stores(self._nc)).keys()):
+            await self._note(name, {"formed": True, "volumes": []})
+        await self._note(_STORES, {"stores": sorted({self._store, *others})})
+
+    async def _note(self, key: str, value: Mapping[str, Any]) -> None:
         created = await self._stream_created()
-        value = {"formed": True, "volumes": sorted(volumes), "stream_created": created}
         for _ in range(_TRIES):
-            entry = await self._entry(self._store)
-            if _formed(entry, created):
+            entry = await self._entry(key)
+            said = None if entry.of_another(created) else entry.value
+            if said is not None and said.get("formed", True) is True:
                 return
-            if await self._put(self._store, value, entry.revision) is not None:
+            if await self._put(key, {**value, "stream_created": created}, entry.revision) is not None:
                 return
-        raise LogUnavailableError(f"key {self._store} of bucket {BUCKET} could not be written")
+        raise LogUnavailableError(f"key {key} of bucket {BUCKET} could not be written")
 
     async def progress(self, placement: Placement, committed: int) -> Placement:
         """Put that the file of *placement* has reached *committed*; return the placement as it is now.
@@ -250,19 +268,19 @@ class Placements:
         entry = await self._entry(placement_key(self._store, partition))
         return None if entry.of_another(created) else entry.placement(partition)
 
-    async def highest_epoch(self, partition: int) -> int:
-        """Return the highest epoch that the kept history of the partition's key names; 0 when there is none.
+    async def history(self, partition: int) -> tuple[Placement, ...]:
+        """Return where the kept history of the partition's key says that it lived, the newest last.
 
         Raises:
             LogUnavailableError: the broker did not answer.
         """
         created, key = await self._stream_created(), placement_key(self._store, partition)
-        highest, entry = 0, await _leaders(self._api, key, seq=1)
+        found, entry = [], await _leaders(self._api, key, seq=1)
         while entry.revision:
-            placement = None if entry.of_another(created) else entry.placement(partition)
-            highest = max(highest, 0 if placement is None else placement.epoch)
+            if not entry.of_another(created) and (placement := entry.placement(partition)) is not None:
+                found.append(placement)
             entry = await _leaders(self._api, key, seq=entry.revision + 1)
-        return highest
+        return tuple(found)
 
     @asynccontextmanager
     async def watching(self, on_change: Callable[[], None]) -> AsyncIterator[None]:
@@ -344,15 +362,26 @@ class Placements:
         return self._created
 
 
-async def read_stores(nc: Client) -> dict[str, StorePlacement]:
+async def read_stores(nc: Client, *, every: bool = False) -> dict[str, StorePlacement]:
     """Return where the partitions of every store live, as new as the bucket's leader has it.
+
+    Args:
+        nc: a connected client.
+        every: refuse a bucket that may lack a store: one that was made over a stream with events.
 
     Raises:
         LogMismatchError: there is no stream of events.
-        PlacementError: there is no bucket.
+        PlacementError: there is no bucket, or *every* store is asked for and an operator has to name them first.
         LogUnavailableError: the broker did not answer.
     """
-    created, first, entries = await _read(nc)
+    created, first, entries, late = await _read(nc)
+    told = entries.get(_STORES, _ABSENT)
+    if every and late and (told.value is None or told.of_another(created)):
+        raise PlacementError(
+            f"bucket {BUCKET} was made when stream {STREAM} had events already, so it may lack stores that had keys in "
+            "an earlier one: nothing is trimmed. Name all stores: `fiq place --stores NAME,NAME`; docs/operations.md, "
+            "`A lost key`"
+        )
     stores = {store for key in entries if (store := parse_key(key)[0])}
     found = {store: _store(store, entries, created, first, range(100)) for store in sorted(stores)}
     return {name: store for name, store in found.items() if store.partitions or store.formed}
@@ -404,23 +433,24 @@ def _gone(placement: Placement, found: Placement | None) -> str:
 # -- reading the bucket -----------------------------------------------------------------------------------------------
 
 
-async def _read(nc: Client, store: str | None = None) -> tuple[str, int, dict[str, _Entry]]:
-    """Return the stream of events' creation time and first sequence, and the keys of *store*, or of all stores.
+async def _read(nc: Client, store: str | None = None) -> tuple[str, int, dict[str, _Entry], bool]:
+    """Return the stream's creation time and first sequence, the keys of *store* or all, and if it had events first.
 
     The bucket's leader says which keys there are and what its last sequence is. One batched direct get brings the
     values; when the replica that answers has less than the leader, the leader is asked for each key instead.
     """
     api = JetStreamApi(nc)
     created, first = await _stream(api)
-    state = (await _bucket(api))["state"]
+    bucket = await _bucket(api)
+    state, late = bucket["state"], (bucket["config"].get("metadata") or {}).get(LATE_KEY) == created
     keys = [subject.removeprefix(f"{BUCKET_PREFIX}.") for subject in state.get("subjects") or {}]
     keys = [key for key in keys if store is None or parse_key(key)[0] == store]
     if not keys:
-        return created, first, {}
+        return created, first, {}, late
     found = await _replicas(nc, keys, int(state["last_seq"]))
     if found is None:
         found = dict(zip(keys, await asyncio.gather(*(_leaders(api, key) for key in keys)), strict=True))
-    return created, first, found
+    return created, first, found, late
 
 
 async def _stream(api: JetStreamApi) -> tuple[str, int]:

@@ -123,7 +123,7 @@ class Trimmer:
         Raises:
             LogMismatchError: there is no stream.
             LogUnavailableError: the broker did not answer.
-            PlacementError: there is no bucket that says where partitions live.
+            PlacementError: there is no bucket that says where the partitions of all stores live.
         """
         purged = 0
         full = False
@@ -138,7 +138,7 @@ class Trimmer:
 
     async def _look(self) -> _Stream:
         read_at = time.monotonic()
-        stores = await read_stores(self._nc)
+        stores = await read_stores(self._nc, every=True)
         info = await self._api.request(f"STREAM.INFO.{STREAM}")
         state, config = info["state"], info["config"]
         partitions = int((config.get("metadata") or {}).get(PARTITIONS_KEY, 0))
