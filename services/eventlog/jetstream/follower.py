@@ -210,6 +210,12 @@ class JetStreamFollower:
         """How many events were delivered and are not acknowledged."""
         return self._buffer.events
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a repair is due or under way: the log may have been set back."""
+        lost = not self._nc.is_connected or self._subscription is None
+        return lost or self._is_elsewhere or bool(self._doubt)
+
     async def acknowledge(self, delivery: Delivery) -> None:
         """Tell the broker that everything up to *delivery* is committed; a lost acknowledgement does no harm."""
         self._buffer.done()
@@ -290,7 +296,7 @@ class JetStreamFollower:
         await self._pull_more()
 
     async def _repair(self) -> None:
-        reason, self._doubt = self._doubt, ""
+        reason = self._doubt
         if not self._progress:  # the last repair brought nothing: the cluster is electing
             await asyncio.sleep(REPAIR_PAUSE_SECONDS)
         silent = reason == "silence" and not self._progress
@@ -298,6 +304,7 @@ class JetStreamFollower:
         self._on_repair(reason)
         self._log.info("FOLLOWER_REPAIR", reason=reason, consumer=self._consumer, committed=self._committed.sequence)
         await self._drop_subscription()
+        self._doubt = ""
         try:
             await self._begin()
         except LogUnavailableError:

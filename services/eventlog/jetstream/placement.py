@@ -2,7 +2,7 @@
 
 ::
 
-    <store>.<pp>   {"volume": UUID, "epoch": 1, "committed": 0, "begins": 1, "stream_created": ...}
+    <store>.<pp>   {"volume": UUID, "epoch": 1, "committed": 0, "message_id": "", "begins": 1, "stream_created": ...}
     <store>        {"formed": true, "volumes": [UUID, ...], "stream_created": ...}
 
 A volume claims a partition by creating its key: the broker lets exactly one claim win. From then on only the owner
@@ -58,6 +58,8 @@ _TRIES = 5
 
 #: pause before it, seconds: the update that it lost to may not be readable yet
 _PAUSE_SECONDS = 0.05
+#: the same where the bucket's leader does not have what we put: one that was elected just now may still be applying it
+_LAG_PAUSE_SECONDS = 0.5
 
 #: the key has another revision than the put expects; the second one: another put of it is under way
 _OTHER_REVISION = frozenset({10071, 10164})
@@ -80,6 +82,7 @@ class Placement:
         committed: stream sequence that the file had reached when its owner last put it here.
         begins: first stream sequence that the file may hold; above 1 for a store that began after a trim.
         revision: of the key, which the next update expects.
+        message_id: of the stream's message at *committed*, as a Position has it; empty when it is not known.
     """
 
     partition: int
@@ -88,6 +91,7 @@ class Placement:
     committed: int
     begins: int
     revision: int
+    message_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,8 @@ class _Entry:
         try:
             found = self.value or {}
             epoch, committed, begins = (int(found[name]) for name in ("epoch", "committed", "begins"))
-            return Placement(partition, str(found["volume"]), epoch, committed, begins, self.revision)
+            message_id = str(found.get("message_id", ""))
+            return Placement(partition, str(found["volume"]), epoch, committed, begins, self.revision, message_id)
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -214,24 +219,31 @@ class Placements:
                 return
         raise LogUnavailableError(f"key {key} of bucket {BUCKET} could not be written")
 
-    async def progress(self, placement: Placement, committed: int) -> Placement:
+    async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
         """Put that the file of *placement* has reached *committed*; return the placement as it is now.
 
         Raises:
-            PlacementError: the partition was placed anew, or its key was deleted.
+            PlacementError: the partition was placed anew, its key was deleted, or the bucket was set back.
             LogUnavailableError: the outcome is not known; call again.
         """
-        wanted = replace(placement, committed=committed)
+        wanted = replace(placement, committed=committed, message_id=message_id)
+        lacking = False
         for _ in range(_TRIES):
             revision = await self._put_placement(wanted)
             if revision is not None:
                 return replace(wanted, revision=revision)
             found = await self.get(wanted.partition)
-            if found is None or (found.volume, found.epoch) != (placement.volume, placement.epoch):
+            lacking = found is None or found.revision < wanted.revision
+            if found is None or lacking:
+                await asyncio.sleep(_LAG_PAUSE_SECONDS)
+                continue
+            if (found.volume, found.epoch) != (placement.volume, placement.epoch):
                 raise PlacementError(_gone(placement, found))
-            if found.committed == committed:
+            if (found.committed, found.message_id) == (committed, message_id):
                 return found
             wanted = replace(wanted, revision=found.revision)
+        if lacking:
+            raise PlacementError(_gone(wanted, found))
         raise LogUnavailableError(f"progress of partition {partition_name(placement.partition)} could not be put")
 
     async def renew(self, placement: Placement, *, epoch: int, committed: int) -> Placement:
@@ -246,7 +258,8 @@ class Placements:
             PlacementError: the key has changed since *placement* was read.
             LogUnavailableError: the outcome is not known; look again.
         """
-        wanted = replace(placement, epoch=epoch, committed=committed)
+        message_id = placement.message_id if committed == placement.committed else ""
+        wanted = replace(placement, epoch=epoch, committed=committed, message_id=message_id)
         for _ in range(_TRIES):
             revision = await self._put_placement(wanted)
             if revision is not None:
@@ -333,6 +346,7 @@ class Placements:
             "volume": wanted.volume,
             "epoch": wanted.epoch,
             "committed": wanted.committed,
+            "message_id": wanted.message_id,
             "begins": wanted.begins,
             "stream_created": await self._stream_created(),
         }
@@ -422,6 +436,12 @@ def _gone(placement: Placement, found: Placement | None) -> str:
     name = partition_name(placement.partition)
     if found is None:
         return f"the key of partition {name} was deleted from bucket {BUCKET}"
+    if found.revision < placement.revision:
+        return (
+            f"bucket {BUCKET} was set back: it has revision {found.revision} of partition {name}, and had revision "
+            f"{placement.revision} before (were disks restored from an older copy?); docs/operations.md, "
+            "`A log that was set back`"
+        )
     if (found.volume, found.epoch) == (placement.volume, placement.epoch):
         return f"partition {name} changed meanwhile: its persister runs (revision {found.revision})"
     return (

@@ -39,6 +39,12 @@ def test_a_key_that_is_ahead_of_the_stream_counts_for_nothing() -> None:
     assert 0 == committed_everywhere({"main": store("main", {0: 101})}, 0, 100)
 
 
+def test_a_key_that_means_another_event_counts_for_nothing() -> None:
+    """The stream was set back and has grown since."""
+    stores = {"main": store("main", {0: 50, 1: 60}), "second": store("second", {0: 70, 1: 80})}
+    assert [0, 60] == [committed_everywhere(stores, partition, 100, {("second", 0)}) for partition in (0, 1)]
+
+
 def test_the_process_with_the_lowest_partition_that_is_run_trims() -> None:
     """When partition 00 is stopped or away, another one does."""
     state = LogState(processes=(process("main", 3, 4), process("main", 2, 5), process("second", 2)))
