@@ -15,6 +15,7 @@ from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import BUCKET, STREAM
 from services.eventlog.jetstream.placement import Placement, Placements, StorePlacement, read_stores
 from services.eventlog.jetstream.report import read_stream
+from services.eventlog.jetstream.trim import FENCE_SECONDS
 from services.eventlog.partitions import partition_name
 
 #: the bucket gets so long to have a leader, seconds
@@ -124,6 +125,8 @@ async def other_stores(target: Target) -> tuple[str, ...]:
 async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: ClusterView) -> None:
     """Place partitions once more: files of older epochs are refused from now on, and what is not committed is kept.
 
+    What is trimmed by keys that were read before is gone when this returns: look at the stream once more.
+
     Args:
         target: the cluster.
         store: the volume's store.
@@ -149,3 +152,4 @@ async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: C
                     "so the old directory might run beside the new one, and events be trimmed that the new one lacks: "
                     "nothing was put there. Use the NATS user `ops`, and try again"
                 ) from error
+    await asyncio.sleep(FENCE_SECONDS)
