@@ -80,7 +80,7 @@ def _places(manifest: Manifest, unborn: Sequence[int], seen: ClusterView) -> Ite
     for entry in manifest.contents:
         known = seen.placed.get(entry.partition)
         if known is None or known.volume == manifest.volume:
-            epoch = max(entry.epoch, 0 if known is None else known.epoch) + 1
+            epoch = max(entry.epoch, seen.highest_epoch(entry.partition)) + 1
             yield Placement(entry.partition, manifest.volume, epoch, entry.committed, entry.begins, 0)
     yield from begun_anew(unborn, seen)
 

@@ -14,7 +14,7 @@ from services.cli.target import find_cluster
 from services.corpus import open_corpus
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.trim import Trimmer
-from tests.integration.cli.test_place import files, reached
+from tests.integration.cli.test_place import deleted, files, keys, reached
 from tests.support.commands import done, refused
 from tests.support.persisters import PARTITIONS, Log, provisioned
 
@@ -61,3 +61,14 @@ async def test_what_was_trimmed_in_the_middle_of_the_stream_is_told_and_given_up
     with open_corpus(new) as corpus:
         assert [20] * PARTITIONS == [info.committed for info in corpus.partitions]
     assert "loses what is its own of 1 that were trimmed" in await refused(log, "give-up", volume, "--to", data)
+
+
+async def test_a_restore_over_a_lost_key_takes_an_epoch_that_no_file_has(log: Log, tmp_path: Path) -> None:
+    """The volume was restored once already, from the same backup; that directory is refused from now on."""
+    data, saved = tmp_path / "data", tmp_path / "saved"
+    await reached(log, files(log, data, committed=0))
+    await done(log, "backup", saved, "--corpus", data, "--offline")
+    await done(log, "restore", saved, "--to", tmp_path / "second")
+    await deleted(log)
+    await done(log, "restore", saved, "--to", tmp_path / "third")
+    assert [3] * PARTITIONS == [key.epoch for key in await keys(log)]
