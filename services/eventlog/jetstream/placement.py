@@ -3,7 +3,8 @@
 ::
 
     <store>.<pp>   {"volume": UUID, "epoch": 1, "committed": 0, "message_id": "", "begins": 1, "stream_created": ...}
-    <store>        {"formed": true, "volumes": [UUID, ...], "stream_created": ...}
+    <store>        {"formed": true, "volumes": [UUID, ...], "stream_created": ...}; false: it is about to begin
+    _stores        {"stores": [name, ...], "stream_created": ...}: told by an operator after the bucket was lost
 
 A volume claims a partition by creating its key: the broker lets exactly one claim win. From then on only the owner
 changes it, each time expecting the revision that it knows. So a persister whose partition was placed anew, by ``fiq
@@ -188,6 +189,15 @@ class Placements:
         """
         return await self._create(placement, over_deleted=True)
 
+    async def begin(self) -> bool:
+        """Note that the store is about to begin, and return whether others, which trim nothing more, exist.
+
+        Raises:
+            LogUnavailableError: the outcome is not known; call again.
+        """
+        await self._note(self._store, {"formed": False})
+        return bool((await read_stores(self._nc)).keys() - {self._store})
+
     async def form(self, volumes: Collection[str]) -> None:
         """Note that every partition of the store is placed, on *volumes*. Idempotent.
 
@@ -211,11 +221,10 @@ class Placements:
     async def _note(self, key: str, value: Mapping[str, Any]) -> None:
         created = await self._stream_created()
         for _ in range(_TRIES):
-            entry = await self._entry(key)
-            said = None if entry.of_another(created) else entry.value
-            if said is not None and said.get("formed", True) is True:
+            entry, wanted = await self._entry(key), {**value, "stream_created": created}
+            if _formed(entry, created) or entry.value == wanted:
                 return
-            if await self._put(key, {**value, "stream_created": created}, entry.revision) is not None:
+            if await self._put(key, wanted, entry.revision) is not None:
                 return
         raise LogUnavailableError(f"key {key} of bucket {BUCKET} could not be written")
 
@@ -398,7 +407,7 @@ async def read_stores(nc: Client, *, every: bool = False) -> dict[str, StorePlac
         )
     stores = {store for key in entries if (store := parse_key(key)[0])}
     found = {store: _store(store, entries, created, first, range(100)) for store in sorted(stores)}
-    return {name: store for name, store in found.items() if store.partitions or store.formed}
+    return {name: store for name, store in found.items() if store.partitions or _begun(entries, name, created)}
 
 
 def parse_key(key: str) -> tuple[str, int | None]:
@@ -426,6 +435,11 @@ def _store(
     formed = _formed(own, created)
     volumes = tuple((own.value or {}).get("volumes", ())) if formed else ()
     return StorePlacement(store, formed, volumes, placed, frozenset(deleted), created, first)
+
+
+def _begun(entries: Mapping[str, _Entry], store: str, created: str) -> bool:
+    own = entries.get(store, _ABSENT)
+    return own.value is not None and not own.of_another(created)
 
 
 def _formed(entry: _Entry, created: str) -> bool:
