@@ -50,6 +50,9 @@ class MemoryPlacements(Placements):
         await asyncio.sleep(0)  # others get a chance, as at a broker
         return self.placed.setdefault(partition, placed(partition, volume, epoch, committed=begins - 1, begins=begins))
 
+    async def begin(self) -> bool:
+        return False
+
     async def form(self, volumes: Collection[str]) -> None:
         self.formed, self.volumes = True, tuple(sorted(volumes))
 

@@ -43,6 +43,8 @@ WORKERS_PREFIX = "fi-workers"
 
 #: metadata of the streams: version of these definitions
 FORMAT_KEY = "fi_format"
+#: metadata of the bucket: creation time of the stream of events, when that had events before the bucket was made
+LATE_KEY = "fi_made_after_events"
 #: metadata of the stream of events: number of partitions, fixed at creation
 PARTITIONS_KEY = "fi_partitions"
 

@@ -29,7 +29,7 @@ from nats.aio.client import Client
 
 from services.contract.errors import FiqError
 from services.contract.logs import get_logger
-from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.api import REQUEST_TIMEOUT_SECONDS, JetStreamApi
 from services.eventlog.jetstream.monitor import LogState
 from services.eventlog.jetstream.names import PARTITIONS_KEY, STREAM, filter_subject, placement_key
 from services.eventlog.jetstream.placement import Placement, StorePlacement, read_stores
@@ -49,6 +49,8 @@ PAUSE_SECONDS = 0.05
 TRIM_SECONDS = 2.0
 #: what the keys said this long ago does not count any more, seconds: an operator may have placed a partition anew
 KEYS_SECONDS = 2.0
+#: a purge that goes by keys of before may take effect for so long after they changed, seconds
+FENCE_SECONDS = KEYS_SECONDS + REQUEST_TIMEOUT_SECONDS
 
 _log = get_logger("eventlog.trim")
 
@@ -127,7 +129,7 @@ class Trimmer:
         Raises:
             LogMismatchError: there is no stream.
             LogUnavailableError: the broker did not answer.
-            PlacementError: there is no bucket that says where partitions live.
+            PlacementError: there is no bucket that says where the partitions of all stores live.
         """
         purged = 0
         full = False
@@ -142,7 +144,7 @@ class Trimmer:
 
     async def _look(self) -> _Stream:
         read_at = time.monotonic()
-        stores = await read_stores(self._nc)
+        stores = await read_stores(self._nc, every=True)
         info = await self._api.request(f"STREAM.INFO.{STREAM}")
         state, config = info["state"], info["config"]
         partitions = int((config.get("metadata") or {}).get(PARTITIONS_KEY, 0))
