@@ -87,11 +87,9 @@ class JetStreamApi:
     ) -> dict[str, Any]:
         """Send *body* to ``$JS.API.<suffix>`` and return the answer.
 
-        Raises:
-            ApiError: the broker answered with an error.
-            NoRespondersError: nobody serves the API.
-            LogUnavailableError: no answer within *timeout* seconds, or no connection; the request may still have
-                taken effect (creations with three replicas often do).
+        Raises ApiError: the broker answered with an error; NoRespondersError: nobody serves the API;
+        LogUnavailableError: no answer within *timeout* seconds, or no connection; the request may still have taken
+        effect (creations with three replicas often do).
         """
         message = await self._ask(suffix, body, timeout)
         return _answer(suffix, message.data)
@@ -117,8 +115,7 @@ class JetStreamApi:
     async def list_consumers(self, stream: str) -> list[dict[str, Any]]:
         """Return what :meth:`consumer_info` says of each consumer of *stream*; one request for 256 of them.
 
-        Raises:
-            LogUnavailableError: no answer, or not every consumer's: an absent one would look deleted.
+        Raises LogUnavailableError: no answer, or not every consumer's: an absent one would look deleted.
         """
         found, missing = await self.survey_consumers(stream)
         if missing:
@@ -148,8 +145,7 @@ class JetStreamApi:
     async def delete_consumer(self, stream: str, consumer: str, *, timeout: float | None = None) -> None:
         """Delete *consumer*; it is fine when there is none.
 
-        Raises:
-            LogUnavailableError: no answer, as when its node is dead; it may be deleted all the same.
+        Raises LogUnavailableError: no answer, as when its node is dead; it may be deleted all the same.
         """
         try:
             await self.request(f"CONSUMER.DELETE.{stream}.{consumer}", timeout=timeout)
@@ -175,9 +171,8 @@ class JetStreamApi:
         The caller must have checked that ``1 <= sequence <= last sequence of the stream + 1``: the broker accepts a
         greater one and then delivers nothing until the stream gets there, and takes 0 as the ack floor plus one.
 
-        Raises:
-            LogUnavailableError: no answer; a consumer that does not exist never answers, so ask
-                :meth:`consumer_info` next.
+        Raises LogUnavailableError: no answer; a consumer that does not exist never answers, so ask
+        :meth:`consumer_info` next.
         """
         return await self.request(f"CONSUMER.RESET.{stream}.{consumer}", {"seq": sequence})
 
