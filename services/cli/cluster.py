@@ -98,8 +98,7 @@ class Cluster:
     def start(self, timeout: float = START_TIMEOUT) -> None:
         """Start all nodes and wait until the cluster takes requests.
 
-        Raises:
-            ChildFailedError: a node ended, or the cluster was not ready within *timeout* seconds.
+        Raises ChildFailedError: a node ended, or the cluster was not ready within *timeout* seconds.
         """
         for attempt in range(1, _PORT_TRIES + 1):
             self.launch()
@@ -149,9 +148,8 @@ class Cluster:
     def reload(self) -> None:
         """Have every running node read its configuration and certificates again, after each has been checked.
 
-        Raises:
-            ChildFailedError: the configuration is bad; nothing was reloaded, for a node that gets a bad one keeps the
-                old one and says so in its log only.
+        Raises ChildFailedError: the configuration is bad; nothing was reloaded, for a node that gets a bad one keeps
+        the old one and says so in its log only.
         """
         for node in self.nodes:
             node.check("-t")
@@ -204,9 +202,7 @@ class Cluster:
     def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
         """Wait until all nodes are healthy, a meta leader sees them all, and every replica of every stream is current.
 
-        Raises:
-            PortTakenError: a node could not listen.
-            ChildFailedError: a node ended, or the time is over.
+        Raises PortTakenError: a node could not listen; ChildFailedError: a node ended, or the time is over.
         """
         self._wait(self._is_ready, "the cluster", timeout, watch=True)
 

@@ -71,9 +71,8 @@ class StackFolder:
     def held(self) -> Iterator[None]:
         """Be the only one that runs a stack in the folder; make it when it is missing.
 
-        Raises:
-            AlreadyRunningError: another process does already.
-            CommandError: the folder cannot be written, or is none.
+        Raises AlreadyRunningError: another process does already; CommandError: the folder cannot be written, or is
+        none.
         """
         if self.path.exists() and not self.path.is_dir():
             raise CommandError(f"{self.path} is no directory; name another with --folder")

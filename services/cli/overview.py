@@ -98,8 +98,7 @@ async def collect(target: Target, corpus: Path | None) -> Overview:
         target: the cluster.
         corpus: the data directory, when it can be reached from here.
 
-    Raises:
-        LogUnavailableError: no node answered.
+    Raises LogUnavailableError: no node answered.
     """
     committed, remarks = _committed(corpus)
     async with connected(target.settings) as connection:

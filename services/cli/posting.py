@@ -62,8 +62,7 @@ class Checkpoint:
     def load(self) -> int:
         """Return the number of the last line before which, and with which, all were accepted; 0 at the beginning.
 
-        Raises:
-            CommandError: the events have changed since, or the file cannot be read.
+        Raises CommandError: the events have changed since, or the file cannot be read.
         """
         if self._path is None:
             return 0
@@ -86,8 +85,7 @@ class Checkpoint:
     def save(self, accepted: int, *, now: bool = False) -> None:
         """Note that all lines up to number *accepted* are; at most once a second unless it has to be *now*.
 
-        Raises:
-            CommandError: the file cannot be written.
+        Raises CommandError: the file cannot be written.
         """
         if self._path is None or (not now and time.monotonic() - self._written_at < _INTERVAL):
             return
@@ -199,9 +197,8 @@ class Poster:
     async def run(self, lines: AsyncIterator[Line]) -> None:
         """Send *lines* until all of them are accepted.
 
-        Raises:
-            CommandError: one was refused, not taken in time, or is no event; those before it are accepted or on
-                their way, and none is ever stored twice.
+        Raises CommandError: one was refused, not taken in time, or is no event; those before it are accepted or on
+        their way, and none is ever stored twice.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -415,8 +412,7 @@ async def lines(
         behind: number of the line behind which to begin.
         size: bytes that were looked through; what came later is left. None for all.
 
-    Raises:
-        PoisonError: a line is no event; it begins with the line's number.
+    Raises PoisonError: a line is no event; it begins with the line's number.
     """
     number = 0
     async for piece in _whole_lines(file, size):

@@ -50,8 +50,7 @@ def free_ports(count: int) -> list[int]:
     A port of that range could be taken by any client while a node is down; and a client that tries to reconnect to
     such a port may even be connected to itself (TCP's simultaneous open), and so keep the node from coming back.
 
-    Raises:
-        CommandError: there are not enough.
+    Raises CommandError: there are not enough.
     """
     top = _first_ephemeral()
     low = _LOWEST if top - _LOWEST >= 1000 else 1024
@@ -142,8 +141,7 @@ class ManagedProcess:
     def check(self, *arguments: str) -> None:
         """Run the program once more with *arguments* besides its own, in its environment, and wait for its end.
 
-        Raises:
-            ChildFailedError: it ended with another code than 0, or not within CHECK_TIMEOUT seconds.
+        Raises ChildFailedError: it ended with another code than 0, or not within CHECK_TIMEOUT seconds.
         """
         command = [*self._command, *arguments]
         try:

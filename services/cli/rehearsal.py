@@ -169,8 +169,7 @@ class Load:
     async def run(self, consultations: Sequence[Sequence[Post]]) -> Outcome:
         """Post everything; a consultation is one client's, in order, mixed with that client's other consultations.
 
-        Raises:
-            ClientError: the service refuses a valid event, or is away for good.
+        Raises ClientError: the service refuses a valid event, or is away for good.
         """
         self._last = time.monotonic()
         async with self._client, asyncio.TaskGroup() as group:
@@ -324,8 +323,7 @@ class Chaos:
     async def recovered(self) -> None:
         """Wait until every node has caught up and every service is ready.
 
-        Raises:
-            ChildFailedError: a process did not come back.
+        Raises ChildFailedError: a process did not come back.
         """
         await asyncio.to_thread(self.stack.cluster.wait_ready)
         for service in self.stack.services:

@@ -135,9 +135,8 @@ class Stack:
     def start(self, on_ready: Callable[[str], None] = lambda _: None) -> None:
         """Start everything and wait until all of it is ready; *on_ready* is called with the name of each part.
 
-        Raises:
-            PortTakenError: the port that was asked for is taken.
-            ChildFailedError: a process ended, or was not ready in time; everything is stopped again.
+        Raises PortTakenError: the port that was asked for is taken; ChildFailedError: a process ended, or was not ready
+        in time; everything is stopped again.
         """
         if self._fixed_port is not None and not is_free(self._fixed_port):
             raise PortTakenError(f"port {self._fixed_port} is taken: choose another one")
@@ -159,9 +158,7 @@ class Stack:
     def wait_ready(self, service: Service, timeout: float = START_TIMEOUT) -> None:
         """Wait until *service* is ready.
 
-        Raises:
-            PortTakenError: it could not listen.
-            ChildFailedError: it ended, or the time is over.
+        Raises PortTakenError: it could not listen; ChildFailedError: it ended, or the time is over.
         """
         self._wait_all([service], timeout)
 

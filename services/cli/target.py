@@ -51,9 +51,7 @@ def find_cluster(
 ) -> Target:
     """Choose the cluster: *server*, else *folder*, else FI_NATS_URL, else ./.fiq, else with *fallback* the default.
 
-    Raises:
-        ConfigurationError: a setting is malformed.
-        NotRunningError: nothing says which one.
+    Raises ConfigurationError: a setting is malformed; NotRunningError: nothing says which one.
     """
     if server is not None:
         return _asked_for(env, server)
@@ -90,8 +88,7 @@ def _running(env: Mapping[str, str], folder: Path) -> Target:
 def find_corpus(corpus: Path | None, folder: Path | None, *, env: Mapping[str, str] = os.environ) -> Path:
     """Choose the corpus: *corpus*, else the one in *folder*, else FI_DATA_DIR, ./.fiq/corpus or ./corpus.
 
-    Raises:
-        CommandError: there is none.
+    Raises CommandError: there is none.
     """
     if corpus is not None:
         candidates = [corpus]
@@ -112,9 +109,7 @@ def find_corpus(corpus: Path | None, folder: Path | None, *, env: Mapping[str, s
 async def connected(settings: LogSettings, role: Role = Role.OPS) -> AsyncIterator[Client]:
     """Connect for the time of one command.
 
-    Raises:
-        LogAccessError: the nodes do not let us in.
-        LogUnavailableError: no server took the connection.
+    Raises LogAccessError: the nodes do not let us in; LogUnavailableError: no server took the connection.
     """
     connection = await connect(settings, name="fiq", role=role, on_closed=lambda _: None, deadline=_PATIENCE)
     try:

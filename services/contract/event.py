@@ -85,9 +85,8 @@ class Event:
 def check_body(raw: bytes) -> bytes:
     """Return *raw* as it is stored: valid, and with raw line breaks as spaces.
 
-    Raises:
-        NotJsonError: it is no JSON.
-        InvalidBodyError: it is no object, or its ``event_type`` is missing, empty or no string.
+    Raises NotJsonError: it is no JSON; InvalidBodyError: it is no object, or its ``event_type`` is missing, empty or no
+    string.
     """
     return read_body(raw)[0]
 
@@ -113,8 +112,7 @@ def without_line_breaks(raw: bytes) -> bytes:
 def check_depth(body: bytes, limit: int) -> None:
     """Let a valid *body* pass whose objects and arrays are nested at most *limit* deep.
 
-    Raises:
-        InvalidBodyError: they are nested deeper.
+    Raises InvalidBodyError: they are nested deeper.
     """
     if deeper_than(body, limit):
         raise InvalidBodyError(f"more than {limit} levels deep")
@@ -123,8 +121,7 @@ def check_depth(body: bytes, limit: int) -> None:
 def decode(consultation: str, headers: Mapping[str, str] | None, body: bytes) -> Event:
     """Build the event that a message of *consultation* carries.
 
-    Raises:
-        PoisonError: the message is none that ingest would have written.
+    Raises PoisonError: the message is none that ingest would have written.
     """
     check_consultation_id(consultation)
     if not headers or MESSAGE_ID_HEADER not in headers:

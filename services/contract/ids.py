@@ -27,8 +27,7 @@ _CANONICAL_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.
 def check_consultation_id(value: str) -> str:
     """Return *value* when it is a consultation id.
 
-    Raises:
-        InvalidIdError: it is empty, longer than 128 characters, or holds another character than ``[A-Za-z0-9_-]``.
+    Raises InvalidIdError: it is empty, longer than 128 characters, or holds another character than ``[A-Za-z0-9_-]``.
     """
     if CONSULTATION_ID.fullmatch(value) is None:
         raise InvalidIdError("a consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -")
@@ -45,8 +44,7 @@ def event_id_from_key(key: str) -> UUID:
         key: the value of ``Idempotency-Key``, quoted (a structured-field string, as the IETF draft
             draft-ietf-httpapi-idempotency-key-header has it) or bare; 1 to 255 visible ASCII characters.
 
-    Raises:
-        InvalidIdError: the key is empty, too long, or holds white space or other than visible ASCII characters.
+    Raises InvalidIdError: the key is empty, too long, or holds white space or other than visible ASCII characters.
     """
     bare = bare_key(key)
     if _CANONICAL_UUID.fullmatch(bare) is not None:
@@ -57,8 +55,7 @@ def event_id_from_key(key: str) -> UUID:
 def bare_key(key: str) -> str:
     """Return an idempotency *key* without the quotes that it may have.
 
-    Raises:
-        InvalidIdError: as of :func:`event_id_from_key`.
+    Raises InvalidIdError: as of :func:`event_id_from_key`.
     """
     bare = _unquote(key)
     if _VISIBLE_ASCII.fullmatch(bare) is None:
@@ -96,8 +93,7 @@ def message_id(consultation: str, event_id: UUID) -> str:
 def event_id_from_message_id(value: str, consultation: str) -> UUID:
     """Return the event id of a broker's message id that must belong to *consultation*.
 
-    Raises:
-        InvalidIdError: the message id names another consultation, or its second part is no canonical UUID.
+    Raises InvalidIdError: the message id names another consultation, or its second part is no canonical UUID.
     """
     owner, separator, event = value.partition("/")
     if not separator or owner != consultation or _CANONICAL_UUID.fullmatch(event) is None:

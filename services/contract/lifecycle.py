@@ -51,8 +51,7 @@ class Stop:
 async def unless_stopped(work: Coroutine[Any, Any, T], stop: Stop) -> T | None:
     """Run *work* until it ends, and return its result, or until a stop is requested: cancel it then, and return None.
 
-    Raises:
-        Exception: what *work* raised, also while it was being cancelled.
+    Raises Exception: what *work* raised, also while it was being cancelled.
     """
     task = asyncio.create_task(work)
     asked = asyncio.create_task(stop.wait())
@@ -73,10 +72,14 @@ async def unless_stopped(work: Coroutine[Any, Any, T], stop: Stop) -> T | None:
 async def beside(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
     """Let *work* go on as a task called *name* beside what is done inside; cancel it at the end and wait for that.
 
-    When *work* fails, the task that entered is cancelled: what is done inside does not go on without it.
+    <<<<<<< HEAD
+        When *work* fails, the task that entered is cancelled: what is done inside does not go on without it.
 
-    Raises:
-        Exception: what *work* failed with.
+        Raises:
+            Exception: what *work* failed with.
+    =======
+        Raises Exception: what *work* ended with, when that was before the end.
+    >>>>>>> less
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -95,8 +98,7 @@ async def cancellable(work: Awaitable[T]) -> T:
     cancellation when both come in one turn of the loop (cpython gh-86296): a task that was asked to end, once, would go
     on for ever, and a deadline around it would never strike.
 
-    Raises:
-        asyncio.CancelledError: the calling task was cancelled meanwhile, whatever came of *work*.
+    Raises asyncio.CancelledError: the calling task was cancelled meanwhile, whatever came of *work*.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task is not None else 0

@@ -90,8 +90,7 @@ def bind(host: str, port: int, variables: str) -> socket.socket:
         port: 0 takes a free one.
         variables: the settings that *host* and *port* come from, for the message.
 
-    Raises:
-        BindError: the port is taken, or the address is none of this host.
+    Raises BindError: the port is taken, or the address is none of this host.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -157,8 +156,7 @@ async def managed(
         ready: called for each ``/readyz``.
         variables: the settings that the address comes from, for the message.
 
-    Raises:
-        BindError: another process took the port in the meantime.
+    Raises BindError: another process took the port in the meantime.
     """
     app = web.Application()
     add_management_routes(app, registry, ready)

@@ -61,8 +61,7 @@ def nested(cls: type[T]) -> T:
 def load(cls: type[T], env: Mapping[str, str]) -> T:
     """Build *cls* from *env*.
 
-    Raises:
-        ConfigurationError: at least one variable is malformed; it names each, with its value and what is expected.
+    Raises ConfigurationError: at least one variable is malformed; it names each, with its value and what is expected.
     """
     problems: list[str] = []
     result = _load(cls, env, problems)

@@ -99,8 +99,7 @@ def parse_prefix(value: str) -> str:
 def parse_expiry(value: str) -> datetime | None:
     """Read ``2027-01-31`` or ``2027-01-31T12:00:00Z``, or ``-`` for never.
 
-    Raises:
-        ValueError: it has another form, or is a time without its zone.
+    Raises ValueError: it has another form, or is a time without its zone.
     """
     if value == _NEVER:
         return None

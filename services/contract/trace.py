@@ -177,8 +177,7 @@ class Spans(Protocol):
 def spans_of(service: str, env: Mapping[str, str]) -> Iterator[Spans | None]:
     """Have what makes the spans of *service*, or None when *env* does not ask for any, or nothing can make them.
 
-    Raises:
-        ConfigurationError: *env* asks for an exporter that is not supported.
+    Raises ConfigurationError: *env* asks for an exporter that is not supported.
     """
     spans = _open(service) if _asked(env) else None
     try:

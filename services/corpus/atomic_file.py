@@ -100,8 +100,7 @@ class FileObject:
     def locate(self, read: Callable[[], object], length: int) -> int:
         """Return the byte offset of what HDF5 reads when *read* is called, *length* bytes at last.
 
-        Raises:
-            CorpusFormatError: it read something else.
+        Raises CorpusFormatError: it read something else.
         """
         self._located, self._sought = (0, 0), length
         try:
@@ -225,8 +224,7 @@ class JournaledFile(FileObject):
     def in_place(self) -> bool:
         """Whether the open file and journal are still those at their paths.
 
-        Raises:
-            CorpusIOError: the system refused to tell.
+        Raises CorpusIOError: the system refused to tell.
         """
         with system_errors(f"look for {self._path.name}"):
             try:
@@ -321,8 +319,7 @@ class JournaledFile(FileObject):
         Returns:
             False when it must wait: a reader holds the file, or the disk lacks the room.
 
-        Raises:
-            CorpusIOError: the system refused in the middle; the journal still holds everything.
+        Raises CorpusIOError: the system refused in the middle; the journal still holds everything.
         """
         self._finish()
         if self._overlay.changed:
@@ -335,8 +332,7 @@ class JournaledFile(FileObject):
         Returns:
             False when there is nothing to copy, other work is under way, or a reader holds the file.
 
-        Raises:
-            CorpusIOError: the system refused, now or in the one before.
+        Raises CorpusIOError: the system refused, now or in the one before.
         """
         self.collect()
         return bool(self._journal.records) and not self.busy and self._begin(thread=True)
@@ -375,9 +371,7 @@ class JournaledFile(FileObject):
     def collect(self) -> None:
         """Take note of work beside the commits that has ended; cheap when none has.
 
-        Raises:
-            CorpusError: a checkpoint failed.
-            StoreFailedError: the file failed before.
+        Raises CorpusError: a checkpoint failed; StoreFailedError: the file failed before.
         """
         self._check_usable()
         if (self._copy and self._copy[1].ended) or (self._rewrite and self._rewrite[2].ended):

@@ -70,8 +70,7 @@ class Compaction:
     def add(self, records: list[JournalRecord]) -> None:
         """Write one record that stands for *records* of the old journal; those that the file has are left out.
 
-        Raises:
-            OSError: the system refused.
+        Raises OSError: the system refused.
         """
         records = [record for record in records if record.number >= self.start.number]
         if records:
@@ -89,8 +88,7 @@ class Compaction:
     def install(self) -> None:
         """Put the new journal into the old one's place.
 
-        Raises:
-            OSError: the system refused; which of the two will be found is open.
+        Raises OSError: the system refused; which of the two will be found is open.
         """
         self._io.rename(self._temporary, self._path)
         self._io.sync_directory(self._path.parent)
@@ -183,8 +181,7 @@ def copy_sealed(pair: Pair, sealed: Sealed) -> bool:
     Returns:
         False, with the file as it was, when the disk has no room for its growth.
 
-    Raises:
-        OSError: the system refused in the middle; the journal still holds everything.
+    Raises OSError: the system refused in the middle; the journal still holds everything.
     """
     io, fd = pair.io, pair.file
     if not _room_for(pair, sealed.size):
@@ -244,8 +241,7 @@ class Checkpointer:
     def take_lock(self) -> bool:
         """Take the exclusive lock; False when a reader holds the file.
 
-        Raises:
-            CorpusError: another program writes to the file.
+        Raises CorpusError: another program writes to the file.
         """
         if try_lock(self.pair.file, exclusive=True):
             return True
@@ -259,8 +255,7 @@ class Checkpointer:
             The work, which tells whether there was room. After an error the exclusive lock stays, so that nobody sees
             what is half copied.
 
-        Raises:
-            CorpusIOError: the system refuses a thread; nothing is copied, and the lock is a shared one again.
+        Raises CorpusIOError: the system refuses a thread; nothing is copied, and the lock is a shared one again.
         """
 
         def copy() -> bool:

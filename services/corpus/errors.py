@@ -114,8 +114,7 @@ class UnknownConsultationError(CorpusError, KeyError):
 def system_errors(operation: str) -> Iterator[None]:
     """Turn an ``OSError`` inside the block into a CorpusIOError that names the *operation*.
 
-    Raises:
-        CorpusIOError: the block raised an ``OSError``.
+    Raises CorpusIOError: the block raised an ``OSError``.
     """
     try:
         yield

@@ -146,8 +146,7 @@ def check_identity(name: str, expected: Identity, found: Identity) -> None:
     Args:
         name: the file's name, for the message.
 
-    Raises:
-        IdentityMismatchError: a field differs; the message names it, both values, and what to do.
+    Raises IdentityMismatchError: a field differs; the message names it, both values, and what to do.
     """
     for field in fields(Identity):
         wanted, stated = getattr(expected, field.name), getattr(found, field.name)
@@ -193,8 +192,7 @@ def read_identity(root: Any, name: str) -> Identity:
         root: the root group, open in h5py.
         name: the file's name, for messages.
 
-    Raises:
-        CorpusFormatError: it is no partition file, of another version, or an attribute is missing.
+    Raises CorpusFormatError: it is no partition file, of another version, or an attribute is missing.
     """
     if root.attrs.get("format") != FORMAT_NAME:
         raise CorpusFormatError(f"{name}: the attribute format is not {FORMAT_NAME!r}: it is no partition file")

@@ -149,8 +149,7 @@ class OpenConsultations:
     def find_or_create(self, consultation: str) -> Appender:
         """Return the appender of a consultation, creating its group when it has none.
 
-        Raises:
-            AppendRefusedError: the id cannot name a group.
+        Raises AppendRefusedError: the id cannot name a group.
         """
         found = self.find(consultation)
         if found is not None:

@@ -238,8 +238,7 @@ def read_start(fd: int, uuid: UUID, name: str) -> tuple[int, Position]:
     Args:
         uuid: the UUID that the partition file states.
 
-    Raises:
-        JournalError: it is no journal, or that of another file.
+    Raises JournalError: it is no journal, or that of another file.
     """
     found = [slot for offset in (0, _BLOCK) if (slot := _unpacked(read_exactly(fd, _SLOT.size, offset), name))]
     if not found:
@@ -264,8 +263,7 @@ def read_records(fd: int, uuid: UUID, state: State, name: str) -> tuple[Position
     Returns:
         Where the records begin, the records, and whether a torn one was dropped.
 
-    Raises:
-        JournalError: the journal is damaged, of another file, or older or newer than the file.
+    Raises JournalError: the journal is damaged, of another file, or older or newer than the file.
     """
     _, start = read_start(fd, uuid, name)
     records, torn = scan(fd, uuid, start, name)
@@ -335,8 +333,7 @@ class Journal:
             table: the runs of sectors that it changes.
             images: their content, in pieces of whole sectors; each is used before the next one is taken.
 
-        Raises:
-            OSError: the system refused; the record may or may not count, which only reading the journal anew tells.
+        Raises OSError: the system refused; the record may or may not count, which only reading the journal anew tells.
         """
         sectors, body = int(table[:, 1].sum()), padded_table(table)
         length = aligned(HEADER_BYTES + len(body) + SECTOR * sectors, RECORD_ALIGNMENT)
@@ -364,8 +361,7 @@ class Journal:
     def shrink(self, size: int) -> None:
         """Give room behind the live records back to the disk, as far as the journal is larger than *size*.
 
-        Raises:
-            OSError: the system refused.
+        Raises OSError: the system refused.
         """
         size = max(size, self._top())
         if os.fstat(self.fd).st_size > size:

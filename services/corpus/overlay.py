@@ -415,8 +415,7 @@ class Beneath:
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill *out* with the content from *offset* on; what lies past the end reads as zeros.
 
-        Raises:
-            OSError: the system refused.
+        Raises OSError: the system refused.
         """
         size = len(out)
         if size > _SMALL:

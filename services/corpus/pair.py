@@ -85,8 +85,7 @@ def new_user_block(uuid: UUID) -> bytes:
 def read_uuid(fd: int, name: str) -> UUID:
     """Return the UUID of the pair that the file belongs to.
 
-    Raises:
-        CorpusFormatError: it is no partition file, or one of a later version.
+    Raises CorpusFormatError: it is no partition file, or one of a later version.
     """
     head = read_exactly(fd, _IDENTITY.size, 0)
     magic, crc, version, uuid = _IDENTITY.unpack(head)
@@ -133,9 +132,7 @@ def archive_user_block(uuid: UUID) -> bytes:
 def refuse_archive(path: Path) -> None:
     """Refuse to write a file that is an archive; what is wrong with any other is for others to say.
 
-    Raises:
-        ArchivedFileError: it is one.
-        CorpusIOError: the system refused.
+    Raises ArchivedFileError: it is one; CorpusIOError: the system refused.
     """
     with system_errors(f"open {path.name}"):
         try:

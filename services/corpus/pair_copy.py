@@ -35,14 +35,10 @@ def copy_pair(
         io: the seam through which everything is written.
         on_progress: called with the fraction that is done.
 
-    Raises:
-        CorpusExistsError: *target* or its journal exists.
-        CorpusNotFoundError: there is no partition file *source*.
-        CorpusLockedError: checkpoints, or another program, kept the file busy for a minute.
-        ArchivedFileError: it is an archive, which any program can copy.
-        JournalError: its journal is damaged, missing, or of another file.
-        CorpusFormatError: it is no partition file.
-        CorpusIOError: the system refused.
+    Raises CorpusExistsError: *target* or its journal exists; CorpusNotFoundError: there is no partition file *source*;
+    CorpusLockedError: checkpoints, or another program, kept the file busy for a minute; ArchivedFileError: it is an
+    archive, which any program can copy; JournalError: its journal is damaged, missing, or of another file;
+    CorpusFormatError: it is no partition file; CorpusIOError: the system refused.
     """
     io = StorageIO() if io is None else io
     journal = journal_path(target)

@@ -67,12 +67,9 @@ def journal_path(path: Path) -> Path:
 def recover(path: Path, io: StorageIO) -> Recovered:
     """Open and lock a pair and find its last commit. Writes nothing: a full disk or an open reader cannot stop it.
 
-    Raises:
-        CorpusNotFoundError: the file is missing.
-        CorpusLockedError: another process writes it, or a program other than this has it open for writing.
-        JournalError: the journal is missing, damaged, or of another file.
-        CorpusFormatError: it is no partition file.
-        CorpusIOError: the system refused.
+    Raises CorpusNotFoundError: the file is missing; CorpusLockedError: another process writes it, or a program other
+    than this has it open for writing; JournalError: the journal is missing, damaged, or of another file;
+    CorpusFormatError: it is no partition file; CorpusIOError: the system refused.
     """
     with ExitStack() as undo, system_errors(f"open {path.name}"):
         wal = _open_journal(path)
@@ -139,10 +136,8 @@ def create_pair(path: Path, identity: Identity, io: StorageIO, *, begins: int = 
     Both are written under temporary names and renamed, the journal first: a crash leaves at most an empty journal
     without a file, which the next creation replaces.
 
-    Raises:
-        CorpusExistsError: the file exists.
-        JournalError: a journal with commits in it stands there without its file.
-        CorpusIOError: the system refused.
+    Raises CorpusExistsError: the file exists; JournalError: a journal with commits in it stands there without its file;
+    CorpusIOError: the system refused.
     """
     uuid = uuid4()
     with locked_directory(path.parent), system_errors(f"create {path.name}"):
@@ -155,8 +150,7 @@ def create_pair(path: Path, identity: Identity, io: StorageIO, *, begins: int = 
 def replace_file(path: Path, content: bytes, io: StorageIO) -> None:
     """Put a file with *content* at *path* in one durable step; the caller holds the directory's lock.
 
-    Raises:
-        OSError: the system refused; what stood there still does.
+    Raises OSError: the system refused; what stood there still does.
     """
     temporary = path.with_name(path.name + ".new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
@@ -179,9 +173,7 @@ def replace_file(path: Path, content: bytes, io: StorageIO) -> None:
 def locked_directory(directory: Path) -> Iterator[None]:
     """Hold the directory's lock: one creation at a time, so that temporary files are nobody else's.
 
-    Raises:
-        CorpusLockedError: another process held it for 10 s.
-        CorpusNotFoundError: there is no such directory.
+    Raises CorpusLockedError: another process held it for 10 s; CorpusNotFoundError: there is no such directory.
     """
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -90,11 +90,8 @@ def repack(source: Path, target: Path, *, on_progress: OnStep | None = None) -> 
         target: the directory, or the file, to make.
         on_progress: called with what is being done and the fraction of the whole that is done.
 
-    Raises:
-        CorpusExistsError: *target* exists.
-        CorpusNotFoundError: there is no corpus at *source*, or no directory for *target*.
-        CorpusFormatError: the original is damaged; nothing was written.
-        CorpusIOError: the system refused.
+    Raises CorpusExistsError: *target* exists; CorpusNotFoundError: there is no corpus at *source*, or no directory for
+    *target*; CorpusFormatError: the original is damaged; nothing was written; CorpusIOError: the system refused.
     """
     with open_corpus(source) as corpus:
         paths = corpus.paths

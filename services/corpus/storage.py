@@ -140,8 +140,7 @@ def check_file_system(directory: Path) -> None:
 
     What cannot be told (FUSE, or a system other than Linux) is accepted.
 
-    Raises:
-        UnsupportedFileSystemError: it is a remote one; the message names its type.
+    Raises UnsupportedFileSystemError: it is a remote one; the message names its type.
     """
     kind = _REMOTE.get(_file_system_type(directory))
     if kind is not None:
@@ -187,8 +186,7 @@ def try_lock(fd: int, *, exclusive: bool) -> bool:
 def lock(fd: int, *, exclusive: bool, timeout: float, refusal: str) -> None:
     """Take the lock, waiting for at most *timeout* seconds.
 
-    Raises:
-        CorpusLockedError: another process held it all the time; the message is *refusal*.
+    Raises CorpusLockedError: another process held it all the time; the message is *refusal*.
     """
     deadline = time.monotonic() + timeout
     while not try_lock(fd, exclusive=exclusive):

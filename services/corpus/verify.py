@@ -192,8 +192,7 @@ def verify_corpus(path: str | PathLike[str], *, on_progress: Callable[[Progress]
         path: a data directory (or the ``corpus.h5`` in it), or one partition file.
         on_progress: called some ten times a second.
 
-    Raises:
-        CorpusNotFoundError: there is no such path, or no partition file in the directory.
+    Raises CorpusNotFoundError: there is no such path, or no partition file in the directory.
     """
     started = time.monotonic()
     with open_corpus(path) as corpus:
@@ -390,8 +389,7 @@ class ConsultationCheck:
     def run(self) -> Iterator[list[Finding]]:
         """Check a slice after another, and yield what is wrong in it.
 
-        Raises:
-            CorpusError: the datasets cannot be read.
+        Raises CorpusError: the datasets cannot be read.
         """
         self._consultation.check_layout()
         while self.done < len(self._consultation):

@@ -131,8 +131,7 @@ class Grant:
     def prefix(self) -> str:
         """What the ids of its consultations begin with; empty for all of them.
 
-        Raises:
-            RequestRefusedError: it has ended since the request came.
+        Raises RequestRefusedError: it has ended since the request came.
         """
         if not self._tokens.asked_for:
             return ""
@@ -144,16 +143,14 @@ class Grant:
     def take(self) -> None:
         """Count a request against the rate of the token.
 
-        Raises:
-            RequestRefusedError: it is over its rate; nothing was counted.
+        Raises RequestRefusedError: it is over its rate; nothing was counted.
         """
         self._check(self._rates.take(self.name))
 
     def take_more(self, count: int) -> None:
         """Count *count* events more of a request that has been counted as one.
 
-        Raises:
-            RequestRefusedError: it is over its rate; nothing was counted.
+        Raises RequestRefusedError: it is over its rate; nothing was counted.
         """
         self._check(self._rates.take_more(self.name, count))
 
@@ -236,8 +233,7 @@ class Gate:
     def require(self, request: web.Request, scope: Scope, consultations: Iterable[str]) -> None:
         """Let *request* go on when its token is for *scope* of all *consultations*, which its path did not name.
 
-        Raises:
-            RequestRefusedError: it is not for one of them, whichever.
+        Raises RequestRefusedError: it is not for one of them, whichever.
         """
         grant = request[GRANT]
         if not all(grant.may(scope, consultation) for consultation in consultations):

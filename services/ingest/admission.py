@@ -149,8 +149,7 @@ class Admission:
     def share(self) -> Share:
         """Return the share of a request that comes in, which holds nothing yet.
 
-        Raises:
-            TooManyInFlightError: as many events are being stored as may be.
+        Raises TooManyInFlightError: as many events are being stored as may be.
         """
         self._check_events()
         return Share(self)
@@ -221,8 +220,7 @@ class Share:
     def complete(self) -> bytes:
         """Return the body, all of whose parts were taken; it is not given up any more.
 
-        Raises:
-            TooManyInFlightError: it has been given up.
+        Raises TooManyInFlightError: it has been given up.
         """
         self._check()
         self._admission._incomplete.pop(self, None)
@@ -233,8 +231,7 @@ class Share:
     def store(self) -> None:
         """Count the event as one that is being stored.
 
-        Raises:
-            TooManyInFlightError: as many are being stored as may be.
+        Raises TooManyInFlightError: as many are being stored as may be.
         """
         self._admission._check_events()
         self._admission.storing += 1
@@ -243,8 +240,7 @@ class Share:
     def store_batch(self, count: int) -> None:
         """Count *count* events as a batch that is being stored.
 
-        Raises:
-            TooManyInFlightError: as many are being stored as may be.
+        Raises TooManyInFlightError: as many are being stored as may be.
         """
         self._admission._check_batched(count)
         self._admission.batched += count

@@ -191,8 +191,7 @@ def _add_options(app: web.Application, gate: Gate) -> None:
 def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: Metrics) -> None:
     """Read the tokens now, and again whenever their file has changed.
 
-    Raises:
-        ConfigurationError: the file cannot be read, or is none.
+    Raises ConfigurationError: the file cannot be read, or is none.
     """
     if not tokens.asked_for:
         return
@@ -209,8 +208,7 @@ def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: M
 def _watch_certificate(app: web.Application, certificate: Certificate, settings: Settings, metrics: Metrics) -> None:
     """Read the certificate now, and again whenever its files have changed.
 
-    Raises:
-        ConfigurationError: it cannot be read, or its key is another one's.
+    Raises ConfigurationError: it cannot be read, or its key is another one's.
     """
 
     def load() -> None:

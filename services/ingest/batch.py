@@ -138,8 +138,7 @@ Split = Callable[[bytes], Iterator[tuple[int, bytes]]]
 async def read_batch(raw: bytes, split: Split, read: ReadDraft, place: Place) -> list[Line]:
     """Return the lines of the batch *raw*, in their order.
 
-    Raises:
-        RequestRefusedError: it is empty, too long, or some line is no event; the members name each such line.
+    Raises RequestRefusedError: it is empty, too long, or some line is no event; the members name each such line.
     """
     if len(raw) > _LONG_BYTES:
         return await asyncio.to_thread(_read_batch, raw, split, read, place)
@@ -201,8 +200,7 @@ def _line(number: int, text: bytes, read: ReadDraft, place: Place) -> Line:
 def consultation_of(draft: Draft, of_path: str | None) -> str:
     """Return the consultation of an event; event and path need not both name it, but must not disagree.
 
-    Raises:
-        PoisonError: neither names one, or they name two.
+    Raises PoisonError: neither names one, or they name two.
     """
     if of_path is None and draft.consultation is None:
         raise PoisonError("the event names no consultation")

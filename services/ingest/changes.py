@@ -85,8 +85,7 @@ class WatchedFiles:
 def read(path: str, variable: str) -> str:
     """Return the text of the file at *path*.
 
-    Raises:
-        ConfigurationError: it cannot be read; the message names the setting *variable*.
+    Raises ConfigurationError: it cannot be read; the message names the setting *variable*.
     """
     try:
         return Path(path).read_text(encoding="utf-8")

@@ -155,9 +155,7 @@ class Followers:
     async def serve(self, request: web.Request, consultation: str, after: int) -> web.StreamResponse:
         """Send the events of *consultation* behind *after* to the client of *request*, until it goes.
 
-        Raises:
-            RequestRefusedError: there are as many followers as may be.
-            FiqError: the first page cannot be read.
+        Raises RequestRefusedError: there are as many followers as may be; FiqError: the first page cannot be read.
         """
         if self._present >= self._limit or self._closing.is_set():
             raise RequestRefusedError(problems.TOO_MANY_FOLLOWERS)

@@ -41,8 +41,7 @@ def limit(request: web.Request) -> int:
 def follow(request: web.Request) -> bool:
     """Return whether the events that come later are wanted, too.
 
-    Raises:
-        RequestRefusedError: the parameter is malformed.
+    Raises RequestRefusedError: the parameter is malformed.
     """
     text = request.query.get("follow", "0")
     if text not in {"0", "1"}:
@@ -53,8 +52,7 @@ def follow(request: web.Request) -> bool:
 def name_part(request: web.Request, name: str) -> str:
     """Return the parameter *name*, a consultation's id or the beginning of one; empty when it is absent.
 
-    Raises:
-        RequestRefusedError: it cannot be.
+    Raises RequestRefusedError: it cannot be.
     """
     text = request.query.get(name, "")
     if _PREFIX.fullmatch(text) is None:
@@ -67,8 +65,7 @@ def name_part(request: web.Request, name: str) -> str:
 def negotiate(request: web.Request, *offered: str) -> str:
     """Return that of the *offered* media types which ``Accept`` prefers; the first of equals.
 
-    Raises:
-        RequestRefusedError: it takes none of them.
+    Raises RequestRefusedError: it takes none of them.
     """
     header = ",".join(request.headers.getall("Accept", ()))
     if not header.strip():

@@ -23,8 +23,7 @@ _JSON = "application/json"
 def check_content(request: web.Request, *, limit: int) -> None:
     """Check what the headers say of the body, apart from its type.
 
-    Raises:
-        RequestRefusedError: it is encoded, or declared larger than *limit* bytes.
+    Raises RequestRefusedError: it is encoded, or declared larger than *limit* bytes.
     """
     headers = request.headers
     if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
@@ -43,10 +42,8 @@ async def read_body(request: web.Request, share: Share, *, limit: int, timeout: 
         limit: most bytes.
         timeout: most seconds.
 
-    Raises:
-        RequestRefusedError: it was too large, too slow, or badly framed.
-        TooManyInFlightError: the process has no memory for it.
-        ConnectionError: the client has gone.
+    Raises RequestRefusedError: it was too large, too slow, or badly framed; TooManyInFlightError: the process has no
+    memory for it; ConnectionError: the client has gone.
     """
     content = request.content
     try:
@@ -79,8 +76,7 @@ def too_large(limit: int) -> RequestRefusedError:
 def media_type(headers: CIMultiDictProxy[str]) -> str:
     """Return the media type of the body, in lower case and without parameters; empty when there is none.
 
-    Raises:
-        RequestRefusedError: it is declared to be in another charset than UTF-8.
+    Raises RequestRefusedError: it is declared to be in another charset than UTF-8.
     """
     value = headers.get("Content-Type", "")
     if value == "application/json":  # as most write it

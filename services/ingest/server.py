@@ -149,8 +149,7 @@ class Protocol(RequestHandler):
     ) -> web.StreamResponse:
         """Return the answer to a request that aiohttp could not parse, or whose handler raised *exc*.
 
-        Raises:
-            ConnectionError: there is nobody left to answer; aiohttp then closes the connection quietly.
+        Raises ConnectionError: there is nobody left to answer; aiohttp then closes the connection quietly.
         """
         if isinstance(exc, ConnectionError):
             raise exc
@@ -181,8 +180,7 @@ class HttpServer:
     async def start(self) -> None:
         """Open the application's resources, then accept connections.
 
-        Raises:
-            BindError: another process took the port in the meantime.
+        Raises BindError: another process took the port in the meantime.
         """
         await self._runner.setup()
         tls = self._app.get(TLS)
@@ -260,8 +258,7 @@ class Certificate:
     def load(self) -> None:
         """Read the files; connections from now on see what they hold, and those that there are go on.
 
-        Raises:
-            ConfigurationError: one of them cannot be read, or they do not belong together; nothing has changed.
+        Raises ConfigurationError: one of them cannot be read, or they do not belong together; nothing has changed.
         """
         context = _context()
         try:

@@ -39,8 +39,7 @@ async def serve(settings: Settings, stop: Stop, *, version: str, spans: Spans | 
         version: of the product.
         spans: makes spans of what is posted, if anybody wants them.
 
-    Raises:
-        FiqError: the service could not start; its message says why.
+    Raises FiqError: the service could not start; its message says why.
     """
     # before the cluster is waited for: a taken port is known at once
     with (
@@ -91,8 +90,7 @@ def _check_access(settings: Settings, host: str) -> None:
         settings: of the process.
         host: the address that it listens on.
 
-    Raises:
-        ConfigurationError: everybody who reaches *host* could post and read, and nobody said that this is wanted.
+    Raises ConfigurationError: everybody who reaches *host* could post and read, and nobody said that this is wanted.
     """
     if settings.token_file:
         return
@@ -116,10 +114,8 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None], metrics
         on_closed: called with the reason when the connection is lost for good.
         metrics: where the log is shown while it is open.
 
-    Raises:
-        StartupError: no cluster within FI_STARTUP_TIMEOUT.
-        ConfigurationError: the broker takes no message as large as FI_MAX_EVENT_BYTES.
-        ProvisionError: the stream is not what the settings ask for.
+    Raises StartupError: no cluster within FI_STARTUP_TIMEOUT; ConfigurationError: the broker takes no message as large
+    as FI_MAX_EVENT_BYTES; ProvisionError: the stream is not what the settings ask for.
     """
     client = await reach(settings.log, name=CONNECTION_NAME, role=Role.INGEST, on_closed=on_closed)
     try:

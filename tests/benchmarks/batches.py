@@ -13,8 +13,8 @@ import nats
 import nats.errors
 import orjson
 
-from services.eventlog.jetstream.batches import BATCH_COMMIT_HEADER, BATCH_ID_HEADER, BATCH_SEQUENCE_HEADER
 from services.eventlog.jetstream.names import subject_of
+from services.eventlog.jetstream.publisher import BATCH_COMMIT_HEADER, BATCH_ID_HEADER, BATCH_SEQUENCE_HEADER
 from tests.benchmarks import dialogues, http_client, processes, streams
 from tests.benchmarks.bench import Bench, of_rounds
 from tests.benchmarks.jobs import LoadJob, Report

@@ -44,8 +44,7 @@ class Format(StrEnum):
 def opened(path: Path, consultation: str) -> Iterator[Consultation]:
     """Open the corpus at *path* for *consultation*.
 
-    Raises:
-        CommandError: that is no consultation's id, the corpus cannot be read, or has no such consultation.
+    Raises CommandError: that is no consultation's id, the corpus cannot be read, or has no such consultation.
     """
     try:
         check_consultation_id(consultation)
@@ -66,9 +65,7 @@ def opened(path: Path, consultation: str) -> Iterator[Consultation]:
 def opened_corpus(path: Path) -> Iterator[Corpus]:
     """Open the corpus at *path*.
 
-    Raises:
-        CommandError: it cannot be read.
-        UnknownConsultationError: of the body.
+    Raises CommandError: it cannot be read; UnknownConsultationError: of the body.
     """
     from services.corpus import CorpusError, UnknownConsultationError, open_corpus
 

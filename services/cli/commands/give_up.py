@@ -55,8 +55,7 @@ def give_up(
 async def _checked(target: Target, volume: str) -> ClusterView:
     """Look at the cluster.
 
-    Raises:
-        RestoreRefusedError: the volume lives, or has nothing, or there is no stream.
+    Raises RestoreRefusedError: the volume lives, or has nothing, or there is no stream.
     """
     store = target.settings.store
     seen = await look(target, store)

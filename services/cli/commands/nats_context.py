@@ -54,8 +54,7 @@ def nats_context(
 def access_of(user: User, deployment: Path) -> dict[str, object]:
     """Return what a context needs for *user*: where its seed and the authority are, and how to speak TLS.
 
-    Raises:
-        CommandError: there is no such file in the folder *deployment*.
+    Raises CommandError: there is no such file in the folder *deployment*.
     """
     layout = Layout(deployment.absolute())
     for path in (layout.seed(user), layout.ca_certificate):
@@ -69,8 +68,7 @@ def access_of(user: User, deployment: Path) -> dict[str, object]:
 def context_path(name: str, env: Mapping[str, str] = os.environ) -> Path:
     """Return where the ``nats`` command line looks for the context *name*.
 
-    Raises:
-        CommandError: it would be outside of that folder.
+    Raises CommandError: it would be outside of that folder.
     """
     if not name or ".." in name or "/" in name or os.sep in name or "\0" in name:
         raise CommandError(f"{name!r} cannot be the name of a context: leave out slashes and double dots")
@@ -81,8 +79,7 @@ def context_path(name: str, env: Mapping[str, str] = os.environ) -> Path:
 def write_context(path: Path, url: str, access: Mapping[str, object], *, force: bool) -> None:
     """Write the context file; *access* are the fields that say who one is.
 
-    Raises:
-        CommandError: there is one that fiq did not write, and *force* is not set.
+    Raises CommandError: there is one that fiq did not write, and *force* is not set.
     """
     if path.exists() and not force and not _is_ours(path):
         raise CommandError(f"{path} was not written by fiq: choose another --name, or replace it with --force")

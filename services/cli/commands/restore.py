@@ -66,8 +66,7 @@ def restore(
 def _of_store(manifest: Manifest, store: str) -> Manifest:
     """Return *manifest* as that of a volume of another store; the same one each time, so that it can be tried again.
 
-    Raises:
-        RestoreRefusedError: no store can have that name, or it is the backup's own.
+    Raises RestoreRefusedError: no store can have that name, or it is the backup's own.
     """
     try:
         load(LogSettings, {"FI_STORE": store})

@@ -88,8 +88,7 @@ def wait_whole(nodes: Sequence[str], services: Sequence[str], timeout: float) ->
         services: management URLs of ingests and persisters.
         timeout: seconds for everything.
 
-    Raises:
-        NotWholeError: it was not in time; the message says what is missing.
+    Raises NotWholeError: it was not in time; the message says what is missing.
     """
     deadline = time.monotonic() + timeout
     while reasons := _missing(nodes, services):
@@ -116,10 +115,8 @@ def roll(home: StackFolder, timeout: float, on_step: OnStep) -> None:
         timeout: seconds that the stack gets after each restart until it is whole again.
         on_step: told before each step.
 
-    Raises:
-        NotRunningError: nothing runs there.
-        NotWholeError: the stack was not whole before, or did not get whole again; nothing more was restarted.
-        CommandError: a process could not be asked, or did not end.
+    Raises NotRunningError: nothing runs there; NotWholeError: the stack was not whole before, or did not get whole
+    again; nothing more was restarted; CommandError: a process could not be asked, or did not end.
     """
     members = home.read().members
     nodes = [member for member in members if member.url.startswith("nats://")]

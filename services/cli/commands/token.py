@@ -114,8 +114,7 @@ def revoke(
 def check_known(name: str) -> str:
     """Return *name* when a token may be called that.
 
-    Raises:
-        CommandError: it may not.
+    Raises CommandError: it may not.
     """
     try:
         return check_name(name)
@@ -167,16 +166,14 @@ class TokenFile:
     def read(self) -> list[Token]:
         """Return the tokens, in their order.
 
-        Raises:
-            CommandError: there is no such file, or it is none.
+        Raises CommandError: there is no such file, or it is none.
         """
         return list(self._parsed(self._text()).values())
 
     def add(self, token: Token) -> None:
         """Add a line at the end.
 
-        Raises:
-            CommandError: the name is taken.
+        Raises CommandError: the name is taken.
         """
         with self._alone() as secrets:
             text = f"{HEADER}\n" if self._layout is None and not self.path.exists() else self._text()
@@ -188,8 +185,7 @@ class TokenFile:
     def remove(self, name: str) -> list[str]:
         """Take the token called *name* out, also the copy for clients that ``fiq init`` made; return what was done.
 
-        Raises:
-            CommandError: there is none.
+        Raises CommandError: there is none.
         """
         with self._alone() as secrets:
             text = self._text()

@@ -173,8 +173,7 @@ class Secrets:
     def create(self, path: Path, content: bytes, *, owner: Owner | None = None) -> None:
         """Write a file that must not exist yet; after a crash it is whole or missing.
 
-        Raises:
-            FileExistsError: it does exist.
+        Raises FileExistsError: it does exist.
         """
         temporary = path.with_name(f".{path.name}.new")
         temporary.unlink(missing_ok=True)

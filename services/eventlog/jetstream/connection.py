@@ -82,10 +82,8 @@ class Connection(RefusalAwareClient):
     async def open(self, *, name: str, inbox_prefix: str, deadline: float) -> None:
         """Connect to one of the servers; :func:`connect` is the way to call it.
 
-        Raises:
-            ConfigurationError: the authority's or the seed's file cannot be used.
-            LogAccessError: the servers that answer do not let us in.
-            LogUnavailableError: no server took the connection within *deadline* seconds.
+        Raises ConfigurationError: the authority's or the seed's file cannot be used; LogAccessError: the servers that
+        answer do not let us in; LogUnavailableError: no server took the connection within *deadline* seconds.
         """
         options: dict[str, Any] = {"name": name, "inbox_prefix": inbox_prefix, **self.credentials()}
         try:
@@ -312,10 +310,9 @@ async def connect(
             without restrictions has.
         deadline: seconds for the whole first connect.
 
-    Raises:
-        ConfigurationError: the file of FI_NATS_CA_FILE or FI_NATS_SEED_FILE cannot be used.
-        LogAccessError: no server that answers lets this process in; it names each with the reason.
-        LogUnavailableError: no server took the connection in time; it names the servers and their answers.
+    Raises ConfigurationError: the file of FI_NATS_CA_FILE or FI_NATS_SEED_FILE cannot be used; LogAccessError: no
+    server that answers lets this process in; it names each with the reason; LogUnavailableError: no server took the
+    connection in time; it names the servers and their answers.
     """
     nc = Connection(settings, on_closed)
     prefix = "_INBOX" if role is None else inbox_prefix(role)
@@ -337,8 +334,7 @@ def check_max_payload(nc: Client, event_bytes: int) -> None:
 
     A larger message does not come back as an error: the server ends the connection.
 
-    Raises:
-        ConfigurationError: the server's ``max_payload`` is too small.
+    Raises ConfigurationError: the server's ``max_payload`` is too small.
     """
     needed = event_bytes + HEADERS_BYTES
     if nc.max_payload < needed:

@@ -37,8 +37,7 @@ class Signer:
 def tls_context(settings: LogSettings) -> ssl.SSLContext | None:
     """Return what certificates are checked with, or None when the settings ask for no TLS.
 
-    Raises:
-        ConfigurationError: the authority's file is missing, unreadable, or no certificate.
+    Raises ConfigurationError: the authority's file is missing, unreadable, or no certificate.
     """
     if not settings.ca_file:
         return None
@@ -57,8 +56,7 @@ def tls_context(settings: LogSettings) -> ssl.SSLContext | None:
 def read_signer(settings: LogSettings) -> Signer | None:
     """Return the user's key, or None when the settings name none.
 
-    Raises:
-        ConfigurationError: the seed's file is missing, unreadable, or no seed.
+    Raises ConfigurationError: the seed's file is missing, unreadable, or no seed.
     """
     if not settings.seed_file:
         return None

@@ -148,8 +148,7 @@ def changes(wanted: Config, current: Config, stored_bytes: int) -> dict[str, Any
         current: what the broker says.
         stored_bytes: what the stream holds.
 
-    Raises:
-        ProvisionError: the stream is not ours, or a change would lose events or safety.
+    Raises ProvisionError: the stream is not ours, or a change would lose events or safety.
     """
     check_ownership(wanted, current)
     _check_limits(wanted, current, stored_bytes)
@@ -163,8 +162,7 @@ def changes(wanted: Config, current: Config, stored_bytes: int) -> dict[str, Any
 def check_ownership(wanted: Config, current: Config) -> None:
     """Check that *current* is a stream of ours with the wanted partitions.
 
-    Raises:
-        ProvisionError: it is another one; the message says what to do.
+    Raises ProvisionError: it is another one; the message says what to do.
     """
     name, metadata = wanted["name"], current.get("metadata") or {}
     if names.FORMAT_KEY not in metadata:

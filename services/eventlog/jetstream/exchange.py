@@ -75,9 +75,8 @@ def read_ack(data: bytes, headers: Mapping[str, str] | None, stream: str) -> App
         headers: of the answer, or None; a status is there when nobody took the message.
         stream: that must have stored it.
 
-    Raises:
-        LogFullError: the stream is at its limit.
-        LogRefusedError: the broker refuses for good, or another stream or service answered.
+    Raises LogFullError: the stream is at its limit; LogRefusedError: the broker refuses for good, or another stream or
+    service answered.
     """
     ack = _read(data, headers, stream)
     return ack if isinstance(ack, Again) else Appended(int(ack["seq"]), bool(ack.get("duplicate", False)))
@@ -89,8 +88,7 @@ def read_batch_ack(data: bytes, headers: Mapping[str, str] | None, stream: str, 
     The broker names the last position; those before it are consecutive, whatever others publish meanwhile. An
     :class:`Again` with the code :data:`BATCH_HAS_DUPLICATE` is about the messages: the same batch would get it again.
 
-    Raises:
-        LogFullError, LogRefusedError: as of :func:`read_ack`; nothing of the batch was stored.
+    Raises LogFullError, LogRefusedError: as of :func:`read_ack`; nothing of the batch was stored.
     """
     ack = _read(data, headers, stream)
     if isinstance(ack, Again):
@@ -130,8 +128,7 @@ def _read_error(error: Mapping[str, object]) -> Again:
 def hpub(subject: str, reply_to: str, headers: Mapping[str, str], body: bytes) -> bytes:
     """Return the bytes that publish *body* with *headers*, an answer going to *reply_to*, or none when that is empty.
 
-    Raises:
-        ValueError: subject or headers hold what would end their line, or other than ASCII.
+    Raises ValueError: subject or headers hold what would end their line, or other than ASCII.
     """
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     if head.count("\n") != len(headers) or " " in subject or "\n" in subject:
@@ -230,9 +227,8 @@ class Exchange:
     def check_open(self) -> None:
         """Check that a call may begin.
 
-        Raises:
-            LogUnavailableError: it is not started, or being closed; nothing was sent.
-            LogForbiddenError: the user of the connection may not hear answers.
+        Raises LogUnavailableError: it is not started, or being closed; nothing was sent; LogForbiddenError: the user of
+        the connection may not hear answers.
         """
         if self._subscription is None or self._closing is not None:
             raise LogUnavailableError("the publisher is not open: nothing was sent")
@@ -242,8 +238,7 @@ class Exchange:
         """Check that the server takes such a message: nats-py looks at the body alone, and the server ends the
         connection of whoever exceeds the sum.
 
-        Raises:
-            LogRefusedError: it does not.
+        Raises LogRefusedError: it does not.
         """
         limit = self._nc.max_payload - more
         if len(body) + ROOM_BYTES > limit and len(body) + headers_bytes(headers) > limit:
@@ -264,9 +259,8 @@ class Exchange:
     async def send(self, subject: str, body: bytes, headers: dict[str, str], reply_to: str = "") -> Again | None:
         """Hand a message to the connection without ever waiting for it; return why not, when it was not.
 
-        Raises:
-            LogUnavailableError: the connection or the exchange was closed.
-            LogRefusedError: no such message can be published.
+        Raises LogUnavailableError: the connection or the exchange was closed; LogRefusedError: no such message can be
+        published.
         """
         try:
             message = hpub(subject, reply_to, headers, body)
@@ -277,8 +271,7 @@ class Exchange:
     async def send_block(self, block: bytes, messages: int) -> Again | None:
         """Hand over many *messages*, written by :func:`hpub`, as :meth:`send` does.
 
-        Raises:
-            LogUnavailableError: the connection or the exchange was closed.
+        Raises LogUnavailableError: the connection or the exchange was closed.
         """
         if (not_now := self._why_not(len(block))) is not None:
             return not_now

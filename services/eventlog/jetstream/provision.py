@@ -71,9 +71,8 @@ async def provision(nc: Client, settings: LogSettings, *, deadline: float = DEAD
         settings: the wanted state.
         deadline: seconds for everything.
 
-    Raises:
-        ProvisionError: the server or an existing stream stands against it; the message says what to do.
-        LogUnavailableError: the cluster was not able to within *deadline*; call again.
+    Raises ProvisionError: the server or an existing stream stands against it; the message says what to do;
+    LogUnavailableError: the cluster was not able to within *deadline*; call again.
     """
     check_version(str(server_info(nc).get("version", "")))
     api = JetStreamApi(nc, timeout=min(ANSWER_SECONDS, deadline))
@@ -96,9 +95,8 @@ async def provision(nc: Client, settings: LogSettings, *, deadline: float = DEAD
 async def stream_identity(nc: Client, settings: LogSettings, *, deadline: float = DEADLINE_SECONDS) -> LogIdentity:
     """Check that the stream exists and is what *settings* ask for, change nothing, and return which log it is.
 
-    Raises:
-        ProvisionError: there is no JetStream, no such stream, or it is another one.
-        LogUnavailableError: no answer within *deadline* seconds; call again.
+    Raises ProvisionError: there is no JetStream, no such stream, or it is another one; LogUnavailableError: no answer
+    within *deadline* seconds; call again.
     """
     check_version(str(server_info(nc).get("version", "")))
     api = JetStreamApi(nc, timeout=min(ANSWER_SECONDS, deadline))
@@ -241,11 +239,9 @@ async def reach(settings: LogSettings, *, name: str, role: Role, on_closed: Call
         role: of the process, which decides where answers arrive.
         on_closed: called with the reason when the connection is lost for good.
 
-    Raises:
-        ConfigurationError: a file with an authority or a seed cannot be used.
-        LogAccessError: the nodes do not let this process in.
-        StartupError: no cluster within FI_STARTUP_TIMEOUT.
-        ProvisionError: the stream is not what the settings ask for.
+    Raises ConfigurationError: a file with an authority or a seed cannot be used; LogAccessError: the nodes do not let
+    this process in; StartupError: no cluster within FI_STARTUP_TIMEOUT; ProvisionError: the stream is not what the
+    settings ask for.
     """
     client, _ = await _reach(settings, name, role, on_closed, provision if settings.provision else _nothing)
     return client

@@ -323,10 +323,8 @@ class Questions:
     async def events(self, partition: int, question: Events) -> EventsAnswer:
         """Return a page of events.
 
-        Raises:
-            CorpusAwayError: no persister answers, or not in time.
-            LogUnavailableError: there is no connection.
-            LogRefusedError: an event is larger than the broker takes, or the user may not ask.
+        Raises CorpusAwayError: no persister answers, or not in time; LogUnavailableError: there is no connection;
+        LogRefusedError: an event is larger than the broker takes, or the user may not ask.
         """
         return await self._ask(partition, question, decode_events)
 

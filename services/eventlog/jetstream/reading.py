@@ -122,10 +122,8 @@ class JetStreamReader(EventBrowser):
 
         A page may be shorter although there are more: it is bounded in bytes, too.
 
-        Raises:
-            CorpusAwayError: the partition's persister does not answer, and the stream alone cannot show all.
-            LogUnavailableError: the log does not answer in time.
-            LogRefusedError: an operator must act.
+        Raises CorpusAwayError: the partition's persister does not answer, and the stream alone cannot show all;
+        LogUnavailableError: the log does not answer in time; LogRefusedError: an operator must act.
         """
         while True:
             page = await self._page(consultation, after, limit)
@@ -159,9 +157,7 @@ class JetStreamReader(EventBrowser):
 
         Those whose first event was not persisted yet are not among them.
 
-        Raises:
-            CorpusAwayError: a partition's persister does not answer.
-            LogUnavailableError: there is no connection.
+        Raises CorpusAwayError: a partition's persister does not answer; LogUnavailableError: there is no connection.
         """
         question = Consultations(prefix, after, limit)
         asked = [self._corpus.consultations(partition, question) for partition in range(self._partitions)]
@@ -172,8 +168,7 @@ class JetStreamReader(EventBrowser):
     async def has_news(self, consultation: str, after: int) -> bool:
         """Return whether the stream has a message of *consultation* behind *after*; cheap, and perhaps a moment late.
 
-        Raises:
-            LogUnavailableError: no answer.
+        Raises LogUnavailableError: no answer.
         """
         return await self._stream.has_news(self._partition(consultation), consultation, after)
 
@@ -297,8 +292,7 @@ class StreamReading:
     async def last(self, partition: int, consultation: str) -> int:
         """Return the sequence of the consultation's last message, as the leader knows it; 0 when there is none.
 
-        Raises:
-            LogUnavailableError: no answer.
+        Raises LogUnavailableError: no answer.
         """
         found = await self._leaders({"last_by_subj": stored_subject(partition, consultation)})
         return 0 if found is None else int(found["seq"])
@@ -306,8 +300,7 @@ class StreamReading:
     async def first(self) -> int:
         """Return the first sequence that the stream has not lost to trim.
 
-        Raises:
-            LogUnavailableError: no answer, or no stream.
+        Raises LogUnavailableError: no answer, or no stream.
         """
         info = await self._api.stream_info(STREAM)
         if info is None:
@@ -317,8 +310,7 @@ class StreamReading:
     async def at(self, sequence: int) -> Numbered | None:
         """Return what stands at *sequence*; None when the stream holds nothing there.
 
-        Raises:
-            LogUnavailableError: no answer.
+        Raises LogUnavailableError: no answer.
         """
         message = await self._api.get_message(STREAM, sequence)
         if message is not None:
@@ -329,8 +321,7 @@ class StreamReading:
     async def has_news(self, partition: int, consultation: str, after: int) -> bool:
         """Return whether some replica has a message of the consultation behind *after*: cheap, and perhaps late.
 
-        Raises:
-            LogUnavailableError: no answer.
+        Raises LogUnavailableError: no answer.
         """
         subject = stored_subject(partition, consultation)
         return await self._api.get_message(STREAM, after + 1, next_of=subject) is not None
@@ -338,8 +329,7 @@ class StreamReading:
     async def tail(self, partition: int, consultation: str, after: int, last: int) -> AsyncIterator[Numbered]:
         """Yield each message of the consultation behind *after* up to *last*, which the leader told.
 
-        Raises:
-            LogUnavailableError: no answer.
+        Raises LogUnavailableError: no answer.
         """
         subject, position = stored_subject(partition, consultation), after
         while position < last:

@@ -111,8 +111,7 @@ class RefusalAwareClient(TolerantClient):
     ) -> Msg:
         """Do as nats-py does, but do not wait for the answer to what the user may not ask.
 
-        Raises:
-            LogForbiddenError: the user may not publish on *subject*, or not hear the answer.
+        Raises LogForbiddenError: the user may not publish on *subject*, or not hear the answer.
         """
         if self.deaf is not None:
             raise self.deaf.error()
@@ -148,8 +147,7 @@ async def check_hearing(nc: Client, *, timeout: float) -> None:
 
     It takes two: nats-py writes the PING of a flush past the buffer in which the subscriptions may still wait.
 
-    Raises:
-        LogForbiddenError: the user may not listen to them.
+    Raises LogForbiddenError: the user may not listen to them.
     """
     with contextlib.suppress(nats.errors.Error, OSError):  # what the connection lacks otherwise, others will find out
         for _ in range(2):

@@ -135,8 +135,7 @@ class NodeState:
 async def ask_nodes(nc: Client) -> list[NodeState]:
     """Return every node that answers, by name; none where nobody lets this user ask.
 
-    Raises:
-        LogUnavailableError: the connection is gone.
+    Raises LogUnavailableError: the connection is gone.
     """
     found = []
     if states := await everybody(nc, NODES_STATE):

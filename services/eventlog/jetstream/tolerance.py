@@ -136,8 +136,7 @@ class DirectSubscription:
     async def unsubscribe(self) -> None:
         """Take no more messages.
 
-        Raises:
-            nats.errors.Error: the connection is closed; nothing is taken any more all the same.
+        Raises nats.errors.Error: the connection is closed; nothing is taken any more all the same.
         """
         self._nc._direct.pop(self._subscription._id, None)
         await self._subscription.unsubscribe()

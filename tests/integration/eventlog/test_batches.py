@@ -12,9 +12,8 @@ import pytest
 from services.cli.cluster import Cluster
 from services.contract.event import Event
 from services.eventlog.errors import DuplicateInFlightError, LogFullError, LogRefusedError, LogUnavailableError
-from services.eventlog.jetstream.batches import MAX_BATCH, MAX_SINGLES, MAX_UNDER_WAY
 from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.publisher import Publisher
+from services.eventlog.jetstream.publisher import MAX_BATCH, MAX_BATCHES_UNDER_WAY, MAX_SINGLES, Publisher
 from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.protocol import Appended
 from services.eventlog.settings import LogSettings
@@ -228,7 +227,7 @@ async def test_the_same_batch_from_several_writers_at_once_is_stored_once(log: L
 
 async def test_more_batches_than_the_broker_takes_wait_for_their_turn(log: Log) -> None:
     """None of them fails, though the broker takes 50 at once."""
-    batches = [_events(5) for _ in range(60 + MAX_UNDER_WAY)]
+    batches = [_events(5) for _ in range(60 + MAX_BATCHES_UNDER_WAY)]
 
     outcomes = await asyncio.gather(*(log.publisher.append_batch(events) for events in batches))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.security.configuration import PERMISSIONS
+from services.cli.security.deployment import PERMISSIONS
 from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.eventlog.errors import LogForbiddenError, ProvisionError

@@ -16,9 +16,9 @@ from cryptography import x509
 from typer.testing import CliRunner
 
 from services.cli.main import app
-from services.cli.security import configuration
+from services.cli.security import deployment
 from services.cli.security.authority import NODE_LIFETIME, names_in, not_after
-from services.cli.security.configuration import USERS
+from services.cli.security.deployment import USERS
 from services.cli.security.files import NATS_FILES, Layout
 from services.eventlog.jetstream.credentials import public_key
 from services.eventlog.jetstream.names import Role
@@ -441,7 +441,7 @@ def test_no_secret_stands_in_what_nodes_and_compose_read(tmp_path: Path) -> None
 def test_accounts_need_a_subject_for_each_user() -> None:
     """nats-server takes an empty list for everything."""
     with pytest.raises(ValueError, match="at least one subject"):
-        configuration._subjects([])
+        deployment._subjects([])
 
 
 def test_every_role_has_a_user_and_the_system_account_one() -> None:
