@@ -112,30 +112,6 @@ class JetStreamApi:
                 return None
             raise
 
-<<<<<<< HEAD
-=======
-    async def list_consumers(self, stream: str) -> list[dict[str, Any]]:
-        """Return what :meth:`consumer_info` says of each consumer of *stream*; one request for 256 of them.
-
-        Raises LogUnavailableError: no answer, or not every consumer's: an absent one would look deleted.
-        """
-        found, missing = await self.survey_consumers(stream)
-        if missing:
-            raise LogUnavailableError(f"CONSUMER.LIST.{stream}: {len(missing)} consumers did not answer")
-        return found
-
-    async def survey_consumers(self, stream: str) -> tuple[list[dict[str, Any]], list[str]]:
-        """Do as :meth:`list_consumers`, and return the names of those that exist but did not answer apart."""
-        found: list[dict[str, Any]] = []
-        missing: list[str] = []
-        while True:
-            page = await self.request(f"CONSUMER.LIST.{stream}", {"offset": len(found) + len(missing)})
-            found += page.get("consumers") or []
-            missing += page.get("missing") or []
-            if not page.get("consumers") or len(found) + len(missing) >= page.get("total", 0):
-                return found, missing
-
->>>>>>> less
     async def consumer_names(self, stream: str, *, timeout: float | None = None) -> list[str]:
         """Return the names of all consumers of *stream*; the meta leader knows them, no consumer is waited for."""
         found: list[str] = []
@@ -170,14 +146,9 @@ class JetStreamApi:
     async def purge(self, stream: str, sequence: int, *, only: str | None = None) -> int:
         """Delete what is below *sequence* and of the subjects *only*; return how many messages that were.
 
-<<<<<<< HEAD
         Raises:
             LogUnavailableError: no connection, or no answer. It may have taken effect, but takes none at a later
                 connection: the client keeps what it could not send, and by then less might have to go.
-=======
-        Raises LogUnavailableError: no answer; a consumer that does not exist never answers, so ask
-        :meth:`consumer_info` next.
->>>>>>> less
         """
         suffix = f"STREAM.PURGE.{stream}"
         wanted = {"seq": sequence} if only is None else {"seq": sequence, "filter": only}
