@@ -54,6 +54,9 @@ bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, the curve of ba
 	$(BIN)/python -m tests.benchmarks.corpus_curve
 	$(BIN)/python -m tests.benchmarks.corpus_growth
 
+bench-soak: $(VENV)/.dev ## five minutes of load on the whole product: memory of every process; prints Markdown
+	$(BIN)/python -m tests.benchmarks.soak $(ARGS)
+
 lock: $(VENV)/.dev ## renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile $(LOCK) --extra cluster --group build pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile $(LOCK) --all-extras --group build --group test --group check --group lock -c requirements/run.txt pyproject.toml -o requirements/dev.txt
@@ -64,4 +67,4 @@ LOCK := -q --universal --python-version 3.11 --generate-hashes --no-emit-index-u
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
-.PHONY: help demo test torture check format bench bench-corpus lock clean
+.PHONY: help demo test torture check format bench bench-corpus bench-soak lock clean

@@ -72,15 +72,23 @@ async def unless_stopped(work: Coroutine[Any, Any, T], stop: Stop) -> T | None:
 async def beside(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
     """Let *work* go on as a task called *name* beside what is done inside; cancel it at the end and wait for that.
 
-    Raises Exception: what *work* ended with, when that was before the end.
+    <<<<<<< HEAD
+        When *work* fails, the task that entered is cancelled: what is done inside does not go on without it.
+
+        Raises:
+            Exception: what *work* failed with.
+    =======
+        Raises Exception: what *work* ended with, when that was before the end.
+    >>>>>>> less
     """
-    task = asyncio.create_task(work, name=name)
     try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(work, name=name)
+            yield
+            task.cancel()
+    except ExceptionGroup as failed:
+        error = failed.exceptions[0]
+        raise error from error.__cause__
 
 
 async def cancellable(work: Awaitable[T]) -> T:

@@ -271,6 +271,16 @@ class Follower(Protocol):
         """How many events of the partition the log holds after the acknowledged position, as far as is known."""
         ...
 
+    @property
+    def delivered(self) -> int:
+        """How many events were delivered and are not acknowledged."""
+        ...
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the log is just now not known to be the one that the position belongs to."""
+        ...
+
     async def acknowledge(self, delivery: Delivery) -> None:
         """Tell the log that everything up to *delivery*, which was taken, is safe in the sink."""
         ...

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from services.contract.errors import ConfigurationError
-from services.contract.lifecycle import Stop, settle
+from services.contract.lifecycle import Stop, settle, unless_stopped
 from services.contract.logs import get_logger
 from services.contract.management import bind, managed
 from services.contract.trace import Spans
@@ -65,15 +64,19 @@ async def _serve(
     log = get_logger("ingest")
     app = make_app(settings, lambda shown: open_log(settings, lost, shown), spans, version=version)
     server = HttpServer(app, sock, grace=settings.shutdown_grace)
+
+    async def run() -> None:  # in one task, which is cancelled when something that goes on beside it fails
+        await server.start()
+        settle()
+        host, port = sock.getsockname()[:2]
+        where = {"host": host, "port": port, "management_port": management.getsockname()[1], "tls": TLS in app}
+        log.info("INGEST_STARTED", **where, version=version)
+        await asyncio.Event().wait()
+
     # first and last: probes learn why nothing is served yet, and what is still in flight
     async with managed(management, app[METRICS].registry, app[READY], _MANAGEMENT):
         try:
-            if await _started(server, stop):
-                settle()
-                host, port = sock.getsockname()[:2]
-                where = {"host": host, "port": port, "management_port": management.getsockname()[1], "tls": TLS in app}
-                log.info("INGEST_STARTED", **where, version=version)
-                await stop.wait()
+            await unless_stopped(run(), stop)
             log.info("INGEST_STOPPING", reason=stop.reason)
         finally:
             await server.stop()
@@ -100,23 +103,6 @@ def _check_access(settings: Settings, host: str) -> None:
     get_logger("ingest").warning(
         "ACCESS_ANONYMOUS", host=host, reason="FI_TOKEN_FILE is not set: no token is asked for"
     )
-
-
-async def _started(server: HttpServer, stop: Stop) -> bool:
-    """Start *server*, and give that up when a stop is requested first."""
-    start = asyncio.create_task(server.start())
-    asked = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({start, asked}, return_when=asyncio.FIRST_COMPLETED)
-        if start.done():
-            await start
-            return not stop.requested
-        start.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await start
-        return False
-    finally:
-        asked.cancel()
 
 
 @asynccontextmanager

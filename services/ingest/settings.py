@@ -127,7 +127,8 @@ class Settings:
         "FI_MAX_BACKLOG",
         100_000,
         parse=integer(0, 10**12),
-        doc="Events that may wait in the log for their commit, beyond it 503; 0 leaves it to the log's own limit.",
+        doc="Events that may wait in the log for their commit, beyond it 503; partitions that stand still "
+        "share half of it while others move; 0 leaves it to the log's own limit.",
     )
     header_timeout: float = setting(
         "FI_HEADER_TIMEOUT",

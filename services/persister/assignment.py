@@ -35,6 +35,7 @@ from services.corpus.recovery import journal_path
 from services.eventlog.errors import LogMismatchError, PlacementError
 from services.eventlog.jetstream.names import BUCKET, placement_key
 from services.eventlog.jetstream.placement import Placement, Placements, StorePlacement
+from services.eventlog.jetstream.trim import FENCE_SECONDS
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
@@ -109,8 +110,11 @@ async def place(deployment: Deployment, placements: Placements) -> Placed:
             "process began with: it was deleted or created anew; no partition is claimed on it"
         )
     formed = await asyncio.to_thread(volume.formed_in)
-    if not (_may_claim(deployment, seen.partitions, seen, formed) or _to_note(deployment, seen, formed)):
+    claims = _may_claim(deployment, seen.partitions, seen, formed)
+    if not (claims or _to_note(deployment, seen, formed)):
         return _placed(deployment, seen, formed, {})  # as nearly always: a silent broker must not keep the lock busy
+    if claims and not (seen.partitions or seen.deleted) and await placements.begin():
+        await asyncio.sleep(FENCE_SECONDS)  # another store may still trim what the files are about to claim
     async with volume.claiming():
         return await _claim(deployment, placements)
 

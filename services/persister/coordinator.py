@@ -19,6 +19,7 @@ from services.eventlog.errors import LogMismatchError, LogUnavailableError, Plac
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.processes import Progress
 from services.eventlog.partitions import partition_name
+from services.eventlog.protocol import Position
 from services.persister.assignment import Deployment, Placed, place
 from services.persister.errors import VolumeError
 from services.persister.members import Members, share
@@ -224,22 +225,25 @@ class Coordinator:
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
             now, due = time.monotonic(), {}
-            for partition, progress in self.progress().items():
-                if progress.committed < self._run_as[partition].committed or now >= self._put_at.get(partition, 0.0):
-                    due[partition] = progress.committed
+            for partition, runner in self._runners.items():
+                at, known = runner.proven, self._run_as[partition]
+                if at is not None and (at.sequence < known.committed or now >= self._put_at.get(partition, 0.0)):
+                    due[partition] = at
                     self._put_at[partition] = now + PUT_SECONDS
-            await asyncio.gather(*(self._put(partition, committed) for partition, committed in due.items()))
+            await asyncio.gather(*(self._put(partition, at) for partition, at in due.items()))
 
-    async def _put(self, partition: int, committed: int) -> None:
-        """Put that the file of *partition* has reached *committed*, unless its key says so."""
+    async def _put(self, partition: int, at: Position) -> None:
+        """Put that the file of *partition* has reached *at*, unless its key says so."""
         known = self._run_as[partition]
-        if known.committed == committed:
+        if Position(known.committed, known.message_id) == at:
             return
         try:
-            self._run_as[partition] = await self._placements.progress(known, committed)
+            self._run_as[partition] = await self._placements.progress(known, at.sequence, at.message_id)
         except PermanentError as error:
             self._log.error("PROGRESS_REFUSED", partition=partition_name(partition), reason=str(error))
             self._place_soon()
+            if isinstance(error, PlacementError) and partition in self._runners:
+                self._runners[partition].fail(error)
         except LogUnavailableError as error:
             self._log.warning("PROGRESS_NOT_PUT", partition=partition_name(partition), reason=str(error))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -246,10 +247,10 @@ class PartitionMetrics:
         metrics.bytes.labels(name).inc(batch.size)
         self._acks.add(len(batch.deliveries))
 
-    def queue(self, length: int, pending: int) -> None:
-        """Note what the broker says of the partition's consumer."""
-        self._metrics.queue_length.labels(self._name).set(length)
-        self._metrics.queue_pending.labels(self._name).set(pending)
+    def queue(self, length: Callable[[], float], pending: Callable[[], float]) -> None:
+        """Show what waits for the partition, and what of it was delivered, as it is at each scrape."""
+        self._metrics.queue_length.labels(self._name).set_function(length)
+        self._metrics.queue_pending.labels(self._name).set_function(pending)
 
     def store(self, stats: StoreStats) -> None:
         """Note what the partition file says of itself."""

@@ -323,14 +323,12 @@ class Rounds:
         await self._finish([batch for batch in batches if not batch.poison], began)
 
     async def _finish(self, batches: list[Batch], began: float) -> None:
-        try:
-            await _each(batches, _set_aside)
-            await self._in_hdf5(batches, Batch.commit)
-            await _each(batches, _acknowledge)
-            self._report([batch for batch in batches if batch.error is None], time.perf_counter() - began)
-        finally:  # whatever happens: runners wait for their batches
-            for batch in batches:
-                self._done(batch)
+        await _each(batches, _set_aside)
+        await self._in_hdf5(batches, Batch.commit)
+        await _each(batches, _acknowledge)
+        for batch in batches:
+            self._done(batch)
+        self._report([batch for batch in batches if batch.error is None], time.perf_counter() - began)
 
     def _take(self) -> tuple[list[Batch], bool]:
         """Return a batch of each member that has something, in equal parts, and whether something was left."""
@@ -374,8 +372,13 @@ class Rounds:
                     batch.error = error
             return time.thread_time() - started
 
-        if batches:
+        if not batches:
+            return
+        try:
             self._cost += await self.hdf5.run(work)
+        except Exception as error:  # noqa: BLE001 - whatever it was, each of them opens its file anew
+            for batch in batches:
+                batch.error = batch.error or error
 
     def _done(self, batch: Batch) -> None:
         member, error = batch.member, batch.error

@@ -97,8 +97,8 @@ class PartitionRunner:
         self.partition = partition
         self.state = State.STARTING
         self.reason = ""
-        #: what the file had reached when :meth:`stop` let go of it; None when the partition was not followed then
-        self.reached: int | None = None
+        #: what was proven when :meth:`stop` let go of the file
+        self.reached: Position | None = None
         self._file = PartitionFile(open_store)
         self._make_follower = follower
         self._dead_letters = dead_letters
@@ -111,6 +111,7 @@ class PartitionRunner:
         self._desk = desk
         self._member: Member | None = None
         self._follower: Follower | None = None
+        self._waited = 0  # what was known to wait when it was followed last
         self._failures = 0
         self._locked_at = 0.0  # when another process was first found to have the file; 0 when none does
         self._task: asyncio.Task[None] | None = None
@@ -118,6 +119,7 @@ class PartitionRunner:
 
     def start(self) -> None:
         """Begin in a task of its own."""
+        self._metrics.queue(lambda: self.waiting, lambda: 0 if self._follower is None else self._follower.delivered)
         self._task = asyncio.create_task(self._run(), name=f"partition {self.partition}")
 
     async def stop(self) -> None:
@@ -139,6 +141,11 @@ class PartitionRunner:
         return Position(store.committed, store.committed_id)
 
     @property
+    def proven(self) -> Position | None:
+        """The position, while the log is known to be the one that it belongs to; None otherwise."""
+        return None if self._follower is None or self._follower.in_doubt else self.position
+
+    @property
     def committed(self) -> int | None:
         """The stream sequence that the file has reached; None unless the partition is followed just now."""
         position = self.position
@@ -147,7 +154,9 @@ class PartitionRunner:
     @property
     def waiting(self) -> int:
         """Events of the partition that the log has and the file has not, as far as is known."""
-        return 0 if self._follower is None else self._follower.waiting
+        if self._follower is not None:
+            self._waited = self._follower.waiting
+        return self._waited
 
     @property
     def disk_wait(self) -> float:
@@ -195,6 +204,13 @@ class PartitionRunner:
         except (CorpusError, PlacementError) as error:
             member.follower.interrupt(error)  # an idle partition must show it too, and open its file again
 
+    def fail(self, error: Exception) -> None:
+        """Take the error of a round in which this partition took part, or of its key in the bucket."""
+        if self._stopping:
+            self._log.warning(logs.EVENT_PERSIST_FAILED, stopping=True, **described(error))
+        elif self._follower is not None:
+            self._follower.interrupt(error)
+
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
@@ -231,7 +247,7 @@ class PartitionRunner:
             self._dead_letters,
             self._metrics,
             self._log,
-            fail=self._failed,
+            fail=self.fail,
             busy_at=time.monotonic(),
         )
         self._change(State.FOLLOWING)
@@ -243,13 +259,6 @@ class PartitionRunner:
             await self._rounds.leave(member)
             if member.progressed:
                 self._failures = 0
-
-    def _failed(self, error: Exception) -> None:
-        """Take the error of a round in which this partition took part."""
-        if self._stopping:
-            self._log.warning(logs.EVENT_PERSIST_FAILED, stopping=True, **described(error))
-        elif self._follower is not None:
-            self._follower.interrupt(error)
 
     async def _pause(self, error: Exception) -> None:
         await self._release(abandon=True)
@@ -282,8 +291,9 @@ class PartitionRunner:
         """Let go of the follower, then of the file; with *abandon* what is not committed may be what went wrong."""
         if self._desk is not None:
             await self._desk.close(self.partition)
-        self.reached = None if abandon else self.committed
+        self.reached = None if abandon else self.proven
         self._member = None
+        self._waited = self.waiting
         follower, self._follower = self._follower, None
         if follower is not None:
             try:

@@ -131,21 +131,21 @@ async def _persist(
         volume = deployment.volume
         members = Members(volume.workers, uuid.uuid4().hex)
         desk = Desk(nc, volume.store, hdf5, metrics)
-        answering = asyncio.create_task(desk.run(), name="answering")
         limits = Limits(settings.batch_events, settings.batch_bytes)
         rounds = Rounds(Hdf5Thread(hdf5), limits, metrics, traces)
         coordinator = _coordinator(nc, settings, deployment, members, publisher, rounds, metrics, desk)
         members.join()
         readiness.coordinator = coordinator
         try:
-            announced = _announced(nc, volume, members.name, f"{settings.host}:{port}", coordinator, monitor)
-            trimming = _trimming(nc, volume.store, settings.retention, coordinator, monitor, metrics)
-            await unless_stopped(_run(announced, trimming, rounds, coordinator), stop)
+            async with beside(desk.run(), "answering"):  # its last call in the HDF5 thread comes before that ends
+                try:
+                    announced = _announced(nc, volume, members.name, f"{settings.host}:{port}", coordinator, monitor)
+                    trimming = _trimming(nc, volume.store, settings.retention, coordinator, monitor, metrics)
+                    await unless_stopped(_run(announced, trimming, rounds, coordinator), stop)
+                finally:
+                    get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
+                    await coordinator.stop()
         finally:
-            get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
-            await coordinator.stop()
-            answering.cancel()
-            await asyncio.wait({answering})  # its last call in the HDF5 thread comes before that ends
             await publisher.close()
 
 

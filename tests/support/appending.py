@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from nats.aio.client import Client
 
 from services.cli.cluster import Cluster
 from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.connection import close, connect
+from services.eventlog.jetstream.connection import Connection, close, connect
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
@@ -29,7 +28,7 @@ class Log:
     """A provisioned log with a publisher."""
 
     cluster: Cluster
-    nc: Client
+    nc: Connection
     publisher: Publisher
 
     async def message_ids(self) -> Counter[str]:

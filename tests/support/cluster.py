@@ -7,12 +7,14 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nats
 import nats.errors
 from nats.aio.client import Client
 
 from services.cli.cluster import Cluster
+from services.eventlog.jetstream.api import JetStreamApi
 from tests.support.polling import eventually
 
 #: the streams of the product
@@ -48,6 +50,13 @@ async def heal(cluster: Cluster) -> None:
         if not cluster.running(index):
             cluster.start_node(index)
     await asyncio.to_thread(cluster.wait_ready)
+
+
+async def consumers_of(nc: Client, stream: str) -> list[dict[str, Any]]:
+    """Return what each consumer of *stream* says of itself, as far as they answer."""
+    api = JetStreamApi(nc)
+    infos = [await api.consumer_info(stream, name) for name in await api.consumer_names(stream)]
+    return [info for info in infos if info is not None]
 
 
 def stores_copied(cluster: Cluster, target: Path) -> None:

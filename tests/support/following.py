@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from nats.aio.client import Client
-
 from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import STREAM, parse_cursor_name
+from services.eventlog.jetstream.refusals import TolerantClient
 from services.eventlog.protocol import Delivery, LogIdentity, Position, message_id_at
+from tests.support.polling import eventually
 
 
 class Sink:
@@ -28,7 +28,7 @@ class Sink:
 
     def __init__(
         self,
-        nc: Client,
+        nc: TolerantClient,
         identity: LogIdentity,
         *,
         partition: int = 0,
@@ -99,6 +99,7 @@ class Sink:
 
     async def cursor(self) -> dict[str, Any]:
         """Return what the newest cursor says of itself."""
+        await eventually(self.cursors)  # a new one may be under way
         newest = max(await self.cursors(), key=lambda name: (parse_cursor_name(name) or (0, 0, 0))[2])
         info = await self._api.consumer_info(STREAM, newest)
         assert info is not None

@@ -62,6 +62,7 @@ class Stream:
         self.followers = 0
         self.advanced: list[int] = []
         self.empty_up_to = Position(0)
+        self.in_doubt = False
         self.started: list[Position] = []
         self.on_acknowledge: Callable[[int], None] = lambda _: None
         self.on_events: list[Callable[[], None]] = []
@@ -108,6 +109,14 @@ class ScriptedFollower:
     @property
     def waiting(self) -> int:
         return len(self._left())
+
+    @property
+    def delivered(self) -> int:
+        return 0
+
+    @property
+    def in_doubt(self) -> bool:
+        return self._stream.in_doubt
 
     def _left(self) -> list[Delivery]:
         return [one for one in self._stream.deliveries if one.sequence > self._position]

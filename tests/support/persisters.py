@@ -11,7 +11,6 @@ from typing import Any
 from uuid import UUID
 
 import orjson
-from nats.aio.client import Client
 
 from services.cli import monitoring
 from services.cli.cluster import Cluster
@@ -19,7 +18,7 @@ from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.corpus import CorpusError, open_corpus
 from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.connection import close, connect
+from services.eventlog.jetstream.connection import Connection, close, connect
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
@@ -99,7 +98,7 @@ class Log:
     """A provisioned log to publish on."""
 
     cluster: Cluster
-    nc: Client
+    nc: Connection
     settings: LogSettings
     identity: LogIdentity
     publisher: Publisher
@@ -187,7 +186,7 @@ def _sizes(contents: Contents) -> dict[str, int]:
     return {name: len(ids) for name, ids in contents.items()}
 
 
-async def service_infos(nc: Client) -> list[dict[str, Any]]:
+async def service_infos(nc: Connection) -> list[dict[str, Any]]:
     """Return what the persisters say of themselves in the NATS service API.
 
     A second of silence counts as the end, so one that is slow may be missing: ask again until it is there.

@@ -50,14 +50,19 @@ class MemoryPlacements(Placements):
         await asyncio.sleep(0)  # others get a chance, as at a broker
         return self.placed.setdefault(partition, placed(partition, volume, epoch, committed=begins - 1, begins=begins))
 
+    async def begin(self) -> bool:
+        return False
+
     async def form(self, volumes: Collection[str]) -> None:
         self.formed, self.volumes = True, tuple(sorted(volumes))
 
-    async def progress(self, placement: Placement, committed: int) -> Placement:
+    async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
         found = self.placed.get(placement.partition)
         if found is None or (found.volume, found.epoch) != (placement.volume, placement.epoch):
             raise PlacementError(f"partition {placement.partition} was placed anew")
-        self.placed[placement.partition] = replace(found, committed=committed, revision=found.revision + 1)
+        self.placed[placement.partition] = replace(
+            found, committed=committed, message_id=message_id, revision=found.revision + 1
+        )
         return self.placed[placement.partition]
 
     @asynccontextmanager

@@ -20,10 +20,10 @@ from services.cli.rehearsal import Accepted, Post, drained, verify
 from services.cli.stack import Stack
 from services.cli.target import connected
 from services.corpus import verify_corpus
-from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.partitions import partition_of
 from services.eventlog.settings import LogSettings
+from tests.support.cluster import consumers_of
 from tests.support.polling import eventually
 from tests.support.torture import LONG, times
 
@@ -109,7 +109,7 @@ class Watch:
 async def _nodes_of_cursors(stack: Stack) -> list[int]:
     """Return the node that holds most of the cursors first."""
     async with connected(LogSettings(servers=tuple(stack.cluster.urls))) as nc:
-        found = await JetStreamApi(nc).list_consumers(STREAM)
+        found = await consumers_of(nc, STREAM)
     leaders = [consumer["cluster"]["leader"] for consumer in found if consumer["cluster"].get("leader")]
     names = list(stack.cluster.names)
     return [names.index(name) for name in sorted(set(leaders), key=leaders.count, reverse=True)]

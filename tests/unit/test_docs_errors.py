@@ -1,4 +1,4 @@
-"""docs/errors.md holds every error class of every services/*/errors.py, and nothing else."""
+"""docs/errors.md holds every error class of every services/*/errors.py and of the client, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "errors.md"
+SOURCES = [*sorted((ROOT / "services").glob("*/errors.py")), ROOT / "services" / "client" / "records.py"]
 #: package -> its error classes, in order
 CLASSES = {
-    path.parent.name: [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-    for path in sorted((ROOT / "services").glob("*/errors.py"))
+    path.parent.name: [
+        node.name
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
+    ]
+    for path in SOURCES
 }
 #: name of an error -> when it is raised, and what to do
 ROWS = dict(re.findall(r"^\| `(\w+)` \| (.* \|.*) \|$", DOCS.read_text(), re.MULTILINE))

@@ -27,7 +27,7 @@ def persister_metrics() -> PersisterMetrics:
     partition = metrics.of(0)
     partition.state(State.FOLLOWING)
     partition.committed(1)
-    partition.queue(1, 1)
+    partition.queue(lambda: 1, lambda: 1)
     partition.store(StoreStats(1, 1, 1, False, 0, "", 0.0, 0, 1, 1, 0, 0, 1, 0, 1, 0.1, 0.1))
     metrics.repairs.labels("gap")
     metrics.questions.labels("find", "answered")

@@ -15,6 +15,7 @@ from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.names import BUCKET, STREAM
 from services.eventlog.jetstream.placement import Placement, Placements, StorePlacement, read_stores
 from services.eventlog.jetstream.report import read_stream
+from services.eventlog.jetstream.trim import FENCE_SECONDS
 from services.eventlog.partitions import partition_name
 
 #: the bucket gets so long to have a leader, seconds
@@ -30,7 +31,9 @@ class ClusterView:
         partitions: how many the stream has.
         first: sequence of the oldest message; one above *last* when the stream is empty.
         last: sequence of the youngest message that there ever was.
+        holes: messages that are missing between these two: trim goes around a partition that stands still.
         placed: where the store's partitions live.
+        history: of each partition, where the kept history of its key says that it lived, the newest last.
         workers: the persisters that answer, of all volumes.
     """
 
@@ -38,12 +41,22 @@ class ClusterView:
     partitions: int
     first: int
     last: int
+    holes: int
     placed: Mapping[int, Placement]
+    history: Mapping[int, tuple[Placement, ...]]
     workers: tuple[Worker, ...]
 
     def placed_on(self, volume: str) -> tuple[int, ...]:
         """Return the partitions that live on *volume*, by number."""
         return tuple(partition for partition, place in sorted(self.placed.items()) if place.volume == volume)
+
+    def highest_epoch(self, partition: int) -> int:
+        """Return the highest epoch that *partition* ever had, as far as is known; 0 when it had none."""
+        return max((place.epoch for place in self.history[partition]), default=0)
+
+    def reached(self, partition: int, *, since: int) -> int:
+        """Return the highest sequence that keys of *partition* called committed in epochs from *since* on, else 0."""
+        return max((place.committed for place in self.history[partition] if place.epoch >= since), default=0)
 
     def alive_on(self, volume: str) -> tuple[str, ...]:
         """Return for each live persister of *volume* why nothing may be put in its place."""
@@ -70,14 +83,19 @@ async def look(target: Target, store: str) -> ClusterView | None:
         if not stream.partitions:
             raise BackupError(f"stream {STREAM} was not made by fiq: it names no number of partitions")
         settings = replace(target.settings, store=store, partitions=stream.partitions)
-        found = await _placed(Placements(connection, settings))
+        placements = Placements(connection, settings)
+        found = await _placed(placements)
+        every = range(stream.partitions)
+        history = await asyncio.gather(*(placements.history(partition) for partition in every))
         workers = await ask_workers(connection, target.state)
     return ClusterView(
         created=stream.created,
         partitions=stream.partitions,
         first=max(1, stream.first_sequence),
         last=stream.last_sequence,
+        holes=int(info["state"].get("num_deleted", 0)),
         placed=found.partitions,
+        history=dict(zip(every, history, strict=True)),
         workers=tuple(workers),
     )
 
@@ -107,6 +125,8 @@ async def other_stores(target: Target) -> tuple[str, ...]:
 async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: ClusterView) -> None:
     """Place partitions once more: files of older epochs are refused from now on, and what is not committed is kept.
 
+    What is trimmed by keys that were read before is gone when this returns: look at the stream once more.
+
     Args:
         target: the cluster.
         store: the volume's store.
@@ -132,3 +152,4 @@ async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: C
                     "so the old directory might run beside the new one, and events be trimmed that the new one lacks: "
                     "nothing was put there. Use the NATS user `ops`, and try again"
                 ) from error
+    await asyncio.sleep(FENCE_SECONDS)

@@ -14,11 +14,19 @@ from services.eventlog.partitions import partition_name
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Sequences of one partition that neither the backup nor the stream has, both ends included."""
+    """Sequences of one partition that neither the backup nor the stream has, both ends included.
+
+    With *partly* the stream may have some of them still: nobody knows which of them trim deleted in its middle.
+    """
 
     partition: int
     first: int
     last: int
+    partly: bool = False
+
+    def __str__(self) -> str:
+        tail = ", as far as the stream lacks them" if self.partly else ""
+        return f"partition {partition_name(self.partition)}, sequences {self.first} to {self.last}{tail}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +80,7 @@ def _places(manifest: Manifest, unborn: Sequence[int], seen: ClusterView) -> Ite
     for entry in manifest.contents:
         known = seen.placed.get(entry.partition)
         if known is None or known.volume == manifest.volume:
-            epoch = max(entry.epoch, 0 if known is None else known.epoch) + 1
+            epoch = max(entry.epoch, seen.highest_epoch(entry.partition)) + 1
             yield Placement(entry.partition, manifest.volume, epoch, entry.committed, entry.begins, 0)
     yield from begun_anew(unborn, seen)
 
@@ -121,19 +129,21 @@ def _unborn(manifest: Manifest, seen: ClusterView) -> tuple[int, ...]:
 
 
 def _gaps(manifest: Manifest, unborn: Sequence[int], seen: ClusterView) -> Iterator[Gap]:
-    reached = {entry.partition: entry.committed for entry in manifest.contents} | dict.fromkeys(unborn, 0)
-    for partition, committed in sorted(reached.items()):
+    held = [(entry.partition, entry.epoch, entry.committed) for entry in manifest.contents]
+    for partition, epoch, committed in sorted([*held, *((partition, 0, 0) for partition in unborn)]):
         if committed < seen.first - 1:
             yield Gap(partition, committed + 1, seen.first - 1)
+        behind, reached = max(committed, seen.first - 1), min(seen.last, seen.reached(partition, since=epoch))
+        if seen.holes and behind < reached:
+            yield Gap(partition, behind + 1, reached, partly=True)
 
 
 def _trimmed(gaps: Sequence[Gap], seen: ClusterView) -> str:
-    which = ", ".join(f"{partition_name(gap.partition)} from {gap.first}" for gap in gaps)
     return (
-        f"the stream begins at sequence {seen.first} by now; what came before was trimmed, because every store had "
-        f"committed it. The backup lacks it (partition {which}, up to {seen.first - 1}). Take a newer backup, or "
-        "recover the files of the lost volume, or copy the consultations from another store. With --force these "
-        "sequences are given up for good"
+        f"the stream begins at sequence {seen.first} by now and lacks {seen.holes} events after that; what is gone was "
+        f"trimmed, because every store had committed it. The backup lacks it ({'; '.join(map(str, gaps))}). Take a "
+        "newer backup, or recover the files of the lost volume, or copy the consultations from another store. With "
+        "--force these sequences are given up for good"
     )
 
 

@@ -247,7 +247,7 @@ def _check_contents(stage: Path, manifest: Manifest) -> None:
 
 def _adapt(path: Path, partition: int, fit: Fit, owner: Owner) -> None:
     """Let the partition go on behind its gap, although it has not got what comes before, and say whose it is now."""
-    behind = [gap.last for gap in fit.gaps if gap.partition == partition]
+    behind = [gap.last for gap in fit.gaps if gap.partition == partition and not gap.partly]
     epoch = fit.epochs.get(partition)
     if not behind and epoch is None:
         return

@@ -96,9 +96,9 @@ def _tell(target: Target, volume: str, seen: ClusterView) -> None:
 
 
 def _given_up(seen: ClusterView) -> str:
-    if seen.first == 1:
-        return " loses nothing"
-    return f" loses its events of sequences 1 to {seen.first - 1}"
+    lost = [f"its events of sequences 1 to {seen.first - 1}"] if seen.first > 1 else []
+    lost += [f"what is its own of {seen.holes} that were trimmed after that"] if seen.holes else []
+    return f" loses {' and '.join(lost) or 'nothing'}"
 
 
 def _kept(seen: ClusterView) -> str:

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from services.cli.backup.cluster import look
+from services.cli.backup.cluster import ClusterView, look
 from services.cli.errors import CommandError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
+from services.eventlog.errors import PlacementError
 from services.eventlog.jetstream.names import BUCKET, STREAM, placement_key
-from services.eventlog.jetstream.placement import Placement, Placements
+from services.eventlog.jetstream.placement import Placement, Placements, parse_key, read_stores
 from services.eventlog.partitions import partition_name
 
 
@@ -23,6 +24,14 @@ def place(
     ] = None,
     server: ServerOption = None,
     folder: FolderOption = None,
+    stores: Annotated[
+        str | None,
+        typer.Option(help="Names of all stores of the cluster, separated by commas: when the whole bucket was lost."),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Place files, too, that may lack what is gone from the stream."),
+    ] = False,
 ) -> None:
     """Say that partitions whose keys got lost live in this data directory: its files are their newest.
 
@@ -49,10 +58,22 @@ def place(
     }
     created = {info.identity.stream_created for info in infos}
     target = find_cluster(server, folder)
-    asyncio.run(_place(replace(target, settings=replace(target.settings, store=store)), held, created))
+    target = replace(target, settings=replace(target.settings, store=store))
+    asyncio.run(_place(target, held, created, _others(stores, store), force=force))
 
 
-async def _place(target: Target, held: dict[int, Placement], created: set[str]) -> None:
+def _others(stores: str | None, store: str) -> frozenset[str] | None:
+    if stores is None:
+        return None
+    named = frozenset(name.strip() for name in stores.split(","))
+    if store not in named or any(parse_key(name) != (name, None) for name in named):
+        raise CommandError(f"--stores names all stores, that of this directory too: {store}")
+    return named - {store}
+
+
+async def _place(
+    target: Target, held: dict[int, Placement], created: set[str], others: frozenset[str] | None, *, force: bool
+) -> None:
     store = target.settings.store
     seen = await look(target, store)
     if seen is None:
@@ -63,13 +84,22 @@ async def _place(target: Target, held: dict[int, Placement], created: set[str]) 
             "see docs/operations.md, `A lost stream`"
         )
     lost = set(range(seen.partitions)) - seen.placed.keys()
-    if not lost:
-        typer.echo(f"every partition of store {store} has its key in bucket {BUCKET}: there is nothing to place")
-        return
+    for partition in sorted(lost & held.keys()):
+        _check(seen, store, held[partition], force=force)
     async with connected(target.settings) as connection:
         placements = Placements(connection, replace(target.settings, partitions=seen.partitions))
+        if others is not None:
+            await placements.name_stores(others)
+        try:
+            await read_stores(connection, every=True)
+        except PlacementError as error:
+            raise CommandError(str(error)) from error
         for partition in sorted(lost & held.keys()):
-            typer.echo(await _placed(placements, store, held[partition]))
+            found = await placements.place(held[partition])
+            where = f"lives on volume {found.volume}, epoch {found.epoch}, committed {found.committed}"
+            typer.echo(f"partition {partition_name(partition)} {where}")
+    if not lost:
+        typer.echo(f"every partition of store {store} has its key in bucket {BUCKET}: there is nothing to place")
     if away := sorted(lost - held.keys()):
         names = ", ".join(partition_name(partition) for partition in away)
         typer.echo(
@@ -78,13 +108,30 @@ async def _place(target: Target, held: dict[int, Placement], created: set[str]) 
         )
 
 
-async def _placed(placements: Placements, store: str, wanted: Placement) -> str:
-    name, key = partition_name(wanted.partition), placement_key(store, wanted.partition)
-    highest = await placements.highest_epoch(wanted.partition)
-    if highest > wanted.epoch:
+def _check(seen: ClusterView, store: str, wanted: Placement, *, force: bool) -> None:
+    """Refuse a file that is a stale copy, and without *force* one that may lack what was trimmed.
+
+    Raises:
+        CommandError: it is one.
+    """
+    name = partition_name(wanted.partition)
+    history = f"`nats kv history {BUCKET} {placement_key(store, wanted.partition)}`"
+    if (highest := seen.highest_epoch(wanted.partition)) > wanted.epoch:
         raise CommandError(
-            f"{name}.h5 is of epoch {wanted.epoch}, and `nats kv history {BUCKET} {key}` shows epoch {highest}: this "
-            "is a stale copy. Use the data directory that has the newer file"
+            f"{name}.h5 is of epoch {wanted.epoch}, and {history} shows epoch {highest}: this is a stale copy. Use the "
+            "data directory that has the newer file"
         )
-    found = await placements.place(wanted)
-    return f"partition {name} lives on volume {found.volume}, epoch {found.epoch}, committed {found.committed}"
+    reached = seen.reached(wanted.partition, since=wanted.epoch)
+    problem = ""
+    if wanted.committed < seen.first - 1:
+        problem = f"stream {STREAM} begins at {seen.first}"
+    elif wanted.committed < reached:
+        problem = f"{history} shows that the partition had reached {reached}"
+    elif not reached and seen.holes and wanted.committed < seen.last:
+        problem = f"the key has no history, and trim has deleted {seen.holes} events in the middle of stream {STREAM}"
+    if problem and not force:
+        raise CommandError(
+            f"{name}.h5 ends at sequence {wanted.committed}, but {problem}: it may be an old copy that lacks events "
+            "which are gone from the stream. Nothing was placed. Use the data directory that has the newest file, or "
+            "`fiq restore` a newer backup; --force places it all the same, and what it lacks is given up for good"
+        )

@@ -105,8 +105,7 @@ def _print(to: Path, manifest: Manifest, fit: Fit) -> None:
     for problem in fit.problems:
         err().print(f"fiq: restored although {problem}", soft_wrap=True)
     for gap in fit.gaps:
-        name = partition_name(gap.partition)
-        err().print(f"fiq: given up: partition {name}, sequences {gap.first} to {gap.last}", soft_wrap=True)
+        err().print(f"fiq: given up: {gap}", soft_wrap=True)
     if fit.unborn:
         names = ", ".join(partition_name(partition) for partition in fit.unborn)
         err().print(f"fiq: partition {names} was placed after the backup and begins anew", soft_wrap=True)

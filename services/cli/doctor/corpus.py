@@ -98,7 +98,11 @@ def check_backup(directory: Path, seen: LogView | None) -> Iterator[Finding]:
     """Look how old the newest backup of the volume in *directory* is: with one store it is the only other copy."""
     made = backed_up_at(directory)
     stores = 1 if seen is None else len(seen.log.stores or ())
-    hours = (time.time() - made) / 3600
+    try:
+        began = (directory / "volume.json").stat().st_mtime
+    except OSError:
+        return  # said above
+    hours = (time.time() - (made or began)) / 3600
     what = f"the newest backup of this volume is {hours:.0f} hours old" if made else "this volume was never backed up"
     if stores > 1 or hours <= BACKUP_HOURS:
         yield ok("backup", f"{what}; {stores} store(s)")

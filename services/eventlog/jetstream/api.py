@@ -1,7 +1,7 @@
 """Requests to the JetStream API, as they are on the wire (nats-io ADR-1).
 
-nats-py's own manager sends no ``action`` with a consumer and knows neither ``CONSUMER.RESET`` nor ``allow_atomic``, so
-the JSON is ours. An error answer becomes an :class:`ApiError`, whose second base says what happens next.
+nats-py's own manager sends no ``action`` with a consumer and does not know ``allow_atomic``, so the JSON is ours. An
+error answer becomes an :class:`ApiError`, whose second base says what happens next.
 """
 
 from __future__ import annotations
@@ -112,27 +112,6 @@ class JetStreamApi:
                 return None
             raise
 
-    async def list_consumers(self, stream: str) -> list[dict[str, Any]]:
-        """Return what :meth:`consumer_info` says of each consumer of *stream*; one request for 256 of them.
-
-        Raises LogUnavailableError: no answer, or not every consumer's: an absent one would look deleted.
-        """
-        found, missing = await self.survey_consumers(stream)
-        if missing:
-            raise LogUnavailableError(f"CONSUMER.LIST.{stream}: {len(missing)} consumers did not answer")
-        return found
-
-    async def survey_consumers(self, stream: str) -> tuple[list[dict[str, Any]], list[str]]:
-        """Do as :meth:`list_consumers`, and return the names of those that exist but did not answer apart."""
-        found: list[dict[str, Any]] = []
-        missing: list[str] = []
-        while True:
-            page = await self.request(f"CONSUMER.LIST.{stream}", {"offset": len(found) + len(missing)})
-            found += page.get("consumers") or []
-            missing += page.get("missing") or []
-            if not page.get("consumers") or len(found) + len(missing) >= page.get("total", 0):
-                return found, missing
-
     async def consumer_names(self, stream: str, *, timeout: float | None = None) -> list[str]:
         """Return the names of all consumers of *stream*; the meta leader knows them, no consumer is waited for."""
         found: list[str] = []
@@ -154,33 +133,38 @@ class JetStreamApi:
                 raise
 
     async def create_consumer(
-        self, stream: str, config: Mapping[str, Any], *, action: str = "create", timeout: float | None = None
+        self, stream: str, config: Mapping[str, Any], *, timeout: float | None = None
     ) -> dict[str, Any]:
-        """Create, or with *action* ``update`` change, the consumer that *config* describes, and return its info.
+        """Create the consumer that *config* describes, and return its info.
 
-        ``create`` of one that exists succeeds only when every field agrees, metadata included; else the error's
-        ``err_code`` is 10148. ``update`` of a missing one is 10149 and replaces the whole metadata.
+        When it exists that succeeds only if every field agrees; else the error's ``err_code`` is 10148.
         """
         suffix = f"CONSUMER.CREATE.{stream}.{config['name']}.{config['filter_subject']}"
-        request = {"stream_name": stream, "config": dict(config), "action": action}
+        request = {"stream_name": stream, "config": dict(config), "action": "create"}
         return await self.request(suffix, request, timeout=timeout)
 
-    async def reset_consumer(self, stream: str, consumer: str, sequence: int) -> dict[str, Any]:
-        """Make *consumer* deliver from *sequence* on, with nothing pending and consumer sequences from 1 (ADR-60).
-
-        The caller must have checked that ``1 <= sequence <= last sequence of the stream + 1``: the broker accepts a
-        greater one and then delivers nothing until the stream gets there, and takes 0 as the ack floor plus one.
-
-        Raises LogUnavailableError: no answer; a consumer that does not exist never answers, so ask
-        :meth:`consumer_info` next.
-        """
-        return await self.request(f"CONSUMER.RESET.{stream}.{consumer}", {"seq": sequence})
-
     async def purge(self, stream: str, sequence: int, *, only: str | None = None) -> int:
-        """Delete what is below *sequence* and of the subjects *only*; return how many messages that were."""
+        """Delete what is below *sequence* and of the subjects *only*; return how many messages that were.
+
+        <<<<<<< HEAD
+                Raises:
+                    LogUnavailableError: no connection, or no answer. It may have taken effect, but takes none at a later
+                        connection: the client keeps what it could not send, and by then less might have to go.
+        =======
+                Raises LogUnavailableError: no answer; a consumer that does not exist never answers, so ask
+                :meth:`consumer_info` next.
+        >>>>>>> less
+        """
+        suffix = f"STREAM.PURGE.{stream}"
         wanted = {"seq": sequence} if only is None else {"seq": sequence, "filter": only}
-        answer = await self.request(f"STREAM.PURGE.{stream}", wanted)
-        return int(answer.get("purged", 0))
+        if not self._nc.is_connected:
+            raise LogUnavailableError(f"{suffix}: no connection")
+        try:
+            return int((await self.request(suffix, wanted)).get("purged", 0))
+        finally:
+            unsent, command = self._nc._pending, f"PUB $JS.API.{suffix} ".encode()
+            unsent[:] = [one for one in unsent if not one.startswith(command)]
+            self._nc._pending_data_size = sum(map(len, unsent))
 
     async def get_message(
         self, stream: str, sequence: int, *, next_of: str | None = None, counted: bool = False
@@ -197,11 +181,13 @@ class JetStreamApi:
             wanted["batch"] = 1
         message = await self._ask(operation, wanted, None)
         headers = message.headers or {}
-        status = headers.get("Status")
-        if status == "404":
-            return None
-        if status is not None:
-            raise PermanentApiError(operation, int(status), 0, headers.get(Header.DESCRIPTION, "refused"))
+        if "Nats-Sequence" not in headers:  # a stored message, too, may say "Status"
+            status = headers.get("Status", "")
+            if status == "404":
+                return None
+            raise PermanentApiError(
+                operation, int(status) if status.isdecimal() else 0, 0, headers.get(Header.DESCRIPTION, "refused")
+            )
         own = {key: value for key, value in headers.items() if key not in _DIRECT_GET_HEADERS}
         return StoredMessage(
             subject=headers["Nats-Subject"],

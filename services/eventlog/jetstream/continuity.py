@@ -89,8 +89,7 @@ async def _check(api: JetStreamApi, identity: LogIdentity, after: Position, trim
             f"the stream was set back (were disks restored from an older copy?). Those after {last} are only in HDF5, "
             f"and perhaps some before. {_WAY_FORWARD}"
         )
-    if 0 < after.sequence < first - 1 and (trimmable is None or after.sequence < trimmable):
-        # a new file may begin anywhere
+    if _may_lack(after.sequence, trimmable, first, stream["state"].get("num_deleted", 0)):
         raise LogMismatchError(
             f"the corpus ends at sequence {after.sequence} but stream {STREAM} begins at {first}: the "
             "partition file is an old copy, or somebody purged the stream; put the newest copy in its place"
@@ -106,3 +105,14 @@ async def _check(api: JetStreamApi, identity: LogIdentity, after: Position, trim
         )
     if found is None and first <= after.sequence:
         raise _NotThereError
+
+
+def _may_lack(sequence: int, trimmable: int | None, first: int, deleted: int) -> bool:
+    """Return whether events of the partition after *sequence* may be gone.
+
+    Trim deletes up to *trimmable*, from the stream's beginning or, around a partition that stands still, in its middle.
+    A new file may begin anywhere.
+    """
+    if sequence == 0 or (trimmable is not None and sequence >= trimmable):
+        return False
+    return sequence < first - 1 or (trimmable is not None and deleted > 0)

@@ -90,32 +90,6 @@ def bucket_config(settings: LogSettings) -> dict[str, Any]:
     }
 
 
-def consumer_config(settings: LogSettings, partition: int, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the configuration of the consumer through which the settings' store follows *partition*.
-
-    Args:
-        settings: the store's name is taken from here.
-        partition: 0 to ``settings.partitions - 1``.
-        metadata: of the consumer.
-    """
-    name = names.consumer_name(settings.store, partition)
-    return {
-        "name": name,
-        "durable_name": name,
-        "description": (f"Persister of store {settings.store}, partition {partition_name(partition)}."),
-        "deliver_policy": "all",
-        "ack_policy": "all",
-        "ack_wait": ACK_WAIT_SECONDS * _NANOSECONDS,
-        "max_deliver": -1,
-        "max_ack_pending": MAX_ACK_PENDING,
-        "replay_policy": "instant",
-        "filter_subject": names.filter_subject(partition),
-        # as many as the stream has, now and when it is scaled later
-        "num_replicas": 0,
-        "metadata": dict(metadata),
-    }
-
-
 def cursor_config(store: str, partition: int, generation: int, start: int) -> dict[str, Any]:
     """Return the configuration of a cursor through which *store* follows *partition* from sequence *start* on."""
     name = names.cursor_name(store, partition, generation)
@@ -236,5 +210,5 @@ def own_metadata(config: Config) -> dict[str, str]:
 
 
 def size_setting(stream: str) -> str:
-    """Return the name of the setting that limits *stream*."""
-    return "FI_STREAM_MAX_BYTES" if stream == names.STREAM else "FI_DEAD_MAX_BYTES"
+    """Return the name of the setting that limits *stream*; for the small bucket that of what takes its room."""
+    return "FI_DEAD_MAX_BYTES" if stream == names.DEAD_STREAM else "FI_STREAM_MAX_BYTES"

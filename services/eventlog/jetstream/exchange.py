@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import nats.errors
 import orjson
@@ -24,6 +24,7 @@ from services.eventlog.jetstream.api import is_transient
 from services.eventlog.jetstream.connection import PENDING_BYTES
 from services.eventlog.jetstream.refusals import (
     DirectSubscription,
+    Received,
     Refusal,
     TolerantClient,
     check_hearing,
@@ -154,13 +155,6 @@ async def write(nc: Client, block: bytes, messages: int) -> None:
         await nc._flush_pending()
 
 
-class Answer(NamedTuple):
-    """What the broker says to a message: a body, and headers or None."""
-
-    data: bytes
-    headers: Mapping[str, str] | None
-
-
 @dataclass(slots=True, eq=False)
 class Slot:
     """One call in flight.
@@ -176,7 +170,7 @@ class Slot:
     subject: str
     token: str
     reply_to: str
-    answer: asyncio.Future[Answer | None]
+    answer: asyncio.Future[Received | None]
     due: float = math.inf
 
 
@@ -305,7 +299,7 @@ class Exchange:
             return Again("the connection to the log is congested")  # above PENDING_BYTES, publish() would block
         return None
 
-    async def answer(self, slot: Slot, end: float, seconds: float) -> Answer | None:
+    async def answer(self, slot: Slot, end: float, seconds: float) -> Received | None:
         """Wait for the next answer, or None after *seconds* or at *end*; ready for the one after it."""
         slot.due = min(self._loop.time() + seconds, end)
         if self._timer is None:
@@ -316,10 +310,10 @@ class Exchange:
 
     # -- what happens to them -----------------------------------------------------------------------------------------
 
-    def _take_answer(self, subject: str, _: str, data: bytes, headers: Mapping[str, str] | None) -> None:
-        slot = self._slots.get(subject[len(self._prefix) :])
+    def _take_answer(self, answer: Received) -> None:
+        slot = self._slots.get(answer.subject[len(self._prefix) :])
         if slot is not None and not slot.answer.done():
-            slot.answer.set_result(Answer(data, headers))
+            slot.answer.set_result(answer)
 
     def _when_refused(self, refusal: Refusal) -> None:
         for slot in self._slots.values():

@@ -31,13 +31,10 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import orjson
 from nats import errors as nats_errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from services.contract.logs import get_logger
 from services.eventlog.errors import LogUnavailableError
@@ -46,7 +43,7 @@ from services.eventlog.jetstream.budget import Budget, Held, Room, Share
 from services.eventlog.jetstream.continuity import check_log
 from services.eventlog.jetstream.cursor import Cursors
 from services.eventlog.jetstream.names import STREAM, filter_subject
-from services.eventlog.jetstream.refusals import Refusal, listen
+from services.eventlog.jetstream.refusals import DirectSubscription, Received, Refusal, TolerantClient, listen
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import Delivery, LogIdentity, Position, message_id_at
 
@@ -98,7 +95,7 @@ class JetStreamFollower:
 
     def __init__(
         self,
-        nc: Client,
+        nc: TolerantClient,
         store: str,
         partition: int,
         identity: LogIdentity,
@@ -127,7 +124,7 @@ class JetStreamFollower:
         self._buffer = _Buffer()
         # the cursor
         self._consumer = ""
-        self._subscription: Subscription | None = None
+        self._subscription: DirectSubscription | None = None
         self._connects = 0  # how often the client had connected again when the cursor was made
         self._next_delivery = 1  # consumer sequence that must come next
         self._again = 0  # deliveries that the one before had brought already
@@ -207,6 +204,17 @@ class JetStreamFollower:
         # a new cursor counts as pending what is held here already, until it has delivered it again
         return self._pending + (min(held, self._again) if self._is_repeating else held)
 
+    @property
+    def delivered(self) -> int:
+        """How many events were delivered and are not acknowledged."""
+        return self._buffer.events
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a repair is due or under way: the log may have been set back."""
+        lost = not self._nc.is_connected or self._subscription is None
+        return lost or self._is_elsewhere or bool(self._doubt)
+
     async def acknowledge(self, delivery: Delivery) -> None:
         """Tell the broker that everything up to *delivery* is committed; a lost acknowledgement does no harm."""
         self._buffer.done()
@@ -283,13 +291,11 @@ class JetStreamFollower:
         self._behind_at = -1
         inbox = self._nc.new_inbox()
         self._pulls.begin(inbox)
-        self._subscription = await self._nc.subscribe(
-            f"{inbox}.*", cb=self._receiver(inbox), pending_msgs_limit=-1, pending_bytes_limit=-1
-        )
+        self._subscription = await self._nc.subscribe_directly(f"{inbox}.*", self._receiver(inbox))
         await self._pull_more()
 
     async def _repair(self) -> None:
-        reason, self._doubt = self._doubt, ""
+        reason = self._doubt
         if not self._progress:  # the last repair brought nothing: the cluster is electing
             await asyncio.sleep(REPAIR_PAUSE_SECONDS)
         silent = reason == "silence" and not self._progress
@@ -297,6 +303,7 @@ class JetStreamFollower:
         self._on_repair(reason)
         self._log.info("FOLLOWER_REPAIR", reason=reason, consumer=self._consumer, committed=self._committed.sequence)
         await self._drop_subscription()
+        self._doubt = ""
         try:
             await self._begin()
         except LogUnavailableError:
@@ -382,10 +389,10 @@ class JetStreamFollower:
 
     # -- receiving ----------------------------------------------------------------------------------------------------
 
-    def _receiver(self, inbox: str) -> Callable[[Msg], Awaitable[None]]:
+    def _receiver(self, inbox: str) -> Callable[[Received], None]:
         """Return the callback of one cursor; it is deaf as soon as another one has taken its place."""
 
-        async def receive(message: Msg) -> None:
+        def receive(message: Received) -> None:
             if self._doubt or inbox != self._pulls.inbox:
                 return
             if self._is_elsewhere:
@@ -394,7 +401,7 @@ class JetStreamFollower:
             self._alive_at = time.monotonic()
             room = self._delivered(message) if message.reply else self._status(message)
             if room and not self._doubt:
-                await self._pull_more()
+                self._want_more()
 
         return receive
 
@@ -403,7 +410,7 @@ class JetStreamFollower:
         """Whether the client has connected anew since the log was compared: all nodes may have been set back."""
         return self._nc.stats["reconnects"] != self._connects
 
-    def _delivered(self, message: Msg) -> bool:
+    def _delivered(self, message: Received) -> bool:
         """Take a message; say whether it made room: one that is buffered takes the room that it was promised."""
         tokens = message.reply.split(".")
         # $JS.ACK.<stream>.<consumer>.… or, with domain and account, $JS.ACK.<domain>.<account>.<stream>.<consumer>.…
@@ -425,7 +432,7 @@ class JetStreamFollower:
         self._keep(Delivery(sequence, consultation, message.headers, message.data, message.reply))
         return False
 
-    def _check_handed_out(self, last: Delivery, sequence: int, message: Msg) -> None:
+    def _check_handed_out(self, last: Delivery, sequence: int, message: Received) -> None:
         """Compare the *last* event that was handed out before the repair with what the log has in its place."""
         self._handed_out = None
         if (sequence, message_id_at(message.headers)) != (last.sequence, message_id_at(last.headers)):
@@ -446,7 +453,7 @@ class JetStreamFollower:
         self._buffer.put(delivery)
         self._on_events()
 
-    def _status(self, message: Msg) -> bool:
+    def _status(self, message: Received) -> bool:
         """Read a message of the broker's own; say whether it makes room for another pull."""
         headers = message.headers or {}
         status, text = headers.get("Status", ""), headers.get("Description", "")
@@ -586,7 +593,7 @@ class _Pulls:
         self.promised_bytes = max(0, self.promised_bytes - size) if self.promised else 0
 
 
-def _wire_size(message: Msg) -> int:
+def _wire_size(message: Received) -> int:
     """Return about what the broker counts against ``max_bytes``."""
     headers = sum(len(name) + len(value) + 4 for name, value in (message.headers or {}).items())
     return len(message.data) + headers + len(message.subject) + len(message.reply)

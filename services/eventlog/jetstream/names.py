@@ -43,6 +43,8 @@ WORKERS_PREFIX = "fi-workers"
 
 #: metadata of the streams: version of these definitions
 FORMAT_KEY = "fi_format"
+#: metadata of the bucket: creation time of the stream of events, when that had events before the bucket was made
+LATE_KEY = "fi_made_after_events"
 #: metadata of the stream of events: number of partitions, fixed at creation
 PARTITIONS_KEY = "fi_partitions"
 
@@ -59,7 +61,6 @@ class Role(StrEnum):
     OPS = "ops"
 
 
-_CONSUMER_NAME = re.compile(rf"{WORKERS_PREFIX}-([a-z0-9]{{1,32}})-([0-9]{{2}})", re.ASCII)
 _CURSOR_NAME = re.compile(rf"{WORKERS_PREFIX}-([a-z0-9]{{1,32}})-([0-9]{{2}})-([1-9][0-9]{{0,14}})", re.ASCII)
 
 
@@ -108,16 +109,6 @@ def stream_of(subject: str) -> str:
     return DEAD_STREAM if subject.startswith(f"{DEAD_PREFIX}.") else STREAM
 
 
-def consumer_name(store: str, partition: int) -> str:
-    """Return the name of the consumer through which *store* follows *partition*."""
-    return f"{consumer_prefix(store)}{partition_name(partition)}"
-
-
-def consumer_prefix(store: str) -> str:
-    """Return what the names of all consumers of *store* begin with."""
-    return f"{WORKERS_PREFIX}-{store}-"
-
-
 def cursor_name(store: str, partition: int, generation: int) -> str:
     """Return the name of a cursor: the consumer through which the owner of *partition* of *store* follows it.
 
@@ -139,9 +130,3 @@ def subject_transform(partitions: int) -> dict[str, str]:
     ``partition(n,1)`` hashes the first wildcard's token; :func:`services.eventlog.partitions.partition_of` agrees.
     """
     return {"src": EVENTS_SUBJECT, "dest": f"{EVENTS_PREFIX}.{{{{partition({partitions},1)}}}}.{{{{wildcard(1)}}}}"}
-
-
-def parse_consumer_name(name: str) -> tuple[str, int] | None:
-    """Return store and partition of a persister's consumer, or None for a name of another form."""
-    match = _CONSUMER_NAME.fullmatch(name)
-    return (match[1], int(match[2])) if match else None

@@ -2,8 +2,9 @@
 
 ::
 
-    <store>.<pp>   {"volume": UUID, "epoch": 1, "committed": 0, "begins": 1, "stream_created": ...}
-    <store>        {"formed": true, "volumes": [UUID, ...], "stream_created": ...}
+    <store>.<pp>   {"volume": UUID, "epoch": 1, "committed": 0, "message_id": "", "begins": 1, "stream_created": ...}
+    <store>        {"formed": true, "volumes": [UUID, ...], "stream_created": ...}; false: it is about to begin
+    _stores        {"stores": [name, ...], "stream_created": ...}: told by an operator after the bucket was lost
 
 A volume claims a partition by creating its key: the broker lets exactly one claim win. From then on only the owner
 changes it, each time expecting the revision that it knows. So a persister whose partition was placed anew, by ``fiq
@@ -41,6 +42,7 @@ from services.eventlog.jetstream.names import (
     BUCKET,
     BUCKET_PREFIX,
     BUCKET_STREAM,
+    LATE_KEY,
     STREAM,
     key_subject,
     placement_key,
@@ -57,12 +59,16 @@ _TRIES = 5
 
 #: pause before it, seconds: the update that it lost to may not be readable yet
 _PAUSE_SECONDS = 0.05
+#: the same where the bucket's leader does not have what we put: one that was elected just now may still be applying it
+_LAG_PAUSE_SECONDS = 0.5
 
 #: the key has another revision than the put expects; the second one: another put of it is under way
 _OTHER_REVISION = frozenset({10071, 10164})
 _NO_MESSAGE = 10037
 _DIRECT_GET = f"$JS.API.DIRECT.GET.{BUCKET_STREAM}"
 _OPERATION = "KV-Operation"
+#: key that says that the operator has named every store, after the bucket was lost
+_STORES = "_stores"
 _KEY = re.compile(r"([a-z0-9]{1,32})(?:\.([0-9]{2}))?", re.ASCII)
 
 
@@ -77,6 +83,7 @@ class Placement:
         committed: stream sequence that the file had reached when its owner last put it here.
         begins: first stream sequence that the file may hold; above 1 for a store that began after a trim.
         revision: of the key, which the next update expects.
+        message_id: of the stream's message at *committed*, as a Position has it; empty when it is not known.
     """
 
     partition: int
@@ -85,6 +92,7 @@ class Placement:
     committed: int
     begins: int
     revision: int
+    message_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +133,8 @@ class _Entry:
         try:
             found = self.value or {}
             epoch, committed, begins = (int(found[name]) for name in ("epoch", "committed", "begins"))
-            return Placement(partition, str(found["volume"]), epoch, committed, begins, self.revision)
+            message_id = str(found.get("message_id", ""))
+            return Placement(partition, str(found["volume"]), epoch, committed, begins, self.revision, message_id)
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -157,7 +166,7 @@ class Placements:
             PlacementError: there is no bucket.
             LogUnavailableError: the broker did not answer.
         """
-        created, first, entries = await _read(self._nc, self._store)
+        created, first, entries, _ = await _read(self._nc, self._store)
         found = _store(self._store, entries, created, first, range(self._partitions))
         self._created, self._known = created, found.partitions
         return found
@@ -180,40 +189,70 @@ class Placements:
         """
         return await self._create(placement, over_deleted=True)
 
+    async def begin(self) -> bool:
+        """Note that the store is about to begin, and return whether others, which trim nothing more, exist.
+
+        Raises:
+            LogUnavailableError: the outcome is not known; call again.
+        """
+        await self._note(self._store, {"formed": False})
+        return bool((await read_stores(self._nc)).keys() - {self._store})
+
     async def form(self, volumes: Collection[str]) -> None:
         """Note that every partition of the store is placed, on *volumes*. Idempotent.
 
         Raises:
             LogUnavailableError: the outcome is not known; call again.
         """
-        created = await self._stream_created()
-        value = {"formed": True, "volumes": sorted(volumes), "stream_created": created}
-        for _ in range(_TRIES):
-            entry = await self._entry(self._store)
-            if _formed(entry, created):
-                return
-            if await self._put(self._store, value, entry.revision) is not None:
-                return
-        raise LogUnavailableError(f"key {self._store} of bucket {BUCKET} could not be written")
+        await self._note(self._store, {"formed": True, "volumes": sorted(volumes)})
 
-    async def progress(self, placement: Placement, committed: int) -> Placement:
+    async def name_stores(self, others: Collection[str]) -> None:
+        """Note that no store but this one and *others* had keys in a bucket that got lost. Idempotent.
+
+        Those of *others* that have no keys yet count as formed: nothing is trimmed before they are placed.
+
+        Raises:
+            LogUnavailableError: the outcome is not known; call again.
+        """
+        for name in sorted(set(others) - (await read_stores(self._nc)).keys()):
+            await self._note(name, {"formed": True, "volumes": []})
+        await self._note(_STORES, {"stores": sorted({self._store, *others})})
+
+    async def _note(self, key: str, value: Mapping[str, Any]) -> None:
+        created = await self._stream_created()
+        for _ in range(_TRIES):
+            entry, wanted = await self._entry(key), {**value, "stream_created": created}
+            if _formed(entry, created) or entry.value == wanted:
+                return
+            if await self._put(key, wanted, entry.revision) is not None:
+                return
+        raise LogUnavailableError(f"key {key} of bucket {BUCKET} could not be written")
+
+    async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
         """Put that the file of *placement* has reached *committed*; return the placement as it is now.
 
         Raises:
-            PlacementError: the partition was placed anew, or its key was deleted.
+            PlacementError: the partition was placed anew, its key was deleted, or the bucket was set back.
             LogUnavailableError: the outcome is not known; call again.
         """
-        wanted = replace(placement, committed=committed)
+        wanted = replace(placement, committed=committed, message_id=message_id)
+        lacking = False
         for _ in range(_TRIES):
             revision = await self._put_placement(wanted)
             if revision is not None:
                 return replace(wanted, revision=revision)
             found = await self.get(wanted.partition)
-            if found is None or (found.volume, found.epoch) != (placement.volume, placement.epoch):
+            lacking = found is None or found.revision < wanted.revision
+            if found is None or lacking:
+                await asyncio.sleep(_LAG_PAUSE_SECONDS)
+                continue
+            if (found.volume, found.epoch) != (placement.volume, placement.epoch):
                 raise PlacementError(_gone(placement, found))
-            if found.committed == committed:
+            if (found.committed, found.message_id) == (committed, message_id):
                 return found
             wanted = replace(wanted, revision=found.revision)
+        if lacking:
+            raise PlacementError(_gone(wanted, found))
         raise LogUnavailableError(f"progress of partition {partition_name(placement.partition)} could not be put")
 
     async def renew(self, placement: Placement, *, epoch: int, committed: int) -> Placement:
@@ -228,7 +267,8 @@ class Placements:
             PlacementError: the key has changed since *placement* was read.
             LogUnavailableError: the outcome is not known; look again.
         """
-        wanted = replace(placement, epoch=epoch, committed=committed)
+        message_id = placement.message_id if committed == placement.committed else ""
+        wanted = replace(placement, epoch=epoch, committed=committed, message_id=message_id)
         for _ in range(_TRIES):
             revision = await self._put_placement(wanted)
             if revision is not None:
@@ -250,19 +290,19 @@ class Placements:
         entry = await self._entry(placement_key(self._store, partition))
         return None if entry.of_another(created) else entry.placement(partition)
 
-    async def highest_epoch(self, partition: int) -> int:
-        """Return the highest epoch that the kept history of the partition's key names; 0 when there is none.
+    async def history(self, partition: int) -> tuple[Placement, ...]:
+        """Return where the kept history of the partition's key says that it lived, the newest last.
 
         Raises:
             LogUnavailableError: the broker did not answer.
         """
         created, key = await self._stream_created(), placement_key(self._store, partition)
-        highest, entry = 0, await _leaders(self._api, key, seq=1)
+        found, entry = [], await _leaders(self._api, key, seq=1)
         while entry.revision:
-            placement = None if entry.of_another(created) else entry.placement(partition)
-            highest = max(highest, 0 if placement is None else placement.epoch)
+            if not entry.of_another(created) and (placement := entry.placement(partition)) is not None:
+                found.append(placement)
             entry = await _leaders(self._api, key, seq=entry.revision + 1)
-        return highest
+        return tuple(found)
 
     @asynccontextmanager
     async def watching(self, on_change: Callable[[], None]) -> AsyncIterator[None]:
@@ -315,6 +355,7 @@ class Placements:
             "volume": wanted.volume,
             "epoch": wanted.epoch,
             "committed": wanted.committed,
+            "message_id": wanted.message_id,
             "begins": wanted.begins,
             "stream_created": await self._stream_created(),
         }
@@ -344,18 +385,29 @@ class Placements:
         return self._created
 
 
-async def read_stores(nc: Client) -> dict[str, StorePlacement]:
+async def read_stores(nc: Client, *, every: bool = False) -> dict[str, StorePlacement]:
     """Return where the partitions of every store live, as new as the bucket's leader has it.
+
+    Args:
+        nc: a connected client.
+        every: refuse a bucket that may lack a store: one that was made over a stream with events.
 
     Raises:
         LogMismatchError: there is no stream of events.
-        PlacementError: there is no bucket.
+        PlacementError: there is no bucket, or *every* store is asked for and an operator has to name them first.
         LogUnavailableError: the broker did not answer.
     """
-    created, first, entries = await _read(nc)
+    created, first, entries, late = await _read(nc)
+    told = entries.get(_STORES, _ABSENT)
+    if every and late and (told.value is None or told.of_another(created)):
+        raise PlacementError(
+            f"bucket {BUCKET} was made when stream {STREAM} had events already, so it may lack stores that had keys in "
+            "an earlier one: nothing is trimmed. Name all stores: `fiq place --stores NAME,NAME`; docs/operations.md, "
+            "`A lost key`"
+        )
     stores = {store for key in entries if (store := parse_key(key)[0])}
     found = {store: _store(store, entries, created, first, range(100)) for store in sorted(stores)}
-    return {name: store for name, store in found.items() if store.partitions or store.formed}
+    return {name: store for name, store in found.items() if store.partitions or _begun(entries, name, created)}
 
 
 def parse_key(key: str) -> tuple[str, int | None]:
@@ -385,6 +437,11 @@ def _store(
     return StorePlacement(store, formed, volumes, placed, frozenset(deleted), created, first)
 
 
+def _begun(entries: Mapping[str, _Entry], store: str, created: str) -> bool:
+    own = entries.get(store, _ABSENT)
+    return own.value is not None and not own.of_another(created)
+
+
 def _formed(entry: _Entry, created: str) -> bool:
     return entry.value is not None and not entry.of_another(created) and entry.value.get("formed") is True
 
@@ -393,6 +450,12 @@ def _gone(placement: Placement, found: Placement | None) -> str:
     name = partition_name(placement.partition)
     if found is None:
         return f"the key of partition {name} was deleted from bucket {BUCKET}"
+    if found.revision < placement.revision:
+        return (
+            f"bucket {BUCKET} was set back: it has revision {found.revision} of partition {name}, and had revision "
+            f"{placement.revision} before (were disks restored from an older copy?); docs/operations.md, "
+            "`A log that was set back`"
+        )
     if (found.volume, found.epoch) == (placement.volume, placement.epoch):
         return f"partition {name} changed meanwhile: its persister runs (revision {found.revision})"
     return (
@@ -404,23 +467,24 @@ def _gone(placement: Placement, found: Placement | None) -> str:
 # -- reading the bucket -----------------------------------------------------------------------------------------------
 
 
-async def _read(nc: Client, store: str | None = None) -> tuple[str, int, dict[str, _Entry]]:
-    """Return the stream of events' creation time and first sequence, and the keys of *store*, or of all stores.
+async def _read(nc: Client, store: str | None = None) -> tuple[str, int, dict[str, _Entry], bool]:
+    """Return the stream's creation time and first sequence, the keys of *store* or all, and if it had events first.
 
     The bucket's leader says which keys there are and what its last sequence is. One batched direct get brings the
     values; when the replica that answers has less than the leader, the leader is asked for each key instead.
     """
     api = JetStreamApi(nc)
     created, first = await _stream(api)
-    state = (await _bucket(api))["state"]
+    bucket = await _bucket(api)
+    state, late = bucket["state"], (bucket["config"].get("metadata") or {}).get(LATE_KEY) == created
     keys = [subject.removeprefix(f"{BUCKET_PREFIX}.") for subject in state.get("subjects") or {}]
     keys = [key for key in keys if store is None or parse_key(key)[0] == store]
     if not keys:
-        return created, first, {}
+        return created, first, {}, late
     found = await _replicas(nc, keys, int(state["last_seq"]))
     if found is None:
         found = dict(zip(keys, await asyncio.gather(*(_leaders(api, key) for key in keys)), strict=True))
-    return created, first, found
+    return created, first, found, late
 
 
 async def _stream(api: JetStreamApi) -> tuple[str, int]:

@@ -42,7 +42,7 @@ _TRY_SECONDS = 5.0
 #: pause between two tries, and the least that a try gets, seconds
 _STARTUP_RETRY_SECONDS = 0.5
 
-#: oldest server with CONSUMER.RESET (ADR-60)
+#: oldest server that this was tested with
 MINIMUM_VERSION = (2, 14)
 #: elections right after a cluster's start may take this long, seconds
 DEADLINE_SECONDS = 30.0
@@ -81,7 +81,9 @@ async def provision(nc: Client, settings: LogSettings, *, deadline: float = DEAD
         await patience.retry(lambda: _enabled(nc, api.request("INFO")))
         info = await patience.retry(lambda: _ensure(api, stream_config(settings), patience))
         await patience.retry(lambda: _ensure(api, dead_stream_config(settings), patience))
-        await patience.retry(lambda: _ensure(api, bucket_config(settings), patience))
+        # who had keys in an earlier bucket is then not known: nothing is trimmed until an operator has told
+        late = {names.LATE_KEY: info["created"]} if info["state"]["last_seq"] else {}
+        await patience.retry(lambda: _ensure(api, bucket_config(settings), patience, at_creation=late))
     except LogForbiddenError as error:
         raise ProvisionError(
             f"the NATS user may not provision ({error}): run `fiq provision` as one who may, and set "
@@ -142,11 +144,14 @@ def _not_enabled() -> ProvisionError:
     )
 
 
-async def _ensure(api: JetStreamApi, wanted: Config, patience: _Patience) -> dict[str, Any]:
+async def _ensure(
+    api: JetStreamApi, wanted: Config, patience: _Patience, *, at_creation: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Bring one stream to *wanted* and return its info; one round, to be repeated when it says "unavailable"."""
     info = await api.stream_info(wanted["name"])
     if info is None:
-        return await _change(api, "CREATE", wanted, patience)
+        metadata = {**wanted["metadata"], **(at_creation or {})}
+        return await _change(api, "CREATE", {**wanted, "metadata": metadata}, patience)
     check_version(_own_version(info["config"]))
     different = changes(wanted, info["config"], info["state"]["bytes"])
     if not different:

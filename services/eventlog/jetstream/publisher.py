@@ -256,16 +256,17 @@ class Publisher(EventWriter):
                 self.retries += 1
                 self._under_way += len(group)
                 for one in group:
-                    self._spawn(self._store_one(one))
+                    self._spawn(self._store_one(one, tried=True))
             for one, appended in zip(group, stored or (), strict=stored is not None):
                 _end(one, appended)
         finally:
             self._done()
 
-    async def _store_one(self, one: _Gathered) -> None:
-        """Store one event, which counts as under way already."""
+    async def _store_one(self, one: _Gathered, *, tried: bool = False) -> None:
+        """Store one event, which counts as under way already; *tried*: it was in a batch before."""
         try:
-            _end(one, await self._append_by(one.event, one.end))
+            # an earlier attempt of ours may be under way still: a duplicate in flight is then no other writer's
+            _end(one, await self._append_by(one.event, one.end, unanswered=tried))
         except Exception as error:  # noqa: BLE001 - raised where the event is waited for
             _end(one, error)
         finally:
@@ -280,22 +281,23 @@ class Publisher(EventWriter):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _append_by(self, event: Event, end: float) -> Appended:
-        """Store one event of a batch until *end*, on the loop's clock."""
+    async def _append_by(self, event: Event, end: float, *, unanswered: bool = False) -> Appended:
+        """Store one event of a batch until *end*, on the loop's clock; *unanswered*: an attempt of ours was before."""
         subject = subject_of(event.consultation)
-        return await self._publish(_Message(subject, event.body, event.headers(), stream_of(subject)), end)
+        message = _Message(subject, event.body, event.headers(), stream_of(subject))
+        return await self._publish(message, end, unanswered=unanswered)
 
-    async def _publish(self, message: _Message, end: float) -> Appended:
+    async def _publish(self, message: _Message, end: float, *, unanswered: bool = False) -> Appended:
         self._exchange.check_size(message.body, message.headers)
         slot = self._exchange.open(message.subject)
         try:
-            return await self._deliver(message, slot, end)
+            return await self._deliver(message, slot, end, unanswered)
         finally:
             self._exchange.release(slot)
 
-    async def _deliver(self, message: _Message, slot: Slot, end: float) -> Appended:
+    async def _deliver(self, message: _Message, slot: Slot, end: float, unanswered: bool) -> Appended:
         exchange = self._exchange
-        trouble, unanswered = Again("no answer"), False
+        trouble = Again("no answer")
         for patience, pause in waits():
             not_sent = await exchange.send(message.subject, message.body, message.headers, slot.reply_to)
             answer = await exchange.answer(slot, end, patience if not_sent is None else pause)

@@ -379,7 +379,8 @@ class StreamReading:
                 while True:
                     message = await answers.get()
                     headers = message.headers or {}
-                    status = headers.get("Status")
+                    # a stored message, too, may say "Status"
+                    status = None if "Nats-Sequence" in headers else headers.get("Status", "")
                     if status == "404":
                         return batch, True
                     if status not in (None, "204"):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import nats.errors
 from nats.aio import client
@@ -78,8 +78,16 @@ parser.HMSG_RE = re.compile(rb"\AHMSG[ \t]+([^ \t\n]+)[ \t]+([^ \t\n]+)[ \t]+(([
 client.TcpTransport = LoopNeutralTransport  # type: ignore[attr-defined]
 
 
-#: takes a message: its subject, its reply subject or nothing, its body, its headers or None
-Take = Callable[[str, str, bytes, Mapping[str, str] | None], None]
+class Received(NamedTuple):
+    """A message: its subject, its reply subject or nothing, its body, its headers or None."""
+
+    subject: str
+    reply: str
+    data: bytes
+    headers: Mapping[str, str] | None
+
+
+Take = Callable[[Received], None]
 
 
 class TolerantClient(Client):
@@ -123,7 +131,7 @@ class TolerantClient(Client):
         self.stats["in_bytes"] += len(data)
         try:
             found = await self._process_headers(headers) if headers else None
-            take(_readable(subject).decode(), _readable(reply).decode(), data, found)
+            take(Received(_readable(subject).decode(), _readable(reply).decode(), data, found))
         except Exception as error:  # noqa: BLE001 - as the stock client does with what a callback raises
             await self._error_cb(error)
 

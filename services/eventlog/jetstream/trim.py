@@ -2,7 +2,8 @@
 
 What counts as committed is what the keys of all stores say (:mod:`.placement`), read from the bucket's leader before
 each purge, and nothing more: a partition of a store that has no key has committed nothing. A file that is behind its
-key is an old copy, and only such a file can lack an event that is gone.
+key is an old copy, and only such a file can lack an event that is gone. A key whose message id the stream does not
+have there counts for nothing: the stream was set back, and what clients posted since is in no file.
 
 An event goes when it is older than the retention, or when the stream is more than 70 % full: then the oldest go first
 until it is 60 % full. An event is old when it is old both by the clock of the stream's leader and by our own, and no
@@ -28,10 +29,11 @@ from nats.aio.client import Client
 
 from services.contract.errors import FiqError
 from services.contract.logs import get_logger
-from services.eventlog.jetstream.api import JetStreamApi
+from services.eventlog.jetstream.api import REQUEST_TIMEOUT_SECONDS, JetStreamApi
 from services.eventlog.jetstream.monitor import LogState
-from services.eventlog.jetstream.names import PARTITIONS_KEY, STREAM, filter_subject
-from services.eventlog.jetstream.placement import StorePlacement, read_stores
+from services.eventlog.jetstream.names import PARTITIONS_KEY, STREAM, filter_subject, placement_key
+from services.eventlog.jetstream.placement import Placement, StorePlacement, read_stores
+from services.eventlog.protocol import message_id_at
 
 #: above this share of ``max_bytes`` committed events go whatever their age, down to that one
 FULL, ENOUGH = 0.7, 0.6
@@ -47,6 +49,8 @@ PAUSE_SECONDS = 0.05
 TRIM_SECONDS = 2.0
 #: what the keys said this long ago does not count any more, seconds: an operator may have placed a partition anew
 KEYS_SECONDS = 2.0
+#: a purge that goes by keys of before may take effect for so long after they changed, seconds
+FENCE_SECONDS = KEYS_SECONDS + REQUEST_TIMEOUT_SECONDS
 
 _log = get_logger("eventlog.trim")
 
@@ -99,6 +103,7 @@ class Trimmer:
         self._on_round = on_round
         self._latest = 0.0  # the latest time at which an event up to the stream's beginning was stored
         self._said = ""
+        self._compared: dict[tuple[str, int], tuple[int, str, int, bool]] = {}  # what was found of the keys
 
     async def run(self, is_turn: Callable[[], bool]) -> None:
         """Trim for ever, whenever it *is_turn* of this process; what fails is logged and tried again."""
@@ -106,10 +111,11 @@ class Trimmer:
             if is_turn():
                 try:
                     trimmed = await self.trim()
-                except FiqError as error:
-                    if self._said != str(error):  # once for each reason, or an outage would fill the log
-                        self._said = str(error)
-                        _log.warning("TRIM_FAILED", reason=self._said)
+                except Exception as error:  # noqa: BLE001 - whatever a message holds, it must not end the service
+                    reason = str(error) if isinstance(error, FiqError) else type(error).__name__
+                    if self._said != reason:  # once for each reason, or an outage would fill the log
+                        self._said = reason
+                        _log.warning("TRIM_FAILED", reason=reason)
                 else:
                     self._said = ""
                     self._on_round(trimmed)
@@ -123,7 +129,7 @@ class Trimmer:
         Raises:
             LogMismatchError: there is no stream.
             LogUnavailableError: the broker did not answer.
-            PlacementError: there is no bucket that says where partitions live.
+            PlacementError: there is no bucket that says where the partitions of all stores live.
         """
         purged = 0
         full = False
@@ -138,14 +144,36 @@ class Trimmer:
 
     async def _look(self) -> _Stream:
         read_at = time.monotonic()
-        stores = await read_stores(self._nc)
+        stores = await read_stores(self._nc, every=True)
         info = await self._api.request(f"STREAM.INFO.{STREAM}")
         state, config = info["state"], info["config"]
         partitions = int((config.get("metadata") or {}).get(PARTITIONS_KEY, 0))
         now = min(time.time(), datetime.fromisoformat(info["ts"]).timestamp())
-        committed = {p: committed_everywhere(stores, p, state["last_seq"]) for p in range(partitions)}
+        wrong = await self._wrong(stores, state["first_seq"], state["last_seq"])
+        committed = {p: committed_everywhere(stores, p, state["last_seq"], wrong) for p in range(partitions)}
         fullness = state["bytes"] / config["max_bytes"]
         return _Stream(state["first_seq"], state["messages"], state["last_seq"], fullness, now, committed, read_at)
+
+    async def _wrong(self, stores: Mapping[str, StorePlacement], first: int, last: int) -> set[tuple[str, int]]:
+        """Return store and partition of each key that means another event than the stream has there."""
+        keys = [(name, one) for name, store in stores.items() for one in store.partitions.values()]
+        keys = [(name, one) for name, one in keys if one.message_id and first <= one.committed <= last]
+        right = await asyncio.gather(*(self._is_right(name, one) for name, one in keys))
+        return {(name, one.partition) for (name, one), is_right in zip(keys, right, strict=True) if not is_right}
+
+    async def _is_right(self, store: str, one: Placement) -> bool:
+        told = one.committed, one.message_id, int(self._nc.stats["reconnects"])  # after one it may be another log
+        known = self._compared.get((store, one.partition))
+        if known == (*told, True):
+            return True
+        found = await self._api.leader_message(STREAM, one.committed)
+        if found is None:  # deleted around a partition that stands still
+            return True
+        is_right = message_id_at(found["headers"]) == one.message_id
+        self._compared[store, one.partition] = *told, is_right
+        if not is_right and known != (*told, False):
+            _log.error("KEY_OF_ANOTHER_LOG", key=placement_key(store, one.partition), committed=one.committed)
+        return is_right
 
     async def _slice(self, stream: _Stream, full: bool) -> int:
         """Purge one slice and return how many messages that were."""
@@ -211,7 +239,9 @@ class Trimmer:
         return 0 if message is None else message["seq"]
 
 
-def committed_everywhere(stores: Mapping[str, StorePlacement], partition: int, last: int) -> int:
+def committed_everywhere(
+    stores: Mapping[str, StorePlacement], partition: int, last: int, wrong: Collection[tuple[str, int]] = ()
+) -> int:
     """Return the sequence up to which every store has committed the events of *partition*; 0 when one has no key of it.
 
     Args:
@@ -219,8 +249,9 @@ def committed_everywhere(stores: Mapping[str, StorePlacement], partition: int, l
         partition: its number.
         last: sequence of the stream's youngest event. A key that is ahead of it belongs to a log that was set back:
             what the file holds is then not known.
+        wrong: store and partition of keys that do not count either: what the stream has there is another event.
     """
-    placed = [store.partitions.get(partition) for store in stores.values()]
+    placed = [None if (name, partition) in wrong else store.partitions.get(partition) for name, store in stores.items()]
     if not placed or any(one is None or one.committed > last for one in placed):
         return 0
     return min(one.committed for one in placed if one is not None)

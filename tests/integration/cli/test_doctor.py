@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import h5py
@@ -19,8 +21,9 @@ from services.cli.doctor.finding import Finding, Level
 from services.cli.main import app
 from services.cli.processes import LOOPBACK
 from services.cli.target import Target
-from services.eventlog.jetstream.names import STREAM
+from services.eventlog.jetstream.placement import Placements
 from services.eventlog.settings import LogSettings
+from services.persister.volume import note_backup
 from tests.support.cluster import delete_streams, heal
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
@@ -78,7 +81,7 @@ async def test_a_whole_deployment_has_nothing_wrong(log: Log, tmp_path: Path) ->
         found = await healthy(patient(log, tmp_path / "data"))
         assert 0 == await persister.end()
     expected = {"versions", "limits", "nodes", "clocks", "sync_interval", "certificates", "stream", "replicas"}
-    expected |= {"dead letters", "placement", "persisters", "permissions", "disks", "corpus"}
+    expected |= {"dead letters", "placement", "persisters", "permissions", "disks", "corpus", "backup"}
     assert expected == {finding.check for finding in found}
     assert 3 == sum(finding.check == "clocks" for finding in found)
 
@@ -137,16 +140,18 @@ async def test_a_partition_that_stands_still_is_told_with_the_persisters_reason(
 
 
 async def test_an_old_copy_of_a_partition_file_is_an_error(log: Log, tmp_path: Path) -> None:
-    """The stream begins behind its end: what lay between is nowhere."""
+    """Its key says that its file had come further: trim may have deleted what lies between."""
     data = tmp_path / "data"
     with Persister(tmp_path / "a", log.cluster, data) as persister:
         await persister.ready()
         await persisted(data, await log.publish(20))
         assert 0 == await persister.end()
     await log.publish(20)
-    await log.api.purge(STREAM, 41)
+    placements = Placements(log.nc, log.settings)
+    for placement in (await placements.read()).partitions.values():
+        await placements.progress(placement, 40)
     found = [one for one in await findings(patient(log, data)) if one.check == "corpus"]
-    assert PARTITIONS == sum("the stream begins at 41" in one.what for one in found)
+    assert PARTITIONS == sum("its key says that it had reached 40" in one.what for one in found)
 
 
 async def test_a_node_that_is_down_is_told_twice(log: Log, tmp_path: Path) -> None:
@@ -245,3 +250,21 @@ async def test_the_command_prints_findings_and_exits_with_1_only_for_errors(
     done = await asyncio.to_thread(CliRunner().invoke, app, arguments)
     assert 1 == done.exit_code
     assert "error    placement     no persister answers" in done.stdout
+
+
+async def test_one_copy_without_a_backup_of_the_last_day_is_a_warning(log: Log, tmp_path: Path) -> None:
+    """What FI_RETENTION has taken from the stream is on one disk; a new volume has a day's time."""
+    data = tmp_path / "data"
+    with Persister(tmp_path / "a", log.cluster, data) as persister:
+        await persister.ready()
+        assert 0 == await persister.end()
+    volume = (data / "volume.json").stat()
+    os.utime(data / "volume.json", (volume.st_atime, volume.st_mtime - 2 * 86400))
+    (found,) = [one for one in await findings(patient(log, data)) if one.check == "backup"]
+    assert (Level.WARNING, True) == (found.level, "never" in found.what)
+    note_backup(data, datetime.now(UTC).isoformat())
+    (found,) = [one for one in await findings(patient(log, data)) if one.check == "backup"]
+    assert Level.OK is found.level
+    note_backup(data, (datetime.now(UTC) - timedelta(days=2)).isoformat())
+    (found,) = [one for one in await findings(patient(log, data)) if one.check == "backup"]
+    assert (Level.WARNING, True) == (found.level, "48 hours" in found.what)

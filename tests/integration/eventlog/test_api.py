@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime
 
@@ -13,12 +14,17 @@ from services.contract.errors import PermanentError
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.api import ApiError, JetStreamApi
 from services.eventlog.jetstream.connection import close, connect
-from services.eventlog.jetstream.definitions import consumer_config
-from services.eventlog.jetstream.names import STREAM, consumer_name
+from services.eventlog.jetstream.definitions import cursor_config
+from services.eventlog.jetstream.names import STREAM, cursor_name
 from services.eventlog.jetstream.provision import provision
+from services.eventlog.jetstream.reading import StreamReading
 from services.eventlog.settings import LogSettings
 from tests.support.cluster import delete_streams
 from tests.support.polling import eventually
+from tests.support.raw_nats import message, publish_raw
+
+#: what the broker might say instead of a message, and what it never says
+STATUS = (b"404", b"204", b"408", b"4x")
 
 
 @pytest.fixture
@@ -53,20 +59,28 @@ async def test_an_error_answer_carries_its_codes(nc: Client) -> None:
     assert isinstance(caught.value, PermanentError)
 
 
-async def test_every_consumer_is_listed_over_several_pages(nc: Client, settings: LogSettings) -> None:
-    """The broker gives 256 at a time."""
-    # a stream that nobody deletes: while the files of so many consumers go, nats-server 2.15.1 may bring messages of a
-    # deleted stream back in the next one of that name
+async def test_every_consumer_is_named(nc: Client) -> None:
+    """And one that is deleted twice is gone."""
     api = JetStreamApi(nc)
-    await api.request("STREAM.CREATE.many", {"name": "many", "subjects": ["many.*"]})
-    for number in range(300):
-        name = f"c{number}"
-        config = {**consumer_config(settings, 1, {}), "name": name, "durable_name": name, "filter_subject": "many.1"}
-        await api.create_consumer("many", config)
+    for generation in (1, 2, 3):
+        await api.create_consumer(STREAM, cursor_config("main", 57, generation, 1))
+    for _ in range(2):
+        await api.delete_consumer(STREAM, cursor_name("main", 57, 2))
 
-    listed = await api.list_consumers("many")
+    assert ["fi-workers-main-57-1", "fi-workers-main-57-3"] == sorted(await api.consumer_names(STREAM))
 
-    assert {consumer["name"] for consumer in listed} == {f"c{number}" for number in range(300)}
+
+async def test_the_leader_shows_a_message_as_any_replica_does(nc: Client) -> None:
+    """By its sequence, and the next one of a subject; None where there is none."""
+    await nc.request("fi.events.c1", b"body", headers={"Nats-Msg-Id": "c1/1"}, timeout=5)
+    api = JetStreamApi(nc)
+
+    replica, leader = await api.get_message(STREAM, 1), await api.leader_message(STREAM, 1)
+    assert replica is not None
+    assert leader is not None
+    assert {**replica, "pending": 0} == {**leader, "pending": 0}
+    assert await api.leader_message(STREAM, 1) == await api.leader_message(STREAM, 1, next_of="fi.events.57.*")
+    assert await api.leader_message(STREAM, 2) is None
 
 
 async def test_a_message_comes_back_as_it_was_stored(nc: Client) -> None:
@@ -81,28 +95,18 @@ async def test_a_message_comes_back_as_it_was_stored(nc: Client) -> None:
     assert datetime.fromisoformat(message["time"][:19] + "Z").tzinfo is not None
 
 
-async def test_a_reset_consumer_delivers_from_the_given_sequence(nc: Client, settings: LogSettings) -> None:
-    """Consumer sequences start at 1 again; a consumer that does not exist never answers."""
-    # given
-    api = JetStreamApi(nc, timeout=1)
-    await api.create_consumer(STREAM, consumer_config(settings, 57, {}))
-    for _ in range(5):
-        await nc.request("fi.events.c1", b"x", timeout=5)
-    name = consumer_name(settings.store, 57)
+@pytest.mark.parametrize("headers", [b"NATS/1.0 503\r\n\r\n", *(b"NATS/1.0\r\nStatus: %b\r\n\r\n" % s for s in STATUS)])
+async def test_a_stored_message_may_look_like_a_status(nc: Client, single_node: Cluster, headers: bytes) -> None:
+    """Anybody who may publish could stop trim otherwise, or hide a message."""
+    await publish_raw(single_node.urls[0], [message(b"c1", headers)])
+    api = JetStreamApi(nc)
 
-    # when
-    answer = await api.reset_consumer(STREAM, name, 4)
+    await eventually(lambda: api.leader_message(STREAM, 1))
+    found = await api.get_message(STREAM, 1)
+    read = [at async for at, _ in StreamReading(nc, timeout=5).tail(57, "c1", 0, 1)]
 
-    # then
-    assert answer["delivered"]["consumer_seq"] == 0
-
-    async def pending() -> bool:  # the broker counts a little behind its answers
-        info = await api.consumer_info(STREAM, name)
-        return info is not None and info["num_pending"] == 2
-
-    await eventually(pending)
-    with pytest.raises(LogUnavailableError):
-        await api.reset_consumer(STREAM, consumer_name(settings.store, 58), 1)
+    assert found is not None
+    assert ([1], 1, b"garbage") == (read, found["seq"], found["data"])
 
 
 async def test_purging_deletes_below_the_sequence(nc: Client) -> None:
@@ -114,6 +118,40 @@ async def test_purging_deletes_below_the_sequence(nc: Client) -> None:
     assert await api.purge(STREAM, 4) == 3
     assert await api.get_message(STREAM, 3) is None
     assert await api.get_message(STREAM, 4) is not None
+
+
+async def test_a_purge_that_was_not_sent_never_is(nc: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would delete at the next connection, when an operator may have put an older file in a partition's place."""
+    await nc.request("fi.events.c1", b"x", timeout=5)
+    with monkeypatch.context() as lost:
+        lost.setattr(nc, "_flush_pending", _nothing)
+        with pytest.raises(LogUnavailableError, match="no answer"):
+            await JetStreamApi(nc, timeout=0.1).purge(STREAM, 2)
+
+    await nc.flush()
+
+    assert await JetStreamApi(nc).leader_message(STREAM, 1)
+
+
+async def test_nothing_is_purged_without_a_connection(nc: Client, single_node: Cluster) -> None:
+    """Nor at the next one."""
+    await nc.request("fi.events.c1", b"x", timeout=5)
+    await asyncio.to_thread(single_node.stop_all)
+    try:
+        await eventually(lambda: not nc.is_connected)
+        with pytest.raises(LogUnavailableError, match="no connection"):
+            await JetStreamApi(nc).purge(STREAM, 2)
+    finally:
+        await asyncio.to_thread(single_node.start_node, 0)
+        await asyncio.to_thread(single_node.wait_ready)
+    await eventually(lambda: nc.is_connected)
+    await nc.flush()
+
+    assert await JetStreamApi(nc).leader_message(STREAM, 1)
+
+
+async def _nothing(**_: object) -> None:
+    """Send nothing."""
 
 
 async def test_a_closed_connection_is_unavailable(nc: Client) -> None:

@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from nats.aio.client import Client
 from prometheus_client import CollectorRegistry
-from services.eventlog.jetstream.watch import LogWatch
 
 from services.eventlog.jetstream.credentials import Validity, certificates
+from services.eventlog.jetstream.monitor import LogMonitor
 from services.eventlog.metrics import LogMetrics
 from services.eventlog.settings import LogSettings
 from tests.support.broker import plain_server
@@ -89,7 +89,9 @@ async def test_the_metrics_show_them_though_nothing_else_answers(tmp_path: Path)
     """A broker in trouble is no reason to be silent about its certificate."""
     registry = CollectorRegistry()
     async with _encrypted(tmp_path) as nc:
-        await LogWatch(nc, LogSettings(replicas=1), LogMetrics(registry)).look()
+        monitor = LogMonitor(nc, LogSettings(replicas=1), LogMetrics(registry))
+        await monitor.look()
+        await monitor.close()
     for kind, name, end in (("node", "n1", NODE_END), ("ca", "our-ca", CA_END)):
         labels = {"certificate": kind, "name": name}
         assert end.timestamp() == registry.get_sample_value("fi_certificate_expiry_timestamp_seconds", labels)

@@ -80,9 +80,9 @@ async def test_another_claim_is_told_who_has_the_partition(placements: Placement
 async def test_progress_is_put_by_revision(placements: Placements) -> None:
     first = await placements.claim(3, VOLUMES[0], 1, begins=1)
 
-    second = await placements.progress(first, 50)
+    second = await placements.progress(first, 50, "c/1")
 
-    assert replace(first, committed=50, revision=second.revision) == second
+    assert replace(first, committed=50, message_id="c/1", revision=second.revision) == second
     assert second == await placements.get(3)
 
 
@@ -99,13 +99,25 @@ async def test_progress_adopts_the_revision_of_another_process_of_the_volume(pla
 
 async def test_progress_finds_out_that_the_partition_was_placed_anew(placements: Placements) -> None:
     first = await placements.claim(3, VOLUMES[0], 1, begins=1)
-    renewed = await placements.renew(first, epoch=2, committed=20)
+    renewed = await placements.renew(replace(first, message_id="c/1"), epoch=2, committed=20)
+    assert not renewed.message_id  # of the event at another sequence
 
     with pytest.raises(PlacementError, match=r"partition 03 was placed anew: volume 1111.*, epoch 2; it was on volume"):
         await placements.progress(first, 50)
 
     assert renewed == await placements.get(3)
     assert 20 == renewed.committed
+
+
+async def test_progress_finds_out_that_the_bucket_was_set_back(placements: Placements) -> None:
+    """Its key has an older revision than this process put: what another log's trim goes by must not be raised."""
+    first = await placements.claim(3, VOLUMES[0], 1, begins=1)
+    later = replace(first, revision=first.revision + 10)
+
+    with pytest.raises(PlacementError, match="bucket fi-partitions was set back"):
+        await placements.progress(later, 50)
+
+    assert first == await placements.get(3)
 
 
 async def test_renewing_what_changed_since_it_was_read_is_refused(placements: Placements) -> None:

@@ -54,6 +54,9 @@ async def test_a_stream_that_was_set_back_stops_the_partition(
         assert list(range(51, 201)) == await other.take(150)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # nats-py forgets a socket at a reconnect
 async def test_a_follower_that_lives_through_it_stops_too(
     log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.trim import Trimmed, Trimmer
 from services.eventlog.partitions import partition_of
+from services.eventlog.protocol import message_id_at
 from services.eventlog.settings import LogSettings
 from tests.support.persisters import PARTITIONS, Log, provisioned
 from tests.support.polling import eventually
@@ -43,10 +44,11 @@ async def small(fresh_log: Cluster) -> AsyncIterator[Log]:
 class Keys:
     """The keys of a store, as its persisters would put them."""
 
-    def __init__(self, log: Log, store: str = "main") -> None:
+    def __init__(self, log: Log, store: str = "main", message_ids: Mapping[int, str] | None = None) -> None:
         settings = LogSettings(servers=log.settings.servers, partitions=PARTITIONS, store=store)
         self._placements = Placements(log.nc, settings)
         self._placed: dict[int, Placement] = {}
+        self._message_ids = message_ids or {}
 
     async def reached(self, **committed: int) -> Keys:
         """Put what partitions ("p0") have committed; "rest" stands for the others."""
@@ -57,7 +59,8 @@ class Keys:
             if partition not in self._placed:
                 self._placed[partition] = await self._placements.claim(partition, "v1", 1, begins=1)
             if at != self._placed[partition].committed:
-                self._placed[partition] = await self._placements.progress(self._placed[partition], at)
+                message_id = self._message_ids.get(at, "")
+                self._placed[partition] = await self._placements.progress(self._placed[partition], at, message_id)
         return self
 
 
@@ -99,6 +102,28 @@ async def _publishing(log: Log) -> AsyncIterator[list[float]]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+# -- a stream that was set back ---------------------------------------------------------------------------------------
+
+
+async def test_a_key_whose_message_the_stream_does_not_have_there_trims_nothing(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What clients posted since the stream was set back is in no file; it is told once."""
+    await log.publish(40)
+    found = await log.api.leader_message(STREAM, 30)
+    assert found is not None
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "_log", SimpleNamespace(error=lambda _, **what: told.append(what)))
+    keys = await Keys(log, message_ids={30: message_id_at(found["headers"]), 35: "other/id"}).reached(rest=30, p2=35)
+    trimmer = Trimmer(log.nc, retention=0)
+
+    assert [0, 0] == [(await trimmer.trim()).purged for _ in range(2)]
+    assert [{"key": "main.02", "committed": 35}] == told
+
+    await keys.reached(rest=30)
+    assert 30 == (await trimmer.trim()).purged
 
 
 # -- what may go ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from services.corpus import open_corpus
 from services.eventlog.jetstream.names import STREAM, parse_cursor_name
 from services.eventlog.partitions import partition_name
+from tests.support.cluster import consumers_of
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted
 from tests.support.polling import eventually
 from tests.support.small_disk import fill, small_disk
@@ -83,7 +84,7 @@ async def _floors_that_stand(log: Log, persister: Persister) -> list[int]:
 
 async def _floors(log: Log) -> list[int]:
     floors: dict[int, tuple[int, int]] = {}  # by partition: the newest cursor's generation and floor
-    for info in await log.api.list_consumers(STREAM):
+    for info in await consumers_of(log.nc, STREAM):
         parsed = parse_cursor_name(info["name"])
         assert parsed is not None
         _, partition, generation = parsed

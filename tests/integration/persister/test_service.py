@@ -18,6 +18,7 @@ from services.eventlog.jetstream import provision
 from services.eventlog.protocol import LogIdentity
 from services.eventlog.settings import LogSettings
 from services.persister import assignment
+from services.persister.answering import Desk
 from services.persister.errors import VolumeBusyError
 from services.persister.service import serve
 from services.persister.settings import PersisterSettings
@@ -76,6 +77,18 @@ async def test_a_connection_that_is_closed_for_good_ends_it_in_order(log: Log, r
         assert process.stop.exit_code == 1
         assert "connection to the log was closed" in process.stop.reason
         assert process.released()
+
+
+async def test_a_part_that_fails_beside_ends_it_in_order(run: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions would never be answered again, and nobody would know."""
+
+    async def fail(_: Desk) -> None:
+        raise LookupError("broken")
+
+    monkeypatch.setattr(Desk, "run", fail)
+    async with run() as running:
+        with pytest.raises(LookupError, match="broken"):
+            await asyncio.wait_for(asyncio.shield(running.work), 20)
 
 
 async def test_a_process_that_keeps_the_volumes_lock_is_named(

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from services.cli.cluster import Cluster
+from services.eventlog.jetstream.placement import Placements
+from services.eventlog.jetstream.trim import Trimmer
 from tests.support.cluster import set_back, stores_copied
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted, provisioned
 from tests.support.polling import eventually
@@ -25,6 +27,8 @@ async def log(tmp_path: Path) -> AsyncIterator[Log]:
             yield made
 
 
+# nats-py forgets a socket at a reconnect
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_log_that_was_set_back_loses_nothing_of_either_history(log: Log, tmp_path: Path) -> None:
     """50 events, a copy of the disks, 100 more, the copy is put back, 150 more: all of them were answered with 202.
 
@@ -67,6 +71,35 @@ async def test_a_log_that_was_set_back_loses_nothing_of_either_history(log: Log,
         everything = joined([first, only_in_the_stream, only_in_hdf5])
         await eventually(lambda: _ids(corpus_of(new)) == _ids(everything))
         assert 0 == await persister.end()
+
+
+# nats-py forgets a socket at a reconnect
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_log_that_is_set_back_under_living_persisters_is_not_trimmed(log: Log, tmp_path: Path) -> None:
+    """Their keys go back with it, and they put nothing of the other history there: it would delete what no file has."""
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    with Persister(tmp_path / "a", log.cluster, data, FI_RETENTION="2") as persister:
+        await persister.ready()
+        first = await log.publish(50)
+        await persisted(data, first)
+        await asyncio.to_thread(stores_copied, log.cluster, copy)
+        await persister.ready()
+        await eventually(lambda: _least_committed(log, 50), timeout=20)
+        only_in_hdf5 = await log.publish(100)
+        await persisted(data, first, only_in_hdf5)
+        await asyncio.to_thread(set_back, log.cluster, copy)
+        await log.publish(150)
+        await persister.not_ready("A log that was set back")
+        await eventually(lambda: _all_stopped(persister))
+        refused = await Trimmer(log.nc, retention=0).trim()
+        assert 0 == await persister.end()
+    assert refused.committed <= 50
+    assert (await log.state())["first_seq"] <= 51
+
+
+async def _least_committed(log: Log, sequence: int) -> bool:
+    placed = (await Placements(log.nc, log.settings).read()).partitions
+    return min(one.committed for one in placed.values()) >= sequence
 
 
 async def _all_stopped(persister: Persister) -> bool:

@@ -60,7 +60,7 @@ def disconnected(deployment: Deployment, service: str, network: str = "log") -> 
 
 
 @contextmanager
-def slow(deployment: Deployment, service: str, *, rate: str = "1mbit", loss: float = 0.12) -> Iterator[None]:
+def slow(deployment: Deployment, service: str, *, rate: str = "400kbit", loss: float = 0.15) -> Iterator[None]:
     """A container that sends slowly, with a queue, and loses a share of what comes to it. Needs root and TOOLS."""
     container = deployment.container(service)
     pid = docker("inspect", "--format", "{{.State.Pid}}", container).strip()

@@ -25,9 +25,10 @@ from services.cli.rehearsal import Accepted, Found, Load, Post, compare
 from services.cli.security.files import Layout
 from services.contract.settings import load
 from services.eventlog.errors import LogUnavailableError
+from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.connection import close, connect
-from services.eventlog.jetstream.names import Role
-from services.eventlog.jetstream.report import StreamReport, cluster_report
+from services.eventlog.jetstream.names import STREAM, Role
+from services.eventlog.jetstream.report import StreamReport, read_stream
 from services.eventlog.settings import LogSettings
 from tests.support.compose.engine import PACE, PREFIX, ROOT, EngineError, clean_up, containers_of, docker, run
 from tests.support.polling import eventually, eventually_sync
@@ -271,7 +272,8 @@ async def reports(settings: Callable[[], LogSettings]) -> AsyncIterator[Callable
             if nc is None:
                 found = await asyncio.to_thread(settings)
                 nc = await connect(found, name="test", role=Role.OPS, on_closed=lambda _: None, deadline=5)
-            return (await cluster_report(nc, LogSettings())).stream
+            info = await JetStreamApi(nc).stream_info(STREAM)
+            return None if info is None else read_stream(info)
         except LogUnavailableError:
             return None
 

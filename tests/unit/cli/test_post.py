@@ -15,13 +15,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import orjson
 import pytest
 from typer.testing import CliRunner
 
+from services.cli.commands.export import Format
+from services.cli.commands.export import lines as exported_lines
 from services.cli.main import app
 from services.contract.ids import event_id_from_key
+from services.corpus.events import EventRecord
 from tests.support.memory_service import MemoryService
 from tests.support.polling import eventually
 from tests.support.scripted_http import refused, scripted
@@ -143,6 +147,33 @@ async def test_the_keys_are_those_of_the_file_and_the_lines(tmp_path: Path) -> N
     async with scripted(service.step) as server:
         await post(file, "--url", server.url, "--consultation", "c-1")
     assert [event_id_from_key(f"{digest}.0:1"), event_id_from_key("mine")] == [key for _, key in service.events]
+
+
+async def test_exported_events_are_posted_byte_for_byte_under_their_own_ids(tmp_path: Path) -> None:
+    """So what is stored already is not stored again, and spaces, long numbers and members like ours stay."""
+    bodies = [
+        b'{"event_type": "A", "payload": {"dose": 1.10, "n": 123456789012345678901234567890}}',
+        b'{"event_type":"x\\",\\"event\\":","event":{"event":1},"event_id":"not this"}',
+    ]
+    records = [EventRecord(f"c-{n}", 7 + n, n, UUID(int=n + 1).bytes, body) for n, body in enumerate(bodies)]
+    file = tmp_path / "exported.ndjson"
+    file.write_bytes(b"".join(exported_lines(records, Format.NDJSON)))
+    service = MemoryService()
+    async with scripted(service.step) as server:
+        result = await post(file, "--exported", "--url", server.url)
+    assert (0, "") == (result.code, result.err)
+    assert {(f"c-{n}", UUID(int=n + 1)): body for n, body in enumerate(bodies)} == service.events
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}", b'{"event_type":"A"}', b'{"consultation":"c","event_id":"x","event":{}}', b"x"]
+)
+async def test_what_was_not_exported_is_refused(tmp_path: Path, line: bytes) -> None:
+    """By its number, and nothing is sent."""
+    file = tmp_path / "x"
+    file.write_bytes(line + b"\n")
+    result = await post(file, "--exported", "--url", "http://127.0.0.1:1")
+    assert (1, True) == (result.code, "line 1: it is no line of `fiq export" in result.err)
 
 
 @pytest.mark.parametrize("batches", [True, False], ids=["batches", "one by one"])

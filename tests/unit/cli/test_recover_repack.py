@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,27 @@ def file(tmp_path: Path) -> Path:
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_export_writes_all_events_after_a_sequence(file: Path) -> None:
+    """Consultation by consultation, each in order; what comes before it, or none of it, is left out."""
+    done = run("export", "--after", "90", "--corpus", file.parent)
+    documents = [json.loads(line) for line in done.stdout.splitlines()]
+    assert list(range(91, 101)) == sorted(document["sequence"] for document in documents)
+    order = [(document["consultation"], document["sequence"]) for document in documents]
+    assert sorted(order) == order
+    one = documents[0]["consultation"]
+    only = run("export", one, "--after", "95", "--corpus", file.parent).stdout
+    assert [s for name, s in order if name == one and s > 95] == [
+        json.loads(line)["sequence"] for line in only.splitlines()
+    ]
+
+
+def test_export_of_nothing_in_particular_says_what_is_missing(file: Path) -> None:
+    """All of a corpus is a lot: it has to be asked for."""
+    done = run("export", "--corpus", file.parent)
+    assert (1, "") == (done.exit_code, done.stdout)
+    assert "--after" in done.stderr
 
 
 def test_recover_tells_what_it_replayed(file: Path) -> None:

@@ -217,12 +217,16 @@ async def test_what_runs_beside_has_ended_when_the_block_has(fails: bool) -> Non
     assert ["begun", "ended"] == said
 
 
-async def test_what_broke_beside_is_told_at_the_end() -> None:
-    """It is not lost with its task."""
+async def test_what_breaks_beside_ends_the_block() -> None:
+    """A service must not go on for days without a part of it; what broke is told."""
 
     async def work() -> None:
-        raise LookupError("broken")
+        raise LookupError("broken") from ValueError("why")
 
-    with pytest.raises(LookupError, match="broken"):
-        async with beside(work(), "work"):
-            await asyncio.sleep(0)
+    with pytest.raises(LookupError, match="broken") as caught:
+        async with asyncio.timeout(5), beside(work(), "work"):
+            await asyncio.Event().wait()
+    assert isinstance(caught.value.__cause__, ValueError)
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()

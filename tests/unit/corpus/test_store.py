@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
+import h5py
 import pytest
 
 from services.corpus import (
@@ -95,6 +96,33 @@ def test_a_file_that_is_placed_anew_says_so_even_when_the_writer_is_killed(path:
         store.commit(2)
     assert verify_corpus(path).clean
     assert 2 == stock_contents(path)[0]
+
+
+def test_a_file_that_begins_late_says_so_and_counts_what_came_before_as_done(tmp_path: Path) -> None:
+    """The stream was trimmed before its store began."""
+    path = tmp_path / "00.h5"
+    with EventStore.create(path, IDENTITY, begins=501) as store:
+        assert (501, 500) == (store.begins, store.committed)
+        store.append("c", [record(501)])
+        store.commit(501)
+    with open_corpus(path) as corpus:
+        (info,) = corpus.partitions
+        assert (501, 501) == (info.begins, info.committed)
+    assert [501] == [one.begins for one in verify_corpus(path).partitions]
+
+
+def test_a_file_can_begin_another_store(path: Path) -> None:
+    """As a seed: other store, other volume, the same events and chains; stock readers see whose it is."""
+    volume = "99999999-2222-4333-8444-555555555555"
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 21))
+        store.place(2, store="second", volume=volume)
+    seeded = replace(IDENTITY, store="second", volume=volume, epoch=2)
+    with EventStore.open(path, expected=seeded) as store:
+        assert 20 == store.committed
+    with h5py.File(path, "r") as file:
+        assert ("second", volume, 2) == (file.attrs["store"], file.attrs["volume"], file.attrs["epoch"])
+    assert verify_corpus(path).clean
 
 
 def test_an_event_is_known_before_and_after_its_commit_and_after_a_reopen(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.eventlog.jetstream.definitions import bucket_config, consumer_config, dead_stream_config, stream_config
+from services.eventlog.jetstream.definitions import bucket_config, cursor_config, dead_stream_config, stream_config
 from services.eventlog.settings import LogSettings
 
 
@@ -41,19 +41,14 @@ def test_dead_letters_are_as_safe_as_events() -> None:
         assert config[key] == stream_config(settings)[key]
 
 
-def test_a_consumer_is_acknowledged_by_the_batch_and_never_redelivers_by_timer() -> None:
-    """The runner resets when in doubt; a slow batch must not come back after younger events."""
-    config = consumer_config(LogSettings(store="copy2"), 3, {"fi_volume": "v"})
+def test_a_cursor_is_acknowledged_by_the_batch_and_never_redelivers_by_timer() -> None:
+    """Its owner makes another one when in doubt; a slow batch must not come back after younger events."""
+    config = cursor_config("copy2", 3, 7, 42)
 
-    assert (config["durable_name"], config["filter_subject"]) == ("fi-workers-copy2-03", "fi.events.3.*")
-    assert (config["ack_policy"], config["deliver_policy"], config["max_deliver"]) == ("all", "all", -1)
+    assert (config["durable_name"], config["filter_subject"]) == ("fi-workers-copy2-03-7", "fi.events.3.*")
+    assert (config["ack_policy"], config["max_deliver"]) == ("all", -1)
+    assert (config["deliver_policy"], config["opt_start_seq"]) == ("by_start_sequence", 42)
     assert config["ack_wait"] == 600 * 10**9
-    assert config["metadata"] == {"fi_volume": "v"}
-
-
-def test_a_consumer_has_as_many_replicas_as_its_stream() -> None:
-    """0 means the stream's, also after the stream was scaled."""
-    assert consumer_config(LogSettings(), 0, {})["num_replicas"] == 0
 
 
 def test_the_bucket_is_what_nats_kv_reads_and_as_safe_as_events() -> None:

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from nats.aio.msg import Msg
 
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.budget import Budget, Room
 from services.eventlog.jetstream.follower import MAX_BYTES, MAX_EVENTS, JetStreamFollower, _Buffer, _Pulls
+from services.eventlog.jetstream.refusals import Received
 from services.eventlog.protocol import Delivery, LogIdentity
 
 #: what may be held in all, when nothing else is said
@@ -29,9 +29,7 @@ def delivered(
 ) -> None:
     reply = f"$JS.ACK.fi-events.fi-workers-main-00-1.1.{sequence or number + 100}.{number}.1.{pending}"
     headers = {"Nats-Msg-Id": message_id}
-    follower._delivered(
-        Msg(_client=cast("Any", None), subject="fi.events.0.c1", reply=reply, data=b"{}", headers=headers)
-    )
+    follower._delivered(Received("fi.events.0.c1", reply, b"{}", headers))
 
 
 def heartbeat(follower: JetStreamFollower, sent: int, looked: int = 0) -> str:
@@ -41,7 +39,7 @@ def heartbeat(follower: JetStreamFollower, sent: int, looked: int = 0) -> str:
         "Nats-Last-Consumer": str(sent),
         "Nats-Last-Stream": str(looked),
     }
-    follower._status(Msg(_client=cast("Any", None), subject="inbox.1", headers=headers))
+    follower._status(Received("inbox.1", "", b"", headers))
     return follower._doubt
 
 
@@ -133,7 +131,7 @@ def test_a_cursor_that_sent_less_than_came_is_another_one(follower: JetStreamFol
 def test_a_status_that_nobody_planned_for_is_doubt(follower: JetStreamFollower) -> None:
     """A leadership change, a consumer that was deleted; also an end that does not say what is missing."""
     headers = {"Status": "409", "Description": "Leadership Change"}
-    follower._status(Msg(_client=cast("Any", None), subject="inbox.1", headers=headers))
+    follower._status(Received("inbox.1", "", b"", headers))
     assert follower._doubt == "status"
 
 

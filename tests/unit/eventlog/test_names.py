@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from services.eventlog.jetstream import names
 
 
@@ -15,10 +17,16 @@ def test_a_consumer_filters_on_the_stored_form_of_its_partition() -> None:
     assert names.filter_subject(3) == "fi.events.3.*"
 
 
-def test_a_consumer_is_named_after_its_store_and_two_digits() -> None:
+def test_a_cursor_is_named_after_its_store_its_partition_and_its_generation() -> None:
     """Names sort like the partitions do."""
-    assert names.consumer_name("main", 3) == "fi-workers-main-03"
-    assert names.parse_consumer_name("fi-workers-main-03") == ("main", 3)
+    assert names.cursor_name("main", 3, 12) == "fi-workers-main-03-12"
+    assert names.parse_cursor_name("fi-workers-main-03-12") == ("main", 3, 12)
+
+
+@pytest.mark.parametrize("name", ["fi-workers-main-03", "fi-workers-main-03-0", "fi-workers-main-3-1", "mine"])
+def test_another_name_is_no_cursor(name: str) -> None:
+    """What somebody else made on the stream is left alone."""
+    assert names.parse_cursor_name(name) is None
 
 
 def test_the_transform_hashes_the_consultation_alone() -> None:

@@ -1,4 +1,4 @@
-"""Servers that are too old for the consumer reset are refused."""
+"""Servers that are too old are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from services.eventlog.jetstream.provision import check_version
 
 @pytest.mark.parametrize("version", ["2.14.0", "2.15.1", "2.16.0-RC.1", "v2.14.3", "3.0.0"])
 def test_a_server_from_2_14_on_is_taken(version: str) -> None:
-    """CONSUMER.RESET came with 2.14 (ADR-60)."""
+    """Older ones were never tested."""
     check_version(version)
 
 

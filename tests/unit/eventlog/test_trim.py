@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+from nats.aio.client import Client
+
+from services.eventlog.jetstream import trim as module
 from services.eventlog.jetstream.monitor import LogState
 from services.eventlog.jetstream.placement import Placement, StorePlacement
 from services.eventlog.jetstream.processes import LiveProcess, Progress, read_process, read_progress, show_progress
-from services.eventlog.jetstream.trim import committed_everywhere, is_turn
+from services.eventlog.jetstream.trim import Trimmed, Trimmer, committed_everywhere, is_turn
+from tests.support.polling import eventually
 
 
 def store(name: str, committed: dict[int, int], *, formed: bool = True) -> StorePlacement:
@@ -39,6 +46,12 @@ def test_a_key_that_is_ahead_of_the_stream_counts_for_nothing() -> None:
     assert 0 == committed_everywhere({"main": store("main", {0: 101})}, 0, 100)
 
 
+def test_a_key_that_means_another_event_counts_for_nothing() -> None:
+    """The stream was set back and has grown since."""
+    stores = {"main": store("main", {0: 50, 1: 60}), "second": store("second", {0: 70, 1: 80})}
+    assert [0, 60] == [committed_everywhere(stores, partition, 100, {("second", 0)}) for partition in (0, 1)]
+
+
 def test_the_process_with_the_lowest_partition_that_is_run_trims() -> None:
     """When partition 00 is stopped or away, another one does."""
     state = LogState(processes=(process("main", 3, 4), process("main", 2, 5), process("second", 2)))
@@ -51,6 +64,24 @@ def test_the_process_with_the_lowest_partition_that_is_run_trims() -> None:
 def test_a_process_that_hears_nobody_trims() -> None:
     """Several do no harm, none at all would."""
     assert is_turn(LogState(), "main", [7])
+
+
+async def test_trim_goes_on_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message that it stumbled over may be gone at the next look, and persisting must not end with it."""
+    monkeypatch.setattr(module, "TRIM_SECONDS", 0.001)
+    trims = iter([ValueError("4x")])
+
+    async def trim(_: Trimmer) -> Trimmed:
+        if (error := next(trims, None)) is not None:
+            raise error
+        return Trimmed(7, 0, 0.5)
+
+    monkeypatch.setattr(Trimmer, "trim", trim)
+    told: list[Trimmed] = []
+    task = asyncio.create_task(Trimmer(Client(), retention=0, on_round=told.append).run(lambda: True))
+    await eventually(lambda: told or task.done())
+    task.cancel()
+    assert told
 
 
 def test_what_a_process_tells_is_read_as_it_was_shown() -> None:

@@ -16,6 +16,7 @@ from services.contract.lifecycle import Stop
 from services.eventlog.metrics import LogMetrics
 from services.ingest import service
 from services.ingest.app import OpenLog
+from services.ingest.pressure import Pressure
 from services.ingest.service import serve
 from services.ingest.settings import Settings
 from tests.support.ingest import MemoryLog
@@ -45,6 +46,20 @@ async def test_a_connection_that_is_lost_for_good_ends_the_process_with_1(monkey
     stop = Stop()
     await asyncio.wait_for(serve(SETTINGS, stop, version="test"), 10)
     assert (stop.exit_code, stop.reason, log.closed) == (1, "gone", True)
+
+
+async def test_a_part_that_fails_beside_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would go on for days without what it does: without a limit to the backlog, say."""
+    log = MemoryLog()
+
+    def look(_: Pressure) -> None:
+        raise LookupError("broken")
+
+    monkeypatch.setattr(service, "open_log", lambda _, __, metrics: log.open(metrics))
+    monkeypatch.setattr(Pressure, "look", look)
+    with pytest.raises(LookupError, match="broken"):
+        await asyncio.wait_for(serve(SETTINGS, Stop(), version="test"), 10)
+    assert log.closed
 
 
 async def test_an_error_at_start_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,10 @@ from typing import Any, cast
 
 import pytest
 
+from services.eventlog.errors import PlacementError
 from services.eventlog.jetstream.placement import Placement
 from services.eventlog.jetstream.processes import Progress
+from services.eventlog.protocol import Position
 from services.eventlog.settings import LogSettings
 from services.persister.assignment import Deployment
 from services.persister.coordinator import Coordinator
@@ -35,7 +37,9 @@ class FakeRunner:
         self.disk_wait = 0.0
         self.committed: int | None = 7
         self.waiting = 3
-        self.reached: int | None = None
+        self.in_doubt = False
+        self.failed: list[Exception] = []
+        self.reached: Position | None = None
         self.idle_at: int | None = None
         self.advanced = 0
         self.disk = asyncio.Event()
@@ -51,7 +55,14 @@ class FakeRunner:
         self.stopping = True
         await self.gate.wait()
         self.stopped = True
-        self.reached, self.committed = self.committed, None
+        self.reached, self.committed = self.proven, None
+
+    @property
+    def proven(self) -> Position | None:
+        return None if self.committed is None or self.in_doubt else Position(self.committed, f"c/{self.committed}")
+
+    def fail(self, error: Exception) -> None:
+        self.failed.append(error)
 
     async def advance(self) -> None:
         self.advanced += 1
@@ -282,6 +293,41 @@ async def test_progress_is_put_when_it_changed_and_only_of_what_is_followed(tmp_
     await eventually(lambda: log.placed[3].committed == 9)
     assert revisions[:3] == [log.placed[p].revision for p in range(3)]
     assert [0, 1, 3] == sorted(rig.coordinator.progress())
+    await ended(work, rig)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_nothing_is_put_while_a_follower_is_in_doubt(tmp_path: Path) -> None:
+    """The log may have been set back, and trim would go by what another one's file has; at the end, too."""
+    log = MemoryPlacements()
+    rig = Rig(tmp_path, log)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: [(7, "c/7")] * 4 == [(one.committed, one.message_id) for one in log.placed.values()])
+    rig.runners[2].in_doubt = True
+    for runner in rig.runners.values():
+        runner.committed = 9
+    await eventually(lambda: 9 == log.placed[3].committed)
+    await ended(work, rig)
+    assert [9, 9, 7, 9] == [log.placed[p].committed for p in range(4)]
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_partition_whose_progress_the_bucket_refuses_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the bucket was set back: its place reads as before, so nothing else would stop it."""
+    log = MemoryPlacements()
+    rig = Rig(tmp_path, log)
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: 7 == (log.placed[2].committed if 2 in log.placed else 0))
+
+    async def refuse(*_: object) -> Placement:
+        raise PlacementError("the bucket was set back")
+
+    monkeypatch.setattr(log, "progress", refuse)
+    rig.runners[2].committed = 9
+    await eventually(lambda: rig.runners[2].failed)
+    assert not rig.runners[1].failed
     await ended(work, rig)
 
 

@@ -60,7 +60,7 @@ def test_the_ack_rate_outlasts_observations(clock: Clock) -> None:
     metrics = Metrics()
     metrics.of(3).state("following")
     metrics.of(3).batch(batch(40, persisted=40))
-    metrics.of(3).queue(7, 5)
+    metrics.of(3).queue(lambda: 7, lambda: 5)
     assert 4.0 == value(metrics, "fi_queue_ack_rate", partition="03")
     assert 7.0 == value(metrics, "fi_queue_length", partition="03")
     assert 5.0 == value(metrics, "fi_queue_pending", partition="03")
@@ -93,7 +93,7 @@ def test_a_partition_that_left_shows_no_gauges_but_keeps_its_counters(clock: Clo
     for partition in (3, 4):
         metrics.of(partition).state("following")
         metrics.of(partition).committed(9)
-        metrics.of(partition).queue(1, 1)
+        metrics.of(partition).queue(lambda: 1, lambda: 1)
         metrics.of(partition).store(StoreStats(1, 1, 1, False, 0, "", 0.0, 0, 1, 1, 0, 0, 1, 0, 1, 0.1, 0.1))
         metrics.of(partition).batch(batch(1, persisted=1))
     metrics.of(3).remove()

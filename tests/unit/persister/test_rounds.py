@@ -178,3 +178,24 @@ async def test_a_full_round_is_followed_by_the_next_at_once(process: Process, mo
         await process.reach(0, 1000)
         process.streams[1].add(*(delivery(sequence) for sequence in range(1, 101)))  # as much as a round can take
         await process.reach(1, 100)
+
+
+async def test_a_job_that_cannot_be_made_stops_nobody_for_good(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batches count as failed: the partitions open their files anew, and a stop ends."""
+    monkeypatch.setattr("services.persister.runner.BACKOFF_SECONDS", (0.01,))
+    await process.start()
+    run, failures = process.rounds.hdf5.run, [MemoryError()]
+
+    async def failing(call: Callable[[], Any]) -> Any:
+        if failures:
+            raise failures.pop()
+        return await run(call)
+
+    monkeypatch.setattr(process.rounds.hdf5, "run", failing)
+    for stream in process.streams:
+        stream.add(delivery(1))
+    for number in range(PARTITIONS):
+        await process.reach(number, 1)
+    assert all({"c1": [1]} == contents(process.path(number)) for number in range(PARTITIONS))
