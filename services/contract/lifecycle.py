@@ -72,14 +72,10 @@ async def unless_stopped(work: Coroutine[Any, Any, T], stop: Stop) -> T | None:
 async def beside(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
     """Let *work* go on as a task called *name* beside what is done inside; cancel it at the end and wait for that.
 
-    <<<<<<< HEAD
-        When *work* fails, the task that entered is cancelled: what is done inside does not go on without it.
+    When *work* fails, the task that entered is cancelled: what is done inside does not go on without it.
 
-        Raises:
-            Exception: what *work* failed with.
-    =======
-        Raises Exception: what *work* ended with, when that was before the end.
-    >>>>>>> less
+    Raises:
+        Exception: what *work* failed with.
     """
     try:
         async with asyncio.TaskGroup() as group:

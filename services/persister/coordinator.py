@@ -18,6 +18,7 @@ from services.contract.logs import get_logger
 from services.eventlog.errors import LogMismatchError, LogUnavailableError, PlacementError
 from services.eventlog.jetstream.placement import Placement, Placements
 from services.eventlog.jetstream.processes import Progress
+from services.eventlog.jetstream.trim import FENCE_SECONDS
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import Position
 from services.persister.assignment import Deployment, Placed, place
@@ -95,6 +96,18 @@ class Coordinator:
             for partition, runner in self._runners.items()
             if (committed := runner.committed) is not None
         }
+
+    async def lower(self, partition: int, at: Position) -> None:
+        """Put that *partition* has reached no more than *at*, and wait until no trim goes by what its key said before.
+
+        Raises:
+            PlacementError: it was placed anew.
+            LogUnavailableError: the outcome is not known; call again.
+        """
+        known = self._run_as[partition]
+        if at.sequence < known.committed:
+            self._run_as[partition] = await self._placements.progress(known, at.sequence, at.message_id)
+        await asyncio.sleep(FENCE_SECONDS)
 
     async def run(self) -> None:
         """Work until cancelled.

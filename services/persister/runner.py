@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Protocol
 
@@ -80,6 +80,7 @@ class PartitionRunner:
         metrics: of this process.
         poison_limit: when bad messages are a flood.
         desk: answers questions about the partition while its file is open.
+        settle: awaited before the partition is followed, with what its file has.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class PartitionRunner:
         metrics: Metrics,
         poison_limit: PoisonLimit | None = None,
         desk: Answers | None = None,
+        settle: Callable[[Position], Awaitable[None]] | None = None,
     ) -> None:
         self.partition = partition
         self.state = State.STARTING
@@ -109,6 +111,7 @@ class PartitionRunner:
         self._aside = SetAside(dead_letters, poison_limit or PoisonLimit(), self._metrics, self._log)
         self._suspects = Suspects()
         self._desk = desk
+        self._settle = settle
         self._member: Member | None = None
         self._follower: Follower | None = None
         self._waited = 0  # what was known to wait when it was followed last
@@ -235,8 +238,11 @@ class PartitionRunner:
         self._metrics.committed(store.committed)
         if self._desk is not None:
             await self._desk.open(self.partition, self._file, store)
+        position = Position(store.committed, store.committed_id)
+        if self._settle is not None:
+            await self._settle(position)
         follower = self._follower = self._make_follower(self._rounds.arrived)
-        await follower.start(Position(store.committed, store.committed_id))
+        await follower.start(position)
         member = self._member = Member(
             self.partition,
             self._file,

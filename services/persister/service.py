@@ -23,8 +23,10 @@ from services.contract.logs import get_logger
 from services.contract.management import ReadinessCheck, add_management_routes, bind
 from services.contract.trace import Spans
 from services.corpus import KnownIds, StoreOptions
+from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.connection import Connection, close
+from services.eventlog.jetstream.continuity import check_log
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.monitor import LogMonitor, monitoring
 from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, corpus_subject
@@ -34,7 +36,7 @@ from services.eventlog.jetstream.provision import reach_log
 from services.eventlog.jetstream.publisher import Publisher
 from services.eventlog.jetstream.trim import Trimmed, Trimmer, is_turn
 from services.eventlog.partitions import partition_name
-from services.eventlog.protocol import LogIdentity
+from services.eventlog.protocol import LogIdentity, Position
 from services.persister.answering import Desk
 from services.persister.assignment import Deployment, open_store
 from services.persister.coordinator import Coordinator
@@ -221,6 +223,12 @@ def _coordinator(
                 on_repair=lambda reason: metrics.repairs.labels(reason).inc(),
             )
 
+        async def settle(at: Position) -> None:
+            """Let trim keep what an older file lacks: what is gone meanwhile, the follower finds out."""
+            if at.sequence < placement.committed:
+                await check_log(JetStreamApi(nc), identity, at, trimmable=placement.committed)
+                await coordinator.lower(partition, at)
+
         return PartitionRunner(
             partition,
             open_store=lambda: open_store(deployment, placement, _options(settings, sharing(), ids)),
@@ -230,6 +238,7 @@ def _coordinator(
             metrics=metrics,
             poison_limit=PoisonLimit(streak=settings.poison_streak),
             desk=desk,
+            settle=settle,
         )
 
     coordinator = Coordinator(

@@ -167,7 +167,7 @@ def _inbox(role: Role) -> str:
 
 #: what both services ask to show the log in their metrics: state, backlog, age of what waits, places, living persisters
 _WATCH = (
-    *_api(*_each("STREAM.INFO.{}"), f"CONSUMER.LIST.{STREAM}", f"DIRECT.GET.{STREAM}"),
+    *_api(*_each("STREAM.INFO.{}"), f"DIRECT.GET.{STREAM}"),
     *_api(*(f"{verb}.{BUCKET_STREAM}" for verb in ("STREAM.INFO", "STREAM.MSG.GET", "DIRECT.GET"))),
     f"$SRV.INFO.{PERSISTER_SERVICE}",
 )
@@ -189,7 +189,6 @@ PERMISSIONS: dict[Role, Permissions] = {
             *_api(
                 f"STREAM.MSG.GET.{STREAM}",
                 f"STREAM.PURGE.{STREAM}",
-                f"CONSUMER.INFO.{STREAM}.*",
                 # <consumer>.fi.events.<partition>.*: the filter stands in the subject, its asterisk as itself
                 f"CONSUMER.CREATE.{STREAM}.*.{EVENTS_PREFIX}.*.*",
                 f"CONSUMER.DELETE.{STREAM}.*",

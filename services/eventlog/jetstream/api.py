@@ -146,14 +146,9 @@ class JetStreamApi:
     async def purge(self, stream: str, sequence: int, *, only: str | None = None) -> int:
         """Delete what is below *sequence* and of the subjects *only*; return how many messages that were.
 
-        <<<<<<< HEAD
-                Raises:
-                    LogUnavailableError: no connection, or no answer. It may have taken effect, but takes none at a later
-                        connection: the client keeps what it could not send, and by then less might have to go.
-        =======
-                Raises LogUnavailableError: no answer; a consumer that does not exist never answers, so ask
-                :meth:`consumer_info` next.
-        >>>>>>> less
+        Raises:
+            LogUnavailableError: no connection, or no answer. It may have taken effect, but takes none at a later
+                connection: the client keeps what it could not send, and by then less might have to go.
         """
         suffix = f"STREAM.PURGE.{stream}"
         wanted = {"seq": sequence} if only is None else {"seq": sequence, "filter": only}

@@ -384,10 +384,10 @@ class Batches:
         """
         slot = self._exchange.open(subject_of(events[0].consultation))
         try:
-            end = self._loop.time() + ATTEMPT_SECONDS
+            end = self._loop.time() + _PATIENCE * ATTEMPT_SECONDS
             if await self._send(events, slot, end) is not None:
                 return None
-            answer = await self._exchange.answer(slot, end, ATTEMPT_SECONDS)
+            answer = await self._exchange.answer(slot, end, _PATIENCE * ATTEMPT_SECONDS)
             if answer is None:
                 return None
             outcome = read_batch_ack(answer.data, answer.headers, STREAM, len(events))

@@ -22,6 +22,7 @@ from base64 import b64decode
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import nats.errors
@@ -138,7 +139,7 @@ class JetStreamReader(EventBrowser):
             found, committed = await self._corpus.find(partition, consultation, [event_id])
         except CorpusAwayError:
             event = await self._in_stream(consultation, event_id, 0)
-            if event is None and await self._stream.first() > 1:
+            if event is None and await self._stream.lacks(0):
                 raise
             return event
         if not found:
@@ -243,10 +244,10 @@ class JetStreamReader(EventBrowser):
 
     async def _from_stream(self, consultation: str, after: int, limit: int, end: int, away: CorpusAwayError) -> Page:
         """Return a page of what the stream alone holds, if it has lost nothing behind *after*."""
-        if await self._stream.first() > after + 1:
+        if await self._stream.lacks(after):
             raise away
         tail = await self._tail(consultation, 0, after, end, limit)
-        if await self._stream.first() > after + 1:  # trimmed meanwhile: something may be missing
+        if await self._stream.lacks(after):  # trimmed meanwhile: something may be missing
             raise away
         events = [StoredEvent(sequence, event, persisted=False) for sequence, event in tail.events]
         return Page(events, tail.reached, tail.more)
@@ -297,15 +298,24 @@ class StreamReading:
         found = await self._leaders({"last_by_subj": stored_subject(partition, consultation)})
         return 0 if found is None else int(found["seq"])
 
-    async def first(self) -> int:
-        """Return the first sequence that the stream has not lost to trim.
+    async def lacks(self, after: int) -> bool:
+        """Return whether trim may have deleted anything behind *after*: in a full stream also in its middle.
 
         Raises LogUnavailableError: no answer, or no stream.
         """
+        state = await self._state()
+        if state["first_seq"] > after + 1 or not state.get("num_deleted"):
+            return bool(state["first_seq"] > after + 1)
+        next_one = await self._api.get_message(STREAM, after + 1, next_of=">", counted=True)
+        there = 0 if next_one is None else 1 + next_one.get("pending", 0)
+        # asked after that: what is stored meanwhile must not make up for what is lacking
+        return bool((await self._state())["last_seq"] - after > there)
+
+    async def _state(self) -> dict[str, Any]:
         info = await self._api.stream_info(STREAM)
         if info is None:
             raise LogUnavailableError(f"there is no stream {STREAM}")
-        return max(1, int(info["state"]["first_seq"]))
+        return dict(info["state"])
 
     async def at(self, sequence: int) -> Numbered | None:
         """Return what stands at *sequence*; None when the stream holds nothing there.

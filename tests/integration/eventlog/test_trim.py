@@ -14,9 +14,11 @@ import pytest
 from services.cli.cluster import Cluster
 from services.contract.event import Event
 from services.contract.ids import new_event_id
+from services.eventlog.errors import CorpusAwayError
 from services.eventlog.jetstream import trim as module
 from services.eventlog.jetstream.names import STREAM
 from services.eventlog.jetstream.placement import Placement, Placements
+from services.eventlog.jetstream.reading import JetStreamReader
 from services.eventlog.jetstream.trim import Trimmed, Trimmer
 from services.eventlog.partitions import partition_of
 from services.eventlog.protocol import message_id_at
@@ -102,6 +104,37 @@ async def _publishing(log: Log) -> AsyncIterator[list[float]]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_was_deleted_around_a_partition_is_not_shown_as_if_it_had_never_been(
+    small: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While no persister answers for them: a client would take that for all. Behind the holes it can read."""
+    monkeypatch.setattr(module, "FILTER_SLICE", 20)
+    held, other = (next(f"c{n}" for n in range(9) if partition_of(f"c{n}", PARTITIONS) == p) for p in (1, 2))
+    body = b'{"event_type":"T","payload":%*d}' % (BODY, 1)
+    sent = [Event(held, new_event_id(), 1, body)]
+    await small.publisher.append(sent[0])
+    while (await small.state())["bytes"] < 0.75 * small.settings.max_bytes:
+        sent += (more := [Event(other, new_event_id(), 1, body) for _ in range(20)])
+        await small.publisher.append_batch(more)
+    reader = JetStreamReader(small.nc, small.settings, timeout=2)
+    assert 5 == len((await reader.page(other, 0, 5)).events)
+    last = (await small.state())["last_seq"]
+    await Keys(small).reached(rest=last, p1=0)
+
+    assert (await Trimmer(small.nc, retention=3600).trim()).purged
+
+    assert 1 == (await small.state())["first_seq"]
+    with pytest.raises(CorpusAwayError):
+        await reader.page(other, 0, 5)
+    with pytest.raises(CorpusAwayError):
+        await reader.locate(other, sent[1].event_id)
+    page = await reader.page(other, last - 3, 5)
+    assert [one.event_id for one in sent[-3:]] == [one.event.event_id for one in page.events]
 
 
 # -- a stream that was set back ---------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.contract.errors import TransientError
-from services.eventlog.jetstream.names import BUCKET, STREAM
+from services.eventlog.jetstream.names import BUCKET, BUCKET_STREAM, STREAM
 from services.eventlog.jetstream.placement import Placements, read_stores
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.settings import LogSettings
@@ -35,11 +34,11 @@ async def claim(log: Log, folder: Path, settings: LogSettings) -> set[int]:
 
 
 async def test_two_volumes_that_claim_at_the_same_moment_share_evenly_twenty_times(log: Log, tmp_path: Path) -> None:
-    """The broker lets one win each partition; a store of its own a round means fresh keys."""
+    """The broker lets one win each partition."""
     for number in range(20):
-        settings = dataclasses.replace(log.settings, store=f"s{number}")
+        await log.api.request(f"STREAM.PURGE.{BUCKET_STREAM}")
         folders = (tmp_path / f"{number}-a", tmp_path / f"{number}-b")
-        one, two = await asyncio.gather(*(claim(log, folder, settings) for folder in folders))
+        one, two = await asyncio.gather(*(claim(log, folder, log.settings) for folder in folders))
         assert (2, 2) == (len(one), len(two))
         assert set(range(PARTITIONS)) == one | two
 
@@ -48,15 +47,15 @@ async def test_two_volumes_that_claim_at_the_same_moment_share_evenly_twenty_tim
 async def test_two_volumes_whose_processes_start_at_the_same_moment_share_the_events_twenty_times(
     log: Log, tmp_path: Path
 ) -> None:
-    """Every event is in one of them, and none in both; a store of its own a round means fresh keys."""
+    """Every event is in one of them, and none in both."""
     events = await log.publish(60)
     for number in range(20):
+        await log.api.request(f"STREAM.PURGE.{BUCKET_STREAM}")
         folder = tmp_path / str(number)
         data = [folder / "one", folder / "two"]
-        settings = {"FI_VOLUMES": "2", "FI_STORE": f"s{number}"}
         with (
-            Persister(folder / "a", log.cluster, data[0], **settings) as one,
-            Persister(folder / "b", log.cluster, data[1], **settings) as two,
+            Persister(folder / "a", log.cluster, data[0], FI_VOLUMES="2") as one,
+            Persister(folder / "b", log.cluster, data[1], FI_VOLUMES="2") as two,
         ):
             await asyncio.gather(one.ready(), two.ready())
             assert [2, 2] == [len(list(place.glob("[0-9][0-9].h5"))) for place in data]
