@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from services.cli.assets import find_nats_conf, find_nats_server
 from services.cli.errors import ChildFailedError, PortTakenError
 from services.cli.monitoring import NodeView, view
-from services.cli.processes import LOOPBACK, ManagedProcess, free_ports
+from services.cli.processes import LOOPBACK, ManagedProcess, find_nats_conf, find_nats_server, free_ports
 from services.cli.security.files import NATS_FILES, Layout
 
 #: how long a start may take, seconds: on two busy cores an election alone takes up to ten

@@ -43,7 +43,7 @@ COMMANDS = {
         "nats-context": "nats_context:nats_context",
         "rolling-restart": "rolling_restart:rolling_restart",
         "wait": "rolling_restart:wait",
-        "provision": "provision:provision",
+        "provision": "nats_context:provision",
         "version": "version:version",
     }.items()
 }

@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 from nats.aio.client import Client
 
 from services.cli import monitoring
-from services.cli.folder import State
-from services.cli.target import Target, connected
+from services.cli.target import State, Target, connected
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream import names
 from services.eventlog.jetstream.monitor import LogState, PartitionState, look_once

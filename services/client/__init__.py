@@ -10,17 +10,9 @@
 """
 
 from services.client.client import FiqClient
+from services.client.errors import ClientError, GaveUpError, RefusedError, UnexpectedAnswerError
 from services.client.exchange import Patience
-from services.client.records import (
-    Accepted,
-    BadLine,
-    ClientError,
-    GaveUpError,
-    Problem,
-    RefusedError,
-    StoredEvent,
-    UnexpectedAnswerError,
-)
+from services.client.records import Accepted, BadLine, Problem, StoredEvent
 
 __all__ = [
     "Accepted",

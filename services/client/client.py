@@ -14,8 +14,9 @@ from uuid import UUID
 import orjson
 from aiohttp import ClientTimeout
 
+from services.client.errors import RefusedError, UnexpectedAnswerError
 from services.client.exchange import Exchange, LostError, Patience, Request, Tries, retry_after
-from services.client.records import Accepted, Problem, RefusedError, StoredEvent, UnexpectedAnswerError
+from services.client.records import Accepted, Problem, StoredEvent
 from services.contract.ids import check_consultation_id, event_id_from_key, new_event_id
 
 _END_OF_LINE = re.compile("\r\n|\n|\r")

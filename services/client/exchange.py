@@ -30,7 +30,8 @@ from aiohttp import (
 from aiohttp import ClientError as HttpError
 from yarl import URL
 
-from services.client.records import GaveUpError, Problem, RefusedError, UnexpectedAnswerError
+from services.client.errors import GaveUpError, RefusedError, UnexpectedAnswerError
+from services.client.records import Problem
 from services.contract.errors import ConfigurationError
 
 #: after these the same request is sent again; 502 and 504 are a proxy's words for a lost connection

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -103,6 +103,13 @@ async def cancellable(work: Awaitable[T]) -> T:
     finally:
         if task is not None and task.cancelling() > before:
             raise asyncio.CancelledError
+
+
+def backoff(pause: float, longest: float) -> Iterator[float]:
+    """Yield how long to wait before each further try: *pause*, then twice as long each time, up to *longest*."""
+    while True:
+        yield pause
+        pause = min(2 * pause, longest)
 
 
 def settle() -> None:

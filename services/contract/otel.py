@@ -43,10 +43,9 @@ class OtelServing:
 
 
 class OtelSpans:
-    """Makes spans; see :class:`services.contract.trace.Spans`."""
+    """Makes spans; see :class:`services.contract.trace.Spans`. The provider is its own from now on."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        """Make it; *provider* is its own from now on."""
         self._provider = provider
         self._tracer = provider.get_tracer("fiq")
 

@@ -30,11 +30,10 @@ from services.corpus.errors import (
 from services.corpus.events import Consultation, EventRecord
 from services.corpus.format import Identity, Record
 from services.corpus.ids import IdHashes, KnownIds, Lookup, StoredConsultation, StoredRow, hashes_of
-from services.corpus.options import StoreOptions, StoreStats
 from services.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
 from services.corpus.repack import Repacked, repack
 from services.corpus.storage import StorageIO
-from services.corpus.store import EventStore, Recovered, recover_partition
+from services.corpus.store import EventStore, Recovered, StoreOptions, StoreStats, recover_partition
 from services.corpus.verify import PartitionReport, Problem, Progress, Report, verify_corpus
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -33,16 +33,85 @@ from services.corpus.format import (
     read_identity,
 )
 from services.corpus.groups import ChunkedTail, OpenConsultations
-from services.corpus.ids import Lookup, StoredRow
-from services.corpus.options import StoreOptions, StoreStats
+from services.corpus.ids import KnownIds, Lookup, StoredRow
 from services.corpus.pair import refuse_archive
 from services.corpus.recovery import create_pair
-from services.corpus.storage import check_file_system
+from services.corpus.storage import StorageIO, check_file_system
 
 #: consultations whose conflicts stay open: they are rare
 _OPEN_CONFLICTS = 16
 #: how long after a checkpoint that had to wait the next one is tried, seconds
 _DEFERRED_RETRY = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """Limits of a store.
+
+    Attributes:
+        open_consultations: how many consultations stay open in HDF5, about 35 KB each.
+        ids: keeps the ids of consultations in memory; files that one thread writes may share it.
+        checkpoint_bytes: size of the journal from which :meth:`EventStore.maybe_checkpoint` copies it. While nothing
+            holds checkpoints back the journal takes about twice that on the disk.
+        checkpoint_seconds: age of the oldest commit in the journal from which it does, so that stock readers see it.
+        metadata_cache_bytes: HDF5's metadata cache, as large as it is on the disk; in memory it takes 20 times as much,
+            since HDF5 keeps some 10 KB for each object header of a few hundred bytes.
+        journal_limit: size of the journal from which it is compacted while a reader holds checkpoints back.
+        cached_pages: committed pages of 4 KiB kept in memory; more are read from the journal.
+        io: the seam for every write.
+    """
+
+    open_consultations: int = 2000
+    ids: KnownIds = field(default_factory=KnownIds)
+    checkpoint_bytes: int = 32 << 20
+    checkpoint_seconds: float = 5.0
+    metadata_cache_bytes: int = 512 << 10
+    journal_limit: int = 512 << 20
+    cached_pages: int = 8192
+    io: StorageIO = field(default_factory=StorageIO)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What a store has done since it was opened, and what it holds now.
+
+    Attributes:
+        commits: commits done.
+        events: events in them.
+        checkpoints: checkpoints done.
+        checkpoint_running: whether one is being made beside the commits.
+        checkpoints_deferred: checkpoints put off: a reader held the file, or the disk lacked the room.
+        checkpoint_deferred_because: why the last one was; empty when it was done.
+        checkpoint_waiting_seconds: for how long checkpoints have been put off; 0 when they are not.
+        compactions: how often the journal was compacted since it had outgrown its limit.
+        journal_bytes: bytes of the journal that wait for a checkpoint.
+        journaled_bytes: bytes written to the journal in all.
+        records_recovered: commits found in the journal at the open.
+        torn_records: commits that a crash had cut short, dropped at the open (never acknowledged).
+        open_consultations: consultations open in HDF5.
+        uncommitted_events: events appended since the last commit.
+        memory_bytes: memory of changed pages.
+        commit_seconds: duration of the last commit.
+        checkpoint_seconds: duration of the last checkpoint.
+    """
+
+    commits: int
+    events: int
+    checkpoints: int
+    checkpoint_running: bool
+    checkpoints_deferred: int
+    checkpoint_deferred_because: str
+    checkpoint_waiting_seconds: float
+    compactions: int
+    journal_bytes: int
+    journaled_bytes: int
+    records_recovered: int
+    torn_records: int
+    open_consultations: int
+    uncommitted_events: int
+    memory_bytes: int
+    commit_seconds: float
+    checkpoint_seconds: float
 
 
 class OpenPartition:
@@ -140,9 +209,7 @@ class OpenPartition:
 def hdf5_errors(name: str, journaled: JournaledFile) -> Iterator[None]:
     """Turn an error of h5py inside the block into the corpus's own.
 
-    Raises:
-        CorpusIOError: the journaled file failed underneath.
-        CorpusFormatError: HDF5 does not accept the content.
+    Raises CorpusIOError: the journaled file failed underneath; CorpusFormatError: HDF5 does not accept the content.
     """
     try:
         yield
@@ -274,12 +341,9 @@ class EventStore:
         Args:
             begins: first stream sequence that the file may hold; everything before counts as committed.
 
-        Raises:
-            CorpusExistsError: the file exists.
-            JournalError: a journal with commits stands there without its file.
-            UnsupportedFileSystemError: the directory is on a remote file system.
-            CorpusNotFoundError: there is no such directory.
-            CorpusIOError: the system refused.
+        Raises CorpusExistsError: the file exists; JournalError: a journal with commits stands there without its file;
+        UnsupportedFileSystemError: the directory is on a remote file system; CorpusNotFoundError: there is no such
+        directory; CorpusIOError: the system refused.
         """
         options = options or StoreOptions()
         if path.parent.is_dir():
@@ -294,15 +358,11 @@ class EventStore:
         Args:
             expected: what the file must say of itself; None accepts whatever it says.
 
-        Raises:
-            CorpusNotFoundError: the file is missing.
-            CorpusLockedError: another process writes it.
-            ArchivedFileError: it is an archive.
-            JournalError: its journal is missing, damaged or of another file.
-            CorpusFormatError: it is no partition file, or damaged.
-            IdentityMismatchError: it belongs to another store, volume, partition or stream.
-            UnsupportedFileSystemError: it is on a remote file system.
-            CorpusIOError: the system refused.
+        Raises CorpusNotFoundError: the file is missing; CorpusLockedError: another process writes it;
+        ArchivedFileError: it is an archive; JournalError: its journal is missing, damaged or of another file;
+        CorpusFormatError: it is no partition file, or damaged; IdentityMismatchError: it belongs to another store,
+        volume, partition or stream; UnsupportedFileSystemError: it is on a remote file system; CorpusIOError: the
+        system refused.
         """
         if path.parent.is_dir():
             check_file_system(path.parent)
@@ -356,8 +416,7 @@ class EventStore:
     def held(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
         """Return the rows of those of *ids* that the consultation holds, committed or not yet.
 
-        Raises:
-            CorpusError: abandon the store.
+        Raises CorpusError: abandon the store.
         """
         with self._guarded:
             return self._lookup.held(consultation, ids)
@@ -378,9 +437,8 @@ class EventStore:
 
         Nothing that goes wrong in there spoils the store, unless it is an error of the file beneath.
 
-        Raises:
-            CorpusFormatError: HDF5 does not accept the content.
-            CorpusIOError: the system refused; abandon the store.
+        Raises CorpusFormatError: HDF5 does not accept the content; CorpusIOError: the system refused; abandon the
+        store.
         """
         self._check_usable()
         with hdf5_errors(self._path.name, self._journaled):
@@ -396,9 +454,7 @@ class EventStore:
         Returns:
             Whether the consultation is new.
 
-        Raises:
-            AppendRefusedError: a record is malformed or out of order.
-            CorpusError: anything else; abandon the store.
+        Raises AppendRefusedError: a record is malformed or out of order; CorpusError: anything else; abandon the store.
         """
         return self._append(self._partition.consultations, consultation, records)
 
@@ -445,8 +501,7 @@ class EventStore:
     def place(self, epoch: int, *, store: str | None = None, volume: str | None = None) -> None:
         """Make durable that this is the file of the partition's placement *epoch*, and whose it is from now on.
 
-        Raises:
-            CorpusIOError: the system refused; abandon the store.
+        Raises CorpusIOError: the system refused; abandon the store.
         """
         with self._guarded:
             own = self.identity
@@ -459,9 +514,8 @@ class EventStore:
         Returns:
             False when it must wait: a reader holds the file, or the disk lacks the room.
 
-        Raises:
-            CorpusUsageError: events are appended and not committed.
-            CorpusIOError: the system refused; abandon the store.
+        Raises CorpusUsageError: events are appended and not committed; CorpusIOError: the system refused; abandon the
+        store.
         """
         with self._guarded:
             return self._checkpoints.make()
@@ -492,8 +546,7 @@ class EventStore:
     def close(self) -> None:
         """Drop what is not committed, make a last checkpoint, and release everything.
 
-        Raises:
-            CorpusIOError: the checkpoint failed; everything is released all the same, and the journal holds it.
+        Raises CorpusIOError: the checkpoint failed; everything is released all the same, and the journal holds it.
         """
         if self._failure is not None:
             self.abandon()
@@ -573,9 +626,8 @@ def recover_partition(path: Path) -> Recovered:
 
     Stock tools see everything that was committed then. A persister does the same when it opens the file.
 
-    Raises:
-        CorpusLockedError: a writer has it open; there is nothing to recover then.
-        CorpusError: it cannot be recovered; the message says what to do.
+    Raises CorpusLockedError: a writer has it open; there is nothing to recover then; CorpusError: it cannot be
+    recovered; the message says what to do.
     """
     with EventStore.open(path, expected=None) as store:
         done = store.checkpoint()

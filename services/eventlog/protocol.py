@@ -146,13 +146,11 @@ class EventWriter(Protocol):
     async def append(self, event: Event) -> Appended:
         """Store *event* on a quorum of nodes and return its position.
 
-        Raises:
-            LogFullError: the log takes no more until it is drained; nothing was stored.
-            LogUnavailableError: no answer within the deadline; the event may or may not be stored, and appending the
-                same event again is safe.
-            DuplicateInFlightError: the same message id is being stored by somebody else just now.
-            TooManyInFlightError: this process has its limit of appends under way; nothing was sent.
-            LogRefusedError: the log refuses for good; an operator must act.
+        Raises LogFullError: the log takes no more until it is drained; nothing was stored; LogUnavailableError: no
+        answer within the deadline; the event may or may not be stored, and appending the same event again is safe;
+        DuplicateInFlightError: the same message id is being stored by somebody else just now; TooManyInFlightError:
+        this process has its limit of appends under way; nothing was sent; LogRefusedError: the log refuses for good; an
+        operator must act.
         """
         ...
 
@@ -162,8 +160,7 @@ class EventWriter(Protocol):
         At once or not at all while each of them is new. When the log holds some of them already, the others are stored
         one by one. ``duplicate`` also marks an event that an earlier attempt of this very call stored.
 
-        Raises:
-            Exception: as :meth:`append`; then any of them may be stored, and appending all of them again is safe.
+        Raises Exception: as :meth:`append`; then any of them may be stored, and appending all of them again is safe.
         """
         ...
 
@@ -174,18 +171,15 @@ class EventReader(Protocol):
     async def at(self, sequence: int) -> StoredEvent | None:
         """Return the event at *sequence* of the log, or None when the log holds it no more.
 
-        Raises:
-            LogUnavailableError: no answer in time.
+        Raises LogUnavailableError: no answer in time.
         """
         ...
 
     async def snapshot(self, consultation: str) -> Snapshot:
         """Return which ids the corpus holds of *consultation*.
 
-        Raises:
-            CorpusAwayError: the partition's persister does not answer.
-            LogUnavailableError: there is no connection.
-            LogRefusedError: an operator must act.
+        Raises CorpusAwayError: the partition's persister does not answer; LogUnavailableError: there is no connection;
+        LogRefusedError: an operator must act.
         """
         ...
 
@@ -196,8 +190,7 @@ class EventReader(Protocol):
     async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
         """Return those of *event_ids* that are stored for certain, in the corpus or in the log; perhaps not all.
 
-        Raises:
-            CorpusAwayError, LogUnavailableError, LogRefusedError: as :meth:`snapshot`.
+        Raises CorpusAwayError, LogUnavailableError, LogRefusedError: as :meth:`snapshot`.
         """
         ...
 
@@ -248,18 +241,16 @@ class Follower(Protocol):
 
         May be called again to go back.
 
-        Raises:
-            LogMismatchError: it is another log, or this one was set back or lacks events after the position.
-            LogUnavailableError: no answer in time.
+        Raises LogMismatchError: it is another log, or this one was set back or lacks events after the position;
+        LogUnavailableError: no answer in time.
         """
         ...
 
     async def run(self) -> None:
         """Keep the events coming until cancelled. Gaps, repeats and silence are repaired inside.
 
-        Raises:
-            Exception: what :meth:`interrupt` was called with; LogMismatchError or LogRefusedError when the partition
-                cannot be followed any more.
+        Raises Exception: what :meth:`interrupt` was called with; LogMismatchError or LogRefusedError when the partition
+        cannot be followed any more.
         """
         ...
 
@@ -299,8 +290,7 @@ class Follower(Protocol):
 
         That is the acknowledged position itself when nothing beyond it is proven.
 
-        Raises:
-            LogUnavailableError: no answer in time.
+        Raises LogUnavailableError: no answer in time.
         """
         ...
 

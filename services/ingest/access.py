@@ -27,11 +27,10 @@ from services.contract.tokens import Scope, Token, digest_of
 from services.ingest import metrics as reasons
 from services.ingest import problems
 from services.ingest.admission import Lines, Rates
-from services.ingest.answers import Answers
+from services.ingest.answers import Answers, trace_id_of
 from services.ingest.changes import read
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
-from services.ingest.tracing import trace_id_of
 
 VARIABLE = "FI_TOKEN_FILE"
 #: the digest of nobody

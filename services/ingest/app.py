@@ -19,7 +19,7 @@ from services.eventlog.metrics import LogMetrics
 from services.eventlog.protocol import Backlog, EventBrowser, EventWriter
 from services.ingest.access import GATE, OPEN, VARIABLE, Gate, Tokens
 from services.ingest.admission import Admission, Rates
-from services.ingest.answers import Answers
+from services.ingest.answers import Answers, TracedWriter, serving_spans
 from services.ingest.changes import WatchedFiles
 from services.ingest.handlers import (
     ADMISSION,
@@ -52,7 +52,6 @@ from services.ingest.resources import EVENTS, RESOURCES
 from services.ingest.server import CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS, Certificate, check_both
 from services.ingest.settings import Settings
 from services.ingest.storing import Storing
-from services.ingest.tracing import TracedWriter, serving_spans
 
 #: what keeps the service from taking events just now
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")

@@ -18,7 +18,7 @@ from services.contract.trace import Trace
 from services.ingest import problems
 from services.ingest.access import GATE, GRANT
 from services.ingest.admission import Admission, Share
-from services.ingest.answers import SERVER, Answers
+from services.ingest.answers import SERVER, Answers, trace_id_of, trace_of
 from services.ingest.batch import (
     Draft,
     Place,
@@ -35,7 +35,6 @@ from services.ingest.problems import BY_SLUG, RequestRefusedError
 from services.ingest.resources import Form, Resource, check_content, read_body
 from services.ingest.settings import Settings
 from services.ingest.storing import Storing
-from services.ingest.tracing import trace_id_of, trace_of
 
 SETTINGS = web.AppKey("settings", Settings)
 STORING = web.AppKey("storing", Storing)

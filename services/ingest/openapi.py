@@ -24,17 +24,7 @@ from services.ingest.resources import Form
 from services.ingest.settings import Settings
 
 PAGE_TYPE = "text/html; charset=utf-8"
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; }
-section { margin: 1.5rem 0; }
-code, pre { font: 14px/1.45 ui-monospace, monospace; }
-pre { background: #8882; padding: .7rem; overflow-x: auto; }
-table { border-collapse: collapse; margin: .5rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0; }
-.method { font-weight: 700; }
-""".strip()
+_STYLE = (Path(__file__).parent / "docs.css").read_text(encoding="utf-8").strip()
 _HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 #: nothing is loaded, run, sent or framed: the one style is named by its hash
 PAGE_HEADERS: Mapping[str, str] = {

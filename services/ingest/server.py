@@ -14,11 +14,10 @@ from aiohttp.web_protocol import RequestHandler
 
 from services.contract.errors import BindError, ConfigurationError
 from services.ingest import problems
-from services.ingest.answers import Answers
+from services.ingest.answers import Answers, trace_id_of
 from services.ingest.connections import Connections, Patience, Sending, in_bytes
 from services.ingest.handlers import ANSWERS, METRICS, SETTINGS
 from services.ingest.problems import RequestRefusedError
-from services.ingest.tracing import trace_id_of
 
 CERTIFICATE_VARIABLE, KEY_VARIABLE = "FI_TLS_CERT", "FI_TLS_KEY"
 #: seconds for a TLS handshake, and for the other side's farewell

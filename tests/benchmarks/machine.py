@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import psutil
 
-from services.cli.assets import find_nats_server
+from services.cli.processes import find_nats_server
 from tests.benchmarks.results import middle
 
 _SYNCS = 100

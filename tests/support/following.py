@@ -12,7 +12,7 @@ from services.eventlog.jetstream.api import JetStreamApi
 from services.eventlog.jetstream.budget import Budget
 from services.eventlog.jetstream.follower import JetStreamFollower
 from services.eventlog.jetstream.names import STREAM, parse_cursor_name
-from services.eventlog.jetstream.tolerance import TolerantClient
+from services.eventlog.jetstream.refusals import TolerantClient
 from services.eventlog.protocol import Delivery, LogIdentity, Position, message_id_at
 from tests.support.polling import eventually
 

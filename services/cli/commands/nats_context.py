@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Mapping
@@ -13,8 +14,11 @@ import typer
 
 from services.cli.errors import CommandError
 from services.cli.security.files import Layout
-from services.cli.target import FolderOption, ServerOption, find_cluster
+from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
+from services.eventlog.jetstream import names
 from services.eventlog.jetstream.names import Role, inbox_prefix
+from services.eventlog.jetstream.provision import provision as provision_log
+from services.eventlog.protocol import LogIdentity
 
 #: how a file of ours is told from a user's own
 _MARK = "written by fiq"
@@ -101,3 +105,22 @@ def _replace(path: Path, content: str) -> None:
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write(content)
     temporary.replace(path)
+
+
+def provision(server: ServerOption = None, folder: FolderOption = None) -> None:
+    """Create the streams, or check that they are what the settings ask for. Changes nothing that is right already.
+
+    The FI_… settings of the log apply: FI_PARTITIONS, FI_REPLICAS, FI_STREAM_MAX_BYTES and so on.
+    """
+    target = find_cluster(server, folder, fallback=True)
+    identity = asyncio.run(_provision(target))
+    settings = target.settings
+    typer.echo(
+        f"stream {identity.name}, created {identity.created}: {settings.partitions} partitions, "
+        f"{settings.replicas} replicas, {settings.max_bytes} bytes at most; dead letters in {names.DEAD_STREAM}"
+    )
+
+
+async def _provision(target: Target) -> LogIdentity:
+    async with connected(target.settings, Role.PROVISIONER) as connection:
+        return await provision_log(connection, target.settings)

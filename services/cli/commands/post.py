@@ -18,8 +18,8 @@ import typer
 
 from services.cli.console import bar
 from services.cli.errors import CommandError, NotRunningError
-from services.cli.folder import DEFAULT_FOLDER, StackFolder
 from services.cli.posting import Checked, Checkpoint, Poster, Posting, Tally, check, is_regular, lines
+from services.cli.target import DEFAULT_FOLDER, StackFolder
 from services.client import FiqClient, Patience
 from services.contract.errors import InvalidIdError
 from services.contract.ids import check_consultation_id, event_id_from_key, new_event_id

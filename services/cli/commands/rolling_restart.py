@@ -13,8 +13,8 @@ import typer
 
 from services.cli.console import bar
 from services.cli.errors import CommandError, NotRunningError, NotWholeError
-from services.cli.folder import DEFAULT_FOLDER, Member, StackFolder
 from services.cli.monitoring import ask, view_at, whole
+from services.cli.target import DEFAULT_FOLDER, Member, StackFolder
 
 #: how long an end may take, seconds: `lame_duck_duration` of nats.conf and some more; a service finishes what it has
 END_PATIENCE = 60.0

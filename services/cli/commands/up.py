@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from services.cli import console
 from services.cli.errors import ChildFailedError
-from services.cli.folder import DEFAULT_FOLDER, StackFolder, State
 from services.cli.processes import ManagedProcess
 from services.cli.stack import PREFERRED_PORT, Stack
+from services.cli.target import DEFAULT_FOLDER, StackFolder, State
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: how often the processes are looked at, seconds

@@ -7,8 +7,8 @@ import subprocess
 
 import typer
 
-from services.cli.assets import find_nats_server
 from services.cli.errors import MissingServerError
+from services.cli.processes import find_nats_server
 from services.contract.command import product_version
 
 

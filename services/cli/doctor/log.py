@@ -14,8 +14,8 @@ from rich.filesize import decimal
 
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
 from services.cli.doctor.nodes import clock
-from services.cli.folder import State
 from services.cli.overview import Worker, named_workers
+from services.cli.target import State
 from services.contract.errors import FiqError
 from services.eventlog.errors import ProvisionError
 from services.eventlog.jetstream import names

@@ -68,33 +68,7 @@ _TLS = """tls {{
   {last}
 }}
 """
-_TEXT = """\
-# Made by `fiq init`, yours from now on: it is never written again. Compose reads it from the folder of compose.yaml.
-# What is commented out shows its default.
 
-# the secrets; a relative path begins at the folder of compose.yaml
-FIQ_SECRETS=./secrets
-# whom the secrets belong to, and so whom the containers run as
-FIQ_UID={uid}
-FIQ_GID={gid}
-
-# the log: see docs/settings.md; alike for every process of the deployment
-#FI_PARTITIONS=16
-#FI_REPLICAS=3
-#FI_STREAM_MAX_BYTES=4GiB
-#FI_STORE=main
-#FI_VOLUMES=1
-#FI_RETENTION=24h
-# and every other of docs/settings.md
-"""
-
-_HOSTS = """
-# the machines, one node each: alike on all of them
-FI_NATS_URL={url}
-NODE_ROUTES={routes}
-# and what differs: which one this is
-{nodes}
-"""
 #: nodes of a deployment on one machine
 NODES = 3
 #: how every node can be reached from its own machine
@@ -538,14 +512,18 @@ def dotenv(owner: Owner, hosts: Mapping[str, str]) -> str:
         owner: of the secrets.
         hosts: node -> the machine's name or address; empty when everything runs on one machine.
     """
-    text = _TEXT.format(uid=owner.uid, gid=owner.gid)
+    text = _template("env").format(uid=owner.uid, gid=owner.gid)
     if not hosts:
         return text
-    return text + _HOSTS.format(
+    return text + _template("env-hosts").format(
         nodes="\n".join(f"#NODE_NAME={node}\n#NODE_HOST={host}" for node, host in hosts.items()),
         url=",".join(_url(host, 4222) for host in hosts.values()),
         routes=_list([_url(host, 6222) for host in hosts.values()]),
     )
+
+
+def _template(name: str) -> str:
+    return (Path(__file__).parent / f"{name}.template").read_text(encoding="utf-8")
 
 
 def _url(host: str, port: int) -> str:

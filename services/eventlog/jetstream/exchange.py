@@ -18,11 +18,19 @@ import nats.errors
 import orjson
 from nats.aio.client import Client
 
+from services.contract.lifecycle import backoff
 from services.eventlog.errors import LogFullError, LogRefusedError, LogUnavailableError
 from services.eventlog.jetstream.api import is_transient
 from services.eventlog.jetstream.connection import PENDING_BYTES
-from services.eventlog.jetstream.refusals import Refusal, check_hearing, listen, must_hear
-from services.eventlog.jetstream.tolerance import DirectSubscription, Received, TolerantClient
+from services.eventlog.jetstream.refusals import (
+    DirectSubscription,
+    Received,
+    Refusal,
+    TolerantClient,
+    check_hearing,
+    listen,
+    must_hear,
+)
 from services.eventlog.protocol import Appended
 
 #: the same message id is being stored just now
@@ -328,7 +336,7 @@ def headers_bytes(headers: dict[str, str]) -> int:
 
 def waits() -> Iterator[tuple[float, float]]:
     """Yield for each attempt how long to wait for its answer, and how long to pause after "not now", seconds."""
-    patience, (pause, longest) = ATTEMPT_SECONDS, PAUSE_SECONDS
-    while True:
+    patience = ATTEMPT_SECONDS
+    for pause in backoff(*PAUSE_SECONDS):
         yield patience, pause
-        patience, pause = 2 * patience, min(2 * pause, longest)
+        patience *= 2

@@ -43,8 +43,7 @@ from services.eventlog.jetstream.budget import Budget, Held, Room, Share
 from services.eventlog.jetstream.continuity import check_log
 from services.eventlog.jetstream.cursor import Cursors
 from services.eventlog.jetstream.names import STREAM, filter_subject
-from services.eventlog.jetstream.refusals import Refusal, listen
-from services.eventlog.jetstream.tolerance import DirectSubscription, Received, TolerantClient
+from services.eventlog.jetstream.refusals import DirectSubscription, Received, Refusal, TolerantClient, listen
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import Delivery, LogIdentity, Position, message_id_at
 

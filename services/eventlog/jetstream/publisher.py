@@ -39,7 +39,7 @@ from services.eventlog.jetstream.exchange import (
     waits,
 )
 from services.eventlog.jetstream.names import STREAM, stream_of, subject_of
-from services.eventlog.jetstream.tolerance import TolerantClient
+from services.eventlog.jetstream.refusals import TolerantClient
 from services.eventlog.protocol import Appended, EventWriter
 
 #: most messages of an atomic batch: the broker's limit

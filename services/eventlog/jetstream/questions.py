@@ -24,7 +24,7 @@ import sys
 import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -37,7 +37,7 @@ from nats.aio.msg import Msg
 
 from services.contract.errors import InvalidIdError
 from services.contract.ids import check_consultation_id
-from services.contract.lifecycle import cancellable
+from services.contract.lifecycle import backoff, cancellable
 from services.eventlog.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.eventlog.jetstream.names import corpus_subject
 from services.eventlog.partitions import partition_name
@@ -356,7 +356,7 @@ class Questions:
     async def _ask(self, partition: int, question: Question, decode: Callable[[bytes], Answer]) -> Answer:
         subject = corpus_subject(self._store, partition, KIND_OF[type(question)])
         end = time.monotonic() + self._timeout
-        for pause in _pauses():
+        for pause in backoff(*_PAUSE_SECONDS):
             left = end - time.monotonic()
             if left <= 0:
                 break
@@ -395,10 +395,3 @@ class Questions:
 
     def _away(self, partition: int, reason: str) -> CorpusAwayError:
         return CorpusAwayError(f"partition {partition_name(partition)} of store {self._store}: {reason}")
-
-
-def _pauses() -> Iterator[float]:
-    pause, longest = _PAUSE_SECONDS
-    while True:
-        yield pause
-        pause = min(2 * pause, longest)

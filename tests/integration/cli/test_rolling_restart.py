@@ -17,10 +17,10 @@ import pytest
 from services.cli.cluster import Cluster
 from services.cli.commands.rolling_restart import wait_whole
 from services.cli.errors import NotWholeError
-from services.cli.folder import StackFolder
 from services.cli.monitoring import NodeView, StreamView, whole
 from services.cli.processes import LOOPBACK, free_ports
 from services.cli.rehearsal import drained
+from services.cli.target import StackFolder
 from services.corpus import open_corpus, verify_corpus
 from services.eventlog.settings import LogSettings
 from tests.support.polling import eventually

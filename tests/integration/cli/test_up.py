@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
-from services.cli.folder import StackFolder, State
 from services.cli.processes import LOOPBACK
 from services.cli.stack import PREFERRED_PORT
+from services.cli.target import StackFolder, State
 from tests.support.polling import eventually_sync
 
 START = 90.0

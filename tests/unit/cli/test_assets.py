@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cli import assets
-from services.cli.assets import find_nats_conf, find_nats_server
+from services.cli import processes
 from services.cli.errors import MissingServerError
+from services.cli.processes import find_nats_conf, find_nats_server
 from services.cli.security.files import NATS_FILES, Layout
 from tests.support.security import make_deployment
 
@@ -56,7 +56,7 @@ def test_a_missing_server_says_what_to_install(tmp_path: Path, monkeypatch: pyte
 def test_the_configuration_in_the_wheel_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed, nats.conf lies in the package; in a checkout, where compose finds it too."""
     packaged, checkout = tmp_path / "a.conf", tmp_path / "b.conf"
-    monkeypatch.setattr(assets, "_CONFIGURATIONS", (packaged, checkout))
+    monkeypatch.setattr(processes, "_CONFIGURATIONS", (packaged, checkout))
     checkout.touch()
     assert checkout == find_nats_conf()
 
@@ -66,7 +66,7 @@ def test_the_configuration_in_the_wheel_comes_first(tmp_path: Path, monkeypatch:
 
 def test_a_missing_configuration_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged installation is told apart from a missing server."""
-    monkeypatch.setattr(assets, "_CONFIGURATIONS", (tmp_path / "a.conf", tmp_path / "b.conf"))
+    monkeypatch.setattr(processes, "_CONFIGURATIONS", (tmp_path / "a.conf", tmp_path / "b.conf"))
 
     with pytest.raises(MissingServerError, match="reinstall"):
         find_nats_conf()

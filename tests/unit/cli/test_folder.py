@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.errors import AlreadyRunningError, CommandError, NotRunningError
-from services.cli.folder import Member, StackFolder, State
+from services.cli.target import Member, StackFolder, State
 
 STATE = State(
     pid=1,

@@ -168,7 +168,7 @@ def test_no_command_shows_help(runner: CliRunner) -> None:
 
 def test_h5py_is_imported_only_when_a_corpus_is_read() -> None:
     """It takes a while, and most commands get along without it."""
-    commands = ["up", "status", "post", "export", "nats_context", "provision", "version"]
+    commands = ["up", "status", "post", "export", "nats_context", "version"]
     code = f"from services.cli.commands import {', '.join(commands)}; import sys; print(*sys.modules)"
 
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

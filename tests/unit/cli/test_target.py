@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.errors import CommandError, NotRunningError
-from services.cli.folder import DEFAULT_FOLDER, StackFolder, State
-from services.cli.target import find_cluster, find_corpus
+from services.cli.target import DEFAULT_FOLDER, StackFolder, State, find_cluster, find_corpus
 
 STATE = State(pid=1, nats_url="nats://127.0.0.1:10", ingest_url="http://127.0.0.1:2", data_dir="/data", members=())
 ENV = {"FI_NATS_URL": "nats://127.0.0.1:20", "FI_STORE": "second"}

@@ -10,7 +10,7 @@ import pytest
 from services.eventlog.errors import LogUnavailableError
 from services.eventlog.jetstream.budget import Budget, Room
 from services.eventlog.jetstream.follower import MAX_BYTES, MAX_EVENTS, JetStreamFollower, _Buffer, _Pulls
-from services.eventlog.jetstream.tolerance import Received
+from services.eventlog.jetstream.refusals import Received
 from services.eventlog.protocol import Delivery, LogIdentity
 
 #: what may be held in all, when nothing else is said
