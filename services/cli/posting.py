@@ -333,8 +333,7 @@ class Checked:
 def read_exported(number: int, raw: bytes) -> Line:
     """Read one line of `fiq export`: the event with its own id, byte for byte.
 
-    Raises:
-        PoisonError: it is no such line. The message quotes nothing of it.
+    Raises PoisonError: it is no such line. The message quotes nothing of it.
     """
     before, separator, after = raw.partition(_EXPORTED_EVENT)
     try:
@@ -350,8 +349,7 @@ def read_exported(number: int, raw: bytes) -> Line:
 def read_line(number: int, raw: bytes, consultation: str | None, *, exported: bool = False) -> Line:
     """Read one line; *consultation* is for those that name none.
 
-    Raises:
-        PoisonError: it is no event. The message quotes nothing of it.
+    Raises PoisonError: it is no event. The message quotes nothing of it.
     """
     if exported:
         return read_exported(number, raw)

@@ -74,8 +74,7 @@ async def beside(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[No
 
     When *work* fails, the task that entered is cancelled: what is done inside does not go on without it.
 
-    Raises:
-        Exception: what *work* failed with.
+    Raises Exception: what *work* failed with.
     """
     try:
         async with asyncio.TaskGroup() as group:

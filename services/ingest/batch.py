@@ -68,8 +68,7 @@ class Draft(NamedTuple):
 def read_line(raw: bytes) -> Draft:
     """Read an event of a batch: its top-level members ``consultation_id`` and ``event_id`` say where it belongs.
 
-    Raises:
-        PoisonError: it is no event, or one of the two is not what it should be. The message quotes nothing of it.
+    Raises PoisonError: it is no event, or one of the two is not what it should be. The message quotes nothing of it.
     """
     body, document = read_body(raw)
     consultation = _text(document, "consultation_id")
@@ -265,8 +264,7 @@ def _parts(raw: bytes) -> Iterator[bytes]:
 def read_structured(raw: bytes) -> Draft:
     """Read an event in the JSON format, with its data in it.
 
-    Raises:
-        PoisonError: it is no CloudEvent. The message quotes nothing of it.
+    Raises PoisonError: it is no CloudEvent. The message quotes nothing of it.
     """
     try:
         document = orjson.loads(raw)
@@ -285,8 +283,7 @@ def read_structured(raw: bytes) -> Draft:
 def read_binary(headers: CIMultiDictProxy[str], body: bytes) -> Draft:
     """Read an event whose attributes are in *headers*, and whose data is *body*.
 
-    Raises:
-        PoisonError: it is no CloudEvent. The message quotes nothing of it.
+    Raises PoisonError: it is no CloudEvent. The message quotes nothing of it.
     """
     attributes: dict[str, Any] = {}
     for header, value in headers.items():

@@ -186,8 +186,7 @@ class Keys:
     async def _stored(self, event: Event, sequence: int) -> tuple[Stored, str]:
         """Return what the log has, or had, at *sequence* under the id of *event*, and what showed it.
 
-        Raises:
-            RequestRefusedError: it could not be shown within a second.
+        Raises RequestRefusedError: it could not be shown within a second.
         """
         if self._reader is not None:
             with contextlib.suppress(TimeoutError):
@@ -248,8 +247,7 @@ class KeyCheck:
         Args:
             appended: where the log has taken this one; None when it was not published, since :attr:`first` is known.
 
-        Raises:
-            RequestRefusedError: the first one had another body, or there is a first one that could not be shown.
+        Raises RequestRefusedError: the first one had another body, or there is a first one that could not be shown.
         """
         keys, first = self._keys, self.first if appended is None else self._before(appended)
         if first is not None:

@@ -85,8 +85,7 @@ class Pressure:
     def check(self) -> None:
         """Let a request through that wants to store something.
 
-        Raises:
-            RequestRefusedError: too many events wait already.
+        Raises RequestRefusedError: too many events wait already.
         """
         if self._newest >= self._until:
             raise RequestRefusedError(problems.BACKLOG_FULL)
@@ -94,8 +93,7 @@ class Pressure:
     def admit(self, events: Iterable[Event]) -> None:
         """Let *events* through to their partitions.
 
-        Raises:
-            RequestRefusedError: one of these stands still, and too many events wait in it.
+        Raises RequestRefusedError: one of these stands still, and too many events wait in it.
         """
         if self._newest < self._first:
             return

@@ -73,8 +73,7 @@ class Storing:
         Args:
             detail: says more than the problem's own.
 
-        Raises:
-            RequestRefusedError: in place of an error of the log.
+        Raises RequestRefusedError: in place of an error of the log.
         """
         try:
             yield
@@ -89,8 +88,7 @@ class Storing:
     async def one(self, event: Event, *, keyed: bool) -> Appended:
         """Store *event*; *keyed*: the client gave it its id.
 
-        Raises:
-            RequestRefusedError: the log did not take it, or its key means another event.
+        Raises RequestRefusedError: the log did not take it, or its key means another event.
         """
         with self.refusing():
             if not keyed:
@@ -117,8 +115,7 @@ class Storing:
 
         Lines with the same id, which have the same body, are one event.
 
-        Raises:
-            RequestRefusedError: the log did not take all of them, or a key cannot be compared now.
+        Raises RequestRefusedError: the log did not take all of them, or a key cannot be compared now.
         """
         events: dict[tuple[str, bytes], Line] = {}
         for line in lines:

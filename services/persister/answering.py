@@ -29,9 +29,9 @@ from services.eventlog.jetstream.connection import PENDING_BYTES
 from services.eventlog.jetstream.names import corpus_subject
 from services.eventlog.jetstream.questions import Consultations, Events, Find, Ids, MalformedError, Question, Row
 from services.eventlog.protocol import Stored, digest_of
+from services.persister.errors import described
 from services.persister.metrics import Metrics
 from services.persister.partition_file import NotNowError, PartitionFile
-from services.persister.reasons import described
 
 #: questions that may wait; one more is turned away
 MAX_WAITING = 256
@@ -101,8 +101,7 @@ class Desk:
     async def open(self, partition: int, file: PartitionFile, store: EventStore) -> None:
         """Answer for *partition* from now on, whose *store* was opened.
 
-        Raises:
-            LogUnavailableError: there is no connection.
+        Raises LogUnavailableError: there is no connection.
         """
         subject = corpus_subject(self._store, partition, "*")
 
@@ -264,8 +263,7 @@ def _events(lookup: Lookup, committed: int, question: Events, room: int) -> byte
 def _page(stored: StoredConsultation, index: int, limit: int, room: int) -> list[StoredRow]:
     """Return at most *limit* rows from *index* on whose bodies fit into an answer of *room* bytes.
 
-    Raises:
-        _TooLargeError: the first one does not.
+    Raises _TooLargeError: the first one does not.
     """
     rows: list[StoredRow] = []
     size = wire.HEAD_BYTES

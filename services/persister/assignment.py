@@ -213,8 +213,7 @@ def _make_file(deployment: Deployment, partition: int, first: int) -> int:
 def _unused(deployment: Deployment, partition: int) -> int | None:
     """Return where the partition's file begins when it was made for a claim and holds no commit; None when it does.
 
-    Raises:
-        CorpusError: it is another one's, locked, or damaged.
+    Raises CorpusError: it is another one's, locked, or damaged.
     """
     path = deployment.volume.file(partition)
     with EventStore.open(path, expected=None) as store:

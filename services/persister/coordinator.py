@@ -113,8 +113,7 @@ class Coordinator:
     async def run(self) -> None:
         """Work until cancelled.
 
-        Raises:
-            PermanentError: the volume cannot be used any more.
+        Raises PermanentError: the volume cannot be used any more.
         """
         try:
             async with self._placements.watching(self._place_soon), asyncio.TaskGroup() as group:

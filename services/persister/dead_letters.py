@@ -80,8 +80,7 @@ class DeadLetters:
     async def send(self, delivery: Delivery, reason: str) -> None:
         """Store *delivery* with its *reason*.
 
-        Raises:
-            TransientError: the dead-letter stream is full or out of reach; the message does not count as done.
+        Raises TransientError: the dead-letter stream is full or out of reach; the message does not count as done.
         """
         headers = {
             MESSAGE_ID_HEADER: f"{self._log_id}/{delivery.sequence}",
@@ -104,8 +103,7 @@ class DeadLetters:
         Args:
             conflicts: consultation, sequence, and sequence of the event that holds the id, of each; in stream order.
 
-        Raises:
-            TransientError: the dead-letter stream is full or out of reach.
+        Raises TransientError: the dead-letter stream is full or out of reach.
         """
         most = max(1, self._max_body // _ENTRY_BYTES)
         for part in (conflicts[start : start + most] for start in range(0, len(conflicts), most)):
@@ -142,8 +140,7 @@ class PoisonLimit:
     def count(self, *, bad: bool) -> None:
         """Count a message, a bad one before it is sent away.
 
-        Raises:
-            PoisonFloodError: this one is one bad message too many.
+        Raises PoisonFloodError: this one is one bad message too many.
         """
         if len(self._recent) == self._window:
             self._bad -= self._recent[0]

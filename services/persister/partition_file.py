@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
 
 from services.contract.errors import TransientError
 from services.corpus import EventStore
 from services.eventlog.errors import PlacementError
 from services.eventlog.protocol import Position
-from services.persister.names import Names
 
 #: the names of all consultations stay in memory for so long after they were asked for, seconds
 NAMES_SECONDS = 600.0
@@ -118,11 +118,56 @@ class PartitionFile:
     def check_in_place(self, store: EventStore) -> None:
         """Make sure that the open files are still the ones in the directory: commits to deleted ones go nowhere.
 
-        Raises:
-            PlacementError: one was deleted or replaced.
+        Raises PlacementError: one was deleted or replaced.
         """
         if not store.in_place:
             raise PlacementError(
                 f"{store.path} or its journal was deleted or replaced while it was written: put both back, then "
                 "restart the persister; the stream still has what they lack"
             )
+
+
+class Names:
+    """Is filled in slices when somebody asks first, and then kept up to date: about 100 bytes a consultation.
+
+    Attributes:
+        position: how many were read from the file.
+        complete: whether all have been.
+        used: when it was asked last, on :func:`time.monotonic`.
+    """
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.complete = False
+        self.used = time.monotonic()
+        self._found: set[str] = set()
+        self._sorted: list[str] = []
+
+    def feed(self, names: Sequence[str]) -> None:
+        """Take the slice of the file from :attr:`position` on; an empty one is the end."""
+        self._found.update(names)
+        self.position += len(names)
+        if not names:
+            self._sorted = sorted(self._found)
+            self._found.clear()
+            self.complete = True
+
+    def add(self, names: Sequence[str]) -> None:
+        """Take note of consultations that are new in the file."""
+        if not self.complete:
+            self._found.update(names)
+            return
+        for name in names:
+            insort(self._sorted, name)
+
+    def select(self, prefix: str, after: str, limit: int) -> list[str]:
+        """Return at most *limit* names that begin with *prefix* and come behind *after*."""
+        self.used = time.monotonic()
+        start = bisect_left(self._sorted, prefix) if prefix > after else bisect_right(self._sorted, after)
+        found = []
+        for index in range(start, min(start + limit, len(self._sorted))):
+            name = self._sorted[index]
+            if not name.startswith(prefix):
+                break
+            found.append(name)
+        return found

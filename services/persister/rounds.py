@@ -43,9 +43,9 @@ from services.corpus import (
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import Delivery, Follower, message_id_at
 from services.persister.dead_letters import DeadLetters, SetAside, Suspects
+from services.persister.errors import described
 from services.persister.metrics import Metrics, PartitionMetrics
 from services.persister.partition_file import PartitionFile
-from services.persister.reasons import described
 from services.persister.traces import Traces, trace_id_in
 
 T = TypeVar("T")
@@ -216,8 +216,7 @@ class Batch:
     def commit(self) -> None:
         """Make the batch durable, together with the position that it reaches.
 
-        Raises:
-            CorpusError: whether it counts shows when the file is opened again.
+        Raises CorpusError: whether it counts shows when the file is opened again.
         """
         last = self.deliveries[-1]
         self.member.store.commit(last.sequence, message_id_at(last.headers))

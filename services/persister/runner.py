@@ -29,9 +29,9 @@ from services.eventlog.errors import PlacementError
 from services.eventlog.partitions import partition_name
 from services.eventlog.protocol import Follower, Position
 from services.persister.dead_letters import DeadLetters, PoisonLimit, SetAside, Suspects
+from services.persister.errors import described, reason_of
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
-from services.persister.reasons import described, reason_of
 from services.persister.rounds import Member, Rounds
 
 #: pauses between attempts after transient failures, seconds; the last one repeats
@@ -176,8 +176,7 @@ class PartitionRunner:
     async def advance(self) -> None:
         """Commit up to where it is proven that the partition has no events which are not in its file.
 
-        Raises:
-            LogUnavailableError: no proof to be had just now.
+        Raises LogUnavailableError: no proof to be had just now.
         """
         member = self._member
         if member is None or self.state is not State.FOLLOWING:

@@ -67,8 +67,7 @@ _FAREWELL_SECONDS = 2.0
 async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None = None) -> None:
     """Persist until *stop* is requested; *spans* makes spans of the batches, if anybody wants them.
 
-    Raises:
-        FiqError: the process could not start, or its volume cannot be used any more.
+    Raises FiqError: the process could not start, or its volume cannot be used any more.
     """
     log = get_logger("persister")
     # before the cluster is waited for: a taken port and an unfit directory are known at once

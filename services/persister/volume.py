@@ -57,8 +57,7 @@ class Volume:
     def open(cls, directory: Path, store: str) -> Volume:
         """Open the volume in *directory*; make the directory and its identity when it is empty.
 
-        Raises:
-            VolumeError: it belongs to another store, has partition files but no identity, or cannot be written.
+        Raises VolumeError: it belongs to another store, has partition files but no identity, or cannot be written.
         """
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -74,8 +73,7 @@ class Volume:
     def room(self) -> tuple[int, int]:
         """Return how many bytes this process may still write on the volume's file system, and that one's size.
 
-        Raises:
-            OSError: the directory cannot be reached.
+        Raises OSError: the directory cannot be reached.
         """
         found = os.statvfs(self.directory)
         return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
@@ -89,8 +87,7 @@ class Volume:
     async def claiming(self) -> AsyncIterator[None]:
         """Be the only process of the volume that claims partitions.
 
-        Raises:
-            VolumeBusyError: another process has been claiming for longer than it can take.
+        Raises VolumeBusyError: another process has been claiming for longer than it can take.
         """
         with ExitStack() as stack:
             await asyncio.to_thread(stack.enter_context, _locked(self.directory / "volume.lock"))
@@ -101,16 +98,14 @@ class Volume:
 
         The volume remembers it for the case that the bucket gets lost: a formed store must not begin anew.
 
-        Raises:
-            VolumeError: ``volume.json`` is gone or damaged.
+        Raises VolumeError: ``volume.json`` is gone or damaged.
         """
         return str(_stated(self.directory / _STATED).get("formed", ""))
 
     def note_formed(self, stream_created: str) -> None:
         """Remember that the store was formed; the caller holds the claim lock.
 
-        Raises:
-            VolumeError: ``volume.json`` is gone or damaged.
+        Raises VolumeError: ``volume.json`` is gone or damaged.
         """
         path = self.directory / _STATED
         _write_durably(path, _document({**_stated(path), "formed": stream_created}))
@@ -208,8 +203,7 @@ def backed_up_at(directory: Path) -> float:
 def note_backup(directory: Path, made: str) -> None:
     """Note that a backup of the volume in *directory* was *made*, RFC 3339; metrics and ``fiq doctor`` show its age.
 
-    Raises:
-        OSError: it cannot be written there.
+    Raises OSError: it cannot be written there.
     """
     temporary = directory / f"{BACKUP_NOTE}.new"
     temporary.write_text(json.dumps({"made": made}))

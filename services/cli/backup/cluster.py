@@ -115,8 +115,7 @@ async def _placed(placements: Placements) -> StorePlacement:
 async def other_stores(target: Target) -> tuple[str, ...]:
     """Return the names of the other stores that have partitions, and so copies of their own.
 
-    Raises:
-        LogUnavailableError: no node answered.
+    Raises LogUnavailableError: no node answered.
     """
     async with connected(target.settings) as connection:
         return tuple(name for name in await read_stores(connection) if name != target.settings.store)
@@ -133,8 +132,7 @@ async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: C
         wanted: where they live, with the epochs that they get, and with what the files will have that are put there.
         seen: the cluster as it was.
 
-    Raises:
-        RestoreRefusedError: the broker did not take one, or it changed meanwhile; those before it have theirs.
+    Raises RestoreRefusedError: the broker did not take one, or it changed meanwhile; those before it have theirs.
     """
     async with connected(target.settings) as connection:
         placements = Placements(connection, replace(target.settings, store=store))

@@ -78,8 +78,7 @@ def make_backup(corpus: Path, target: Path, seen: ClusterView | None, on_progres
 def read_volume(path: Path) -> tuple[str, str]:
     """Return the UUID and the store that a ``volume.json`` states.
 
-    Raises:
-        BackupError: there is none, or it is damaged.
+    Raises BackupError: there is none, or it is damaged.
     """
     try:
         stated = orjson.loads(path.read_bytes())

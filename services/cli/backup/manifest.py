@@ -107,8 +107,7 @@ class Manifest:
     def read(cls, directory: Path) -> Manifest:
         """Read the manifest of the backup in *directory*.
 
-        Raises:
-            BackupError: there is none, or it is of another version, or damaged.
+        Raises BackupError: there is none, or it is of another version, or damaged.
         """
         path = directory / MANIFEST_NAME
         try:
@@ -150,8 +149,7 @@ class Manifest:
 def digest(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
     """Return the SHA-256 of the file at *path* in hexadecimal; *on_bytes* is told how many more were read.
 
-    Raises:
-        OSError: it cannot be read.
+    Raises OSError: it cannot be read.
     """
     made = hashlib.sha256()
     with path.open("rb") as file:

@@ -77,8 +77,7 @@ def reserved(target: Path) -> Iterator[None]:
 def check_source(source: Path, manifest: Manifest) -> None:
     """Compare the names and sizes of the backup's files with its manifest; :func:`put_back` compares the contents.
 
-    Raises:
-        BackupError: a file is missing, was added, or has another size.
+    Raises BackupError: a file is missing, was added, or has another size.
     """
     listed = {entry.name: entry.bytes for entry in manifest.files}
     found = {path.name: path.stat().st_size for path in source.iterdir() if path.name != MANIFEST_NAME}

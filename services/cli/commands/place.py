@@ -111,8 +111,7 @@ async def _place(
 def _check(seen: ClusterView, store: str, wanted: Placement, *, force: bool) -> None:
     """Refuse a file that is a stale copy, and without *force* one that may lack what was trimmed.
 
-    Raises:
-        CommandError: it is one.
+    Raises CommandError: it is one.
     """
     name = partition_name(wanted.partition)
     history = f"`nats kv history {BUCKET} {placement_key(store, wanted.partition)}`"

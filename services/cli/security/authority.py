@@ -42,8 +42,7 @@ class Authority:
     Args:
         pair: the authority's own.
 
-    Raises:
-        ValueError: no certificate, no key, or they do not belong together.
+    Raises ValueError: no certificate, no key, or they do not belong together.
     """
 
     def __init__(self, pair: Pair) -> None:

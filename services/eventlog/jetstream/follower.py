@@ -231,8 +231,7 @@ class JetStreamFollower:
     async def empty_up_to(self) -> Position:
         """Return a position up to which nothing of the partition waits for the sink: the committed one, or a later one.
 
-        Raises:
-            LogUnavailableError: no answer.
+        Raises LogUnavailableError: no answer.
         """
         reached = self._empty_to
         if self._doubt or reached <= self._committed.sequence or self._seen > self._committed.sequence:

@@ -468,8 +468,7 @@ async def look_once(nc: Client, settings: LogSettings) -> LogState:
 
     Takes :data:`_ANSWER_SECONDS`, or :data:`PART_SECONDS` while a node is frozen that leads something.
 
-    Raises:
-        LogUnavailableError: the stream's leader does not answer.
+    Raises LogUnavailableError: the stream's leader does not answer.
     """
     monitor = LogMonitor(nc, settings)
     try:

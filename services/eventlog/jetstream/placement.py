@@ -188,16 +188,14 @@ class Placements:
     async def place(self, placement: Placement) -> Placement:
         """Place a partition that has no key, or whose key was deleted, as an operator says; return where it lives now.
 
-        Raises:
-            LogUnavailableError: the outcome is not known; call again.
+        Raises LogUnavailableError: the outcome is not known; call again.
         """
         return await self._create(placement, over_deleted=True)
 
     async def begin(self) -> bool:
         """Note that the store is about to begin, and return whether others, which trim nothing more, exist.
 
-        Raises:
-            LogUnavailableError: the outcome is not known; call again.
+        Raises LogUnavailableError: the outcome is not known; call again.
         """
         await self._note(self._store, {"formed": False})
         return bool((await read_stores(self._nc)).keys() - {self._store})
@@ -205,8 +203,7 @@ class Placements:
     async def form(self, volumes: Collection[str]) -> None:
         """Note that every partition of the store is placed, on *volumes*. Idempotent.
 
-        Raises:
-            LogUnavailableError: the outcome is not known; call again.
+        Raises LogUnavailableError: the outcome is not known; call again.
         """
         await self._note(self._store, {"formed": True, "volumes": sorted(volumes)})
 
@@ -215,8 +212,7 @@ class Placements:
 
         Those of *others* that have no keys yet count as formed: nothing is trimmed before they are placed.
 
-        Raises:
-            LogUnavailableError: the outcome is not known; call again.
+        Raises LogUnavailableError: the outcome is not known; call again.
         """
         for name in sorted(set(others) - (await read_stores(self._nc)).keys()):
             await self._note(name, {"formed": True, "volumes": []})
@@ -294,8 +290,7 @@ class Placements:
     async def get(self, partition: int) -> Placement | None:
         """Return where *partition* lives as the bucket's leader has it; None when no key says so.
 
-        Raises:
-            LogUnavailableError: the broker did not answer.
+        Raises LogUnavailableError: the broker did not answer.
         """
         created = await self._stream_created()
         entry = await self._entry(placement_key(self._store, partition))
@@ -304,8 +299,7 @@ class Placements:
     async def history(self, partition: int) -> tuple[Placement, ...]:
         """Return where the kept history of the partition's key says that it lived, the newest last.
 
-        Raises:
-            LogUnavailableError: the broker did not answer.
+        Raises LogUnavailableError: the broker did not answer.
         """
         created, key = await self._stream_created(), placement_key(self._store, partition)
         found, entry = [], await _leaders(self._api, key, seq=1)

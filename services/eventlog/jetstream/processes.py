@@ -117,8 +117,7 @@ async def live_processes(nc: Client) -> list[LiveProcess]:
 def check_allowed(nc: Client) -> None:
     """Make sure that silence means that no persister lives.
 
-    Raises:
-        LogRefusedError: the user of the connection may not ask.
+    Raises LogRefusedError: the user of the connection may not ask.
     """
     refused = [text for text in getattr(nc, "violations", ()) if PROCESSES_SUBJECT.lower() in text.lower()]
     if refused:
@@ -128,8 +127,7 @@ def check_allowed(nc: Client) -> None:
 async def persister_infos(nc: Client) -> list[dict[str, str]]:
     """Return what every persister process says of itself, in the order in which they answer.
 
-    Raises:
-        LogUnavailableError: the connection is gone.
+    Raises LogUnavailableError: the connection is gone.
     """
     return [answer.document.get("metadata") or {} for answer in await everybody(nc, PROCESSES_SUBJECT)]
 
@@ -137,8 +135,7 @@ async def persister_infos(nc: Client) -> list[dict[str, str]]:
 async def everybody(nc: Client, subject: str) -> list[Answer]:
     """Ask all who subscribe to *subject* and return their answers; nothing when there are none.
 
-    Raises:
-        LogUnavailableError: the connection is gone.
+    Raises LogUnavailableError: the connection is gone.
     """
     answers: asyncio.Queue[tuple[Msg, float]] = asyncio.Queue()
     inbox = nc.new_inbox()

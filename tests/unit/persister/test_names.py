@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.persister.names import Names
+from services.persister.partition_file import Names
 
 
 def complete(*names: str) -> Names:
