@@ -192,7 +192,7 @@ class Batch:
         """When ingest took the oldest event, nanoseconds since the Unix epoch."""
         return min((event.received_ns for _, event in self.events), default=None)
 
-    # -- the steps in the HDF5 thread ---------------------------------------------------------------------------------
+    # -- the steps: set_aside and acknowledge in the event loop, the others in the HDF5 thread ------------------
 
     def decode(self) -> None:
         """Tell events from poison."""
@@ -213,6 +213,10 @@ class Batch:
         for consultation, events in of_each.items():
             self._append(store, consultation, events)
 
+    async def set_aside(self) -> None:
+        """Store the poison in ``fi-dead``, and count it."""
+        await self.member.aside.poison_of(self.deliveries, self.poison)
+
     def commit(self) -> None:
         """Make the batch durable, together with the position that it reaches.
 
@@ -221,6 +225,10 @@ class Batch:
         last = self.deliveries[-1]
         self.member.store.commit(last.sequence, message_id_at(last.headers))
         self.member.file.created(self.created)
+
+    async def acknowledge(self) -> None:
+        """Tell the log once that everything up to here is safe."""
+        await self.member.follower.acknowledge(self.deliveries[-1])
 
     def _append(self, store: EventStore, consultation: str, events: Sequence[tuple[int, Event]]) -> None:
         held = store.held(consultation, {event.event_id.bytes for _, event in events})
@@ -241,7 +249,10 @@ class Batch:
                 conflicts.append(Conflict(sequence, event, at))
         if store.append(consultation, list(new.values())):
             self.created.append(consultation)
-        store.append_conflicts(consultation, [_record(one.sequence, one.event) for one in conflicts])
+        kept = ((one.sequence, one.event) for one in conflicts)
+        store.append_conflicts(
+            consultation, [Record(n, event.received_ns, event.event_id.bytes, event.body) for n, event in kept]
+        )
         self.conflicts += conflicts
         self.persisted += len(new)
         self.duplicates += len(events) - len(new) - len(conflicts)
@@ -322,9 +333,9 @@ class Rounds:
         await self._finish([batch for batch in batches if not batch.poison], began)
 
     async def _finish(self, batches: list[Batch], began: float) -> None:
-        await _each(batches, _set_aside)
+        await _each(batches, Batch.set_aside)
         await self._in_hdf5(batches, Batch.commit)
-        await _each(batches, _acknowledge)
+        await _each(batches, Batch.acknowledge)
         for batch in batches:
             self._done(batch)
         self._report([batch for batch in batches if batch.error is None], time.perf_counter() - began)
@@ -441,14 +452,6 @@ async def _each(batches: Sequence[Batch], step: Callable[[Batch], Coroutine[Any,
                 batch.error = error
 
 
-async def _set_aside(batch: Batch) -> None:
-    await batch.member.aside.poison_of(batch.deliveries, batch.poison)
-
-
-async def _acknowledge(batch: Batch) -> None:
-    await batch.member.follower.acknowledge(batch.deliveries[-1])
-
-
 async def _announce(batch: Batch) -> None:
     """Tell in ``fi-dead`` of conflicts that are committed; they are safe in the corpus, so nothing waits for it."""
     member, conflicts = batch.member, batch.conflicts
@@ -487,10 +490,6 @@ def decoded(
         else:
             events.append((delivery.sequence, event))
     return events, poison
-
-
-def _record(sequence: int, event: Event) -> Record:
-    return Record(sequence, event.received_ns, event.event_id.bytes, event.body)
 
 
 def _same_body(store: EventStore, consultation: str, row: StoredRow, body: bytes) -> bool:

@@ -81,7 +81,7 @@ async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None 
             reached = await _reached(settings, stop)
             if reached is not None:
                 nc, identity = reached
-                deployment = _deployment(settings, volume, identity)
+                deployment = Deployment(volume, settings.volumes, settings.log, identity)
                 try:
                     settle()
                     log.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
@@ -183,10 +183,6 @@ def _options(settings: PersisterSettings, sharing: int, ids: KnownIds) -> StoreO
         metadata_cache_bytes=min(512 << 10, max(64 << 10, METADATA_CACHE_BYTES // sharing)),
         cached_pages=max(256, CACHED_PAGES // sharing),
     )
-
-
-def _deployment(settings: PersisterSettings, volume: Volume, identity: LogIdentity) -> Deployment:
-    return Deployment(volume, settings.volumes, settings.log, identity)
 
 
 def _coordinator(
