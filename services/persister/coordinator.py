@@ -12,6 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from services.contract.errors import PermanentError, TransientError
 from services.contract.logs import get_logger
@@ -192,7 +193,8 @@ class Coordinator:
         await self._release(given_up)
         new = sorted(wanted - self._runners.keys())
         for partition in new:
-            self._run_as[partition] = here[partition]
+            # what this process put when it had the partition earlier, another one of the volume may have gone on with
+            self._run_as[partition] = replace(here[partition], writer="")
             runner = self._runners[partition] = self._make_runner(here[partition])
             runner.start()
         self._shared = set(here)

@@ -26,8 +26,9 @@ import re
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+from uuid import uuid4
 
 import nats.errors
 import orjson
@@ -84,6 +85,7 @@ class Placement:
         begins: first stream sequence that the file may hold; above 1 for a store that began after a trim.
         revision: of the key, which the next update expects.
         message_id: of the stream's message at *committed*, as a Position has it; empty when it is not known.
+        writer: which process put this as its progress; empty when none did.
     """
 
     partition: int
@@ -93,6 +95,7 @@ class Placement:
     begins: int
     revision: int
     message_id: str = ""
+    writer: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +136,8 @@ class _Entry:
         try:
             found = self.value or {}
             epoch, committed, begins = (int(found[name]) for name in ("epoch", "committed", "begins"))
-            message_id = str(found.get("message_id", ""))
-            return Placement(partition, str(found["volume"]), epoch, committed, begins, self.revision, message_id)
+            told = str(found.get("message_id", "")), str(found.get("writer", ""))
+            return Placement(partition, str(found["volume"]), epoch, committed, begins, self.revision, *told)
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -150,6 +153,7 @@ class Placements:
         self._api = JetStreamApi(nc)
         self._store = settings.store
         self._partitions = settings.partitions
+        self._writer = uuid4().hex
         self._created = ""
         self._known: Mapping[int, Placement] = {}
 
@@ -232,10 +236,11 @@ class Placements:
         """Put that the file of *placement* has reached *committed*; return the placement as it is now.
 
         Raises:
-            PlacementError: the partition was placed anew, its key was deleted, or the bucket was set back.
+            PlacementError: the partition was placed anew, its key was deleted, the bucket was set back, or another
+                process has put progress since this one did.
             LogUnavailableError: the outcome is not known; call again.
         """
-        wanted = replace(placement, committed=committed, message_id=message_id)
+        wanted = replace(placement, committed=committed, message_id=message_id, writer=self._writer)
         lacking = False
         for _ in range(_TRIES):
             revision = await self._put_placement(wanted)
@@ -248,8 +253,14 @@ class Placements:
                 continue
             if (found.volume, found.epoch) != (placement.volume, placement.epoch):
                 raise PlacementError(_gone(placement, found))
+            if placement.writer == self._writer and found.writer not in {"", self._writer}:
+                raise PlacementError(
+                    f"another process puts the progress of partition {partition_name(placement.partition)}, too: two "
+                    f"data directories are volume {placement.volume}, perhaps one is a copy. Stop the persisters of "
+                    "the older one, then start those of the other one again"
+                )
             if (found.committed, found.message_id) == (committed, message_id):
-                return found
+                return replace(found, writer=self._writer)
             wanted = replace(wanted, revision=found.revision)
         if lacking:
             raise PlacementError(_gone(wanted, found))
@@ -356,6 +367,7 @@ class Placements:
             "epoch": wanted.epoch,
             "committed": wanted.committed,
             "message_id": wanted.message_id,
+            "writer": wanted.writer,
             "begins": wanted.begins,
             "stream_created": await self._stream_created(),
         }

@@ -97,6 +97,35 @@ async def test_progress_adopts_the_revision_of_another_process_of_the_volume(pla
     assert third == await placements.get(3)
 
 
+async def test_of_two_processes_that_write_copies_of_a_partition_one_stops(
+    placements: Placements, nc: Client, cluster: Cluster
+) -> None:
+    """A handover moves the key once; whoever finds it moved again after that has a twin, and both say one volume."""
+    claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
+    other = Placements(nc, _settings(cluster))
+    taken = await other.progress(await placements.progress(claimed, 10), 20)
+    taken = await other.progress(taken, 30)
+    ours = await placements.progress(claimed, 40)  # as after a handover back: what it had put does not count
+
+    with pytest.raises(PlacementError, match=r"another process puts the progress of partition 03, too: two data dir"):
+        await other.progress(taken, 30)
+
+    assert 50 == (await placements.progress(ours, 50)).committed
+
+
+async def test_two_processes_that_keep_step_are_found_out_too(
+    placements: Placements, nc: Client, cluster: Cluster
+) -> None:
+    """Each has what the other one put just now."""
+    claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
+    other = Placements(nc, _settings(cluster))
+    ours, theirs = await placements.progress(claimed, 10), await other.progress(claimed, 10)
+    await placements.progress(ours, 20)
+
+    with pytest.raises(PlacementError, match="another process puts"):
+        await other.progress(theirs, 20)
+
+
 async def test_progress_finds_out_that_the_partition_was_placed_anew(placements: Placements) -> None:
     first = await placements.claim(3, VOLUMES[0], 1, begins=1)
     renewed = await placements.renew(replace(first, message_id="c/1"), epoch=2, committed=20)
