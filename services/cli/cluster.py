@@ -144,17 +144,6 @@ class Cluster:
         """Let a frozen node go on."""
         self.nodes[index].send(signal.SIGCONT)
 
-    def reload(self) -> None:
-        """Have every running node read its configuration and certificates again, after each has been checked.
-
-        Raises ChildFailedError: the configuration is bad; nothing was reloaded, for a node that gets a bad one keeps
-        the old one and says so in its log only.
-        """
-        for node in self.nodes:
-            node.check("-t")
-        for node in self.nodes:
-            node.send(signal.SIGHUP)
-
     def running(self, index: int) -> bool:
         """Whether the node's process lives."""
         return self.nodes[index].running

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from services.cli.errors import ChildFailedError, CommandError, MissingServerError
+from services.cli.errors import CommandError, MissingServerError
 
 _PACKAGE = Path(__file__).parent
 #: in the wheel, and in a checkout
@@ -32,8 +32,6 @@ _SPAWNER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fiq-spawner")
 _LAUNCHER = Path(__file__).with_name("_launch.py")
 #: how much of a log is read to show its end, bytes
 _TAIL_BYTES = 16384
-#: how long a program may take to check its configuration, seconds
-CHECK_TIMEOUT = 30.0
 
 
 def is_free(port: int, host: str = LOOPBACK) -> bool:
@@ -142,22 +140,6 @@ class ManagedProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    def check(self, *arguments: str) -> None:
-        """Run the program once more with *arguments* besides its own, in its environment, and wait for its end.
-
-        Raises ChildFailedError: it ended with another code than 0, or not within CHECK_TIMEOUT seconds.
-        """
-        command = [*self._command, *arguments]
-        try:
-            done = subprocess.run(  # noqa: S603 - the command is ours
-                command, env=self._env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_TIMEOUT
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ChildFailedError(f"cannot check {self.name}: {error}") from error
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip()
-            raise ChildFailedError(f"{self.name} refuses its configuration: {said}")
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal; nothing happens when the process has ended."""

@@ -17,9 +17,8 @@ from services.contract.errors import InvalidIdError
 
 #: the form of a consultation id
 CONSULTATION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
-#: longest idempotency key, in characters
-MAX_KEY_LENGTH = 255
 
+#: an idempotency key
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
 _CANONICAL_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ from tests.support.polling import eventually
 STREAMS = ("fi-events", "fi-dead", "KV_fi-partitions")
 #: the broker's error code for a stream that does not exist
 _STREAM_NOT_FOUND = 10059
+
+
+def reload(cluster: Cluster) -> None:
+    """Have every node read its configuration and its certificates again."""
+    for node in cluster.nodes:
+        node.send(signal.SIGHUP)
 
 
 async def delete_streams(cluster: Cluster) -> None:

@@ -20,6 +20,7 @@ from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
 from services.persister.volume import Volume
+from tests.support.cluster import reload
 from tests.support.persisters import Log, Persister, persisted
 from tests.support.polling import eventually
 from tests.support.security import Outcome, Secured, fiq
@@ -128,13 +129,13 @@ async def test_a_subject_is_lent_to_ops_and_taken_back(provisioned: Secured, sub
     await _all_say(secured, subject, let_in=False)
 
     await asyncio.to_thread(subprocess.run, ["sh", "-euc", script], cwd=secured.layout.folder, check=True, timeout=10)
-    await asyncio.to_thread(secured.cluster.reload)
+    await asyncio.to_thread(reload, secured.cluster)
     await _all_say(secured, subject, let_in=True)
 
     done = CliRunner().invoke(app, ["init", str(secured.layout.folder)])
     assert [f"wrote {accounts}"] == done.output.splitlines()
     assert before == accounts.read_bytes()
-    await asyncio.to_thread(secured.cluster.reload)
+    await asyncio.to_thread(reload, secured.cluster)
     await _all_say(secured, subject, let_in=False)
 
 

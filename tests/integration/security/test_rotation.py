@@ -14,7 +14,6 @@ import pytest
 from cryptography import x509
 
 from services.cli.cluster import Cluster
-from services.cli.errors import ChildFailedError
 from services.contract.event import Event
 from services.contract.ids import new_event_id
 from services.eventlog.errors import LogAccessError
@@ -22,6 +21,7 @@ from services.eventlog.jetstream.connection import Connection, close, connect
 from services.eventlog.jetstream.names import Role
 from services.eventlog.jetstream.provision import provision
 from services.eventlog.jetstream.publisher import Publisher
+from tests.support.cluster import reload
 from tests.support.polling import eventually
 from tests.support.security import Secured, make_deployment, replace_certificate
 
@@ -96,7 +96,7 @@ async def test_certificates_are_renewed_under_load(secured: Secured) -> None:
         before = await all_shown(secured)
 
         secured.deployment.renew_certificates()
-        await asyncio.to_thread(secured.cluster.reload)
+        await asyncio.to_thread(reload, secured.cluster)
 
         async def renewed() -> bool:
             return not set(before) & set(await all_shown(secured))
@@ -112,7 +112,7 @@ async def test_certificates_are_renewed_under_load(secured: Secured) -> None:
 async def test_nodes_find_each_other_with_renewed_certificates(secured: Secured) -> None:
     """A node that comes back joins by its new certificate, and trusts the others' new ones."""
     secured.deployment.renew_certificates()
-    await asyncio.to_thread(secured.cluster.reload)
+    await asyncio.to_thread(reload, secured.cluster)
 
     await asyncio.to_thread(secured.cluster.stop, 0)
     secured.cluster.start_node(0)
@@ -127,7 +127,7 @@ async def test_users_are_renewed_in_two_steps_under_load(secured: Secured, tmp_p
     old.write_bytes(secured.layout.seed(Role.INGEST).read_bytes())
     async with load(secured) as client:
         secured.deployment.begin_users()
-        await asyncio.to_thread(secured.cluster.reload)
+        await asyncio.to_thread(reload, secured.cluster)
         await _in(secured, old)
         await _in(secured, secured.layout.next_seed(Role.INGEST))
         await client.goes_on()
@@ -135,7 +135,7 @@ async def test_users_are_renewed_in_two_steps_under_load(secured: Secured, tmp_p
 
         secured.deployment.finish_users()
         assert old.read_bytes() != secured.layout.seed(Role.INGEST).read_bytes()
-        await asyncio.to_thread(secured.cluster.reload)
+        await asyncio.to_thread(reload, secured.cluster)
 
         await eventually(lambda: client.nc.stats["reconnects"] >= 1 and client.nc.is_connected)
         await client.goes_on()
@@ -172,28 +172,16 @@ async def test_a_certificate_that_has_expired_meanwhile_is_told_and_renewing_it_
         async with secured.connected(Role.INGEST) as nc:
             past = datetime.now(UTC) - timedelta(days=9)
             replace_certificate(layout, "n1", start=past, lifetime=timedelta(days=8), hosts=["localhost", "127.0.0.1"])
-            await asyncio.to_thread(cluster.reload)
+            await asyncio.to_thread(reload, cluster)
             assert nc.is_connected
             await asyncio.to_thread(cluster.stop, 0)
             cluster.start_node(0)
             await eventually(lambda: "its certificate has expired" in nc._told)
 
             secured.deployment.renew_certificates()
-            await asyncio.to_thread(cluster.reload)
+            await asyncio.to_thread(reload, cluster)
 
             await eventually(lambda: nc.is_connected)
-
-
-async def test_a_bad_configuration_is_not_loaded(secured: Secured) -> None:
-    """A reload that would be ignored in silence is refused aloud before a signal is sent."""
-    accounts = secured.layout.nats / "accounts.conf"
-    good = accounts.read_text()
-    accounts.write_text(good.replace("accounts {", "accounts { {"))
-    try:
-        with pytest.raises(ChildFailedError, match="refuses its configuration"):
-            await asyncio.to_thread(secured.cluster.reload)
-    finally:
-        accounts.write_text(good)
 
 
 async def test_a_cluster_encrypts_its_disks_when_the_deployment_says_so(tmp_path: Path) -> None:
