@@ -247,7 +247,7 @@ class Publisher(EventWriter):
     async def _store_all(self, group: list[_Gathered]) -> None:
         """Store *group* as a batch, which counts as under way already, or its events one by one."""
         try:
-            stored = await self._batches.once([one.event for one in group])
+            stored = await self._batches.once([one.event for one in group], min(one.end for one in group))
         except Exception as error:  # noqa: BLE001 - raised where each event is waited for
             for one in group:
                 _end(one, error)
@@ -377,14 +377,14 @@ class Batches:
         finally:
             self._turns.release()
 
-    async def once(self, events: Sequence[Event]) -> list[Appended] | None:
-        """Try once to store *events*, two at least, as an atomic batch; None when it did not work, or nobody knows.
+    async def once(self, events: Sequence[Event], end: float) -> list[Appended] | None:
+        """Try once, until *end* at most, to store *events*, two at least, as a batch; None: it failed, or nobody knows.
 
         Raises LogFullError, LogRefusedError: nothing of it was stored.
         """
         slot = self._exchange.open(subject_of(events[0].consultation))
         try:
-            end = self._loop.time() + _PATIENCE * ATTEMPT_SECONDS
+            end = min(end, self._loop.time() + _PATIENCE * ATTEMPT_SECONDS)
             if await self._send(events, slot, end) is not None:
                 return None
             answer = await self._exchange.answer(slot, end, _PATIENCE * ATTEMPT_SECONDS)
