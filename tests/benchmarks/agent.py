@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -44,7 +45,9 @@ def _meet() -> None:
 def main() -> None:
     """Read the order, print the report."""
     report = uvloop.run(run(orjson.loads(sys.stdin.buffer.readline())))
+    os.set_blocking(sys.stdout.fileno(), True)  # a long report does not fit into the pipe at once
     sys.stdout.buffer.write(orjson.dumps(report))
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
