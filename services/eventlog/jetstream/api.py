@@ -6,8 +6,10 @@ error answer becomes an :class:`ApiError`, whose second base says what happens n
 
 from __future__ import annotations
 
+import asyncio
 from base64 import b64decode
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, NotRequired, TypedDict
 
 import nats.errors
@@ -201,6 +203,13 @@ class JetStreamApi:
         One that was elected just now may not have applied all of it yet, and a deposed one may not know that it is.
         """
         wanted: dict[str, Any] = {"seq": sequence} if next_of is None else {"seq": sequence, "next_by_subj": next_of}
+        return await self._leaders(stream, wanted, timeout)
+
+    async def last_message(self, stream: str, subject: str, *, timeout: float | None = None) -> StoredMessage | None:
+        """Return the last message of *subject* as the stream's leader has it; None when there is none."""
+        return await self._leaders(stream, {"last_by_subj": subject}, timeout)
+
+    async def _leaders(self, stream: str, wanted: Mapping[str, Any], timeout: float | None) -> StoredMessage | None:
         try:
             message = (await self.request(f"STREAM.MSG.GET.{stream}", wanted, timeout=timeout))["message"]
         except ApiError as error:
@@ -227,6 +236,22 @@ class JetStreamApi:
             raise LogUnavailableError(f"{suffix}: no answer within {timeout:g} s") from None
         except (nats.errors.Error, OSError) as error:
             raise LogUnavailableError(f"{suffix}: {type(error).__name__}") from error
+
+
+@asynccontextmanager
+async def inbox(nc: Client) -> AsyncIterator[tuple[str, asyncio.Queue[Msg]]]:
+    """Hear many answers to one question: a subject of its own to name as *reply*, and the queue into which they come.
+
+    Raises nats.errors.Error, OSError: there is no connection.
+    """
+    answers: asyncio.Queue[Msg] = asyncio.Queue()
+    subject = nc.new_inbox()
+    subscription = await nc.subscribe(subject, cb=answers.put)
+    try:
+        yield subject, answers
+    finally:
+        if not nc.is_closed:
+            await subscription.unsubscribe()
 
 
 #: what the server adds to a message in a direct get

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from base64 import b64decode
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -38,7 +37,7 @@ from nats.js.api import Header
 
 from services.contract.lifecycle import cancellable
 from services.eventlog.errors import LogMismatchError, LogUnavailableError, PlacementError
-from services.eventlog.jetstream.api import ApiError, JetStreamApi, api_error
+from services.eventlog.jetstream.api import ApiError, JetStreamApi, api_error, inbox
 from services.eventlog.jetstream.names import (
     BUCKET,
     BUCKET_PREFIX,
@@ -65,7 +64,6 @@ _LAG_PAUSE_SECONDS = 0.5
 
 #: the key has another revision than the put expects; the second one: another put of it is under way
 _OTHER_REVISION = frozenset({10071, 10164})
-_NO_MESSAGE = 10037
 _DIRECT_GET = f"$JS.API.DIRECT.GET.{BUCKET_STREAM}"
 _OPERATION = "KV-Operation"
 #: key that says that the operator has named every store, after the bucket was lost
@@ -515,34 +513,24 @@ async def _bucket(api: JetStreamApi) -> dict[str, Any]:
 async def _leaders(api: JetStreamApi, key: str, *, seq: int | None = None) -> _Entry:
     """Return the newest value of *key*, or the first one from revision *seq* on."""
     subject = key_subject(key)
-    body: dict[str, Any] = {"last_by_subj": subject} if seq is None else {"seq": seq, "next_by_subj": subject}
-    try:
-        answer = await api.request(f"STREAM.MSG.GET.{BUCKET_STREAM}", body, timeout=_ANSWER_SECONDS)
-    except ApiError as error:
-        if error.err_code != _NO_MESSAGE:
-            raise
-        return _ABSENT
-    message = answer["message"]
-    deleted = _OPERATION.encode() in b64decode(message.get("hdrs", ""))
-    return _Entry(int(message["seq"]), None if deleted else _value(None, b64decode(message.get("data", ""))))
+    if seq is None:
+        message = await api.last_message(BUCKET_STREAM, subject, timeout=_ANSWER_SECONDS)
+    else:
+        message = await api.leader_message(BUCKET_STREAM, seq, next_of=subject, timeout=_ANSWER_SECONDS)
+    return _ABSENT if message is None else _Entry(message["seq"], _value(message["headers"], message["data"]))
 
 
 async def _replicas(nc: Client, keys: list[str], last: int) -> dict[str, _Entry] | None:
     """Return the newest value of each of *keys*; None when not all is as new as the sequence *last*."""
     found: dict[str, _Entry] = {}
-    answers: asyncio.Queue[Msg] = asyncio.Queue()
-    inbox = nc.new_inbox()
+    wanted = {"multi_last": [key_subject(key) for key in keys]}
     try:
-        subscription = await nc.subscribe(inbox, cb=answers.put)
-        try:
-            await nc.publish(_DIRECT_GET, orjson.dumps({"multi_last": [key_subject(key) for key in keys]}), reply=inbox)
+        async with inbox(nc) as (reply, answers):
+            await nc.publish(_DIRECT_GET, orjson.dumps(wanted), reply=reply)
             async with asyncio.timeout(_REPLICA_SECONDS):
                 while "Status" not in (headers := (message := await answers.get()).headers or {}):
                     key = headers["Nats-Subject"].removeprefix(f"{BUCKET_PREFIX}.")
                     found[key] = _Entry(int(headers["Nats-Sequence"]), _value(headers, message.data))
-        finally:
-            if not nc.is_closed:
-                await subscription.unsubscribe()
     except TimeoutError:
         return None
     except (nats.errors.Error, OSError) as error:

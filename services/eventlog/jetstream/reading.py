@@ -18,9 +18,7 @@ says which was the last: behind a hole it is asked again.
 from __future__ import annotations
 
 import asyncio
-from base64 import b64decode
 from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -33,7 +31,7 @@ from nats.aio.msg import Msg
 from services.contract.errors import PoisonError
 from services.contract.event import Event, decode
 from services.eventlog.errors import CorpusAwayError, LogUnavailableError
-from services.eventlog.jetstream.api import ApiError, JetStreamApi
+from services.eventlog.jetstream.api import JetStreamApi, inbox
 from services.eventlog.jetstream.names import STREAM, stored_subject
 from services.eventlog.jetstream.questions import Consultations, Events, EventsAnswer, Questions, Row
 from services.eventlog.jetstream.refusals import must_hear
@@ -51,8 +49,6 @@ MOST_EVENTS, MOST_BYTES = 1024, 4 << 20
 BATCH_MESSAGES, BATCH_BYTES = 256, 1 << 20
 #: how often a batch is asked for of which not even the first message arrives
 _TRIES = 3
-#: the broker's error code for a message that is not there
-_NO_MESSAGE = 10037
 _DIRECT_GET = f"$JS.API.DIRECT.GET.{STREAM}"
 
 #: position in the stream, and the event there; None for what is none
@@ -295,8 +291,8 @@ class StreamReading:
 
         Raises LogUnavailableError: no answer.
         """
-        found = await self._leaders({"last_by_subj": stored_subject(partition, consultation)})
-        return 0 if found is None else int(found["seq"])
+        found = await self._api.last_message(STREAM, stored_subject(partition, consultation))
+        return 0 if found is None else found["seq"]
 
     async def lacks(self, after: int) -> bool:
         """Return whether trim may have deleted anything behind *after*: in a full stream also in its middle.
@@ -323,10 +319,9 @@ class StreamReading:
         Raises LogUnavailableError: no answer.
         """
         message = await self._api.get_message(STREAM, sequence)
-        if message is not None:
-            return sequence, _event(message["subject"], message["headers"], message["data"])
-        found = await self._leaders({"seq": sequence})  # a replica that lags says the same as one that has trimmed it
-        return None if found is None else (sequence, await self._decoded(found))
+        if message is None:  # a replica that lags says the same as one that has trimmed it
+            message = await self._api.leader_message(STREAM, sequence)
+        return None if message is None else (sequence, _event(message["subject"], message["headers"], message["data"]))
 
     async def has_news(self, partition: int, consultation: str, after: int) -> bool:
         """Return whether some replica has a message of the consultation behind *after*: cheap, and perhaps late.
@@ -350,25 +345,11 @@ class StreamReading:
                 position = int((message.headers or {})["Nats-Sequence"])
                 yield position, _event(subject, message.headers, message.data)
         while position < last:  # the replica that answered lags, or what it sends gets lost
-            found = await self._leaders({"seq": position + 1, "next_by_subj": subject})
+            found = await self._api.leader_message(STREAM, position + 1, next_of=subject)
             if found is None:  # trimmed meanwhile
                 return
-            position = int(found["seq"])
-            yield position, await self._decoded(found)
-
-    async def _leaders(self, wanted: dict[str, object]) -> dict[str, str] | None:
-        try:
-            answer = await self._api.request(f"STREAM.MSG.GET.{STREAM}", wanted)
-        except ApiError as error:
-            if error.err_code == _NO_MESSAGE:
-                return None
-            raise
-        message: dict[str, str] = answer["message"]
-        return message
-
-    async def _decoded(self, found: dict[str, str]) -> Event | None:
-        headers = await self._nc._process_headers(b64decode(found.get("hdrs", "")))
-        return _event(found["subject"], headers, b64decode(found.get("data", "")))
+            position = found["seq"]
+            yield position, _event(subject, found["headers"], found["data"])
 
     async def _batch(self, subject: str, start: int) -> list[Msg]:
         """Return some messages of *subject* from *start* on, as one replica has them; none when it has none."""
@@ -384,8 +365,8 @@ class StreamReading:
         batch: list[Msg] = []
         before = "0"
         try:
-            async with asyncio.timeout(self._timeout), self._inbox() as (inbox, answers):
-                await self._nc.publish(_DIRECT_GET, orjson.dumps(wanted), reply=inbox)
+            async with asyncio.timeout(self._timeout), inbox(self._nc) as (reply, answers):
+                await self._nc.publish(_DIRECT_GET, orjson.dumps(wanted), reply=reply)
                 while True:
                     message = await answers.get()
                     headers = message.headers or {}
@@ -406,17 +387,6 @@ class StreamReading:
             raise LogUnavailableError(f"DIRECT.GET.{STREAM}: no answer within {self._timeout:g} s") from None
         except (nats.errors.Error, OSError) as error:
             raise LogUnavailableError(f"DIRECT.GET.{STREAM}: {type(error).__name__}") from error
-
-    @asynccontextmanager
-    async def _inbox(self) -> AsyncIterator[tuple[str, asyncio.Queue[Msg]]]:
-        answers: asyncio.Queue[Msg] = asyncio.Queue()
-        inbox = self._nc.new_inbox()
-        subscription = await self._nc.subscribe(inbox, cb=answers.put)
-        try:
-            yield inbox, answers
-        finally:
-            if not self._nc.is_closed:
-                await subscription.unsubscribe()
 
 
 def _event(subject: str, headers: dict[str, str] | None, body: bytes) -> Event | None:
