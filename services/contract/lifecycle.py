@@ -104,6 +104,16 @@ async def cancellable(work: Awaitable[T]) -> T:
             raise asyncio.CancelledError
 
 
+def spawn(
+    tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None], name: str | None = None
+) -> asyncio.Task[None]:
+    """Begin *work* in a task that *tasks* holds until it is done: the loop by itself may lose a running task."""
+    task = asyncio.create_task(work, name=name)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
+
+
 def backoff(pause: float, longest: float) -> Iterator[float]:
     """Yield how long to wait before each further try: *pause*, then twice as long each time, up to *longest*."""
     while True:

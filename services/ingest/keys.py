@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Iterable
 from typing import TypeVar
 
 from services.contract.event import Event
+from services.contract.lifecycle import spawn
 from services.eventlog.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.eventlog.partitions import partition_of
 from services.eventlog.protocol import Appended, EventReader, Snapshot, Stored, digest_of
@@ -121,9 +122,7 @@ class Keys:
         silent = owner.silent
         if silent and not owner.is_due(self._loop.time()):
             return
-        lookup = asyncio.create_task(self._looked_up(reader, owner, consultation, checks, snapshot))
-        self._lookups.add(lookup)
-        lookup.add_done_callback(self._lookups.discard)
+        lookup = spawn(self._lookups, self._looked_up(reader, owner, consultation, checks, snapshot))
         if not silent:
             for check in checks:
                 check.lookup = lookup

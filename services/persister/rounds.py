@@ -32,6 +32,7 @@ from structlog.typing import FilteringBoundLogger
 from services.contract import logs
 from services.contract.errors import FiqError, PoisonError
 from services.contract.event import Event, decode
+from services.contract.lifecycle import spawn
 from services.corpus import (
     EventStore,
     PermanentCorpusError,
@@ -243,16 +244,13 @@ class Batch:
                 same = row.sequence == sequence or _same_body(store, consultation, row, event.body)
                 at = row.sequence
             else:
-                new[event_id] = Record(sequence, event.received_ns, event_id, event.body)
+                new[event_id] = _record(sequence, event)
                 continue
             if not same and not _is_known_conflict(store, consultation, event):
                 conflicts.append(Conflict(sequence, event, at))
         if store.append(consultation, list(new.values())):
             self.created.append(consultation)
-        kept = ((one.sequence, one.event) for one in conflicts)
-        store.append_conflicts(
-            consultation, [Record(n, event.received_ns, event.event_id.bytes, event.body) for n, event in kept]
-        )
+        store.append_conflicts(consultation, [_record(one.sequence, one.event) for one in conflicts])
         self.conflicts += conflicts
         self.persisted += len(new)
         self.duplicates += len(events) - len(new) - len(conflicts)
@@ -313,10 +311,7 @@ class Rounds:
             batches, full = self._take()
             if not batches:
                 continue
-            work = asyncio.create_task(self._round(batches), name="round")
-            self._tasks.add(work)
-            work.add_done_callback(self._tasks.discard)
-            await asyncio.shield(work)
+            await asyncio.shield(spawn(self._tasks, self._round(batches), "round"))
             self._next_at = 0.0 if full else began + min(LONGEST_SECONDS, self._cost / SHARE)
             if full:
                 self._arrived.set()
@@ -329,7 +324,7 @@ class Rounds:
         await self._in_hdf5(batches, Batch.decode, Batch.append)
         for batch in batches:
             if batch.poison:
-                self._spawn(self._finish([batch], began))
+                spawn(self._tasks, self._finish([batch], began))
         await self._finish([batch for batch in batches if not batch.poison], began)
 
     async def _finish(self, batches: list[Batch], began: float) -> None:
@@ -396,7 +391,7 @@ class Rounds:
             member.busy_at, member.progressed = time.monotonic(), True
             member.suspects.passed(batch.deliveries)
             if batch.conflicts:
-                self._spawn(_announce(batch))
+                spawn(self._tasks, _announce(batch))
         else:
             if self._members.get(member.partition) is member:
                 del self._members[member.partition]
@@ -408,11 +403,6 @@ class Rounds:
         member.in_hand = None
         if member.follower.ready:
             self.arrived()  # it came while the batch was in hand
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def _report(self, batches: Sequence[Batch], seconds: float) -> None:
         if not batches:
@@ -490,6 +480,10 @@ def decoded(
         else:
             events.append((delivery.sequence, event))
     return events, poison
+
+
+def _record(sequence: int, event: Event) -> Record:
+    return Record(sequence, event.received_ns, event.event_id.bytes, event.body)
 
 
 def _same_body(store: EventStore, consultation: str, row: StoredRow, body: bytes) -> bool:

@@ -13,12 +13,13 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 from uuid import UUID
 
 from services.contract.event import Event
+from services.contract.lifecycle import spawn
 from services.eventlog.errors import (
     CorpusAwayError,
     DuplicateInFlightError,
@@ -39,7 +40,7 @@ from services.eventlog.jetstream.exchange import (
     waits,
 )
 from services.eventlog.jetstream.names import STREAM, stream_of, subject_of
-from services.eventlog.jetstream.refusals import TolerantClient
+from services.eventlog.jetstream.refusals import Received, TolerantClient
 from services.eventlog.protocol import Appended, EventWriter
 
 #: most messages of an atomic batch: the broker's limit
@@ -66,6 +67,8 @@ MAX_SINGLES = 64
 #: share of the time that is left in which it is asked which events are known
 _ASKING = 0.25
 
+#: what an answer of the broker says
+Outcome = TypeVar("Outcome")
 #: publishes one event until a moment on the loop's clock
 AppendOne = Callable[[Event, float], Awaitable[Appended]]
 #: stores a batch until a moment on the loop's clock, or tells by None that the stream knows one of its events
@@ -223,12 +226,9 @@ class Publisher(EventWriter):
             self._send(self._next())
 
     def _send(self, group: list[_Gathered]) -> None:
-        if len(group) == 1:
+        if group:
             self._under_way += 1
-            self._spawn(self._store_one(group[0]))
-        elif group:
-            self._under_way += 1
-            self._spawn(self._store_all(group))
+            spawn(self._tasks, self._store_one(group[0]) if len(group) == 1 else self._store_all(group))
 
     def _next(self) -> list[_Gathered]:
         """Return the events that go together next: each id once, or the broker would refuse all of them."""
@@ -252,13 +252,14 @@ class Publisher(EventWriter):
             for one in group:
                 _end(one, error)
         else:
-            if stored is None:
-                self.retries += 1
-                self._under_way += len(group)
-                for one in group:
-                    self._spawn(self._store_one(one, tried=True))
-            for one, appended in zip(group, stored or (), strict=stored is not None):
-                _end(one, appended)
+            if stored is not None:
+                for one, appended in zip(group, stored, strict=True):
+                    _end(one, appended)
+                return
+            self.retries += 1
+            self._under_way += len(group)
+            for one in group:
+                spawn(self._tasks, self._store_one(one, tried=True))
         finally:
             self._done()
 
@@ -276,46 +277,83 @@ class Publisher(EventWriter):
         self._under_way -= 1
         self._send_gathered()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _append_by(self, event: Event, end: float, *, unanswered: bool = False) -> Appended:
-        """Store one event of a batch until *end*, on the loop's clock; *unanswered*: an attempt of ours was before."""
+        """Store one event until *end*, on the loop's clock; *unanswered*: an attempt of ours was before."""
         subject = subject_of(event.consultation)
         message = _Message(subject, event.body, event.headers(), stream_of(subject))
         return await self._publish(message, end, unanswered=unanswered)
 
     async def _publish(self, message: _Message, end: float, *, unanswered: bool = False) -> Appended:
-        self._exchange.check_size(message.body, message.headers)
-        slot = self._exchange.open(message.subject)
-        try:
-            return await self._deliver(message, slot, end, unanswered)
-        finally:
-            self._exchange.release(slot)
-
-    async def _deliver(self, message: _Message, slot: Slot, end: float, unanswered: bool) -> Appended:
         exchange = self._exchange
-        trouble = Again("no answer")
-        for patience, pause in waits():
-            not_sent = await exchange.send(message.subject, message.body, message.headers, slot.reply_to)
-            answer = await exchange.answer(slot, end, patience if not_sent is None else pause)
-            if answer is None:
-                trouble = not_sent or Again(f"no answer within {self._deadline:g} s")
-                unanswered = unanswered or not_sent is None
-            while answer is not None:
-                outcome = read_ack(answer.data, answer.headers, message.stream)
-                if isinstance(outcome, Appended):
-                    return outcome
-                trouble = outcome
-                answer = await exchange.answer(slot, end, pause)  # an earlier attempt's may still come
-            if self._loop.time() >= end:
-                break
-            self.retries += 1
-        if trouble.err_code == DUPLICATE_IN_FLIGHT and not unanswered:
-            raise DuplicateInFlightError(trouble.reason)
-        raise LogUnavailableError(f"the log did not take the message within {self._deadline:g} s: {trouble.reason}")
+        exchange.check_size(message.body, message.headers)
+        slot = exchange.open(message.subject)
+        try:
+            return await _delivered(
+                exchange,
+                slot,
+                end,
+                send=lambda: exchange.send(message.subject, message.body, message.headers, slot.reply_to),
+                read=lambda answer: read_ack(answer.data, answer.headers, message.stream),
+                what="message",
+                deadline=self._deadline,
+                unanswered=unanswered,
+                on_retry=self._count_retry,
+            )
+        finally:
+            exchange.release(slot)
+
+    def _count_retry(self) -> None:
+        self.retries += 1
+
+
+async def _delivered(
+    exchange: Exchange,
+    slot: Slot,
+    end: float,
+    *,
+    send: Callable[[], Awaitable[Again | None]],
+    read: Callable[[Received], Outcome | Again],
+    what: str,
+    deadline: float,
+    patience: float = 1.0,
+    unanswered: bool = False,
+    on_retry: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Send until an answer says what became of it, or until *end*.
+
+    Args:
+        exchange: hears the answers.
+        slot: of this call.
+        end: on the loop's clock.
+        send: sends it, or tells why not.
+        read: what an answer says.
+        what: it is, and *deadline*, how long it had, seconds: for the message of an error.
+        patience: how many times the patience with one event an attempt gets.
+        unanswered: whether an earlier attempt of ours may be under way still.
+        on_retry: called before each attempt behind the first.
+
+    Raises LogUnavailableError: nothing said so; DuplicateInFlightError: somebody else was storing it; what *read* and
+    *send* raise.
+    """
+    trouble = Again("no answer")
+    for seconds, pause in waits():
+        not_sent = await send()
+        answer = await exchange.answer(slot, end, patience * seconds if not_sent is None else pause)
+        if answer is None:
+            trouble = not_sent or Again(f"no answer within {deadline:g} s")
+            unanswered = unanswered or not_sent is None
+        while answer is not None:
+            outcome = read(answer)
+            if not isinstance(outcome, Again):
+                return outcome
+            trouble = outcome
+            answer = await exchange.answer(slot, end, pause)  # an earlier attempt's may still come
+        if asyncio.get_running_loop().time() >= end:
+            break
+        on_retry()
+    if trouble.err_code == DUPLICATE_IN_FLIGHT and not unanswered:
+        raise DuplicateInFlightError(trouble.reason)
+    raise LogUnavailableError(f"the log did not take the {what} within {deadline:g} s: {trouble.reason}")
 
 
 def _end(one: _Gathered, outcome: Appended | Exception) -> None:
@@ -402,32 +440,25 @@ class Batches:
         longest = max(events, key=lambda event: len(event.body))
         self._exchange.check_size(longest.body, longest.headers() | _headers("0" * 32, MAX_BATCH, last=True))
         slot = self._exchange.open(subject_of(events[0].consultation))
+
+        def read(answer: Received) -> list[Appended] | Again | None:
+            outcome = read_batch_ack(answer.data, answer.headers, STREAM, len(events))
+            has_known = isinstance(outcome, Again) and outcome.err_code == BATCH_HAS_DUPLICATE
+            return None if has_known else outcome
+
         try:
-            return await self._deliver(events, slot, end)
+            return await _delivered(
+                self._exchange,
+                slot,
+                end,
+                send=lambda: self._send(events, slot, end),
+                read=read,
+                what="batch",
+                deadline=self._deadline,
+                patience=_PATIENCE,
+            )
         finally:
             self._exchange.release(slot)
-
-    async def _deliver(self, events: Sequence[Event], slot: Slot, end: float) -> list[Appended] | None:
-        trouble, unanswered = Again("no answer"), False
-        for patience, pause in waits():
-            not_sent = await self._send(events, slot, end)
-            answer = await self._exchange.answer(slot, end, _PATIENCE * patience if not_sent is None else pause)
-            if answer is None:
-                trouble = not_sent or Again(f"no answer within {self._deadline:g} s")
-                unanswered = unanswered or not_sent is None
-            while answer is not None:
-                outcome = read_batch_ack(answer.data, answer.headers, STREAM, len(events))
-                if not isinstance(outcome, Again):
-                    return outcome
-                if outcome.err_code == BATCH_HAS_DUPLICATE:
-                    return None
-                trouble = outcome
-                answer = await self._exchange.answer(slot, end, pause)  # an earlier attempt's may still come
-            if self._loop.time() >= end:
-                break
-        if trouble.err_code == DUPLICATE_IN_FLIGHT and not unanswered:
-            raise DuplicateInFlightError(trouble.reason)
-        raise LogUnavailableError(f"the log did not take the batch within {self._deadline:g} s: {trouble.reason}")
 
     async def _send(self, events: Sequence[Event], slot: Slot, end: float) -> Again | None:
         """Send *events* under a new batch id; only the last one asks for an answer, which is about all of them."""
