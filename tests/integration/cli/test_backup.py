@@ -66,6 +66,18 @@ async def test_a_deleted_volume_comes_back_with_every_event_once_and_in_order(lo
     assert verify_corpus(data).clean
 
 
+async def lost_after_backup(log: Log, data: Path, saved: Path, count: int) -> Contents:
+    """Persist *count* events in *data*, back them up, kill the persister and lose its disk; return the events."""
+    with Persister(data.parent / "a", log.cluster, data) as persister:
+        await persister.ready()
+        events = await log.publish(count)
+        await persisted(data, events)
+        await done(log, "backup", saved, "--corpus", data)
+        await kill(persister)
+    shutil.rmtree(data)
+    return events
+
+
 async def test_the_manifest_has_the_placement_and_the_streams_identity(log: Log, tmp_path: Path) -> None:
     """What `nats kv get` shows of each partition, to be read when the cluster is gone."""
     data, saved = tmp_path / "data", tmp_path / "saved"
@@ -132,13 +144,7 @@ async def test_a_restore_shuts_the_old_directory_out_before_its_long_copy(log: L
 async def test_a_restore_places_what_has_lost_its_key(log: Log, tmp_path: Path) -> None:
     """Key and disk are both gone: the backup says where the partition was."""
     data, saved = tmp_path / "data", tmp_path / "saved"
-    with Persister(tmp_path / "a", log.cluster, data) as persister:
-        await persister.ready()
-        events = await log.publish(40)
-        await persisted(data, events)
-        await done(log, "backup", saved, "--corpus", data)
-        await kill(persister)
-    shutil.rmtree(data)
+    events = await lost_after_backup(log, data, saved, 40)
     await (await log.nc.jetstream().key_value(BUCKET)).delete(placement_key("main", 2))
     assert "partition 02 had no key in the bucket" in await done(log, "restore", saved, "--to", data)
     with Persister(tmp_path / "b", log.cluster, data) as persister:
@@ -192,13 +198,7 @@ async def test_a_trimmed_stream_is_told_with_what_is_lost_and_force_goes_on_behi
 async def test_a_stream_made_anew_is_told_with_what_to_do(log: Log, tmp_path: Path) -> None:
     """Its sequences mean other events; --force puts the files there for whoever knows better, and persisters refuse."""
     data, saved = tmp_path / "data", tmp_path / "saved"
-    with Persister(tmp_path / "a", log.cluster, data) as persister:
-        await persister.ready()
-        events = await log.publish(20)
-        await persisted(data, events)
-        await done(log, "backup", saved, "--corpus", data)
-        await kill(persister)
-    shutil.rmtree(data)
+    events = await lost_after_backup(log, data, saved, 20)
     await delete_streams(log.cluster)
     assert "has no stream fi-events" in await refused(log, "restore", saved, "--to", data)
     await provision(log.nc, log.settings)

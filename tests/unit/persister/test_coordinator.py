@@ -102,6 +102,13 @@ class Rig:
         return made
 
 
+async def begun(rig: Rig) -> asyncio.Task[None]:
+    """Begin as a process does, and wait until it runs all four partitions."""
+    work = asyncio.create_task(rig.coordinator.run())
+    await eventually(lambda: len(rig.runners) == 4)
+    return work
+
+
 async def ended(work: asyncio.Task[None], rig: Rig) -> None:
     """End as a process does."""
     work.cancel()
@@ -157,8 +164,7 @@ async def test_a_newcomer_gets_its_share(tmp_path: Path) -> None:
 async def test_a_stop_in_the_middle_of_a_handover_ends(tmp_path: Path) -> None:
     """SIGTERM comes when it comes; the partitions that are being handed over are waited for all the same."""
     rig = Rig(tmp_path, MemoryPlacements())
-    work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: len(rig.runners) == 4)
+    work = await begun(rig)
     for runner in rig.runners.values():
         runner.gate.clear()
     rig.alive = ["other", "us"]
@@ -177,8 +183,7 @@ async def test_a_partition_that_is_placed_anew_meanwhile_begins_anew(tmp_path: P
     """Its runner was made for the earlier placement; the new one opens the file, which is the right one or not."""
     placements = MemoryPlacements()
     rig = Rig(tmp_path, placements)
-    work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: len(rig.runners) == 4)
+    work = await begun(rig)
     before = dict(rig.runners)
     placements.placed[2] = placed(2, rig.volume.uuid, 2)
     await eventually(lambda: rig.runners[2].placement.epoch == 2)
@@ -201,8 +206,7 @@ async def test_a_stream_created_anew_is_shown_and_not_claimed(tmp_path: Path) ->
     """What runs stays, so that each partition can say why it stopped."""
     placements = MemoryPlacements()
     rig = Rig(tmp_path, placements)
-    work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: len(rig.runners) == 4)
+    work = await begun(rig)
     placements.placed.clear()
     placements.created = "2026-12-01T00:00:00Z"
     await eventually(lambda: any("created anew" in problem for problem in rig.coordinator.problems()))
@@ -259,8 +263,7 @@ async def test_the_disks_room_is_shown_also_while_nothing_runs(tmp_path: Path, m
 async def test_a_disk_that_hangs_is_shown(tmp_path: Path) -> None:
     """What other partitions have reached is still told."""
     rig = Rig(tmp_path, MemoryPlacements())
-    work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: len(rig.runners) == 4)
+    work = await begun(rig)
     rig.runners[2].disk.clear()
     rig.runners[2].disk_wait = 11.0
     assert ["partition 02 has waited for its file for 11 s: does the disk answer?"] == rig.coordinator.problems()
@@ -336,8 +339,8 @@ async def test_progress_is_put_now_and_then_only(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("services.persister.coordinator.PROGRESS_SECONDS", 0.01)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
-    work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: len(rig.runners) == 4 and log.placed[0].committed == 7)
+    work = await begun(rig)
+    await eventually(lambda: log.placed[0].committed == 7)
     rig.runners[0].committed = 8
     rig.runners[1].committed = 6
     await eventually(lambda: log.placed[1].committed == 6)
@@ -354,8 +357,8 @@ async def test_whoever_was_placed_anew_finds_out_when_it_puts_its_progress(
     monkeypatch.setattr("services.persister.coordinator.PLACED_SECONDS", 1000)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
-    work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: len(rig.runners) == 4 and log.placed[2].committed == 7)
+    work = await begun(rig)
+    await eventually(lambda: log.placed[2].committed == 7)
     before = rig.runners[2]
     log.placed[2] = placed(2, rig.volume.uuid, 2, committed=5)
     before.committed = 8
@@ -370,8 +373,7 @@ async def test_news_of_the_bucket_and_a_reconnect_are_looked_at(
     monkeypatch.setattr("services.persister.coordinator.PLACED_SECONDS", 1000)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
-    work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: len(rig.runners) == 4)
+    work = await begun(rig)
     log.placed[2] = placed(2, rig.volume.uuid, 2)
     log.on_change()
     await eventually(lambda: rig.runners[2].placement.epoch == 2)
@@ -384,8 +386,7 @@ async def test_news_of_the_bucket_and_a_reconnect_are_looked_at(
 async def test_a_partition_whose_key_is_deleted_is_released_and_told(tmp_path: Path) -> None:
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
-    work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: len(rig.runners) == 4)
+    work = await begun(rig)
     del log.placed[3]
     log.deleted.add(3)
     await eventually(lambda: [0, 1, 2] == rig.coordinator.partitions)
@@ -398,8 +399,7 @@ async def test_idle_partitions_follow_the_stream(tmp_path: Path, monkeypatch: py
     """Or trim would stop at their last events; a partition at work needs no help, and an idle one little."""
     monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 0.01)
     rig = Rig(tmp_path, MemoryPlacements())
-    work = asyncio.create_task(rig.coordinator.run())
-    await eventually(lambda: len(rig.runners) == 4)
+    work = await begun(rig)
     rig.runners[1].idle_at = 7
     await eventually(lambda: rig.runners[1].advanced)
     assert [0, 1, 0, 0] == [runner.advanced for runner in rig.runners.values()]
