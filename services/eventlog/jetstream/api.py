@@ -114,11 +114,11 @@ class JetStreamApi:
                 return None
             raise
 
-    async def consumer_names(self, stream: str, *, timeout: float | None = None) -> list[str]:
+    async def consumer_names(self, stream: str) -> list[str]:
         """Return the names of all consumers of *stream*; the meta leader knows them, no consumer is waited for."""
         found: list[str] = []
         while True:
-            page = await self.request(f"CONSUMER.NAMES.{stream}", {"offset": len(found)}, timeout=timeout)
+            page = await self.request(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
             found += page.get("consumers") or []
             if not page.get("consumers") or len(found) >= page.get("total", 0):
                 return found

@@ -23,6 +23,9 @@ from services.eventlog.jetstream.api import STREAM_NOT_FOUND, JetStreamApi, Perm
 from services.eventlog.jetstream.definitions import cursor_config
 from services.eventlog.jetstream.names import STREAM, parse_cursor_name
 
+#: how long the making of a cursor may take, by attempt; it takes milliseconds, unless it fell to a dead node, and the
+#: next one may fall to another. The last one repeats: the cluster may only be slow, seconds
+CREATE_SECONDS = (1.0, 1.0, 2.0, 5.0)
 #: pause before what could not be deleted is tried again, seconds; the last one repeats
 _SWEEP_PAUSES_SECONDS = (2.0, 5.0, 15.0, 60.0)
 
@@ -47,28 +50,34 @@ class Cursor:
 
 
 class Cursors:
-    """Makes the cursors of one partition of one store, each under the next generation."""
+    """Makes the cursors of one partition of one store, each under the next generation.
+
+    What is asked during an election is never answered and must be asked again after it, so *api* must not be patient.
+    """
 
     def __init__(self, api: JetStreamApi, store: str, partition: int) -> None:
         self._api = api
         self._store = store
         self._partition = partition
         self._generation = 0
+        self._failures = 0  # cursors in a row whose making got no answer
         self._sweeping: asyncio.Task[None] | None = None
 
-    async def make(self, after: int, *, timeout: float) -> Cursor:
+    async def make(self, after: int) -> Cursor:
         """Make a cursor that delivers what comes after sequence *after*; the previous ones go in the background.
 
         Raises:
-            LogUnavailableError: no answer within *timeout* seconds, or the cluster cannot now. Trying again makes one
-                of another generation: this one may exist.
+            LogUnavailableError: no answer in time, or the cluster cannot now. Trying again makes one of another
+                generation: this one may exist.
             PermanentApiError: the broker refuses.
         """
         try:
-            taken = await self._generations(timeout)
-            self._generation = max([self._generation, *taken]) + 1
+            self._generation = max([self._generation, *await self._generations()]) + 1
             config = cursor_config(self._store, self._partition, self._generation, after + 1)
+            timeout = CREATE_SECONDS[min(self._failures, len(CREATE_SECONDS) - 1)]
+            self._failures += 1
             info = await self._api.create_consumer(STREAM, config, timeout=timeout)
+            self._failures = 0
         except PermanentApiError as error:
             if error.err_code in _TRY_AGAIN:
                 raise LogUnavailableError(str(error)) from error
@@ -83,9 +92,9 @@ class Cursors:
             self._sweeping.cancel()
             self._sweeping = None
 
-    async def _generations(self, timeout: float | None = None) -> dict[int, str]:
+    async def _generations(self) -> dict[int, str]:
         found = {}
-        for name in await self._api.consumer_names(STREAM, timeout=timeout):
+        for name in await self._api.consumer_names(STREAM):
             parsed = parse_cursor_name(name)
             if parsed is not None and parsed[:2] == (self._store, self._partition):
                 found[parsed[2]] = name

@@ -55,9 +55,6 @@ SILENCE_SECONDS = 2.0
 REPAIR_PAUSE_SECONDS = 0.25
 #: how long an answer may take; short, as it may be a frozen node's and another one answers soon, seconds
 REQUEST_SECONDS = 2.0
-#: how long the making of a cursor may take, by attempt; it takes milliseconds, unless it fell to a dead node, and the
-#: next one may fall to another. The last one repeats: the cluster may only be slow, seconds
-CREATE_SECONDS = (1.0, 1.0, 2.0, 5.0)
 #: a pull that found nothing ends after this time and is renewed, seconds
 PULL_SECONDS = 30.0
 #: one pull brings at most these
@@ -141,7 +138,6 @@ class JetStreamFollower:
         self._alive_at = 0.0
         self._doubt = ""
         self._progress = True  # something was delivered since the last repair
-        self._failures = 0  # repairs in a row that got no answer
         self._error: Exception | None = None
         self._deafen: Callable[[], None] = lambda: None
 
@@ -279,11 +275,9 @@ class JetStreamFollower:
         connects = self._nc.stats["reconnects"]
         await check_log(self._api, self._identity, self._committed, trimmable=self._trimmable)
         committed = self._committed.sequence
-        timeout = CREATE_SECONDS[min(self._failures, len(CREATE_SECONDS) - 1)]
-        cursor = await self._cursors.make(committed, timeout=timeout)
+        cursor = await self._cursors.make(committed)
         self._consumer, self._pending = cursor.name, cursor.pending
         self._connects = connects
-        self._failures = 0
         self._next_delivery = 1
         self._again = 0
         self._handed_out = self._last if self._seen > committed else None
@@ -306,7 +300,6 @@ class JetStreamFollower:
         try:
             await self._begin()
         except LogUnavailableError:
-            self._failures += 1
             self._doubt = reason
             return
         if silent:
