@@ -29,6 +29,7 @@ RUN set -eu; \
     find /opt/fiq -type d \( -name tests -o -name include \) -path '*/site-packages/*' -prune -exec rm -rf {} +; \
     find /opt/fiq -name '*.pyi' -delete
 COPY pyproject.toml README.md ./
+COPY fiq fiq
 COPY services services
 COPY deploy/nats-cluster/nats.conf deploy/nats-cluster/nats.conf
 RUN set -eu; \
@@ -63,7 +64,7 @@ WORKDIR /data
 EXPOSE 7001 7002 7101
 # healthy is what has an event loop that turns, ingest or persister; compose asks each service what it should be asked
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
-    CMD ["python3", "-m", "services.contract.probe", "http://127.0.0.1:7101/healthz", "http://127.0.0.1:7002/healthz"]
+    CMD ["python3", "-m", "services.core.probe", "http://127.0.0.1:7101/healthz", "http://127.0.0.1:7002/healthz"]
 CMD ["fiq", "--help"]
 ARG VERSION=0.1.0
 ARG REVISION=unknown

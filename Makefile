@@ -47,15 +47,15 @@ format: $(VENV)/.dev ## apply ruff's formatting and safe fixes
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev ## measure against the named references; prints Markdown and JSON (ARGS="--only at-work" to choose)
-	$(BIN)/python -m tests.benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, the curve of batch sizes, growth; prints Markdown
-	$(BIN)/python -m tests.benchmarks.corpus_commits
-	$(BIN)/python -m tests.benchmarks.corpus_curve
-	$(BIN)/python -m tests.benchmarks.corpus_growth
+	$(BIN)/python -m benchmarks.corpus_commits
+	$(BIN)/python -m benchmarks.corpus_curve
+	$(BIN)/python -m benchmarks.corpus_growth
 
 bench-soak: $(VENV)/.dev ## five minutes of load on the whole product: memory of every process; prints Markdown
-	$(BIN)/python -m tests.benchmarks.soak $(ARGS)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 lock: $(VENV)/.dev ## renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile $(LOCK) --extra cluster --group build pyproject.toml -o requirements/run.txt

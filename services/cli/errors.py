@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from services.contract.errors import PermanentError
+from fiq.errors import PermanentError
 
 
 class CommandError(PermanentError):

@@ -14,7 +14,7 @@ import structlog
 import typer
 from typer.core import TyperGroup
 
-from services.contract.errors import FiqError
+from fiq.errors import FiqError
 
 #: exit code after Ctrl-C: 128 + SIGINT
 INTERRUPTED = 130

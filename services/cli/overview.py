@@ -13,14 +13,14 @@ from nats.aio.client import Client
 
 from services.cli import monitoring
 from services.cli.target import State, Target, connected
-from services.eventlog.errors import LogUnavailableError
-from services.eventlog.jetstream import names
-from services.eventlog.jetstream.monitor import LogState, PartitionState, look_once
-from services.eventlog.jetstream.processes import LiveProcess, live_processes
-from services.eventlog.jetstream.report import ReplicaReport, StreamReport
-from services.eventlog.metrics import PARTITIONS, PROCESSES
-from services.eventlog.partitions import partition_name
-from services.eventlog.settings import LogSettings
+from services.log.errors import LogUnavailableError
+from services.log.jetstream import names
+from services.log.jetstream.monitor import LogState, PartitionState, look_once
+from services.log.jetstream.processes import LiveProcess, live_processes
+from services.log.jetstream.report import ReplicaReport, StreamReport
+from services.log.metrics import PARTITIONS, PROCESSES
+from services.log.partitions import partition_name
+from services.log.settings import LogSettings
 
 #: how long an election may keep the broker from answering, seconds
 _ELECTION = 12.0
@@ -206,7 +206,7 @@ def _partition(one: PartitionState, workers: list[Worker], committed: Mapping[in
 def _committed(corpus: Path | None) -> tuple[dict[int, int], list[str]]:
     if corpus is None or not corpus.exists():
         return {}, []
-    from services.corpus import CorpusError, open_corpus  # h5py is slow to import, and not every status needs it
+    from fiq.corpus import CorpusError, open_corpus  # h5py is slow to import, and not every status needs it
 
     try:
         with open_corpus(corpus) as opened:

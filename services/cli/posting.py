@@ -18,11 +18,11 @@ from uuid import UUID
 
 import orjson
 
+from fiq.client import Accepted, ClientError, FiqClient, RefusedError
+from fiq.errors import PoisonError
+from fiq.event import InvalidBodyError, check_body
+from fiq.ids import check_consultation_id, event_id_from_key
 from services.cli.errors import CommandError
-from services.client import Accepted, ClientError, FiqClient, RefusedError
-from services.contract.errors import PoisonError
-from services.contract.event import InvalidBodyError, check_body
-from services.contract.ids import check_consultation_id, event_id_from_key
 
 #: what precedes the event in a line of `fiq export`: before it there are only texts, in which quotes are escaped
 _EXPORTED_EVENT = b',"event":'

@@ -14,14 +14,14 @@ from uuid import UUID
 
 import orjson
 
+from fiq.client import FiqClient, Patience
 from services.cli.stack import Stack
-from services.client import FiqClient, Patience
-from services.eventlog.errors import LogUnavailableError
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.connection import close, connect
-from services.eventlog.jetstream.monitor import LogMonitor, PartitionState
-from services.eventlog.jetstream.names import STREAM, filter_subject
-from services.eventlog.settings import LogSettings
+from services.log.errors import LogUnavailableError
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.connection import close, connect
+from services.log.jetstream.monitor import LogMonitor, PartitionState
+from services.log.jetstream.names import STREAM, filter_subject
+from services.log.settings import LogSettings
 
 #: how long what was killed stays dead, seconds
 DOWN_SECONDS = 2.0
@@ -241,7 +241,7 @@ Found = tuple[str, int, bytes]
 
 def verify(path: Path, accepted: Iterable[Accepted]) -> Verdict:
     """Compare the corpus at *path* with what clients were told. Raises CorpusError: the corpus cannot be read."""
-    from services.corpus import open_corpus  # h5py takes long to import, and most commands need none of it
+    from fiq.corpus import open_corpus  # h5py takes long to import, and most commands need none of it
 
     with open_corpus(path) as corpus:
         found = (

@@ -16,13 +16,13 @@ import orjson
 import typer
 from nats.aio.client import Client
 
+from fiq.errors import ConfigurationError
 from services.cli.errors import AlreadyRunningError, CommandError, NotRunningError
 from services.cli.stack import Stack
-from services.contract.errors import ConfigurationError
-from services.contract.settings import load
-from services.eventlog.jetstream.connection import close, connect
-from services.eventlog.jetstream.names import Role
-from services.eventlog.settings import LogSettings
+from services.core.settings import load
+from services.log.jetstream.connection import close, connect
+from services.log.jetstream.names import Role
+from services.log.settings import LogSettings
 
 #: where `fiq up` puts everything unless told otherwise
 DEFAULT_FOLDER = Path(".fiq")

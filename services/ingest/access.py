@@ -20,10 +20,10 @@ from hmac import compare_digest
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from services.contract import tokens
-from services.contract.errors import ConfigurationError
-from services.contract.logs import get_logger
-from services.contract.tokens import Scope, Token, digest_of
+from fiq.errors import ConfigurationError
+from services.core import tokens
+from services.core.logs import get_logger
+from services.core.tokens import Scope, Token, digest_of
 from services.ingest import metrics as reasons
 from services.ingest import problems
 from services.ingest.admission import Lines, Rates

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from services.eventlog.errors import TooManyInFlightError
+from services.log.errors import TooManyInFlightError
 
 #: log lines of one kind a second in the long run, and at once
 _LINE_RATE, _LINE_BURST = 5.0, 50

@@ -14,16 +14,17 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 from multidict import CIMultiDict
 
-from services.contract.event import Event
-from services.contract.logs import BATCH_QUEUED, EVENT_QUEUED, get_logger
-from services.contract.trace import PARENT_HEADER, STATE_HEADER, Spans, Trace, read_trace
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.protocol import Appended, EventWriter
+from fiq.event import Event
+from fiq.trace import PARENT_HEADER, STATE_HEADER, Trace, read_trace
+from services.core.logs import BATCH_QUEUED, EVENT_QUEUED, get_logger
+from services.core.tracing import Spans
 from services.ingest import problems
 from services.ingest.admission import Lines
 from services.ingest.batch import Line
 from services.ingest.metrics import Metrics
 from services.ingest.problems import CONTENT_TYPE, Problem
+from services.log.jetstream.names import STREAM
+from services.log.protocol import Appended, EventWriter
 
 #: the trace of a request for which there is a span
 TRACE = web.RequestKey("trace", Trace)
@@ -83,12 +84,12 @@ class TracedWriter(EventWriter):
         self._spans = spans
 
     async def append(self, event: Event) -> Appended:
-        """Store *event*; see :meth:`services.eventlog.protocol.EventWriter.append`."""
+        """Store *event*; see :meth:`services.log.protocol.EventWriter.append`."""
         with self._spans.publishing(STREAM, event.trace) as trace:
             return await self._writer.append(dataclasses.replace(event, trace=trace))
 
     async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
-        """Store *events* of one request; see :meth:`services.eventlog.protocol.EventWriter.append_batch`."""
+        """Store *events* of one request; see :meth:`services.log.protocol.EventWriter.append_batch`."""
         with self._spans.publishing(STREAM, events[0].trace, events=len(events)) as trace:
             return await self._writer.append_batch([dataclasses.replace(event, trace=trace) for event in events])
 

@@ -11,12 +11,10 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from services.contract.lifecycle import beside
-from services.contract.management import CachedCheck, ReadinessCheck
-from services.contract.tokens import Scope
-from services.contract.trace import Spans
-from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import Backlog, EventBrowser, EventWriter
+from services.core.lifecycle import beside
+from services.core.management import CachedCheck, ReadinessCheck
+from services.core.tokens import Scope
+from services.core.tracing import Spans
 from services.ingest.access import GATE, OPEN, VARIABLE, Gate, Tokens
 from services.ingest.admission import Admission, Rates
 from services.ingest.answers import Answers, TracedWriter, serving_spans
@@ -52,6 +50,8 @@ from services.ingest.resources import EVENTS, RESOURCES
 from services.ingest.server import CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS, Certificate, check_both
 from services.ingest.settings import Settings
 from services.ingest.storing import Storing
+from services.log.metrics import LogMetrics
+from services.log.protocol import Backlog, EventBrowser, EventWriter
 
 #: what keeps the service from taking events just now
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")

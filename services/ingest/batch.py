@@ -15,16 +15,16 @@ from uuid import UUID
 import orjson
 from multidict import CIMultiDictProxy
 
-from services.contract.errors import InvalidIdError, PoisonError
-from services.contract.event import Event, InvalidBodyError, NotJsonError, check_depth, read_body, without_line_breaks
-from services.contract.ids import (
+from fiq.errors import InvalidIdError, PoisonError
+from fiq.event import Event, InvalidBodyError, NotJsonError, check_depth, read_body, without_line_breaks
+from fiq.ids import (
     check_consultation_id,
     event_id_from_key,
     event_id_of_cloudevent,
     event_id_of_line,
     new_event_id,
 )
-from services.contract.trace import Trace
+from fiq.trace import Trace
 from services.ingest import problems
 from services.ingest.problems import RequestRefusedError
 

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from services.contract.errors import ConfigurationError
-from services.contract.logs import get_logger
+from fiq.errors import ConfigurationError
+from services.core.logs import get_logger
 
 #: how often the files are looked at, seconds
 LOOK_SECONDS = 1.0

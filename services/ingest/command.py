@@ -7,10 +7,10 @@ import os
 
 import uvloop
 
-from services.contract import logs
-from services.contract.command import complain, load_or_exit, memory_limit, parser, product_version
-from services.contract.errors import FiqError
-from services.contract.lifecycle import Stop, stop_on_signals
+from fiq.errors import FiqError
+from services.core import logs
+from services.core.command import complain, load_or_exit, memory_limit, parser, product_version
+from services.core.lifecycle import Stop, stop_on_signals
 from services.ingest import connections
 from services.ingest.settings import Settings
 
@@ -43,7 +43,7 @@ async def _run(settings: Settings) -> int:
     stop = Stop()
     stop_on_signals(stop)
     # only now: these imports take a while, and from here on a signal ends the process in an orderly way
-    from services.contract.trace import spans_of
+    from services.core.tracing import spans_of
     from services.ingest.service import serve
 
     with spans_of(PROGRAM, os.environ) as spans:

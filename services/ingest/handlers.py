@@ -10,11 +10,11 @@ import orjson
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
-from services.contract.errors import InvalidIdError, PoisonError
-from services.contract.event import Event, InvalidBodyError, NotJsonError, check_body, check_depth
-from services.contract.ids import bare_key, check_consultation_id, event_id_from_key, new_event_id
-from services.contract.tokens import Scope
-from services.contract.trace import Trace
+from fiq.errors import InvalidIdError, PoisonError
+from fiq.event import Event, InvalidBodyError, NotJsonError, check_body, check_depth
+from fiq.ids import bare_key, check_consultation_id, event_id_from_key, new_event_id
+from fiq.trace import Trace
+from services.core.tokens import Scope
 from services.ingest import problems
 from services.ingest.access import GATE, GRANT
 from services.ingest.admission import Admission, Share

@@ -24,14 +24,14 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Iterable
 from typing import TypeVar
 
-from services.contract.event import Event
-from services.contract.lifecycle import spawn
-from services.eventlog.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
-from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import Appended, EventReader, Snapshot, Stored, digest_of
+from fiq.event import Event
+from services.core.lifecycle import spawn
 from services.ingest import problems
 from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, Metrics
 from services.ingest.problems import RequestRefusedError
+from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
+from services.log.partitions import partition_of
+from services.log.protocol import Appended, EventReader, Snapshot, Stored, digest_of
 
 #: a duplicate is looked for this long: replicas lag, and persisters are restarted, seconds
 COMPARE_SECONDS = 1.0

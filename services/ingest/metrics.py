@@ -7,8 +7,8 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from services.eventlog.metrics import LogMetrics
 from services.ingest.problems import registry as problems
+from services.log.metrics import LogMetrics
 
 #: from a publish without fsync to the longest deadline, seconds
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from services.contract.event import Event
-from services.eventlog.partitions import partition_name, partition_of
-from services.eventlog.protocol import Backlog
+from fiq.event import Event
 from services.ingest import problems
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
+from services.log.partitions import partition_name, partition_of
+from services.log.protocol import Backlog
 
 #: bounds of what clients are told to wait, seconds
 SHORTEST, LONGEST = 1.0, 60.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from services.contract.errors import FiqError
+from fiq.errors import FiqError
 
 CONTENT_TYPE = "application/problem+json"
 #: where the types live

@@ -10,16 +10,9 @@ from uuid import UUID
 import orjson
 from aiohttp import web
 
-from services.contract.errors import FiqError, InvalidIdError
-from services.contract.ids import check_consultation_id
-from services.contract.logs import get_logger
-from services.eventlog.errors import (
-    CorpusAwayError,
-    LogRefusedError,
-    LogUnavailableError,
-    TooManyInFlightError,
-)
-from services.eventlog.protocol import EventBrowser
+from fiq.errors import FiqError, InvalidIdError
+from fiq.ids import check_consultation_id
+from services.core.logs import get_logger
 from services.ingest import problems
 from services.ingest import reading_records as records
 from services.ingest.access import GRANT
@@ -28,6 +21,13 @@ from services.ingest.connections import send
 from services.ingest.handlers import ANSWERS, METRICS
 from services.ingest.problems import Problem, RequestRefusedError
 from services.ingest.reading_follow import Followers
+from services.log.errors import (
+    CorpusAwayError,
+    LogRefusedError,
+    LogUnavailableError,
+    TooManyInFlightError,
+)
+from services.log.protocol import EventBrowser
 
 READER = web.AppKey("reader", EventBrowser)
 FOLLOWERS = web.AppKey("followers", Followers)

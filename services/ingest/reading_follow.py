@@ -15,11 +15,9 @@ from collections import deque
 
 from aiohttp import web
 
-from services.contract.errors import TransientError
-from services.contract.logs import get_logger
-from services.contract.tokens import Scope
-from services.eventlog.errors import LogRefusedError
-from services.eventlog.protocol import EventBrowser, StoredEvent
+from fiq.errors import TransientError
+from services.core.logs import get_logger
+from services.core.tokens import Scope
 from services.ingest import problems
 from services.ingest import reading_records as records
 from services.ingest.access import GRANT
@@ -27,6 +25,8 @@ from services.ingest.answers import SERVER
 from services.ingest.connections import Patience, allow
 from services.ingest.metrics import Metrics
 from services.ingest.problems import RequestRefusedError
+from services.log.errors import LogRefusedError
+from services.log.protocol import EventBrowser, StoredEvent
 
 #: a client that has not taken what was sent after this is let go, seconds
 SLOW_SECONDS = 10.0

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 import orjson
 from aiohttp import web
 
-from services.eventlog.protocol import StoredEvent
 from services.ingest import problems
 from services.ingest.problems import RequestRefusedError
+from services.log.protocol import StoredEvent
 
 JSON, NDJSON, EVENT_STREAM = "application/json", "application/x-ndjson", "text/event-stream"
 #: most records of a page, and how many when nobody says

@@ -12,7 +12,7 @@ from typing import Any, cast
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from services.contract.errors import BindError, ConfigurationError
+from fiq.errors import BindError, ConfigurationError
 from services.ingest import problems
 from services.ingest.answers import Answers, trace_id_of
 from services.ingest.connections import Connections, Patience, Sending, in_bytes

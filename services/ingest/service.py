@@ -8,22 +8,22 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from services.contract.errors import ConfigurationError
-from services.contract.lifecycle import Stop, settle, unless_stopped
-from services.contract.logs import get_logger
-from services.contract.management import bind, managed
-from services.contract.trace import Spans
-from services.eventlog.jetstream.connection import check_max_payload, close
-from services.eventlog.jetstream.monitor import monitoring
-from services.eventlog.jetstream.names import Role
-from services.eventlog.jetstream.provision import reach
-from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.jetstream.reading import JetStreamReader
-from services.eventlog.metrics import LogMetrics
+from fiq.errors import ConfigurationError
+from services.core.lifecycle import Stop, settle, unless_stopped
+from services.core.logs import get_logger
+from services.core.management import bind, managed
+from services.core.tracing import Spans
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS
 from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
+from services.log.jetstream.connection import check_max_payload, close
+from services.log.jetstream.monitor import monitoring
+from services.log.jetstream.names import Role
+from services.log.jetstream.provision import reach
+from services.log.jetstream.publisher import Publisher
+from services.log.jetstream.reading import JetStreamReader
+from services.log.metrics import LogMetrics
 
 #: shown in the servers' monitoring
 CONNECTION_NAME = "fi-ingest"

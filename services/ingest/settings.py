@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.contract.logs import level
-from services.contract.settings import boolean, integer, nested, number, seconds, setting, size, text
-from services.contract.settings import port as tcp_port
-from services.eventlog.settings import LogSettings
+from services.core.logs import level
+from services.core.settings import boolean, integer, nested, number, seconds, setting, size, text
+from services.core.settings import port as tcp_port
+from services.log.settings import LogSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from services.contract.errors import FiqError
-from services.contract.event import Event
-from services.eventlog.errors import (
-    DuplicateInFlightError,
-    LogFullError,
-    LogRefusedError,
-    LogUnavailableError,
-    TooManyInFlightError,
-)
-from services.eventlog.protocol import Appended, EventWriter
+from fiq.errors import FiqError
+from fiq.event import Event
 from services.ingest import metrics as outcomes
 from services.ingest import problems
 from services.ingest.answers import Answers
@@ -24,6 +16,14 @@ from services.ingest.keys import KeyCheck, Keys
 from services.ingest.metrics import Metrics
 from services.ingest.pressure import Pressure
 from services.ingest.problems import Problem, RequestRefusedError
+from services.log.errors import (
+    DuplicateInFlightError,
+    LogFullError,
+    LogRefusedError,
+    LogUnavailableError,
+    TooManyInFlightError,
+)
+from services.log.protocol import Appended, EventWriter
 
 #: what becomes of an event that the log did not take
 _APPEND_ERRORS: dict[type[FiqError], tuple[Problem, str]] = {

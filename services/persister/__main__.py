@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from services.contract import signals
+from services.core import signals
 
 
 def main(arguments: list[str] | None = None) -> int:

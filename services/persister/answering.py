@@ -20,15 +20,15 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from services.contract.errors import PermanentError, TransientError
-from services.contract.logs import get_logger
-from services.corpus import CorpusError, EventStore, Lookup, StoredConsultation, StoredRow
-from services.eventlog.errors import LogUnavailableError
-from services.eventlog.jetstream import questions as wire
-from services.eventlog.jetstream.connection import PENDING_BYTES
-from services.eventlog.jetstream.names import corpus_subject
-from services.eventlog.jetstream.questions import Consultations, Events, Find, Ids, MalformedError, Question, Row
-from services.eventlog.protocol import Stored, digest_of
+from fiq.corpus import CorpusError, EventStore, Lookup, StoredConsultation, StoredRow
+from fiq.errors import PermanentError, TransientError
+from services.core.logs import get_logger
+from services.log.errors import LogUnavailableError
+from services.log.jetstream import questions as wire
+from services.log.jetstream.connection import PENDING_BYTES
+from services.log.jetstream.names import corpus_subject
+from services.log.jetstream.questions import Consultations, Events, Find, Ids, MalformedError, Question, Row
+from services.log.protocol import Stored, digest_of
 from services.persister.errors import described
 from services.persister.metrics import Metrics
 from services.persister.partition_file import NotNowError, PartitionFile

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.contract.logs import get_logger
-from services.corpus import (
+from fiq.corpus import (
     CorpusError,
     EventStore,
     Identity,
@@ -30,15 +29,16 @@ from services.corpus import (
     open_corpus,
     write_index,
 )
-from services.corpus.format import check_identity
-from services.corpus.recovery import journal_path
-from services.eventlog.errors import LogMismatchError, PlacementError
-from services.eventlog.jetstream.names import BUCKET, placement_key
-from services.eventlog.jetstream.placement import Placement, Placements, StorePlacement
-from services.eventlog.jetstream.trim import FENCE_SECONDS
-from services.eventlog.partitions import partition_name
-from services.eventlog.protocol import LogIdentity
-from services.eventlog.settings import LogSettings
+from fiq.corpus.format import check_identity
+from fiq.corpus.wal.recovery import journal_path
+from services.core.logs import get_logger
+from services.log.errors import LogMismatchError, PlacementError
+from services.log.jetstream.names import BUCKET, placement_key
+from services.log.jetstream.placement import Placement, Placements, StorePlacement
+from services.log.jetstream.trim import FENCE_SECONDS
+from services.log.partitions import partition_name
+from services.log.protocol import LogIdentity
+from services.log.settings import LogSettings
 from services.persister.volume import FIRST_EPOCH, Volume
 
 _FOREIGN = "its file lies in this volume, but another volume has the partition: move the file back where it belongs"

@@ -7,10 +7,10 @@ import os
 
 import uvloop
 
-from services.contract import logs
-from services.contract.command import complain, load_or_exit, memory_limit, parser
-from services.contract.errors import ConfigurationError, FiqError
-from services.contract.lifecycle import Stop, stop_on_signals
+from fiq.errors import ConfigurationError, FiqError
+from services.core import logs
+from services.core.command import complain, load_or_exit, memory_limit, parser
+from services.core.lifecycle import Stop, stop_on_signals
 from services.persister.memory import needed_bytes, variables, within
 from services.persister.settings import PersisterSettings
 
@@ -67,7 +67,7 @@ async def _run(settings: PersisterSettings, options: argparse.Namespace) -> int:
 
         await Supervisor(options.workers, port=settings.port, env=os.environ | variables(settings), stop=stop).run()
     else:
-        from services.contract.trace import spans_of
+        from services.core.tracing import spans_of
         from services.persister.service import serve
         from services.persister.supervisor import stop_with_parent
 

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from services.contract.errors import PermanentError, TransientError
-from services.contract.logs import get_logger
-from services.eventlog.errors import LogMismatchError, LogUnavailableError, PlacementError
-from services.eventlog.jetstream.placement import Placement, Placements
-from services.eventlog.jetstream.processes import Progress
-from services.eventlog.jetstream.trim import FENCE_SECONDS
-from services.eventlog.partitions import partition_name
-from services.eventlog.protocol import Position
+from fiq.errors import PermanentError, TransientError
+from services.core.logs import get_logger
+from services.log.errors import LogMismatchError, LogUnavailableError, PlacementError
+from services.log.jetstream.placement import Placement, Placements
+from services.log.jetstream.processes import Progress
+from services.log.jetstream.trim import FENCE_SECONDS
+from services.log.partitions import partition_name
+from services.log.protocol import Position
 from services.persister.assignment import Deployment, Placed, place
 from services.persister.errors import VolumeError
 from services.persister.members import Members, share

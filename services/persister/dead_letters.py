@@ -14,9 +14,9 @@ from typing import Protocol, TypeVar
 import orjson
 from structlog.typing import FilteringBoundLogger
 
-from services.contract.event import MESSAGE_ID_HEADER
-from services.eventlog.jetstream.names import dead_subject
-from services.eventlog.protocol import Appended, Delivery, LogIdentity
+from fiq.event import MESSAGE_ID_HEADER
+from services.log.jetstream.names import dead_subject
+from services.log.protocol import Appended, Delivery, LogIdentity
 from services.persister.errors import PoisonFloodError
 from services.persister.metrics import PartitionMetrics
 from services.persister.traces import trace_id_in

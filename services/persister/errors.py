@@ -14,8 +14,8 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
-from services.contract.errors import FiqError, PermanentError, TransientError
-from services.corpus import CorpusError
+from fiq.corpus import CorpusError
+from fiq.errors import FiqError, PermanentError, TransientError
 
 
 class VolumeBusyError(TransientError):

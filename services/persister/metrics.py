@@ -17,9 +17,9 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from services.corpus import StoreStats
-from services.eventlog.metrics import LogMetrics
-from services.eventlog.partitions import partition_name
+from fiq.corpus import StoreStats
+from services.log.metrics import LogMetrics
+from services.log.partitions import partition_name
 
 if TYPE_CHECKING:
     from services.persister.rounds import Batch

@@ -6,10 +6,10 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
 
-from services.contract.errors import TransientError
-from services.corpus import EventStore
-from services.eventlog.errors import PlacementError
-from services.eventlog.protocol import Position
+from fiq.corpus import EventStore
+from fiq.errors import TransientError
+from services.log.errors import PlacementError
+from services.log.protocol import Position
 
 #: the names of all consultations stay in memory for so long after they were asked for, seconds
 NAMES_SECONDS = 600.0

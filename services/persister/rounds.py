@@ -29,11 +29,7 @@ from typing import Any, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
-from services.contract import logs
-from services.contract.errors import FiqError, PoisonError
-from services.contract.event import Event, decode
-from services.contract.lifecycle import spawn
-from services.corpus import (
+from fiq.corpus import (
     EventStore,
     PermanentCorpusError,
     Record,
@@ -41,8 +37,12 @@ from services.corpus import (
     StoreFailedError,
     TransientCorpusError,
 )
-from services.eventlog.partitions import partition_name
-from services.eventlog.protocol import Delivery, Follower, message_id_at
+from fiq.errors import FiqError, PoisonError
+from fiq.event import Event, decode
+from services.core import logs
+from services.core.lifecycle import spawn
+from services.log.partitions import partition_name
+from services.log.protocol import Delivery, Follower, message_id_at
 from services.persister.dead_letters import DeadLetters, SetAside, Suspects
 from services.persister.errors import described
 from services.persister.metrics import Metrics, PartitionMetrics

@@ -14,9 +14,7 @@ from typing import Protocol
 
 from structlog.typing import FilteringBoundLogger
 
-from services.contract import logs
-from services.contract.errors import PermanentError, TransientError
-from services.corpus import (
+from fiq.corpus import (
     CorpusError,
     CorpusLockedError,
     EventStore,
@@ -25,9 +23,11 @@ from services.corpus import (
     StoreStats,
     TransientCorpusError,
 )
-from services.eventlog.errors import PlacementError
-from services.eventlog.partitions import partition_name
-from services.eventlog.protocol import Follower, Position
+from fiq.errors import PermanentError, TransientError
+from services.core import logs
+from services.log.errors import PlacementError
+from services.log.partitions import partition_name
+from services.log.protocol import Follower, Position
 from services.persister.dead_letters import DeadLetters, PoisonLimit, SetAside, Suspects
 from services.persister.errors import described, reason_of
 from services.persister.metrics import Metrics

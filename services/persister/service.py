@@ -16,27 +16,27 @@ import nats.errors
 import nats.micro
 from aiohttp import web
 
-from services.contract.command import product_version
-from services.contract.errors import BindError
-from services.contract.lifecycle import Stop, beside, cancellable, settle, unless_stopped
-from services.contract.logs import get_logger
-from services.contract.management import ReadinessCheck, add_management_routes, bind
-from services.contract.trace import Spans
-from services.corpus import KnownIds, StoreOptions
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.budget import Budget
-from services.eventlog.jetstream.connection import Connection, close
-from services.eventlog.jetstream.continuity import check_log
-from services.eventlog.jetstream.follower import JetStreamFollower
-from services.eventlog.jetstream.monitor import LogMonitor, monitoring
-from services.eventlog.jetstream.names import PERSISTER_SERVICE, Role, corpus_subject
-from services.eventlog.jetstream.placement import Placement, Placements
-from services.eventlog.jetstream.processes import show_progress
-from services.eventlog.jetstream.provision import reach_log
-from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.jetstream.trim import Trimmed, Trimmer, is_turn
-from services.eventlog.partitions import partition_name
-from services.eventlog.protocol import LogIdentity, Position
+from fiq.corpus import KnownIds, StoreOptions
+from fiq.errors import BindError
+from services.core.command import product_version
+from services.core.lifecycle import Stop, beside, cancellable, settle, unless_stopped
+from services.core.logs import get_logger
+from services.core.management import ReadinessCheck, add_management_routes, bind
+from services.core.tracing import Spans
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.budget import Budget
+from services.log.jetstream.connection import Connection, close
+from services.log.jetstream.continuity import check_log
+from services.log.jetstream.follower import JetStreamFollower
+from services.log.jetstream.monitor import LogMonitor, monitoring
+from services.log.jetstream.names import PERSISTER_SERVICE, Role, corpus_subject
+from services.log.jetstream.placement import Placement, Placements
+from services.log.jetstream.processes import show_progress
+from services.log.jetstream.provision import reach_log
+from services.log.jetstream.publisher import Publisher
+from services.log.jetstream.trim import Trimmed, Trimmer, is_turn
+from services.log.partitions import partition_name
+from services.log.protocol import LogIdentity, Position
 from services.persister.answering import Desk
 from services.persister.assignment import Deployment, open_store
 from services.persister.coordinator import Coordinator

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.contract.logs import level
-from services.contract.settings import integer, nested, port, seconds, setting, size, text
-from services.eventlog.settings import LogSettings
+from services.core.logs import level
+from services.core.settings import integer, nested, port, seconds, setting, size, text
+from services.log.settings import LogSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import signal
 import sys
 from collections.abc import Mapping
 
-from services.contract.command import EXIT_USAGE
-from services.contract.lifecycle import Stop
-from services.contract.logs import get_logger
+from services.core.command import EXIT_USAGE
+from services.core.lifecycle import Stop
+from services.core.logs import get_logger
 
 #: pauses before a worker that ended is started again, seconds; the last one repeats
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)

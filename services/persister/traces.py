@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from services.contract.event import Event
-from services.contract.logs import EVENT_TRACED
-from services.contract.trace import Spans, trace_of_message
-from services.eventlog.jetstream.names import STREAM
+from fiq.event import Event
+from fiq.trace import trace_of_message
+from services.core.logs import EVENT_TRACED
+from services.core.tracing import Spans
+from services.log.jetstream.names import STREAM
 
 if TYPE_CHECKING:
     from services.persister.rounds import Batch

@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from services.eventlog.partitions import partition_name
+from services.log.partitions import partition_name
 from services.persister.errors import VolumeBusyError, VolumeError
 
 _STATED = "volume.json"

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fiq.corpus import open_corpus, verify_corpus
 from services.cli.commands import demo
 from services.cli.main import app
 from services.cli.rehearsal import Accepted, Verdict, compare
-from services.corpus import open_corpus, verify_corpus
 from tests.support.polling import eventually_sync
 
 

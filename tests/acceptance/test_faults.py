@@ -10,13 +10,13 @@ import orjson
 import pytest
 from aiohttp import ClientResponse, ClientSession, ClientTimeout
 
+from fiq.corpus import open_corpus
 from services.cli.rehearsal import Accepted, Post, drained, verify
 from services.cli.stack import Stack
 from services.cli.target import connected
-from services.corpus import open_corpus
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.settings import LogSettings
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.names import STREAM
+from services.log.settings import LogSettings
 from tests.support.polling import eventually
 
 

@@ -16,7 +16,7 @@ import pytest
 from services.cli import monitoring
 from services.cli.cluster import Cluster
 from services.cli.processes import LOOPBACK, free_ports
-from services.eventlog.jetstream.names import Role
+from services.log.jetstream.names import Role
 from tests.support.persisters import Persister
 from tests.support.polling import eventually_sync
 from tests.support.prometheus import Prometheus, dashboard_queries, running_prometheus, tool

@@ -13,13 +13,13 @@ from uuid import UUID
 import h5py
 import pytest
 
+from fiq.corpus import open_corpus, verify_corpus
+from fiq.event import decode
 from services.cli.rehearsal import Chaos, Load, Outcome, drained, verify
 from services.cli.stack import Stack
 from services.cli.target import connected
-from services.contract.event import decode
-from services.corpus import open_corpus, verify_corpus
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.settings import LogSettings
+from services.log.jetstream.names import STREAM
+from services.log.settings import LogSettings
 from tests.support.dialogues import consultations
 from tests.support.polling import eventually
 

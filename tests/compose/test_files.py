@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from services.cli.security.files import Layout
-from services.contract.settings import variables
+from services.core.settings import variables
 from services.ingest.settings import Settings
 from tests.support.compose.engine import ROOT, docker
 from tests.support.compose.stack import DEPLOYMENT

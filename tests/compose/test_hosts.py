@@ -11,7 +11,7 @@ import pytest
 from aiohttp import ClientSession
 
 from services.cli.rehearsal import Accepted, Load, Post, compare, generate
-from services.eventlog.partitions import partition_of
+from services.log.partitions import partition_of
 from tests.support.compose.engine import PACE, EngineError, docker
 from tests.support.compose.hosts import HOSTS, PARTITIONS, PERSISTERS, Hosts
 from tests.support.compose.stack import Deployment, consultations_in, stream_is_whole

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
+from fiq.event import Event
+from fiq.ids import new_event_id
 from services.cli.cluster import Cluster
-from services.contract.event import Event
-from services.contract.ids import new_event_id
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.connection import Connection, close, connect
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.provision import provision
-from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.settings import LogSettings
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.connection import Connection, close, connect
+from services.log.jetstream.names import STREAM
+from services.log.jetstream.provision import provision
+from services.log.jetstream.publisher import Publisher
+from services.log.settings import LogSettings
 
 BODY = b'{"event_type": "MESSAGE_RECEIVED", "payload": {}}'
 

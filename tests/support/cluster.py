@@ -15,7 +15,7 @@ import nats.errors
 from nats.aio.client import Client
 
 from services.cli.cluster import Cluster
-from services.eventlog.jetstream.api import JetStreamApi
+from services.log.jetstream.api import JetStreamApi
 from tests.support.polling import eventually
 
 #: the streams of the product

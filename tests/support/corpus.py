@@ -8,7 +8,7 @@ from pathlib import Path
 
 import h5py
 
-from services.corpus import EventStore, Identity, Record
+from fiq.corpus import EventStore, Identity, Record
 
 IDENTITY = Identity(
     store="main",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.corpus import CorpusError, open_corpus
+from fiq.corpus import CorpusError, open_corpus
 from tests.support.polling import eventually
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.corpus import StorageIO
-from services.corpus.storage import Buffer
+from fiq.corpus import StorageIO
+from fiq.corpus.wal.storage import Buffer
 
 _SECTOR = 512
 

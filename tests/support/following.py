@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.budget import Budget
-from services.eventlog.jetstream.follower import JetStreamFollower
-from services.eventlog.jetstream.names import STREAM, parse_cursor_name
-from services.eventlog.jetstream.refusals import TolerantClient
-from services.eventlog.protocol import Delivery, LogIdentity, Position, message_id_at
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.budget import Budget
+from services.log.jetstream.follower import JetStreamFollower
+from services.log.jetstream.names import STREAM, parse_cursor_name
+from services.log.jetstream.refusals import TolerantClient
+from services.log.protocol import Delivery, LogIdentity, Position, message_id_at
 from tests.support.polling import eventually
 
 

@@ -14,18 +14,18 @@ import orjson
 from aiohttp import ClientSession
 from aiohttp.web import Application
 
-from services.contract.event import Event
-from services.contract.management import bind, managed
-from services.contract.trace import Spans
-from services.eventlog.errors import CorpusAwayError, LogUnavailableError
-from services.eventlog.metrics import LogMetrics
-from services.eventlog.protocol import Appended, Backlog, Page, Stored, StoredEvent, digest_of
-from services.eventlog.settings import LogSettings
+from fiq.event import Event
+from services.core.management import bind, managed
+from services.core.tracing import Spans
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS, SETTINGS
 from services.ingest.openapi import describe
 from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
+from services.log.errors import CorpusAwayError, LogUnavailableError
+from services.log.metrics import LogMetrics
+from services.log.protocol import Appended, Backlog, Page, Stored, StoredEvent, digest_of
+from services.log.settings import LogSettings
 from tests.support.description import check_answer
 
 

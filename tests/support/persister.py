@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID
 
-from services.contract.errors import TransientError
-from services.contract.event import Event
-from services.corpus import EventStore, Identity, StorageIO, StoreOptions, open_corpus
-from services.eventlog.protocol import Appended, Delivery, LogIdentity, Position
+from fiq.corpus import EventStore, Identity, StorageIO, StoreOptions, open_corpus
+from fiq.errors import TransientError
+from fiq.event import Event
+from services.log.protocol import Appended, Delivery, LogIdentity, Position
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.metrics import Metrics
 from services.persister.rounds import Hdf5Thread, Limits, Rounds

@@ -12,18 +12,18 @@ from uuid import UUID
 
 import orjson
 
+from fiq.corpus import CorpusError, open_corpus
+from fiq.event import Event
+from fiq.ids import new_event_id
 from services.cli import monitoring
 from services.cli.cluster import Cluster
-from services.contract.event import Event
-from services.contract.ids import new_event_id
-from services.corpus import CorpusError, open_corpus
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.connection import Connection, close, connect
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.provision import provision
-from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.protocol import LogIdentity
-from services.eventlog.settings import LogSettings
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.connection import Connection, close, connect
+from services.log.jetstream.names import STREAM
+from services.log.jetstream.provision import provision
+from services.log.jetstream.publisher import Publisher
+from services.log.protocol import LogIdentity
+from services.log.settings import LogSettings
 from tests.support.polling import eventually
 from tests.support.service import Service
 

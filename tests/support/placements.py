@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from services.eventlog.errors import PlacementError
-from services.eventlog.jetstream.placement import Placement, Placements, StorePlacement
+from services.log.errors import PlacementError
+from services.log.jetstream.placement import Placement, Placements, StorePlacement
 from tests.support.persister import LOG
 
 

@@ -17,9 +17,9 @@ from services.cli.cluster import Cluster
 from services.cli.security.authority import Authority, Pair
 from services.cli.security.deployment import Deployment
 from services.cli.security.files import Layout, Owner
-from services.eventlog.jetstream.connection import Connection, close, connect
-from services.eventlog.jetstream.names import Role
-from services.eventlog.settings import LogSettings
+from services.log.jetstream.connection import Connection, close, connect
+from services.log.jetstream.names import Role
+from services.log.settings import LogSettings
 
 _VIOLATION = re.compile(r"Permissions Violation.*")
 

@@ -10,7 +10,7 @@ import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from services.eventlog.jetstream.api import JetStreamApi
+from services.log.jetstream.api import JetStreamApi
 
 
 @dataclass(frozen=True)

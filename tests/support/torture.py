@@ -18,10 +18,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from services.corpus import EventStore, KnownIds, StoreOptions, verify_corpus
-from services.corpus.journal import read_records
-from services.corpus.pair import read_state, read_uuid
-from services.corpus.recovery import journal_path
+from fiq.corpus import EventStore, KnownIds, StoreOptions, verify_corpus
+from fiq.corpus.wal.journal import read_records
+from fiq.corpus.wal.pair import read_state, read_uuid
+from fiq.corpus.wal.recovery import journal_path
 from tests.support.corpus import IDENTITY, commit_range, consultation_of, expected, record, stock_contents
 from tests.support.polling import eventually_sync
 

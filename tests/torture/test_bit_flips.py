@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import CorpusFormatError, EventStore, JournalError, open_corpus
-from services.corpus.journal import JournalRecord, read_records
-from services.corpus.pair import read_state, read_uuid
+from fiq.corpus import CorpusFormatError, EventStore, JournalError, open_corpus
+from fiq.corpus.wal.journal import JournalRecord, read_records
+from fiq.corpus.wal.pair import read_state, read_uuid
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
 from tests.support.torture import BATCH, CONSULTATIONS, small_options, times
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import CorpusIOError, EventStore, open_corpus
+from fiq.corpus import CorpusIOError, EventStore, open_corpus
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
 from tests.support.small_disk import KINDS, fill, small_disk
 from tests.support.torture import CONSULTATIONS, small_options

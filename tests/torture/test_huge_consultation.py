@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from services.corpus import EventStore, Record, StoredConsultation
+from fiq.corpus import EventStore, Record, StoredConsultation
 from tests.support.corpus import IDENTITY
 from tests.support.torture import LONG
 

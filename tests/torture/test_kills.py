@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import EventStore
+from fiq.corpus import EventStore
 from tests.support.corpus import IDENTITY
 from tests.support.torture import LONG, kill_again_and_again, kill_writer, times
 

@@ -15,14 +15,14 @@ import orjson
 import pytest
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
+from fiq.corpus import verify_corpus
 from services.cli import monitoring
 from services.cli.rehearsal import Accepted, Post, drained, verify
 from services.cli.stack import Stack
 from services.cli.target import connected
-from services.corpus import verify_corpus
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.partitions import partition_of
-from services.eventlog.settings import LogSettings
+from services.log.jetstream.names import STREAM
+from services.log.partitions import partition_of
+from services.log.settings import LogSettings
 from tests.support.cluster import consumers_of
 from tests.support.polling import eventually
 from tests.support.torture import LONG, times

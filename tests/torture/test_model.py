@@ -18,8 +18,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from services.corpus import Corpus, EventStore, Record, StorageIO, open_corpus
-from services.corpus.storage import Buffer
+from fiq.corpus import Corpus, EventStore, Record, StorageIO, open_corpus
+from fiq.corpus.wal.storage import Buffer
 from tests.support.corpus import IDENTITY, Contents, stock_contents
 from tests.support.torture import LONG, small_options, times
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import CorpusError, EventStore, open_corpus, verify_corpus
-from services.corpus.pair import read_state
+from fiq.corpus import CorpusError, EventStore, open_corpus, verify_corpus
+from fiq.corpus.wal.pair import read_state
 from tests.support.corpus import IDENTITY, Contents, commit_range, expected, stock_contents
 from tests.support.faulty_io import RecordingIO
 from tests.support.torture import BATCH, CONSULTATIONS, LONG, held_by_a_reader, small_options, times

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import EventStore, verify_corpus
+from fiq.corpus import EventStore, verify_corpus
 from tests.support.corpus import IDENTITY, expected, stock_contents
 from tests.support.torture import CONSULTATIONS, LONG, SMALL_BATCH, busy_writer, times
 

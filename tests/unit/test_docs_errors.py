@@ -1,4 +1,4 @@
-"""docs/errors.md holds every error class of every services/*/errors.py, and nothing else."""
+"""docs/errors.md holds every error class of every errors.py, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "errors.md"
-SOURCES = sorted((ROOT / "services").glob("*/errors.py"))
+SOURCES = sorted(path for top in ("fiq", "services") for path in (ROOT / top).rglob("errors.py"))
 #: package -> its error classes, in order
 CLASSES = {
     path.parent.name: [

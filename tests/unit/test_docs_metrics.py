@@ -8,12 +8,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from services.corpus import StoreStats
-from services.eventlog.jetstream.credentials import Validity
-from services.eventlog.jetstream.report import ReplicaReport, StreamReport
-from services.eventlog.metrics import PARTS, LogMetrics
+from fiq.corpus import StoreStats
 from services.ingest.metrics import OUTCOMES
 from services.ingest.metrics import Metrics as IngestMetrics
+from services.log.jetstream.credentials import Validity
+from services.log.jetstream.report import ReplicaReport, StreamReport
+from services.log.metrics import PARTS, LogMetrics
 from services.persister.metrics import FAILURE_KINDS, QUESTION_OUTCOMES
 from services.persister.metrics import Metrics as PersisterMetrics
 from services.persister.runner import State

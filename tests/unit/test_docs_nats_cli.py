@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from services.contract import event
-from services.eventlog.jetstream import names
-from services.eventlog.jetstream.definitions import bucket_config, cursor_config, dead_stream_config, stream_config
-from services.eventlog.settings import LogSettings
+from fiq import event
+from services.log.jetstream import names
+from services.log.jetstream.definitions import bucket_config, cursor_config, dead_stream_config, stream_config
+from services.log.settings import LogSettings
 from services.persister import dead_letters
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "nats-cli.md").read_text(encoding="utf-8")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from services.contract.command import shown
-from services.contract.settings import Variable, variables
-from services.eventlog.settings import LogSettings
+from services.core.command import shown
+from services.core.settings import Variable, variables
 from services.ingest.settings import Settings
+from services.log.settings import LogSettings
 from services.persister.settings import PersisterSettings
 
 DOCS = Path(__file__).parents[2] / "docs" / "settings.md"

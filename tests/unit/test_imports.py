@@ -8,23 +8,34 @@ from pathlib import Path
 
 import pytest
 
-SERVICES = Path(__file__).parents[2] / "services"
+ROOT = Path(__file__).parents[2]
 ALLOWED: dict[str, set[str]] = {
-    "contract": set(),
-    "corpus": set(),
-    "eventlog": {"contract"},
-    "ingest": {"contract", "eventlog"},
-    "persister": {"contract", "eventlog", "corpus"},
-    "client": {"contract"},
-    "cli": {"contract", "eventlog", "ingest", "persister", "corpus", "client"},
+    "fiq": set(),
+    "fiq.client": {"fiq"},
+    "fiq.corpus": {"fiq"},
+    "services.core": {"fiq"},
+    "services.log": {"fiq", "services.core"},
+    "services.ingest": {"fiq", "services.core", "services.log"},
+    "services.persister": {"fiq", "fiq.corpus", "services.core", "services.log"},
+    "services.cli": {
+        *("fiq", "fiq.client", "fiq.corpus"),
+        *("services.core", "services.log", "services.ingest", "services.persister"),
+    },
 }
-MODULES = sorted(path for path in SERVICES.rglob("*.py") if path.parent != SERVICES)
+#: the library's front door re-exports its two halves
+FRONT_DOOR = Path("fiq/__init__.py")
+MODULES = sorted(
+    path.relative_to(ROOT)
+    for top in ("fiq", "services")
+    for path in (ROOT / top).rglob("*.py")
+    if path.relative_to(ROOT) not in (FRONT_DOOR, Path("services/__init__.py"))
+)
 
 
-def imported(path: Path) -> Iterator[str]:
+def imported(path: Path, root: Path = ROOT) -> Iterator[str]:
     """Yield the dotted name of each module that the file at *path* imports, wherever in it."""
-    package = ("services", *path.relative_to(SERVICES).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    package = path.parent.parts
+    for node in ast.walk(ast.parse((root / path).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -33,33 +44,37 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def foreign(path: Path) -> set[str]:
+def package_of(name: str) -> str | None:
+    """Return the package of ours that the module or object *name* belongs to; None when it is another project's."""
+    parts = name.split(".")
+    if parts[0] == "fiq":
+        return "fiq." + parts[1] if len(parts) > 1 and parts[1] in ("client", "corpus") else "fiq"
+    return ".".join(parts[:2]) if parts[0] == "services" and len(parts) > 1 else None
+
+
+def foreign(path: Path, root: Path = ROOT) -> set[str]:
     """Return the project's packages, other than its own, that the file at *path* imports."""
-    own = path.relative_to(SERVICES).parts[0]
-    names = [name.split(".") for name in imported(path)]
-    return {parts[1] for parts in names if parts[0] == "services" and len(parts) > 1} - {own}
+    packages = {package_of(name) for name in imported(path, root)}
+    return {package for package in packages if package is not None} - {package_of(".".join(path.parts))}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SERVICES)))
+@pytest.mark.parametrize("path", MODULES, ids=str)
 def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
-    """Ingest and persister meet in the contract and the log, nowhere else."""
-    package = path.relative_to(SERVICES).parts[0]
-    assert foreign(path) <= ALLOWED[package]
+    """Ingest and persister meet in the core and the log only; the library imports no service."""
+    assert foreign(path) <= ALLOWED[str(package_of(".".join(path.parts)))]
 
 
 def test_every_package_has_its_rule() -> None:
     """A new package needs a decision."""
-    packages = {path.name for path in SERVICES.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert packages == set(ALLOWED)
+    assert {package_of(".".join(path.parts)) for path in MODULES} == set(ALLOWED)
 
 
-def test_the_check_sees_imports_of_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_sees_imports_of_every_form(tmp_path: Path) -> None:
     """Plain, from, relative, and inside a function."""
-    module = tmp_path / "ingest" / "handlers" / "x.py"
-    module.parent.mkdir(parents=True)
-    module.write_text(
-        "import services.corpus.store\nfrom services import cli\nfrom ...persister import runner\n"
-        "from . import y\ndef f():\n    from services.eventlog.errors import LogFullError\n"
+    module = Path("services/ingest/handlers/x.py")
+    (tmp_path / module).parent.mkdir(parents=True)
+    (tmp_path / module).write_text(
+        "import fiq.corpus.store\nfrom services import cli\nfrom ...persister import runner\n"
+        "from . import y\ndef f():\n    from services.log.errors import LogFullError\n"
     )
-    monkeypatch.setattr(f"{__name__}.SERVICES", tmp_path)
-    assert foreign(module) == {"corpus", "cli", "persister", "eventlog"}
+    assert foreign(module, tmp_path) == {"fiq.corpus", "services.cli", "services.persister", "services.log"}

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from services.cli.errors import BackupError, RestoreRefusedError
 from services.cli.overview import Worker, ask_workers
 from services.cli.target import Target, connected
-from services.eventlog.errors import LogRefusedError, LogUnavailableError, PlacementError
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.names import BUCKET, STREAM
-from services.eventlog.jetstream.placement import Placement, Placements, StorePlacement, read_stores
-from services.eventlog.jetstream.report import read_stream
-from services.eventlog.jetstream.trim import FENCE_SECONDS
-from services.eventlog.partitions import partition_name
+from services.log.errors import LogRefusedError, LogUnavailableError, PlacementError
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.names import BUCKET, STREAM
+from services.log.jetstream.placement import Placement, Placements, StorePlacement, read_stores
+from services.log.jetstream.report import read_stream
+from services.log.jetstream.trim import FENCE_SECONDS
+from services.log.partitions import partition_name
 
 #: the bucket gets so long to have a leader, seconds
 ELECTION_SECONDS = 15.0

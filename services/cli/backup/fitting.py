@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from services.cli.backup.cluster import ClusterView
 from services.cli.backup.manifest import Manifest
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.placement import Placement
-from services.eventlog.partitions import partition_name
+from services.log.jetstream.names import STREAM
+from services.log.jetstream.placement import Placement
+from services.log.partitions import partition_name
 
 
 @dataclass(frozen=True, slots=True)

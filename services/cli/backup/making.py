@@ -10,6 +10,9 @@ from pathlib import Path
 
 import orjson
 
+from fiq.corpus import StorageIO, open_corpus, verify_corpus, write_index
+from fiq.corpus.reader import PartitionInfo, partition_files
+from fiq.corpus.tools.copy import copy_pair
 from services.cli.backup.cluster import ClusterView
 from services.cli.backup.manifest import (
     VOLUME_COPY,
@@ -20,12 +23,9 @@ from services.cli.backup.manifest import (
     digest,
 )
 from services.cli.errors import BackupError
-from services.contract.command import product_version
-from services.corpus import StorageIO, open_corpus, verify_corpus, write_index
-from services.corpus.pair_copy import copy_pair
-from services.corpus.reader import PartitionInfo, partition_files
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.partitions import partition_name
+from services.core.command import product_version
+from services.log.jetstream.names import STREAM
+from services.log.partitions import partition_name
 
 _DIRECTORY_MODE = 0o750
 #: share of the time that each step takes

@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fiq.corpus import EventStore, Identity, StorageIO, open_corpus
+from fiq.corpus.wal.storage import check_file_system, try_lock
 from services.cli.backup.fitting import Fit
 from services.cli.backup.making import OnProgress, read_volume, sync_file
 from services.cli.backup.manifest import MANIFEST_NAME, VOLUME_COPY, FileEntry, Manifest
 from services.cli.errors import BackupError, CommandError, RestoreRefusedError
-from services.corpus import EventStore, Identity, StorageIO, open_corpus
-from services.corpus.storage import check_file_system, try_lock
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.placement import Placement
-from services.eventlog.partitions import partition_name
+from services.log.jetstream.names import STREAM
+from services.log.jetstream.placement import Placement
+from services.log.partitions import partition_name
 from services.persister.volume import stated
 
 _STAGE = ".restore"

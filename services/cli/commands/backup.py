@@ -34,8 +34,8 @@ def backup(
 
     The copy is a corpus that every reader opens. It appears under its name only when it is complete and good.
     """
+    from fiq.corpus import CorpusError
     from services.cli.backup.making import make_backup, read_volume  # h5py is slow to import
-    from services.corpus import CorpusError
     from services.persister.volume import note_backup
 
     source = find_corpus(corpus, folder)

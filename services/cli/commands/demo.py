@@ -21,7 +21,7 @@ from services.cli import console, monitoring
 from services.cli.errors import CommandError
 from services.cli.rehearsal import Chaos, Load, Outcome, Post, Verdict, drained, generate, verify
 from services.cli.stack import Stack
-from services.eventlog.settings import LogSettings
+from services.log.settings import LogSettings
 
 #: shares of the load after which something is killed
 _LEADER_AT, _PERSISTER_AT = 0.3, 0.6

@@ -13,17 +13,17 @@ from typing import Annotated
 import orjson
 import typer
 
+from fiq.errors import FiqError
 from services.cli import console
 from services.cli.console import bar
 from services.cli.doctor import corpus, log, machine, nodes
 from services.cli.doctor.finding import Finding, Level, error, unknown, warning, worst
 from services.cli.errors import CommandError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
-from services.contract.errors import FiqError
-from services.contract.settings import load
-from services.eventlog.jetstream import names
-from services.eventlog.jetstream.connection import Connection
+from services.core.settings import load
 from services.ingest.settings import Settings as IngestSettings
+from services.log.jetstream import names
+from services.log.jetstream.connection import Connection
 from services.persister.settings import PersisterSettings
 
 _NOT_ASKED = "what only the broker knows was not looked at"

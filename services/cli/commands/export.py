@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import orjson
 import typer
 
+from fiq.errors import InvalidIdError
+from fiq.ids import check_consultation_id
 from services.cli import console
 from services.cli.errors import CommandError
 from services.cli.target import CorpusOption, FolderOption, find_corpus
-from services.contract.errors import InvalidIdError
-from services.contract.ids import check_consultation_id
 
 if TYPE_CHECKING:
-    from services.corpus import Consultation, Corpus, EventRecord
+    from fiq.corpus import Consultation, Corpus, EventRecord
 
 #: columns of CSV, and members of the objects of the two JSON forms
 FIELDS = ("consultation", "sequence", "event_id", "received", "received_ns", "event_type", "event")
@@ -50,7 +50,7 @@ def opened(path: Path, consultation: str) -> Iterator[Consultation]:
         check_consultation_id(consultation)
     except InvalidIdError as error:
         raise CommandError(f"{consultation!r} is no consultation's id: {error}") from None
-    from services.corpus import UnknownConsultationError  # h5py is slow to import
+    from fiq.corpus import UnknownConsultationError  # h5py is slow to import
 
     try:
         with opened_corpus(path) as corpus:
@@ -67,7 +67,7 @@ def opened_corpus(path: Path) -> Iterator[Corpus]:
 
     Raises CommandError: it cannot be read; UnknownConsultationError: of the body.
     """
-    from services.corpus import CorpusError, UnknownConsultationError, open_corpus
+    from fiq.corpus import CorpusError, UnknownConsultationError, open_corpus
 
     try:
         with open_corpus(path) as corpus:
@@ -141,7 +141,7 @@ def _document(event: EventRecord) -> dict[str, Any]:
 
 
 if TYPE_CHECKING:
-    from services.corpus import EventRecord
+    from fiq.corpus import EventRecord
 
 
 def export(

@@ -12,9 +12,9 @@ from services.cli.backup.cluster import ClusterView, fence, look, other_stores
 from services.cli.backup.fitting import begun_anew
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.placement import Placement
-from services.eventlog.partitions import partition_name
+from services.log.jetstream.names import STREAM
+from services.log.jetstream.placement import Placement
+from services.log.partitions import partition_name
 
 
 def give_up(
@@ -30,8 +30,8 @@ def give_up(
 
     The stream brings what it still holds when persisters start. What was trimmed is gone from this store for good.
     """
+    from fiq.corpus import CorpusError
     from services.cli.backup.restoring import Owner, make_empty, reserved, write_identity  # h5py is slow to import
-    from services.corpus import CorpusError
 
     target = find_cluster(server, folder)
     seen = asyncio.run(_checked(target, volume))

@@ -15,10 +15,10 @@ import typer
 from services.cli.errors import CommandError
 from services.cli.security.files import Layout
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
-from services.eventlog.jetstream import names
-from services.eventlog.jetstream.names import Role, inbox_prefix
-from services.eventlog.jetstream.provision import provision as provision_log
-from services.eventlog.protocol import LogIdentity
+from services.log.jetstream import names
+from services.log.jetstream.names import Role, inbox_prefix
+from services.log.jetstream.provision import provision as provision_log
+from services.log.protocol import LogIdentity
 
 #: how a file of ours is told from a user's own
 _MARK = "written by fiq"

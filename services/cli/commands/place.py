@@ -12,10 +12,10 @@ import typer
 from services.cli.backup.cluster import ClusterView, look
 from services.cli.errors import CommandError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
-from services.eventlog.errors import PlacementError
-from services.eventlog.jetstream.names import BUCKET, STREAM, placement_key
-from services.eventlog.jetstream.placement import Placement, Placements, parse_key, read_stores
-from services.eventlog.partitions import partition_name
+from services.log.errors import PlacementError
+from services.log.jetstream.names import BUCKET, STREAM, placement_key
+from services.log.jetstream.placement import Placement, Placements, parse_key, read_stores
+from services.log.partitions import partition_name
 
 
 def place(
@@ -37,8 +37,8 @@ def place(
 
     For keys of the bucket fi-partitions that were deleted. Persisters may run; they go on within 30 s.
     """
+    from fiq.corpus import CorpusError, open_corpus
     from services.cli.backup.making import read_volume  # h5py is slow to import
-    from services.corpus import CorpusError, open_corpus
 
     directory = find_corpus(corpus, folder)
     volume, store = read_volume(directory / "volume.json")

@@ -16,14 +16,14 @@ from typing import IO, Annotated
 
 import typer
 
+from fiq.client import FiqClient, Patience
+from fiq.errors import InvalidIdError
+from fiq.ids import check_consultation_id, event_id_from_key, new_event_id
 from services.cli.console import bar
 from services.cli.errors import CommandError, NotRunningError
 from services.cli.posting import Checked, Checkpoint, Poster, Posting, Tally, check, is_regular, lines
 from services.cli.target import DEFAULT_FOLDER, StackFolder
-from services.client import FiqClient, Patience
-from services.contract.errors import InvalidIdError
-from services.contract.ids import check_consultation_id, event_id_from_key, new_event_id
-from services.contract.lifecycle import Stop, stop_on_signals, unless_stopped
+from services.core.lifecycle import Stop, stop_on_signals, unless_stopped
 
 #: bad lines that are printed
 _SHOWN = 20

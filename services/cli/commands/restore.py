@@ -10,6 +10,7 @@ from uuid import UUID, uuid5
 
 import typer
 
+from fiq.errors import ConfigurationError
 from services.cli.backup.cluster import ClusterView, fence, look
 from services.cli.backup.fitting import Fit, compare
 from services.cli.backup.manifest import Manifest
@@ -17,10 +18,9 @@ from services.cli.commands.backup import OfflineOption, print_contents
 from services.cli.console import bar, err
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
-from services.contract.errors import ConfigurationError
-from services.contract.settings import load
-from services.eventlog.partitions import partition_name
-from services.eventlog.settings import LogSettings
+from services.core.settings import load
+from services.log.partitions import partition_name
+from services.log.settings import LogSettings
 
 
 def restore(
@@ -43,8 +43,8 @@ def restore(
     backup lacks is trimmed any more. Then the files are copied, checked and put in place. After an interruption run it
     again.
     """
+    from fiq.corpus import CorpusError
     from services.cli.backup.restoring import Owner, check_source, put_back, reserved  # h5py is slow to import
-    from services.corpus import CorpusError
 
     manifest = Manifest.read(source)
     check_source(source, manifest)

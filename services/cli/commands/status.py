@@ -14,8 +14,8 @@ from rich.filesize import decimal
 from services.cli import console
 from services.cli.overview import Overview, collect
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
-from services.eventlog.jetstream import names
-from services.eventlog.jetstream.report import StreamReport
+from services.log.jetstream import names
+from services.log.jetstream.report import StreamReport
 
 
 def status(

@@ -12,12 +12,12 @@ from typing import Annotated
 import orjson
 import typer
 
+from fiq.errors import ConfigurationError
 from services.cli import console
 from services.cli.errors import CommandError
 from services.cli.security.files import Layout, Owner, Secrets
-from services.contract.errors import ConfigurationError
-from services.contract.settings import seconds
-from services.contract.tokens import (
+from services.core.settings import seconds
+from services.core.tokens import (
     HEADER,
     Scope,
     Token,

@@ -191,7 +191,7 @@ Read the consultation, here or in Python:
   fiq show c-1{option}
 
   python - <<'END'
-  from services.corpus import open_corpus
+  from fiq.corpus import open_corpus
   with open_corpus({corpus!r}) as corpus:
       for event in corpus["c-1"]:
           print(event.sequence, event.received, event.payload)

@@ -19,7 +19,7 @@ SEED = "earlier events are only in other stores; docs/operations.md, `A store th
 
 
 if TYPE_CHECKING:
-    from services.corpus import Report
+    from fiq.corpus import Report
 
 
 def verify(
@@ -45,7 +45,7 @@ def verify(
 
 
 def _verified(path: Path) -> Report:
-    from services.corpus import CorpusError, verify_corpus  # h5py is slow to import
+    from fiq.corpus import CorpusError, verify_corpus  # h5py is slow to import
 
     with bar("verifying") as show:
         try:
@@ -102,7 +102,7 @@ def recover(
 
     A persister does the same when it starts. The exit code is 1 when a file could not be recovered.
     """
-    from services.corpus import CorpusError, CorpusLockedError, open_corpus, recover_partition  # h5py is slow to import
+    from fiq.corpus import CorpusError, CorpusLockedError, open_corpus, recover_partition  # h5py is slow to import
 
     table = console.table("file", ">committed", ">replayed", ">torn", "")
     failures: list[str] = []
@@ -142,8 +142,8 @@ def repack(
 
     It has no journal: everything reads it, nothing writes it.
     """
-    from services.corpus import CorpusError  # h5py is slow to import
-    from services.corpus import repack as repack_corpus
+    from fiq.corpus import CorpusError  # h5py is slow to import
+    from fiq.corpus import repack as repack_corpus
 
     with bar("repacking") as show:
         try:

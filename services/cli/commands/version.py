@@ -9,7 +9,7 @@ import typer
 
 from services.cli.errors import MissingServerError
 from services.cli.processes import find_nats_server
-from services.contract.command import product_version
+from services.core.command import product_version
 
 
 def version() -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from fiq.corpus import CorpusError, open_corpus
+from fiq.corpus.reader import PartitionInfo
 from services.cli.backup.making import read_volume
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
 from services.cli.doctor.log import LogView
 from services.cli.doctor.nodes import get
 from services.cli.errors import BackupError
 from services.cli.overview import Worker
-from services.corpus import CorpusError, open_corpus
-from services.corpus.reader import PartitionInfo
-from services.eventlog.partitions import partition_name
+from services.log.partitions import partition_name
 from services.persister.volume import backed_up_at
 
 #: checkpoints that wait for so long are held back, seconds

@@ -12,20 +12,20 @@ from typing import Any
 from nats.aio.client import Client
 from rich.filesize import decimal
 
+from fiq.errors import FiqError
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
 from services.cli.doctor.nodes import clock
 from services.cli.overview import Worker, named_workers
 from services.cli.target import State
-from services.contract.errors import FiqError
-from services.eventlog.errors import ProvisionError
-from services.eventlog.jetstream import names
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.definitions import changes, stream_config
-from services.eventlog.jetstream.monitor import LogState, PartitionState, look_once
-from services.eventlog.jetstream.report import NodeState, StreamReport, ask_nodes
-from services.eventlog.metrics import PARTITIONS
-from services.eventlog.partitions import partition_name
-from services.eventlog.settings import LogSettings
+from services.log.errors import ProvisionError
+from services.log.jetstream import names
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.definitions import changes, stream_config
+from services.log.jetstream.monitor import LogState, PartitionState, look_once
+from services.log.jetstream.report import NodeState, StreamReport, ask_nodes
+from services.log.metrics import PARTITIONS
+from services.log.partitions import partition_name
+from services.log.settings import LogSettings
 
 #: above this share of its limit a stream is worth a look, and above that clients are refused soon
 FULL, VERY_FULL = 0.7, 0.95

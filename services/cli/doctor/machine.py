@@ -16,10 +16,10 @@ from pathlib import Path
 import h5py
 from rich.filesize import decimal
 
+from fiq.corpus import UnsupportedFileSystemError
+from fiq.corpus.wal.storage import check_file_system
 from services.cli.doctor.finding import Finding, error, ok, warning
-from services.contract.command import product_version
-from services.corpus import UnsupportedFileSystemError
-from services.corpus.storage import check_file_system
+from services.core.command import product_version
 from services.persister.settings import PersisterSettings
 
 #: oldest h5py with what the corpus calls, as pyproject.toml asks for

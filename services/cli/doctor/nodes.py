@@ -23,10 +23,10 @@ from rich.filesize import decimal
 
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
 from services.cli.monitoring import ask
-from services.eventlog.errors import ProvisionError
-from services.eventlog.jetstream.connection import HEADERS_BYTES
-from services.eventlog.jetstream.provision import check_version
-from services.eventlog.jetstream.report import NodeState, node_state
+from services.log.errors import ProvisionError
+from services.log.jetstream.connection import HEADERS_BYTES
+from services.log.jetstream.provision import check_version
+from services.log.jetstream.report import NodeState, node_state
 
 #: clocks may differ by so much, seconds
 CLOCK_OFF, CLOCK_WRONG = 1.0, 10.0

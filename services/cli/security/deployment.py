@@ -21,10 +21,10 @@ import nkeys
 from services.cli.errors import CommandError
 from services.cli.security.authority import Authority, Pair, belong_together, make_authority, names_in, start_of
 from services.cli.security.files import Layout, Owner, Secrets
-from services.contract import tokens
-from services.contract.tokens import Scope, Token
-from services.eventlog.jetstream.credentials import public_key
-from services.eventlog.jetstream.names import (
+from services.core import tokens
+from services.core.tokens import Scope, Token
+from services.log.jetstream.credentials import public_key
+from services.log.jetstream.names import (
     BUCKET_PREFIX,
     BUCKET_STREAM,
     CORPUS_PREFIX,
@@ -39,7 +39,7 @@ from services.eventlog.jetstream.names import (
     Role,
     inbox_prefix,
 )
-from services.eventlog.jetstream.questions import Kind
+from services.log.jetstream.questions import Kind
 
 _STREAMS = (STREAM, DEAD_STREAM)
 #: subjects of the keys that say where partitions live

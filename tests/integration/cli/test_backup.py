@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from fiq.corpus import open_corpus, verify_corpus
 from services.cli.cluster import Cluster
-from services.corpus import open_corpus, verify_corpus
-from services.eventlog.jetstream.names import BUCKET, STREAM, placement_key
-from services.eventlog.jetstream.placement import Placement, Placements
-from services.eventlog.jetstream.provision import provision
+from services.log.jetstream.names import BUCKET, STREAM, placement_key
+from services.log.jetstream.placement import Placement, Placements
+from services.log.jetstream.provision import provision
 from services.persister.volume import Volume
 from tests.support.cluster import delete_streams
 from tests.support.commands import done, kill, killed_in, refused

@@ -21,8 +21,8 @@ from services.cli.doctor.finding import Finding, Level
 from services.cli.main import app
 from services.cli.processes import LOOPBACK
 from services.cli.target import Target
-from services.eventlog.jetstream.placement import Placements
-from services.eventlog.settings import LogSettings
+from services.log.jetstream.placement import Placements
+from services.log.settings import LogSettings
 from services.persister.volume import note_backup
 from tests.support.cluster import delete_streams, heal
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned

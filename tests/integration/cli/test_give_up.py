@@ -9,10 +9,10 @@ from uuid import uuid4
 
 import pytest
 
+from fiq.corpus import verify_corpus
 from services.cli.cluster import Cluster
-from services.corpus import verify_corpus
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.placement import Placements
+from services.log.jetstream.names import STREAM
+from services.log.jetstream.placement import Placements
 from services.persister.volume import Volume
 from tests.support.commands import done, kill, refused
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, persisted, provisioned

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from fiq.corpus import open_corpus, verify_corpus
 from services.cli.cluster import Cluster
-from services.corpus import open_corpus, verify_corpus
-from services.eventlog.errors import PlacementError
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.placement import Placements
+from services.log.errors import PlacementError
+from services.log.jetstream.names import STREAM
+from services.log.jetstream.placement import Placements
 from services.persister.volume import Volume
 from tests.support.commands import done, fiq, killed_in, refused
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted, provisioned

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from fiq.corpus import EventStore, Identity
 from services.cli.cluster import Cluster
-from services.corpus import EventStore, Identity
-from services.eventlog.errors import PlacementError
-from services.eventlog.jetstream.names import BUCKET, BUCKET_STREAM, STREAM, placement_key
-from services.eventlog.jetstream.placement import Placement, Placements
-from services.eventlog.jetstream.provision import provision
-from services.eventlog.jetstream.trim import Trimmer
+from services.log.errors import PlacementError
+from services.log.jetstream.names import BUCKET, BUCKET_STREAM, STREAM, placement_key
+from services.log.jetstream.placement import Placement, Placements
+from services.log.jetstream.provision import provision
+from services.log.jetstream.trim import Trimmer
 from services.persister.volume import Volume
 from tests.support.commands import done, refused
 from tests.support.persisters import PARTITIONS, Log, provisioned

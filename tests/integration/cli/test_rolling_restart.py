@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import aiohttp
 import pytest
 
+from fiq.corpus import open_corpus, verify_corpus
 from services.cli.cluster import Cluster
 from services.cli.commands.rolling_restart import wait_whole
 from services.cli.errors import NotWholeError
@@ -21,8 +22,7 @@ from services.cli.monitoring import NodeView, StreamView, whole
 from services.cli.processes import LOOPBACK, free_ports
 from services.cli.rehearsal import drained
 from services.cli.target import StackFolder
-from services.corpus import open_corpus, verify_corpus
-from services.eventlog.settings import LogSettings
+from services.log.settings import LogSettings
 from tests.support.polling import eventually
 from tests.support.service import Service
 

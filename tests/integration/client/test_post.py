@@ -10,9 +10,9 @@ from pathlib import Path
 import orjson
 import pytest
 
+from fiq.client import FiqClient, Patience, RefusedError
 from services.cli.stack import Stack
-from services.client import FiqClient, Patience, RefusedError
-from services.eventlog.jetstream.names import STREAM
+from services.log.jetstream.names import STREAM
 from tests.support.corpus_contents import holds
 from tests.support.polling import eventually
 

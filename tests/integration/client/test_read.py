@@ -11,9 +11,9 @@ from uuid import uuid4
 import orjson
 import pytest
 
+from fiq.client import FiqClient, Patience, RefusedError
 from services.cli.stack import Stack
-from services.client import FiqClient, Patience, RefusedError
-from services.eventlog.jetstream.names import STREAM
+from services.log.jetstream.names import STREAM
 from tests.support.corpus_contents import holds
 from tests.support.polling import eventually
 

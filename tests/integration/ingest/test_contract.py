@@ -22,8 +22,8 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from services.cli.cluster import Cluster
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.partitions import partition_of
+from services.log.jetstream.names import STREAM
+from services.log.partitions import partition_of
 from tests.support.persisters import PARTITIONS, Persister, corpus_of
 from tests.support.polling import eventually
 from tests.support.racing import Edge, race

@@ -17,10 +17,10 @@ import pytest
 from aiohttp import ClientConnectionError, ClientSession
 from nats.js import JetStreamContext
 
+from fiq.ids import event_id_from_key
 from services.cli.cluster import Cluster
-from services.contract.ids import event_id_from_key
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.partitions import partition_of
+from services.log.jetstream.names import STREAM
+from services.log.partitions import partition_of
 from tests.support.polling import eventually
 from tests.support.service import Service
 

@@ -19,10 +19,10 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from services.corpus import EventStore, KnownIds, Lookup, Record, StoredConsultation, StoreOptions
-from services.eventlog.jetstream import questions as wire
-from services.eventlog.jetstream.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, Questions
-from services.eventlog.protocol import digest_of
+from fiq.corpus import EventStore, KnownIds, Lookup, Record, StoredConsultation, StoreOptions
+from services.log.jetstream import questions as wire
+from services.log.jetstream.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, Questions
+from services.log.protocol import digest_of
 from services.persister import answering as answering_module
 from services.persister.answering import MAX_WAITING, Desk
 from services.persister.metrics import Metrics

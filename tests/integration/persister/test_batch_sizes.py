@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.eventlog.partitions import partition_of
+from services.log.partitions import partition_of
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of
 from tests.support.polling import eventually
 

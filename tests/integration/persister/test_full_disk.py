@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from services.corpus import open_corpus
-from services.eventlog.jetstream.names import STREAM, parse_cursor_name
-from services.eventlog.partitions import partition_name
+from fiq.corpus import open_corpus
+from services.log.jetstream.names import STREAM, parse_cursor_name
+from services.log.partitions import partition_name
 from tests.support.cluster import consumers_of
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted
 from tests.support.polling import eventually

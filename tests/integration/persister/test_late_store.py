@@ -9,11 +9,11 @@ from pathlib import Path
 from nats.aio.client import Client
 
 from services.cli.cluster import Cluster
-from services.eventlog.jetstream.placement import Placements, read_stores
-from services.eventlog.jetstream.trim import Trimmer
+from services.log.jetstream.placement import Placements, read_stores
+from services.log.jetstream.trim import Trimmer
 from services.persister.assignment import Deployment, place
 from services.persister.volume import Volume
-from tests.integration.eventlog.test_trim import Keys
+from tests.integration.log.test_trim import Keys
 from tests.support.persisters import PARTITIONS, provisioned
 from tests.support.polling import eventually
 

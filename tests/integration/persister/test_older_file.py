@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from services.cli.cluster import Cluster
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.placement import Placements
+from services.log.jetstream.names import STREAM
+from services.log.jetstream.placement import Placements
 from tests.support.persisters import Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nats.aio.client import Client
 
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.partitions import partition_name, partition_of
+from services.log.jetstream.names import STREAM
+from services.log.partitions import partition_name, partition_of
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted
 from tests.support.polling import eventually
 from tests.support.raw_nats import HEADERS, SUBJECTS, message, publish_raw

@@ -13,16 +13,16 @@ from uuid import UUID
 import pytest
 from nats.aio.msg import Msg
 
+from fiq.corpus import open_corpus
+from fiq.event import Event
+from fiq.ids import new_event_id
 from services.cli.cluster import Cluster
-from services.contract.event import Event
-from services.contract.ids import new_event_id
-from services.corpus import open_corpus
-from services.eventlog.errors import CorpusAwayError, LogUnavailableError
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.names import STREAM, parse_cursor_name
-from services.eventlog.jetstream.reading import JetStreamReader, StreamReading
-from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import Page, Stored, StoredEvent, digest_of
+from services.log.errors import CorpusAwayError, LogUnavailableError
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.names import STREAM, parse_cursor_name
+from services.log.jetstream.reading import JetStreamReader, StreamReading
+from services.log.partitions import partition_of
+from services.log.protocol import Page, Stored, StoredEvent, digest_of
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from fiq.corpus import EventStore, Record
+from fiq.event import Event
+from fiq.ids import new_event_id
 from services.cli.cluster import Cluster
-from services.contract.event import Event
-from services.contract.ids import new_event_id
-from services.corpus import EventStore, Record
-from services.eventlog.errors import CorpusAwayError
-from services.eventlog.jetstream.names import STREAM
-from services.eventlog.jetstream.reading import JetStreamReader, Numbered, StreamReading
-from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import Page, Stored, digest_of
+from services.log.errors import CorpusAwayError
+from services.log.jetstream.names import STREAM
+from services.log.jetstream.reading import JetStreamReader, Numbered, StreamReading
+from services.log.partitions import partition_of
+from services.log.protocol import Page, Stored, digest_of
 from services.persister.answering import Desk
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
@@ -170,7 +170,7 @@ async def test_a_consultation_with_too_many_ids_has_no_snapshot(
     """Then each id may be held, and is asked for."""
     events = [event(number) for number in range(1, 5)]
     await halted.commit(await halted.append(*events), events)
-    monkeypatch.setattr("services.eventlog.jetstream.questions.MAX_IDS", 3)
+    monkeypatch.setattr("services.log.jetstream.questions.MAX_IDS", 3)
     snapshot = await halted.reader.snapshot("c1")
     assert (False, True) == (snapshot.whole, snapshot.may_hold(event(9).event_id))
     found = await halted.reader.find("c1", [events[1].event_id, event(9).event_id])
@@ -193,7 +193,7 @@ async def test_what_is_read_of_a_long_backlog_for_a_batch_is_bounded(
     """The others are published in order, as if they were new."""
     events = [event(number) for number in range(1, 41)]
     await halted.append(*events)
-    monkeypatch.setattr(f"services.eventlog.jetstream.reading.{bound}", 20)
+    monkeypatch.setattr(f"services.log.jetstream.reading.{bound}", 20)
     assert {events[0].event_id} == await halted.reader.known("c1", [events[0].event_id, events[39].event_id])
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from nats.aio.client import Client
 
-from services.contract.lifecycle import Stop
-from services.corpus import EventStore
-from services.eventlog.jetstream import provision
-from services.eventlog.protocol import LogIdentity
-from services.eventlog.settings import LogSettings
+from fiq.corpus import EventStore
+from services.core.lifecycle import Stop
+from services.log.jetstream import provision
+from services.log.protocol import LogIdentity
+from services.log.settings import LogSettings
 from services.persister import assignment
 from services.persister.answering import Desk
 from services.persister.errors import VolumeBusyError

@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from fiq.event import Event
+from fiq.ids import new_event_id
 from services.cli.cluster import Cluster
-from services.contract.event import Event
-from services.contract.ids import new_event_id
-from services.eventlog.jetstream.placement import read_stores
-from services.eventlog.jetstream.trim import Trimmer
+from services.log.jetstream.placement import read_stores
+from services.log.jetstream.trim import Trimmer
 from tests.support.persisters import Log, Persister, corpus_of, joined, persisted, provisioned
 from tests.support.polling import eventually
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from services.contract.errors import TransientError
-from services.eventlog.jetstream.names import BUCKET, BUCKET_STREAM, STREAM
-from services.eventlog.jetstream.placement import Placements, read_stores
-from services.eventlog.jetstream.provision import provision
-from services.eventlog.settings import LogSettings
+from fiq.errors import TransientError
+from services.log.jetstream.names import BUCKET, BUCKET_STREAM, STREAM
+from services.log.jetstream.placement import Placements, read_stores
+from services.log.jetstream.provision import provision
+from services.log.settings import LogSettings
 from services.persister.assignment import Deployment, place
 from services.persister.volume import Volume
 from tests.support.cluster import delete_streams

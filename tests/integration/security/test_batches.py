@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from services.contract.event import Event
-from services.contract.ids import new_event_id
-from services.eventlog.jetstream.names import Role
-from services.eventlog.jetstream.provision import provision
-from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.jetstream.reading import JetStreamReader
-from services.eventlog.protocol import Appended
-from services.eventlog.settings import LogSettings
+from fiq.event import Event
+from fiq.ids import new_event_id
+from services.log.jetstream.names import Role
+from services.log.jetstream.provision import provision
+from services.log.jetstream.publisher import Publisher
+from services.log.jetstream.reading import JetStreamReader
+from services.log.protocol import Appended
+from services.log.settings import LogSettings
 from tests.support.polling import eventually
 from tests.support.security import Secured
 

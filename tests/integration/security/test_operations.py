@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from services.cli.main import app
-from services.eventlog.errors import LogAccessError, LogForbiddenError
-from services.eventlog.jetstream.names import Role
-from services.eventlog.jetstream.provision import provision
-from services.eventlog.jetstream.publisher import Publisher
+from services.log.errors import LogAccessError, LogForbiddenError
+from services.log.jetstream.names import Role
+from services.log.jetstream.provision import provision
+from services.log.jetstream.publisher import Publisher
 from services.persister.volume import Volume
 from tests.support.cluster import reload
 from tests.support.persisters import Log, Persister, persisted

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from fiq.event import Event
+from fiq.ids import new_event_id
 from services.cli.security.deployment import PERMISSIONS
-from services.contract.event import Event
-from services.contract.ids import new_event_id
-from services.eventlog.errors import LogForbiddenError, ProvisionError
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.budget import Budget
-from services.eventlog.jetstream.connection import Connection, close, connect
-from services.eventlog.jetstream.follower import JetStreamFollower
-from services.eventlog.jetstream.names import STREAM, Role
-from services.eventlog.jetstream.placement import Placements, read_stores
-from services.eventlog.jetstream.provision import provision
-from services.eventlog.jetstream.publisher import Publisher
-from services.eventlog.protocol import LogIdentity, Position
+from services.log.errors import LogForbiddenError, ProvisionError
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.budget import Budget
+from services.log.jetstream.connection import Connection, close, connect
+from services.log.jetstream.follower import JetStreamFollower
+from services.log.jetstream.names import STREAM, Role
+from services.log.jetstream.placement import Placements, read_stores
+from services.log.jetstream.provision import provision
+from services.log.jetstream.publisher import Publisher
+from services.log.protocol import LogIdentity, Position
 from tests.support.polling import eventually
 from tests.support.security import PORTS, Secured, fiq, run
 

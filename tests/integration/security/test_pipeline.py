@@ -18,8 +18,8 @@ from aiohttp import ClientSession
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.names import DEAD_STREAM, STREAM, Role
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.names import DEAD_STREAM, STREAM, Role
 from tests.support.persisters import Contents, Persister, joined, persisted
 from tests.support.polling import eventually
 from tests.support.security import Secured, fiq

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from fiq.errors import ConfigurationError
 from services.cli.cluster import Cluster
 from services.cli.errors import ChildFailedError
-from services.contract.errors import ConfigurationError
-from services.eventlog.errors import LogAccessError, LogUnavailableError
-from services.eventlog.jetstream.connection import CONNECT_DEADLINE_SECONDS, close, connect
-from services.eventlog.jetstream.names import Role
-from services.eventlog.settings import LogSettings
+from services.log.errors import LogAccessError, LogUnavailableError
+from services.log.jetstream.connection import CONNECT_DEADLINE_SECONDS, close, connect
+from services.log.jetstream.names import Role
+from services.log.settings import LogSettings
 from tests.support.security import PORTS, Secured, fiq, make_deployment, replace_certificate, run
 
 #: a node gives a handshake this long (`timeout` of its tls block) and some more, seconds

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from fiq.event import Event
+from fiq.ids import new_event_id
 from services.cli.cluster import Cluster
-from services.contract.event import Event
-from services.contract.ids import new_event_id
-from services.eventlog.errors import LogAccessError
-from services.eventlog.jetstream.connection import Connection, close, connect
-from services.eventlog.jetstream.names import Role
-from services.eventlog.jetstream.provision import provision
-from services.eventlog.jetstream.publisher import Publisher
+from services.log.errors import LogAccessError
+from services.log.jetstream.connection import Connection, close, connect
+from services.log.jetstream.names import Role
+from services.log.jetstream.provision import provision
+from services.log.jetstream.publisher import Publisher
 from tests.support.cluster import reload
 from tests.support.polling import eventually
 from tests.support.security import Secured, make_deployment, replace_certificate

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from services.cli.security.files import Layout
-from services.eventlog.settings import LogSettings
+from services.log.settings import LogSettings
 from tests.support.compose.engine import PREFIX, EngineError, clean_up, docker, run
 from tests.support.compose.stack import DEPLOYMENT, Deployment, free_port, lay_out, ops_settings
 

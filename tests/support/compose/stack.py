@@ -23,13 +23,13 @@ from testcontainers.compose import DockerCompose
 
 from services.cli.rehearsal import Accepted, Found, Load, Post, compare
 from services.cli.security.files import Layout
-from services.contract.settings import load
-from services.eventlog.errors import LogUnavailableError
-from services.eventlog.jetstream.api import JetStreamApi
-from services.eventlog.jetstream.connection import close, connect
-from services.eventlog.jetstream.names import STREAM, Role
-from services.eventlog.jetstream.report import StreamReport, read_stream
-from services.eventlog.settings import LogSettings
+from services.core.settings import load
+from services.log.errors import LogUnavailableError
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.connection import close, connect
+from services.log.jetstream.names import STREAM, Role
+from services.log.jetstream.report import StreamReport, read_stream
+from services.log.settings import LogSettings
 from tests.support.compose.engine import PACE, PREFIX, ROOT, EngineError, clean_up, containers_of, docker, run
 from tests.support.polling import eventually, eventually_sync
 
@@ -53,7 +53,7 @@ SMALL = {
 #: prints every event of the corpus, as it is committed, one line each
 _DUMP = """
 import base64, sys
-from services.corpus import open_corpus
+from fiq.corpus import open_corpus
 with open_corpus("/data") as corpus:
     for name in sorted(corpus.consultations()):
         for event in corpus[name]:

@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.benchmarks.commits import Commit, CommitLog, ages, committed_until
-from tests.benchmarks.processes import ROOT, Product
+from benchmarks.commits import Commit, CommitLog, ages, committed_until
+from benchmarks.processes import ROOT, Product
 
 SECOND = 1_000_000_000
 

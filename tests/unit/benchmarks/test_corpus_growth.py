@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import verify_corpus
-from tests.benchmarks.corpus_filling import Series, append_batches, fill, verify
-from tests.benchmarks.corpus_growth import CONSULTATIONS, EVENTS, table
+from benchmarks.corpus_filling import Series, append_batches, fill, verify
+from benchmarks.corpus_growth import CONSULTATIONS, EVENTS, table
+from fiq.corpus import verify_corpus
 
 
 @pytest.mark.parametrize("series", [CONSULTATIONS, EVENTS], ids=lambda series: series.name)

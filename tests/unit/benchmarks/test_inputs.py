@@ -9,10 +9,10 @@ from pathlib import Path
 import orjson
 import pytest
 
-from services.contract.event import check_body
-from tests.benchmarks import dialogues
-from tests.benchmarks.http_client import answer_status, post
-from tests.benchmarks.plan import SPREADS
+from benchmarks import dialogues
+from benchmarks.http_client import answer_status, post
+from benchmarks.plan import SPREADS
+from fiq.event import check_body
 
 ROW = 'ID,section_header,section_text,dialogue\n7,GENHX,Fine.,"Doctor:  Hello. \n and?\nGuest_family: Hi: there. "\n'
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import page, tables
-from tests.benchmarks.aims import aims
-from tests.benchmarks.results import (
+from benchmarks import page, tables
+from benchmarks.aims import aims
+from benchmarks.results import (
     APPEND,
     AT_WORK,
     NO_PERSISTER,
@@ -77,7 +77,7 @@ def phase(name: str, p99: float) -> Upgrade:
 def results() -> Results:
     about = About(
         date="2026-01-02",
-        command="python -m tests.benchmarks",
+        command="python -m benchmarks",
         quick=False,
         seconds=600.0,
         machine={"processor": "2 cores"},
@@ -197,7 +197,7 @@ def test_ratios_stand_beside_the_target_that_they_judge(results: Results) -> Non
 def test_the_page_holds_machine_date_command_and_every_table(results: Results) -> None:
     """A figure without them means nothing."""
     text = page.render(results)
-    for part in ("2026-01-02", "python -m tests.benchmarks", "2 cores", *dict(tables.all_tables(results)).values()):
+    for part in ("2026-01-02", "python -m benchmarks", "2 cores", *dict(tables.all_tables(results)).values()):
         assert part in text
     assert "{" not in text
 

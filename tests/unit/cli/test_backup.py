@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from fiq.corpus import EventStore, verify_corpus
 from services.cli.backup import making
 from services.cli.main import app
-from services.corpus import EventStore, verify_corpus
 from services.persister.errors import VolumeBusyError, VolumeError
 from services.persister.volume import Volume
 from tests.support.commands import killed_in
@@ -285,7 +285,7 @@ def test_a_manifest_and_files_that_disagree_are_refused(
 def test_what_a_restore_killed_with_9_leaves_is_refused_by_everybody(saved: Path, tmp_path: Path, number: int) -> None:
     """After any number of the moves: persisters miss the identity, and the next restore says what to do."""
     target = tmp_path / "new"
-    move = "services.corpus.storage.StorageIO.rename"
+    move = "fiq.corpus.wal.storage.StorageIO.rename"
     assert -signal.SIGKILL == killed_in(move, "restore", saved, "--to", target, "--offline", after=number)
     assert number == len([name for name in names(target) if ".h5" in name])
     with pytest.raises(VolumeError, match=r"no volume\.json"):

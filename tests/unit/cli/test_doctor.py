@@ -14,11 +14,11 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
+from fiq.corpus.wal import storage
 from services.cli.doctor import corpus, machine
 from services.cli.doctor.finding import Level
 from services.cli.main import app
 from services.cli.processes import LOOPBACK, free_ports
-from services.corpus import storage
 from services.persister.settings import PersisterSettings
 from tests.support.broker import plain_server
 from tests.support.findings import fine, only

@@ -20,8 +20,8 @@ from services.cli.security import deployment
 from services.cli.security.authority import NODE_LIFETIME, names_in, not_after
 from services.cli.security.deployment import USERS
 from services.cli.security.files import NATS_FILES, Layout
-from services.eventlog.jetstream.credentials import public_key
-from services.eventlog.jetstream.names import Role
+from services.log.jetstream.credentials import public_key
+from services.log.jetstream.names import Role
 
 #: what a deployment of three nodes has in `secrets`
 FILES = {

@@ -21,11 +21,11 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
+from fiq.corpus.events import EventRecord
+from fiq.ids import event_id_from_key
 from services.cli.commands.export import Format
 from services.cli.commands.export import lines as exported_lines
 from services.cli.main import app
-from services.contract.ids import event_id_from_key
-from services.corpus.events import EventRecord
 from tests.support.memory_service import MemoryService
 from tests.support.polling import eventually
 from tests.support.scripted_http import refused, scripted

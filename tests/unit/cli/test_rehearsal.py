@@ -7,8 +7,8 @@ from uuid import UUID
 
 import pytest
 
+from fiq.corpus import EventStore, Identity, Record
 from services.cli.rehearsal import Accepted, Outcome, Post, generate, verify
-from services.corpus import EventStore, Identity, Record
 
 IDENTITY = Identity("main", "volume", 1, 0, 1, "fi-events", "2026-11-23T10:00:00Z")
 KEYS = [str(UUID(int=number)) for number in range(3)]

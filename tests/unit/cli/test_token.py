@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from services.cli.main import app
 from services.cli.security.files import Layout
-from services.contract.tokens import Scope, Token, digest_of, parse
+from services.core.tokens import Scope, Token, digest_of, parse
 from services.ingest import changes
 from tests.support.ingest import running_edge
 from tests.support.polling import eventually

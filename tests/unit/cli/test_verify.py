@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fiq.corpus import EventStore
 from services.cli.main import app
-from services.corpus import EventStore
 from tests.support import damage as damages
 from tests.support.corpus import IDENTITY, commit_range
 from tests.support.damage import damage

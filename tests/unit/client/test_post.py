@@ -14,15 +14,15 @@ import orjson
 import pytest
 from yarl import URL
 
-from services.client import (
+from fiq.client import (
     FiqClient,
     GaveUpError,
     Patience,
     RefusedError,
     UnexpectedAnswerError,
 )
-from services.client.client import EventBody
-from services.contract.errors import ConfigurationError, InvalidIdError
+from fiq.client.client import EventBody
+from fiq.errors import ConfigurationError, InvalidIdError
 from tests.support.scripted_http import (
     Step,
     accepted,

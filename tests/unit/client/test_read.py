@@ -11,8 +11,8 @@ from uuid import UUID
 import orjson
 import pytest
 
-from services.client import FiqClient, GaveUpError, Patience, RefusedError, StoredEvent, UnexpectedAnswerError
-from services.client.client import MessageReader
+from fiq.client import FiqClient, GaveUpError, Patience, RefusedError, StoredEvent, UnexpectedAnswerError
+from fiq.client.client import MessageReader
 from tests.support.polling import eventually
 from tests.support.scripted_http import Step, cut, lost, refused, says, scripted, silent, stream
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import EventStore
+from fiq.corpus import EventStore
 from tests.support.corpus import IDENTITY
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import h5py
 import pytest
 
-from services.corpus import EventStore, StoreOptions, format, open_corpus, reader
+from fiq.corpus import EventStore, StoreOptions, format, open_corpus, reader
 from tests.support.corpus import IDENTITY, commit_range
 
 

@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
-from services.corpus import CorpusFormatError, EventStore, Record, StoreOptions, open_corpus
-from services.corpus.format import chain_next, chain_start
+from fiq.corpus import CorpusFormatError, EventStore, Record, StoreOptions, open_corpus
+from fiq.corpus.format import chain_next, chain_start
 from tests.support.corpus import IDENTITY, commit_range
 
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from services.corpus import CorpusIOError, EventStore, StorageIO, StoreFailedError, StoreOptions, open_corpus
+from fiq.corpus import CorpusIOError, EventStore, StorageIO, StoreFailedError, StoreOptions, open_corpus
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
 from tests.support.faulty_io import FailingIO
 from tests.support.polling import eventually_sync
@@ -83,7 +83,7 @@ def test_a_crash_while_a_checkpoint_runs_loses_nothing(path: Path, slow: _SlowIO
 
 def test_readers_never_see_a_half_copied_file(path: Path, slow: _SlowIO, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock h5py is told that the file is locked; open_corpus waits for the checkpoint to end."""
-    monkeypatch.setattr("services.corpus.reader.LOCK_WAIT", 30.0)
+    monkeypatch.setattr("fiq.corpus.reader.LOCK_WAIT", 30.0)
     store = _begin_slow_checkpoint(path, slow)
     with pytest.raises(OSError, match="lock"):
         h5py.File(path, "r")
@@ -239,7 +239,7 @@ def test_a_checkpoint_without_memory_is_transient(path: Path, monkeypatch: pytes
     store = EventStore.open(path, expected=IDENTITY)
     commit_range(store, range(1, 101))
     with monkeypatch.context() as broken:
-        broken.setattr("services.corpus.checkpoint._copy_images", _raising(MemoryError()))
+        broken.setattr("fiq.corpus.wal.checkpoint._copy_images", _raising(MemoryError()))
         with pytest.raises(CorpusIOError, match=r"cannot checkpoint 00\.h5: out of memory"):
             store.checkpoint()
     store.abandon()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from services.corpus import (
+from fiq.corpus import (
     CorpusError,
     CorpusExistsError,
     CorpusIOError,

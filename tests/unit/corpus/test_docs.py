@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import EventStore, errors, write_index
-from services.corpus.format import EVENT_DTYPE
-from services.corpus.journal import RECORDS_START
-from services.corpus.pair import USER_BLOCK
+from fiq.corpus import EventStore, errors, write_index
+from fiq.corpus.format import EVENT_DTYPE
+from fiq.corpus.wal.journal import RECORDS_START
+from fiq.corpus.wal.pair import USER_BLOCK
 from tests.support.corpus import IDENTITY, commit_range
 
 _DOCUMENT = (Path(__file__).parents[3] / "docs" / "corpus-format.md").read_text(encoding="utf-8")

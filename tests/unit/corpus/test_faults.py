@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import CorpusIOError, EventStore, StoreFailedError, StoreOptions
-from services.corpus.overlay import PageOverlay
+from fiq.corpus import CorpusIOError, EventStore, StoreFailedError, StoreOptions
+from fiq.corpus.wal.overlay import PageOverlay
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, stock_contents
 from tests.support.faulty_io import FailingIO
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.corpus import EventStore, KnownIds, Record, StoredConsultation, StoreOptions, hashes_of
-from services.corpus import ids as ids_module
+from fiq.corpus import EventStore, KnownIds, Record, StoredConsultation, StoreOptions, hashes_of
+from fiq.corpus import ids as ids_module
 from tests.support.corpus import IDENTITY
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import pytest
 
-from services.corpus import CorpusIOError, CorpusNotFoundError, EventStore, Record, write_index
+from fiq.corpus import CorpusIOError, CorpusNotFoundError, EventStore, Record, write_index
 from tests.support.corpus import IDENTITY
 from tests.support.faulty_io import FailingIO
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import CorpusFormatError, CorpusNotFoundError, EventStore, JournalError, StoreOptions, open_corpus
+from fiq.corpus import CorpusFormatError, CorpusNotFoundError, EventStore, JournalError, StoreOptions, open_corpus
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
 from tests.support.polling import eventually_sync
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import pytest
 
-from services.corpus import CorpusLockedError, CorpusUsageError, EventStore, StoreOptions, open_corpus
+from fiq.corpus import CorpusLockedError, CorpusUsageError, EventStore, StoreOptions, open_corpus
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, stock_contents
 
 _STOCK = "import h5py, sys; file = h5py.File(sys.argv[1], sys.argv[2]); print(file.attrs['committed_sequence'])"
@@ -98,7 +98,7 @@ def test_a_checkpoint_that_had_to_wait_is_not_tried_at_every_commit(path: Path) 
 
 def test_a_file_that_is_open_for_writing_elsewhere_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stock `r+` that came first keeps the store and the reader out, with an error that says so."""
-    monkeypatch.setattr("services.corpus.reader.LOCK_WAIT", 0.1)
+    monkeypatch.setattr("fiq.corpus.reader.LOCK_WAIT", 0.1)
     with h5py.File(path, "r+"):
         started = time.monotonic()
         with pytest.raises(CorpusLockedError, match="open for writing in another program"):

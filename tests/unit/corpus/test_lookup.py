@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import CorpusFormatError, EventStore, Record, StoredConsultation, StoreOptions
+from fiq.corpus import CorpusFormatError, EventStore, Record, StoredConsultation, StoreOptions
 from tests.support.corpus import IDENTITY, append_range, commit_range, consultation_of, expected, record
 
 

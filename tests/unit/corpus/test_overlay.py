@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.corpus.overlay import SECTOR, Extents, PageOverlay, SectorIndex, Sectors, runs_of
-from services.corpus.storage import Buffer
+from fiq.corpus.wal.overlay import SECTOR, Extents, PageOverlay, SectorIndex, Sectors, runs_of
+from fiq.corpus.wal.storage import Buffer
 
 
 @pytest.fixture

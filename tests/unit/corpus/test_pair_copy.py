@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import (
+from fiq.corpus import (
     CorpusExistsError,
     CorpusIOError,
     EventStore,
@@ -20,8 +20,8 @@ from services.corpus import (
     repack,
     verify_corpus,
 )
-from services.corpus.errors import ArchivedFileError
-from services.corpus.pair_copy import copy_pair
+from fiq.corpus.errors import ArchivedFileError
+from fiq.corpus.tools.copy import copy_pair
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, stock_contents
 
 

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import pytest
 
-from services.corpus import (
+from fiq.corpus import (
     CorpusFormatError,
     CorpusNotFoundError,
     CorpusUsageError,
@@ -23,14 +23,14 @@ from services.corpus import (
     open_corpus,
     write_index,
 )
-from services.corpus.pair import State, write_state
-from services.corpus.storage import StorageIO
+from fiq.corpus.wal.pair import State, write_state
+from fiq.corpus.wal.storage import StorageIO
 from tests.support.corpus import IDENTITY, Contents, append_range, commit_range, expected
 
 _WRITER = """
 import sys
 from pathlib import Path
-from services.corpus import EventStore, StoreOptions
+from fiq.corpus import EventStore, StoreOptions
 from tests.support.corpus import commit_range
 
 with EventStore.open(Path(sys.argv[1]), expected=None, options=StoreOptions(checkpoint_bytes=100_000)) as store:

@@ -9,13 +9,13 @@ from pathlib import Path
 import h5py
 import pytest
 
-from services.corpus import CorpusLockedError, EventStore, JournalError, recover_partition, verify_corpus
+from fiq.corpus import CorpusLockedError, EventStore, JournalError, recover_partition, verify_corpus
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
 
 _WRITER = """
 import sys
 from pathlib import Path
-from services.corpus import EventStore
+from fiq.corpus import EventStore
 from tests.support.corpus import commit_range
 
 with EventStore.open(Path(sys.argv[1]), expected=None) as store:

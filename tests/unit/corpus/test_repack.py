@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import pytest
 
-from services.corpus import (
+from fiq.corpus import (
     ArchivedFileError,
     Consultation,
     CorpusExistsError,
@@ -32,7 +32,7 @@ from tests.support.corpus import IDENTITY, commit_range, expected, stock_content
 from tests.support.damage import Damage, damage
 
 #: the module; the package has its function under the same name
-repacking = import_module("services.corpus.repack")
+repacking = import_module("fiq.corpus.tools.repack")
 
 
 @pytest.fixture

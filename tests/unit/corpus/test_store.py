@@ -10,7 +10,7 @@ from uuid import uuid4
 import h5py
 import pytest
 
-from services.corpus import (
+from fiq.corpus import (
     AppendRefusedError,
     EventStore,
     IdentityMismatchError,
@@ -20,9 +20,9 @@ from services.corpus import (
     StoreOptions,
     UnsupportedFileSystemError,
     open_corpus,
-    storage,
     verify_corpus,
 )
+from fiq.corpus.wal import storage
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, record, stock_contents
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import CorpusFormatError, EventStore
-from services.corpus.atomic_file import FileObject
-from services.corpus.overlay import PageOverlay, SectorIndex
+from fiq.corpus import CorpusFormatError, EventStore
+from fiq.corpus.wal.atomic_file import FileObject
+from fiq.corpus.wal.overlay import PageOverlay, SectorIndex
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
 
 

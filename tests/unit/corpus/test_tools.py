@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from services.corpus import CorpusUsageError, EventStore, open_corpus, write_index
-from services.corpus.format import EVENT_DTYPE, EVENT_HEAD
+from fiq.corpus import CorpusUsageError, EventStore, open_corpus, write_index
+from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD
 from tests.support.corpus import IDENTITY, commit_range
 
 

@@ -13,18 +13,18 @@ from pathlib import Path
 import h5py
 import pytest
 
-from services.corpus import (
+from fiq.corpus import (
     CorpusNotFoundError,
     EventStore,
     Progress,
     Record,
     Report,
     open_corpus,
-    verify,
     verify_corpus,
     write_index,
 )
-from services.corpus.verify import KINDS
+from fiq.corpus.tools import verify
+from fiq.corpus.tools.verify import KINDS
 from tests.support import damage as damages
 from tests.support.corpus import IDENTITY, append_range, commit_range
 from tests.support.damage import VICTIM, Damage, damage
@@ -32,7 +32,7 @@ from tests.support.damage import VICTIM, Damage, damage
 _WRITER = """
 import sys
 from pathlib import Path
-from services.corpus import EventStore, StoreOptions
+from fiq.corpus import EventStore, StoreOptions
 from tests.support.corpus import commit_range
 
 with EventStore.open(Path(sys.argv[1]), expected=None, options=StoreOptions(checkpoint_bytes=100_000)) as store:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from services.contract.tokens import Scope, Token, digest_of, render
+from services.core.tokens import Scope, Token, digest_of, render
 from tests.support.ingest import MemoryLog, running_edge
 from tests.support.prometheus import DEPLOY
 

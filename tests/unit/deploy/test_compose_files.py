@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from services.contract import trace
-from services.contract.settings import variables
-from services.eventlog.settings import LogSettings
+from services.core import tracing
+from services.core.settings import variables
 from services.ingest.settings import Settings
+from services.log.settings import LogSettings
 from services.persister.settings import PersisterSettings
 
 DEPLOYMENT = Path(__file__).parents[3] / "deploy" / "nats-cluster"
@@ -73,7 +73,7 @@ def test_nothing_is_handed_on_that_nobody_reads(file: str, service: str) -> None
 @pytest.mark.parametrize("file", DECIDED)
 def test_spans_can_be_asked_for_in_dotenv(file: str, service: str) -> None:
     """By the variables that docs/settings.md names, and those that say where to and how many."""
-    names = {trace.EXPORTER_VARIABLE, trace.DISABLED_VARIABLE, *trace.ENDPOINT_VARIABLES}
+    names = {tracing.EXPORTER_VARIABLE, tracing.DISABLED_VARIABLE, *tracing.ENDPOINT_VARIABLES}
     found = environment(file, service)
 
     assert dict.fromkeys(names) == {name: found.get(name, "missing") for name in names}

@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from services.contract.errors import ConfigurationError
-from services.contract.tokens import Scope, Token, digest_of, render
+from fiq.errors import ConfigurationError
+from services.core.tokens import Scope, Token, digest_of, render
 from services.ingest import access, admission, changes
 from services.ingest.access import GATE, GRANT, OPEN, Tokens
 from services.ingest.admission import Bucket

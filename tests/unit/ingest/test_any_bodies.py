@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from services.contract.errors import PoisonError
-from services.contract.event import check_body
+from fiq.errors import PoisonError
+from fiq.event import check_body
 from services.ingest.batch import (
     Draft,
     Line,

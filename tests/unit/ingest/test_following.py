@@ -11,9 +11,9 @@ import orjson
 import pytest
 from aiohttp import ClientResponse
 
-from services.eventlog.errors import CorpusAwayError, LogUnavailableError
 from services.ingest import reading_follow
 from services.ingest.reading import FOLLOWERS
+from services.log.errors import CorpusAwayError, LogUnavailableError
 from tests.support.description import check_answer
 from tests.support.ingest import Edge, running_edge
 from tests.support.polling import eventually

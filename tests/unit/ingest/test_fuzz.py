@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from services.contract.tokens import Scope, Token, digest_of, render
+from services.core.tokens import Scope, Token, digest_of, render
 from tests.support.bodies import BARE, BODIES, MARK
 from tests.support.ingest import Edge, running_edge
 from tests.support.polling import eventually

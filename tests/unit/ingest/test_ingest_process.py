@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.contract.settings import variables
+from services.core.settings import variables
 from services.ingest.settings import Settings
 
 

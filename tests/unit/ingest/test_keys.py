@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.contract.event import Event
-from services.contract.ids import event_id_from_key
-from services.eventlog.protocol import StoredEvent
-from services.eventlog.settings import LogSettings
+from fiq.event import Event
+from fiq.ids import event_id_from_key
+from services.log.protocol import StoredEvent
+from services.log.settings import LogSettings
 from tests.support.ingest import Edge, MemoryLog, MemoryReader, Reply, running_edge
 from tests.support.polling import eventually
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import Backlog, Waiting
 from services.ingest import app as module
+from services.log.partitions import partition_of
+from services.log.protocol import Backlog, Waiting
 from tests.support.ingest import Edge, running_edge
 from tests.support.polling import eventually
 

@@ -9,9 +9,9 @@ from uuid import UUID
 import orjson
 import pytest
 
-from services.contract.event import Event
-from services.contract.ids import event_id_from_key
-from services.eventlog.errors import LogFullError, LogUnavailableError
+from fiq.event import Event
+from fiq.ids import event_id_from_key
+from services.log.errors import LogFullError, LogUnavailableError
 from tests.support.ingest import Edge, Reply, running_edge
 from tests.support.polling import eventually
 

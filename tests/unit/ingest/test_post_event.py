@@ -9,8 +9,8 @@ from uuid import UUID
 
 import pytest
 
-from services.contract.ids import event_id_from_key
-from services.eventlog.errors import (
+from fiq.ids import event_id_from_key
+from services.log.errors import (
     DuplicateInFlightError,
     LogFullError,
     LogRefusedError,

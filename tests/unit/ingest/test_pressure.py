@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contract.event import Event
-from services.contract.ids import new_event_id
-from services.eventlog.partitions import partition_of
-from services.eventlog.protocol import Backlog, Waiting
+from fiq.event import Event
+from fiq.ids import new_event_id
 from services.ingest import problems
 from services.ingest.metrics import Metrics
 from services.ingest.pressure import Pressure
 from services.ingest.problems import RequestRefusedError
+from services.log.partitions import partition_of
+from services.log.protocol import Backlog, Waiting
 
 
 class World:

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 import orjson
 import pytest
 
-from services.eventlog.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
-from services.eventlog.protocol import Page
 from services.ingest.reading import MAX_READS
+from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
+from services.log.protocol import Page
 from tests.support.ingest import Edge, Reply, running_edge
 
 EVENTS = "/consultations/c-1/events"

@@ -9,16 +9,16 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from fiq.errors import PermanentError
 from services.cli import monitoring
 from services.cli.processes import free_ports
-from services.contract.errors import PermanentError
-from services.contract.lifecycle import Stop
-from services.eventlog.metrics import LogMetrics
+from services.core.lifecycle import Stop
 from services.ingest import service
 from services.ingest.app import OpenLog
 from services.ingest.pressure import Pressure
 from services.ingest.service import serve
 from services.ingest.settings import Settings
+from services.log.metrics import LogMetrics
 from tests.support.ingest import MemoryLog
 from tests.support.polling import eventually
 

@@ -15,10 +15,10 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 from structlog.testing import capture_logs
 
-from services.contract.otel import OtelSpans
-from services.contract.tokens import Scope, Token, digest_of, render
-from services.contract.trace import Trace
-from services.eventlog.errors import LogUnavailableError
+from fiq.trace import Trace
+from services.core.otel import OtelSpans
+from services.core.tokens import Scope, Token, digest_of, render
+from services.log.errors import LogUnavailableError
 from tests.support.ingest import Edge, MemoryLog, running_edge
 
 ID, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

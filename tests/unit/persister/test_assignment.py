@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from services.corpus import EventStore, IdentityMismatchError, JournalError, StoreOptions, open_corpus
-from services.eventlog.errors import LogMismatchError, PlacementError
-from services.eventlog.jetstream.placement import Placement
-from services.eventlog.settings import LogSettings
+from fiq.corpus import EventStore, IdentityMismatchError, JournalError, StoreOptions, open_corpus
+from services.log.errors import LogMismatchError, PlacementError
+from services.log.jetstream.placement import Placement
+from services.log.settings import LogSettings
 from services.persister.assignment import Deployment, open_store, place
 from services.persister.volume import Volume
 from tests.support.persister import LOG, event
@@ -79,7 +79,7 @@ def test_another_ones_file_stops(tmp_path: Path, field: str, value: object) -> N
 _OPEN = """
 import sys, time
 from pathlib import Path
-from services.corpus import CorpusLockedError, StoreOptions
+from fiq.corpus import CorpusLockedError, StoreOptions
 from tests.support.placements import placed
 from services.persister.assignment import open_store
 import importlib.util

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import structlog
 
-from services.corpus import EventStore, StoredConsultation
-from services.eventlog.protocol import Delivery
+from fiq.corpus import EventStore, StoredConsultation
+from services.log.protocol import Delivery
 from services.persister.dead_letters import DeadLetters, PoisonLimit, SetAside, Suspects
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile

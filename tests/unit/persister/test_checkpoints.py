@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 from structlog.testing import CapturingLogger
 
-from services.corpus import EventStore, StoreOptions, StoreStats
+from fiq.corpus import EventStore, StoreOptions, StoreStats
 from services.persister.metrics import Metrics
 from services.persister.runner import CheckpointWatch
 from tests.support.corpus import IDENTITY, commit_range

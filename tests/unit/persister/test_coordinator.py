@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from services.eventlog.errors import PlacementError
-from services.eventlog.jetstream.placement import Placement
-from services.eventlog.jetstream.processes import Progress
-from services.eventlog.protocol import Position
-from services.eventlog.settings import LogSettings
+from services.log.errors import PlacementError
+from services.log.jetstream.placement import Placement
+from services.log.jetstream.processes import Progress
+from services.log.protocol import Position
+from services.log.settings import LogSettings
 from services.persister.assignment import Deployment
 from services.persister.coordinator import Coordinator
 from services.persister.metrics import Metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from services.eventlog.protocol import Appended, Delivery, LogIdentity
+from services.log.protocol import Appended, Delivery, LogIdentity
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.errors import PoisonFloodError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.contract.settings import load
+from services.core.settings import load
 from services.persister.memory import BASE_BYTES, needed_bytes, variables, within
 from services.persister.settings import PersisterSettings
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.corpus import StoreStats
+from fiq.corpus import StoreStats
 from services.persister.metrics import Metrics, RateWindow
 from services.persister.rounds import Batch
 from tests.support.persister import delivery

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from services.corpus import EventStore
+from fiq.corpus import EventStore
 from services.persister import rounds as module
 from services.persister.dead_letters import DeadLetters
 from services.persister.metrics import Metrics

@@ -16,10 +16,10 @@ from typing import Any
 import orjson
 import pytest
 
-from services.contract.errors import PermanentError
-from services.corpus import EventStore, StorageIO
-from services.corpus.storage import Buffer
-from services.eventlog.protocol import Position
+from fiq.corpus import EventStore, StorageIO
+from fiq.corpus.wal.storage import Buffer
+from fiq.errors import PermanentError
+from services.log.protocol import Position
 from services.persister.dead_letters import PoisonLimit
 from services.persister.runner import State
 from tests.support.faulty_io import FailingIO

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.contract.errors import ConfigurationError
-from services.contract.settings import load
+from fiq.errors import ConfigurationError
+from services.core.settings import load
 from services.persister.__main__ import main
 from services.persister.settings import PersisterSettings
 

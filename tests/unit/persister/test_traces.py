@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 from structlog.testing import capture_logs
 
-from services.contract.otel import MAX_LINKS, OtelSpans
-from services.eventlog.protocol import Delivery
+from services.core.otel import MAX_LINKS, OtelSpans
+from services.log.protocol import Delivery
 from services.persister.runner import State
 from services.persister.traces import MAX_LINES, Traces
 from tests.support.persister import Rig, Stream, delivery, poison, reusing, rig

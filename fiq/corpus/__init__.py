@@ -1,0 +1,83 @@
+"""The corpus: consultations' events in HDF5 files that survive any crash. Usable without the services.
+
+Analysts::
+
+    from fiq.corpus import open_corpus
+
+    with open_corpus("corpus") as corpus:
+        for event in corpus["2f6c…"]:
+            print(event.sequence, event.event_type, event.payload)
+"""
+
+from fiq.corpus.errors import (
+    AppendRefusedError,
+    ArchivedFileError,
+    CorpusError,
+    CorpusExistsError,
+    CorpusFormatError,
+    CorpusIOError,
+    CorpusLockedError,
+    CorpusNotFoundError,
+    CorpusUsageError,
+    IdentityMismatchError,
+    JournalError,
+    PermanentCorpusError,
+    StoreFailedError,
+    TransientCorpusError,
+    UnknownConsultationError,
+    UnsupportedFileSystemError,
+)
+from fiq.corpus.events import Consultation, EventRecord
+from fiq.corpus.format import Identity, Record
+from fiq.corpus.ids import IdHashes, KnownIds, Lookup, StoredConsultation, StoredRow, hashes_of
+from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
+from fiq.corpus.store import EventStore, Recovered, StoreOptions, StoreStats, recover_partition
+from fiq.corpus.tools.repack import Repacked, repack
+from fiq.corpus.tools.verify import PartitionReport, Problem, Progress, Report, verify_corpus
+from fiq.corpus.wal.storage import StorageIO
+
+__all__ = [
+    "AppendRefusedError",
+    "ArchivedFileError",
+    "Consultation",
+    "Corpus",
+    "CorpusError",
+    "CorpusExistsError",
+    "CorpusFormatError",
+    "CorpusIOError",
+    "CorpusLockedError",
+    "CorpusNotFoundError",
+    "CorpusUsageError",
+    "EventRecord",
+    "EventStore",
+    "IdHashes",
+    "Identity",
+    "IdentityMismatchError",
+    "JournalError",
+    "KnownIds",
+    "Lookup",
+    "PartitionInfo",
+    "PartitionReport",
+    "PermanentCorpusError",
+    "Problem",
+    "Progress",
+    "Record",
+    "Recovered",
+    "Repacked",
+    "Report",
+    "StorageIO",
+    "StoreFailedError",
+    "StoreOptions",
+    "StoreStats",
+    "StoredConsultation",
+    "StoredRow",
+    "TransientCorpusError",
+    "UnknownConsultationError",
+    "UnsupportedFileSystemError",
+    "hashes_of",
+    "open_corpus",
+    "recover_partition",
+    "repack",
+    "verify_corpus",
+    "write_index",
+]

@@ -1,0 +1,272 @@
+"""The HDF5 layout of a partition file: names, types, attributes. docs/corpus-format.md is its description.
+
+::
+
+    /                                attributes: format, format_version, the identity, journal,
+                                     begins_at_sequence, committed_sequence, committed_message_id,
+                                     committed_events, committed_conflicts
+    /consultations/<id>/events       table of EVENT_DTYPE, one row an event, in stream order
+    /consultations/<id>/payload      u1: the events' bodies, each followed by a line feed
+    /conflicts/<id>/{events,payload} the same for events under an id that the consultation holds with another body
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from fiq.corpus.errors import CorpusFormatError, IdentityMismatchError
+
+#: bytes of an event id
+EVENT_ID_BYTES = 16
+#: bytes of a chain value
+CHAIN_BYTES = 32
+
+_PREFIX = "fiq-chain-1"
+#: slots of a dataset's chunk cache: whole chunks are written directly and read in slices, and HDF5 2.0's default takes
+#: 88 KB each
+CHUNK_SLOTS = 17
+#: metadata of a file that is read which stays in memory, bytes as they are in the file
+READER_METADATA_BYTES = 2 << 20
+#: what the attribute ``format`` says
+FORMAT_NAME = "fiq-corpus"
+#: rises when a program that knows only the older layout would misread the newer
+FORMAT_VERSION = 3
+#: oldest HDF5 release whose tools must read the files; ``latest`` would shut out h5dump 1.10
+LIBVER = ("v110", "v110")
+
+CONSULTATIONS = "consultations"
+CONFLICTS = "conflicts"
+EVENTS = "events"
+PAYLOAD = "payload"
+#: first stream sequence that the file may hold: above 1 for a store that began after the stream was trimmed
+BEGINS = "begins_at_sequence"
+COMMITTED = "committed_sequence"
+#: message id of the stream's message at the committed sequence; empty when it had none
+COMMITTED_ID = "committed_message_id"
+COMMITTED_EVENTS = "committed_events"
+COMMITTED_CONFLICTS = "committed_conflicts"
+#: length of the fixed string in which :data:`COMMITTED_ID` is kept, bytes
+MESSAGE_ID_BYTES = 200
+#: attribute that only an archive has: when it was made
+ARCHIVED = "archived"
+
+#: one row of ``events``; an opaque id keeps all 16 bytes in numpy (a string type would cut trailing zeros)
+EVENT_DTYPE = np.dtype(
+    [
+        ("seq", "<u8"),
+        ("received_ns", "<i8"),
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("flags", "<u4"),
+        ("event_id", "V16"),
+        ("chain", "V32"),
+    ]
+)
+#: the row without its chain value, for packing: seq, received_ns, offset, length, flags, event_id
+EVENT_HEAD = struct.Struct("<QqQII16s")
+#: rows a chunk of ``events``
+EVENTS_CHUNK = 32
+#: bytes a chunk of ``payload``
+PAYLOAD_CHUNK = 4096
+#: largest body, since ``length`` has 32 bits
+MAX_BODY_BYTES = 2**32 - 1
+
+_CONSULTATION = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
+_NUMBERS = ("epoch", "partition", "partitions")
+_COUNTERS = (BEGINS, COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One event as it is appended.
+
+    Attributes:
+        sequence: its sequence in the stream; rises within a consultation.
+        received_ns: when it was accepted, nanoseconds since the Unix epoch.
+        event_id: 16 bytes, unique within the consultation.
+        body: one JSON text in UTF-8 without line breaks.
+    """
+
+    sequence: int
+    received_ns: int
+    event_id: bytes
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a partition file says of itself; every field is compared when it is opened.
+
+    Attributes:
+        store: name of the full copy of the corpus that the file is part of.
+        volume: UUID of the data directory that the file belongs to.
+        epoch: how often the partition has been placed; rises with each placement.
+        partition: number of the partition, from 0.
+        partitions: number of partitions of the stream, fixed at its creation.
+        stream: name of the stream that the sequences count.
+        stream_created: creation time of that stream as the broker states it: a re-created stream counts from 1 again.
+    """
+
+    store: str
+    volume: str
+    epoch: int
+    partition: int
+    partitions: int
+    stream: str
+    stream_created: str
+
+
+_REMEDIES = {
+    "store": "point FI_STORE or FI_DATA_DIR at the store that the file belongs to",
+    "volume": "put the file back into the data directory of its own volume; one copied elsewhere must not be written",
+    "epoch": (
+        "the partition was placed anew since (by `fiq give-up` or `fiq restore`), so this is a stale copy: stop the "
+        "persisters of this directory and keep it for reading; docs/operations.md, `A lost disk comes back`"
+    ),
+    "partition": "the file was renamed or copied over another one; put the right file back",
+    "partitions": "use the partition count that the stream was created with; it cannot change",
+    "stream": "point the service at the stream that the file was written from, or use another data directory",
+    "stream_created": (
+        "the stream was deleted and created anew, so its sequences no longer match the file; "
+        "use a new data directory for the new stream and keep this one as it is"
+    ),
+}
+
+
+def check_identity(name: str, expected: Identity, found: Identity) -> None:
+    """Compare the identity that a file states with the one that is expected of it.
+
+    Args:
+        name: the file's name, for the message.
+
+    Raises IdentityMismatchError: a field differs; the message names it, both values, and what to do.
+    """
+    for field in fields(Identity):
+        wanted, stated = getattr(expected, field.name), getattr(found, field.name)
+        if wanted != stated:
+            raise IdentityMismatchError(
+                f"{name}: {field.name} is {stated!r} in the file but {wanted!r} is expected: {_REMEDIES[field.name]}",
+                field=field.name,
+                expected=wanted,
+                found=stated,
+            )
+
+
+def is_consultation_id(value: str) -> bool:
+    """Return whether *value* can name a consultation's group."""
+    return _CONSULTATION.fullmatch(value) is not None
+
+
+def write_attributes(root: Any, identity: Identity, journal: str, *, begins: int) -> None:
+    """Write what a new file says of itself.
+
+    Args:
+        root: the root group, open in h5py for writing.
+        journal: UUID that the file shares with its journal.
+        begins: first stream sequence that it may hold.
+    """
+    root.attrs["format"] = FORMAT_NAME
+    root.attrs["format_version"] = np.uint32(FORMAT_VERSION)
+    for field in fields(Identity):
+        value = getattr(identity, field.name)
+        root.attrs[field.name] = np.uint32(value) if field.name in _NUMBERS else value
+    root.attrs[BEGINS] = np.uint64(begins)
+    root.attrs[COMMITTED] = np.uint64(begins - 1)
+    root.attrs.create(COMMITTED_ID, b"", dtype=f"S{MESSAGE_ID_BYTES}")
+    root.attrs[COMMITTED_EVENTS] = np.uint64(0)
+    root.attrs[COMMITTED_CONFLICTS] = np.uint64(0)
+    root.attrs["journal"] = journal
+
+
+def read_identity(root: Any, name: str) -> Identity:
+    """Return the identity that a file states.
+
+    Args:
+        root: the root group, open in h5py.
+        name: the file's name, for messages.
+
+    Raises CorpusFormatError: it is no partition file, of another version, or an attribute is missing.
+    """
+    if root.attrs.get("format") != FORMAT_NAME:
+        raise CorpusFormatError(f"{name}: the attribute format is not {FORMAT_NAME!r}: it is no partition file")
+    version = int(root.attrs.get("format_version", 0))
+    if version != FORMAT_VERSION:
+        by = "an earlier" if version < FORMAT_VERSION else "a later"
+        raise CorpusFormatError(
+            f"{name} has format_version {version}, written by {by} version of fiq; this one reads {FORMAT_VERSION} "
+            "only: use that version, or write a new corpus from the stream"
+        )
+    expected = [*(field.name for field in fields(Identity)), *_COUNTERS]
+    missing = [attribute for attribute in expected if attribute not in root.attrs]
+    if missing:
+        raise CorpusFormatError(f"{name} lacks the attribute {missing[0]}")
+    values = root.attrs
+    return Identity(
+        store=str(values["store"]),
+        volume=str(values["volume"]),
+        epoch=int(values["epoch"]),
+        partition=int(values["partition"]),
+        partitions=int(values["partitions"]),
+        stream=str(values["stream"]),
+        stream_created=str(values["stream_created"]),
+    )
+
+
+def bound_metadata(file: Any, size: int) -> None:
+    """Fix the size of a file's metadata cache.
+
+    Left alone it grows to 32 MB of metadata, half a gigabyte of memory, when many consultations are read or written one
+    after another, and does not get any faster by that: HDF5 keeps some 10 KB for an object header of a few hundred
+    bytes.
+
+    Args:
+        file: an open h5py ``File``.
+        size: bytes as they are in the file; unpacked they take fifteen to twenty times as much.
+    """
+    config = file.id.get_mdc_config()
+    config.set_initial_size = True
+    config.initial_size = config.min_size = config.max_size = size
+    config.incr_mode = config.flash_incr_mode = config.decr_mode = 0
+    file.id.set_mdc_config(config)
+
+
+# -- The chain of a consultation: each row carries a hash of its event and of the row before it ----------------------
+#
+# An event that is changed, removed or moved no longer fits the row behind it. Whoever rewrites all later rows too goes
+# unnoticed: the chain finds damage and honest mistakes, it is no signature. Events cut off at the end break no chain;
+# they are missed by the partition's ``committed_events``.
+
+
+def chain_start(identity: Identity, consultation: str, *, of: str = CONSULTATIONS) -> bytes:
+    """Return what the first row of a consultation is chained to, or with *of* that of its conflicts.
+
+    It names what never changes in a consultation's life; volume and epoch do when a partition moves, and the copies of
+    two stores are to have equal chains.
+    """
+    # a consultation's id has no slash: the names of the two groups never meet
+    name = consultation if of == CONSULTATIONS else f"{of}/{consultation}"
+    return sha256(_partition_name(identity) + name.encode()).digest()
+
+
+def chain_next(before: bytes, row: bytes, body: bytes) -> bytes:
+    """Return the chain value of an event.
+
+    Args:
+        before: that of the row before it, or :func:`chain_start`.
+        row: the row's first 48 bytes, all but the chain value itself.
+        body: the body without its line feed.
+    """
+    return sha256(b"".join((before, row, body))).digest()
+
+
+@lru_cache(64)
+def _partition_name(identity: Identity) -> bytes:
+    numbers = (str(identity.partition), str(identity.partitions))
+    return "\0".join([_PREFIX, identity.stream, identity.stream_created, *numbers, ""]).encode()

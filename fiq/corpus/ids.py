@@ -1,0 +1,383 @@
+"""Which events a consultation holds: exact, in about 12 bytes an event, whatever the size of the consultation.
+
+An id is kept as an 8-byte hash in a sorted array, with the number of its row in the table beside it. A hash that is
+found is compared with the id in that row, so an answer is never a guess. Ids that were appended lately stand in a small
+dictionary and are merged into the arrays now and then. A consultation that was created through this store is known from
+its first event on and never read; another one is read once, when it is first asked about.
+
+One :class:`KnownIds` serves all partition files of a process: it drops the consultations that were unused for longest
+when there are too many ids in all. A consultation with more ids than that is never kept: its table is searched each
+time, in pieces.
+
+The hash is keyed by a secret of the process, so that a client cannot choose ids that all have the same one. With the
+key and the hashes (:class:`IdHashes`) another process can look an id up by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD, EVENTS_CHUNK, PAYLOAD_CHUNK
+from fiq.corpus.groups import OpenConsultations
+
+#: rows of the table whose ids are read together, a multiple of a chunk's
+_PIECE_ROWS = 512 * EVENTS_CHUNK
+#: appended ids are merged from this many on, or an eighth of those before, up to the second number: a merge copies all
+_RECENT = (256, 16_384)
+#: memory of an id in a dictionary, in ids that are in an array: some 150 bytes instead of 12
+_RECENT_WEIGHT = 12
+#: what a consultation takes besides its ids, in the same measure
+_OWN_WEIGHT = 50
+
+Hashes = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRow:
+    """One row of the table: where an event's body lies.
+
+    Attributes:
+        sequence: in the stream.
+        received_ns: when the event was accepted, nanoseconds since the Unix epoch.
+        offset: of its body in the payload, bytes.
+        length: of its body, bytes.
+        event_id: 16 bytes.
+    """
+
+    sequence: int
+    received_ns: int
+    offset: int
+    length: int
+    event_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class IdHashes:
+    """All ids of a consultation as hashes.
+
+    Attributes:
+        key: of the hash, 16 bytes.
+        hashes: 8 bytes each, little-endian, sorted; see :func:`hashes_of`.
+    """
+
+    key: bytes
+    hashes: bytes
+
+
+#: opens the table of a consultation; None when there is no such
+OpenTable = Callable[[], "StoredConsultation | None"]
+
+
+class KnownIds:
+    """The ids of many consultations, over all partition files of a process; used by one thread.
+
+    Args:
+        limit: ids that stay in memory; each takes 12 bytes.
+    """
+
+    def __init__(self, limit: int = 4_000_000) -> None:
+        self.key = os.urandom(16)
+        self._limit = limit
+        self._weight = 0
+        self._kept: OrderedDict[tuple[object, str], _Ids] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._kept.values()))
+
+    def held(
+        self, store: object, name: str, wanted: Collection[bytes], open_table: OpenTable
+    ) -> dict[bytes, StoredRow]:
+        """Return the rows of those of *wanted* that the consultation *name* of *store* holds."""
+        ids = self._kept.get((store, name))
+        if ids is not None:
+            self._kept.move_to_end((store, name))
+            candidates = list(ids.candidates(wanted))
+            table = open_table() if candidates else None
+        elif (table := open_table()) is not None:
+            ids = self._load(store, name, table)
+            candidates = list(self._search(table, wanted) if ids is None else ids.candidates(wanted))
+        found = {}
+        if table is not None:
+            for event_id, index in sorted(candidates, key=lambda candidate: candidate[1]):  # chunk by chunk
+                row = table.row(index)
+                if row.event_id == event_id:
+                    found[event_id] = row
+        return found
+
+    def hashes(self, store: object, name: str, most: int, open_table: OpenTable) -> IdHashes | None:
+        """Return the hashes of a consultation's ids, none when it does not exist; None when there are over *most*."""
+        ids = self._kept.get((store, name))
+        if ids is None:
+            table = open_table()
+            if table is None:
+                return IdHashes(self.key, b"")
+            if len(table) > most:
+                return None
+            ids = self._load(store, name, table) or _Ids.read(self.key, table)
+        return IdHashes(self.key, ids.all_hashes()) if len(ids) <= most else None
+
+    def appended(self, store: object, name: str, first: int, ids: Sequence[bytes]) -> None:
+        """Take note of *ids* that were appended in the rows from *first* on; with row 0 a consultation begins."""
+        known = self._kept.get((store, name))
+        if known is None:
+            if first:
+                return  # read when it is asked about
+            known = self._keep(store, name, _Ids(self.key))
+        before = known.weight
+        known.add(first, ids)
+        self._weight += known.weight - before
+        self._shrink()
+
+    def forget(self, store: object) -> None:
+        """Forget all consultations of *store*, which is closed."""
+        for key in [key for key in self._kept if key[0] is store]:
+            self._weight -= self._kept.pop(key).weight
+
+    def _load(self, store: object, name: str, table: StoredConsultation) -> _Ids | None:
+        if len(table) > self._limit:
+            return None
+        ids = self._keep(store, name, _Ids.read(self.key, table))
+        self._shrink()
+        return ids
+
+    def _search(self, table: StoredConsultation, wanted: Collection[bytes]) -> Iterator[tuple[bytes, int]]:
+        """Yield the ids of *wanted* with each row that may hold one, without keeping anything."""
+        ids = list(wanted)
+        hashes = hashes_of(self.key, _joined(ids))
+        order = np.argsort(hashes)
+        few = _Ids(self.key, hashes[order], order.astype(np.uint32))
+        start = 0
+        for piece in table.ids():
+            in_piece = hashes_of(self.key, piece)
+            for index in np.flatnonzero(np.isin(in_piece, hashes)).tolist():
+                for number in few.rows_of(in_piece[index : index + 1]):
+                    yield ids[number], start + index
+            start += len(piece)
+
+    def _keep(self, store: object, name: str, ids: _Ids) -> _Ids:
+        self._kept[store, name] = ids
+        self._weight += ids.weight
+        return ids
+
+    def _shrink(self) -> None:
+        while self._weight > self._limit and len(self._kept) > 1:
+            _, ids = self._kept.popitem(last=False)
+            self._weight -= ids.weight
+
+
+class _Ids:
+    """The ids of one consultation.
+
+    Args:
+        key: of the hash.
+        hashes: sorted.
+        rows: the row of each.
+    """
+
+    __slots__ = ("_hashes", "_key", "_recent", "_rows")
+
+    def __init__(self, key: bytes, hashes: Hashes | None = None, rows: Rows | None = None) -> None:
+        self._key = key
+        self._hashes = np.empty(0, np.uint64) if hashes is None else hashes
+        self._rows = np.empty(0, np.uint32) if rows is None else rows
+        self._recent: dict[bytes, int] = {}
+
+    @classmethod
+    def read(cls, key: bytes, table: StoredConsultation) -> _Ids:
+        """Read all ids of *table*: twice as much memory as they take in the end."""
+        hashes = np.empty(len(table), np.uint64)
+        start = 0
+        for piece in table.ids():
+            hashes[start : start + len(piece)] = hashes_of(key, piece)
+            start += len(piece)
+        order = np.argsort(hashes)
+        return cls(key, hashes[order], order.astype(np.uint32))
+
+    def __len__(self) -> int:
+        return len(self._hashes) + len(self._recent)
+
+    @property
+    def weight(self) -> int:
+        """The memory that they take, in ids that are in an array."""
+        return len(self._hashes) + _RECENT_WEIGHT * len(self._recent) + _OWN_WEIGHT
+
+    def add(self, first: int, ids: Sequence[bytes]) -> None:
+        """Take *ids*, which stand in the rows from *first* on."""
+        self._recent.update(zip(ids, range(first, first + len(ids)), strict=True))
+        fewest, most = _RECENT
+        if len(self._recent) >= max(fewest, min(len(self._hashes) // 8, most)):
+            self._merge()
+
+    def candidates(self, wanted: Collection[bytes]) -> Iterator[tuple[bytes, int]]:
+        """Yield the ids of *wanted* with each row that may hold one."""
+        others = []
+        for event_id in wanted:
+            row = self._recent.get(event_id)
+            if row is not None:
+                yield event_id, row
+            else:
+                others.append(event_id)
+        if others and len(self._hashes):
+            hashes = hashes_of(self._key, _joined(others))
+            low, high = self._hashes.searchsorted(hashes), self._hashes.searchsorted(hashes, "right")
+            for number in np.flatnonzero(high > low).tolist():
+                for row in self._rows[low[number] : high[number]].tolist():
+                    yield others[number], row
+
+    def rows_of(self, hash_: Hashes) -> list[int]:
+        """Return the rows under one hash, of those that are in the arrays."""
+        low, high = self._hashes.searchsorted(hash_)[0], self._hashes.searchsorted(hash_, "right")[0]
+        rows: list[int] = self._rows[low:high].tolist()
+        return rows
+
+    def all_hashes(self) -> bytes:
+        """Return all hashes, sorted."""
+        self._merge()
+        return self._hashes.astype("<u8", copy=False).tobytes()
+
+    def _merge(self) -> None:
+        if not self._recent:
+            return
+        hashes = hashes_of(self._key, _joined(self._recent))
+        rows = np.fromiter(self._recent.values(), np.uint32, len(self._recent))
+        order = np.argsort(hashes)
+        places = self._hashes.searchsorted(hashes[order])
+        self._hashes = np.insert(self._hashes, places, hashes[order])
+        self._rows = np.insert(self._rows, places, rows[order])
+        self._recent.clear()
+
+
+def hashes_of(key: bytes, ids: npt.NDArray[Any] | bytes) -> Hashes:
+    """Return the hash of each of *ids*, 16 bytes each.
+
+    With the two halves *a* and *b* of an id, and of the *key*, as big-endian numbers, modulo 2**64::
+
+        x = (a ^ key_a) * (key_b | 1);  x ^= x >> 32;  x = (x ^ b) * (key_b | 1);  x ^= x >> 29
+    """
+    first, second = np.frombuffer(key, ">u8").astype(np.uint64)
+    factor = second | np.uint64(1)
+    data = ids if isinstance(ids, bytes) else ids.tobytes()
+    halves = np.frombuffer(data, ">u8").reshape(-1, 2).astype(np.uint64)
+    hashes: Hashes = (halves[:, 0] ^ first) * factor
+    hashes ^= hashes >> np.uint64(32)
+    hashes = (hashes ^ halves[:, 1]) * factor
+    hashes ^= hashes >> np.uint64(29)
+    return hashes
+
+
+def _joined(ids: Collection[bytes]) -> bytes:
+    return b"".join(ids)
+
+
+# -- Reads what an open store holds, beside its appends and in their thread, a few chunks at a time ------------------
+#
+# Chunks are read directly: HDF5 keeps nothing of them in memory, so the writer's own handles never see an old copy, and
+# nothing of what the writer keeps open is closed for a reader. Sequences rise from row to row, so a position is found
+# in a few steps; an id is found by the part above.
+
+
+class StoredConsultation:
+    """One consultation of an open store, as long as it was when this was made; valid until the store is closed.
+
+    Args:
+        events: low-level id of its ``events`` dataset.
+        payload: low-level id of its ``payload`` dataset.
+    """
+
+    def __init__(self, events: Any, payload: Any) -> None:
+        self._events = events
+        self._payload = payload
+        self._length = int(events.shape[0])
+        self._chunk: tuple[int, bytes] = (-1, b"")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def row(self, index: int) -> StoredRow:
+        """Return the row at *index*, from 0."""
+        start = index - index % EVENTS_CHUNK
+        place = (index - start) * EVENT_DTYPE.itemsize
+        sequence, received, offset, length, _, event_id = EVENT_HEAD.unpack_from(self._rows(start), place)
+        return StoredRow(sequence, received, offset, length, event_id)
+
+    def behind(self, sequence: int) -> int:
+        """Return the index of the first row whose sequence is above *sequence*; the length when there is none."""
+        low, high = 0, self._length
+        while low < high:
+            middle = (low + high) // 2
+            if self.row(middle).sequence > sequence:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def body(self, row: StoredRow) -> bytes:
+        """Return the body of the event in *row*, byte for byte."""
+        return self.bodies([row])[0]
+
+    def bodies(self, rows: Sequence[StoredRow]) -> list[bytes]:
+        """Return the bodies of the events in *rows*, which follow each other in the table."""
+        if not rows:
+            return []
+        first = rows[0].offset - rows[0].offset % PAYLOAD_CHUNK
+        end = rows[-1].offset + rows[-1].length
+        chunks = [self._payload.read_direct_chunk((start,))[1] for start in range(first, end, PAYLOAD_CHUNK)]
+        content = b"".join(chunks)
+        return [content[row.offset - first : row.offset - first + row.length] for row in rows]
+
+    def ids(self) -> Iterator[npt.NDArray[np.void]]:
+        """Yield the ids of all rows, some thousands at a time."""
+        for low in range(0, self._length, _PIECE_ROWS):
+            high = min(low + _PIECE_ROWS, self._length)
+            chunks = [self._events.read_direct_chunk((start,))[1] for start in range(low, high, EVENTS_CHUNK)]
+            yield np.frombuffer(b"".join(chunks), EVENT_DTYPE)["event_id"][: high - low]
+
+    def _rows(self, start: int) -> bytes:
+        if self._chunk[0] != start:
+            self._chunk = start, bytes(self._events.read_direct_chunk((start,))[1])
+        return self._chunk[1]
+
+
+class Lookup:
+    """What an open store holds, events that are appended and not committed included.
+
+    Args:
+        consultations: of the store.
+        ids: of them, those in memory.
+    """
+
+    def __init__(self, consultations: OpenConsultations, ids: KnownIds) -> None:
+        self._consultations = consultations
+        self._ids = ids
+
+    def consultation(self, name: str) -> StoredConsultation | None:
+        """Return a consultation; None when the file has no such."""
+        pair = self._consultations.datasets(name)
+        return None if pair is None else StoredConsultation(*pair)
+
+    def held(self, name: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
+        """Return the rows of those of *ids* that a consultation holds."""
+        return self._ids.held(self._consultations, name, ids, lambda: self.consultation(name))
+
+    def id_hashes(self, name: str, most: int) -> IdHashes | None:
+        """Return the hashes of a consultation's ids, none when it does not exist; None when there are over *most*."""
+        return self._ids.hashes(self._consultations, name, most, lambda: self.consultation(name))
+
+    def names(self, start: int, count: int) -> list[str]:
+        """Return at most *count* ids of consultations from the position *start* on, in HDF5's own order.
+
+        One that is created later may take a place before *start* and move the others up: who goes on reads some names
+        again, and none of those that were there before is left out.
+        """
+        return self._consultations.names(start, count)
+
+    def __len__(self) -> int:
+        return self._consultations.count

@@ -1,0 +1,1 @@
+"""Tools over whole files of the corpus: verify, repack, copy."""

@@ -1,0 +1,313 @@
+"""Copies a corpus for archiving: compressed, in chunks that suit reading, compared with the original event by event."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from h5py import h5d, h5g, h5p, h5s, h5t
+
+from fiq.corpus.errors import (
+    CorpusExistsError,
+    CorpusFormatError,
+    CorpusIOError,
+    CorpusNotFoundError,
+    system_errors,
+)
+from fiq.corpus.events import Consultation
+from fiq.corpus.format import (
+    ARCHIVED,
+    COMMITTED,
+    COMMITTED_CONFLICTS,
+    COMMITTED_EVENTS,
+    COMMITTED_ID,
+    CONFLICTS,
+    CONSULTATIONS,
+    EVENT_DTYPE,
+    EVENTS,
+    LIBVER,
+    PAYLOAD,
+    write_attributes,
+)
+from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
+from fiq.corpus.tools.verify import Problem, verify_partition
+from fiq.corpus.wal.pair import USER_BLOCK, archive_user_block
+from fiq.corpus.wal.storage import FILE_MODE, StorageIO, write_all
+
+#: largest chunk of ``events``, rows; a shorter consultation is one chunk
+_EVENTS_CHUNK = 2048
+#: largest chunk of ``payload``, bytes
+_PAYLOAD_CHUNK = 256 << 10
+#: what is copied at once: whole chunks
+_ROWS, _BYTES = 4 * _EVENTS_CHUNK, 32 * _PAYLOAD_CHUNK
+#: level of gzip: higher ones take much longer and save little
+_LEVEL = 6
+#: owner and group: what the files hold is medical data
+_DIRECTORY_MODE = 0o750
+#: share of the time that each step takes
+_STEPS = {"verifying": 0.25, "copying": 0.4, "verifying the copy of": 0.2, "comparing": 0.15}
+
+OnStep = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Repacked:
+    """One partition file that was copied.
+
+    Attributes:
+        file: its name.
+        consultations: how many it holds.
+        events: how many it holds.
+        bytes_before: size of the partition file.
+        bytes_after: size of the archive.
+    """
+
+    file: str
+    consultations: int
+    events: int
+    bytes_before: int
+    bytes_after: int
+
+
+def repack(source: Path, target: Path, *, on_progress: OnStep | None = None) -> tuple[Repacked, ...]:
+    """Copy a data directory or one partition file into a compact archive; writers of the original may work on.
+
+    The archive appears under its name when it is complete, passes its own verification, and equals the original as of
+    the moment when its turn came.
+
+    Args:
+        source: a data directory, or one partition file.
+        target: the directory, or the file, to make.
+        on_progress: called with what is being done and the fraction of the whole that is done.
+
+    Raises CorpusExistsError: *target* exists; CorpusNotFoundError: there is no corpus at *source*, or no directory for
+    *target*; CorpusFormatError: the original is damaged; nothing was written; CorpusIOError: the system refused.
+    """
+    with open_corpus(source) as corpus:
+        paths = corpus.paths
+    if os.path.lexists(target):
+        raise CorpusExistsError(f"{target} exists: an archive is never written over anything")
+    if not target.parent.is_dir():
+        raise CorpusNotFoundError(f"there is no directory {target.parent}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
+    steps = _Steps(paths, on_progress)
+    with system_errors(f"write {target}"):
+        try:
+            if source.is_file() and source in paths:
+                done = [_repack_partition(source, temporary, steps)]
+            else:
+                temporary.mkdir(_DIRECTORY_MODE)
+                done = [_repack_partition(path, temporary / path.name, steps) for path in paths]
+                write_index(temporary)
+            _publish(temporary, target)
+        finally:
+            _remove(temporary)
+    return tuple(done)
+
+
+def _repack_partition(source: Path, target: Path, steps: _Steps) -> Repacked:
+    with Corpus([source]) as original:
+        report, problems = verify_partition(original, on_progress=lambda now: steps.tell("verifying", now.fraction))
+        _refuse(problems, f"{source.name} is damaged, so nothing was archived")
+        (info,) = original.partitions
+        with _writing(target):
+            _copy(original, info, target, steps)
+        with Corpus([target]) as copy:
+            step = "verifying the copy of"
+            _, problems = verify_partition(copy, on_progress=lambda now: steps.tell(step, now.fraction))
+            _refuse(problems, f"the copy of {source.name} is not good, and was dropped")
+            difference = first_difference(original, copy, lambda fraction: steps.tell("comparing", fraction))
+        if difference is not None:
+            raise CorpusFormatError(f"the copy of {source.name} differs, and was dropped: {difference}")
+    steps.next_file()
+    assert report is not None
+    return Repacked(
+        file=source.name,
+        consultations=report.consultations,
+        events=report.events,
+        bytes_before=source.stat().st_size,
+        bytes_after=target.stat().st_size,
+    )
+
+
+def _copy(original: Corpus, info: PartitionInfo, target: Path, steps: _Steps) -> None:
+    uuid = uuid4()
+    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+    with h5py.File(target, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
+        write_attributes(file, info.identity, str(uuid), begins=info.begins)
+        file.attrs[COMMITTED] = np.uint64(info.committed)
+        file.attrs.modify(COMMITTED_ID, info.committed_id.encode("ascii"))
+        file.attrs[COMMITTED_EVENTS] = np.uint64(info.events)
+        file.attrs[COMMITTED_CONFLICTS] = np.uint64(info.conflicts)
+        file.attrs[ARCHIVED] = datetime.now(UTC).isoformat(timespec="seconds")
+        writer = ArchiveWriter(file.create_group(CONSULTATIONS).id)
+        for number, consultation in enumerate(original.values(), 1):
+            writer.add(consultation)
+            steps.tell("copying", number / info.consultations)
+        kept = ArchiveWriter(file.create_group(CONFLICTS).id)
+        for consultation in original.conflicts():
+            kept.add(consultation)
+    io = StorageIO()
+    fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        write_all(io, fd, archive_user_block(uuid), 0)
+        io.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Tell an error of the disk from one of the original: h5py raises these for what it cannot write."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise CorpusIOError(f"cannot write {target.name}: {error}") from error
+
+
+def _refuse(problems: list[Problem], what: str) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CorpusFormatError(f"{what}: {problems[0]}{more}; `fiq verify` shows all")
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    io = StorageIO()
+    if temporary.is_dir():
+        io.sync_directory(temporary)
+        io.rename(temporary, target)  # refused when a directory with anything in it appeared there meanwhile
+    else:
+        try:
+            os.link(temporary, target)  # a rename would replace what appeared there meanwhile
+        except FileExistsError:
+            raise CorpusExistsError(f"{target} exists: an archive is never written over anything") from None
+    io.sync_directory(target.parent)
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
+class _Steps:
+    """Tells how far the whole is: files by their size, the steps of each by the time that they take."""
+
+    def __init__(self, paths: tuple[Path, ...], on_progress: OnStep | None) -> None:
+        self._files = [(path.name, path.stat().st_size) for path in paths]
+        self._total = sum(size for _, size in self._files) or 1
+        self._number = self._behind = 0
+        self._on_progress = on_progress
+
+    def tell(self, step: str, fraction: float) -> None:
+        if self._on_progress is not None:
+            name, size = self._files[self._number]
+            steps = list(_STEPS)
+            share = sum(_STEPS[earlier] for earlier in steps[: steps.index(step)]) + _STEPS[step] * min(1.0, fraction)
+            self._on_progress(f"{step} {name}", (self._behind + share * size) / self._total)
+
+    def next_file(self) -> None:
+        self._behind += self._files[self._number][1]
+        self._number += 1
+
+
+# -- Writes consultations into an archive, and compares an archive with its original ---------------------------------
+
+
+class ArchiveWriter:
+    """Copies consultations into a group.
+
+    Args:
+        group: low-level id of the group that takes them.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._row_type = h5t.py_create(EVENT_DTYPE)
+
+    def add(self, consultation: Consultation) -> None:
+        """Copy one consultation, slice by slice."""
+        group = h5g.create(self._group, consultation.id.encode())
+        # the bytes of a field beside those of the same field in the next row: numbers that rise slowly compress well
+        _write(group, EVENTS, self._row_type, len(consultation), _EVENTS_CHUNK, _tables(consultation), shuffle=True)
+        _write(group, PAYLOAD, h5t.STD_U8LE, consultation.payload_bytes, _PAYLOAD_CHUNK, _lines(consultation))
+
+
+def first_difference(original: Corpus, copy: Corpus, tell: Callable[[float], None]) -> str | None:
+    """Return what differs first between two corpora of one partition file each; None when they hold the same."""
+    ours, theirs = original.partitions[0], copy.partitions[0]
+    for field in ("identity", "committed", "committed_id", "consultations", "events", "conflicts"):
+        if getattr(ours, field) != getattr(theirs, field):
+            return f"{field} is {getattr(theirs, field)}, not {getattr(ours, field)}"
+    for number, consultation in enumerate(original.values(), 1):
+        if consultation.id not in copy:
+            return f"{consultation.id} is missing"
+        if not _equal(consultation, copy[consultation.id]):
+            return f"{consultation.id} has other events"
+        tell(number / ours.consultations)
+    for kept, copied in zip(original.conflicts(), copy.conflicts(), strict=True):
+        if kept.id != copied.id or not _equal(kept, copied):
+            return f"{kept.id} has other conflicts"
+    return None
+
+
+def _equal(first: Consultation, second: Consultation) -> bool:
+    if (len(first), first.payload_bytes) != (len(second), second.payload_bytes):
+        return False
+    tables = zip(_tables(first), _tables(second), strict=True)
+    lines = zip(_lines(first), _lines(second), strict=True)
+    return all(one.tobytes() == other.tobytes() for one, other in tables) and all(
+        np.array_equal(one, other) for one, other in lines
+    )
+
+
+def _tables(consultation: Consultation) -> Iterator[npt.NDArray[Any]]:
+    for start in range(0, len(consultation), _ROWS):
+        yield consultation.table(start, start + _ROWS)
+
+
+def _lines(consultation: Consultation) -> Iterator[npt.NDArray[Any]]:
+    length = consultation.payload_bytes
+    for start in range(0, length, _BYTES):
+        yield consultation.lines(start, min(start + _BYTES, length))
+
+
+def _write(
+    group: Any,
+    name: str,
+    kind: Any,
+    length: int,
+    chunk: int,
+    pieces: Iterator[npt.NDArray[Any]],
+    *,
+    shuffle: bool = False,
+) -> None:
+    space = h5s.create_simple((length,))
+    dataset = h5d.create(group, name.encode(), kind, space, _plan(max(1, min(length, chunk)), shuffle=shuffle))
+    place = 0
+    for piece in pieces:
+        space.select_hyperslab((place,), (len(piece),))
+        dataset.write(h5s.create_simple((len(piece),)), space, piece, kind)
+        place += len(piece)
+
+
+def _plan(chunk: int, *, shuffle: bool) -> Any:
+    plan = h5p.create(h5p.DATASET_CREATE)
+    plan.set_chunk((chunk,))
+    if shuffle:
+        plan.set_shuffle()
+    plan.set_deflate(_LEVEL)
+    plan.set_fill_time(h5d.FILL_TIME_NEVER)
+    plan.set_obj_track_times(False)
+    return plan

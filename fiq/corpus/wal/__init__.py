@@ -1,0 +1,1 @@
+"""Files whose commits are atomic: pages, journal, checkpoints, recovery. Knows bytes, not events."""

@@ -1,0 +1,71 @@
+"""What can go wrong with the log.
+
+::
+
+    TransientError
+        LogUnavailableError         no answer in time, no leader, no connection: may or may not be stored
+        LogFullError                the stream is at its limit and takes no more
+        DuplicateInFlightError      the same message id is being stored just now
+        TooManyInFlightError        this process is at its own limit
+        CorpusAwayError             no persister answers for the partition
+    PermanentError
+        LogRefusedError             the broker refuses for good: configuration, permission, size
+            ProvisionError          the stream cannot be what the settings ask for
+            LogForbiddenError       the NATS user of this process may not do that
+        LogAccessError              the nodes do not let this process in: certificates, TLS, user
+        StartupError                the cluster was out of reach for too long at start
+        LogMismatchError            the log is not the one that the sink's position belongs to
+        PlacementError              a partition's place is contradictory: key, file and volume disagree
+"""
+
+from __future__ import annotations
+
+from fiq.errors import PermanentError, TransientError
+
+
+class LogUnavailableError(TransientError):
+    """Raised when the log did not answer in time; the operation may or may not have happened."""
+
+
+class LogFullError(TransientError):
+    """Raised when the stream is at its limit: nothing was stored."""
+
+
+class DuplicateInFlightError(TransientError):
+    """Raised when another append of the same message id has not been decided within the deadline."""
+
+
+class TooManyInFlightError(TransientError):
+    """Raised when this process has its limit of appends under way: nothing was sent."""
+
+
+class CorpusAwayError(TransientError):
+    """Raised when no persister answers for the partition of a consultation: its part of the corpus cannot be read."""
+
+
+class LogRefusedError(PermanentError):
+    """Raised when the broker refuses and would refuse again: configuration, permission or size."""
+
+
+class ProvisionError(LogRefusedError):
+    """Raised when the stream or a consumer cannot be made what the settings ask for."""
+
+
+class LogForbiddenError(LogRefusedError):
+    """Raised when the NATS user of this process has no permission for a subject; nothing was sent or heard."""
+
+
+class LogAccessError(PermanentError):
+    """Raised when the nodes do not let this process in: their certificates, TLS itself, or its user."""
+
+
+class StartupError(PermanentError):
+    """Raised when the cluster was out of reach for all of FI_STARTUP_TIMEOUT."""
+
+
+class LogMismatchError(PermanentError):
+    """Raised when the log is not the one that the sink's position belongs to (re-created, restored, trimmed)."""
+
+
+class PlacementError(PermanentError):
+    """Raised when key, partition file and volume disagree about where a partition lives."""

@@ -1,0 +1,480 @@
+"""One look at the log a second, and one immutable snapshot of it, from which everything else of the process reads.
+
+Metrics, readiness, the backlog and its ``Retry-After``, ``fiq status`` and the turn to trim all read :class:`LogState`;
+nothing else polls the broker. A look has four parts, which fail one by one:
+
+- *streams*: ``STREAM.INFO`` of the events, each second; *dead letters*: of theirs, each :data:`WHOLE_EVERY` seconds;
+- *processes*: one question to all persisters, each second. Their answers come while the loop sleeps, and count for
+  :data:`LIVE_SECONDS`;
+- *partitions*, each :data:`WHOLE_EVERY` seconds: the keys of the bucket ``fi-partitions``, and for each partition that
+  waits its oldest event. Where no owner says how much waits, or its file stands still, the broker counts: a batched
+  direct get of one message says how many follow it (``Nats-Num-Pending``), in 0.1 to 3 ms of one node.
+
+No consumer is ever asked: one whose node is dead answers late or never, and would keep the others from being seen.
+What cannot be asked just now keeps its last value for :data:`KEPT_SECONDS`, and is then unknown: an alert must neither
+flap with one lost answer nor rest on old news.
+
+Measured with 16 partitions (2026-11-27): see docs/adr/0022-one-monitor.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import nats.errors
+import orjson
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from fiq.errors import FiqError
+from services.core.lifecycle import beside
+from services.core.logs import get_logger
+from services.log.errors import LogUnavailableError
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.credentials import certificates
+from services.log.jetstream.names import DEAD_STREAM, STREAM, filter_subject
+from services.log.jetstream.placement import Placement, StorePlacement, read_stores
+from services.log.jetstream.processes import PROCESSES_SUBJECT, LiveProcess, check_allowed, read_process
+from services.log.jetstream.report import StreamReport, read_stream
+from services.log.metrics import DEAD_LETTERS, PARTITIONS, PARTS, PROCESSES, STREAMS, LogMetrics
+from services.log.protocol import Backlog, Waiting
+from services.log.settings import LogSettings
+
+#: pause between two looks, seconds
+LOOK_SECONDS = 1.0
+#: every n-th look is a whole one
+WHOLE_EVERY = 5
+#: a part of a look may take this long, seconds: a frozen node must not delay the others
+PART_SECONDS = 2.0
+#: how long the last answer is shown when no new one comes, seconds
+KEPT_SECONDS = 20.0
+#: a process that has not answered for this long is gone, seconds
+LIVE_SECONDS = 3.5
+#: a partition with waiting events whose file has not moved for this long stands still, seconds
+STILL_SECONDS = 10.0
+#: a single look waits this long for the processes' answers, seconds
+_ANSWER_SECONDS = 0.75
+
+_log = get_logger("eventlog.monitor")
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionState:
+    """One partition of one store.
+
+    Attributes:
+        partition: its number.
+        placement: where it lives; None when no key says so.
+        owners: live processes that run it: one, except for a moment.
+        committed: stream sequence that its file has reached, as far as owner or key say; 0 when neither does.
+        waiting: what waits behind that.
+        oldest: when the oldest waiting event was stored, by the clock of the stream's leader then, seconds since 1970;
+            None when nothing waits or it is not known.
+    """
+
+    partition: int
+    placement: Placement | None
+    owners: int
+    committed: int
+    waiting: Waiting
+    oldest: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LogState:
+    """The log as this process sees it; parts that are not known are None.
+
+    Attributes:
+        at: when the stream was last seen, on :func:`time.monotonic`.
+        stream: the stream of events.
+        stream_exists: False when the broker says that there is none.
+        dead: the stream of dead letters.
+        placements: the keys of each store.
+        processes: the persisters that answer.
+        stores: the partitions of each store that has a key or a process; of the settings' store while there is none.
+        clock_offset: own clock minus the clock of the stream's leader, seconds.
+        troubles: by part, why the last look at it failed.
+    """
+
+    at: float = 0.0
+    stream: StreamReport | None = None
+    stream_exists: bool = True
+    dead: StreamReport | None = None
+    placements: Mapping[str, StorePlacement] | None = None
+    processes: tuple[LiveProcess, ...] | None = None
+    stores: Mapping[str, tuple[PartitionState, ...]] | None = None
+    clock_offset: float = 0.0
+    troubles: Mapping[str, str] = field(default_factory=dict)
+
+    def partitions(self, store: str) -> tuple[PartitionState, ...]:
+        """Return the partitions of *store*; none while they are not known."""
+        return (self.stores or {}).get(store, ())
+
+    def backlog(self) -> Backlog | None:
+        """Return what waits in the store that has most of it; None while that is not known."""
+        if self.stream is None or not self.stores:
+            return None
+        most = max(self.stores.values(), key=lambda found: sum(one.waiting.events for one in found))
+        return Backlog(self.at, self.stream.last_sequence, tuple(one.waiting for one in most))
+
+    def problems(self) -> list[str]:
+        """Return why events cannot be stored and persisted just now; nothing when they can."""
+        if (trouble := self.troubles.get(STREAMS)) is not None:
+            return [f"the log does not answer: {trouble}"]
+        if not self.stream_exists:
+            return [f"stream {STREAM} does not exist"]
+        if self.stream is None:
+            return ["the log has not been seen yet"]
+        found = []
+        if not self.stream.leader:
+            found.append(f"stream {STREAM} has no leader")
+        elif not self.stream.has_quorum:
+            found.append(f"stream {STREAM} has no quorum: most of its {self.stream.copies} nodes are down")
+        if self.placements is None and self.at and (trouble := self.troubles.get(PARTITIONS)) is not None:
+            found.append(f"it is not known where partitions live: {trouble}")
+        elif self.stores is not None:
+            unplaced = min(sum(one.placement is None for one in store) for store in self.stores.values())
+            if unplaced:
+                found.append(f"{unplaced} partitions have no owner yet: start the persisters")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The oldest waiting event of a partition, after *committed*; *waiting* None: it was not counted."""
+
+    committed: int
+    oldest: float | None
+    waiting: int | None
+    sequence: int
+
+
+class LogMonitor:
+    """Watches the log of one connection.
+
+    Args:
+        nc: the connection.
+        settings: the store that is shown while no store has a key or a process.
+        metrics: where it is shown; None for a look by itself.
+
+    Attributes:
+        state: the newest snapshot.
+    """
+
+    def __init__(self, nc: Client, settings: LogSettings, metrics: LogMetrics | None = None) -> None:
+        self.state = LogState()
+        self._nc = nc
+        self._settings = settings
+        self._metrics = metrics
+        self._api = JetStreamApi(nc, timeout=PART_SECONDS)
+        self._seen: dict[str, float] = {}
+        self._troubles: dict[str, str] = {}
+        # streams
+        self._stream: StreamReport | None = None
+        self._stream_exists = True
+        self._dead: StreamReport | None = None
+        self._offset = 0.0
+        # processes: the answers by the service's id, and since when questions are heard
+        self._answers: dict[str, tuple[LiveProcess, float]] = {}
+        self._subscription: Subscription | None = None
+        self._heard_since: float | None = None
+        # partitions
+        self._placements: Mapping[str, StorePlacement] | None = None
+        self._oldest: dict[tuple[str, int], _Found] = {}
+        self._moved: dict[tuple[str, int], tuple[int, float]] = {}
+
+    async def run(self) -> None:
+        """Look for ever."""
+        while True:
+            for turn in range(WHOLE_EVERY):
+                await self.look(whole=turn == 0)
+                await asyncio.sleep(LOOK_SECONDS)
+
+    async def look(self, *, whole: bool = True) -> None:
+        """Look once; what fails is counted and logged, never raised."""
+        streams = self._part(STREAMS, self._streams, whole=whole)
+        await asyncio.gather(streams, self._part(PROCESSES, self._ask, whole=whole))
+        if whole:
+            dead = self._part(DEAD_LETTERS, self._dead_letters, whole=whole)
+            await asyncio.gather(dead, self._part(PARTITIONS, self._places, whole=whole))
+        self._forget_old()
+        self.state = self._snapshot()
+        if self._metrics is not None:
+            self._show(self._metrics)
+
+    async def close(self) -> None:
+        """Hear no answers any more. Idempotent."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None and not self._nc.is_closed:
+            await subscription.unsubscribe()
+
+    def backlog(self) -> Backlog | None:
+        """Return what waits to be committed; None while that is not known."""
+        return self.state.backlog()
+
+    async def ready(self) -> list[str]:
+        """Return why events cannot be stored and persisted just now; nothing when they can."""
+        return self.state.problems() if self._nc.is_connected else ["no connection to the log"]
+
+    async def _part(self, part: str, look: Callable[[], Awaitable[None]], *, whole: bool) -> None:
+        if not self._nc.is_connected:
+            self._troubles[part] = "no connection"
+            return
+        try:
+            async with asyncio.timeout(PART_SECONDS):
+                await look()
+        except TimeoutError:
+            reason = f"no answer within {PART_SECONDS:g} s"
+        except FiqError as error:
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001 - a fault in here must not end the service, nor the monitor
+            reason = repr(error)
+        else:
+            self._seen[part] = time.monotonic()
+            self._troubles.pop(part, None)
+            return
+        if self._metrics is not None and whole:  # so that all parts are counted alike
+            self._metrics.failures.labels(part).inc()
+        if self._troubles.get(part) != reason:  # once for each reason, or an outage would fill the log
+            _log.warning("OBSERVATION_FAILED", part=part, reason=reason)
+        self._troubles[part] = reason
+
+    def _forget_old(self) -> None:
+        kept = time.monotonic() - KEPT_SECONDS
+        old = {part for part in self._troubles if self._seen.get(part, 0.0) < kept}
+        if STREAMS in old:
+            self._stream = None
+            self._stream_exists = True
+        if DEAD_LETTERS in old:
+            self._dead = None
+        if PARTITIONS in old:
+            self._placements = None
+            self._oldest.clear()
+        if PROCESSES in old:
+            self._answers.clear()
+            self._heard_since = None
+
+    # -- streams ------------------------------------------------------------------------------------------------------
+
+    async def _streams(self) -> None:
+        begun, started = time.time(), time.perf_counter()
+        info = await self._api.stream_info(STREAM)
+        round_trip = time.perf_counter() - started
+        self._stream_exists = info is not None
+        self._stream = None if info is None else read_stream(info)
+        if info is not None:
+            # the leader read its clock somewhere between question and answer: half way is the best guess
+            self._offset = begun + round_trip / 2 - datetime.fromisoformat(info["ts"]).timestamp()
+            if self._metrics is not None:
+                self._metrics.round_trip.set(round_trip)
+                self._metrics.clock_offset.set(self._offset)
+
+    async def _dead_letters(self) -> None:
+        dead = await self._api.stream_info(DEAD_STREAM)
+        self._dead = None if dead is None else read_stream(dead)
+
+    # -- processes ----------------------------------------------------------------------------------------------------
+
+    async def _ask(self) -> None:
+        """Ask all persisters; the answers of the last question are there by now."""
+        now = time.monotonic()
+        try:
+            if self._subscription is None:
+                self._subscription = await self._nc.subscribe(self._nc.new_inbox(), cb=self._hear)
+            await self._nc.publish(PROCESSES_SUBJECT, reply=self._subscription.subject)
+        except (nats.errors.Error, OSError) as error:
+            self._heard_since = None
+            raise LogUnavailableError(f"{PROCESSES_SUBJECT}: {type(error).__name__}") from error
+        if self._heard_since is None:
+            self._heard_since = now
+        if not self._answers:
+            check_allowed(self._nc)
+        if now - self._heard_since > LIVE_SECONDS:
+            self._answers = {name: one for name, one in self._answers.items() if now - one[1] <= LIVE_SECONDS}
+
+    async def _hear(self, message: Msg) -> None:
+        if not message.data:  # status 503: there is no subscriber
+            self._answers.clear()
+            return
+        try:
+            document = orjson.loads(message.data)
+            self._answers[str(document["id"])] = read_process(document.get("metadata") or {}), time.monotonic()
+        except (orjson.JSONDecodeError, KeyError, AttributeError, TypeError):
+            _log.debug("ANSWER_MALFORMED")
+
+    # -- partitions ---------------------------------------------------------------------------------------------------
+
+    async def _places(self) -> None:
+        self._placements = await read_stores(self._nc)
+        state = self._snapshot()
+        waiting = [(store, one) for store, found in (state.stores or {}).items() for one in found if _waits(one)]
+        told = self._told()
+        looks = (self._look_at(store, one, state, told.get((store, one.partition))) for store, one in waiting)
+        failed = [error for error in await asyncio.gather(*looks, return_exceptions=True) if error is not None]
+        if failed:  # what the others found counts
+            raise failed[0]
+
+    async def _look_at(self, store: str, one: PartitionState, state: LogState, told: LiveProcess | None) -> None:
+        """Find the oldest waiting event of a partition, and how many wait where its owner does not say."""
+        key, last = (store, one.partition), 0 if state.stream is None else state.stream.last_sequence
+        known = self._oldest.get(key)
+        counted = told is None or one.waiting.still
+        if not counted and known is not None and known.committed == one.committed and known.oldest is not None:
+            return
+        found, after = await self._next(one.partition, one.committed, counted=counted)
+        self._oldest[key] = _Found(one.committed, found, after if counted else None, last)
+
+    async def _next(self, partition: int, committed: int, *, counted: bool) -> tuple[float | None, int]:
+        """Return when the next event of a partition was stored, and how many there are when they are *counted*."""
+        subject = filter_subject(partition)
+        message = await self._api.get_message(STREAM, committed + 1, next_of=subject, counted=counted)
+        if message is None:  # committed meanwhile, or a replica that has not got it yet
+            return None, 0
+        return datetime.fromisoformat(message["time"]).timestamp(), 1 + message.get("pending", 0)
+
+    # -- the snapshot -------------------------------------------------------------------------------------------------
+
+    def _told(self) -> dict[tuple[str, int], LiveProcess]:
+        """Return for each partition the process that says how far it is; the one that is furthest in a handover."""
+        told: dict[tuple[str, int], LiveProcess] = {}
+        for process, _ in self._answers.values():
+            for partition, progress in process.progress.items():
+                other = told.get((process.store, partition))
+                if other is None or other.progress[partition].committed < progress.committed:
+                    told[process.store, partition] = process
+        return told
+
+    def _snapshot(self) -> LogState:
+        now = time.monotonic()
+        processes = tuple(process for process, _ in self._answers.values())
+        stores: dict[str, tuple[PartitionState, ...]] = {}
+        if self._placements is not None:
+            names = {*self._placements, *(process.store for process in processes)}
+            if not names or self._metrics is None:
+                names.add(self._settings.store)
+            told = self._told()
+            count = self._stream.partitions if self._stream is not None else 0
+            for store in sorted(names):
+                keys = self._placements[store].partitions if store in self._placements else {}
+                stores[store] = tuple(
+                    self._partition(store, p, keys.get(p), processes, told.get((store, p)), now)
+                    for p in range(count or self._settings.partitions)
+                )
+        return LogState(
+            at=self._seen.get(STREAMS, 0.0),
+            stream=self._stream,
+            stream_exists=self._stream_exists,
+            dead=self._dead,
+            placements=self._placements,
+            processes=processes if processes or self._hears(now) else None,
+            stores=stores or None,
+            clock_offset=self._offset,
+            troubles=dict(self._troubles),
+        )
+
+    def _partition(
+        self,
+        store: str,
+        partition: int,
+        placement: Placement | None,
+        processes: tuple[LiveProcess, ...],
+        told: LiveProcess | None,
+        now: float,
+    ) -> PartitionState:
+        owners = sum(one.store == store and partition in one.partitions for one in processes)
+        progress = None if told is None else told.progress[partition]
+        committed = max(0 if progress is None else progress.committed, 0 if placement is None else placement.committed)
+        before, since = self._moved.get((store, partition), (-1, now))
+        if before != committed or (progress is not None and not progress.waiting):
+            since = now
+        self._moved[store, partition] = committed, since
+        still = not owners or now - since > STILL_SECONDS
+        found = self._oldest.get((store, partition))
+        if progress is not None and told is not None and not (still and progress.waiting):
+            events, sequence = progress.waiting, told.stream_sequence or self._last()
+        elif found is not None and found.waiting is not None and found.committed == committed:
+            events, sequence = found.waiting, found.sequence
+        else:  # until it is counted: an equal part of what the stream has got since
+            events, sequence = self._share(committed), self._last()
+        oldest = found.oldest if found is not None and events and found.committed == committed else None
+        return PartitionState(partition, placement, owners, committed, Waiting(events, sequence, still), oldest)
+
+    def _hears(self, now: float) -> bool:
+        """Whether silence means that no process lives: questions have been asked for long enough."""
+        if PROCESSES in self._troubles or self._heard_since is None:
+            return False
+        return now - self._heard_since >= _ANSWER_SECONDS
+
+    def _last(self) -> int:
+        return 0 if self._stream is None else self._stream.last_sequence
+
+    def _share(self, committed: int) -> int:
+        if self._stream is None:
+            return 0
+        partitions = self._stream.partitions or self._settings.partitions
+        return -(-max(0, min(self._stream.messages, self._stream.last_sequence - committed)) // partitions)
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    def _show(self, metrics: LogMetrics) -> None:
+        state, connected = self.state, self._nc.is_connected
+        metrics.connected.set(connected)
+        stream = state.stream if connected and STREAMS not in state.troubles else None
+        metrics.available.set(stream is not None and bool(stream.leader) and stream.has_quorum)
+        if connected:
+            metrics.certificates(certificates(self._nc))
+        for part in PARTS:
+            metrics.forget(part)
+        for name, report in ((STREAM, state.stream), (DEAD_STREAM, state.dead)):
+            if report is not None:
+                metrics.stream(name, report)
+        now = time.time() - state.clock_offset
+        for store, partitions in (state.stores or {}).items():
+            for one in partitions:
+                age = 0.0 if one.oldest is None else max(0.0, now - one.oldest)
+                metrics.backlog(store, one.partition, one.waiting.events, age)
+                if state.processes is not None:
+                    volume = "" if one.placement is None else one.placement.volume
+                    metrics.owned(store, one.partition, volume, one.owners)
+            if state.processes is not None:
+                for volume in {one.placement.volume for one in partitions if one.placement is not None}:
+                    alive = sum(process.volume == volume for process in state.processes)
+                    metrics.volume_processes.labels(store, volume).set(alive)
+
+
+def _waits(one: PartitionState) -> bool:
+    return one.waiting.events > 0 or not one.owners
+
+
+@asynccontextmanager
+async def monitoring(nc: Client, settings: LogSettings, metrics: LogMetrics) -> AsyncIterator[LogMonitor]:
+    """Watch the log while the body runs."""
+    monitor = LogMonitor(nc, settings, metrics)
+    try:
+        async with beside(monitor.run(), "log monitor"):
+            yield monitor
+    finally:
+        await monitor.close()
+
+
+async def look_once(nc: Client, settings: LogSettings) -> LogState:
+    """Return the log as it is now, the settings' store included.
+
+    Takes :data:`_ANSWER_SECONDS`, or :data:`PART_SECONDS` while a node is frozen that leads something.
+
+    Raises LogUnavailableError: the stream's leader does not answer.
+    """
+    monitor = LogMonitor(nc, settings)
+    try:
+        await asyncio.gather(monitor.look(), asyncio.sleep(_ANSWER_SECONDS))
+        if (trouble := monitor.state.troubles.get(STREAMS)) is not None:
+            raise LogUnavailableError(trouble)
+        return monitor._snapshot()
+    finally:
+        await monitor.close()

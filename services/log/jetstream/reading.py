@@ -1,0 +1,396 @@
+"""Reads events back: what the corpus holds, then what still waits in the stream.
+
+Nothing is skipped, shown twice or out of order, and what a client was told is stored is there at once. The order of
+the questions makes that so. The partition's position is asked, then the stream is read behind it, then the corpus is
+asked *again*: trim deletes nothing that was not committed when it did, so what the stream lost meanwhile lies below the
+second position, in rows that the second answer has, and what the stream showed above it is complete.
+
+The stream may hold an event twice, when it was retried after the broker's window; the corpus holds the first. So an
+event of the stream counts only when neither the corpus nor an earlier message there has its id.
+
+A direct get (ADR-31) is answered by any replica, and one that lags does not have the newest messages. So the stream's
+leader is asked first for the last sequence of the subject: it has applied what it acknowledged. Where a direct get ends
+before that, the rest is fetched from the leader, one by one. The answers of a batch are plain messages, which NATS
+delivers at most once: a reconnect or a slow client loses some. Each says which sequence was sent before it, and the end
+says which was the last: behind a hole it is asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import nats.errors
+import orjson
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from fiq.errors import PoisonError
+from fiq.event import Event, decode
+from services.log.errors import CorpusAwayError, LogUnavailableError
+from services.log.jetstream.api import JetStreamApi, inbox
+from services.log.jetstream.names import STREAM, stored_subject
+from services.log.jetstream.questions import Consultations, Events, EventsAnswer, Questions, Row
+from services.log.jetstream.refusals import must_hear
+from services.log.partitions import partition_of
+from services.log.protocol import EventBrowser, Page, Snapshot, Stored, StoredEvent
+from services.log.settings import LogSettings
+
+#: how long one answer of a persister or of the broker may take, seconds
+TIMEOUT_SECONDS = 4.0
+#: bodies that a page takes from the stream, at most, but for a single event, bytes
+PAGE_BYTES = 1 << 20
+#: what is read of the stream for the retry of a batch, at most: events, and bytes of their bodies
+MOST_EVENTS, MOST_BYTES = 1024, 4 << 20
+#: messages and bytes of one batched direct get
+BATCH_MESSAGES, BATCH_BYTES = 256, 1 << 20
+#: how often a batch is asked for of which not even the first message arrives
+_TRIES = 3
+_DIRECT_GET = f"$JS.API.DIRECT.GET.{STREAM}"
+
+#: position in the stream, and the event there; None for what is none
+Numbered = tuple[int, Event | None]
+
+
+@dataclass(slots=True)
+class _Tail:
+    """What the stream holds behind a position."""
+
+    events: list[tuple[int, Event]]
+    reached: int
+    more: bool
+
+
+class JetStreamReader(EventBrowser):
+    """The reading side of the log and of one store's corpus; see :class:`services.log.protocol.EventBrowser`.
+
+    Args:
+        nc: the connection; it stays the caller's to close.
+        settings: which store is read, and the number of partitions.
+        timeout: seconds for each answer.
+    """
+
+    def __init__(self, nc: Client, settings: LogSettings, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        self._partitions = settings.partitions
+        self._stream = StreamReading(nc, timeout=timeout)
+        self._corpus = Questions(nc, settings.store, timeout=timeout)
+
+    async def at(self, sequence: int) -> StoredEvent | None:
+        """Return the event at *sequence* of the log, or None when the log holds none there (any more)."""
+        found = await self._stream.at(sequence)
+        if found is None or found[1] is None:
+            return None
+        return StoredEvent(sequence, found[1], persisted=False)
+
+    async def snapshot(self, consultation: str) -> Snapshot:
+        """Return which ids the corpus holds of *consultation*; see :class:`services.log.protocol.EventReader`."""
+        return await self._corpus.ids(self._partition(consultation), consultation)
+
+    async def find(self, consultation: str, event_ids: Collection[UUID]) -> Mapping[UUID, Stored]:
+        """Return what the corpus holds under *event_ids*."""
+        return (await self._corpus.find(self._partition(consultation), consultation, event_ids))[0]
+
+    async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
+        """Return those of *event_ids* that the corpus holds, or the first of the events that wait in the stream."""
+        partition, wanted, committed = self._partition(consultation), set(event_ids), 0
+        try:
+            found, committed = await self._corpus.find(partition, consultation, event_ids)
+        except CorpusAwayError:
+            found = {}
+        known = set(found)
+        events = size = 0
+        async for _, event in self._stream.tail(
+            partition, consultation, committed, await self._stream.last(partition, consultation)
+        ):
+            if len(known) == len(wanted) or events == MOST_EVENTS or size > MOST_BYTES:
+                break
+            events += 1
+            if event is not None:
+                size += len(event.body)
+                if event.event_id in wanted:
+                    known.add(event.event_id)
+        return known
+
+    async def page(self, consultation: str, after: int, limit: int) -> Page:
+        """Return at most *limit* events of *consultation* behind *after*, and where to go on.
+
+        A page may be shorter although there are more: it is bounded in bytes, too.
+
+        Raises CorpusAwayError: the partition's persister does not answer, and the stream alone cannot show all;
+        LogUnavailableError: the log does not answer in time; LogRefusedError: an operator must act.
+        """
+        while True:
+            page = await self._page(consultation, after, limit)
+            if page.events or not page.more:
+                return page
+            after = page.reached  # nothing but copies and poison up to there
+
+    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+        """Return the event wherever it is, corpus or stream, or None when neither holds it; raises as :meth:`page`."""
+        partition = self._partition(consultation)
+        try:
+            found, committed = await self._corpus.find(partition, consultation, [event_id])
+        except CorpusAwayError:
+            event = await self._in_stream(consultation, event_id, 0)
+            if event is None and await self._stream.lacks(0):
+                raise
+            return event
+        if not found:
+            event = await self._in_stream(consultation, event_id, committed)
+            if event is not None:
+                return event
+            # it may have been committed meanwhile
+            found, _ = await self._corpus.find(partition, consultation, [event_id])
+        if not found:
+            return None
+        answer = await self._corpus.events(partition, Events(consultation, found[event_id].sequence - 1, 1))
+        return persisted(consultation, answer.rows[0]) if answer.rows else None
+
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
+        """Return the sorted ids of at most *limit* consultations of the corpus, and whether there are more behind them.
+
+        Those whose first event was not persisted yet are not among them.
+
+        Raises CorpusAwayError: a partition's persister does not answer; LogUnavailableError: there is no connection.
+        """
+        question = Consultations(prefix, after, limit)
+        asked = [self._corpus.consultations(partition, question) for partition in range(self._partitions)]
+        answers = await asyncio.gather(*asked)
+        names = sorted(name for answer in answers for name in answer.names)
+        return names[:limit], len(names) > limit or any(answer.more for answer in answers)
+
+    async def has_news(self, consultation: str, after: int) -> bool:
+        """Return whether the stream has a message of *consultation* behind *after*; cheap, and perhaps a moment late.
+
+        Raises LogUnavailableError: no answer.
+        """
+        return await self._stream.has_news(self._partition(consultation), consultation, after)
+
+    # -- a page -------------------------------------------------------------------------------------------------------
+
+    async def _page(self, consultation: str, after: int, limit: int) -> Page:
+        partition = self._partition(consultation)
+        last = asyncio.ensure_future(self._stream.last(partition, consultation))
+        last.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # it may not be needed in the end
+        try:
+            try:
+                first = await self._corpus.events(partition, Events(consultation, after, limit))
+            except CorpusAwayError as away:
+                return await self._from_stream(consultation, after, limit, await last, away)
+            if first.more:
+                return _corpus_page(consultation, after, first)
+            end = await last
+        finally:
+            last.cancel()
+        if end <= max(first.committed, after):
+            return _corpus_page(consultation, after, first)
+        return await self._joined(consultation, after, limit, first, end)
+
+    async def _joined(self, consultation: str, after: int, limit: int, first: EventsAnswer, end: int) -> Page:
+        """Return *first*, the corpus's answer, with what came behind it, up to *end*."""
+        partition = self._partition(consultation)
+        events = [persisted(consultation, row) for row in first.rows]
+        position = events[-1].sequence if events else after
+        if len(events) == limit:
+            return Page(events, position, more=True)
+        tail = await self._tail(consultation, first.committed, max(after, position), end, limit - len(events))
+        second = await self._corpus.events(partition, Events(consultation, position, limit - len(events)))
+        events += [persisted(consultation, row) for row in second.rows]
+        if second.more or len(events) == limit:
+            return Page(events, events[-1].sequence if events else position, more=True)
+        queued = [(sequence, event) for sequence, event in tail.events if sequence > second.committed]
+        new = await self._new(partition, consultation, queued)
+        room = limit - len(events)
+        if len(new) > room:
+            new, reached, more = new[:room], new[room - 1].sequence, True
+        else:
+            reached, more = tail.reached, tail.more
+        events += new
+        return Page(events, max(reached, position, events[-1].sequence if events else 0), more)
+
+    async def _tail(self, consultation: str, base: int, after: int, end: int, limit: int) -> _Tail:
+        """Return the first *limit* new events behind *after* that the stream holds; those from *base* on are known."""
+        seen: set[UUID] = set()
+        found = _Tail([], after, more=False)
+        size = 0
+        async for sequence, event in self._stream.tail(self._partition(consultation), consultation, base, end):
+            if event is not None and event.event_id not in seen:
+                seen.add(event.event_id)
+                if sequence > after:
+                    if found.events and (len(found.events) == limit or size + len(event.body) > PAGE_BYTES):
+                        found.more = True
+                        return found
+                    found.events.append((sequence, event))
+                    size += len(event.body)
+            found.reached = max(found.reached, sequence)
+        return found
+
+    async def _new(self, partition: int, consultation: str, queued: list[tuple[int, Event]]) -> list[StoredEvent]:
+        """Return those of *queued* whose id the corpus does not hold from an earlier message."""
+        found, _ = await self._corpus.find(partition, consultation, [event.event_id for _, event in queued])
+        new = []
+        for sequence, event in queued:
+            first = found.get(event.event_id)
+            if first is None or first.sequence == sequence:
+                new.append(StoredEvent(sequence, event, persisted=first is not None))
+        return new
+
+    async def _from_stream(self, consultation: str, after: int, limit: int, end: int, away: CorpusAwayError) -> Page:
+        """Return a page of what the stream alone holds, if it has lost nothing behind *after*."""
+        if await self._stream.lacks(after):
+            raise away
+        tail = await self._tail(consultation, 0, after, end, limit)
+        if await self._stream.lacks(after):  # trimmed meanwhile: something may be missing
+            raise away
+        events = [StoredEvent(sequence, event, persisted=False) for sequence, event in tail.events]
+        return Page(events, tail.reached, tail.more)
+
+    async def _in_stream(self, consultation: str, event_id: UUID, after: int) -> StoredEvent | None:
+        partition = self._partition(consultation)
+        end = await self._stream.last(partition, consultation)
+        async for sequence, event in self._stream.tail(partition, consultation, after, end):
+            if event is not None and event.event_id == event_id:
+                return StoredEvent(sequence, event, persisted=False)
+        return None
+
+    def _partition(self, consultation: str) -> int:
+        return partition_of(consultation, self._partitions)
+
+
+def _corpus_page(consultation: str, after: int, answer: EventsAnswer) -> Page:
+    events = [persisted(consultation, row) for row in answer.rows]
+    return Page(events, events[-1].sequence if events else after, answer.more)
+
+
+def persisted(consultation: str, row: Row) -> StoredEvent:
+    """Return what the corpus holds in *row*."""
+    return StoredEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
+
+
+# -- the stream -------------------------------------------------------------------------------------------------------
+
+
+class StreamReading:
+    """The stream, as readers need it.
+
+    Args:
+        nc: the connection.
+        timeout: seconds for each answer.
+    """
+
+    def __init__(self, nc: Client, *, timeout: float) -> None:
+        self._nc = nc
+        self._api = JetStreamApi(nc, timeout=timeout)
+        self._timeout = timeout
+
+    async def last(self, partition: int, consultation: str) -> int:
+        """Return the sequence of the consultation's last message, as the leader knows it; 0 when there is none.
+
+        Raises LogUnavailableError: no answer.
+        """
+        found = await self._api.last_message(STREAM, stored_subject(partition, consultation))
+        return 0 if found is None else found["seq"]
+
+    async def lacks(self, after: int) -> bool:
+        """Return whether trim may have deleted anything behind *after*: in a full stream also in its middle.
+
+        Raises LogUnavailableError: no answer, or no stream.
+        """
+        state = await self._state()
+        if state["first_seq"] > after + 1 or not state.get("num_deleted"):
+            return bool(state["first_seq"] > after + 1)
+        next_one = await self._api.get_message(STREAM, after + 1, next_of=">", counted=True)
+        there = 0 if next_one is None else 1 + next_one.get("pending", 0)
+        # asked after that: what is stored meanwhile must not make up for what is lacking
+        return bool((await self._state())["last_seq"] - after > there)
+
+    async def _state(self) -> dict[str, Any]:
+        info = await self._api.stream_info(STREAM)
+        if info is None:
+            raise LogUnavailableError(f"there is no stream {STREAM}")
+        return dict(info["state"])
+
+    async def at(self, sequence: int) -> Numbered | None:
+        """Return what stands at *sequence*; None when the stream holds nothing there.
+
+        Raises LogUnavailableError: no answer.
+        """
+        message = await self._api.get_message(STREAM, sequence)
+        if message is None:  # a replica that lags says the same as one that has trimmed it
+            message = await self._api.leader_message(STREAM, sequence)
+        return None if message is None else (sequence, _event(message["subject"], message["headers"], message["data"]))
+
+    async def has_news(self, partition: int, consultation: str, after: int) -> bool:
+        """Return whether some replica has a message of the consultation behind *after*: cheap, and perhaps late.
+
+        Raises LogUnavailableError: no answer.
+        """
+        subject = stored_subject(partition, consultation)
+        return await self._api.get_message(STREAM, after + 1, next_of=subject) is not None
+
+    async def tail(self, partition: int, consultation: str, after: int, last: int) -> AsyncIterator[Numbered]:
+        """Yield each message of the consultation behind *after* up to *last*, which the leader told.
+
+        Raises LogUnavailableError: no answer.
+        """
+        subject, position = stored_subject(partition, consultation), after
+        while position < last:
+            batch = await self._batch(subject, position + 1)
+            if not batch:
+                break
+            for message in batch:
+                position = int((message.headers or {})["Nats-Sequence"])
+                yield position, _event(subject, message.headers, message.data)
+        while position < last:  # the replica that answered lags, or what it sends gets lost
+            found = await self._api.leader_message(STREAM, position + 1, next_of=subject)
+            if found is None:  # trimmed meanwhile
+                return
+            position = found["seq"]
+            yield position, _event(subject, found["headers"], found["data"])
+
+    async def _batch(self, subject: str, start: int) -> list[Msg]:
+        """Return some messages of *subject* from *start* on, as one replica has them; none when it has none."""
+        for _ in range(_TRIES):
+            batch, whole = await self._answers(subject, start)
+            if batch or whole:
+                return batch
+        return []
+
+    async def _answers(self, subject: str, start: int) -> tuple[list[Msg], bool]:
+        """Ask for a batch; return its messages up to the first that was lost on its way, and whether none was."""
+        wanted = {"seq": start, "next_by_subj": subject, "batch": BATCH_MESSAGES, "max_bytes": BATCH_BYTES}
+        batch: list[Msg] = []
+        before = "0"
+        try:
+            async with asyncio.timeout(self._timeout), inbox(self._nc) as (reply, answers):
+                await self._nc.publish(_DIRECT_GET, orjson.dumps(wanted), reply=reply)
+                while True:
+                    message = await answers.get()
+                    headers = message.headers or {}
+                    # a stored message, too, may say "Status"
+                    status = None if "Nats-Sequence" in headers else headers.get("Status", "")
+                    if status == "404":
+                        return batch, True
+                    if status not in (None, "204"):
+                        raise LogUnavailableError(f"DIRECT.GET.{STREAM}: status {status}")
+                    if headers.get("Nats-Last-Sequence") != before:
+                        return batch, False
+                    if status == "204":
+                        return batch, True
+                    before = headers["Nats-Sequence"]
+                    batch.append(message)
+        except TimeoutError:
+            must_hear(self._nc)
+            raise LogUnavailableError(f"DIRECT.GET.{STREAM}: no answer within {self._timeout:g} s") from None
+        except (nats.errors.Error, OSError) as error:
+            raise LogUnavailableError(f"DIRECT.GET.{STREAM}: {type(error).__name__}") from error
+
+
+def _event(subject: str, headers: dict[str, str] | None, body: bytes) -> Event | None:
+    try:
+        return decode(subject.rpartition(".")[2], headers, body)
+    except PoisonError:  # the persister sets it aside
+        return None

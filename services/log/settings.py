@@ -1,0 +1,101 @@
+"""Settings of the log that every process of the pipeline shares."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from services.core.settings import boolean, integer, seconds, setting, size, text
+
+_STORE = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
+
+
+def _servers(value: str) -> tuple[str, ...]:
+    urls = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not urls or not all(url.startswith(("nats://", "tls://")) for url in urls):
+        raise ValueError("one or more URLs such as nats://host:4222, separated by commas")
+    return urls
+
+
+def _store(value: str) -> str:
+    if _STORE.fullmatch(value) is None:
+        raise ValueError("1 to 32 lower-case letters and digits")
+    return value
+
+
+def _replicas(value: str) -> int:
+    if value not in {"1", "3", "5"}:
+        raise ValueError("1, 3 or 5")
+    return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """How to reach the log, and what it is made of when it does not exist yet."""
+
+    servers: tuple[str, ...] = setting(
+        "FI_NATS_URL",
+        ("nats://127.0.0.1:4222",),
+        parse=_servers,
+        doc="Nodes of the cluster, separated by commas; one that answers is enough, the others are learned from it.",
+    )
+    ca_file: str = setting(
+        "FI_NATS_CA_FILE",
+        "",
+        parse=text,
+        doc="PEM file of the authority that signed the nodes' certificates. When set, nothing but TLS 1.3 is spoken.",
+    )
+    seed_file: str = setting(
+        "FI_NATS_SEED_FILE",
+        "",
+        parse=text,
+        doc="File with the nkey seed of this process' NATS user; read again at each connect, so it may be rotated.",
+    )
+    partitions: int = setting(
+        "FI_PARTITIONS",
+        16,
+        parse=integer(1, 100),
+        doc="Partitions of the stream. Choose once: it is fixed when the stream is created.",
+    )
+    replicas: int = setting(
+        "FI_REPLICAS",
+        3,
+        parse=_replicas,
+        doc="Copies of each event. Below 3 the loss of one node loses events: for experiments only.",
+    )
+    max_bytes: int = setting(
+        "FI_STREAM_MAX_BYTES",
+        4 * 2**30,
+        parse=size(2**20, 2**50),
+        doc="Limit of the stream, reserved on each node at creation; beyond it clients get 503. May be raised later.",
+    )
+    duplicate_window: float = setting(
+        "FI_DUPLICATE_WINDOW",
+        600.0,
+        parse=seconds(0.1, 86400),
+        doc="How long the broker itself remembers message ids; later retries are dropped by the persister.",
+    )
+    dead_max_bytes: int = setting(
+        "FI_DEAD_MAX_BYTES",
+        256 * 2**20,
+        parse=size(2**20, 2**50),
+        doc="Limit of the dead-letter stream; when it is full a partition with a poison message waits.",
+    )
+    store: str = setting(
+        "FI_STORE",
+        "main",
+        parse=_store,
+        doc="Name of the copy of the corpus that this deployment writes; it is part of the consumers' names.",
+    )
+    provision: bool = setting(
+        "FI_PROVISION",
+        True,
+        parse=boolean,
+        doc="Create or check the streams at start. Turn off where only `fiq provision` may do that.",
+    )
+    startup_timeout: float = setting(
+        "FI_STARTUP_TIMEOUT",
+        60.0,
+        parse=seconds(1, 3600),
+        doc="How long to wait at start for a cluster that does not answer yet; then the process exits with 1.",
+    )

@@ -1,0 +1,42 @@
+"""The command line of a service."""
+
+from __future__ import annotations
+
+import pytest
+
+from fiq.errors import ConfigurationError, PermanentError
+from services.core.command import complain, describe, load_or_exit, parser, shown
+from services.core.settings import variables
+from services.log.settings import LogSettings
+
+
+def test_help_names_every_setting_with_its_default() -> None:
+    """Whoever has the binary has the manual."""
+    text = parser("p", "d", LogSettings).format_help()
+    for variable in variables(LogSettings):
+        assert f"{variable.name} (default: {shown(variable.default)})" in text
+    assert describe(LogSettings) in text
+
+
+def test_wrong_settings_end_the_process_with_2_and_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """All problems at once, no traceback."""
+    with pytest.raises(SystemExit) as caught:
+        load_or_exit("p", LogSettings, {"FI_PARTITIONS": "0", "FI_REPLICAS": "2"})
+    lines = capsys.readouterr().err.splitlines()
+    assert (caught.value.code, len(lines)) == (2, 2)
+    assert lines[0].startswith("p: FI_PARTITIONS='0': expected")
+
+
+def test_the_exit_code_tells_wrong_settings_from_failures(capsys: pytest.CaptureFixture[str]) -> None:
+    """A supervisor may restart after 1; after 2 it is of no use."""
+    assert complain("p", ConfigurationError(["a"])) == 2
+    assert complain("p", PermanentError("b")) == 1
+    assert capsys.readouterr().err == "p: a\np: b\n"
+
+
+@pytest.mark.parametrize(
+    ("default", "expected"), [(True, "1"), (False, "0"), (("a", "b"), "a,b"), (5.0, "5"), (0.25, "0.25"), (7, "7")]
+)
+def test_defaults_are_shown_as_they_would_be_written(default: object, expected: str) -> None:
+    """So that they can be copied into an environment."""
+    assert expected == shown(default)

@@ -1,0 +1,61 @@
+"""How deep a JSON text is nested."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fiq.event import deeper_than
+
+#: strings that look like structure, too
+TEXTS = st.text(alphabet='[]{}"\\a\n', max_size=8)
+DOCUMENTS = st.recursive(
+    st.none() | st.integers(0, 9) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=20,
+)
+
+
+def depth(document: Any) -> int:
+    """Count what the function must find."""
+    if isinstance(document, dict):
+        return 1 + max(map(depth, document.values()), default=0)
+    return 1 + max(map(depth, document), default=0) if isinstance(document, list) else 0
+
+
+@given(DOCUMENTS, st.integers(1, 6))
+def test_it_is_what_a_parser_finds(document: Any, limit: int) -> None:
+    """Brackets in strings and in keys mean nothing, escaped quotes end none."""
+    assert (depth(document) > limit) == deeper_than(orjson.dumps(document), limit)
+
+
+@pytest.mark.parametrize(("levels", "expected"), [(100, False), (101, True)])
+def test_the_limit_itself_is_allowed(levels: int, expected: bool) -> None:
+    """Also beside much that is flat."""
+    raw = b"[" + b"[]," * 500 + b"[" * (levels - 1) + b"]" * levels
+    assert expected == deeper_than(raw, 100)
+
+
+def test_the_parser_itself_takes_1024_levels() -> None:
+    """So a limit below that is what counts."""
+    orjson.loads(b"[" * 1024 + b"]" * 1024)
+    with pytest.raises(orjson.JSONDecodeError):
+        orjson.loads(b"[" * 1025 + b"]" * 1025)
+
+
+def test_a_long_string_takes_no_memory_of_its_own() -> None:
+    """A pattern that could go back would keep a mark for each character: a hundred times the body."""
+    code = (
+        "import resource; from fiq.event import deeper_than\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB\n"
+        """body = b"[" * 102 + b'"' + b"a" * 2**20 + b'"' + b"]" * 102\n"""
+        "before = peak(); assert deeper_than(body, 101); print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20 * 1024

@@ -1,0 +1,111 @@
+"""Questions about the corpus and their answers: what is written is read, and nothing else is."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fiq.corpus import hashes_of
+from services.log.jetstream import questions as wire
+from services.log.jetstream.questions import Consultations, Events, Find, Ids, MalformedError, Row
+from services.log.protocol import Stored
+
+NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,128}", fullmatch=True)
+NUMBERS = st.integers(0, 2**63 - 1)
+IDS = st.uuids()
+ROWS = st.lists(st.builds(Row, NUMBERS, NUMBERS, IDS, st.binary(max_size=200)), max_size=20)
+
+
+@given(st.lists(IDS, min_size=1, max_size=20), NAMES, NUMBERS, st.integers(0, wire.MAX_ITEMS))
+def test_a_question_is_read_as_it_was_asked(ids: list[UUID], name: str, after: int, limit: int) -> None:
+    """With the time for which its asker waits."""
+    for question in (Ids(name), Find(name, ids), Events(name, after, limit), Consultations(name, name, limit)):
+        kind = wire.KIND_OF[type(question)]
+        assert (question, 1.5) == wire.decode_question(kind, wire.encode_question(question, 1.5))
+
+
+@given(ROWS, NUMBERS, st.booleans())
+def test_an_answer_holds_bodies_byte_for_byte(rows: list[Row], committed: int, more: bool) -> None:
+    """Line feeds and anything else: they are cut by their lengths."""
+    answer = wire.EventsAnswer(committed, rows, more)
+    assert answer == wire.decode_events(wire.encode_events(answer))
+
+
+@given(st.dictionaries(IDS, st.builds(Stored, NUMBERS, st.binary(min_size=8, max_size=8))), NUMBERS, st.lists(IDS))
+def test_what_is_found_comes_back(found: dict[UUID, Stored], committed: int, rest: list[UUID]) -> None:
+    """Sequence and digest of each, and what is to be asked again."""
+    answer = wire.FindAnswer(committed, found, rest)
+    assert answer == wire.decode_found(wire.encode_found(answer))
+
+
+@given(st.lists(IDS, unique=True, max_size=50), st.lists(IDS, max_size=20), st.binary(min_size=16, max_size=16))
+def test_a_snapshot_has_the_hashes_of_the_corpus(held: list[UUID], others: list[UUID], key: bytes) -> None:
+    """Two implementations of one function: numpy's for all ids of a table, and one for a single id."""
+    hashes = np.sort(hashes_of(key, b"".join(one.bytes for one in held))).astype("<u8").tobytes()
+    snapshot = wire.decode_ids(wire.encode_ids(key, hashes))
+    assert (True, 8 * len(held)) == (snapshot.whole, snapshot.size)
+    assert all(snapshot.may_hold(one) for one in held)
+    for one in others:
+        assert (hashes_of(key, one.bytes)[0] in np.frombuffer(hashes, "<u8")) == snapshot.may_hold(one)
+
+
+def test_of_too_many_ids_each_may_be_held() -> None:
+    """So each has to be asked for."""
+    snapshot = wire.decode_ids(wire.encode_ids(bytes(16), None))
+    assert (False, True, 0) == (snapshot.whole, snapshot.may_hold(UUID(int=1)), snapshot.size)
+
+
+def test_names_come_back() -> None:
+    """In their order."""
+    answer = wire.ConsultationsAnswer(["a", "b"], more=True)
+    assert answer == wire.decode_consultations(wire.encode_consultations(answer))
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("find", b""),
+        ("find", b"[]"),
+        ("find", b"7"),
+        ("find", b"{}"),
+        ("ids", b'{"within_ms":1000}'),
+        ("ids", b'{"within_ms":1000,"consultation":"a b"}'),
+        ("find", b'{"within_ms":1000,"consultation":"a","event_ids":[]}'),
+        ("find", b'{"within_ms":1000,"consultation":"a b","event_ids":["6f1b1d4e-0000-4000-8000-000000000000"]}'),
+        ("find", b'{"within_ms":1000,"consultation":"a","event_ids":[7]}'),
+        ("find", b'{"within_ms":-1,"consultation":"a","event_ids":["6f1b1d4e-0000-4000-8000-000000000000"]}'),
+        ("events", b'{"within_ms":1000,"consultation":"c","after":-1,"limit":1}'),
+        ("events", b'{"within_ms":1000,"consultation":"c","after":0,"limit":1001}'),
+        ("events", b'{"within_ms":1000,"consultation":"c","after":true,"limit":1}'),
+        ("events", b'{"within_ms":1000,"consultation":7,"after":0,"limit":1}'),
+        ("consultations", b'{"within_ms":1000,"prefix":"","limit":1}'),
+        ("else", b'{"within_ms":1000,"limit":1}'),
+    ],
+)
+def test_what_is_no_question_is_refused(kind: str, data: bytes) -> None:
+    """Whoever may ask might send anything; no text of it comes back."""
+    with pytest.raises(MalformedError):
+        wire.decode_question(kind, data)
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_an_answer_or_malformed(data: bytes) -> None:
+    """Never another error."""
+    for read in (wire.decode_ids, wire.decode_events, wire.decode_consultations, wire.decode_found):
+        try:
+            read(data)
+        except MalformedError:
+            continue
+
+
+def test_an_answer_that_lost_its_end_is_malformed() -> None:
+    """A body cut short must not pass as an event."""
+    events = wire.encode_events(wire.EventsAnswer(1, [Row(1, 1, UUID(int=1), b"{}")], more=False))
+    with pytest.raises(MalformedError):
+        wire.decode_events(events[:-1])
+    with pytest.raises(MalformedError):
+        wire.decode_ids(wire.encode_ids(bytes(16), bytes(16))[:-1])
