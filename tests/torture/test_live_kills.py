@@ -204,8 +204,8 @@ async def test_what_was_accepted_is_there_once_and_in_order_whatever_is_killed(
         beyond = max(end - elections.over_at(start, end) for start, end in spans)
         # shown by `make torture ARGS=-rP`
         print(  # noqa: T201
-            f"longest wait {waits[-1]:.1f} s, {beyond:.1f} s beyond the election, median {waits[len(waits) // 2]:.2f} s, "
-            f"{len(kills)} kills"
+            f"{len(kills)} kills: longest wait {waits[-1]:.1f} s, {beyond:.1f} s beyond the election, "
+            f"median {waits[len(waits) // 2]:.2f} s"
         )
         assert beyond <= LONGEST_WAIT
         assert [] == verify(stack.data_dir, load.accepted.values()).summary()
