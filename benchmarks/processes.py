@@ -124,7 +124,7 @@ def ingest(
     """
     port, management = free_ports(2)
     env = {
-        "FI_NATS_URL": url,
+        "FI_LOG_URL": url,
         "FI_PARTITIONS": str(partitions),
         "FI_PORT": str(port),
         "FI_MANAGEMENT_PORT": str(management),
@@ -153,7 +153,7 @@ def persisters(
         found = []
         for number, port in enumerate(free_ports(count)):
             env = {
-                "FI_NATS_URL": url,
+                "FI_LOG_URL": url,
                 "FI_DATA_DIR": str(data),
                 "FI_STORE": store,
                 "FI_PARTITIONS": str(partitions),

@@ -43,4 +43,4 @@ def security(bench: Bench) -> list[Latency]:
 
 def _credentials(secured: Secured) -> dict[str, str]:
     environment = secured.environment(Role.INGEST)
-    return {name: value for name, value in environment.items() if name != "FI_NATS_URL"}
+    return {name: value for name, value in environment.items() if name != "FI_LOG_URL"}

@@ -89,7 +89,7 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """Client URLs of all nodes as FI_NATS_URL takes them."""
+        """Client URLs of all nodes as FI_LOG_URL takes them."""
         return ",".join(self.urls)
 
     # -- life ---------------------------------------------------------------------------------------------------------

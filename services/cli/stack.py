@@ -243,7 +243,7 @@ class Stack:
             **self._env,
             # where fiq itself was imported from, and not whatever the working directory holds (-P)
             "PYTHONPATH": os.pathsep.join(filter(None, [_IMPORT_ROOT, self._env.get("PYTHONPATH", "")])),
-            "FI_NATS_URL": self.cluster.url,
+            "FI_LOG_URL": self.cluster.url,
             "FI_REPLICAS": str(min(3, self.cluster.size)),
             "FI_DATA_DIR": str(self.data_dir),
             "FI_VOLUMES": "1",

@@ -31,7 +31,7 @@ _LOCK_PATIENCE = 0.5
 _POLL = 0.05
 #: options that several commands share
 ServerOption = Annotated[
-    str | None, typer.Option(help="Nodes of the cluster, nats://host:port, separated by commas; FI_NATS_URL otherwise.")
+    str | None, typer.Option(help="Nodes of the cluster, nats://host:port, separated by commas; FI_LOG_URL otherwise.")
 ]
 FolderOption = Annotated[
     Path | None,
@@ -197,7 +197,7 @@ class Target:
 def find_cluster(
     server: str | None, folder: Path | None, *, env: Mapping[str, str] = os.environ, fallback: bool = False
 ) -> Target:
-    """Choose the cluster: *server*, else *folder*, else FI_NATS_URL, else ./.fiq, else with *fallback* the default.
+    """Choose the cluster: *server*, else *folder*, else FI_LOG_URL, else ./.fiq, else with *fallback* the default.
 
     Raises ConfigurationError: a setting is malformed; NotRunningError: nothing says which one.
     """
@@ -205,7 +205,7 @@ def find_cluster(
         return _asked_for(env, server)
     if folder is not None:
         return _running(env, folder)
-    if env.get("FI_NATS_URL", "").strip():
+    if env.get("FI_LOG_URL", "").strip():
         return Target(load(LogSettings, env), None)
     try:
         return _running(env, DEFAULT_FOLDER)
@@ -220,12 +220,12 @@ def _asked_for(env: Mapping[str, str], server: str) -> Target:
         return _named(env, server)
     except ConfigurationError as error:  # names what the user wrote, not the setting that it stands for
         raise ConfigurationError(
-            [problem.replace("FI_NATS_URL=", "--server ", 1) for problem in error.problems]
+            [problem.replace("FI_LOG_URL=", "--server ", 1) for problem in error.problems]
         ) from None
 
 
 def _named(env: Mapping[str, str], url: str) -> Target:
-    return Target(load(LogSettings, {**env, "FI_NATS_URL": url}), None)
+    return Target(load(LogSettings, {**env, "FI_LOG_URL": url}), None)
 
 
 def _running(env: Mapping[str, str], folder: Path) -> Target:

@@ -34,10 +34,10 @@ class LogSettings:
     """How to reach the log, and what it is made of when it does not exist yet."""
 
     servers: tuple[str, ...] = setting(
-        "FI_NATS_URL",
+        "FI_LOG_URL",
         ("nats://127.0.0.1:4222",),
         parse=_servers,
-        doc="Nodes of the cluster, separated by commas; one that answers is enough, the others are learned from it.",
+        doc="Where the log is: the URLs of the NATS nodes, separated by commas. One that answers is enough.",
     )
     ca_file: str = setting(
         "FI_NATS_CA_FILE",

@@ -24,7 +24,7 @@ from tests.support.polling import eventually, eventually_sync
 pytestmark = pytest.mark.timeout(300)
 
 #: a cluster that is not there, for services that are stopped before they miss it
-NOWHERE = ("-e", "FI_NATS_URL=nats://127.0.0.1:1", "-e", "FI_ALLOW_ANONYMOUS=1")
+NOWHERE = ("-e", "FI_LOG_URL=nats://127.0.0.1:1", "-e", "FI_ALLOW_ANONYMOUS=1")
 
 #: what becomes smaller in a small container, and half of its default
 BOUNDS = {"ingest": ("max_in_flight_bytes", 128 * 2**20), "persister": ("FI_BUFFER_BYTES", 32 * 2**20)}

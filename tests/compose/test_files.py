@@ -25,7 +25,7 @@ HOST = {
     "NODE_HOST": "a.example",
     "NODE_ADDRESS": "192.0.2.1",
     "NODE_ROUTES": '["nats://a.example:6222"]',
-    "FI_NATS_URL": "nats://a.example:4222",
+    "FI_LOG_URL": "nats://a.example:4222",
 }
 DEPLOY = ROOT / "docs" / "deploy.md"
 SECURITY = ROOT / "docs" / "security.md"
@@ -177,7 +177,7 @@ def test_a_host_without_a_node_starts_ingest_and_persisters_alone(engine: None, 
     told = dict(re.findall(r"^ *(\w+)=(\S*)", dotenv, re.MULTILINE))
     words = command.split()
     assert ["docker", "compose", "-f", "compose.host.yaml", "up", "-d"] == words[:6]
-    assert set(HOST) - {"FI_NATS_URL", "NODE_ROUTES"} <= told.keys()
+    assert set(HOST) - {"FI_LOG_URL", "NODE_ROUTES"} <= told.keys()
 
     (folder / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in {**HOST, **told}.items()))
     started = yaml.safe_load(docker("compose", "-f", "compose.host.yaml", "config", *words[6:], cwd=folder))

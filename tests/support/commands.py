@@ -13,7 +13,7 @@ from tests.support.persisters import Log, Persister
 async def fiq(log: Log, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command as an operator does."""
     command = [sys.executable, "-m", "services.cli.main", *map(str, arguments)]
-    env = {**os.environ, "FI_NATS_URL": log.cluster.url}
+    env = {**os.environ, "FI_LOG_URL": log.cluster.url}
     return await asyncio.to_thread(
         subprocess.run, command, env=env, capture_output=True, text=True, check=False, timeout=90
     )

@@ -40,7 +40,7 @@ class Persister(Service):
     def __init__(self, folder: Path, cluster: Cluster, data: Path, *arguments: str, **settings: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         own = {
-            "FI_NATS_URL": cluster.url,
+            "FI_LOG_URL": cluster.url,
             "FI_PARTITIONS": str(PARTITIONS),
             "FI_STREAM_MAX_BYTES": "64MiB",
             "FI_REPLICAS": str(cluster.size),

@@ -46,7 +46,7 @@ class Secured:
     def environment(self, role: Role) -> dict[str, str]:
         """Return the variables of a process in *role*."""
         return {
-            "FI_NATS_URL": self.cluster.url,
+            "FI_LOG_URL": self.cluster.url,
             "FI_NATS_CA_FILE": str(self.layout.ca_certificate),
             "FI_NATS_SEED_FILE": str(self.layout.seed(role)),
             "FI_PROVISION": "false",

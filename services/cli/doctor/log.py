@@ -203,7 +203,7 @@ def _placement(partitions: Sequence[PartitionState], workers: Sequence[Worker], 
     check = "placement"
     if not workers:
         meaning = "events wait in the stream until one runs; when it is full clients get 503"
-        yield error(check, "no persister answers", meaning, "start them, with the same FI_NATS_URL and FI_STORE")
+        yield error(check, "no persister answers", meaning, "start them, with the same FI_LOG_URL and FI_STORE")
     unplaced = [partition_name(one.partition) for one in partitions if one.placement is None]
     if unplaced:
         meaning = "their events wait in the stream; ingest is not ready"

@@ -115,7 +115,7 @@ def check_greetings(expected: Sequence[str], found: Sequence[Greeting], event_by
                 "nodes",
                 f"{address} does not answer as a NATS node",
                 "with one of three nodes away the loss of another one stops everything",
-                "start it, or correct FI_NATS_URL; look at its log",
+                "start it, or correct FI_LOG_URL; look at its log",
             )
     kinds = sorted({str(greeting.info.get("version", "")) for greeting in found})
     for version in kinds:

@@ -230,7 +230,7 @@ class Connection(RefusalAwareClient):
         hint = "" if self._settings.ca_file else f"; nodes that speak TLS need {CA_VARIABLE}, too"
         return (
             f"no NATS server took the connection within {deadline:g} s: {servers} ({reasons}). "
-            f"Start the cluster, or set FI_NATS_URL to its nodes{hint}"
+            f"Start the cluster, or set FI_LOG_URL to its nodes{hint}"
         )
 
     @property

@@ -140,7 +140,7 @@ async def _enabled(nc: Client, request: Awaitable[T]) -> T:
 def _not_enabled() -> ProvisionError:
     return ProvisionError(
         "JetStream is not enabled on the server, or not for this account: add `jetstream { ... }` to nats.conf, or "
-        "point FI_NATS_URL to the cluster of deploy/nats-cluster"
+        "point FI_LOG_URL to the cluster of deploy/nats-cluster"
     )
 
 

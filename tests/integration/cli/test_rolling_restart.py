@@ -99,7 +99,7 @@ async def test_no_client_that_retries_once_sees_a_failure(tmp_path: Path) -> Non
         state = home.read()
         port, management = map(str, free_ports(2))
         ports = {"FI_PORT": port, "FI_MANAGEMENT_PORT": management}
-        settings = {"FI_NATS_URL": state.nats_url, **ports, "FI_PROVISION": "0"}
+        settings = {"FI_LOG_URL": state.nats_url, **ports, "FI_PROVISION": "0"}
         second, second_management = f"http://{LOOPBACK}:{port}", f"http://{LOOPBACK}:{management}"
         before = {member.name: member.pid for member in state.members}
         load = Load([state.ingest_url, second])

@@ -38,7 +38,7 @@ IN_PROCESS = 10158
 @contextmanager
 def ingest(folder: Path, cluster: Cluster, **settings: str) -> Iterator[Service]:
     values = {"FI_PORT": "0", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "1MiB"}
-    values |= {"FI_PUBLISH_DEADLINE": "15", "FI_NATS_URL": ",".join(cluster.urls)}
+    values |= {"FI_PUBLISH_DEADLINE": "15", "FI_LOG_URL": ",".join(cluster.urls)}
     folder.mkdir(parents=True, exist_ok=True)
     with Service(folder, "services.ingest", **(values | settings)) as service:
         yield service
@@ -117,7 +117,7 @@ async def test_a_key_that_is_being_stored_is_tried_again_until_the_deadline(
     async with clients(tmp_path, fresh_log, 1, **settings) as (client,):
         assert 202 == (await client.post(path, BODIES[0], "before"))[0]
     leader = await asyncio.to_thread(fresh_log.wait_stream_leader, STREAM)
-    settings["FI_NATS_URL"] = fresh_log.urls[leader]
+    settings["FI_LOG_URL"] = fresh_log.urls[leader]
     patience = {"FI_PUBLISH_DEADLINE": "10" if in_time else "1"}
     async with (
         clients(tmp_path / "1", fresh_log, 1, **settings) as (first,),

@@ -43,7 +43,7 @@ async def test_no_answer_contradicts_the_description(fresh_log: Cluster, tmp_pat
     """No 5xx, no status, header, media type or body that is not described; what is invalid is refused."""
     (tmp_path / "tokens").write_text(render([Token("all", digest_of(SECRET), frozenset({Scope.ADMIN}))]))
     settings = {"FI_PORT": "0", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "1MiB", "FI_MAX_FOLLOWERS": "0"}
-    settings |= {"FI_NATS_URL": fresh_log.url, "FI_PARTITIONS": str(PARTITIONS)}
+    settings |= {"FI_LOG_URL": fresh_log.url, "FI_PARTITIONS": str(PARTITIONS)}
     settings["FI_TOKEN_FILE"] = str(tmp_path / "tokens")
     with (
         Persister(tmp_path / "persister", fresh_log, tmp_path / "data", FI_DEAD_MAX_BYTES="1MiB") as persister,

@@ -99,7 +99,7 @@ async def test_the_page_says_what_is_answered(fresh_log: Cluster, tmp_path: Path
         assert "CI" not in os.environ, "CI has curl"
         pytest.skip("the examples need curl")
     settings = {"FI_PORT": "0", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "1MiB"}
-    settings |= {"FI_NATS_URL": fresh_log.url, "FI_PARTITIONS": str(PARTITIONS)}
+    settings |= {"FI_LOG_URL": fresh_log.url, "FI_PARTITIONS": str(PARTITIONS)}
     with (
         Persister(tmp_path / "persister", fresh_log, tmp_path / "data", FI_DEAD_MAX_BYTES="1MiB") as persister,
         Service(tmp_path, "services.ingest", **settings) as service,

@@ -33,7 +33,7 @@ DEADLINE = 3.0
 def ingest(folder: Path, cluster: Cluster, **settings: str) -> Iterator[Service]:
     values = {"FI_PORT": "0", "FI_STREAM_MAX_BYTES": "16MiB", "FI_DEAD_MAX_BYTES": "1MiB"}
     values["FI_PUBLISH_DEADLINE"] = str(DEADLINE)
-    with Service(folder, "services.ingest", **(values | {"FI_NATS_URL": cluster.url} | settings)) as service:
+    with Service(folder, "services.ingest", **(values | {"FI_LOG_URL": cluster.url} | settings)) as service:
         yield service
 
 
@@ -191,7 +191,7 @@ async def test_sigterm_loses_nothing_that_was_accepted(fresh_log: Cluster, tmp_p
 
 async def test_a_service_that_starts_before_its_cluster_waits_for_it(tmp_path: Path, unused_tcp_port: int) -> None:
     """And says what it waits for."""
-    settings = {"FI_NATS_URL": f"nats://127.0.0.1:{unused_tcp_port}", "FI_REPLICAS": "1", "FI_PORT": "0"}
+    settings = {"FI_LOG_URL": f"nats://127.0.0.1:{unused_tcp_port}", "FI_REPLICAS": "1", "FI_PORT": "0"}
     with Service(tmp_path, "services.ingest", FI_STREAM_MAX_BYTES="16MiB", **settings) as service:
         await asyncio.to_thread(service.wait_for, "LOG_AWAITED")
         node = Cluster(tmp_path / "node", nodes=1, client_ports=(unused_tcp_port,))
@@ -205,7 +205,7 @@ async def test_a_service_that_starts_before_its_cluster_waits_for_it(tmp_path: P
 
 def test_sigterm_while_it_waits_for_its_cluster_ends_it(tmp_path: Path) -> None:
     """In order, with 0, not after the whole startup timeout."""
-    with Service(tmp_path, "services.ingest", FI_NATS_URL="nats://127.0.0.1:1", FI_PORT="0") as service:
+    with Service(tmp_path, "services.ingest", FI_LOG_URL="nats://127.0.0.1:1", FI_PORT="0") as service:
         service.wait_for("LOG_AWAITED")
         service.terminate()
         assert service.wait() == 0

@@ -97,7 +97,7 @@ async def test_an_overload_is_refused_in_time_and_what_was_accepted_is_in_hdf5(
     seen = Seen()
     with ExitStack() as stack:
         persister = stack.enter_context(Persister(tmp_path, fresh_log, tmp_path / "data", **SLOW))
-        settings = {"FI_NATS_URL": ",".join(fresh_log.urls), "FI_PARTITIONS": str(PARTITIONS), "FI_PORT": "0"}
+        settings = {"FI_LOG_URL": ",".join(fresh_log.urls), "FI_PARTITIONS": str(PARTITIONS), "FI_PORT": "0"}
         settings |= {"FI_STREAM_MAX_BYTES": "64MiB", "FI_MAX_BACKLOG": str(BACKLOG)}
         settings |= {"FI_MAX_IN_FLIGHT": str(IN_FLIGHT)}
         ingest = stack.enter_context(Service(tmp_path, "services.ingest", **settings))

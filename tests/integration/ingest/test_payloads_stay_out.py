@@ -30,7 +30,7 @@ async def test_no_log_and_no_metric_shows_a_payload(single_node: Cluster, tmp_pa
     """Accepted, refused, posted again with another content, set aside as poison: whatever became of it."""
     bodies = drawn(BODIES, COUNT)
     assert all(MARK.encode() in body or body in BARE for body in bodies)
-    settings = SHARED | {"FI_PORT": "0", "FI_NATS_URL": single_node.url}
+    settings = SHARED | {"FI_PORT": "0", "FI_LOG_URL": single_node.url}
     with (
         Persister(tmp_path, single_node, tmp_path / "data", **SHARED, FI_POISON_STREAK="0") as persister,
         Service(tmp_path, "services.ingest", **settings) as ingest,

@@ -70,7 +70,7 @@ class Reader:
 
 @asynccontextmanager
 async def ingesting(folder: Path, cluster: Cluster) -> AsyncIterator[tuple[Reader, Service]]:
-    settings = {"FI_PORT": "0", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "1MiB", "FI_NATS_URL": cluster.url}
+    settings = {"FI_PORT": "0", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "1MiB", "FI_LOG_URL": cluster.url}
     with Service(
         folder, "services.ingest", **settings, FI_PARTITIONS=str(PARTITIONS), FI_SHUTDOWN_GRACE=str(GRACE)
     ) as service:

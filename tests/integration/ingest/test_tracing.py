@@ -28,7 +28,7 @@ ONE = b'{"event_type":"A"}'
 async def pipeline(folder: Path, cluster: Cluster, **settings: str) -> AsyncIterator[tuple[Service, Persister, str]]:
     """Run an ingest and a persister, and yield both with the URL of the first."""
     own = {"FI_PORT": "0", "FI_STREAM_MAX_BYTES": "64MiB", "FI_DEAD_MAX_BYTES": "1MiB"}
-    own |= {"FI_NATS_URL": ",".join(cluster.urls), "FI_PARTITIONS": str(PARTITIONS)} | settings
+    own |= {"FI_LOG_URL": ",".join(cluster.urls), "FI_PARTITIONS": str(PARTITIONS)} | settings
     with (
         Service(folder, "services.ingest", **own) as ingest,
         Persister(folder / "p", cluster, folder / "data", FI_DEAD_MAX_BYTES="1MiB", **settings) as persister,

@@ -42,7 +42,7 @@ async def test_a_connect_to_nobody_ends_within_its_deadline_and_names_the_server
 
     assert time.monotonic() - started < 2
     assert "nats://127.0.0.1:1, nats://127.0.0.1:2 (" in str(caught.value)
-    assert "set FI_NATS_URL" in str(caught.value)
+    assert "set FI_LOG_URL" in str(caught.value)
     assert "secret" not in str(caught.value)
 
 

@@ -87,7 +87,7 @@ async def test_a_server_without_jetstream_is_named_at_once(tmp_path: Path, provi
 async def test_a_signal_ends_a_persister_that_looks_for_its_stream(tmp_path: Path) -> None:
     """At once, although the cluster says nothing; exit code 0, as it was asked to end."""
     async with silence(tmp_path) as silent:
-        settings = {"FI_NATS_URL": silent.url, "FI_PROVISION": "false", "FI_PERSISTER_PORT": "0"}
+        settings = {"FI_LOG_URL": silent.url, "FI_PROVISION": "false", "FI_PERSISTER_PORT": "0"}
         with Service(tmp_path, "services.persister", FI_DATA_DIR=str(tmp_path / "data"), **settings) as persister:
             await eventually(lambda: bool(silent.asked))
             persister.terminate()

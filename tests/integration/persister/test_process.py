@@ -133,10 +133,10 @@ async def test_a_process_that_joins_gets_half_without_anything_lost(log: Log, tm
 
 def test_wrong_settings_end_it_with_one_line_each(tmp_path: Path) -> None:
     """Exit code 2, nothing else on stderr."""
-    with Service(tmp_path, "services.persister", FI_VOLUMES="0", FI_NATS_URL="localhost") as persister:
+    with Service(tmp_path, "services.persister", FI_VOLUMES="0", FI_LOG_URL="localhost") as persister:
         assert 2 == persister.wait()
         lines = persister.errors.splitlines()
-        assert ["fiq-persister: FI_NATS_URL", "fiq-persister: FI_VOLUMES"] == sorted(one.split("=")[0] for one in lines)
+        assert ["fiq-persister: FI_LOG_URL", "fiq-persister: FI_VOLUMES"] == sorted(one.split("=")[0] for one in lines)
 
 
 def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def nowhere() -> str:
 
 def test_without_a_cluster_it_gives_up_with_one_line(tmp_path: Path) -> None:
     """After FI_STARTUP_TIMEOUT."""
-    settings = {"FI_NATS_URL": nowhere(), "FI_STARTUP_TIMEOUT": "1", "FI_PERSISTER_PORT": "0"}
+    settings = {"FI_LOG_URL": nowhere(), "FI_STARTUP_TIMEOUT": "1", "FI_PERSISTER_PORT": "0"}
     with Service(tmp_path, "services.persister", FI_DATA_DIR=str(tmp_path / "data"), **settings) as persister:
         assert 1 == persister.wait()
         (line,) = persister.errors.splitlines()
@@ -176,7 +176,7 @@ def test_without_a_cluster_it_gives_up_with_one_line(tmp_path: Path) -> None:
 
 def test_a_signal_ends_it_while_it_waits_for_the_cluster(tmp_path: Path) -> None:
     """At once, and with 0: it was asked to."""
-    settings = {"FI_NATS_URL": nowhere(), "FI_PERSISTER_PORT": "0"}
+    settings = {"FI_LOG_URL": nowhere(), "FI_PERSISTER_PORT": "0"}
     with Service(tmp_path, "services.persister", FI_DATA_DIR=str(tmp_path / "data"), **settings) as persister:
         eventually_sync((tmp_path / "data" / "volume.json").exists)
         persister.terminate()

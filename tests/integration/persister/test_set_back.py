@@ -113,7 +113,7 @@ def _ids(contents: Contents) -> dict[str, list[str]]:
 
 def _ingest(log: Log) -> dict[str, str]:
     return {
-        "FI_NATS_URL": log.cluster.url,
+        "FI_LOG_URL": log.cluster.url,
         "FI_STORE": "main2",
         "FI_PARTITIONS": str(PARTITIONS),
         "FI_STREAM_MAX_BYTES": "64MiB",

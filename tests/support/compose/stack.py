@@ -254,7 +254,7 @@ def ops_settings(folder: Path, addresses: list[str]) -> LogSettings:
     return load(
         LogSettings,
         {
-            "FI_NATS_URL": ",".join(f"nats://{address}" for address in addresses) or "nats://127.0.0.1:1",
+            "FI_LOG_URL": ",".join(f"nats://{address}" for address in addresses) or "nats://127.0.0.1:1",
             "FI_NATS_CA_FILE": str(layout.ca_certificate),
             "FI_NATS_SEED_FILE": str(layout.seed(Role.OPS)),
         },

@@ -264,7 +264,7 @@ def test_hosts_stand_in_the_certificates_and_in_the_environment(tmp_path: Path) 
     } == names
     text = layout.environment.read_text()
     assert "#NODE_NAME=n2\n#NODE_HOST=10.0.0.2\n" in text
-    assert "FI_NATS_URL=nats://a.example.org:4222,nats://10.0.0.2:4222,nats://b.example.org:4222\n" in text
+    assert "FI_LOG_URL=nats://a.example.org:4222,nats://10.0.0.2:4222,nats://b.example.org:4222\n" in text
     assert '"nats://10.0.0.2:6222"' in text
 
 

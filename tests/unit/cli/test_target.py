@@ -10,7 +10,7 @@ from services.cli.errors import CommandError, NotRunningError
 from services.cli.target import DEFAULT_FOLDER, StackFolder, State, find_cluster, find_corpus
 
 STATE = State(pid=1, nats_url="nats://127.0.0.1:10", ingest_url="http://127.0.0.1:2", data_dir="/data", members=())
-ENV = {"FI_NATS_URL": "nats://127.0.0.1:20", "FI_STORE": "second"}
+ENV = {"FI_LOG_URL": "nats://127.0.0.1:20", "FI_STORE": "second"}
 SERVER = "nats://127.0.0.1:30"
 
 
@@ -41,12 +41,12 @@ def test_a_named_folder_comes_before_the_environment() -> None:
 
 
 def test_the_environment_comes_before_the_default_folder() -> None:
-    """FI_NATS_URL means the same as for the services."""
+    """FI_LOG_URL means the same as for the services."""
     folder = StackFolder(DEFAULT_FOLDER)
     with folder.held():
         folder.write(STATE)
 
-        assert find_cluster(None, None, env=ENV).settings.servers == (ENV["FI_NATS_URL"],)
+        assert find_cluster(None, None, env=ENV).settings.servers == (ENV["FI_LOG_URL"],)
         assert find_cluster(None, None, env={}).settings.servers == (STATE.nats_url,)
 
 

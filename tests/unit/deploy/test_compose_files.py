@@ -36,7 +36,7 @@ IN_THE_IMAGE = {
 #: paths within a container, and that the services' users may not provision
 MOUNTED = {"FI_NATS_CA_FILE", "FI_NATS_SEED_FILE", "FI_TOKEN_FILE", "FI_DATA_DIR", "FI_PROVISION"}
 #: what a file decides besides: on one host the nodes are its own, and the balancer speaks TLS
-DECIDED = {"compose.yaml": {"FI_NATS_URL", "FI_TLS_CERT", "FI_TLS_KEY"}, "compose.host.yaml": set[str]()}
+DECIDED = {"compose.yaml": {"FI_LOG_URL", "FI_TLS_CERT", "FI_TLS_KEY"}, "compose.host.yaml": set[str]()}
 #: files that only ingest has
 NOT_FOR = {"ops": {"FI_TLS_CERT", "FI_TLS_KEY"}}
 

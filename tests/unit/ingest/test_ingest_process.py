@@ -41,19 +41,19 @@ def test_an_unknown_argument_is_usage() -> None:
 
 def test_wrong_settings_are_all_named_and_exit_2() -> None:
     """One line each, no traceback."""
-    done = run(FI_PORT="http", FI_NATS_URL="localhost", FI_LOG_LEVEL="loud")
+    done = run(FI_PORT="http", FI_LOG_URL="localhost", FI_LOG_LEVEL="loud")
     assert done.returncode == 2
     assert [line.removeprefix("fiq-ingest: ").partition("=")[0] for line in done.stderr.splitlines()] == [
         "FI_PORT",
         "FI_LOG_LEVEL",
-        "FI_NATS_URL",
+        "FI_LOG_URL",
     ]
 
 
 def test_a_taken_port_is_one_line_and_exit_1() -> None:
     """Known at once, before the cluster is waited for."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = run(FI_PORT=str(taken.getsockname()[1]), FI_NATS_URL="nats://127.0.0.1:1")
+        done = run(FI_PORT=str(taken.getsockname()[1]), FI_LOG_URL="nats://127.0.0.1:1")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "cannot listen on 127.0.0.1" in done.stderr
 
@@ -61,15 +61,15 @@ def test_a_taken_port_is_one_line_and_exit_1() -> None:
 @pytest.mark.timeout(60)
 def test_without_a_cluster_it_gives_up_after_its_time_with_one_line() -> None:
     """It names where it looked and how long."""
-    done = run(FI_PORT="0", FI_NATS_URL="nats://127.0.0.1:1", FI_STARTUP_TIMEOUT="1")
+    done = run(FI_PORT="0", FI_LOG_URL="nats://127.0.0.1:1", FI_STARTUP_TIMEOUT="1")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    for part in ("127.0.0.1:1", "FI_STARTUP_TIMEOUT", "FI_NATS_URL"):
+    for part in ("127.0.0.1:1", "FI_STARTUP_TIMEOUT", "FI_LOG_URL"):
         assert part in done.stderr
 
 
 def test_beyond_loopback_it_does_not_start_without_tokens() -> None:
     """An open door that nobody meant to open; the message says what to do, before the cluster is waited for."""
-    done = run(FI_HOST="0.0.0.0", FI_PORT="0", FI_NATS_URL="nats://127.0.0.1:1")
+    done = run(FI_HOST="0.0.0.0", FI_PORT="0", FI_LOG_URL="nats://127.0.0.1:1")
     assert (2, 1) == (done.returncode, len(done.stderr.splitlines()))
     for part in ("FI_TOKEN_FILE", "FI_HOST", "fiq token new", "FI_ALLOW_ANONYMOUS=1"):
         assert part in done.stderr
@@ -79,7 +79,7 @@ def test_beyond_loopback_it_does_not_start_without_tokens() -> None:
 @pytest.mark.parametrize("settings", [{"FI_HOST": "0.0.0.0", "FI_ALLOW_ANONYMOUS": "1"}, {"FI_HOST": "localhost"}])
 def test_without_tokens_it_says_so(settings: dict[str, str]) -> None:
     """On loopback, and where somebody asked for it."""
-    done = run(FI_PORT="0", FI_NATS_URL="nats://127.0.0.1:1", FI_STARTUP_TIMEOUT="1", **settings)
+    done = run(FI_PORT="0", FI_LOG_URL="nats://127.0.0.1:1", FI_STARTUP_TIMEOUT="1", **settings)
     assert 1 == done.returncode
     assert "ACCESS_ANONYMOUS" in done.stdout
 
@@ -88,7 +88,7 @@ def test_a_token_file_that_is_none_ends_it_with_2(tmp_path: Path) -> None:
     """One line, with the setting, the file, and nothing of what stands in it."""
     path = tmp_path / "tokens"
     path.write_text("secret\n")
-    done = run(FI_PORT="0", FI_TOKEN_FILE=str(path), FI_NATS_URL="nats://127.0.0.1:1")
+    done = run(FI_PORT="0", FI_TOKEN_FILE=str(path), FI_LOG_URL="nats://127.0.0.1:1")
     assert (2, 1) == (done.returncode, len(done.stderr.splitlines()))
     assert f"FI_TOKEN_FILE={path}: line 1" in done.stderr
     assert "secret" not in done.stderr
