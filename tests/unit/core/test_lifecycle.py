@@ -3,67 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import subprocess
-import sys
 
 import pytest
 
 from services.core.lifecycle import Stop, beside, cancellable, unless_stopped
-
-PROGRAM = """
-import asyncio, sys, time
-from services.core.lifecycle import Stop, stop_on_signals
-async def main():
-    stop = Stop()
-    stop_on_signals(stop, notify=lambda name: print(name, flush=True))
-    print("ready", flush=True)
-    await stop.wait()
-    if {hang}:
-        time.sleep(60)  # the loop is blocked: nothing of ours runs any more
-    return stop.exit_code
-if {uvloop}:
-    import uvloop
-    sys.exit(uvloop.run(main()))
-sys.exit(asyncio.run(main()))
-"""
-
-
-def start(*, hang: bool, uvloop: bool) -> subprocess.Popen[str]:
-    program = PROGRAM.format(hang=hang, uvloop=uvloop)
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def finish(process: subprocess.Popen[str]) -> int:
-    try:
-        return process.wait(10)
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.parametrize("uvloop", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_ends_the_process_in_order(number: signal.Signals, uvloop: bool) -> None:
-    """The exit code is 0: being asked to stop is no failure."""
-    process = start(hang=False, uvloop=uvloop)
-    process.send_signal(number)
-    assert finish(process) == 0
-
-
-@pytest.mark.parametrize("uvloop", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_second_signal_kills_also_a_process_that_hangs(number: signal.Signals, uvloop: bool) -> None:
-    """The kernel does it, so it needs no cooperation."""
-    process = start(hang=True, uvloop=uvloop)
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "SIGTERM\n"
-    process.send_signal(number)
-    assert -number == finish(process)
 
 
 async def test_the_first_reason_is_kept() -> None:
