@@ -84,7 +84,7 @@ pytest_collect_file = Sybil(
 @pytest.fixture(scope="module")
 def readme_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """A stack in ``./.fiq``, as `fiq up` makes it, in a working directory of its own."""
-    from services.cli.stack import Stack
+    from services.cli.embedded.stack import Stack
     from services.cli.target import StackFolder, State
 
     _need("curl")

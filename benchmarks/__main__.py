@@ -35,7 +35,7 @@ from benchmarks import (
 from benchmarks.bench import Bench
 from benchmarks.plan import FULL, QUICK, Plan
 from benchmarks.results import About, Results
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from tests.support.dialogues import DATA
 
 #: benchmarks that share one cluster of this checkout

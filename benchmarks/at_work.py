@@ -32,7 +32,7 @@ from benchmarks.results import (
     percentile,
 )
 from services.cli import monitoring
-from services.cli.processes import ManagedProcess, free_ports
+from services.cli.embedded.processes import ManagedProcess, free_ports
 
 #: all targets, in the order of their turns
 TARGETS = (AT_WORK, NO_PERSISTER, PLAIN_SERVICE, PUBLISH, EMPTY, OLD_WAY)

@@ -10,7 +10,7 @@ from benchmarks.jobs import LoadJob, Report, run
 from benchmarks.plan import CONSULTATIONS, Plan
 from benchmarks.processes import Product
 from benchmarks.results import Latency, Throughput, middle, percentile
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 
 #: says what is going on
 Tell = Callable[[str], None]

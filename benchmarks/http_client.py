@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 from benchmarks.tally import Tally
-from services.cli.processes import LOOPBACK
+from services.cli.embedded.processes import LOOPBACK
 
 _HEAD_END = b"\r\n\r\n"
 _LENGTH = b"content-length:"

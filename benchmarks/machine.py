@@ -13,7 +13,7 @@ import h5py
 import psutil
 
 from benchmarks.results import middle
-from services.cli.processes import find_nats_server
+from services.cli.embedded.processes import find_nats_server
 
 _SYNCS = 100
 

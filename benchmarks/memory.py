@@ -14,8 +14,8 @@ from benchmarks.bench import Bench
 from benchmarks.jobs import LoadJob, run
 from benchmarks.plan import CONSULTATIONS, FULL_LOAD, PARTITIONS
 from benchmarks.results import Memory
-from services.cli.cluster import Cluster
-from services.cli.processes import ManagedProcess
+from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import ManagedProcess
 
 #: how often memory is looked at, seconds
 _INTERVAL = 0.1

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from services.cli import monitoring
-from services.cli.processes import ManagedProcess, free_ports
+from services.cli.embedded.processes import ManagedProcess, free_ports
 
 #: root of the repository
 ROOT = Path(__file__).parents[1]

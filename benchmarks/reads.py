@@ -26,7 +26,7 @@ from benchmarks.results import (
     middle,
 )
 from fiq.corpus import open_corpus
-from services.cli.processes import LOOPBACK
+from services.cli.embedded.processes import LOOPBACK
 from services.log.jetstream.reading import JetStreamReader
 from services.log.settings import LogSettings
 

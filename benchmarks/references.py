@@ -19,7 +19,7 @@ import uvloop
 from aiohttp import web
 
 from benchmarks.plain_hdf5 import PlainFile
-from services.cli.processes import LOOPBACK
+from services.cli.embedded.processes import LOOPBACK
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

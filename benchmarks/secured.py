@@ -7,7 +7,7 @@ from benchmarks.bench import Bench, summary
 from benchmarks.jobs import Report
 from benchmarks.plan import CLIENTS, PARTITIONS
 from benchmarks.results import PLAIN, SECURED, Latency
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.names import Role
 from tests.support.security import Secured, fiq, make_deployment
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.jobs import LoadJob, run
 from benchmarks.memory import resident
 from benchmarks.plan import CONSULTATIONS
-from services.cli.stack import Stack
+from services.cli.embedded.stack import Stack
 from tests.support.dialogues import DATA
 
 #: seconds for which the broker remembers message ids

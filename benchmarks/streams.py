@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from fiq.event import Event
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.names import STREAM, filter_subject, subject_of
 from services.log.jetstream.provision import provision
 from services.log.settings import LogSettings

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from services.cli.processes import LOOPBACK
+from services.cli.embedded.processes import LOOPBACK
 
 #: a node on loopback that takes longer than this is not well, seconds
 TIMEOUT = 1.0

@@ -15,7 +15,7 @@ from uuid import UUID
 import orjson
 
 from fiq.client import FiqClient, Patience
-from services.cli.stack import Stack
+from services.cli.embedded.stack import Stack
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import close, connect

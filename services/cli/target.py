@@ -17,8 +17,8 @@ import typer
 from nats.aio.client import Client
 
 from fiq.errors import ConfigurationError
+from services.cli.embedded.stack import Stack
 from services.cli.errors import AlreadyRunningError, CommandError, NotRunningError
-from services.cli.stack import Stack
 from services.core.settings import load
 from services.log.jetstream.connection import close, connect
 from services.log.jetstream.names import Role

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.stack import Stack
+from services.cli.embedded.stack import Stack
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fiq.corpus import open_corpus, verify_corpus
-from services.cli.commands import demo
+from services.cli import demo
 from services.cli.main import app
 from services.cli.rehearsal import Accepted, Verdict, compare
 from tests.support.polling import eventually_sync

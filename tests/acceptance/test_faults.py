@@ -11,8 +11,8 @@ import pytest
 from aiohttp import ClientResponse, ClientSession, ClientTimeout
 
 from fiq.corpus import open_corpus
+from services.cli.embedded.stack import Stack
 from services.cli.rehearsal import Accepted, Post, drained, verify
-from services.cli.stack import Stack
 from services.cli.target import connected
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.names import STREAM

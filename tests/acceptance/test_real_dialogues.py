@@ -15,8 +15,8 @@ import pytest
 
 from fiq.corpus import open_corpus, verify_corpus
 from fiq.event import decode
+from services.cli.embedded.stack import Stack
 from services.cli.rehearsal import Chaos, Load, Outcome, drained, verify
-from services.cli.stack import Stack
 from services.cli.target import connected
 from services.log.jetstream.names import STREAM
 from services.log.settings import LogSettings

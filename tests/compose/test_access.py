@@ -10,7 +10,7 @@ import ssl
 import pytest
 from aiohttp import ClientSession
 
-from services.cli.security.files import Layout
+from services.cli.init.files import Layout
 from tests.support.compose.engine import docker
 from tests.support.compose.stack import IMAGE, NODES, Deployment
 from tests.support.polling import eventually

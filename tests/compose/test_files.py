@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.cli.security.files import Layout
+from services.cli.init.files import Layout
 from services.core.settings import variables
 from services.ingest.settings import Settings
 from tests.support.compose.engine import ROOT, docker

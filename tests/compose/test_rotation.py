@@ -10,8 +10,8 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner
 
+from services.cli.init.files import Layout
 from services.cli.main import app
-from services.cli.security.files import Layout
 from tests.support.compose.clients import Client
 from tests.support.compose.engine import PACE, docker
 from tests.support.compose.stack import NODES, Deployment

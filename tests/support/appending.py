@@ -12,7 +12,7 @@ import pytest
 
 from fiq.event import Event
 from fiq.ids import new_event_id
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.names import STREAM

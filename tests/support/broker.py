@@ -12,7 +12,7 @@ import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from services.cli.processes import LOOPBACK, find_nats_server, free_ports, is_free
+from services.cli.embedded.processes import LOOPBACK, find_nats_server, free_ports, is_free
 from tests.support.polling import eventually_sync
 
 

@@ -14,7 +14,7 @@ import nats
 import nats.errors
 from nats.aio.client import Client
 
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.api import JetStreamApi
 from tests.support.polling import eventually
 

@@ -16,7 +16,7 @@ from fiq.corpus import CorpusError, open_corpus
 from fiq.event import Event
 from fiq.ids import new_event_id
 from services.cli import monitoring
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.names import STREAM

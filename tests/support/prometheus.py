@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.cli.processes import LOOPBACK, free_ports
+from services.cli.embedded.processes import LOOPBACK, free_ports
 from tests.support.polling import eventually_sync
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "nats-cluster"

@@ -13,10 +13,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from services.cli.cluster import Cluster
-from services.cli.security.authority import Authority, Pair
-from services.cli.security.deployment import Deployment
-from services.cli.security.files import Layout, Owner
+from services.cli.embedded.cluster import Cluster
+from services.cli.init.authority import Authority, Pair
+from services.cli.init.deployment import Deployment
+from services.cli.init.files import Layout, Owner
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.names import Role
 from services.log.settings import LogSettings

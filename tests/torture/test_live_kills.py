@@ -18,8 +18,8 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 
 from fiq.corpus import verify_corpus
 from services.cli import monitoring
+from services.cli.embedded.stack import Stack
 from services.cli.rehearsal import Accepted, Post, drained, verify
-from services.cli.stack import Stack
 from services.cli.target import connected
 from services.log.jetstream.names import STREAM
 from services.log.partitions import partition_of

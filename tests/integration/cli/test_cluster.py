@@ -14,10 +14,10 @@ import psutil
 import pytest
 from nats.js.api import StreamConfig
 
-from services.cli import cluster as cluster_module
-from services.cli.cluster import Cluster
+from services.cli.embedded import cluster as cluster_module
+from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import free_ports
 from services.cli.errors import ChildFailedError, PortTakenError
-from services.cli.processes import free_ports
 from tests.support.cluster import heal
 from tests.support.polling import eventually_sync
 
@@ -107,7 +107,7 @@ def test_no_process_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
     """kill -9 of the process that runs a cluster takes the nodes with it."""
     script = f"""
 import pathlib, time
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 cluster = Cluster(pathlib.Path({str(tmp_path)!r}))
 cluster.start()
 print(*[node.pid for node in cluster.nodes], flush=True)

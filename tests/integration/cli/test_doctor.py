@@ -15,11 +15,11 @@ import pytest
 from nats.js.api import Header
 from typer.testing import CliRunner
 
-from services.cli.cluster import Cluster
-from services.cli.commands.doctor import Patient, examine
+from services.cli.doctor.command import Patient, examine
 from services.cli.doctor.finding import Finding, Level
+from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import LOOPBACK
 from services.cli.main import app
-from services.cli.processes import LOOPBACK
 from services.cli.target import Target
 from services.log.jetstream.placement import Placements
 from services.log.settings import LogSettings

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from fiq.corpus import verify_corpus
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.names import STREAM
 from services.log.jetstream.placement import Placements
 from services.persister.volume import Volume

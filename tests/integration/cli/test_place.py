@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fiq.corpus import EventStore, Identity
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.errors import PlacementError
 from services.log.jetstream.names import BUCKET, BUCKET_STREAM, STREAM, placement_key
 from services.log.jetstream.placement import Placement, Placements

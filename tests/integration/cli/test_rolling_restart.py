@@ -15,11 +15,11 @@ import aiohttp
 import pytest
 
 from fiq.corpus import open_corpus, verify_corpus
-from services.cli.cluster import Cluster
-from services.cli.commands.rolling_restart import wait_whole
+from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import LOOPBACK, free_ports
+from services.cli.embedded.rolling_restart import wait_whole
 from services.cli.errors import NotWholeError
 from services.cli.monitoring import NodeView, StreamView, whole
-from services.cli.processes import LOOPBACK, free_ports
 from services.cli.rehearsal import drained
 from services.cli.target import StackFolder
 from services.log.settings import LogSettings

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from services.cli import stack as module
+from services.cli.embedded import stack as module
+from services.cli.embedded.processes import free_ports, is_free
+from services.cli.embedded.stack import Stack
 from services.cli.errors import ChildFailedError, PortTakenError
-from services.cli.processes import free_ports, is_free
-from services.cli.stack import Stack
 from tests.support.polling import eventually_sync
 
 

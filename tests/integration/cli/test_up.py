@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from services.cli.processes import LOOPBACK
-from services.cli.stack import PREFERRED_PORT
+from services.cli.embedded.processes import LOOPBACK
+from services.cli.embedded.stack import PREFERRED_PORT
 from services.cli.target import StackFolder, State
 from tests.support.polling import eventually_sync
 

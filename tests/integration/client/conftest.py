@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.cli.stack import Stack
+from services.cli.embedded.stack import Stack
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from fiq.client import FiqClient, Patience, RefusedError
-from services.cli.stack import Stack
+from services.cli.embedded.stack import Stack
 from services.log.jetstream.names import STREAM
 from tests.support.corpus_contents import holds
 from tests.support.polling import eventually

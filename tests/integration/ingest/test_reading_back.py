@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout
 
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.names import STREAM
 from tests.support.persisters import PARTITIONS, Persister
 from tests.support.polling import eventually

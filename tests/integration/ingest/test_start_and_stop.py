@@ -11,7 +11,7 @@ import pytest
 
 from fiq.errors import PermanentError
 from services.cli import monitoring
-from services.cli.processes import free_ports
+from services.cli.embedded.processes import free_ports
 from services.core.lifecycle import Stop
 from services.ingest import service
 from services.ingest.app import OpenLog

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from fiq.errors import ConfigurationError
-from services.cli.security.authority import Authority, Pair, make_authority
+from services.cli.init.authority import Authority, Pair, make_authority
 from services.ingest import changes, server
 from services.ingest.app import make_app
 from services.ingest.settings import Settings

@@ -10,7 +10,7 @@ import pytest
 from nats.aio.client import Client
 
 from fiq.errors import PermanentError
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import ApiError, JetStreamApi
 from services.log.jetstream.connection import close, connect

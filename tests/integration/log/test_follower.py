@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogMismatchError
 from services.log.jetstream import continuity
 from services.log.jetstream.budget import Budget, Held

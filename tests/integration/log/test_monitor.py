@@ -18,7 +18,7 @@ from nats.aio.client import Client
 from nats.micro.service import Service
 from prometheus_client import CollectorRegistry
 
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.ingest.service import open_log
 from services.ingest.settings import Settings
 from services.log.jetstream import monitor as module

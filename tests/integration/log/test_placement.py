@@ -10,7 +10,7 @@ import nats.js.errors
 import pytest
 from nats.aio.client import Client
 
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogMismatchError, LogUnavailableError, PlacementError
 from services.log.jetstream import placement as module
 from services.log.jetstream.api import JetStreamApi

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from nats.aio.client import Client
 
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogUnavailableError, ProvisionError
 from services.log.jetstream import provision as module
 from services.log.jetstream.api import JetStreamApi

@@ -10,7 +10,7 @@ import pytest
 
 from fiq.event import Event
 from fiq.ids import new_event_id
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.names import stored_subject
 from services.log.jetstream.reading import StreamReading
 from services.log.partitions import partition_of

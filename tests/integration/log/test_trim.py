@@ -13,7 +13,7 @@ import pytest
 
 from fiq.event import Event
 from fiq.ids import new_event_id
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError
 from services.log.jetstream import trim as module
 from services.log.jetstream.names import STREAM

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nats.aio.client import Client
 
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.placement import Placements, read_stores
 from services.log.jetstream.trim import Trimmer
 from services.persister.assignment import Deployment, place

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.names import STREAM
 from services.log.jetstream.placement import Placements
 from tests.support.persisters import Log, Persister, persisted, provisioned

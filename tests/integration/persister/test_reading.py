@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from fiq.corpus import open_corpus
 from fiq.event import Event
 from fiq.ids import new_event_id
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.names import STREAM, parse_cursor_name

@@ -11,7 +11,7 @@ import pytest
 
 from fiq.event import Event
 from fiq.ids import new_event_id
-from services.cli.security.deployment import PERMISSIONS
+from services.cli.init.deployment import PERMISSIONS
 from services.log.errors import LogForbiddenError, ProvisionError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.budget import Budget

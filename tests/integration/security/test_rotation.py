@@ -15,7 +15,7 @@ from cryptography import x509
 
 from fiq.event import Event
 from fiq.ids import new_event_id
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogAccessError
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.names import Role

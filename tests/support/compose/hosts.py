@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.cli.security.files import Layout
+from services.cli.init.files import Layout
 from services.log.settings import LogSettings
 from tests.support.compose.engine import PREFIX, EngineError, clean_up, docker, run
 from tests.support.compose.stack import DEPLOYMENT, Deployment, free_port, lay_out, ops_settings

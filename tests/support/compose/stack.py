@@ -21,8 +21,8 @@ import orjson
 from nats.aio.client import Client
 from testcontainers.compose import DockerCompose
 
+from services.cli.init.files import Layout
 from services.cli.rehearsal import Accepted, Found, Load, Post, compare
-from services.cli.security.files import Layout
 from services.core.settings import load
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import JetStreamApi

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from services.cli import processes
+from services.cli.embedded import processes
+from services.cli.embedded.processes import find_nats_conf, find_nats_server
 from services.cli.errors import MissingServerError
-from services.cli.processes import find_nats_conf, find_nats_server
-from services.cli.security.files import NATS_FILES, Layout
+from services.cli.init.files import NATS_FILES, Layout
 from tests.support.security import make_deployment
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.cli.cluster import Cluster
-from services.cli.security.deployment import Deployment
-from services.cli.security.files import NATS_FILES, Owner
+from services.cli.embedded.cluster import Cluster
+from services.cli.init.deployment import Deployment
+from services.cli.init.files import NATS_FILES, Owner
 
 
 def included(folder: Path) -> dict[str, str]:

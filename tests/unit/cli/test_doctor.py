@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from fiq.corpus.wal import storage
 from services.cli.doctor import corpus, machine
 from services.cli.doctor.finding import Level
+from services.cli.embedded.processes import LOOPBACK, free_ports
 from services.cli.main import app
-from services.cli.processes import LOOPBACK, free_ports
 from services.persister.settings import PersisterSettings
 from tests.support.broker import plain_server
 from tests.support.findings import fine, only

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from services.cli.doctor import nodes
 from services.cli.doctor.finding import Finding, Level
-from services.cli.processes import LOOPBACK, free_ports
+from services.cli.embedded.processes import LOOPBACK, free_ports
 from tests.support.broker import plain_server
 from tests.support.findings import fine, only
 from tests.support.polling import eventually_sync

@@ -15,11 +15,11 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner
 
+from services.cli.init import deployment
+from services.cli.init.authority import NODE_LIFETIME, names_in, not_after
+from services.cli.init.deployment import USERS
+from services.cli.init.files import NATS_FILES, Layout
 from services.cli.main import app
-from services.cli.security import deployment
-from services.cli.security.authority import NODE_LIFETIME, names_in, not_after
-from services.cli.security.deployment import USERS
-from services.cli.security.files import NATS_FILES, Layout
 from services.log.jetstream.credentials import public_key
 from services.log.jetstream.names import Role
 

@@ -13,31 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from services.cli.errors import NotRunningError
-from services.cli.main import Commands, FiqGroup, app
-
-COMMANDS = [
-    "demo",
-    "init",
-    "up",
-    "status",
-    "doctor",
-    "post",
-    "show",
-    "export",
-    "verify",
-    "recover",
-    "repack",
-    "backup",
-    "restore",
-    "give-up",
-    "place",
-    "token",
-    "nats-context",
-    "rolling-restart",
-    "wait",
-    "provision",
-    "version",
-]
+from services.cli.main import COMMANDS, Commands, Entry, FiqGroup, app
 
 
 @pytest.fixture
@@ -63,7 +39,7 @@ def test_help_lists_every_command(runner: CliRunner) -> None:
     result = runner.invoke(app, ["--help"])
 
     assert result.exit_code == 0
-    assert COMMANDS == re.findall(r"^  ([a-z-]+) {2,}\S", result.output.partition("Commands:")[2], re.MULTILINE)
+    assert list(COMMANDS) == re.findall(r"^  ([a-z-]+) {2,}\S", result.output.partition("Commands:")[2], re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -166,32 +142,47 @@ def test_no_command_shows_help(runner: CliRunner) -> None:
     assert "Usage:" in result.output
 
 
+def imported_by(*commands: str) -> list[str]:
+    """Return the modules that a process has imported after `fiq` ran each of *commands* with one argument."""
+    code = (
+        "import contextlib, io, sys\nfrom services.cli.main import app\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    for arguments in {[command.split() for command in commands]}:\n"
+        "        app(arguments, standalone_mode=False)\nprint(*sys.modules)"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
 def test_h5py_is_imported_only_when_a_corpus_is_read() -> None:
-    """It takes a while, and most commands get along without it."""
-    commands = ["up", "status", "post", "export", "nats_context", "version"]
-    code = f"from services.cli.commands import {', '.join(commands)}; import sys; print(*sys.modules)"
+    """It takes a while, and most commands do not need it."""
+    modules = imported_by(*(f"{command} --help" for command in ("up", "status", "post", "nats-context", "version")))
 
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-
-    assert "services.cli.commands.status" in modules
+    assert "services.cli.status" in modules
     assert "h5py" not in modules
 
 
-def test_a_command_imports_none_of_the_others() -> None:
-    """`fiq version` would take twice as long."""
-    code = (
-        "import sys; sys.argv = ['fiq', 'version']; from services.cli.main import app; app(standalone_mode=False); "
-        "print(*(name for name in sys.modules if name.startswith('services.cli.commands.')))"
-    )
+@pytest.mark.parametrize("arguments", ["version", "--help"])
+def test_a_command_imports_none_of_the_others(arguments: str) -> None:
+    """`fiq version` and `fiq --help` would take twice as long."""
+    commands = {f"services.cli.{entry.location.partition(':')[0]}" for entry in COMMANDS.values()}
 
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert {"services.cli.main"} == commands & set(imported_by(arguments))
 
-    assert ["services.cli.commands.version"] == printed.splitlines()[-1].split()
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_table_has_each_commands_own_help(command: str) -> None:
+    """`fiq --help` says what `fiq COMMAND --help` begins with."""
+    assert COMMANDS[command].summary == first_sentence(Commands(COMMANDS)[command].help)
+
+
+def first_sentence(text: str) -> str:
+    """Return the first line of a help text."""
+    return text.partition("\n")[0]
 
 
 def test_commands_are_a_mapping_of_what_can_be_called() -> None:
     """A name that is none is a KeyError, as in any mapping; a command is made once."""
-    commands = Commands({"version": "services.cli.commands.version:version"})
+    commands = Commands({"version": Entry("main:version", "")})
 
     assert ["version"] == list(commands)
     assert 1 == len(commands)

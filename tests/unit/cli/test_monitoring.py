@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from services.cli.embedded.processes import LOOPBACK
 from services.cli.monitoring import ready_pid
-from services.cli.processes import LOOPBACK
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.commands.nats_context import context_path, write_context
 from services.cli.errors import CommandError
+from services.cli.init.deployment import Deployment
+from services.cli.init.files import Owner
 from services.cli.main import app
-from services.cli.security.deployment import Deployment
-from services.cli.security.files import Owner
+from services.cli.nats_context import context_path, write_context
 
 URL = "nats://127.0.0.1:4222,nats://127.0.0.1:4223"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cli import processes
+from services.cli.embedded import processes
+from services.cli.embedded.processes import LOOPBACK, free_ports, is_free
 from services.cli.errors import CommandError
-from services.cli.processes import LOOPBACK, free_ports, is_free
 
 
 def test_chosen_ports_are_different_and_free() -> None:

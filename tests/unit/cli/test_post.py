@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from fiq.corpus.events import EventRecord
 from fiq.ids import event_id_from_key
-from services.cli.commands.export import Format
-from services.cli.commands.export import lines as exported_lines
+from services.cli.export import Format
+from services.cli.export import lines as exported_lines
 from services.cli.main import app
 from tests.support.memory_service import MemoryService
 from tests.support.polling import eventually

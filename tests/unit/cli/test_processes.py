@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.embedded.processes import ManagedProcess
 from services.cli.errors import CommandError
-from services.cli.processes import ManagedProcess
 from tests.support.polling import eventually_sync
 
 Maker = Callable[..., ManagedProcess]

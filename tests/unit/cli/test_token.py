@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from services.cli.init.files import Layout
 from services.cli.main import app
-from services.cli.security.files import Layout
 from services.core.tokens import Scope, Token, digest_of, parse
 from services.ingest import changes
 from tests.support.ingest import running_edge

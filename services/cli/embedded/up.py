@@ -16,9 +16,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from services.cli import console
+from services.cli.embedded.processes import ManagedProcess
+from services.cli.embedded.stack import PREFERRED_PORT, Stack
 from services.cli.errors import ChildFailedError
-from services.cli.processes import ManagedProcess
-from services.cli.stack import PREFERRED_PORT, Stack
 from services.cli.target import DEFAULT_FOLDER, StackFolder, State
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -50,7 +50,7 @@ def up(
         ),
     ] = None,
 ) -> None:
-    """Run a three-node NATS cluster, one ingest and two persisters until Ctrl-C.
+    """Run the whole pipeline on this machine until Ctrl-C.
 
     A process that ends is started again, so that you may kill any of them and watch. The data stay in the folder, and
     the next `fiq up` goes on with them. A second Ctrl-C kills everything at once.

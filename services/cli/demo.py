@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from services.cli import console, monitoring
+from services.cli.embedded.stack import Stack
 from services.cli.errors import CommandError
 from services.cli.rehearsal import Chaos, Load, Outcome, Post, Verdict, drained, generate, verify
-from services.cli.stack import Stack
 from services.log.settings import LogSettings
 
 #: shares of the load after which something is killed
@@ -51,7 +51,7 @@ def demo(
         Path | None, typer.Option(help="Where to put everything; a new temporary folder by default.")
     ] = None,
 ) -> None:
-    """Post generated consultations to an embedded three-node cluster, kill parts of it, verify what is in HDF5.
+    """Post events while parts are killed, then verify HDF5.
 
     The stream's leader and one persister are killed with SIGKILL in the middle. At the end every accepted event must
     be in HDF5 exactly once, byte for byte and in order; the exit code is 1 if not. The corpus is kept, and its place

@@ -27,7 +27,7 @@ def status(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
-    """Show the nodes, the stream, and each partition's position, lag and owner."""
+    """Show nodes, stream, and each partition's lag and owner."""
     target = find_cluster(server, folder)
     overview = asyncio.run(collect(target, corpus or _data_dir(target)))
     if json:

@@ -11,10 +11,10 @@ from uuid import UUID, uuid5
 import typer
 
 from fiq.errors import ConfigurationError
+from services.cli.backup.backup import OfflineOption, print_contents
 from services.cli.backup.cluster import ClusterView, fence, look
 from services.cli.backup.fitting import Fit, compare
 from services.cli.backup.manifest import Manifest
-from services.cli.commands.backup import OfflineOption, print_contents
 from services.cli.console import bar, err
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
@@ -37,7 +37,9 @@ def restore(
         bool, typer.Option("--force", help="Restore although the cluster does not fit; what that means is printed.")
     ] = False,
 ) -> None:
-    """Put a volume back after its loss. The stream brings what came after the backup, when persisters start.
+    """Put a lost volume back from a backup.
+
+    The stream brings what came after the backup, when persisters start.
 
     The backup is compared with the stream. Then what is left of the volume elsewhere is shut out, and nothing that the
     backup lacks is trimmed any more. Then the files are copied, checked and put in place. After an interruption run it

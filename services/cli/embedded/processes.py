@@ -17,7 +17,7 @@ from pathlib import Path
 
 from services.cli.errors import CommandError, MissingServerError
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 #: in the wheel, and in a checkout
 _CONFIGURATIONS = (_PACKAGE / "nats.conf", _PACKAGE.parent.parent / "deploy" / "nats-cluster" / "nats.conf")
 LOOPBACK = "127.0.0.1"

@@ -13,9 +13,9 @@ from types import TracebackType
 
 import services
 from services.cli import monitoring
-from services.cli.cluster import Cluster
+from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import LOOPBACK, ManagedProcess, free_ports, is_free
 from services.cli.errors import ChildFailedError, PortTakenError
-from services.cli.processes import LOOPBACK, ManagedProcess, free_ports, is_free
 
 #: where ingest listens when nothing else is asked for and nobody else is there
 PREFERRED_PORT = 7001

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from services.cli.errors import CommandError
-from services.cli.security.files import Layout
+from services.cli.init.files import Layout
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
 from services.log.jetstream import names
 from services.log.jetstream.names import Role, inbox_prefix
@@ -45,7 +45,7 @@ def nats_context(
     select: Annotated[bool, typer.Option("--select", help="Make it the context that `nats` uses by default.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a context that fiq did not write.")] = False,
 ) -> None:
-    """Write a context file, so that `nats --context fiq stream info fi-events` works."""
+    """Write a context file for the `nats` command line."""
     target = find_cluster(server, folder, fallback=user is not None)
     path = context_path(name)
     access = {} if user is None else access_of(user, deployment)
@@ -108,7 +108,9 @@ def _replace(path: Path, content: str) -> None:
 
 
 def provision(server: ServerOption = None, folder: FolderOption = None) -> None:
-    """Create the streams, or check that they are what the settings ask for. Changes nothing that is right already.
+    """Create the streams, or check that they fit the settings.
+
+    Changes nothing that is right already.
 
     The FI_… settings of the log apply: FI_PARTITIONS, FI_REPLICAS, FI_STREAM_MAX_BYTES and so on.
     """

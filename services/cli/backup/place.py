@@ -33,7 +33,7 @@ def place(
         typer.Option("--force", help="Place files, too, that may lack what is gone from the stream."),
     ] = False,
 ) -> None:
-    """Say that partitions whose keys got lost live in this data directory: its files are their newest.
+    """Restore deleted placement keys from partition files.
 
     For keys of the bucket fi-partitions that were deleted. Persisters may run; they go on within 30 s.
     """

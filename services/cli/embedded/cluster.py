@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from services.cli.embedded.processes import LOOPBACK, ManagedProcess, find_nats_conf, find_nats_server, free_ports
 from services.cli.errors import ChildFailedError, PortTakenError
+from services.cli.init.files import NATS_FILES, Layout
 from services.cli.monitoring import NodeView, view
-from services.cli.processes import LOOPBACK, ManagedProcess, find_nats_conf, find_nats_server, free_ports
-from services.cli.security.files import NATS_FILES, Layout
 
 #: how long a start may take, seconds: on two busy cores an election alone takes up to ten
 START_TIMEOUT = 60.0

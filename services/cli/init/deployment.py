@@ -19,8 +19,8 @@ from pathlib import Path
 import nkeys
 
 from services.cli.errors import CommandError
-from services.cli.security.authority import Authority, Pair, belong_together, make_authority, names_in, start_of
-from services.cli.security.files import Layout, Owner, Secrets
+from services.cli.init.authority import Authority, Pair, belong_together, make_authority, names_in, start_of
+from services.cli.init.files import Layout, Owner, Secrets
 from services.core import tokens
 from services.core.tokens import Scope, Token
 from services.log.jetstream.credentials import public_key

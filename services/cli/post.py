@@ -68,7 +68,7 @@ def post(
     patience: Annotated[float, typer.Option(min=1, max=86400, help="How long each batch is tried, seconds.")] = 60,
     exported: Annotated[bool, typer.Option("--exported", help="It is of `fiq export`: each keeps its id.")] = False,
 ) -> None:
-    """Post the events of a file; go on where it was stopped, and repeat none.
+    """Post the events of a file; a stopped post can continue.
 
     Every line is looked at before the first one is sent. Events of one consultation keep their order.
     """

@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from services.cli.errors import CommandError
-from services.cli.security.authority import check_host
-from services.cli.security.deployment import Deployment
-from services.cli.security.files import Layout, Owner
+from services.cli.init.authority import check_host
+from services.cli.init.deployment import Deployment
+from services.cli.init.files import Layout, Owner
 
 _OWNER = re.compile(r"([0-9]{1,9})(?::([0-9]{1,9}))?", re.ASCII)
 #: whom the image's processes run as
@@ -65,7 +65,7 @@ def init(
         typer.Option(help="Renew the nodes' certificates; or the users' seeds, in two steps: users, users-finish."),
     ] = None,
 ) -> None:
-    """Make the secrets of a deployment, or what is missing: authority, certificates, users, API token, a password.
+    """Create the secrets of a deployment.
 
     A second run changes nothing. Renewing needs no downtime: docs/security.md has the steps.
     """

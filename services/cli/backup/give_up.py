@@ -26,7 +26,7 @@ def give_up(
         bool, typer.Option("--yes", help="Do it. Without this the command only says what would be given up.")
     ] = False,
 ) -> None:
-    """Give up what only a lost volume had, and let it begin anew: for when there is no backup of it.
+    """Start a lost volume again without a backup.
 
     The stream brings what it still holds when persisters start. What was trimmed is gone from this store for good.
     """

@@ -158,7 +158,7 @@ def export(
     corpus: CorpusOption = None,
     folder: FolderOption = None,
 ) -> None:
-    """Write a consultation's events in stream order, one at a time, however many there are."""
+    """Write a consultation's events as NDJSON, JSON or CSV."""
     with _events(find_corpus(corpus, folder), consultation, after) as found, _target(output) as file:
         for piece in lines(found, form):
             file.write(piece)
@@ -216,7 +216,7 @@ def show(
     corpus: CorpusOption = None,
     folder: FolderOption = None,
 ) -> None:
-    """Print a consultation's events, one line each: sequence, time, type, payload.
+    """Print a consultation's events, one per line.
 
     Sees everything that is committed, also while persisters write.
     """

@@ -41,11 +41,11 @@ def doctor(
     ] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every finding.")] = False,
 ) -> None:
-    """Look at everything that a deployment rests on, and say what is wrong, what it means and what to do.
+    """Check a whole deployment and say what to do.
 
     The exit code is 1 when anything needs somebody now. Changes nothing.
     """
-    from services.cli.commands.doctor import Patient, examine  # h5py is slow to import
+    from services.cli.doctor.command import Patient, examine  # h5py is slow to import
 
     target = find_cluster(server, folder, fallback=True)
     urls = [url.strip().rstrip("/") for url in monitoring.split(",") if url.strip()] or _monitoring(target)

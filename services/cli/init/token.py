@@ -15,7 +15,7 @@ import typer
 from fiq.errors import ConfigurationError
 from services.cli import console
 from services.cli.errors import CommandError
-from services.cli.security.files import Layout, Owner, Secrets
+from services.cli.init.files import Layout, Owner, Secrets
 from services.core.settings import seconds
 from services.core.tokens import (
     HEADER,
@@ -38,7 +38,7 @@ token = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="Make, list and revoke the API tokens of a deployment, without a restart.",
+    help="Create, list and revoke API tokens without a restart.",
 )
 
 NameArgument = Annotated[str, typer.Argument(help="What it is called in the file, in logs and here.")]

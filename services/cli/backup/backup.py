@@ -30,7 +30,7 @@ def backup(
     folder: FolderOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Copy a volume, also while persisters write: each partition exactly as of one of its commits, verified.
+    """Copy a volume while persisters write, and verify it.
 
     The copy is a corpus that every reader opens. It appears under its name only when it is complete and good.
     """

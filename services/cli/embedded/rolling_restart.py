@@ -29,7 +29,7 @@ def rolling_restart(
     folder: Annotated[Path, typer.Option(help="Folder of a running `fiq up`.")] = DEFAULT_FOLDER,
     timeout: TimeoutOption = 120.0,
 ) -> None:
-    """Restart every process of a running `fiq up`, one after the other, each when everything is whole again.
+    """Restart the processes of `fiq up` one after the other.
 
     Stops at once when something does not come back. For containers: deploy/nats-cluster/rolling-restart.
     """
@@ -54,7 +54,7 @@ def wait(
     folder: Annotated[Path | None, typer.Option(help="Folder of a running `fiq up`, instead of both.")] = None,
     timeout: TimeoutOption = 120.0,
 ) -> None:
-    """Wait until each node is healthy, every replica current, and every service ready.
+    """Wait until nodes, replicas and services are ready.
 
     For scripts that restart nodes: as long as it waits, no other node may go.
     """

@@ -31,7 +31,9 @@ def verify(
     limit: Annotated[int, typer.Option(min=0, help="Problems to print; the rest is counted.")] = 20,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every problem.")] = False,
 ) -> None:
-    """Check every row, body and chain of a corpus, its journals and its index. Changes nothing; writers may work on.
+    """Check every row, body, chain and journal of a corpus.
+
+    Changes nothing; writers may work on.
 
     The exit code is 1 when anything is wrong.
     """
@@ -98,7 +100,7 @@ def _count(number: int, what: str) -> str:
 def recover(
     path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
 ) -> None:
-    """Copy what journals hold into their partition files, without the service.
+    """Apply journals to their partition files.
 
     A persister does the same when it starts. The exit code is 1 when a file could not be recovered.
     """
@@ -138,7 +140,7 @@ def repack(
     path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
     output: Annotated[Path, typer.Argument(help="The directory, or the file, to make; must not exist.")],
 ) -> None:
-    """Write a compact copy of a corpus for archiving, verified and compared with the original event by event.
+    """Write a compact, verified copy of a corpus.
 
     It has no journal: everything reads it, nothing writes it.
     """
