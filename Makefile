@@ -49,9 +49,8 @@ format: $(VENV)/.dev ## apply ruff's formatting and safe fixes
 bench: $(VENV)/.dev ## measure against the named references; prints Markdown and JSON (ARGS="--only at-work" to choose)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, the curve of batch sizes, growth; prints Markdown
+bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, growth; prints Markdown
 	$(BIN)/python -m benchmarks.corpus_commits
-	$(BIN)/python -m benchmarks.corpus_curve
 	$(BIN)/python -m benchmarks.corpus_growth
 
 bench-soak: $(VENV)/.dev ## five minutes of load on the whole product: memory of every process; prints Markdown

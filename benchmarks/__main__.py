@@ -18,28 +18,14 @@ from pathlib import Path
 
 import orjson
 
-from benchmarks import (
-    at_work,
-    batches,
-    dialogues,
-    drains,
-    machine,
-    memory,
-    page,
-    processes,
-    reads,
-    secured,
-    tables,
-    upgrade,
-)
-from benchmarks.bench import Bench
-from benchmarks.plan import FULL, QUICK, Plan
+from benchmarks import at_work, dialogues, drains, memory, over_http, page, processes
+from benchmarks.bench import FULL, QUICK, Bench, Plan
 from benchmarks.results import About, Results
 from services.cli.embedded.cluster import Cluster
 from tests.support.dialogues import DATA
 
 #: benchmarks that share one cluster of this checkout
-_ON_CLUSTER = ("batches", "security", "persister", "reads")
+_ON_CLUSTER = ("batches", "reads")
 
 
 def main(arguments: list[str]) -> int:
@@ -50,8 +36,8 @@ def main(arguments: list[str]) -> int:
     else:
         results = measure(options, _plan(options))
     encoded = orjson.dumps(results, option=orjson.OPT_INDENT_2) + b"\n"
-    print("\n".join(["", *(f"## {key}\n\n{table}" for key, table in tables.all_tables(results))]))
-    print(f"## aims\n\n{tables.verdicts(results)}")
+    print("\n".join(["", *(f"## {key}\n\n{table}" for key, table in page.all_tables(results))]))
+    print(f"## aims\n\n{page.verdicts(results)}")
     if quoted := page.sentence(results):
         print(f"## README\n\n{quoted}\n")
     if options.json is not None:
@@ -70,7 +56,7 @@ def measure(options: argparse.Namespace, plan: Plan) -> Results:
     results = Results(about=_about(plan, source, quick=options.quick))
     with tempfile.TemporaryDirectory(prefix="fiq-bench-", dir=options.folder) as name, ExitStack() as stack:
         folder = Path(name)
-        results["about"]["machine"] = machine.describe(folder)
+        results["about"]["machine"] = processes.describe(folder)
         cluster = Cluster(folder / "cluster", max_file_store=processes.MAX_FILE_STORE)
         products = (processes.HERE, *options.product)
         bench = Bench(cluster, plan, options.data, folder, _teller(started), products)
@@ -81,18 +67,12 @@ def measure(options: argparse.Namespace, plan: Plan) -> Results:
         if any(_wanted(options, name) for name in _ON_CLUSTER):
             stack.enter_context(cluster)
         if _wanted(options, "batches"):
-            results["batches"] = batches.batches(bench)
-        if _wanted(options, "security"):
-            results["security"] = secured.security(bench)
-        if _wanted(options, "persister"):
-            results["persister"] = drains.drains(bench)
+            results["batches"] = over_http.batches(bench)
         if _wanted(options, "reads"):
-            results["reads"] = reads.reads(bench)
+            results["reads"] = over_http.reads(bench)
         stack.close()
         if _wanted(options, "memory"):
             results["memory"] = memory.memory(bench)
-        if _wanted(options, "upgrade"):
-            results["upgrade"] = upgrade.upgrade(bench)
     results["about"]["failed"] = bench.failed
     results["about"]["seconds"] = round(time.monotonic() - started, 1)
     return results
@@ -140,7 +120,7 @@ def _wanted(options: argparse.Namespace, name: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = ("at-work", "drain", "batches", "security", "persister", "reads", "memory", "upgrade")
+    names = ("at-work", "drain", "batches", "reads", "memory")
     parser.add_argument("--only", action="append", choices=names, help="measure this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="a smoke run: little of everything, under two minutes")
     parser.add_argument("--rounds", type=int, help="how often each target is measured")

@@ -15,10 +15,9 @@ from pathlib import Path
 import psutil
 
 from benchmarks import commits, processes
-from benchmarks.bench import Bench
+from benchmarks.bench import ALONE, ALONE_PAUSE, PARTITIONS, WORKERS, Bench
 from benchmarks.commits import CommitLog
-from benchmarks.jobs import Report
-from benchmarks.plan import ALONE, ALONE_PAUSE, PARTITIONS, WORKERS
+from benchmarks.load import Report
 from benchmarks.processes import HERE, Product
 from benchmarks.results import (
     AT_WORK,
@@ -235,7 +234,7 @@ def _without_persisters(stack: ExitStack, url: str, product: Product, folder: Pa
 
 
 def _plain_service(stack: ExitStack, url: str, _: Product, folder: Path) -> Running:
-    module, (port,) = "benchmarks.plain_service", free_ports(1)
+    module, (port,) = "benchmarks.peers", free_ports(1)
     web = stack.enter_context(processes.server("plain-web", module, ["web", url, str(port)], port, folder))
     workers = [
         stack.enter_context(

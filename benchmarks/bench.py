@@ -1,4 +1,4 @@
-"""What the benchmarks need, and what they make of the reports of a load."""
+"""How much is measured, what the benchmarks need, and what they make of the reports of a load."""
 
 from __future__ import annotations
 
@@ -6,11 +6,77 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.jobs import LoadJob, Report, run
-from benchmarks.plan import CONSULTATIONS, Plan
+from benchmarks.load import LoadJob, Report, run
 from benchmarks.processes import Product
-from benchmarks.results import Latency, Throughput, middle, percentile
+from benchmarks.results import Throughput, middle
 from services.cli.embedded.cluster import Cluster
+
+#: a "number of clients" that stands for one client which pauses, and the pause, seconds
+ALONE, ALONE_PAUSE = 0, 0.2
+#: concurrent clients of a full load
+FULL_LOAD = 50
+#: consultations that get events at the same time
+CONSULTATIONS = 200
+#: concurrent clients there
+BATCH_CLIENTS = 4
+#: spread of the drains of 16 partitions, and of the reads
+TYPICAL_SPREAD = 100
+#: partitions that the product has when nothing else is asked for
+PARTITIONS = 16
+#: persister processes at work
+WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The size of a run.
+
+    Attributes:
+        rounds: how often each target is measured, in turn with the others; the median counts.
+        drain_rounds: the same of the drains of 16 partitions.
+        clients: concurrent clients, in the benchmark of the product at work.
+        seconds: how long a load lasts.
+        warm_up: seconds before that, not counted.
+        limit: requests of one load at most, warm-up included.
+        backlog: events that the persister drains.
+        drain_timeout: seconds that one drain may take before the run is given up.
+        settle: seconds for which memory is watched before the load and after it.
+    """
+
+    rounds: int
+    drain_rounds: int
+    clients: tuple[int, ...]
+    seconds: float
+    warm_up: float
+    limit: int
+    backlog: int
+    drain_timeout: float
+    settle: float
+
+
+FULL = Plan(
+    rounds=3,
+    drain_rounds=5,
+    clients=(ALONE, 1, 10, 20, 50),
+    seconds=6.0,
+    warm_up=1.0,
+    limit=100_000,
+    backlog=100_000,
+    drain_timeout=180.0,
+    settle=10.0,
+)
+QUICK = Plan(
+    rounds=1,
+    drain_rounds=1,
+    clients=(ALONE, 1, 20),
+    seconds=1.0,
+    warm_up=0.3,
+    limit=20_000,
+    backlog=10_000,
+    drain_timeout=60.0,
+    settle=1.0,
+)
+
 
 #: says what is going on
 Tell = Callable[[str], None]
@@ -67,24 +133,6 @@ class Bench:
             pause=pause,
         )
         return run(kind, job, seconds=plan.seconds + plan.warm_up, on_ready=on_ready)
-
-
-def summary(target: str, clients: int, reports: list[Report]) -> Latency:
-    """Return the medians over the rounds."""
-
-    def at(share: float) -> float:
-        return middle([percentile(report.latencies_us, share) / 1000 for report in reports])
-
-    return Latency(
-        target=target,
-        clients=clients,
-        p50_ms=at(0.5),
-        p95_ms=at(0.95),
-        p99_ms=at(0.99),
-        events_per_s=middle([report.rate for report in reports]),
-        samples=sum(report.events for report in reports),
-        failures=sum(report.failures for report in reports),
-    )
 
 
 def of_rounds(target: str, clients: int, reports: list[Report]) -> Throughput:

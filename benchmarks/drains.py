@@ -1,4 +1,4 @@
-"""Benchmarks of the persister: how fast real processes drain a backlog that lies in the stream."""
+"""Benchmark of the persister: how fast real processes drain a backlog that lies in the stream."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from benchmarks import dialogues, processes, streams
-from benchmarks.bench import Bench
+from benchmarks.bench import PARTITIONS, TYPICAL_SPREAD, Bench
 from benchmarks.commits import CommitLog
-from benchmarks.jobs import AppendJob, PullJob, run
-from benchmarks.plan import PARTITIONS, SPREADS, TYPICAL_SPREAD
 from benchmarks.processes import HERE, Persister, Product
-from benchmarks.results import APPEND, PERSISTER, PULL, Drain, middle
+from benchmarks.results import PERSISTER, Drain, middle
 from fiq.event import Event
-
-#: what the bare pull asks for at a time, and how seldom it acknowledges
-_PULL_EVENTS, _PULL_BYTES, _ACK_EVENTS = 8192, 16 * 2**20, 8192
 
 _stores = (f"bench{number}" for number in itertools.count(1))
 
@@ -45,11 +40,6 @@ def drain(bench: Bench) -> list[Drain]:
     ]
 
 
-def drains(bench: Bench) -> list[Drain]:
-    """Measure one partition against a bare pull and an append for each event."""
-    return [row for spread in SPREADS for row in _compare(bench, spread)]
-
-
 def drained(bench: Bench, url: str, events: int, *, partitions: int, workers: int, product: Product = HERE) -> float:
     """Let a persister with *workers* processes drain the stream into an empty volume; return the events a second."""
     store = next(_stores)
@@ -70,53 +60,8 @@ def wait_committed(found: list[Persister], events: int, timeout: float) -> list[
     return logs
 
 
-def _compare(bench: Bench, spread: int) -> list[Drain]:
-    plan, url = bench.plan, bench.cluster.urls[0]
-    bench.tell(f"persister: {spread} consultations: publishing {plan.backlog:,} events")
-    streams.fresh_stream(bench.cluster, 1)
-    streams.fill(url, _backlog(bench, spread))
-    rates: dict[str, list[float]] = {PERSISTER: [], PULL: [], APPEND: []}
-    for number in range(plan.rounds):
-        bench.tell(f"persister: {spread} consultations: round {number + 1}")
-        rates[PERSISTER].append(drained(bench, url, plan.backlog, partitions=1, workers=1))
-        rates[PULL].append(_pull(bench, url))
-        rates[APPEND].append(_append(bench, spread))
-    return [
-        _row(
-            target,
-            found,
-            spread=spread,
-            partitions=1,
-            workers=1,
-            events=plan.appended if target == APPEND else plan.backlog,
-        )
-        for target, found in rates.items()
-    ]
-
-
 def _backlog(bench: Bench, spread: int) -> Iterator[Event]:
     return dialogues.backlog(dialogues.load(bench.dialogues), bench.plan.backlog, spread)
-
-
-def _pull(bench: Bench, url: str) -> float:
-    """Pull everything and throw it away."""
-    job = PullJob(
-        url=url,
-        consumers=streams.make_consumers(url, 1),
-        events=bench.plan.backlog,
-        pull_events=_PULL_EVENTS,
-        pull_bytes=_PULL_BYTES,
-        ack_events=_ACK_EVENTS,
-    )
-    report = run("pull", job, seconds=bench.plan.drain_timeout)
-    streams.delete_consumers(url)
-    return report.rate
-
-
-def _append(bench: Bench, spread: int) -> float:
-    path = bench.folder / "append.h5"
-    job = AppendJob(str(path), bench.plan.appended, spread, str(bench.dialogues))
-    return run("append", job, seconds=bench.plan.drain_timeout).rate
 
 
 def _row(target: str, rates: list[float], *, spread: int, partitions: int, workers: int, events: int) -> Drain:

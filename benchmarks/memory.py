@@ -10,9 +10,8 @@ from types import TracebackType
 import psutil
 
 from benchmarks import drains, processes, streams
-from benchmarks.bench import Bench
-from benchmarks.jobs import LoadJob, run
-from benchmarks.plan import CONSULTATIONS, FULL_LOAD, PARTITIONS
+from benchmarks.bench import CONSULTATIONS, FULL_LOAD, PARTITIONS, Bench
+from benchmarks.load import LoadJob, run
 from benchmarks.results import Memory
 from services.cli.embedded.cluster import Cluster
 from services.cli.embedded.processes import ManagedProcess

@@ -17,15 +17,7 @@ EMPTY = "empty handler"
 BATCH = "POST batch"
 BARE_BATCH = "bare atomic batch"
 PERSISTER = "persister"
-PULL = "bare pull"
-PLAIN = "POST, plain"
-SECURED = "POST, TLS and users"
-UNDISTURBED = "before it"
-RESTARTED = "rolling restart"
-APPEND = "append + flush, each event"
 CORPUS_READER = "plain corpus reader"
-READ_PAGES = "reader's pages, without HTTP"
-READ_FOUND = "reader's finds, many at once"
 READ_NDJSON = "GET events, NDJSON"
 READ_JSON = "GET events, JSON"
 READ_FOLLOW = "GET events, follow=1"
@@ -70,19 +62,6 @@ class AtWork(TypedDict):
     failures: int
 
 
-class Latency(TypedDict):
-    """One target at one concurrency: medians over the rounds."""
-
-    target: str
-    clients: int
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    events_per_s: float
-    samples: int
-    failures: int
-
-
 class Throughput(TypedDict):
     """One target under full load."""
 
@@ -91,31 +70,6 @@ class Throughput(TypedDict):
     events_per_s: float
     rounds: list[float]
     failures: int
-
-
-class Upgrade(TypedDict):
-    """What clients of the deployment saw in one phase.
-
-    An event counts from its first attempt to its 202, the pause before a second attempt included.
-    """
-
-    phase: str
-    clients: int
-    seconds: float
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    most_ms: float
-    events: int
-    retried: int
-    failures: int
-
-
-class Upgrades(TypedDict):
-    """The phases of a rolling restart; or why there are none, as on a machine without Docker."""
-
-    missing: str
-    phases: list[Upgrade]
 
 
 class Drain(TypedDict):
@@ -155,10 +109,7 @@ class Results(TypedDict, total=False):
     about: About
     at_work: list[AtWork]
     batches: list[Throughput]
-    security: list[Latency]
-    upgrade: Upgrades
     drain: list[Drain]
-    persister: list[Drain]
     reads: list[Read]
     memory: list[Memory]
 

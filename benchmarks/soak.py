@@ -12,9 +12,9 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.jobs import LoadJob, run
+from benchmarks.bench import CONSULTATIONS
+from benchmarks.load import LoadJob, run
 from benchmarks.memory import resident
-from benchmarks.plan import CONSULTATIONS
 from services.cli.embedded.stack import Stack
 from tests.support.dialogues import DATA
 

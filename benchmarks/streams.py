@@ -10,11 +10,10 @@ import nats
 import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js.api import AckPolicy, ConsumerConfig
 
 from fiq.event import Event
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import STREAM, filter_subject, subject_of
+from services.log.jetstream.names import STREAM, subject_of
 from services.log.jetstream.provision import provision
 from services.log.settings import LogSettings
 from tests.support.cluster import delete_streams
@@ -36,11 +35,6 @@ def fill(url: str, events: Iterable[Event]) -> int:
     return asyncio.run(_fill(url, events))
 
 
-def make_consumers(url: str, partitions: int) -> list[str]:
-    """Create a consumer a partition that costs as little as one can, and return their names."""
-    return asyncio.run(_make_consumers(url, partitions))
-
-
 def delete_consumers(url: str) -> None:
     """Delete all consumers of the stream of events, so that every round meets none but its own."""
     asyncio.run(_delete_consumers(url))
@@ -50,22 +44,6 @@ async def _fresh_stream(cluster: Cluster, settings: LogSettings) -> None:
     await delete_streams(cluster)
     async with await nats.connect(cluster.urls, name="bench") as connection:
         await provision(connection, settings)
-
-
-async def _make_consumers(url: str, partitions: int) -> list[str]:
-    names = [f"bench-{partition}" for partition in range(partitions)]
-    async with await nats.connect(url, name="bench") as connection:
-        for partition, name in enumerate(names):
-            config = ConsumerConfig(
-                durable_name=name,
-                filter_subject=filter_subject(partition),
-                ack_policy=AckPolicy.ALL,
-                max_ack_pending=-1,
-                num_replicas=1,
-                mem_storage=True,
-            )
-            await connection.jetstream().add_consumer(STREAM, config)
-    return names
 
 
 async def _delete_consumers(url: str) -> None:

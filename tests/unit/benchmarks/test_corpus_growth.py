@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.corpus_filling import Series, append_batches, fill, verify
-from benchmarks.corpus_growth import CONSULTATIONS, EVENTS, table
+from benchmarks.corpus_growth import CONSULTATIONS, EVENTS, Series, append_batches, fill, table, verify
 from fiq.corpus import verify_corpus
 
 

@@ -10,8 +10,7 @@ import orjson
 import pytest
 
 from benchmarks import dialogues
-from benchmarks.http_client import answer_status, post
-from benchmarks.plan import SPREADS
+from benchmarks.load import answer_status, post
 from fiq.event import check_body
 
 ROW = 'ID,section_header,section_text,dialogue\n7,GENHX,Fine.,"Doctor:  Hello. \n and?\nGuest_family: Hi: there. "\n'
@@ -42,7 +41,7 @@ def test_generated_consultations_stand_in_and_are_called_so(generated: dialogues
     assert len(generated.bodies) > 10_000
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", [10, 100, 500])
 def test_500_events_in_a_row_touch_as_many_consultations_as_asked_for(
     generated: dialogues.Dialogues, spread: int
 ) -> None:

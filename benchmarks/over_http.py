@@ -1,4 +1,4 @@
-"""Benchmark of reading back: each way to the events of the corpus, against the plain corpus reader."""
+"""Batches that are posted and events that are read back over HTTP, against the same without HTTP."""
 
 from __future__ import annotations
 
@@ -7,37 +7,48 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import nats
 import orjson
 from aiohttp import ClientSession
 
 from benchmarks import dialogues, drains, processes, streams
-from benchmarks.bench import Bench
-from benchmarks.plan import PARTITIONS, TYPICAL_SPREAD
+from benchmarks.bench import BATCH_CLIENTS, PARTITIONS, TYPICAL_SPREAD, Bench, of_rounds
+from benchmarks.load import Report
 from benchmarks.results import (
+    BARE_BATCH,
+    BATCH,
     CORPUS_READER,
     READ_FOLLOW,
-    READ_FOUND,
     READ_JSON,
     READ_NDJSON,
     READ_ONE,
-    READ_PAGES,
     Read,
+    Throughput,
     middle,
 )
 from fiq.corpus import open_corpus
 from services.cli.embedded.processes import LOOPBACK
-from services.log.jetstream.reading import JetStreamReader
-from services.log.settings import LogSettings
 
 #: events of a page, as many as can be asked for
 _PAGE = 1000
-#: single events that are asked for, one after another, and those that are found at once
-_SINGLY, _FOUND = 500, 5000
+#: single events that are asked for, one after another
+_SINGLY = 500
 _STORE = "reads"
 
 #: reads something, and returns how many events that were
 Way = Callable[[], Awaitable[int]]
+
+
+def batches(bench: Bench) -> list[Throughput]:
+    """Measure batches over HTTP, and bare ones."""
+    streams.fresh_stream(bench.cluster, PARTITIONS)
+    url = bench.cluster.urls[0]
+    reports: dict[str, list[Report]] = {BATCH: [], BARE_BATCH: []}
+    with processes.ingest(url, bench.folder, partitions=PARTITIONS) as (_, port):
+        for number in range(bench.plan.rounds):
+            bench.tell(f"batches: round {number + 1}")
+            reports[BATCH].append(bench.load(port, BATCH_CLIENTS, "batch"))
+            reports[BARE_BATCH].append(bench.load(url, BATCH_CLIENTS, "bare_batch"))
+    return [of_rounds(target, BATCH_CLIENTS, of) for target, of in reports.items()]
 
 
 def reads(bench: Bench) -> list[Read]:
@@ -57,10 +68,8 @@ def reads(bench: Bench) -> list[Read]:
 async def _compare(bench: Bench, port: int, data: Path) -> list[Read]:
     rates: dict[str, list[float]] = {}
     events = 0
-    nc = await nats.connect(bench.cluster.urls[0], name="bench reads")
     async with ClientSession(f"http://{LOOPBACK}:{port}") as session:
-        reader = JetStreamReader(nc, LogSettings(store=_STORE, partitions=PARTITIONS))
-        ways = _ways(data, reader, session)
+        ways = _ways(data, session)
         for number in range(bench.plan.rounds):
             bench.tell(f"reads: round {number + 1}")
             for target, way in ways.items():
@@ -68,13 +77,12 @@ async def _compare(bench: Bench, port: int, data: Path) -> list[Read]:
                 count = await way()
                 rates.setdefault(target, []).append(count / (time.perf_counter() - started))
                 events = max(events, count)
-    await nc.close()
     return [
         Read(target=target, events=events, events_per_s=middle(found), rounds=found) for target, found in rates.items()
     ]
 
 
-def _ways(data: Path, reader: JetStreamReader, session: ClientSession) -> dict[str, Way]:
+def _ways(data: Path, session: ClientSession) -> dict[str, Way]:
     with open_corpus(data) as corpus:
         ids = {name: [record.event_id for record in corpus[name]] for name in corpus}
     pairs = [(name, event_id) for name, events in ids.items() for event_id in events]
@@ -82,14 +90,6 @@ def _ways(data: Path, reader: JetStreamReader, session: ClientSession) -> dict[s
     async def plain() -> int:
         with open_corpus(data) as corpus:
             return sum(len([record.raw for record in corpus[name]]) for name in corpus)
-
-    async def pages() -> int:
-        return sum([len((await reader.page(name, 0, _PAGE)).events) for name in ids])
-
-    async def found() -> int:
-        step = max(1, len(pairs) // _FOUND)
-        answers = await asyncio.gather(*(reader.find(name, [event_id]) for name, event_id in pairs[::step]))
-        return sum(map(len, answers))
 
     async def ndjson() -> int:
         bodies = [await _get(session, f"{_path(name)}?limit={_PAGE}", "application/x-ndjson") for name in ids]
@@ -108,8 +108,6 @@ def _ways(data: Path, reader: JetStreamReader, session: ClientSession) -> dict[s
 
     return {
         CORPUS_READER: plain,
-        READ_PAGES: pages,
-        READ_FOUND: found,
         READ_NDJSON: ndjson,
         READ_JSON: json,
         READ_FOLLOW: follow,
