@@ -2,26 +2,25 @@
 
 ::
 
-    from fiq import FiqClient, open_corpus
+    from fiq import Client, open_corpus
 
-The client needs aiohttp and orjson; the corpus needs ``pip install fiq[corpus]``, and is imported when first used.
+The clients (:mod:`fiq.client`) need aiohttp and orjson. The corpus (:mod:`fiq.corpus`) needs
+``pip install 'fiq[corpus]'``. Each is imported when it is first used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fiq.client import FiqClient
-
 if TYPE_CHECKING:
+    from fiq.client import AsyncClient, ClientError, RetryPolicy
     from fiq.corpus import open_corpus
 
-__all__ = ["FiqClient", "open_corpus"]
+__all__ = ["AsyncClient", "ClientError", "RetryPolicy", "open_corpus"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "open_corpus":
-        from fiq.corpus import open_corpus  # needs h5py
-
-        return open_corpus
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("fiq.corpus" if name == "open_corpus" else "fiq.client"), name)

@@ -1,8 +1,19 @@
-"""The event: what a client posts, what a message carries, what HDF5 keeps."""
+"""The event and its ids: what a client posts, what a message carries, what HDF5 keeps.
+
+A consultation id is both one NATS subject token and one HDF5 link name. An event id is a UUID, 16 bytes in HDF5: the
+client's idempotency key if that is a UUID, a UUIDv8 (RFC 9562, section 5.8) derived from any other key, or a new UUIDv7
+(section 5.7) if the client sends no key. The broker's message id is ``<consultation>/<event id>``.
+
+A body is one JSON object with an ``event_type``. It is stored byte for byte, except that raw line breaks between its
+tokens become spaces, so that a payload dataset is NDJSON.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,90 +21,145 @@ from uuid import UUID
 
 import orjson
 
-from fiq.errors import PoisonError
-from fiq.ids import check_consultation_id, event_id_from_message_id, message_id
+from fiq.errors import InvalidIdError, PoisonError
 from fiq.trace import Trace, trace_of_message
 
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-#: everything but brackets
-_REST = bytes(set(range(256)) - set(b"[]{}"))
-_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-#: header with the broker's message id, which it uses to drop duplicates within its window
+#: the form of a consultation id
+CONSULTATION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
+#: header with the broker's message id, by which the broker drops duplicates within its window
 MESSAGE_ID_HEADER = "Nats-Msg-Id"
-#: header with the time at which ingest took the event, nanoseconds since the Unix epoch
+#: header with the time at which ingest received the event, nanoseconds since the Unix epoch
 RECEIVED_HEADER = "Fi-Received-Ns"
 
+#: an idempotency key
+_VISIBLE_ASCII = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
+_CANONICAL_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 #: largest time that the corpus can hold (a signed 64-bit count of nanoseconds)
 _MAX_NS = 2**63 - 1
-#: raw line breaks may stand only between JSON tokens; as spaces they keep a payload dataset readable as NDJSON
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
-def deeper_than(raw: bytes, limit: int) -> bool:
-    """Say whether objects and arrays of *raw*, a valid JSON text, are nested more than *limit* deep.
+# -- Ids ---------------------------------------------------------------------------------------------------------------
 
-    Most events have fewer brackets in all than the limit, and cost two counts. Others are stripped of their strings,
-    in which a bracket means nothing, and counted through.
+
+def check_consultation_id(value: str) -> str:
+    """Return *value* if it is a consultation id.
+
+    Raises InvalidIdError: it is empty, longer than 128 characters, or has a character other than ``[A-Za-z0-9_-]``.
     """
-    if raw.count(b"{") + raw.count(b"[") <= limit:
-        return False
-    depth = 0
-    for bracket in _STRING.sub(b"", raw).translate(None, _REST):
-        depth += _STEP[bracket]
-        if depth > limit:
-            return True
-    return False
+    if CONSULTATION_ID.fullmatch(value) is None:
+        raise InvalidIdError("a consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -")
+    return value
+
+
+def event_id_from_key(key: str) -> UUID:
+    """Derive the event id from an idempotency *key*: the same key always gives the same id.
+
+    A key that is a UUID in its canonical lower-case form is the id itself. Any other key becomes a UUIDv8 of its
+    SHA-256: two keys share an id only if 122 bits of their digests agree.
+
+    Args:
+        key: the value of ``Idempotency-Key``, quoted (a structured-field string, as in the IETF draft
+            draft-ietf-httpapi-idempotency-key-header) or bare; 1 to 255 visible ASCII characters.
+
+    Raises InvalidIdError: the key is empty, too long, or has white space or characters that are not visible ASCII.
+    """
+    bare = bare_key(key)
+    if _CANONICAL_UUID.fullmatch(bare) is not None:
+        return UUID(bare)
+    return _derived(b"fiq idempotency key", bare.encode("ascii"))
+
+
+def bare_key(key: str) -> str:
+    """Return an idempotency *key* without its quotes, if it has any.
+
+    Raises InvalidIdError: as :func:`event_id_from_key`.
+    """
+    bare = re.sub(r"\\([\\\"])", r"\1", key[1:-1]) if len(key) >= 2 and key[0] == key[-1] == '"' else key
+    if _VISIBLE_ASCII.fullmatch(bare) is None:
+        raise InvalidIdError("an idempotency key is 1 to 255 visible ASCII characters, quoted or not")
+    return bare
+
+
+def event_id_of_line(key: str, line: int) -> UUID:
+    """Derive the event id of a line of a batch: that of the key ``<key>:<line>``.
+
+    Args:
+        key: of the batch, without quotes, as :func:`bare_key` returns it.
+        line: its number, from 1.
+    """
+    return _derived(b"fiq idempotency key", f"{key}:{line}".encode("ascii"))
+
+
+def event_id_of_cloudevent(source: str, identifier: str) -> UUID:
+    """Derive the event id of a CloudEvent: a UUIDv8 of *source* and *identifier*, which are unique together."""
+    length = len(source.encode())
+    return _derived(b"fiq cloudevent", f"{length}:{source}{identifier}".encode())
+
+
+def new_event_id() -> UUID:
+    """Make a UUIDv7: 48 bits of Unix time in milliseconds, then 74 random bits."""
+    milliseconds = time.time_ns() // 1_000_000
+    return _uuid(milliseconds.to_bytes(6, "big") + os.urandom(10), version=7)
+
+
+def message_id(consultation: str, event_id: UUID) -> str:
+    """Return the broker's message id (``Nats-Msg-Id``): ``<consultation>/<event id>``."""
+    return f"{consultation}/{event_id}"
+
+
+def event_id_from_message_id(value: str, consultation: str) -> UUID:
+    """Return the event id of a broker's message id that must belong to *consultation*.
+
+    Raises InvalidIdError: the message id names another consultation, or its second part is not a canonical UUID.
+    """
+    owner, separator, event = value.partition("/")
+    if not separator or owner != consultation or _CANONICAL_UUID.fullmatch(event) is None:
+        raise InvalidIdError("a message id is <consultation id>/<lower-case UUID> of the subject's consultation")
+    return UUID(event)
+
+
+def _derived(kind: bytes, name: bytes) -> UUID:
+    return _uuid(hashlib.sha256(kind + b"\0" + name).digest()[:16], version=8)
+
+
+def _uuid(raw: bytes, *, version: int) -> UUID:
+    number = int.from_bytes(raw, "big")
+    number = number & ~(0xF << 76) | version << 76
+    number = number & ~(0x3 << 62) | 0x2 << 62
+    return UUID(int=number)
+
+
+# -- Bodies ------------------------------------------------------------------------------------------------------------
 
 
 class InvalidBodyError(PoisonError):
-    """Raised when a body is no JSON, or no event."""
+    """Raised when a body is not an event."""
 
 
 class NotJsonError(InvalidBodyError):
-    """Raised when a body is no JSON text in UTF-8 (RFC 8259)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One event of one consultation.
-
-    Attributes:
-        consultation: id of the consultation, ``[A-Za-z0-9_-]{1,128}``.
-        event_id: unique within the consultation; 16 bytes in HDF5.
-        received_ns: when ingest took it, nanoseconds since the Unix epoch.
-        body: one JSON object in UTF-8 without raw line breaks, byte for byte what the client sent otherwise.
-        trace: that its request belongs to, if any; it is how the event came, no part of it, and never compared or kept.
-    """
-
-    consultation: str
-    event_id: UUID
-    received_ns: int
-    body: bytes
-    trace: Trace | None = field(default=None, compare=False)
-
-    @property
-    def message_id(self) -> str:
-        """The broker's message id."""
-        return message_id(self.consultation, self.event_id)
-
-    def headers(self) -> dict[str, str]:
-        """Return the headers that the event's message carries."""
-        headers = {MESSAGE_ID_HEADER: self.message_id, RECEIVED_HEADER: str(self.received_ns)}
-        return headers if self.trace is None else headers | self.trace.headers()
+    """Raised when a body is not JSON in UTF-8 (RFC 8259)."""
 
 
 def check_body(raw: bytes) -> bytes:
-    """Return *raw* as it is stored: valid, and with raw line breaks as spaces.
+    """Return *raw* as it is stored: checked, with spaces instead of raw line breaks.
 
-    Raises NotJsonError: it is no JSON; InvalidBodyError: it is no object, or its ``event_type`` is missing, empty or no
-    string.
+    Raises NotJsonError: it is not JSON; InvalidBodyError: it is not an object, or its ``event_type`` is missing, empty
+    or not a string.
     """
     return read_body(raw)[0]
 
 
 def read_body(raw: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Return *raw* as :func:`check_body` does, and the object that it is; raises as that does."""
-    document = _parse(raw)
+    """Return *raw* as :func:`check_body` does, and the object that it holds; raises the same errors."""
+    try:
+        document = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        # the parser's own message may quote the body; `from None` keeps its document out of tracebacks
+        raise NotJsonError("the body is not valid JSON in UTF-8") from None
     if not isinstance(document, dict):
         raise InvalidBodyError("an event is a JSON object")
     event_type = document.get("event_type")
@@ -110,18 +176,63 @@ def without_line_breaks(raw: bytes) -> bytes:
 
 
 def check_depth(body: bytes, limit: int) -> None:
-    """Let a valid *body* pass whose objects and arrays are nested at most *limit* deep.
-
-    Raises InvalidBodyError: they are nested deeper.
-    """
+    """Raise InvalidBodyError if objects and arrays of *body*, a valid event, are nested more than *limit* deep."""
     if deeper_than(body, limit):
         raise InvalidBodyError(f"more than {limit} levels deep")
 
 
-def decode(consultation: str, headers: Mapping[str, str] | None, body: bytes) -> Event:
-    """Build the event that a message of *consultation* carries.
+def deeper_than(raw: bytes, limit: int) -> bool:
+    """Return whether objects and arrays of *raw*, a valid JSON text, are nested more than *limit* deep.
 
-    Raises PoisonError: the message is none that ingest would have written.
+    Most events have fewer brackets than the limit and cost two counts. Of others, the strings are removed (brackets in
+    them mean nothing) and the brackets are counted one by one.
+    """
+    if raw.count(b"{") + raw.count(b"[") <= limit:
+        return False
+    depth = 0
+    for bracket in _STRING.sub(b"", raw).translate(None, _NOT_BRACKETS):
+        depth += _STEP[bracket]
+        if depth > limit:
+            return True
+    return False
+
+
+# -- Events and messages -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of one consultation.
+
+    Attributes:
+        consultation: id of the consultation, ``[A-Za-z0-9_-]{1,128}``.
+        event_id: unique within the consultation; 16 bytes in HDF5.
+        received_ns: when ingest received it, nanoseconds since the Unix epoch.
+        body: one JSON object in UTF-8 without raw line breaks, otherwise byte for byte what the client sent.
+        trace: trace of the request that brought it, if any. It is not part of the event: never compared, never stored.
+    """
+
+    consultation: str
+    event_id: UUID
+    received_ns: int
+    body: bytes
+    trace: Trace | None = field(default=None, compare=False)
+
+    @property
+    def message_id(self) -> str:
+        """The broker's message id."""
+        return message_id(self.consultation, self.event_id)
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers of the event's message."""
+        headers = {MESSAGE_ID_HEADER: self.message_id, RECEIVED_HEADER: str(self.received_ns)}
+        return headers if self.trace is None else headers | self.trace.headers()
+
+
+def decode(consultation: str, headers: Mapping[str, str] | None, body: bytes) -> Event:
+    """Build the event from a message of *consultation*.
+
+    Raises PoisonError: ingest would not have written this message.
     """
     check_consultation_id(consultation)
     if not headers or MESSAGE_ID_HEADER not in headers:
@@ -129,15 +240,7 @@ def decode(consultation: str, headers: Mapping[str, str] | None, body: bytes) ->
     event_id = event_id_from_message_id(headers[MESSAGE_ID_HEADER], consultation)
     received = headers.get(RECEIVED_HEADER, "")
     if not (received.isascii() and received.isdigit() and len(received) <= 19 and int(received) <= _MAX_NS):
-        raise PoisonError(f"{RECEIVED_HEADER} is missing or no count of nanoseconds")
+        raise PoisonError(f"{RECEIVED_HEADER} is missing or not a count of nanoseconds")
     if check_body(body) is not body:
         raise InvalidBodyError("the body holds raw line breaks")
     return Event(consultation, event_id, int(received), body, trace_of_message(headers))
-
-
-def _parse(raw: bytes) -> Any:
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        # the parser's own message may quote the body; `from None` keeps its document out of tracebacks
-        raise NotJsonError("the body is not valid JSON in UTF-8") from None

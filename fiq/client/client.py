@@ -15,9 +15,9 @@ import orjson
 from aiohttp import ClientTimeout
 
 from fiq.client.errors import RefusedError, UnexpectedAnswerError
-from fiq.client.exchange import Exchange, LostError, Patience, Request, Tries, retry_after
+from fiq.client.exchange import Exchange, LostError, Request, RetryPolicy, Tries, retry_after
 from fiq.client.records import Accepted, Problem, StoredEvent
-from fiq.ids import check_consultation_id, event_id_from_key, new_event_id
+from fiq.event import check_consultation_id, event_id_from_key, new_event_id
 
 _END_OF_LINE = re.compile("\r\n|\n|\r")
 _MEDIA_TYPE = "text/event-stream"
@@ -30,7 +30,7 @@ _UNKNOWN_EVENT = "/problems/unknown-event"
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
 
 
-class FiqClient:
+class AsyncClient:
     """Posts, reads and follows the events of one service; an async context manager.
 
     Any number of tasks may use it. Each call goes on until it is decided: after a lost connection, a timeout and what
@@ -42,7 +42,7 @@ class FiqClient:
         url: str,
         token: str | None = None,
         *,
-        patience: Patience | None = None,
+        retry: RetryPolicy | None = None,
         connections: int = 100,
         context: ssl.SSLContext | None = None,
     ) -> None:
@@ -51,14 +51,14 @@ class FiqClient:
         Args:
             url: of the service, ``http://host:port`` or ``https://host:port``.
             token: of `fiq token`; None where the service asks for none.
-            patience: how long each call is tried.
+            retry: how long each call is tried, and how often.
             connections: most of them at a time.
             context: for ``https``; None trusts the machine's authorities.
 
         Raises:
             ConfigurationError: *url* or *token* is malformed.
         """
-        self._exchange = Exchange(url, token, patience or Patience(), connections=connections)
+        self._exchange = Exchange(url, token, retry or RetryPolicy(), connections=connections)
         self._context = context
 
     async def __aenter__(self) -> Self:
@@ -288,7 +288,7 @@ async def follow(
         RefusedError, UnexpectedAnswerError: going on is of no use.
         GaveUpError: the deadline has passed without a word.
     """
-    tries = Tries(exchange.patience)
+    tries = Tries(exchange.retry)
     while True:
         problem: Problem | None = None
         least, why = 0.0, "the stream ended"

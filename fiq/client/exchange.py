@@ -43,40 +43,40 @@ _STORED_ALL_THE_SAME = frozenset({"idempotency-key-reused"})
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long a client tries.
 
     Attributes:
-        deadline: of one call with all of its tries and pauses, seconds. Of :meth:`FiqClient.follow`: the longest time
+        deadline: of one call with all of its tries and pauses, seconds. Of :meth:`AsyncClient.follow`: the longest time
             without a word from the service.
-        attempt: of one try, seconds; more than the service's FI_PUBLISH_DEADLINE.
-        first_pause: before the second try, seconds; each further one is twice as long. The half of it is by chance, so
-            that many clients do not come back at once.
-        longest_pause: what the pauses grow to, seconds. A longer ``Retry-After`` counts all the same.
+        attempt_timeout: of one try, seconds; more than the service's FI_PUBLISH_DEADLINE.
+        initial_backoff: before the second try, seconds. Each further pause is twice as long; half of it is random, so
+            that many clients do not retry at the same moment.
+        max_backoff: what the pauses grow to, seconds. A longer ``Retry-After`` counts all the same.
     """
 
     deadline: float = 60.0
-    attempt: float = 15.0
-    first_pause: float = 0.1
-    longest_pause: float = 5.0
+    attempt_timeout: float = 15.0
+    initial_backoff: float = 0.1
+    max_backoff: float = 5.0
 
 
 class Tries:
     """The tries of one call."""
 
-    def __init__(self, patience: Patience) -> None:
-        self._patience = patience
+    def __init__(self, retry: RetryPolicy) -> None:
+        self._retry = retry
         self.renew()
 
     def renew(self) -> None:
         """Begin anew: the last try was a success."""
         self._failed = 0
-        self._end = time.monotonic() + self._patience.deadline
+        self._end = time.monotonic() + self._retry.deadline
 
     @property
     def timeout(self) -> float:
         """Seconds that the next try may take."""
-        return max(0.001, min(self._patience.attempt, self._end - time.monotonic()))
+        return max(0.001, min(self._retry.attempt_timeout, self._end - time.monotonic()))
 
     def pause(self, retry_after: float) -> float | None:
         """Return how long to wait after a failed try, seconds; None when the deadline does not allow another one.
@@ -84,7 +84,7 @@ class Tries:
         Args:
             retry_after: what the service asks for at least, seconds.
         """
-        backoff = min(self._patience.longest_pause, self._patience.first_pause * 2.0 ** min(self._failed, 32))
+        backoff = min(self._retry.max_backoff, self._retry.initial_backoff * 2.0 ** min(self._failed, 32))
         self._failed += 1
         pause = retry_after + backoff * random.uniform(0.5, 1.0)  # noqa: S311 - no secrets
         return pause if time.monotonic() + pause < self._end else None
@@ -142,12 +142,12 @@ class Exchange:
         retries: tries that were made again, so far.
     """
 
-    def __init__(self, url: str, token: str | None, patience: Patience, *, connections: int) -> None:
+    def __init__(self, url: str, token: str | None, retry: RetryPolicy, *, connections: int) -> None:
         self._url = _checked_url(url)
         self._headers = {"User-Agent": "fiq", **_authorization(token)}
         self._connections = connections
         self._session: ClientSession | None = None
-        self.patience = patience
+        self.retry = retry
         self.retries = 0
 
     def open(self, context: ssl.SSLContext | None) -> None:
@@ -172,7 +172,7 @@ class Exchange:
             UnexpectedAnswerError: the answer is none of fiq's.
             GaveUpError: the deadline has passed.
         """
-        tries = Tries(self.patience)
+        tries = Tries(self.retry)
         may_be_stored = False
         while True:
             problem, least, why = None, 0.0, ""
@@ -197,7 +197,7 @@ class Exchange:
             UnexpectedAnswerError: the service's certificate is not trusted.
         """
         if self._session is None:
-            raise RuntimeError("use the client as a context manager: async with FiqClient(…) as client")
+            raise RuntimeError("use the client as a context manager: async with AsyncClient(…) as client")
         sending: list[bool] = []
         try:
             async with self._session.request(
@@ -249,7 +249,7 @@ class Exchange:
         pause = tries.pause(least)
         if pause is None:
             last = str(problem) if problem else f"no answer from {self._url.origin()}: {why}"
-            message = f"not done within {self.patience.deadline:g} s: {last}"
+            message = f"not done within {self.retry.deadline:g} s: {last}"
             raise GaveUpError(message, problem=problem, may_be_stored=may_be_stored)
         self.retries += 1
         await asyncio.sleep(pause)

@@ -18,7 +18,7 @@ import orjson
 import typer
 
 from fiq.errors import InvalidIdError
-from fiq.ids import check_consultation_id
+from fiq.event import check_consultation_id
 from services.cli import console
 from services.cli.errors import CommandError
 from services.cli.target import CorpusOption, FolderOption, find_corpus

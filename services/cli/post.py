@@ -16,9 +16,9 @@ from typing import IO, Annotated
 
 import typer
 
-from fiq.client import FiqClient, Patience
+from fiq.client import AsyncClient, RetryPolicy
 from fiq.errors import InvalidIdError
-from fiq.ids import check_consultation_id, event_id_from_key, new_event_id
+from fiq.event import check_consultation_id, event_id_from_key, new_event_id
 from services.cli.console import bar
 from services.cli.errors import CommandError, NotRunningError
 from services.cli.posting import Checked, Checkpoint, Poster, Posting, Tally, check, is_regular, lines
@@ -129,11 +129,11 @@ async def _send(
 ) -> int:
     """Send everything and return how many tries were made again."""
     context = None if options.ca_file is None else _context(options.ca_file)
-    patience = Patience(deadline=options.patience, attempt=min(_ATTEMPT, options.patience))
+    retry = RetryPolicy(deadline=options.patience, attempt_timeout=min(_ATTEMPT, options.patience))
     size = None if found is None else found.size
     async with (
-        FiqClient(
-            options.url, options.token, patience=patience, connections=options.concurrency, context=context
+        AsyncClient(
+            options.url, options.token, retry=retry, connections=options.concurrency, context=context
         ) as client,
         aclosing(
             lines(source, options.consultation, exported=options.exported, behind=tally.done, size=size)

@@ -18,10 +18,9 @@ from uuid import UUID
 
 import orjson
 
-from fiq.client import Accepted, ClientError, FiqClient, RefusedError
+from fiq.client import Accepted, AsyncClient, ClientError, RefusedError
 from fiq.errors import PoisonError
-from fiq.event import InvalidBodyError, check_body
-from fiq.ids import check_consultation_id, event_id_from_key
+from fiq.event import InvalidBodyError, check_body, check_consultation_id, event_id_from_key
 from services.cli.errors import CommandError
 
 #: what precedes the event in a line of `fiq export`: before it there are only texts, in which quotes are escaped
@@ -174,7 +173,7 @@ class Poster:
 
     def __init__(
         self,
-        client: FiqClient,
+        client: AsyncClient,
         key: str,
         tally: Tally,
         *,

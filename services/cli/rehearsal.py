@@ -14,7 +14,7 @@ from uuid import UUID
 
 import orjson
 
-from fiq.client import FiqClient, Patience
+from fiq.client import AsyncClient, RetryPolicy
 from services.cli.embedded.stack import Stack
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
@@ -35,7 +35,7 @@ _QUESTIONS = ("Since when?", "Does it get worse at night?", "Any fever?", "Do yo
 _ANSWERS = ("For about {n} days.", "No, I don't think so.", "Yes, mostly in the morning.", "{n} out of ten.", "A bit.")
 _SUMMARY = "Symptoms for {n} days. Advised rest and a follow-up in {m} weeks."
 #: an outage may take this long; the longest pause between two tries of a post is short, so that its length is seen
-_PATIENCE = Patience(deadline=600.0, longest_pause=0.1)
+_RETRY = RetryPolicy(deadline=600.0, max_backoff=0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class Load:
         seed: int = 0,
         token: str = "",
     ) -> None:
-        self._client = FiqClient(url, token or None, patience=_PATIENCE, connections=clients)
+        self._client = AsyncClient(url, token or None, retry=_RETRY, connections=clients)
         self._clients = clients
         self._repeats = repeats
         self._seed = seed

@@ -16,13 +16,18 @@ import orjson
 from multidict import CIMultiDictProxy
 
 from fiq.errors import InvalidIdError, PoisonError
-from fiq.event import Event, InvalidBodyError, NotJsonError, check_depth, read_body, without_line_breaks
-from fiq.ids import (
+from fiq.event import (
+    Event,
+    InvalidBodyError,
+    NotJsonError,
     check_consultation_id,
+    check_depth,
     event_id_from_key,
     event_id_of_cloudevent,
     event_id_of_line,
     new_event_id,
+    read_body,
+    without_line_breaks,
 )
 from fiq.trace import Trace
 from services.ingest import problems

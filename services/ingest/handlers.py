@@ -11,8 +11,17 @@ from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from fiq.errors import InvalidIdError, PoisonError
-from fiq.event import Event, InvalidBodyError, NotJsonError, check_body, check_depth
-from fiq.ids import bare_key, check_consultation_id, event_id_from_key, new_event_id
+from fiq.event import (
+    Event,
+    InvalidBodyError,
+    NotJsonError,
+    bare_key,
+    check_body,
+    check_consultation_id,
+    check_depth,
+    event_id_from_key,
+    new_event_id,
+)
 from fiq.trace import Trace
 from services.core.tokens import Scope
 from services.ingest import problems

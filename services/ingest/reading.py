@@ -11,7 +11,7 @@ import orjson
 from aiohttp import web
 
 from fiq.errors import FiqError, InvalidIdError
-from fiq.ids import check_consultation_id
+from fiq.event import check_consultation_id
 from services.core.logs import get_logger
 from services.ingest import problems
 from services.ingest import reading_records as records

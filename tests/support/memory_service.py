@@ -9,7 +9,7 @@ from uuid import UUID
 import orjson
 from aiohttp import web
 
-from fiq.ids import event_id_from_key
+from fiq.event import event_id_from_key
 from tests.support import scripted_http
 
 

@@ -13,8 +13,7 @@ from uuid import UUID
 import orjson
 
 from fiq.corpus import CorpusError, open_corpus
-from fiq.event import Event
-from fiq.ids import new_event_id
+from fiq.event import Event, new_event_id
 from services.cli import monitoring
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.api import JetStreamApi

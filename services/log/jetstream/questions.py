@@ -36,7 +36,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from fiq.errors import InvalidIdError
-from fiq.ids import check_consultation_id
+from fiq.event import check_consultation_id
 from services.core.lifecycle import backoff, cancellable
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.log.jetstream.names import corpus_subject

@@ -10,14 +10,14 @@ from pathlib import Path
 import orjson
 import pytest
 
-from fiq.client import FiqClient, Patience, RefusedError
+from fiq.client import AsyncClient, RefusedError, RetryPolicy
 from services.cli.embedded.stack import Stack
 from services.log.jetstream.names import STREAM
 from tests.support.corpus_contents import holds
 from tests.support.polling import eventually
 
 #: longer than an election and a restart take on a busy machine
-PATIENCE = Patience(deadline=90)
+RETRY = RetryPolicy(deadline=90)
 
 
 def body(number: int, **members: str) -> bytes:
@@ -26,9 +26,9 @@ def body(number: int, **members: str) -> bytes:
 
 async def test_a_key_that_is_posted_again_is_the_same_event(stack: Stack) -> None:
     """By another client, too."""
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         first = await client.post("again", body(1), "line-1")
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         second = await client.post("again", body(1), "line-1")
     assert (first.message_id, first.sequence, False, True) == (
         second.message_id,
@@ -41,7 +41,7 @@ async def test_a_key_that_is_posted_again_is_the_same_event(stack: Stack) -> Non
 
 async def test_what_is_no_event_is_refused_with_its_problem(stack: Stack) -> None:
     """As docs/problems.md has it."""
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         with pytest.raises(RefusedError, match="event_type is required") as caught:
             await client.post("bad", {"payload": "secret-payload"})
     assert ("/problems/invalid-event", 422, False) == (
@@ -56,14 +56,14 @@ async def test_posts_outlive_the_death_of_ingest_and_of_the_leader(stack: Stack)
     """Programs that only call post() notice nothing but a pause."""
     accepted = 0
 
-    async def consultation(client: FiqClient, name: str) -> None:
+    async def consultation(client: AsyncClient, name: str) -> None:
         nonlocal accepted
         for number in range(40):
             await client.post(name, body(number))
             accepted += 1
 
     names = [f"killed-{number}" for number in range(6)]
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         posts = [asyncio.create_task(consultation(client, name)) for name in names]
         await eventually(lambda: accepted > 30)
         stack.ingest.process.kill()

@@ -11,14 +11,14 @@ from uuid import uuid4
 import orjson
 import pytest
 
-from fiq.client import FiqClient, Patience, RefusedError
+from fiq.client import AsyncClient, RefusedError, RetryPolicy
 from services.cli.embedded.stack import Stack
 from services.log.jetstream.names import STREAM
 from tests.support.corpus_contents import holds
 from tests.support.polling import eventually
 
 #: longer than an election and a restart take on a busy machine
-PATIENCE = Patience(deadline=90)
+RETRY = RetryPolicy(deadline=90)
 
 
 def body(number: int, **members: str) -> bytes:
@@ -28,7 +28,7 @@ def body(number: int, **members: str) -> bytes:
 async def test_a_batch_is_stored_once_in_parts_and_line_by_line_too(stack: Stack) -> None:
     """The key of a line is `<key>:<number>`, however it is sent; one that brings its own has that."""
     events = [body(1), body(2, event_id="mine"), body(3)]
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         first = await client.post_batch("batch", events, "file-1")
         again = await client.post_batch("batch", events, "file-1")
         part = await client.post_batch("batch", events[1:], "file-1", numbers=[2, 3])
@@ -48,7 +48,7 @@ async def test_a_batch_is_stored_once_in_parts_and_line_by_line_too(stack: Stack
 async def test_a_batch_of_several_consultations_goes_where_each_line_says(stack: Stack) -> None:
     """The answer is in the order of the lines."""
     events = [body(number, consultation_id=f"several-{number % 2}") for number in range(6)]
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         stored = await client.post_batch(None, events)
     assert [f"several-{number % 2}" for number in range(6)] == [one.consultation for one in stored]
     for number in range(2):
@@ -57,7 +57,7 @@ async def test_a_batch_of_several_consultations_goes_where_each_line_says(stack:
 
 async def test_bad_lines_and_keys_of_other_events_are_named_by_number(stack: Stack) -> None:
     """Of bad lines nothing is stored; beside a reused key the others are."""
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         with pytest.raises(RefusedError) as bad:
             await client.post_batch("named", [body(1), b'{"no":"type"}', b"secret-payload"])
         await client.post_batch("named", [body(1)], "k")
@@ -74,7 +74,7 @@ async def test_bad_lines_and_keys_of_other_events_are_named_by_number(stack: Sta
 async def test_what_was_accepted_is_read_at_once(stack: Stack) -> None:
     """All of it, in order, from any position, in pages of any size; each event by its id, too."""
     events = [body(number) for number in range(40)]
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         stored = await client.post_batch("read", events)
         found = [event async for event in client.read("read", page=7)]
         rest = [event async for event in client.read("read", found[24].sequence)]
@@ -90,7 +90,7 @@ async def test_what_was_accepted_is_read_at_once(stack: Stack) -> None:
 
 async def test_an_event_is_queued_and_then_persisted(stack: Stack) -> None:
     """Either way it is safe."""
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         stored = await client.post("queued", body(1))
 
         async def persisted() -> bool:
@@ -106,12 +106,12 @@ async def test_following_skips_and_repeats_nothing_whatever_dies(stack: Stack) -
     """Ingest and the stream's leader are killed while events come."""
     seen: list[int] = []
 
-    async def follow(client: FiqClient) -> None:
+    async def follow(client: AsyncClient) -> None:
         async with aclosing(client.follow("followed")) as events:
             async for event in events:
                 seen.append(event.event["n"])  # noqa: PERF401 - it has no end
 
-    async with FiqClient(stack.ingest.url, patience=PATIENCE) as client:
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         follower = asyncio.create_task(follow(client))
         for number in range(30):
             await client.post("followed", body(number))

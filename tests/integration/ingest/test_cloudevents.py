@@ -12,7 +12,7 @@ import pytest
 from cloudevents.core.bindings.http import HTTPMessage, to_binary_event, to_structured_event
 from cloudevents.core.v1.event import CloudEvent
 
-from fiq.ids import event_id_of_cloudevent
+from fiq.event import event_id_of_cloudevent
 from tests.support.ingest import Edge, Reply, running_edge
 
 PATH = "/consultations/c-1/events"

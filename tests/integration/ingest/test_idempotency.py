@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from fiq.event import Event
-from fiq.ids import event_id_from_key
+from fiq.event import Event, event_id_from_key
 from services.log.protocol import StoredEvent
 from services.log.settings import LogSettings
 from tests.support.ingest import Edge, MemoryLog, MemoryReader, Reply, running_edge

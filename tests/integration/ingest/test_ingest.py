@@ -17,7 +17,7 @@ import pytest
 from aiohttp import ClientConnectionError, ClientSession
 from nats.js import JetStreamContext
 
-from fiq.ids import event_id_from_key
+from fiq.event import event_id_from_key
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.names import STREAM
 from services.log.partitions import partition_of

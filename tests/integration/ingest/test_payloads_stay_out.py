@@ -10,8 +10,7 @@ import nats
 import orjson
 from aiohttp import ClientSession
 
-from fiq.event import MESSAGE_ID_HEADER, RECEIVED_HEADER
-from fiq.ids import event_id_from_key, message_id
+from fiq.event import MESSAGE_ID_HEADER, RECEIVED_HEADER, event_id_from_key, message_id
 from services.cli import monitoring
 from services.cli.embedded.cluster import Cluster
 from tests.support.bodies import BARE, BODIES, MARK, drawn

@@ -9,8 +9,7 @@ from uuid import UUID
 import orjson
 import pytest
 
-from fiq.event import Event
-from fiq.ids import event_id_from_key
+from fiq.event import Event, event_id_from_key
 from services.log.errors import LogFullError, LogUnavailableError
 from tests.support.ingest import Edge, Reply, running_edge
 from tests.support.polling import eventually

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from fiq.ids import event_id_from_key
+from fiq.event import event_id_from_key
 from services.log.errors import (
     DuplicateInFlightError,
     LogFullError,

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from fiq.event import Event
-from fiq.ids import new_event_id
+from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import DuplicateInFlightError, LogRefusedError, LogUnavailableError
 from services.log.jetstream.connection import Connection, close, connect

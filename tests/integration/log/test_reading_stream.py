@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager
 import nats
 import pytest
 
-from fiq.event import Event
-from fiq.ids import new_event_id
+from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.names import stored_subject
 from services.log.jetstream.reading import StreamReading

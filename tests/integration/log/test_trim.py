@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from fiq.event import Event
-from fiq.ids import new_event_id
+from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError
 from services.log.jetstream import trim as module

@@ -14,8 +14,7 @@ import pytest
 from nats.aio.msg import Msg
 
 from fiq.corpus import open_corpus
-from fiq.event import Event
-from fiq.ids import new_event_id
+from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi

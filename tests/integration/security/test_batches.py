@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from fiq.event import Event
-from fiq.ids import new_event_id
+from fiq.event import Event, new_event_id
 from services.log.jetstream.names import Role
 from services.log.jetstream.provision import provision
 from services.log.jetstream.publisher import Publisher

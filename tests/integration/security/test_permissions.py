@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fiq.event import Event
-from fiq.ids import new_event_id
+from fiq.event import Event, new_event_id
 from services.cli.init.deployment import PERMISSIONS
 from services.log.errors import LogForbiddenError, ProvisionError
 from services.log.jetstream.api import JetStreamApi

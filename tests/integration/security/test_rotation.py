@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fiq.event import Event
-from fiq.ids import new_event_id
+from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogAccessError
 from services.log.jetstream.connection import Connection, close, connect

@@ -22,7 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fiq.corpus.events import EventRecord
-from fiq.ids import event_id_from_key
+from fiq.event import event_id_from_key
 from services.cli.export import Format
 from services.cli.export import lines as exported_lines
 from services.cli.main import app

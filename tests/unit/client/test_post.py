@@ -15,10 +15,10 @@ import pytest
 from yarl import URL
 
 from fiq.client import (
-    FiqClient,
+    AsyncClient,
     GaveUpError,
-    Patience,
     RefusedError,
+    RetryPolicy,
     UnexpectedAnswerError,
 )
 from fiq.client.client import EventBody
@@ -38,9 +38,9 @@ from tests.support.scripted_http import (
 
 EVENT = {"event_type": "A", "payload": "secret-payload"}
 #: quick pauses; the deadline is far away
-QUICK = Patience(deadline=20, attempt=5, first_pause=0.01, longest_pause=0.05)
+QUICK = RetryPolicy(deadline=20, attempt_timeout=5, initial_backoff=0.01, max_backoff=0.05)
 #: gives up at once
-SHORT = Patience(deadline=0.8, attempt=0.25, first_pause=0.01, longest_pause=0.05)
+SHORT = RetryPolicy(deadline=0.8, attempt_timeout=0.25, initial_backoff=0.01, max_backoff=0.05)
 
 
 def twice(status: int, slug: str) -> list[Step]:
@@ -56,7 +56,7 @@ def free_url() -> str:
 
 async def test_an_event_is_posted_as_the_contract_says() -> None:
     """Path, media type, token, and a key that is a new UUIDv7."""
-    async with scripted(accepted(7)) as server, FiqClient(server.url, "t0ken") as client:
+    async with scripted(accepted(7)) as server, AsyncClient(server.url, "t0ken") as client:
         stored = await client.post("c-1", EVENT)
     (request,) = server.seen
     assert ("POST", "/consultations/c-1/events") == (request.method, request.path)
@@ -69,7 +69,7 @@ async def test_an_event_is_posted_as_the_contract_says() -> None:
 async def test_json_text_is_posted_byte_for_byte() -> None:
     """Numbers keep their digits, members their order."""
     body = b'{"event_type":"A", "payload": 1.10}'
-    async with scripted(accepted()) as server, FiqClient(server.url) as client:
+    async with scripted(accepted()) as server, AsyncClient(server.url) as client:
         await client.post("c-1", body, "visit-17:line-3")
     assert (body, "visit-17:line-3") == (server.seen[0].body, server.seen[0].key)
 
@@ -92,7 +92,7 @@ async def test_what_may_pass_is_tried_again_under_the_same_key(failure: Step) ->
     """Each try has the key that the client made for the first: whatever became of that, one event is stored."""
     async with (
         scripted(failure, failure, accepted(duplicate=True)) as server,
-        FiqClient(server.url, patience=QUICK) as client,
+        AsyncClient(server.url, retry=QUICK) as client,
     ):
         stored = await client.post("c-1", EVENT)
         assert (True, 2) == (stored.duplicate, client.retries)
@@ -102,8 +102,8 @@ async def test_what_may_pass_is_tried_again_under_the_same_key(failure: Step) ->
 
 async def test_a_try_without_an_answer_is_given_up_for_another() -> None:
     """A service that hangs does not hold the client for the whole deadline."""
-    patience = Patience(deadline=20, attempt=0.2, first_pause=0.01)
-    async with scripted(silent, accepted()) as server, FiqClient(server.url, patience=patience) as client:
+    retry = RetryPolicy(deadline=20, attempt_timeout=0.2, initial_backoff=0.01)
+    async with scripted(silent, accepted()) as server, AsyncClient(server.url, retry=retry) as client:
         assert 1 == (await client.post("c-1", EVENT)).sequence
 
 
@@ -116,7 +116,7 @@ async def test_no_retry_comes_sooner_than_retry_after(form: str) -> None:
         least, value = 1.0, format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
     async with (
         scripted(refused(503, "backlog-full", retry_after=value), accepted()) as server,
-        FiqClient(server.url, patience=QUICK) as client,
+        AsyncClient(server.url, retry=QUICK) as client,
     ):
         await client.post("c-1", EVENT)
     first, second = server.seen
@@ -126,7 +126,7 @@ async def test_no_retry_comes_sooner_than_retry_after(form: str) -> None:
 async def test_a_retry_after_beyond_the_deadline_ends_the_call_at_once() -> None:
     """Waiting in vain helps nobody."""
     started = time.monotonic()
-    async with scripted(refused(429, "rate-limited", retry_after="3600")) as server, FiqClient(server.url) as client:
+    async with scripted(refused(429, "rate-limited", retry_after="3600")) as server, AsyncClient(server.url) as client:
         with pytest.raises(GaveUpError) as caught:
             await client.post("c-1", EVENT)
     assert time.monotonic() - started < 10
@@ -159,8 +159,8 @@ async def test_at_the_deadline_the_error_says_whether_the_event_may_be_stored(
 ) -> None:
     """A program that throws the event away then knows what it risks."""
     # a try that is cut off by the deadline may have stored it, whatever was said before
-    patience = SHORT if may_be_stored else QUICK
-    async with scripted(*failures) as server, FiqClient(server.url, patience=patience) as client:
+    retry = SHORT if may_be_stored else QUICK
+    async with scripted(*failures) as server, AsyncClient(server.url, retry=retry) as client:
         with pytest.raises(GaveUpError) as caught:
             await client.post("c-1", EVENT)
     assert may_be_stored is caught.value.may_be_stored
@@ -172,7 +172,7 @@ async def test_one_try_that_may_have_stored_it_is_enough() -> None:
     """The last answer alone would say that nothing is stored."""
     async with (
         scripted(lost, refused(429, "too-many-in-flight", retry_after="3600")) as server,
-        FiqClient(server.url) as client,
+        AsyncClient(server.url) as client,
     ):
         with pytest.raises(GaveUpError) as caught:
             await client.post("c-1", EVENT)
@@ -182,7 +182,7 @@ async def test_one_try_that_may_have_stored_it_is_enough() -> None:
 async def test_a_service_that_is_not_there_has_stored_nothing() -> None:
     """And the error names where it was looked for."""
     url = free_url()
-    async with FiqClient(url, patience=SHORT) as client:
+    async with AsyncClient(url, retry=SHORT) as client:
         with pytest.raises(GaveUpError, match=url) as caught:
             await client.post("c-1", EVENT)
     assert (False, None, None) == (caught.value.may_be_stored, caught.value.status, caught.value.detail)
@@ -212,14 +212,14 @@ async def test_an_error_says_why_there_was_no_answer(
         url = free_url() if step is None else server.url
         place = URL(url).with_scheme(scheme)
         place = place.with_host(host) if host else place
-        async with FiqClient(str(place), patience=Patience(deadline=1, attempt=1)) as client:
+        async with AsyncClient(str(place), retry=RetryPolicy(deadline=1, attempt_timeout=1)) as client:
             with pytest.raises(GaveUpError, match=f"no answer from {place.origin()}: {why}"):
                 await client.post("c-1", EVENT)
 
 
 async def test_a_refusal_without_a_problem_document_doubts_the_url() -> None:
     """As by another service on that port."""
-    async with scripted(says(404, b"404 page not found", "text/plain")) as server, FiqClient(server.url) as client:
+    async with scripted(says(404, b"404 page not found", "text/plain")) as server, AsyncClient(server.url) as client:
         with pytest.raises(RefusedError, match=f"status 404, and not as fiq says it: is {server.url} its URL"):
             await client.post("c-1", EVENT)
 
@@ -230,7 +230,7 @@ async def test_a_refusal_without_a_problem_document_doubts_the_url() -> None:
 )
 async def test_a_refusal_is_final(status: int, slug: str) -> None:
     """One try; the error carries the problem."""
-    async with scripted(refused(status, slug)) as server, FiqClient(server.url, patience=QUICK) as client:
+    async with scripted(refused(status, slug)) as server, AsyncClient(server.url, retry=QUICK) as client:
         with pytest.raises(RefusedError, match=f"About {slug}") as caught:
             await client.post("c-1", EVENT)
     assert (f"/problems/{slug}", status, False) == (caught.value.type, caught.value.status, caught.value.may_be_stored)
@@ -239,7 +239,7 @@ async def test_a_refusal_is_final(status: int, slug: str) -> None:
 
 async def test_a_fault_of_the_service_is_shown_and_the_event_may_be_stored() -> None:
     """500 is not tried again by itself: it would hide the fault."""
-    async with scripted(refused(500, "internal-error")) as server, FiqClient(server.url, patience=QUICK) as client:
+    async with scripted(refused(500, "internal-error")) as server, AsyncClient(server.url, retry=QUICK) as client:
         with pytest.raises(RefusedError) as caught:
             await client.post("c-1", EVENT)
     assert (True, 1) == (caught.value.may_be_stored, len(server.seen))
@@ -250,7 +250,7 @@ async def test_a_redirection_is_not_followed() -> None:
     async with (
         scripted(accepted()) as elsewhere,
         scripted(says(307, b"", Location=elsewhere.url)) as server,
-        FiqClient(server.url, "t0ken", patience=QUICK) as client,
+        AsyncClient(server.url, "t0ken", retry=QUICK) as client,
     ):
         with pytest.raises(UnexpectedAnswerError):
             await client.post("c-1", EVENT)
@@ -260,7 +260,7 @@ async def test_a_redirection_is_not_followed() -> None:
 @pytest.mark.parametrize("body", [b"", b"hello", b"[]", b'{"status":"accepted"}', b'{"sequence":"1"}'])
 async def test_a_202_that_says_nothing_is_not_believed(body: bytes) -> None:
     """Something that is not fiq answered."""
-    async with scripted(says(202, body)) as server, FiqClient(server.url) as client:
+    async with scripted(says(202, body)) as server, AsyncClient(server.url) as client:
         with pytest.raises(UnexpectedAnswerError) as caught:
             await client.post("c-1", EVENT)
     assert caught.value.may_be_stored
@@ -270,7 +270,7 @@ async def test_a_problem_document_that_is_none_leaves_the_status() -> None:
     """What a proxy says in its place is never quoted."""
     async with (
         scripted(says(400, b'{"type": 1', "application/problem+json")) as server,
-        FiqClient(server.url) as client,
+        AsyncClient(server.url) as client,
     ):
         with pytest.raises(RefusedError, match="status 400") as caught:
             await client.post("c-1", EVENT)
@@ -280,7 +280,7 @@ async def test_a_problem_document_that_is_none_leaves_the_status() -> None:
 @pytest.mark.parametrize(("consultation", "key"), [("a/b", None), ("", None), ("c-1", "two words"), ("c-1", "x" * 256)])
 async def test_malformed_ids_are_never_sent(consultation: str, key: str | None) -> None:
     """They would be another path, or another header."""
-    async with scripted(accepted()) as server, FiqClient(server.url) as client:
+    async with scripted(accepted()) as server, AsyncClient(server.url) as client:
         with pytest.raises(InvalidIdError):
             await client.post(consultation, EVENT, key)
     assert [] == server.seen
@@ -290,14 +290,14 @@ async def test_malformed_ids_are_never_sent(consultation: str, key: str | None) 
 def test_a_malformed_url_is_refused_at_once(url: str) -> None:
     """Not at the first post."""
     with pytest.raises(ConfigurationError, match="URL"):
-        FiqClient(url)
+        AsyncClient(url)
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "ü"])
 def test_a_malformed_token_is_refused_and_not_shown(token: str) -> None:
     """It is a secret all the same."""
     with pytest.raises(ConfigurationError) as caught:
-        FiqClient("http://x", token)
+        AsyncClient("http://x", token)
     assert not token or token not in str(caught.value)
 
 
@@ -306,7 +306,7 @@ async def test_a_batch_is_one_request_of_lines() -> None:
     events: list[EventBody] = [b'{"event_type":\n"A"}', {"event_type": "B", "event_id": "mine"}]
     async with (
         scripted(accepted_batch(result("c-1", 4), result("c-1", 3, duplicate=True))) as server,
-        FiqClient(server.url) as client,
+        AsyncClient(server.url) as client,
     ):
         stored = await client.post_batch("c-1", events, "file-1")
     (request,) = server.seen
@@ -323,7 +323,7 @@ async def test_a_part_of_a_batch_keeps_the_numbers_of_its_lines() -> None:
     """Empty lines stand for those that are left out."""
     async with (
         scripted(accepted_batch(result("c-1", 4), result("c-2", 5))) as server,
-        FiqClient(server.url) as client,
+        AsyncClient(server.url) as client,
     ):
         await client.post_batch(None, [b'{"n":2}', b'{"n":5}'], "file-1", numbers=[2, 5])
         with pytest.raises(ValueError, match="ascend"):
@@ -333,7 +333,7 @@ async def test_a_part_of_a_batch_keeps_the_numbers_of_its_lines() -> None:
 
 async def test_an_empty_batch_is_no_request() -> None:
     """There is nothing to ask."""
-    async with scripted(accepted()) as server, FiqClient(server.url) as client:
+    async with scripted(accepted()) as server, AsyncClient(server.url) as client:
         assert [] == await client.post_batch("c-1", [])
     assert [] == server.seen
 
@@ -341,7 +341,7 @@ async def test_an_empty_batch_is_no_request() -> None:
 async def test_a_refused_batch_names_its_lines() -> None:
     """By number, with the reason; nothing is stored."""
     lines = [{"line": 2, "reason": "event_type is required"}]
-    async with scripted(refused(422, "invalid-batch", lines=lines)) as server, FiqClient(server.url) as client:
+    async with scripted(refused(422, "invalid-batch", lines=lines)) as server, AsyncClient(server.url) as client:
         with pytest.raises(RefusedError) as caught:
             await client.post_batch("c-1", [EVENT, {"no": "type"}])
     assert caught.value.problem is not None
@@ -360,7 +360,7 @@ async def test_a_refused_batch_names_its_lines() -> None:
 )
 async def test_of_a_batch_some_events_may_be_stored(status: int, slug: str, may_be_stored: bool) -> None:
     """Where a single one would be known not to be."""
-    async with scripted(refused(status, slug, retry_after="3600")) as server, FiqClient(server.url) as client:
+    async with scripted(refused(status, slug, retry_after="3600")) as server, AsyncClient(server.url) as client:
         with pytest.raises((RefusedError, GaveUpError)) as caught:
             await client.post_batch("c-1", [EVENT, EVENT])
     assert may_be_stored is caught.value.may_be_stored
@@ -368,7 +368,7 @@ async def test_of_a_batch_some_events_may_be_stored(status: int, slug: str, may_
 
 async def test_an_answer_for_fewer_lines_than_were_sent_is_not_believed() -> None:
     """Which of them would be accepted?"""
-    async with scripted(accepted_batch(result("c-1", 4))) as server, FiqClient(server.url) as client:
+    async with scripted(accepted_batch(result("c-1", 4))) as server, AsyncClient(server.url) as client:
         with pytest.raises(UnexpectedAnswerError):
             await client.post_batch("c-1", [EVENT, EVENT])
 
@@ -377,7 +377,7 @@ async def test_many_tasks_share_one_client() -> None:
     """Each call has its own tries."""
     async with (
         scripted(lost, refused(503, "log-full"), accepted()) as server,
-        FiqClient(server.url, patience=QUICK) as client,
+        AsyncClient(server.url, retry=QUICK) as client,
     ):
         stored = await asyncio.gather(*(client.post("c-1", EVENT) for _ in range(30)))
     assert (30, 32) == (len(stored), len(server.seen))
@@ -386,4 +386,4 @@ async def test_many_tasks_share_one_client() -> None:
 async def test_a_client_that_is_not_open_says_so() -> None:
     """Connections are made, and closed, by the context manager."""
     with pytest.raises(RuntimeError, match="async with"):
-        await FiqClient("http://x").post("c-1", EVENT)
+        await AsyncClient("http://x").post("c-1", EVENT)

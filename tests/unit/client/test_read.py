@@ -11,13 +11,13 @@ from uuid import UUID
 import orjson
 import pytest
 
-from fiq.client import FiqClient, GaveUpError, Patience, RefusedError, StoredEvent, UnexpectedAnswerError
+from fiq.client import AsyncClient, GaveUpError, RefusedError, RetryPolicy, StoredEvent, UnexpectedAnswerError
 from fiq.client.client import MessageReader
 from tests.support.polling import eventually
 from tests.support.scripted_http import Step, cut, lost, refused, says, scripted, silent, stream
 
-QUICK = Patience(deadline=20, attempt=5, first_pause=0.01, longest_pause=0.05)
-SHORT = Patience(deadline=0.4, attempt=0.1, first_pause=0.01, longest_pause=0.05)
+QUICK = RetryPolicy(deadline=20, attempt_timeout=5, initial_backoff=0.01, max_backoff=0.05)
+SHORT = RetryPolicy(deadline=0.4, attempt_timeout=0.1, initial_backoff=0.01, max_backoff=0.05)
 
 
 def record(sequence: int, *, status: str = "persisted") -> dict[str, Any]:
@@ -40,7 +40,7 @@ def sent(sequence: int) -> bytes:
     return f"id: {sequence}\ndata: {orjson.dumps(record(sequence)).decode()}\n\n".encode()
 
 
-async def taken(client: FiqClient, count: int, after: int = 0, silence: float = 60.0) -> list[int]:
+async def taken(client: AsyncClient, count: int, after: int = 0, silence: float = 60.0) -> list[int]:
     """Follow c-1 until *count* events have come, and return their sequences."""
     found: list[int] = []
     async with aclosing(client.follow("c-1", after, silence=silence)) as events:
@@ -53,7 +53,7 @@ async def taken(client: FiqClient, count: int, after: int = 0, silence: float = 
 
 async def test_pages_are_read_to_the_last_one() -> None:
     """Each begins behind the last event of the one before."""
-    async with scripted(page(3, 5, more=True), page(9)) as server, FiqClient(server.url) as client:
+    async with scripted(page(3, 5, more=True), page(9)) as server, AsyncClient(server.url) as client:
         events = [event async for event in client.read("c-1", 2, page=2)]
     assert [3, 5, 9] == [event.sequence for event in events]
     expected = StoredEvent("c-1", UUID(int=3), 3, True, "2026-11-25T01:02:03.000000004Z", {"event_type": "A", "n": 3})
@@ -68,7 +68,7 @@ async def test_a_page_that_breaks_off_is_asked_for_again() -> None:
     """From where it began: what came of it is not believed."""
     broken = cut(200, b'{"consultation_id":"c-1","events":[')
     steps = (page(1, more=True), broken, refused(503, "corpus-away"), page(2))
-    async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
+    async with scripted(*steps) as server, AsyncClient(server.url, retry=QUICK) as client:
         assert [1, 2] == [event.sequence async for event in client.read("c-1")]
     assert ["0", "1", "1", "1"] == [request.path.partition("after=")[2].partition("&")[0] for request in server.seen]
 
@@ -80,7 +80,7 @@ async def test_a_page_that_breaks_off_is_asked_for_again() -> None:
 )
 async def test_a_page_that_cannot_be_is_not_believed(answer: Step) -> None:
     """Better an error than a gap, or a loop."""
-    async with scripted(answer) as server, FiqClient(server.url) as client:
+    async with scripted(answer) as server, AsyncClient(server.url) as client:
         with pytest.raises(UnexpectedAnswerError):
             [event async for event in client.read("c-1")]
     assert 1 == len(server.seen)
@@ -90,7 +90,7 @@ async def test_one_event_is_found_or_none() -> None:
     """Queued or persisted."""
     document = {"consultation_id": "c-1", **record(7, status="queued")}
     steps = (says(200, orjson.dumps(document)), refused(404, "unknown-event"), refused(404, "not-found"))
-    async with scripted(*steps) as server, FiqClient(server.url) as client:
+    async with scripted(*steps) as server, AsyncClient(server.url) as client:
         event = await client.event("c-1", UUID(int=7))
         assert event is not None
         assert (7, False, {"event_type": "A", "n": 7}) == (event.sequence, event.persisted, event.event)
@@ -110,7 +110,7 @@ async def test_following_goes_on_behind_the_last_event_of_a_broken_connection() 
         stream(sent(2), sent(3), b": nothing new\n\n", sent(4)),
         stream(sent(5), open_end=True),
     )
-    async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
+    async with scripted(*steps) as server, AsyncClient(server.url, retry=QUICK) as client:
         assert [1, 2, 3, 4, 5] == await taken(client, 5)
     assert [None, "2", "2", "4"] == [request.headers.get("Last-Event-ID") for request in server.seen]
     assert {"text/event-stream"} == {request.headers["Accept"] for request in server.seen}
@@ -118,7 +118,7 @@ async def test_following_goes_on_behind_the_last_event_of_a_broken_connection() 
 
 async def test_following_begins_behind_a_position() -> None:
     """That of a program which was stopped."""
-    async with scripted(stream(sent(8), open_end=True)) as server, FiqClient(server.url) as client:
+    async with scripted(stream(sent(8), open_end=True)) as server, AsyncClient(server.url) as client:
         assert [8] == await taken(client, 1, after=7)
     assert ("7", "/consultations/c-1/events?follow=1&after=7") == (
         server.seen[0].headers["Last-Event-ID"],
@@ -129,28 +129,28 @@ async def test_following_begins_behind_a_position() -> None:
 async def test_a_connection_that_falls_silent_is_replaced() -> None:
     """The service sends a comment each 15 s: a longer silence is a dead line."""
     steps = (stream(sent(1), open_end=True), stream(sent(2), open_end=True))
-    async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
+    async with scripted(*steps) as server, AsyncClient(server.url, retry=QUICK) as client:
         assert [1, 2] == await taken(client, 2, silence=0.2)
 
 
 def test_a_silent_connection_is_replaced_long_before_the_deadline_of_the_call() -> None:
     """With what both are when nobody says anything: else the first silence would be the end."""
-    silence = inspect.signature(FiqClient.follow).parameters["silence"].default
-    assert 15 < silence < 0.7 * Patience().deadline
+    silence = inspect.signature(AsyncClient.follow).parameters["silence"].default
+    assert 15 < silence < 0.7 * RetryPolicy().deadline
 
 
 async def test_following_has_no_deadline_as_long_as_it_hears_something() -> None:
     """The deadline counts from the last word, not from the beginning."""
-    patience = Patience(deadline=1.5, attempt=1, first_pause=0.01)
+    retry = RetryPolicy(deadline=1.5, attempt_timeout=1, initial_backoff=0.01)
     steps = [stream(sent(number), open_end=True) for number in range(1, 6)]
-    async with scripted(*steps) as server, FiqClient(server.url, patience=patience) as client:
+    async with scripted(*steps) as server, AsyncClient(server.url, retry=retry) as client:
         assert [1, 2, 3, 4, 5] == await taken(client, 5, silence=0.5)
 
 
 async def test_following_outlives_an_outage() -> None:
     """Refusals that pass are waited for, as long as they ask."""
     steps = (stream(sent(1)), refused(503, "corpus-away", retry_after="1"), lost, stream(sent(2), open_end=True))
-    async with scripted(*steps) as server, FiqClient(server.url, patience=QUICK) as client:
+    async with scripted(*steps) as server, AsyncClient(server.url, retry=QUICK) as client:
         assert [1, 2] == await taken(client, 2)
     assert server.seen[2].at - server.seen[1].at >= 1
 
@@ -158,7 +158,7 @@ async def test_following_outlives_an_outage() -> None:
 @pytest.mark.parametrize("failure", [lost, refused(429, "too-many-followers"), silent], ids=["lost", "429", "silent"])
 async def test_following_gives_up_after_the_deadline_without_a_word(failure: Step) -> None:
     """Somebody must hear that nothing comes any more."""
-    async with scripted(failure) as server, FiqClient(server.url, patience=SHORT) as client:
+    async with scripted(failure) as server, AsyncClient(server.url, retry=SHORT) as client:
         with pytest.raises(GaveUpError) as caught:
             await taken(client, 1, silence=0.1)
     assert not caught.value.may_be_stored
@@ -176,7 +176,7 @@ async def test_following_gives_up_after_the_deadline_without_a_word(failure: Ste
 )
 async def test_what_will_not_pass_ends_following_at_once(answer: Step, error: type[Exception]) -> None:
     """As it ends a post."""
-    async with scripted(answer) as server, FiqClient(server.url, patience=QUICK) as client:
+    async with scripted(answer) as server, AsyncClient(server.url, retry=QUICK) as client:
         with pytest.raises(error):
             await taken(client, 1)
     assert 1 == len(server.seen)
@@ -184,7 +184,7 @@ async def test_what_will_not_pass_ends_following_at_once(answer: Step, error: ty
 
 async def test_whoever_has_enough_lets_the_connection_go() -> None:
     """A cancelled follower leaves nothing behind."""
-    async with scripted(stream(sent(1), open_end=True)) as server, FiqClient(server.url) as client:
+    async with scripted(stream(sent(1), open_end=True)) as server, AsyncClient(server.url) as client:
         task = asyncio.create_task(taken(client, 2))
         await eventually(lambda: server.seen)
         task.cancel()

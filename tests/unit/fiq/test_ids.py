@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiq.errors import InvalidIdError
-from fiq.ids import (
+from fiq.event import (
     bare_key,
     check_consultation_id,
     event_id_from_key,

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiq.event import Event
-from fiq.ids import new_event_id
+from fiq.event import Event, new_event_id
 from services.ingest import problems
 from services.ingest.metrics import Metrics
 from services.ingest.pressure import Pressure
