@@ -26,6 +26,8 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	$(PIP) install --require-hashes -r requirements/dev.txt
 	@touch $@
 
+install: $(VENV)/.run ## install fiq into .venv
+
 demo: $(VENV)/.run ## run the pipeline on an embedded cluster, kill parts of it, verify the corpus
 	$(BIN)/fiq demo $(ARGS)
 
@@ -66,4 +68,4 @@ LOCK := -q --universal --python-version 3.11 --generate-hashes --no-emit-index-u
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
-.PHONY: help demo test torture check format bench bench-corpus bench-soak lock clean
+.PHONY: help install demo test torture check format bench bench-corpus bench-soak lock clean

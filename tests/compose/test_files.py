@@ -27,7 +27,7 @@ HOST = {
     "NODE_ROUTES": '["nats://a.example:6222"]',
     "FI_LOG_URL": "nats://a.example:4222",
 }
-DEPLOY = ROOT / "docs" / "deploy.md"
+DEPLOY = ROOT / "docs" / "deploy-several-hosts.md"
 SECURITY = ROOT / "docs" / "security.md"
 FILES = ("compose.yaml", "compose.host.yaml")
 #: what says which images run; the first two on each of several hosts
@@ -171,7 +171,7 @@ def test_each_persister_of_a_host_has_a_port_for_its_metrics(engine: None, folde
 
 
 def test_a_host_without_a_node_starts_ingest_and_persisters_alone(engine: None, folder: Path) -> None:
-    """With the variables and the command of docs/deploy.md; what the node would need is not looked for."""
+    """With the variables and the command of docs/deploy-several-hosts.md; what the node would need is not looked for."""
     section = DEPLOY.read_text().partition("**A host for ingest and persisters only**")[2]
     dotenv, command = re.findall(r"```sh\n(.+?)```", section, re.DOTALL)[:2]
     told = dict(re.findall(r"^ *(\w+)=(\S*)", dotenv, re.MULTILINE))

@@ -55,7 +55,7 @@ class Hosts:
             self.equip(index)
 
     def equip(self, index: int) -> None:
-        """Lay out the folder of a host: what docs/deploy.md says to copy there, and its .env."""
+        """Lay out the folder of a host: what docs/deploy-several-hosts.md says to copy there, and its .env."""
         machine = self.machines[index]
         shutil.rmtree(machine.folder, ignore_errors=True)
         ignored = shutil.ignore_patterns("secrets", ".env")

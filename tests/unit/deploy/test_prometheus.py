@@ -88,7 +88,16 @@ def test_each_alert_says_what_is_wrong_and_where_to_read_on(alert: str) -> None:
     rule = ALERTS[alert]
     assert rule["labels"]["severity"] in {"critical", "warning"}
     assert {"summary", "description", "runbook_url"} == rule["annotations"].keys()
-    assert f"docs/runbook.md#{alert.lower()}" == rule["annotations"]["runbook_url"]
+    assert f"{{{{ $externalLabels.docs }}}}/runbook.md#{alert.lower()}" == rule["annotations"]["runbook_url"]
+
+
+def test_the_base_of_the_links_is_configurable() -> None:
+    """FIQ_DOCS_URL in .env, the address of docs/ wherever operators read it, becomes the external label `docs`."""
+    labels = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["global"]["external_labels"]
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["prometheus"]
+    assert {"docs": "${FIQ_DOCS_URL}"} == labels
+    assert {"FIQ_DOCS_URL": "${FIQ_DOCS_URL:-docs}"} == service["environment"]
+    assert "--enable-feature=expand-external-labels" in service["command"]
 
 
 def test_the_runbook_has_a_paragraph_for_each_alert_and_for_nothing_else() -> None:

@@ -15,7 +15,7 @@ from services.cli.main import app
 
 ROOT = Path(__file__).parents[3]
 #: where they stand: a document and its section
-PLACES = {"README.md": "Run it for real", "docs/deploy.md": "One host"}
+PLACES = {"README.md": "Run it for real", "docs/deploy.md": "Start"}
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
