@@ -171,7 +171,7 @@ def test_each_persister_of_a_host_has_a_port_for_its_metrics(engine: None, folde
 
 
 def test_a_host_without_a_node_starts_ingest_and_persisters_alone(engine: None, folder: Path) -> None:
-    """With the variables and the command of docs/deploy-several-hosts.md; what the node would need is not looked for."""
+    """With the variables and the command of docs/deploy-several-hosts.md, and nothing of a node."""
     section = DEPLOY.read_text().partition("**A host for ingest and persisters only**")[2]
     dotenv, command = re.findall(r"```sh\n(.+?)```", section, re.DOTALL)[:2]
     told = dict(re.findall(r"^ *(\w+)=(\S*)", dotenv, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Three hosts, as docs/deploy-several-hosts.md sets them up: one goes away and comes back, two are gone for good in turn."""
+"""Three hosts, as docs/deploy-several-hosts.md sets them up: one leaves and returns, two are gone for good in turn."""
 
 from __future__ import annotations
 
