@@ -23,7 +23,7 @@ from services.cli.console import bar
 from services.cli.errors import CommandError, NotRunningError
 from services.cli.posting import Checked, Checkpoint, Poster, Posting, Tally, check, is_regular, lines
 from services.cli.target import DEFAULT_FOLDER, StackFolder
-from services.core.lifecycle import Stop, stop_on_signals, unless_stopped
+from services.core.lifecycle import Stop, run_until_stopped, stop_on_signals
 
 #: bad lines that are printed
 _SHOWN = 20
@@ -94,7 +94,7 @@ def _post(source: IO[bytes], options: _Options, key: str, state: Path | None, fo
 
     async def run() -> int | None:
         stop_on_signals(stop)
-        return await unless_stopped(_send(source, options, key, found, tally, on_accepted), stop)
+        return await run_until_stopped(_send(source, options, key, found, tally, on_accepted), stop)
 
     with bar("posting") as show:
 

@@ -1,1 +1,1 @@
-"""What both sides of the log agree on: the event, its ids, errors, settings, logging, lifecycle."""
+"""What all services share: settings, logs, lifecycle, management endpoints, tokens, tracing, retries."""

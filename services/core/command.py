@@ -1,4 +1,4 @@
-"""The command line that every service has: ``--help`` lists its settings, ``--version``; nothing else."""
+"""What the command lines of the services share: ``--help`` with all settings, ``--version``, exit codes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 from fiq.errors import ConfigurationError, FiqError
 from services.core.settings import load, variables
 
-#: where the kernel shows a container its own limit: cgroup v2, then v1
-_FILES = ("memory.max", "memory/memory.limit_in_bytes")
-#: v1 writes a number of this order where there is no limit, bytes
+#: files with a container's memory limit: cgroup v2, then v1
+_MEMORY_FILES = ("memory.max", "memory/memory.limit_in_bytes")
+#: larger numbers mean no limit in v1, bytes
 _UNLIMITED = 2**60
 T = TypeVar("T")
 
-#: exit code of a failure that an operator must look at
+#: exit code of a failure
 EXIT_FAILURE = 1
-#: exit code of wrong settings and wrong usage, as argparse's own
+#: exit code of wrong settings and wrong usage, the same as argparse's
 EXIT_USAGE = 2
 
 _WIDTH = 100
@@ -53,12 +53,12 @@ def describe(settings: type[Any]) -> str:
     for variable in variables(settings):
         indent = "      "
         text = textwrap.fill(variable.doc, _WIDTH, initial_indent=indent, subsequent_indent=indent)
-        paragraphs.append(f"  {variable.name} (default: {shown(variable.default)})\n{text}")
+        paragraphs.append(f"  {variable.name} (default: {format_default(variable.default)})\n{text}")
     return "\n".join(paragraphs)
 
 
-def shown(default: object) -> str:
-    """Return a setting's *default* as one would write it into the environment."""
+def format_default(default: object) -> str:
+    """Return a setting's *default* as it is written in the environment."""
     if isinstance(default, bool):
         return "1" if default else "0"
     if isinstance(default, tuple):
@@ -73,11 +73,11 @@ def load_or_exit(program: str, settings: type[T], env: Mapping[str, str]) -> T:
     try:
         return load(settings, env)
     except ConfigurationError as error:
-        raise SystemExit(complain(program, error)) from None
+        raise SystemExit(report_error(program, error)) from None
 
 
-def complain(program: str, error: FiqError) -> int:
-    """Write *error* to stderr, one line for each problem, and return the exit code that belongs to it."""
+def report_error(program: str, error: FiqError) -> int:
+    """Write *error* to stderr, one line for each problem, and return the exit code."""
     if isinstance(error, ConfigurationError):
         for problem in error.problems:
             sys.stderr.write(f"{program}: {problem}\n")
@@ -87,12 +87,12 @@ def complain(program: str, error: FiqError) -> int:
 
 
 def memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the limit of the container, in bytes; None outside of one, or when it has none.
+    """Return the container's memory limit, bytes; None without one.
 
     Args:
-        root: where control groups are mounted; within a container its own group is the root.
+        root: where control groups are mounted; in a container it is the container's own group.
     """
-    for name in _FILES:
+    for name in _MEMORY_FILES:
         try:
             text = (root / name).read_text(encoding="ascii").strip()
         except OSError:

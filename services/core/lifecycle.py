@@ -1,4 +1,4 @@
-"""Starting and stopping a process: the first signal asks, the second kills (as procrastinate's signals.py does)."""
+"""Start and stop a process: the first stop signal asks, the second kills."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from services.core.signals import STOP_SIGNALS, release
-
 T = TypeVar("T")
+
+#: what asks a service to stop. A service's ``__main__`` blocks them before its imports, which take most of a second: a
+#: stop in that time would look like a failure, or be lost where the process is a container's first one.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
     """A request to stop that carries its reason.
 
-    A service waits on :meth:`wait`; a signal, a lost connection or a failed part calls :meth:`request`.
+    A service waits for it; a signal, a lost connection or a failed part calls :meth:`request`.
     """
 
     def __init__(self) -> None:
@@ -39,7 +41,7 @@ class Stop:
             self._event.set()
 
     async def wait(self) -> None:
-        """Wait until somebody asks to stop."""
+        """Wait until a stop is requested."""
         await self._event.wait()
 
     @property
@@ -48,8 +50,8 @@ class Stop:
         return int(self.failed)
 
 
-async def unless_stopped(work: Coroutine[Any, Any, T], stop: Stop) -> T | None:
-    """Run *work* until it ends, and return its result, or until a stop is requested: cancel it then, and return None.
+async def run_until_stopped(work: Coroutine[Any, Any, T], stop: Stop) -> T | None:
+    """Run *work* and return its result; when a stop is requested first, cancel it and return None.
 
     Raises Exception: what *work* raised, also while it was being cancelled.
     """
@@ -69,10 +71,10 @@ async def unless_stopped(work: Coroutine[Any, Any, T], stop: Stop) -> T | None:
 
 
 @asynccontextmanager
-async def beside(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
-    """Let *work* go on as a task called *name* beside what is done inside; cancel it at the end and wait for that.
+async def background_task(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    """Run *work* in a task called *name* while the block runs; cancel it at the end, and wait for that.
 
-    When *work* fails, the task that entered is cancelled: what is done inside does not go on without it.
+    If *work* fails, the block is cancelled.
 
     Raises Exception: what *work* failed with.
     """
@@ -87,13 +89,12 @@ async def beside(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[No
 
 
 async def cancellable(work: Awaitable[T]) -> T:
-    """Await a library's *work* without losing a cancellation in it.
+    """Await a library's *work* without losing a cancellation.
 
-    Before Python 3.12 ``asyncio.wait_for``, which nats-py's requests end in, returns its result and forgets the
-    cancellation when both come in one turn of the loop (cpython gh-86296): a task that was asked to end, once, would go
-    on for ever, and a deadline around it would never strike.
+    Before Python 3.12 ``asyncio.wait_for``, which nats-py's requests end in, returns its result and drops a
+    cancellation that arrives in the same turn of the loop (cpython gh-86296): the task would never end.
 
-    Raises asyncio.CancelledError: the calling task was cancelled meanwhile, whatever came of *work*.
+    Raises asyncio.CancelledError: the calling task was cancelled meanwhile, whatever *work* returned.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task is not None else 0
@@ -107,25 +108,17 @@ async def cancellable(work: Awaitable[T]) -> T:
 def spawn(
     tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None], name: str | None = None
 ) -> asyncio.Task[None]:
-    """Begin *work* in a task that *tasks* holds until it is done: the loop by itself may lose a running task."""
+    """Start *work* in a task that *tasks* holds until it is done: the loop alone keeps only weak references."""
     task = asyncio.create_task(work, name=name)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
 
 
-def backoff(pause: float, longest: float) -> Iterator[float]:
-    """Yield how long to wait before each further try: *pause*, then twice as long each time, up to *longest*."""
-    while True:
-        yield pause
-        pause = min(2 * pause, longest)
+def freeze_garbage() -> None:
+    """Exclude all objects of the start from garbage collection, and collect less often from now on.
 
-
-def settle() -> None:
-    """Spare the garbage collector needless work, once a service has started.
-
-    What was made at the start lives for ever. What comes later is messages by the thousand, none of them in cycles:
-    looking for cycles after every 700 of them took a tenth of a persister's time.
+    Messages form no cycles; looking for cycles after every 700 objects took a tenth of a persister's time.
     """
     gc.collect()
     gc.freeze()
@@ -135,14 +128,14 @@ def settle() -> None:
 def stop_on_signals(stop: Stop, *, notify: Callable[[str], None] | None = None) -> None:
     """Install handlers on the running loop: the first signal calls ``stop.request``, the next one kills the process.
 
-    Signals that were held (:func:`services.core.signals.hold`) are taken from here on.
+    Signals that were blocked at the start (:data:`STOP_SIGNALS`) are delivered from here on.
     """
     loop = asyncio.get_running_loop()
 
     def handle(number: signal.Signals) -> None:
         for other in STOP_SIGNALS:
             loop.remove_signal_handler(other)
-            # the kernel's own action: also a process that hangs in C code, where no Python handler runs, dies of it
+            # the kernel's own action: it also kills a process that hangs in C code, where no Python handler runs
             signal.signal(other, signal.SIG_DFL)
         if notify is not None:
             notify(number.name)
@@ -150,4 +143,4 @@ def stop_on_signals(stop: Stop, *, notify: Callable[[str], None] | None = None) 
 
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, handle, number)
-    release()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -1,6 +1,6 @@
 """Structured logs: an event name plus keys and values, one line each, never a payload.
 
-JSON lines on stdout when that is no terminal, coloured text otherwise. See structlog's "Logging Best Practices".
+JSON lines on stdout, or coloured text when stdout is a terminal. See structlog's "Logging Best Practices".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import select
 import sys
 import threading
+import time
 from typing import Any
 
 import orjson
@@ -19,6 +20,12 @@ import structlog
 
 #: a line waits at most this long for others to be written with it, seconds
 HOLD_SECONDS = 0.05
+#: log lines of one kind a second in the long run, and at once
+THROTTLE_RATE, THROTTLE_BURST = 5.0, 50
+#: the same for a failure that repeats until it is repaired
+REPEATED_RATE, REPEATED_BURST = 1 / 600, 1
+#: kinds that a throttle keeps apart; of more it forgets the oldest
+_MAX_KINDS = 1000
 
 #: the levels that FI_LOG_LEVEL takes
 LEVELS = ("debug", "info", "warning", "error")
@@ -86,12 +93,51 @@ def get_logger(name: str) -> Any:
     return structlog.get_logger(component=name)
 
 
+class LogThrottle:
+    """Bounds how many log lines of each kind are written: clients and outages must not fill a disk.
+
+    Lines that are left out are counted; the next line of their kind says how many.
+
+    Args:
+        rate: lines of a kind a second in the long run.
+        burst: lines of a kind at once.
+    """
+
+    def __init__(self, rate: float | None = None, burst: int = THROTTLE_BURST) -> None:
+        self._rate = THROTTLE_RATE if rate is None else rate
+        self._burst = burst
+        #: of each kind: lines that it may write at that time, and lines left out
+        self._kinds: dict[str, tuple[float, float, int]] = {}
+
+    @classmethod
+    def of_repeated(cls) -> LogThrottle:
+        """Make one for failures that repeat: one line each ten minutes of each reason, which is the kind."""
+        return cls(REPEATED_RATE, REPEATED_BURST)
+
+    def allow(self, kind: str) -> dict[str, int] | None:
+        """Return what a line of *kind* adds to its values, ``left_out`` if any were; None to leave it out."""
+        now = time.monotonic()
+        level, at, left_out = self._kinds.get(kind, (float(self._burst), now, 0))
+        level = min(self._burst, level + (now - at) * self._rate)
+        if level < 1:
+            self._kinds[kind] = level, now, left_out + 1
+            return None
+        self._kinds[kind] = level - 1, now, 0
+        if len(self._kinds) > _MAX_KINDS:
+            del self._kinds[next(iter(self._kinds))]
+        return {"left_out": left_out} if left_out else {}
+
+    def reset(self) -> None:
+        """Forget everything: what failed works again."""
+        self._kinds.clear()
+
+
 class _Lines:
     """Writes lines to stdout, several at once, and drops what cannot be written.
 
-    A reader of the log that went away, or a full disk behind it, must not turn an event that is stored into an error.
-    A write for each line took up to a third of ingest's time, so within an event loop lines wait a moment for others;
-    errors do not. No write is longer than a pipe takes in one piece, so the lines of several processes do not mix.
+    A full disk or a reader that went away must not turn a stored event into an error. A write for each line took up to
+    a third of ingest's time, so within an event loop lines wait a moment for others; errors do not. A write is never
+    longer than PIPE_BUF, so the lines of several processes do not mix.
     """
 
     def __init__(self) -> None:
@@ -106,7 +152,7 @@ class _Lines:
         """Write *line* soon."""
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # a thread, or before and after the loop: nobody would flush later
+        except RuntimeError:  # a thread, or no loop: there is no timer that would flush later
             loop = None
         with self._lock:
             if self._size + len(line) >= select.PIPE_BUF:
@@ -120,7 +166,7 @@ class _Lines:
                 loop.call_later(HOLD_SECONDS, self.flush)
 
     def now(self, line: bytes) -> None:
-        """Write *line* and what waits before it at once."""
+        """Write *line* at once, after those that wait."""
         self.msg(line)
         self.flush()
 
@@ -143,12 +189,12 @@ class _Lines:
 
 
 class _Forward(logging.Handler):
-    """Bring what libraries log through the standard module into the same stream of lines."""
+    """Writes what libraries log through the standard module as lines of ours."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write *record* without its exception's text, which could quote data."""
         kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
-        # asyncio puts the repr of what it was about, exceptions with their texts among it, behind the first line
+        # after its first line asyncio puts reprs, which may hold exceptions with their texts
         message = record.getMessage().partition("\n")[0]
         values = {"message": message, "error": kind}
         get_logger(record.name).log(record.levelno, "LIBRARY", **{k: v for k, v in values.items() if v is not None})

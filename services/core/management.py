@@ -1,7 +1,7 @@
-"""The endpoints that every service has: ``/healthz``, ``/readyz`` and ``/metrics``.
+"""The management endpoints of every service: ``/healthz``, ``/readyz`` and ``/metrics``.
 
-``/healthz`` says that the event loop turns: 503 when its last tick is overdue. ``/readyz`` says that the work can be
-done now, and if not, why, and which process says so. ``/metrics`` is the Prometheus text format.
+``/healthz`` answers 503 when the event loop is blocked. ``/readyz`` answers 503, with the reasons and the process id,
+while the service cannot work. ``/metrics`` is the Prometheus text format.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from fiq.errors import BindError, FiqError
-from services.core.lifecycle import beside
+from services.core.lifecycle import background_task
 
-#: how often the loop says that it turns, seconds
+#: between two ticks of the event loop, seconds
 TICK_SECONDS = 0.5
-#: a tick that is overdue by more than this means that the loop is blocked, seconds
+#: a tick that is late by more than this means that the loop is blocked, seconds
 OVERDUE_SECONDS = 5.0
-#: what an answer gets to be written when the listener ends, seconds
+#: for answers that are being written when the listener closes, seconds
 _FLUSH_SECONDS = 0.5
 
 #: returns the reasons why the service is not ready; none means ready
@@ -33,14 +33,14 @@ ReadinessCheck = Callable[[], Awaitable[list[str]]]
 
 
 class Heartbeat:
-    """Measures how late the event loop is."""
+    """Measures how late the event loop is; tick with :meth:`run`."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     @property
     def late_seconds(self) -> float:
-        """Seconds by which the next tick is overdue."""
+        """Seconds by which the next tick is late."""
         return max(0.0, time.monotonic() - self._last - TICK_SECONDS)
 
     async def run(self) -> None:
@@ -51,9 +51,9 @@ class Heartbeat:
 
 
 class CachedCheck:
-    """Ask *check* at most once in *seconds*, and give it up after *timeout* seconds.
+    """Calls *check* at most once in *seconds*, and gives up after *timeout* seconds.
 
-    However many probes come, and however silent the broker is: each gets its answer in time, the broker one question.
+    So each of many probes gets its answer in time, and the log gets one question.
     """
 
     def __init__(self, check: ReadinessCheck, *, seconds: float, timeout: float) -> None:
@@ -83,27 +83,26 @@ class CachedCheck:
 
 
 def bind(host: str, port: int, variables: str) -> socket.socket:
-    """Return a socket bound to *host* and *port*, not listening yet: clients are refused until the service can serve.
+    """Return a socket bound to *host* and *port* that does not listen yet, so clients are refused.
 
     Args:
         host: an address of this host.
         port: 0 takes a free one.
-        variables: the settings that *host* and *port* come from, for the message.
+        variables: the settings of *host* and *port*, for the message.
 
-    Raises BindError: the port is taken, or the address is none of this host.
+    Raises BindError: the port is taken, or the address belongs to another host.
     """
+    sock: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise BindError(f"cannot listen on {host}:{port} ({variables}): {error.strerror or error}") from error
-    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         raise BindError(f"cannot listen on {host}:{port} ({variables}): {error.strerror or error}") from error
     return sock
 
@@ -113,8 +112,8 @@ def add_management_routes(app: web.Application, registry: CollectorRegistry, rea
 
     Args:
         app: the aiohttp application.
-        registry: what ``/metrics`` shows.
-        ready: called for each ``/readyz``; must be quick, as probes wait for it.
+        registry: of ``/metrics``.
+        ready: called for each ``/readyz``; must be quick.
     """
     heartbeat = Heartbeat()
 
@@ -133,7 +132,7 @@ def add_management_routes(app: web.Application, registry: CollectorRegistry, rea
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def beat(_: web.Application) -> AsyncIterator[None]:
-        async with beside(heartbeat.run(), "heartbeat"):
+        async with background_task(heartbeat.run(), "heartbeat"):
             yield
 
     app.router.add_get("/healthz", healthz)
@@ -143,18 +142,18 @@ def add_management_routes(app: web.Application, registry: CollectorRegistry, rea
 
 
 @asynccontextmanager
-async def managed(
+async def serve_management(
     sock: socket.socket, registry: CollectorRegistry, ready: ReadinessCheck, variables: str
 ) -> AsyncIterator[None]:
-    """Serve the three endpoints, and nothing else, on a listener of their own; *sock* is closed at the end.
+    """Serve the three endpoints on a listener of their own; *sock* is closed at the end.
 
-    They have no authentication: whoever reaches them may ask, and none of them tells anything of an event.
+    They have no authentication, and show nothing of events.
 
     Args:
         sock: bound, see :func:`bind`.
-        registry: what ``/metrics`` shows.
+        registry: of ``/metrics``.
         ready: called for each ``/readyz``.
-        variables: the settings that the address comes from, for the message.
+        variables: the settings of the address, for the message.
 
     Raises BindError: another process took the port in the meantime.
     """

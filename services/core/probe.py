@@ -1,6 +1,6 @@
 """Ask whether a service is healthy: ``python -m services.core.probe URL…``, for containers without curl.
 
-It imports nothing that takes time to load, as it runs every few seconds in every container.
+It runs every few seconds in every container, so it imports nothing that takes time to load.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import sys
 
 #: seconds for the whole answer
 TIMEOUT = 4.0
-#: as much of an answer is shown, bytes
-_SHOWN = 512
+#: part of an answer that is printed, bytes
+_MAX_SHOWN = 512
 
 
 def main(urls: list[str]) -> int:
-    """Return 0 when one of *urls* answers 200; otherwise 1, and print what each said."""
-    said = []
+    """Return 0 if one of *urls* answers 200; otherwise 1, and print the answer of each."""
+    answers = []
     for url in urls:
         answer = ask(url)
         if answer.startswith("200 "):
             return 0
-        said.append(f"{url}: {answer}")
-    sys.stderr.write("\n".join(said or ["usage: probe URL…"]) + "\n")
+        answers.append(f"{url}: {answer}")
+    sys.stderr.write("\n".join(answers or ["usage: probe URL…"]) + "\n")
     return 1
 
 
@@ -35,7 +35,7 @@ def ask(url: str, timeout: float = TIMEOUT) -> str:
         with socket.create_connection((name, int(port)), timeout) as connection:
             connection.sendall(request.encode())
             with connection.makefile("rb") as file:
-                head, _, body = file.read(_SHOWN).partition(b"\r\n\r\n")
+                head, _, body = file.read(_MAX_SHOWN).partition(b"\r\n\r\n")
     except (OSError, ValueError) as error:
         return str(error)
     status = head.partition(b"\r\n")[0].partition(b" ")[2]

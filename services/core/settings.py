@@ -9,7 +9,7 @@
 
     settings = load(Settings, os.environ)
 
-The idea is that of starlette's ``config.py``; here all problems are reported at once.
+All problems are reported at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """What a test, ``--help`` or a manual needs to know of a setting.
+    """A setting as ``--help``, tests and documentation need it.
 
     Attributes:
         name: of the environment variable.
@@ -61,7 +61,7 @@ def nested(cls: type[T]) -> T:
 def load(cls: type[T], env: Mapping[str, str]) -> T:
     """Build *cls* from *env*.
 
-    Raises ConfigurationError: at least one variable is malformed; it names each, with its value and what is expected.
+    Raises ConfigurationError: variables are malformed; it names each, its value and what is expected.
     """
     problems: list[str] = []
     result = _load(cls, env, problems)

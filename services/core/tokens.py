@@ -1,7 +1,7 @@
-"""API tokens: what a line of the token file says, and what its bearer may do.
+"""API tokens and the token file.
 
-A line is ``name sha256 scopes prefix [expiry]``; ``#`` begins a comment. The file has only hashes, so whoever reads it
-can use none of them. A token is 32 random bytes: there is nothing to guess, so one round of SHA-256 is enough.
+A line of the file is ``name sha256 scopes prefix [expiry]``; ``#`` begins a comment. The file holds hashes only, so a
+reader of the file gets no token. A token is 32 random bytes and cannot be guessed, so one round of SHA-256 is enough.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from enum import StrEnum
 
 from fiq.errors import ConfigurationError
 
-#: the first line of a file that the product writes: also one without a token is not empty, as a cut-off one is
+#: first line of a file that the product writes: a file without tokens is not empty, a truncated one is
 HEADER = "# name, SHA-256 of the token, scopes, prefix of the ids, end"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -26,7 +26,7 @@ _NEVER = "-"
 
 
 class Scope(StrEnum):
-    """What a token is for; ``admin`` includes the others."""
+    """What a token allows; ``admin`` includes the others."""
 
     READ = "read"
     WRITE = "write"
@@ -38,11 +38,11 @@ class Token:
     """One line of the file.
 
     Attributes:
-        name: for people, logs and metrics; unique in its file.
+        name: shown in logs; unique in its file.
         digest: SHA-256 of the token, in hexadecimal.
-        scopes: what it is for.
-        prefix: what the ids of its consultations begin with; empty for all of them.
-        expires: when it ends, in UTC, or None.
+        scopes: what it allows.
+        prefix: of the ids of its consultations; empty for all of them.
+        expires: UTC, or None.
     """
 
     name: str
@@ -52,37 +52,37 @@ class Token:
     expires: datetime | None = None
 
     def may(self, scope: Scope, consultation: str | None = None) -> bool:
-        """Say whether it is for *scope*, and for *consultation* where one is named; its end is not looked at."""
+        """Return whether it allows *scope*, and *consultation* where one is given; its expiry is not checked."""
         if scope not in self.scopes and Scope.ADMIN not in self.scopes:
             return False
         return consultation is None or consultation.startswith(self.prefix)
 
     def line(self) -> str:
-        """Return its line, as :func:`parse` reads it."""
+        """Return its line of the file."""
         scopes = ",".join(scope for scope in Scope if scope in self.scopes)
         end = _NEVER if self.expires is None else self.expires.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return f"{self.name} {self.digest} {scopes} {self.prefix}* {end}"
 
 
 def new_secret() -> str:
-    """Make what a client sends: 43 random characters of base64url."""
+    """Make a token: 43 random characters of base64url."""
     return secrets.token_urlsafe(_RANDOM_BYTES)
 
 
 def digest_of(secret: str) -> str:
-    """Return what the file has in the place of *secret*."""
+    """Return the digest of the token *secret*."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def check_name(name: str) -> str:
-    """Return *name* when a token may have it. Raises ValueError: it may not."""
+    """Return *name*. Raises ValueError: it is no valid name of a token."""
     if _NAME.fullmatch(name) is None or name.startswith("."):
-        raise ValueError("a name is 1 to 64 characters of A-Z a-z 0-9 _ - . and begins with no dot")
+        raise ValueError("a name is 1 to 64 characters of A-Z a-z 0-9 _ - . and does not begin with a dot")
     return name
 
 
 def parse_scopes(value: str) -> frozenset[Scope]:
-    """Read ``read,write``. Raises ValueError: there is none, or another one."""
+    """Parse scopes such as ``read,write``. Raises ValueError: malformed."""
     try:
         return frozenset(Scope(part.strip()) for part in value.split(","))
     except ValueError:
@@ -90,39 +90,37 @@ def parse_scopes(value: str) -> frozenset[Scope]:
 
 
 def parse_prefix(value: str) -> str:
-    """Read ``visit-*``; ``*`` is every consultation. Raises ValueError: it has another form."""
+    """Parse a prefix such as ``visit-*``; ``*`` is every consultation. Raises ValueError: malformed."""
     if _PREFIX.fullmatch(value) is None:
-        raise ValueError("a prefix is up to 128 characters of A-Z a-z 0-9 _ - with a * behind")
+        raise ValueError("a prefix is up to 128 characters of A-Z a-z 0-9 _ - followed by *")
     return value[:-1]
 
 
 def parse_expiry(value: str) -> datetime | None:
-    """Read ``2027-01-31`` or ``2027-01-31T12:00:00Z``, or ``-`` for never.
+    """Parse ``2027-01-31``, ``2027-01-31T12:00:00Z`` or ``-`` for never.
 
-    Raises ValueError: it has another form, or is a time without its zone.
+    Raises ValueError: malformed, or a time without a time zone.
     """
     if value == _NEVER:
         return None
     try:
         found = datetime.fromisoformat(value)
     except ValueError:
-        raise ValueError("an end is a date, a time such as 2027-01-31T12:00:00Z, or -") from None
+        raise ValueError("an expiry is a date, a time such as 2027-01-31T12:00:00Z, or -") from None
     if found.tzinfo is None:
         if "T" in value:
-            raise ValueError("an end with a time of day needs its zone, such as Z")
+            raise ValueError("an expiry with a time of day needs a time zone, such as Z")
         found = found.replace(tzinfo=UTC)
     try:
         return found.astimezone(UTC)
     except OverflowError:
-        raise ValueError("an end lies within the years 1 to 9999") from None
+        raise ValueError("an expiry lies within the years 1 to 9999") from None
 
 
 def parse(text: str) -> dict[str, Token]:
-    """Read a token file; return its tokens by their digests.
+    """Parse a token file; return its tokens by their digests.
 
-    Raises:
-        ConfigurationError: at least one line is none, or the file is empty as only a cut-off one is. It names the lines
-            by their numbers, and quotes nothing of them.
+    Raises ConfigurationError: a line is malformed, or the file is empty (truncated). It gives line numbers, never text.
     """
     if not text.strip():
         raise ConfigurationError(["the token file is empty: make a token with  fiq token new"])
@@ -136,7 +134,7 @@ def parse(text: str) -> dict[str, Token]:
         try:
             token = _token(words)
             if token.name in names or token.digest in found:
-                raise ValueError("the name or the token stands there twice")
+                raise ValueError("the name or the token is there twice")
         except ValueError as error:
             problems.append(f"line {number} of the token file: {error}")
             continue
@@ -155,7 +153,7 @@ def render(tokens: Mapping[str, Token] | Iterable[Token]) -> str:
 
 def _token(words: list[str]) -> Token:
     if len(words) not in {4, 5}:
-        raise ValueError("expected: name, SHA-256, scopes, prefix, and an end where it has one")
+        raise ValueError("expected: name, SHA-256, scopes, prefix, and optionally an expiry")
     if _DIGEST.fullmatch(words[1]) is None:
         raise ValueError("a SHA-256 is 64 lower-case hexadecimal digits")
     expires = parse_expiry(words[4]) if len(words) == 5 else None

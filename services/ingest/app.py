@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from services.core.lifecycle import beside
+from services.core.lifecycle import background_task
 from services.core.management import CachedCheck, ReadinessCheck
 from services.core.tokens import Scope
 from services.core.tracing import Spans
@@ -229,7 +229,7 @@ def _beside(
     """Return a cleanup context of aiohttp that lets *run* go on for as long as the application does."""
 
     async def context(_: web.Application) -> AsyncIterator[None]:
-        async with beside(run(), name):
+        async with background_task(run(), name):
             yield
 
     return context

@@ -9,7 +9,7 @@ import uvloop
 
 from fiq.errors import FiqError
 from services.core import logs
-from services.core.command import complain, load_or_exit, memory_limit, parser, product_version
+from services.core.command import load_or_exit, memory_limit, parser, product_version, report_error
 from services.core.lifecycle import Stop, stop_on_signals
 from services.ingest import connections
 from services.ingest.settings import Settings
@@ -36,17 +36,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return uvloop.run(_run(bounded))
     except FiqError as error:
-        return complain(PROGRAM, error)
+        return report_error(PROGRAM, error)
 
 
 async def _run(settings: Settings) -> int:
     stop = Stop()
     stop_on_signals(stop)
     # only now: these imports take a while, and from here on a signal ends the process in an orderly way
-    from services.core.tracing import spans_of
+    from services.core.tracing import open_spans
     from services.ingest.service import serve
 
-    with spans_of(PROGRAM, os.environ) as spans:
+    with open_spans(PROGRAM, os.environ) as spans:
         await serve(settings, stop, version=product_version(), spans=spans)
     return stop.exit_code
 

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fiq.errors import ConfigurationError
-from services.core.lifecycle import Stop, settle, unless_stopped
+from services.core.lifecycle import Stop, freeze_garbage, run_until_stopped
 from services.core.logs import get_logger
-from services.core.management import bind, managed
+from services.core.management import bind, serve_management
 from services.core.tracing import Spans
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS
@@ -67,16 +67,16 @@ async def _serve(
 
     async def run() -> None:  # in one task, which is cancelled when something that goes on beside it fails
         await server.start()
-        settle()
+        freeze_garbage()
         host, port = sock.getsockname()[:2]
         where = {"host": host, "port": port, "management_port": management.getsockname()[1], "tls": TLS in app}
         log.info("INGEST_STARTED", **where, version=version)
         await asyncio.Event().wait()
 
     # first and last: probes learn why nothing is served yet, and what is still in flight
-    async with managed(management, app[METRICS].registry, app[READY], _MANAGEMENT):
+    async with serve_management(management, app[METRICS].registry, app[READY], _MANAGEMENT):
         try:
-            await unless_stopped(run(), stop)
+            await run_until_stopped(run(), stop)
             log.info("INGEST_STOPPING", reason=stop.reason)
         finally:
             await server.stop()

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
-from services.core import signals
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Persist until a signal comes, and return the exit code."""
-    from services.persister import command  # not above: a signal must find the process holding it
-
-    return command.main(arguments)
-
-
 if __name__ == "__main__":
-    signals.hold()
+    # before the imports, which take most of a second: a stop waits until the service can take it (core.lifecycle)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    from services.persister.command import main
+
     sys.exit(main())

@@ -9,7 +9,7 @@ import uvloop
 
 from fiq.errors import ConfigurationError, FiqError
 from services.core import logs
-from services.core.command import complain, load_or_exit, memory_limit, parser
+from services.core.command import load_or_exit, memory_limit, parser, report_error
 from services.core.lifecycle import Stop, stop_on_signals
 from services.persister.memory import needed_bytes, variables, within
 from services.persister.settings import PersisterSettings
@@ -26,13 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     settings = load_or_exit(PROGRAM, PersisterSettings, os.environ)
     if settings.port + options.workers - 1 > MAX_PORT:
-        return complain(PROGRAM, ConfigurationError([f"FI_PERSISTER_PORT={settings.port}: no {options.workers} ports"]))
+        return report_error(
+            PROGRAM, ConfigurationError([f"FI_PERSISTER_PORT={settings.port}: no {options.workers} ports"])
+        )
     logs.configure("persister", level=settings.log_level)
     bounded = _bounded(settings, options.workers)
     try:
         return uvloop.run(_run(bounded, options))
     except FiqError as error:
-        return complain(PROGRAM, error)
+        return report_error(PROGRAM, error)
 
 
 def _bounded(settings: PersisterSettings, workers: int) -> PersisterSettings:
@@ -67,13 +69,13 @@ async def _run(settings: PersisterSettings, options: argparse.Namespace) -> int:
 
         await Supervisor(options.workers, port=settings.port, env=os.environ | variables(settings), stop=stop).run()
     else:
-        from services.core.tracing import spans_of
+        from services.core.tracing import open_spans
         from services.persister.service import serve
         from services.persister.supervisor import stop_with_parent
 
         if options.worker_of is not None:
             stop_with_parent(options.worker_of)
-        with spans_of(PROGRAM, os.environ) as spans:
+        with open_spans(PROGRAM, os.environ) as spans:
             await serve(settings, stop, spans=spans)
     return stop.exit_code
 

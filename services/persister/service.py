@@ -19,7 +19,7 @@ from aiohttp import web
 from fiq.corpus import KnownIds, StoreOptions
 from fiq.errors import BindError
 from services.core.command import product_version
-from services.core.lifecycle import Stop, beside, cancellable, settle, unless_stopped
+from services.core.lifecycle import Stop, background_task, cancellable, freeze_garbage, run_until_stopped
 from services.core.logs import get_logger
 from services.core.management import ReadinessCheck, add_management_routes, bind
 from services.core.tracing import Spans
@@ -83,7 +83,7 @@ async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None 
                 nc, identity = reached
                 deployment = Deployment(volume, settings.volumes, settings.log, identity)
                 try:
-                    settle()
+                    freeze_garbage()
                     log.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
                     async with monitoring(nc, settings.log, metrics.log) as monitor:
                         await _persist(nc, settings, port, deployment, metrics, traces, readiness, monitor, stop)
@@ -112,7 +112,7 @@ async def _reached(settings: PersisterSettings, stop: Stop) -> tuple[Connection,
         stop.request(reason, failed=True)
 
     reaching = reach_log(settings.log, name="fi-persister", role=Role.PERSISTER, on_closed=lost)
-    return await unless_stopped(reaching, stop)
+    return await run_until_stopped(reaching, stop)
 
 
 async def _persist(
@@ -138,11 +138,13 @@ async def _persist(
         members.join()
         readiness.coordinator = coordinator
         try:
-            async with beside(desk.run(), "answering"):  # its last call in the HDF5 thread comes before that ends
+            async with background_task(
+                desk.run(), "answering"
+            ):  # its last call in the HDF5 thread comes before that ends
                 try:
                     announced = _announced(nc, volume, members.name, f"{settings.host}:{port}", coordinator, monitor)
                     trimming = _trimming(nc, volume.store, settings.retention, coordinator, monitor, metrics)
-                    await unless_stopped(_run(announced, trimming, rounds, coordinator), stop)
+                    await run_until_stopped(_run(announced, trimming, rounds, coordinator), stop)
                 finally:
                     get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
                     await coordinator.stop()
@@ -156,7 +158,7 @@ async def _run(
     rounds: Rounds,
     coordinator: Coordinator,
 ) -> None:
-    async with beside(trimming, "trim"), announced:
+    async with background_task(trimming, "trim"), announced:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(rounds.run(), name="rounds")
@@ -285,7 +287,7 @@ async def _announced(
         )
     )
     try:
-        async with beside(tell(), "progress"):
+        async with background_task(tell(), "progress"):
             yield
     finally:
         # the connection may be gone, and the service with it

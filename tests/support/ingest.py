@@ -15,7 +15,7 @@ from aiohttp import ClientSession
 from aiohttp.web import Application
 
 from fiq.event import Event
-from services.core.management import bind, managed
+from services.core.management import bind, serve_management
 from services.core.tracing import Spans
 from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS, SETTINGS
@@ -292,10 +292,11 @@ async def running_edge(
     app = make_app(values, log.open, spans)
     extend(app)
     sock = bind(values.host, values.port, "FI_HOST, FI_PORT")
-    management = bind(values.management_host, values.management_port, "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT")
+    variables = "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"
+    management = bind(values.management_host, values.management_port, variables)
     ports = sock.getsockname()[1], management.getsockname()[1]
     server = HttpServer(app, sock, grace=values.shutdown_grace)
-    async with managed(management, app[METRICS].registry, app[READY], "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"):
+    async with serve_management(management, app[METRICS].registry, app[READY], variables):
         await server.start()
         try:
             async with ClientSession() as client:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.core.command import shown
+from services.core.command import format_default
 from services.core.settings import Variable, variables
 from services.ingest.settings import Settings
 from services.log.settings import LogSettings
@@ -21,7 +21,7 @@ VARIABLES = {variable.name: variable for cls in CLASSES for variable in variable
 @pytest.mark.parametrize("variable", VARIABLES.values(), ids=VARIABLES.keys())
 def test_each_setting_is_documented_with_its_default(variable: Variable) -> None:
     """Name, default and meaning stand in one row, word for word."""
-    row = f"| `{variable.name}` | `{shown(variable.default)}` | {variable.doc} |"
+    row = f"| `{variable.name}` | `{format_default(variable.default)}` | {variable.doc} |"
     assert row in DOCS.read_text().splitlines()
 
 

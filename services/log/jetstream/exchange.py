@@ -18,7 +18,7 @@ import nats.errors
 import orjson
 from nats.aio.client import Client
 
-from services.core.lifecycle import backoff
+from services.core.retry import backoff
 from services.log.errors import LogFullError, LogRefusedError, LogUnavailableError
 from services.log.jetstream.api import is_transient
 from services.log.jetstream.connection import PENDING_BYTES

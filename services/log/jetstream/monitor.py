@@ -33,7 +33,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from fiq.errors import FiqError
-from services.core.lifecycle import beside
+from services.core.lifecycle import background_task
 from services.core.logs import get_logger
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
@@ -457,7 +457,7 @@ async def monitoring(nc: Client, settings: LogSettings, metrics: LogMetrics) -> 
     """Watch the log while the body runs."""
     monitor = LogMonitor(nc, settings, metrics)
     try:
-        async with beside(monitor.run(), "log monitor"):
+        async with background_task(monitor.run(), "log monitor"):
             yield monitor
     finally:
         await monitor.close()

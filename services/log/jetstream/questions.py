@@ -37,7 +37,8 @@ from nats.aio.msg import Msg
 
 from fiq.errors import InvalidIdError
 from fiq.event import check_consultation_id
-from services.core.lifecycle import backoff, cancellable
+from services.core.lifecycle import cancellable
+from services.core.retry import backoff
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.log.jetstream.names import corpus_subject
 from services.log.partitions import partition_name

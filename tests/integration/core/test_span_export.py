@@ -14,9 +14,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from structlog.testing import capture_logs
 
 from fiq.errors import ConfigurationError
-from services.core import otel
-from services.core.otel import OtelSpans, exporting
-from services.core.tracing import spans_of
+from services.core import tracing
+from services.core.tracing import Spans, open_spans
 
 ENDPOINT = "http://127.0.0.1:9"
 
@@ -36,21 +35,20 @@ ENDPOINT = "http://127.0.0.1:9"
 )
 def test_the_standard_variables_ask_for_spans(env: dict[str, str], expected: bool) -> None:
     """Those that every service with OpenTelemetry knows."""
-    with spans_of("fiq-test", env) as spans:
+    with open_spans("fiq-test", env) as spans:
         assert expected == (spans is not None)
 
 
 def test_an_exporter_that_there_is_not_is_a_wrong_setting() -> None:
     """Silence would look like a service that gets no requests."""
     with pytest.raises(ConfigurationError, match="OTEL_TRACES_EXPORTER='zipkin': expected otlp or none"):
-        spans_of("fiq-test", {"OTEL_TRACES_EXPORTER": "zipkin"}).__enter__()
+        open_spans("fiq-test", {"OTEL_TRACES_EXPORTER": "zipkin"}).__enter__()
 
 
 def test_without_the_packages_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the service runs without spans: they are no reason to take no events."""
-    monkeypatch.delitem(sys.modules, "services.core.otel")
-    monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
-    with capture_logs() as entries, spans_of("fiq-test", {"OTEL_TRACES_EXPORTER": "otlp"}) as spans:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
+    with capture_logs() as entries, open_spans("fiq-test", {"OTEL_TRACES_EXPORTER": "otlp"}) as spans:
         assert spans is None
     assert [("TRACING_OFF", "pip install fiq[tracing]")] == [(entry["event"], entry["reason"]) for entry in entries]
 
@@ -59,8 +57,8 @@ def test_unless_asked_for_nothing_of_it_is_imported() -> None:
     """Neither by the modules of both services nor when they look whether spans are wanted."""
     code = (
         "import sys\nimport services.ingest.service, services.persister.service\n"
-        "from services.core.tracing import spans_of\n"
-        "with spans_of('x', {}) as spans: assert spans is None\n"
+        "from services.core.tracing import open_spans\n"
+        "with open_spans('x', {}) as spans: assert spans is None\n"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -81,9 +79,9 @@ def test_a_service_has_its_program_s_name_unless_it_is_given_another(
     """By the variables that OpenTelemetry has for it."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    spans = exporting("fiq-test")
-    assert expected == spans._provider.resource.attributes["service.name"]
-    spans.close()
+    with open_spans("fiq-test", {"OTEL_TRACES_EXPORTER": "otlp"}) as spans:
+        assert spans is not None
+        assert expected == spans._provider.resource.attributes["service.name"]
 
 
 class Stuck(SpanExporter):
@@ -99,11 +97,11 @@ class Stuck(SpanExporter):
 
 def test_a_collector_that_does_not_answer_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM is followed by an end in time, whoever listens."""
-    monkeypatch.setattr(otel, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(tracing, "CLOSE_SECONDS", 0.1)
     exporter = Stuck()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    spans = OtelSpans(provider)
+    spans = Spans(provider)
     with spans.publishing("fi-events", None):
         pass
     started = time.monotonic()

@@ -11,8 +11,8 @@ import pytest
 #: a service's beginning: hold, take long, listen; it says when it has begun
 IMPORTING = """
 import sys
-from services.core import signals
-signals.hold()
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 print("held", flush=True)
 sys.stdin.read()  # the imports
 import asyncio
@@ -43,9 +43,10 @@ def test_a_stop_during_the_imports_is_taken_when_they_are_done(number: signal.Si
 def test_the_services_hold_signals_before_they_import_anything_of_weight(module: str) -> None:
     """Each import before that is time in which a stop is lost to a container's first process."""
     program = (
-        "import sys, runpy; from services.core import signals\n"
-        "def stop(): print(sorted({'asyncio', 'uvloop', 'structlog', 'nats', 'h5py'} & set(sys.modules))); sys.exit()\n"
-        f"signals.hold = stop; runpy.run_module({module!r}, run_name='__main__')"
+        "import sys, runpy, signal\n"
+        "def stop(*_):\n"
+        "    print(sorted({'asyncio', 'uvloop', 'structlog', 'nats', 'h5py'} & set(sys.modules))); sys.exit()\n"
+        f"signal.pthread_sigmask = stop; runpy.run_module({module!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "[]\n" == done.stdout

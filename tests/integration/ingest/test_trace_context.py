@@ -16,8 +16,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from structlog.testing import capture_logs
 
 from fiq.trace import Trace
-from services.core.otel import OtelSpans
 from services.core.tokens import Scope, Token, digest_of, render
+from services.core.tracing import Spans
 from services.log.errors import LogUnavailableError
 from tests.support.ingest import Edge, MemoryLog, running_edge
 
@@ -113,18 +113,18 @@ async def test_a_retry_under_another_trace_is_the_same_event(edge: Edge) -> None
 
 
 @pytest.fixture
-def spans() -> Iterator[tuple[OtelSpans, InMemorySpanExporter]]:
+def spans() -> Iterator[tuple[Spans, InMemorySpanExporter]]:
     made = recording()
     yield made
     made[0].close()
 
 
-def recording(**options: Any) -> tuple[OtelSpans, InMemorySpanExporter]:
+def recording(**options: Any) -> tuple[Spans, InMemorySpanExporter]:
     """Make spans, and what keeps them."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False, **options)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    return OtelSpans(provider), exporter
+    return Spans(provider), exporter
 
 
 def ids(span: ReadableSpan) -> tuple[str, str]:
@@ -134,7 +134,7 @@ def ids(span: ReadableSpan) -> tuple[str, str]:
     return f"{context.trace_id:032x}", f"{context.span_id:016x}"
 
 
-Recording = tuple[OtelSpans, InMemorySpanExporter]
+Recording = tuple[Spans, InMemorySpanExporter]
 
 
 async def test_a_post_is_a_span_and_its_publish_another(spans: Recording) -> None:

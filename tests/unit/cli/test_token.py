@@ -103,7 +103,7 @@ def test_a_file_of_its_own_needs_no_deployment(tmp_path: Path) -> None:
         (["new", "a/b"], "a name is"),
         (["new", "a", "--scopes", "all"], "scopes are"),
         (["new", "a", "--prefix", "a*"], "a prefix is"),
-        (["new", "a", "--expires", "soon"], "an end is"),
+        (["new", "a", "--expires", "soon"], "an expiry is"),
         (["revoke", "nobody"], "has no token called nobody"),
         (["revoke", "../x"], "a name is"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fiq.errors import ConfigurationError, PermanentError
-from services.core.command import complain, describe, load_or_exit, parser, shown
+from services.core.command import describe, format_default, load_or_exit, parser, report_error
 from services.core.settings import variables
 from services.log.settings import LogSettings
 
@@ -14,7 +14,7 @@ def test_help_names_every_setting_with_its_default() -> None:
     """Whoever has the binary has the manual."""
     text = parser("p", "d", LogSettings).format_help()
     for variable in variables(LogSettings):
-        assert f"{variable.name} (default: {shown(variable.default)})" in text
+        assert f"{variable.name} (default: {format_default(variable.default)})" in text
     assert describe(LogSettings) in text
 
 
@@ -29,8 +29,8 @@ def test_wrong_settings_end_the_process_with_2_and_a_line_each(capsys: pytest.Ca
 
 def test_the_exit_code_tells_wrong_settings_from_failures(capsys: pytest.CaptureFixture[str]) -> None:
     """A supervisor may restart after 1; after 2 it is of no use."""
-    assert complain("p", ConfigurationError(["a"])) == 2
-    assert complain("p", PermanentError("b")) == 1
+    assert report_error("p", ConfigurationError(["a"])) == 2
+    assert report_error("p", PermanentError("b")) == 1
     assert capsys.readouterr().err == "p: a\np: b\n"
 
 
@@ -39,4 +39,4 @@ def test_the_exit_code_tells_wrong_settings_from_failures(capsys: pytest.Capture
 )
 def test_defaults_are_shown_as_they_would_be_written(default: object, expected: str) -> None:
     """So that they can be copied into an environment."""
-    assert expected == shown(default)
+    assert expected == format_default(default)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from services.core.lifecycle import Stop, beside, cancellable, unless_stopped
+from services.core.lifecycle import Stop, background_task, cancellable, run_until_stopped
 
 
 async def test_the_first_reason_is_kept() -> None:
@@ -33,9 +33,9 @@ async def test_work_that_ends_by_itself_gives_its_result() -> None:
     async def failing() -> None:
         raise ValueError("no")
 
-    assert 7 == await unless_stopped(work(), Stop())
+    assert 7 == await run_until_stopped(work(), Stop())
     with pytest.raises(ValueError, match="no"):
-        await unless_stopped(failing(), Stop())
+        await run_until_stopped(failing(), Stop())
 
 
 async def test_a_stop_cancels_work_and_waits_for_its_end() -> None:
@@ -50,7 +50,7 @@ async def test_a_stop_cancels_work_and_waits_for_its_end() -> None:
             await asyncio.sleep(0)
             cleaned.append(True)
 
-    await unless_stopped(work(), stop)
+    await run_until_stopped(work(), stop)
     assert [True] == cleaned
 
 
@@ -66,7 +66,7 @@ async def test_an_error_while_work_is_being_cancelled_is_not_lost() -> None:
             raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        await unless_stopped(work(), stop)
+        await run_until_stopped(work(), stop)
 
 
 async def answered_by(answer: asyncio.Future[str]) -> str:
@@ -146,7 +146,7 @@ async def test_what_runs_beside_has_ended_when_the_block_has(fails: bool) -> Non
             said.append("ended")
 
     async def block() -> None:
-        async with beside(work(), "work"):
+        async with background_task(work(), "work"):
             await asyncio.sleep(0)
             assert ["begun"] == said
             if fails:
@@ -167,7 +167,7 @@ async def test_what_breaks_beside_ends_the_block() -> None:
         raise LookupError("broken") from ValueError("why")
 
     with pytest.raises(LookupError, match="broken") as caught:
-        async with asyncio.timeout(5), beside(work(), "work"):
+        async with asyncio.timeout(5), background_task(work(), "work"):
             await asyncio.Event().wait()
     assert isinstance(caught.value.__cause__, ValueError)
     task = asyncio.current_task()

@@ -8,7 +8,7 @@ import pytest
 
 from fiq.errors import ConfigurationError
 from services.core.settings import load
-from services.persister.__main__ import main
+from services.persister.command import main
 from services.persister.settings import PersisterSettings
 
 

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 from structlog.testing import capture_logs
 
-from services.core.otel import MAX_LINKS, OtelSpans
+from services.core.tracing import MAX_LINKS, Spans
 from services.log.protocol import Delivery
 from services.persister.runner import State
 from services.persister.traces import MAX_LINES, Traces
@@ -48,7 +48,7 @@ def exporter() -> InMemorySpanExporter:
 async def part(tmp_path: Path, stream: Stream, exporter: InMemorySpanExporter) -> AsyncIterator[Rig]:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    spans = OtelSpans(provider)
+    spans = Spans(provider)
     async with rig(tmp_path, stream, traces=Traces(spans)) as made:
         yield made
     spans.close()
