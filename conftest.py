@@ -84,8 +84,7 @@ pytest_collect_file = Sybil(
 @pytest.fixture(scope="module")
 def readme_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """A stack in ``./.fiq``, as `fiq up` makes it, in a working directory of its own."""
-    from services.cli.embedded.stack import Stack
-    from services.cli.target import StackFolder, State
+    from services.cli.embedded.stack import Stack, StackFolder
 
     _need("curl")
     before = Path.cwd()
@@ -94,7 +93,7 @@ def readme_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     home = StackFolder(place / ".fiq")
     try:
         with home.held(), Stack(place / ".fiq") as stack:
-            home.write(State.of(stack))
+            home.write(stack.state())
             yield stack
             home.clear()
     finally:

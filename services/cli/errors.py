@@ -4,14 +4,14 @@
 
     PermanentError
         CommandError                the command cannot do what was asked
-            MissingServerError      no nats-server and no nats.conf to run it with
+            MissingServerError      no nats-server, or no nats.conf for it
             ChildFailedError        a process that was started ended, or was not ready in time
-            PortTakenError          a port was taken by somebody else between the choice and the start
-            AlreadyRunningError     another fiq holds the folder
-            NotRunningError         nothing runs where the command looked
-            BackupError             a backup cannot be made, or is not what its manifest says
-            RestoreRefusedError     a backup does not fit what runs now, or where it would go
-            NotWholeError           the cluster did not get whole in time
+            PortTakenError          another process took the port before it could be used
+            AlreadyRunningError     another fiq has locked the folder
+            NotRunningError         no stack runs where the command looked
+            BackupError             a backup cannot be made, or does not match its manifest
+            RestoreRefusedError     a backup does not fit the cluster, or the directory that it would go to
+            NotReadyError           the cluster was not ready in time
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ class ChildFailedError(CommandError):
 
 
 class PortTakenError(ChildFailedError):
-    """Raised when a process could not listen because its port was taken in the meantime."""
+    """Raised when a process could not listen because another one took its port."""
 
 
 class AlreadyRunningError(CommandError):
-    """Raised when another fiq holds the folder."""
+    """Raised when another fiq has locked the folder."""
 
 
 class NotRunningError(CommandError):
-    """Raised when nothing runs where the command looked."""
+    """Raised when no stack runs where the command looked."""
 
 
 class BackupError(CommandError):
-    """Raised when a backup cannot be made, or is not what its manifest says."""
+    """Raised when a backup cannot be made, or does not match its manifest."""
 
 
 class RestoreRefusedError(CommandError):
-    """Raised when a volume cannot be put back or given up as things are, or nobody said yes; nothing was put there."""
+    """Raised when a volume cannot be restored or given up as things are, or --yes is missing; nothing was changed."""
 
 
-class NotWholeError(CommandError):
-    """Raised when the cluster did not get whole again in time: whatever was to come next was not begun."""
+class NotReadyError(CommandError):
+    """Raised when the cluster was not ready in time; the next step was not begun."""

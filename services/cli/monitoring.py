@@ -1,4 +1,4 @@
-"""What a node says of itself on its monitoring port: health, leaderships, replicas; and whether a service is ready."""
+"""What nodes and services say over HTTP: a node's health, leaderships and replicas, and whether a service is ready."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from services.cli.embedded.processes import LOOPBACK
-
-#: a node on loopback that takes longer than this is not well, seconds
+#: how long an answer on loopback may take, seconds
 TIMEOUT = 1.0
 
 
@@ -23,7 +21,7 @@ class StreamView:
 
     Attributes:
         leader: name of the node that leads it, empty during an election.
-        current: every other replica is online and up to date; only the leader's view says so.
+        current: every other replica is online and up to date; only the leader knows.
         messages: how many it holds.
         last: sequence of the last one.
     """
@@ -42,8 +40,8 @@ class NodeView:
         name: of the node.
         healthy: plain ``/healthz`` says 200: connected to a meta leader, and caught up.
         leads_meta: it leads the metadata group.
-        meta_current: members of that group which are online and up to date, itself included; only on its leader.
-        streams: by name; on the nodes that hold a replica.
+        meta_current: members of that group that are online and up to date, itself included; only on its leader.
+        streams: by name, those of which the node holds a replica.
     """
 
     name: str
@@ -53,15 +51,10 @@ class NodeView:
     streams: dict[str, StreamView] = field(default_factory=dict)
 
 
-def get(port: int, path: str) -> tuple[int, bytes]:
-    """Ask for *path* on loopback and return status and body, or (0, b"") when there is no answer."""
-    return ask(f"http://{LOOPBACK}:{port}", path)
-
-
-def ask(url: str, path: str, *, timeout: float = TIMEOUT) -> tuple[int, bytes]:
-    """Ask for *path* below *url* and return status and body, or (0, b"") when there is no answer."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or LOOPBACK, parts.port or 80, timeout=timeout)
+def get(where: str | int, path: str, *, timeout: float = TIMEOUT) -> tuple[int, bytes]:
+    """Return status and body of *path* at the URL or loopback port *where*, or (0, b"") when there is no answer."""
+    parts = urlsplit(f"http://127.0.0.1:{where}" if isinstance(where, int) else where)
+    connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port or 80, timeout=timeout)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
@@ -73,40 +66,62 @@ def ask(url: str, path: str, *, timeout: float = TIMEOUT) -> tuple[int, bytes]:
 
 
 def ready_pid(port: int) -> int | None:
-    """Return the id of the process that says on *port* that it is ready, or None when none does."""
+    """Return the process id of the service on *port* if its ``/readyz`` says that it is ready, else None."""
     status, body = get(port, "/readyz")
     if status != 200:
         return None
     try:
         pid = orjson.loads(body)["pid"]
-    except (orjson.JSONDecodeError, TypeError, KeyError):  # whoever listens there is no service of ours
+    except (orjson.JSONDecodeError, TypeError, KeyError):  # another program listens there
         return None
     return pid if isinstance(pid, int) else None
 
 
-def view(name: str, port: int, store: Path) -> NodeView:
-    """Ask the node that monitors on *port*; one with another *store* is a stranger that took the port."""
-    health, _ = get(port, "/healthz")
-    status, body = get(port, "/jsz?streams=true") if health else (0, b"")
+def view(where: str | int, *, name: str = "", store: Path | None = None) -> NodeView:
+    """Ask the node that monitors at the URL or loopback port *where*.
+
+    Args:
+        where: of the monitoring port.
+        name: of the node; by default what it says, or *where* when it does not answer.
+        store: its store; a node with another store has taken the port of the one that is meant.
+    """
+    if not name:
+        status, body = get(where, "/varz")
+        name = orjson.loads(body).get("server_name", str(where)) if status == 200 else str(where)
+    health, _ = get(where, "/healthz")
+    status, body = get(where, "/jsz?streams=true") if health else (0, b"")
     if status != 200:
         return NodeView(name)
     jsz: dict[str, Any] = orjson.loads(body)
-    if not Path(jsz.get("config", {}).get("store_dir", "")).is_relative_to(store):
+    if store is not None and not Path(jsz.get("config", {}).get("store_dir", "")).is_relative_to(store):
         return NodeView(name)
-    return _read(name, health, jsz)
+    meta = jsz.get("meta_cluster") or {}
+    current = 1 + sum(_is_current(peer) for peer in meta.get("replicas") or [])
+    accounts = jsz.get("account_details") or []
+    streams = {one["name"]: _stream(one) for account in accounts for one in account.get("stream_detail") or []}
+    return NodeView(name, health == 200, meta.get("leader") == name, current, streams)
 
 
-def whole(views: Sequence[NodeView]) -> list[str]:
-    """Return what keeps the nodes from being a whole cluster; nothing when all of them may serve, and one may go.
+def _stream(detail: dict[str, Any]) -> StreamView:
+    group, state = detail.get("cluster") or {}, detail.get("state") or {}
+    current = all(_is_current(peer) for peer in group.get("replicas") or [])
+    return StreamView(group.get("leader", ""), current, state.get("messages", 0), state.get("last_seq", 0))
 
-    Whole means: each node is healthy, a meta leader sees them all, and every replica of every stream is current.
+
+def _is_current(peer: dict[str, Any]) -> bool:
+    return bool(peer.get("current")) and not peer.get("offline")
+
+
+def problems(views: Sequence[NodeView]) -> list[str]:
+    """Return why the cluster would not survive the loss of one node just now; nothing when it would.
+
+    It does when each node is healthy, a meta leader sees them all, and every replica of every stream is current.
     """
-    ill = [f"{seen.name} is not healthy" for seen in views if not seen.healthy]
-    if ill or len(views) <= 1:
-        return ill
+    reasons = [f"{seen.name} is not healthy" for seen in views if not seen.healthy]
+    if reasons or len(views) <= 1:
+        return reasons
     if not any(seen.leads_meta and seen.meta_current == len(views) for seen in views):
         return ["no meta leader sees all nodes"]
-    reasons = []
     for name in sorted({name for seen in views for name in seen.streams}):
         leaders = [
             seen.streams[name] for seen in views if name in seen.streams and seen.streams[name].leader == seen.name
@@ -116,31 +131,3 @@ def whole(views: Sequence[NodeView]) -> list[str]:
         elif not all(stream.current for stream in leaders):
             reasons.append(f"not every replica of stream {name} is current")
     return reasons
-
-
-def view_at(url: str) -> NodeView:
-    """Ask the node whose monitoring port is at *url*; one that does not answer is called by its URL."""
-    status, body = ask(url, "/varz")
-    name = orjson.loads(body).get("server_name", url) if status == 200 else url
-    health, _ = ask(url, "/healthz")
-    status, body = ask(url, "/jsz?streams=true") if health else (0, b"")
-    return _read(name, health, orjson.loads(body)) if status == 200 else NodeView(name)
-
-
-def _read(name: str, health: int, jsz: dict[str, Any]) -> NodeView:
-    meta = jsz.get("meta_cluster") or {}
-    members = [_is_current(peer) for peer in meta.get("replicas") or []]
-    accounts = jsz.get("account_details") or []
-    streams = {one["name"]: _stream(one) for account in accounts for one in account.get("stream_detail") or []}
-    return NodeView(name, health == 200, meta.get("leader") == name, sum(members) + 1, streams)
-
-
-def _stream(detail: dict[str, Any]) -> StreamView:
-    group = detail.get("cluster") or {}
-    state = detail.get("state") or {}
-    current = all(_is_current(peer) for peer in group.get("replicas") or [])
-    return StreamView(group.get("leader", ""), current, state.get("messages", 0), state.get("last_seq", 0))
-
-
-def _is_current(peer: dict[str, Any]) -> bool:
-    return bool(peer.get("current")) and not peer.get("offline")

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from nats.aio.client import Client
 
 from services.cli import monitoring
-from services.cli.target import State, Target, connected
+from services.cli.embedded.stack import State
+from services.cli.target import Target, connected
 from services.log.errors import LogUnavailableError
 from services.log.jetstream import names
 from services.log.jetstream.monitor import LogState, PartitionState, look_once
@@ -160,8 +160,7 @@ def _condition(replica: ReplicaReport) -> str:
 
 
 def _is_healthy(url: str) -> bool:
-    port = urlsplit(url).port
-    return port is not None and monitoring.get(port, "/healthz")[0] == 200
+    return monitoring.get(url, "/healthz")[0] == 200
 
 
 async def ask_workers(connection: Client, state: State | None) -> list[Worker]:

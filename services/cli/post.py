@@ -20,9 +20,9 @@ from fiq.client import AsyncClient, RetryPolicy
 from fiq.errors import InvalidIdError
 from fiq.event import check_consultation_id, event_id_from_key, new_event_id
 from services.cli.console import bar
+from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder
 from services.cli.errors import CommandError, NotRunningError
 from services.cli.posting import Checked, Checkpoint, Poster, Posting, Tally, check, is_regular, lines
-from services.cli.target import DEFAULT_FOLDER, StackFolder
 from services.core.lifecycle import Stop, run_until_stopped, stop_on_signals
 
 #: bad lines that are printed

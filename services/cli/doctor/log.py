@@ -15,8 +15,8 @@ from rich.filesize import decimal
 from fiq.errors import FiqError
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
 from services.cli.doctor.nodes import clock
+from services.cli.embedded.stack import State
 from services.cli.overview import Worker, named_workers
-from services.cli.target import State
 from services.log.errors import ProvisionError
 from services.log.jetstream import names
 from services.log.jetstream.api import JetStreamApi

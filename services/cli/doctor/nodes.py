@@ -21,8 +21,8 @@ import orjson
 from cryptography import x509
 from rich.filesize import decimal
 
+from services.cli import monitoring
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
-from services.cli.monitoring import ask
 from services.log.errors import ProvisionError
 from services.log.jetstream.connection import HEADERS_BYTES
 from services.log.jetstream.provision import check_version
@@ -208,7 +208,7 @@ def monitoring_urls(given: Sequence[str], expected: Sequence[str]) -> list[str]:
 
 def get(url: str, path: str) -> tuple[int, bytes]:
     """Ask for *path* below *url*; (0, b"") when there is no answer."""
-    return ask(url, path, timeout=TIMEOUT)
+    return monitoring.get(url, path, timeout=TIMEOUT)
 
 
 def from_ports(urls: Sequence[str]) -> tuple[list[NodeState], list[str]]:

@@ -1,4 +1,9 @@
-"""The embedded cluster: real nats-server processes on loopback, with the configuration that compose uses too."""
+"""The embedded cluster: nats-server processes on loopback, with the configuration that compose uses too.
+
+``start`` chooses ports, writes ``nats.conf`` and the files that it includes into the folder, starts every node, and
+waits until all of them are healthy and every replica is current. The stores stay when the cluster stops; another one on
+the same folder continues with them, possibly on other ports. Everything blocks; coroutines use ``asyncio.to_thread``.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from services.cli.embedded.processes import LOOPBACK, ManagedProcess, find_nats_conf, find_nats_server, free_ports
+from services.cli import monitoring
+from services.cli.embedded.processes import (
+    LOOPBACK,
+    ManagedProcess,
+    find_nats_conf,
+    find_nats_server,
+    free_ports,
+    stop_together,
+)
 from services.cli.errors import ChildFailedError, PortTakenError
 from services.cli.init.files import NATS_FILES, Layout
-from services.cli.monitoring import NodeView, view
+from services.cli.monitoring import NodeView
 
 #: how long a start may take, seconds: on two busy cores an election alone takes up to ten
 START_TIMEOUT = 60.0
 #: how long a node gets to stop, seconds
 STOP_GRACE = 10.0
-#: how long a lame-duck node gets, seconds: `lame_duck_duration` of nats.conf and some more
+#: how long a lame-duck node gets, seconds: `lame_duck_duration` of nats.conf and a margin
 LAME_DUCK_GRACE = 35.0
-#: how often the ports are chosen again when somebody else took one before the node could
+#: how often ports are chosen again when another process took one before the node could listen
 _PORT_TRIES = 5
 _POLL = 0.05
 
@@ -38,11 +51,14 @@ class NodePorts:
 
 
 class Cluster:
-    """Three (or one) nats-server processes with their stores and logs in one folder.
+    """nats-server processes with their stores and logs in one folder; a context manager that starts and stops them.
 
-    The data stay when it is stopped; a cluster on the same folder goes on with them, on other ports if need be.
-    Everything blocks; coroutines call it through ``asyncio.to_thread``, any thread will do. A context manager that
-    starts and stops it.
+    Args:
+        folder: for stores and logs; made when missing.
+        nodes: 3 or more, or 1 for a single server without raft.
+        max_file_store: what streams may reserve on each node, in nats.conf's notation.
+        client_ports: fixed ports for clients, one per node; free ones are chosen otherwise.
+        security: a folder that ``fiq init`` made, for TLS and users. Without it any client on loopback may do anything.
     """
 
     def __init__(
@@ -54,18 +70,8 @@ class Cluster:
         client_ports: tuple[int, ...] = (),
         security: Path | None = None,
     ) -> None:
-        """Describe a cluster; nothing is started.
-
-        Args:
-            folder: for stores and logs; made when missing.
-            nodes: 3 or more, or 1 for a single server without raft.
-            max_file_store: what streams may reserve on each node, as nats.conf writes sizes.
-            client_ports: fixed ports for clients, one a node; free ones are chosen otherwise.
-            security: a folder that ``fiq init`` made: TLS and users as there. Without it everybody on loopback may
-                do everything.
-        """
         if client_ports and len(client_ports) != nodes:
-            raise ValueError(f"{nodes} client ports are needed, one a node")
+            raise ValueError(f"{nodes} client ports are needed, one per node")
         self.folder = folder.absolute()
         self.size = nodes
         self._max_file_store = max_file_store
@@ -74,8 +80,6 @@ class Cluster:
         self._server = find_nats_server()
         self.ports: list[NodePorts] = []
         self.nodes: list[ManagedProcess] = []
-
-    # -- addresses ----------------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
@@ -89,7 +93,7 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """Client URLs of all nodes as FI_LOG_URL takes them."""
+        """Client URLs of all nodes, in the form of FI_LOG_URL."""
         return ",".join(self.urls)
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -115,9 +119,11 @@ class Cluster:
 
     def launch(self) -> None:
         """Choose ports and start all nodes, without waiting."""
-        self._configure()
-        self.ports = self._choose_ports()
-        self.nodes = [self._describe(index) for index in range(self.size)]
+        self.write_configuration()
+        free = iter(free_ports(3 * self.size))
+        fixed = dict(enumerate(self._client_ports))
+        self.ports = [NodePorts(fixed.get(index, next(free)), next(free), next(free)) for index in range(self.size)]
+        self.nodes = [self._process(index) for index in range(self.size)]
         for node in self.nodes:
             node.start()
 
@@ -141,7 +147,7 @@ class Cluster:
         self.nodes[index].send(signal.SIGSTOP)
 
     def resume(self, index: int) -> None:
-        """Let a frozen node go on."""
+        """Continue a frozen node."""
         self.nodes[index].send(signal.SIGCONT)
 
     def running(self, index: int) -> bool:
@@ -149,14 +155,8 @@ class Cluster:
         return self.nodes[index].running
 
     def stop_all(self, grace: float = STOP_GRACE) -> None:
-        """Stop every node, all at once; kill what is left after *grace* seconds. Idempotent."""
-        for node in self.nodes:
-            node.send(signal.SIGCONT)
-            node.send(signal.SIGTERM)
-        deadline = time.monotonic() + grace
-        for node in self.nodes:
-            if not node.wait(max(0.0, deadline - time.monotonic())):
-                node.kill()
+        """Stop all nodes at the same time; kill what is left after *grace* seconds. Idempotent."""
+        stop_together(self.nodes, grace)
 
     def __enter__(self) -> Cluster:
         self.start()
@@ -168,9 +168,10 @@ class Cluster:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def views(self) -> list[NodeView]:
-        """Ask every node what it sees; a node that does not answer is `healthy=False` and empty."""
+        """Ask every node for its state; a node that does not answer is `healthy=False` and empty."""
         return [
-            view(name, ports.monitoring, self._store(name)) for name, ports in zip(self.names, self.ports, strict=True)
+            monitoring.view(ports.monitoring, name=name, store=self.folder / name)
+            for name, ports in zip(self.names, self.ports, strict=True)
         ]
 
     def meta_leader(self) -> int | None:
@@ -183,42 +184,28 @@ class Cluster:
 
     def wait_stream_leader(self, stream: str, *, timeout: float = 30.0) -> int:
         """Wait until a node leads *stream* and return its index."""
-        self._wait(lambda: self.stream_leader(stream) is not None, f"a leader of {stream}", timeout)
-        leader = self.stream_leader(stream)
-        return self.wait_stream_leader(stream, timeout=timeout) if leader is None else leader
+        deadline = time.monotonic() + timeout
+        while (leader := self.stream_leader(stream)) is None:
+            self._check_time(f"a leader of {stream}", deadline, timeout)
+        return leader
 
     def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
         """Wait until all nodes are healthy, a meta leader sees them all, and every replica of every stream is current.
 
         Raises PortTakenError: a node could not listen; ChildFailedError: a node ended, or the time is over.
         """
-        self._wait(self._is_ready, "the cluster", timeout, watch=True)
-
-    def _is_ready(self) -> bool:
-        views = self.views()
-        if not all(seen.healthy for seen in views):
-            return False
-        if self.size == 1:
-            return True
-        if not any(seen.leads_meta and seen.meta_current == self.size for seen in views):
-            return False
-        led = {name for seen in views for name, stream in seen.streams.items() if stream.leader == seen.name}
-        known = {name for seen in views for name in seen.streams}
-        return known == led and all(
-            stream.current for seen in views for stream in seen.streams.values() if stream.leader == seen.name
-        )
+        deadline = time.monotonic() + timeout
+        while monitoring.problems(self.views()):
+            self._check_alive()
+            self._check_time("the cluster", deadline, timeout)
 
     def _first(self, condition: Callable[[NodeView], bool]) -> int | None:
         return next((index for index, seen in enumerate(self.views()) if condition(seen)), None)
 
-    def _wait(self, condition: Callable[[], bool], what: str, timeout: float, *, watch: bool = False) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            if watch:
-                self._check_alive()
-            if time.monotonic() >= deadline:
-                raise ChildFailedError(f"{what} was not ready within {timeout:g} s; the logs are in {self.folder}")
-            time.sleep(_POLL)
+    def _check_time(self, what: str, deadline: float, timeout: float) -> None:
+        if time.monotonic() >= deadline:
+            raise ChildFailedError(f"{what} was not ready within {timeout:g} s; the logs are in {self.folder}")
+        time.sleep(_POLL)
 
     def _check_alive(self) -> None:
         for node in self.nodes:
@@ -229,14 +216,14 @@ class Cluster:
                 raise PortTakenError(f"node {node.name} could not listen, its port is taken:\n{tail}")
             raise ChildFailedError(f"node {node.name} ended with code {node.exit_code}:\n{tail}")
 
-    # -- set-up -------------------------------------------------------------------------------------------------------
+    # -- configuration ------------------------------------------------------------------------------------------------
 
     @property
     def _conf(self) -> Path:
         return self.folder / "nats.conf"
 
-    def _configure(self) -> None:
-        """Put the configuration into the folder, with the files that it includes: its own or the deployment's."""
+    def write_configuration(self) -> None:
+        """Put the configuration into the folder, with the files that it includes: empty ones or the deployment's."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._conf.write_bytes(find_nats_conf().read_bytes())
         included = self.folder / "security"
@@ -250,15 +237,7 @@ class Cluster:
         for name in NATS_FILES:
             (included / name).write_text("# a cluster on loopback: nothing here\n", encoding="utf-8")
 
-    def _choose_ports(self) -> list[NodePorts]:
-        free = iter(free_ports(3 * self.size))
-        fixed = dict(enumerate(self._client_ports))
-        return [NodePorts(fixed.get(index, next(free)), next(free), next(free)) for index in range(self.size)]
-
-    def _store(self, name: str) -> Path:
-        return self.folder / name
-
-    def _describe(self, index: int) -> ManagedProcess:
+    def _process(self, index: int) -> ManagedProcess:
         name, ports = self.names[index], self.ports[index]
         routes = [f"nats://{LOOPBACK}:{other.cluster}" for other in self.ports] if self.size > 1 else []
         peers = f"{LOOPBACK}:{ports.cluster if self.size > 1 else 0}"  # port 0 means no cluster
@@ -273,7 +252,7 @@ class Cluster:
             "NODE_CLUSTER_LISTEN": peers,
             "NODE_CLUSTER_ADVERTISE": peers,
             "NODE_ROUTES": json.dumps(routes),
-            "NODE_STORE_DIR": json.dumps(str(self._store(name))),
+            "NODE_STORE_DIR": json.dumps(str(self.folder / name)),
             "NODE_MAX_FILE_STORE": self._max_file_store,
         }
         if self._security is not None:

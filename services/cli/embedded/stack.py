@@ -1,30 +1,43 @@
-"""The whole pipeline on one machine: an embedded cluster, one ingest, two persisters that share one volume."""
+"""The whole pipeline on one machine: an embedded cluster, one ingest, and persisters that share one volume.
+
+:class:`Stack` starts and stops the processes; ``fiq up``, ``fiq demo`` and tests run it. Its folder holds ``cluster/``
+(the nodes' stores and logs), ``logs/`` (the services') and ``corpus/`` (the data directory); the data stay, and another
+stack on the same folder continues with them. Everything blocks; coroutines use ``asyncio.to_thread``.
+
+:class:`StackFolder` is how other commands find a running stack: ``fiq up`` holds a lock on the folder's file ``lock``
+as long as it runs, and writes ``state.json`` with addresses and process ids. A state without a locked file is stale.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+
+import orjson
 
 import services
 from services.cli import monitoring
 from services.cli.embedded.cluster import Cluster
-from services.cli.embedded.processes import LOOPBACK, ManagedProcess, free_ports, is_free
-from services.cli.errors import ChildFailedError, PortTakenError
+from services.cli.embedded.processes import LOOPBACK, ManagedProcess, free_ports, is_free, stop_together
+from services.cli.errors import AlreadyRunningError, ChildFailedError, CommandError, NotRunningError, PortTakenError
 
-#: where ingest listens when nothing else is asked for and nobody else is there
+#: where ingest listens unless another port is asked for or this one is taken
 PREFERRED_PORT = 7001
 #: how long a service may take until it is ready, seconds
 START_TIMEOUT = 60.0
-#: how long a service gets to stop, seconds: what FI_SHUTDOWN_GRACE gives it, and some more
+#: how long a service gets to stop, seconds: FI_SHUTDOWN_GRACE and a margin
 STOP_GRACE = 15.0
 _PORT_TRIES = 5
 _POLL = 0.05
+_IMPORT_ROOT = str(Path(services.__path__[0]).absolute().parent)
 
 
 @dataclass
@@ -33,7 +46,7 @@ class Service:
 
     Attributes:
         process: runs it.
-        port: of its HTTP interface; a persister has none but the management endpoints.
+        port: of its HTTP interface; a persister has only the management endpoints.
         management_port: of the management endpoints.
     """
 
@@ -43,17 +56,17 @@ class Service:
 
     @property
     def name(self) -> str:
-        """What it is called here and in its log's name."""
+        """Its name here and in the name of its log."""
         return self.process.name
 
     @property
     def url(self) -> str:
-        """Where its HTTP interface is."""
+        """URL of its HTTP interface."""
         return f"http://{LOOPBACK}:{self.port}"
 
     @property
     def management_url(self) -> str:
-        """Where its management endpoints are."""
+        """URL of its management endpoints."""
         return f"http://{LOOPBACK}:{self.management_port}"
 
     def is_ready(self) -> bool:
@@ -62,10 +75,14 @@ class Service:
 
 
 class Stack:
-    """Everything in one folder: ``cluster/`` (stores, logs), ``logs/``, ``corpus/`` (the data directory).
+    """The processes of a pipeline in one folder; a context manager that starts and stops them.
 
-    The data stay; a stack on the same folder goes on with them. Everything blocks; coroutines call it through
-    ``asyncio.to_thread``. A context manager that starts and stops.
+    Args:
+        folder: for everything that is written.
+        port: of ingest; by default 7001, or a free one when that is taken.
+        persisters: number of persister processes.
+        nodes: of the cluster: 3, or 1 for cheap tests.
+        env: settings of the services (FI_…), on top of this process's environment.
     """
 
     def __init__(
@@ -77,33 +94,14 @@ class Stack:
         nodes: int = 3,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        """Describe a stack; nothing is started.
-
-        Args:
-            folder: for everything that is written.
-            port: of ingest; by default 7001, or a free one when that is taken.
-            persisters: number of persister processes.
-            nodes: of the cluster: 3, or 1 for cheap tests.
-            env: settings of the services (FI_…), on top of this process's environment.
-        """
         self.folder = folder.absolute()
+        self.data_dir = self.folder / "corpus"
+        self.logs = self.folder / "logs"
         self.cluster = Cluster(self.folder / "cluster", nodes=nodes)
         self._fixed_port = port
         self._count = persisters
         self._env = {**os.environ, **(env or {})}
         self.services: list[Service] = []
-
-    # -- parts --------------------------------------------------------------------------------------------------------
-
-    @property
-    def data_dir(self) -> Path:
-        """The data directory of the persisters' volume."""
-        return self.folder / "corpus"
-
-    @property
-    def logs(self) -> Path:
-        """The folder of the services' logs."""
-        return self.folder / "logs"
 
     @property
     def ingest(self) -> Service:
@@ -111,14 +109,14 @@ class Stack:
         return self.services[0]
 
     @property
-    def displaced(self) -> bool:
-        """Whether ingest had to take another port than the usual one."""
-        return self._fixed_port is None and self.ingest.port != PREFERRED_PORT
-
-    @property
     def persisters(self) -> list[Service]:
         """The persisters, by index."""
         return self.services[1:]
+
+    @property
+    def usual_port_taken(self) -> bool:
+        """Whether ingest has another port than 7001, although none was asked for."""
+        return self._fixed_port is None and self.ingest.port != PREFERRED_PORT
 
     @property
     def parts(self) -> list[str]:
@@ -129,6 +127,15 @@ class Stack:
     def processes(self) -> list[ManagedProcess]:
         """All processes that were started, nodes first."""
         return [*self.cluster.nodes, *[service.process for service in self.services]]
+
+    def state(self) -> State:
+        """Return the addresses and process ids of the running stack."""
+        nodes = [
+            Member(node.name, node.pid or 0, url, f"http://{LOOPBACK}:{ports.monitoring}")
+            for node, url, ports in zip(self.cluster.nodes, self.cluster.urls, self.cluster.ports, strict=True)
+        ]
+        others = [Member(one.name, one.process.pid or 0, one.url, one.management_url) for one in self.services]
+        return State(os.getpid(), self.cluster.url, self.ingest.url, str(self.data_dir), (*nodes, *others))
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -168,8 +175,8 @@ class Stack:
         Args:
             grace: seconds for each of the three steps.
         """
-        killed = _stop_together([service.process for service in self.services[:1]], grace)
-        killed += _stop_together([service.process for service in self.services[1:]], grace)
+        killed = stop_together([service.process for service in self.services[:1]], grace)
+        killed += stop_together([service.process for service in self.services[1:]], grace)
         self.cluster.stop_all(grace)
         return killed
 
@@ -185,17 +192,15 @@ class Stack:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
 
-    # -- set-up -------------------------------------------------------------------------------------------------------
-
     def _start_services(self, on_ready: Callable[[str], None]) -> None:
         for attempt in range(1, _PORT_TRIES + 1):
-            self.services = self._describe()
+            self.services = self._new_services()
             for service in self.services:
                 service.process.start()
             try:
                 self._wait_all(self.services, START_TIMEOUT, on_ready)
             except PortTakenError:
-                _stop_together([service.process for service in self.services], grace=2.0)
+                stop_together([service.process for service in self.services], grace=2.0)
                 if attempt == _PORT_TRIES or self._fixed_port is not None:
                     raise
             else:
@@ -217,7 +222,7 @@ class Stack:
                 raise ChildFailedError(_not_ready(waiting[-1], timeout))
             time.sleep(_POLL)
 
-    def _describe(self) -> list[Service]:
+    def _new_services(self) -> list[Service]:
         first, management, *others = free_ports(2 + self._count)
         port = self._fixed_port or (PREFERRED_PORT if is_free(PREFERRED_PORT) else first)
         addresses = {
@@ -226,7 +231,6 @@ class Stack:
             "FI_MANAGEMENT_HOST": LOOPBACK,
             "FI_MANAGEMENT_PORT": str(management),
         }
-        ingest = self._service("ingest", "services.ingest", (port, management), addresses)
         persisters = [
             self._service(
                 f"persister-{index + 1}",
@@ -236,12 +240,12 @@ class Stack:
             )
             for index, other in enumerate(others)
         ]
-        return [ingest, *persisters]
+        return [self._service("ingest", "services.ingest", (port, management), addresses), *persisters]
 
     def _service(self, name: str, module: str, ports: tuple[int, int], own: Mapping[str, str]) -> Service:
         env = {
             **self._env,
-            # where fiq itself was imported from, and not whatever the working directory holds (-P)
+            # where fiq itself was imported from, not what is in the working directory (-P)
             "PYTHONPATH": os.pathsep.join(filter(None, [_IMPORT_ROOT, self._env.get("PYTHONPATH", "")])),
             "FI_LOG_URL": self.cluster.url,
             "FI_REPLICAS": str(min(3, self.cluster.size)),
@@ -251,9 +255,6 @@ class Stack:
         }
         command = [sys.executable, "-P", "-m", module]
         return Service(ManagedProcess(name, command, env=env, log=self.logs / f"{name}.log"), *ports)
-
-
-_IMPORT_ROOT = str(Path(services.__path__[0]).absolute().parent)
 
 
 def _ended(process: ManagedProcess) -> ChildFailedError:
@@ -266,18 +267,132 @@ def _ended(process: ManagedProcess) -> ChildFailedError:
 
 def _not_ready(service: Service, timeout: float) -> str:
     _, body = monitoring.get(service.management_port, "/readyz")
-    said = body.decode("utf-8", "replace") or service.process.log_tail(3)
-    return f"{service.name} was not ready within {timeout:g} s: {said}\nits log is {service.process.log}"
+    reason = body.decode("utf-8", "replace") or service.process.log_tail(3)
+    return f"{service.name} was not ready within {timeout:g} s: {reason}\nits log is {service.process.log}"
 
 
-def _stop_together(processes: list[ManagedProcess], grace: float) -> list[str]:
-    for process in processes:
-        process.send(signal.SIGCONT)
-        process.send(signal.SIGTERM)
-    deadline = time.monotonic() + grace
-    killed = []
-    for process in processes:
-        if not process.wait(max(0.0, deadline - time.monotonic())):
-            process.kill()
-            killed.append(process.name)
-    return killed
+# -- How other commands find a running stack -------------------------------------------------------------------------
+
+#: where `fiq up` keeps everything by default
+DEFAULT_FOLDER = Path(".fiq")
+#: a reader that checks the lock holds it for a moment: how long `up` tries to get it, seconds
+_LOCK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process of a running stack: its name, process id, URL, and the URL of its monitoring or management port."""
+
+    name: str
+    pid: int
+    url: str
+    monitoring: str
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A running ``fiq up`` (``state.json``): its process id, addresses, data directory, and processes."""
+
+    pid: int
+    log_url: str
+    ingest_url: str
+    data_dir: str
+    members: tuple[Member, ...]
+
+    @property
+    def nodes(self) -> tuple[Member, ...]:
+        """The nodes of the cluster."""
+        return tuple(member for member in self.members if member.url.startswith("nats://"))
+
+    @property
+    def services(self) -> tuple[Member, ...]:
+        """Ingest and the persisters."""
+        return tuple(member for member in self.members if not member.url.startswith("nats://"))
+
+
+class StackFolder:
+    """The folder of a stack: ``./.fiq``, or the one given with ``--folder``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.corpus = path / "corpus"
+        self._lock_path = path / "lock"
+        self._state_path = path / "state.json"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Lock the folder for the one process that runs a stack in it; make it when it is missing.
+
+        Raises AlreadyRunningError: another process holds the lock; CommandError: the folder cannot be used.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise CommandError(f"{self.path} is not a directory; name another with --folder")
+        try:
+            # medical data: for the owner only, and in no repository
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not (ignore := self.path / ".gitignore").exists():
+                ignore.write_text("*\n", encoding="ascii")
+            descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CommandError(
+                f"cannot use the folder {self.path}: {error.strerror}; name another with --folder"
+            ) from error
+        try:
+            self._lock(descriptor)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+            yield
+        finally:
+            os.close(descriptor)
+
+    def write(self, state: State) -> None:
+        """Write *state*, atomically."""
+        temporary = self._state_path.with_suffix(".tmp")
+        temporary.write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2) + b"\n")
+        temporary.rename(self._state_path)
+
+    def clear(self) -> None:
+        """Remove the state."""
+        self._state_path.unlink(missing_ok=True)
+
+    def read(self) -> State:
+        """Return the state of the stack that runs here. Raises NotRunningError: none runs, or it is not ready yet."""
+        if not self._is_held():
+            raise NotRunningError(
+                f"no stack runs in {self.path}: start one with  fiq up  or name another: --server, or --url of fiq post"
+            )
+        try:
+            found = orjson.loads(self._state_path.read_bytes())
+            members = tuple(Member(**member) for member in found.pop("members"))
+            return State(**found, members=members)
+        except FileNotFoundError:
+            raise NotRunningError(f"the stack in {self.path} is not ready yet: wait for  fiq up") from None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise NotRunningError(f"{self._state_path} is damaged: stop  fiq up  and start it again") from error
+
+    def _lock(self, descriptor: int) -> None:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+                    raise AlreadyRunningError(
+                        f"{self.path} is in use by process {holder or '(unknown)'}: stop that one, or name another "
+                        "--folder"
+                    ) from None
+            time.sleep(_POLL)
+
+    def _is_held(self) -> bool:
+        try:
+            descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False

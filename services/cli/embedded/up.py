@@ -1,4 +1,7 @@
-"""``fiq up``: the whole pipeline on this machine, until Ctrl-C."""
+"""``fiq up``: the whole pipeline on this machine, until Ctrl-C.
+
+The first signal stops everything in order, the second one kills. A process that ends by itself is started again.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from services.cli import console
 from services.cli.embedded.processes import ManagedProcess
-from services.cli.embedded.stack import PREFERRED_PORT, Stack
+from services.cli.embedded.stack import DEFAULT_FOLDER, PREFERRED_PORT, Stack, StackFolder
 from services.cli.errors import ChildFailedError
-from services.cli.target import DEFAULT_FOLDER, StackFolder, State
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: how often the processes are looked at, seconds
-_WATCH = 0.5
+#: how often the processes are checked, seconds
+_CHECK_SECONDS = 0.5
 #: a process that ended is started again after this, seconds
 _RESTART_PAUSE = 1.0
-#: one that ended this often within _RESTART_WINDOW seconds is not
+#: after more ends than this within _RESTART_WINDOW seconds everything is stopped
 _RESTARTS = 5
 _RESTART_WINDOW = 60.0
 
@@ -40,20 +42,19 @@ class _StopRequested(BaseException):
 
 
 def up(
-    folder: Annotated[
-        Path, typer.Option(help="Where everything is kept: the nodes' stores, the corpus, logs.")
-    ] = DEFAULT_FOLDER,
+    folder: Annotated[Path, typer.Option(help="Folder for the nodes' stores, the corpus and logs.")] = DEFAULT_FOLDER,
     port: Annotated[
         int | None,
         typer.Option(
-            min=1, max=65535, help="Port of the HTTP interface; 7001 by default, or a free one if it is taken."
+            min=1, max=65535, help="Port of the HTTP interface; 7001 by default, or a free one if that is taken."
         ),
     ] = None,
 ) -> None:
     """Run the whole pipeline on this machine until Ctrl-C.
 
-    A process that ends is started again, so that you may kill any of them and watch. The data stay in the folder, and
-    the next `fiq up` goes on with them. A second Ctrl-C kills everything at once.
+    Runs three nats-server processes, one ingest and two persisters. A process that ends is started again: kill any of
+    them and watch. The data stay in the folder; the next `fiq up` continues with them. A second Ctrl-C kills everything
+    at once.
     """
     home = StackFolder(folder)
     with home.held():
@@ -68,8 +69,8 @@ def up(
 def _run(stack: Stack, home: StackFolder) -> None:
     try:
         _start(stack)
-        home.write(State.of(stack))
-        if stack.displaced:
+        home.write(stack.state())
+        if stack.usual_port_taken:
             typer.echo(f"port {PREFERRED_PORT} is taken, using {stack.ingest.port}", err=True)
         typer.echo(_welcome(stack))
         _watch(stack, home)
@@ -82,13 +83,7 @@ def _run(stack: Stack, home: StackFolder) -> None:
 
 
 def _start(stack: Stack) -> None:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console.err(), transient=True) as progress:
         waiting = list(stack.parts)
         task = progress.add_task(f"waiting for {waiting[0]}", total=len(waiting))
@@ -115,7 +110,7 @@ def _stop(stack: Stack, number: signal.Signals | None) -> None:
 
 @contextlib.contextmanager
 def _signals(stack: Stack) -> Iterator[None]:
-    """Turn the first signal into an exception, and let the second one kill."""
+    """Raise _StopRequested at the first signal, kill everything at the second one."""
 
     def kill(number: int, _: FrameType | None) -> None:
         stack.kill_all()
@@ -134,17 +129,14 @@ def _signals(stack: Stack) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# -- watching ---------------------------------------------------------------------------------------------------------
-
-
 def _watch(stack: Stack, home: StackFolder) -> None:
     ended: dict[str, list[float]] = {}
     while True:
-        time.sleep(_WATCH)
+        time.sleep(_CHECK_SECONDS)
         for process in stack.processes:
             if not process.running:
                 _start_again(process, ended.setdefault(process.name, []))
-                home.write(State.of(stack))
+                home.write(stack.state())
 
 
 def _start_again(process: ManagedProcess, ended: list[float]) -> None:
@@ -153,15 +145,12 @@ def _start_again(process: ManagedProcess, ended: list[float]) -> None:
     ended.append(now)
     if len(ended) > _RESTARTS:
         raise ChildFailedError(
-            f"{process.name} ended {len(ended)} times within a minute, at last with code {process.exit_code}; "
-            f"everything is stopped. The end of its log, {process.log}:\n{process.log_tail()}"
+            f"{process.name} ended {len(ended)} times within a minute, last with code {process.exit_code}; all was "
+            f"stopped. The end of its log, {process.log}:\n{process.log_tail()}"
         )
     typer.echo(f"{process.name} ended with code {process.exit_code}; starting it again", err=True)
     time.sleep(_RESTART_PAUSE)
     process.start()
-
-
-# -- what is printed --------------------------------------------------------------------------------------------------
 
 
 def _welcome(stack: Stack) -> str:

@@ -17,11 +17,11 @@ import pytest
 from fiq.corpus import open_corpus, verify_corpus
 from services.cli.embedded.cluster import Cluster
 from services.cli.embedded.processes import LOOPBACK, free_ports
-from services.cli.embedded.rolling_restart import wait_whole
-from services.cli.errors import NotWholeError
-from services.cli.monitoring import NodeView, StreamView, whole
+from services.cli.embedded.rolling_restart import wait_ready
+from services.cli.embedded.stack import StackFolder
+from services.cli.errors import NotReadyError
+from services.cli.monitoring import NodeView, StreamView, problems
 from services.cli.rehearsal import drained
-from services.cli.target import StackFolder
 from services.log.settings import LogSettings
 from tests.support.polling import eventually
 from tests.support.service import Service
@@ -99,12 +99,12 @@ async def test_no_client_that_retries_once_sees_a_failure(tmp_path: Path) -> Non
         state = home.read()
         port, management = map(str, free_ports(2))
         ports = {"FI_PORT": port, "FI_MANAGEMENT_PORT": management}
-        settings = {"FI_LOG_URL": state.nats_url, **ports, "FI_PROVISION": "0"}
+        settings = {"FI_LOG_URL": state.log_url, **ports, "FI_PROVISION": "0"}
         second, second_management = f"http://{LOOPBACK}:{port}", f"http://{LOOPBACK}:{management}"
         before = {member.name: member.pid for member in state.members}
         load = Load([state.ingest_url, second])
         with Service(tmp_path, "services.ingest", **settings) as other:
-            await asyncio.to_thread(wait_whole, [], [second_management], 60)
+            await asyncio.to_thread(wait_ready, [], [second_management], 60)
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(30)) as session:
                 clients = asyncio.gather(*(load.client(number, session) for number in range(CLIENTS)))
                 await eventually(lambda: len(load.accepted) == CLIENTS)
@@ -113,7 +113,7 @@ async def test_no_client_that_retries_once_sees_a_failure(tmp_path: Path) -> Non
                 other.terminate()
                 assert 0 == await asyncio.to_thread(other.wait)
                 with Service(tmp_path, "services.ingest", **settings) as again:
-                    await asyncio.to_thread(wait_whole, [], [second_management], 60)
+                    await asyncio.to_thread(wait_ready, [], [second_management], 60)
                     load.stopped = True
                     await clients
                     again.terminate()
@@ -123,7 +123,7 @@ async def test_no_client_that_retries_once_sees_a_failure(tmp_path: Path) -> Non
         assert not [name for name, pid in before.items() if after[name] == pid]
         assert [] == load.failed
         assert load.repeated, "the restarts of the ingests went unnoticed: was there any load?"
-        assert await drained(LogSettings(servers=tuple(state.nats_url.split(","))), timeout=60)
+        assert await drained(LogSettings(servers=tuple(state.log_url.split(","))), timeout=60)
         with open_corpus(home.corpus) as corpus:
             assert load.accepted == {name: [event.event_id for event in events] for name, events in corpus.items()}
         assert verify_corpus(home.corpus).clean
@@ -145,16 +145,16 @@ async def test_waiting_tells_what_is_missing(cluster: Cluster) -> None:
     nodes = [f"http://{LOOPBACK}:{ports.monitoring}" for ports in cluster.ports]
     command = [*FIQ, "wait", "--monitoring", ",".join(nodes)]
     done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
-    assert (0, "whole: 3 nodes, 0 services\n") == (done.returncode, done.stdout)
+    assert (0, "ready: 3 nodes, 0 services\n") == (done.returncode, done.stdout)
     cluster.kill(1)
     try:
-        with pytest.raises(NotWholeError, match=f"{nodes[1]} is not healthy"):
-            await asyncio.to_thread(wait_whole, nodes, [], 1.0)
+        with pytest.raises(NotReadyError, match=f"{nodes[1]} is not healthy"):
+            await asyncio.to_thread(wait_ready, nodes, [], 1.0)
     finally:
         cluster.start_node(1)
-    await asyncio.to_thread(wait_whole, nodes, [], 60.0)
-    with pytest.raises(NotWholeError, match="is not ready: no answer"):
-        await asyncio.to_thread(wait_whole, nodes, [f"http://{LOOPBACK}:{free_ports(1)[0]}"], 1.0)
+    await asyncio.to_thread(wait_ready, nodes, [], 60.0)
+    with pytest.raises(NotReadyError, match="is not ready: no answer"):
+        await asyncio.to_thread(wait_ready, nodes, [f"http://{LOOPBACK}:{free_ports(1)[0]}"], 1.0)
 
 
 def node(name: str, **stream: StreamView) -> NodeView:
@@ -181,4 +181,4 @@ def node(name: str, **stream: StreamView) -> NodeView:
 )
 def test_whole_means_that_any_node_may_go(views: list[NodeView], expected: list[str]) -> None:
     """Healthy nodes alone are not enough: a copy that is behind cannot vote for what it lacks."""
-    assert expected == whole(views)
+    assert expected == problems(views)

@@ -20,8 +20,7 @@ import psutil
 import pytest
 
 from services.cli.embedded.processes import LOOPBACK
-from services.cli.embedded.stack import PREFERRED_PORT
-from services.cli.target import StackFolder, State
+from services.cli.embedded.stack import PREFERRED_PORT, StackFolder, State
 from tests.support.polling import eventually_sync
 
 START = 90.0
@@ -137,7 +136,7 @@ def alive(pids: list[int]) -> list[int]:
 def test_up_prints_what_to_paste(up: Up) -> None:
     """The first screen has the addresses and an example for each way in."""
     assert up.state.ingest_url in up.stdout
-    assert up.state.nats_url in up.stdout
+    assert up.state.log_url in up.stdout
     assert [word for word in ("curl", "nats --server", "open_corpus", "fiq show") if word not in up.stdout] == []
 
 
@@ -241,7 +240,7 @@ def test_nats_context_leads_to_the_running_cluster(up: Up, tmp_path: Path) -> No
     result = fiq(up.folder, "nats-context", env={"XDG_CONFIG_HOME": str(tmp_path)})
 
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "nats/context/fiq.json").read_text())["url"] == up.state.nats_url
+    assert json.loads((tmp_path / "nats/context/fiq.json").read_text())["url"] == up.state.log_url
 
 
 def test_provision_finds_nothing_to_do(up: Up) -> None:

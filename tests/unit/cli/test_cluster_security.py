@@ -17,7 +17,7 @@ def included(folder: Path) -> dict[str, str]:
 
 def test_without_security_the_files_are_there_and_empty(tmp_path: Path) -> None:
     """An include of a file that is missing would end the node."""
-    Cluster(tmp_path)._configure()
+    Cluster(tmp_path).write_configuration()
 
     assert dict.fromkeys(NATS_FILES, "") == included(tmp_path)
 
@@ -26,7 +26,7 @@ def test_with_security_they_are_the_deployments_own(tmp_path: Path) -> None:
     """Not copies: what is renewed there is what a reload reads."""
     deployment = Deployment(tmp_path / "deployment", Owner.myself())
     deployment.complete()
-    Cluster(tmp_path / "cluster", security=tmp_path / "deployment")._configure()
+    Cluster(tmp_path / "cluster", security=tmp_path / "deployment").write_configuration()
 
     accounts = tmp_path / "cluster/security/accounts.conf"
     assert deployment.layout.nats / "accounts.conf" == accounts.resolve()
@@ -41,7 +41,7 @@ def test_a_folder_can_change_from_one_to_the_other(tmp_path: Path) -> None:
     before = (deployment.layout.nats / "accounts.conf").read_text()
 
     for security in (None, tmp_path / "deployment", None):
-        Cluster(tmp_path / "cluster", security=security)._configure()
+        Cluster(tmp_path / "cluster", security=security).write_configuration()
         assert (security is None) == ("" == included(tmp_path / "cluster")["accounts.conf"])
 
     assert before == (deployment.layout.nats / "accounts.conf").read_text()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.embedded.stack import Member, StackFolder, State
 from services.cli.errors import AlreadyRunningError, CommandError, NotRunningError
-from services.cli.target import Member, StackFolder, State
 
 STATE = State(
     pid=1,
-    nats_url="nats://127.0.0.1:1",
+    log_url="nats://127.0.0.1:1",
     ingest_url="http://127.0.0.1:2",
     data_dir="/data",
     members=(Member("n1", 3, "nats://127.0.0.1:1", "http://127.0.0.1:4"),),
@@ -90,5 +90,5 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     """Said in so many words: "File exists" would be a riddle."""
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(CommandError, match=r"file is no directory"), StackFolder(file).held():
+    with pytest.raises(CommandError, match=r"file is not a directory"), StackFolder(file).held():
         pass

@@ -78,7 +78,7 @@ def test_wrong_usage_exits_with_2(runner: CliRunner, arguments: list[str]) -> No
         (["show", "c-1", "--corpus", "nowhere"], "nowhere"),
         (["show", "a/b", "--corpus", "."], "'a/b' is no consultation's id: "),
         (["show", "", "--corpus", "."], "'' is no consultation's id: "),
-        (["up", "--folder", "/dev/null"], "/dev/null is no directory"),
+        (["up", "--folder", "/dev/null"], "/dev/null is not a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, State
 from services.cli.errors import CommandError, NotRunningError
-from services.cli.target import DEFAULT_FOLDER, StackFolder, State, find_cluster, find_corpus
+from services.cli.target import find_cluster, find_corpus
 
-STATE = State(pid=1, nats_url="nats://127.0.0.1:10", ingest_url="http://127.0.0.1:2", data_dir="/data", members=())
+STATE = State(pid=1, log_url="nats://127.0.0.1:10", ingest_url="http://127.0.0.1:2", data_dir="/data", members=())
 ENV = {"FI_LOG_URL": "nats://127.0.0.1:20", "FI_STORE": "second"}
 SERVER = "nats://127.0.0.1:30"
 
@@ -36,7 +37,7 @@ def test_a_named_folder_comes_before_the_environment() -> None:
         folder.write(STATE)
         target = find_cluster(None, folder.path, env=ENV)
 
-    assert target.settings.servers == (STATE.nats_url,)
+    assert target.settings.servers == (STATE.log_url,)
     assert target.state == STATE
 
 
@@ -47,7 +48,7 @@ def test_the_environment_comes_before_the_default_folder() -> None:
         folder.write(STATE)
 
         assert find_cluster(None, None, env=ENV).settings.servers == (ENV["FI_LOG_URL"],)
-        assert find_cluster(None, None, env={}).settings.servers == (STATE.nats_url,)
+        assert find_cluster(None, None, env={}).settings.servers == (STATE.log_url,)
 
 
 def test_without_any_cluster_only_some_commands_guess() -> None:
