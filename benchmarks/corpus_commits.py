@@ -22,7 +22,7 @@ import h5py
 from fiq.corpus import EventStore, Identity, Record
 from fiq.corpus.format import CONSULTATIONS, LIBVER
 from fiq.corpus.groups import OpenConsultations
-from fiq.corpus.wal.recovery import create_pair
+from fiq.corpus.store import create_partition
 from fiq.corpus.wal.storage import StorageIO
 
 #: consultations that a batch touches, and batches that are not measured: they create the groups, and the journal takes
@@ -107,7 +107,7 @@ def journaled(path: Path, batches: int, spread: int, warm_up: int) -> Run:
 
 def plain(path: Path, batches: int, spread: int, warm_up: int) -> Run:
     """Write the same layout with HDF5's functions alone, flushed and synced in place of a commit."""
-    create_pair(path, _IDENTITY, StorageIO())
+    create_partition(path, _IDENTITY, StorageIO())
     descriptor = os.open(path, os.O_RDWR)
     with h5py.File(path, "r+", libver=LIBVER, rdcc_nslots=17) as file:
         consultations = OpenConsultations(

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 from dataclasses import dataclass, fields
@@ -19,9 +20,11 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
+import h5py
 import numpy as np
 
 from fiq.corpus.errors import CorpusFormatError, IdentityMismatchError
+from fiq.corpus.wal.journal import USER_BLOCK
 
 #: bytes of an event id
 EVENT_ID_BYTES = 16
@@ -183,6 +186,16 @@ def write_attributes(root: Any, identity: Identity, journal: str, *, begins: int
     root.attrs[COMMITTED_EVENTS] = np.uint64(0)
     root.attrs[COMMITTED_CONFLICTS] = np.uint64(0)
     root.attrs["journal"] = journal
+
+
+def empty_file(identity: Identity, journal: str, *, begins: int) -> bytes:
+    """Return the whole content of a partition file without events; its user block is empty."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
+        write_attributes(file, identity, journal, begins=begins)
+        file.create_group(CONSULTATIONS)
+        file.create_group(CONFLICTS)
+    return buffer.getvalue()
 
 
 def read_identity(root: Any, name: str) -> Identity:

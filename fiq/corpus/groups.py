@@ -25,7 +25,7 @@ from fiq.corpus.format import (
     chain_start,
     is_consultation_id,
 )
-from fiq.corpus.wal.atomic_file import FileObject
+from fiq.corpus.wal.file import AtomicFile
 
 _MAX_SIGNED = 2**63 - 1
 _ROW_BYTES = EVENT_HEAD.size + CHAIN_BYTES
@@ -45,17 +45,17 @@ class ChunkedTail:
     """A dataset of one dimension, in chunks without filters.
 
     Args:
-        beneath: the file under HDF5.
+        file: the file under HDF5.
         dataset: h5py's low-level ``DatasetID``.
         item: bytes of an element.
         chunk: elements of a chunk.
         empty: whether it was just created.
     """
 
-    __slots__ = ("_beneath", "_chunk", "_dataset", "_filled", "_item", "_place", "length")
+    __slots__ = ("_chunk", "_dataset", "_file", "_filled", "_item", "_place", "length")
 
-    def __init__(self, beneath: FileObject, dataset: Any, *, item: int, chunk: int, empty: bool) -> None:
-        self._beneath = beneath
+    def __init__(self, file: AtomicFile, dataset: Any, *, item: int, chunk: int, empty: bool) -> None:
+        self._file = file
         self._dataset = dataset
         self._item = item
         self._chunk = chunk * item
@@ -73,30 +73,30 @@ class ChunkedTail:
         self._dataset.set_extent((self.length,))
         room = self._chunk - self._filled if self._filled else 0
         if len(data) <= room:
-            self._beneath.put(self._place + self._filled, data)
+            self._file.write_at(self._place + self._filled, data)
             self._filled += len(data)
             return
         if room:
-            self._beneath.put(self._place + self._filled, data[:room])
+            self._file.write_at(self._place + self._filled, data[:room])
         for low in range(room, len(data), self._chunk):
             part = data[low : low + self._chunk]
             self._begin(start + low // self._item, part)
 
     def last(self) -> bytes:
         """Return the last element; the dataset is not empty."""
-        return self._beneath.peek(self._place + self._filled - self._item, self._item)
+        return self._file.read_at(self._place + self._filled - self._item, self._item)
 
     def _begin(self, element: int, content: bytes) -> None:
         """Write the *content* of a new chunk that begins with *element*."""
         self._place, self._filled = self._find(element), len(content)
-        self._beneath.put(self._place, content)
+        self._file.write_at(self._place, content)
 
     def _find(self, element: int) -> int:
         """Return the byte offset of the chunk that begins with *element*.
 
         The function that tells it goes through all chunks of a dataset; the place of a read is found at once.
         """
-        return self._beneath.locate(lambda: self._dataset.read_direct_chunk((element,)), self._chunk)
+        return self._file.locate(lambda: self._dataset.read_direct_chunk((element,)), self._chunk)
 
 
 class OpenConsultations:

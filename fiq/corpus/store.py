@@ -29,12 +29,13 @@ from fiq.corpus.format import (
     Record,
     bound_metadata,
     check_identity,
+    empty_file,
     read_identity,
 )
 from fiq.corpus.groups import ChunkedTail, OpenConsultations
 from fiq.corpus.ids import KnownIds, Lookup, StoredRow
-from fiq.corpus.wal.atomic_file import JournaledFile
-from fiq.corpus.wal.pair import refuse_archive
+from fiq.corpus.wal.file import AtomicFile
+from fiq.corpus.wal.journal import refuse_archive
 from fiq.corpus.wal.recovery import create_pair
 from fiq.corpus.wal.storage import StorageIO, check_file_system
 
@@ -133,7 +134,7 @@ class OpenPartition:
     def __init__(
         self,
         name: str,
-        journaled: JournaledFile,
+        journaled: AtomicFile,
         expected: Identity | None,
         *,
         limit: int,
@@ -206,7 +207,7 @@ class OpenPartition:
 
 
 @contextmanager
-def hdf5_errors(name: str, journaled: JournaledFile) -> Iterator[None]:
+def hdf5_errors(name: str, journaled: AtomicFile) -> Iterator[None]:
     """Turn an error of h5py inside the block into the corpus's own.
 
     Raises CorpusIOError: the journaled file failed underneath; CorpusFormatError: HDF5 does not accept the content.
@@ -225,7 +226,7 @@ class CheckpointPolicy:
         options: its limits.
     """
 
-    def __init__(self, journaled: JournaledFile, options: StoreOptions) -> None:
+    def __init__(self, journaled: AtomicFile, options: StoreOptions) -> None:
         self._journaled = journaled
         self._options = options
         self._oldest_in_journal: float | None = None
@@ -307,8 +308,8 @@ class EventStore:
         self._commit_seconds = 0.0
         self._failure: BaseException | None = None
         self._guarded = _Guard(self)
-        self._journaled = JournaledFile(
-            path, io=options.io, cached_pages=options.cached_pages, turn_bytes=options.checkpoint_bytes
+        self._journaled = AtomicFile(
+            path, io=options.io, cached_pages=options.cached_pages, wrap_bytes=options.checkpoint_bytes
         )
         self._checkpoints = CheckpointPolicy(self._journaled, options)
         try:
@@ -348,7 +349,7 @@ class EventStore:
         options = options or StoreOptions()
         if path.parent.is_dir():
             check_file_system(path.parent)
-        create_pair(path, identity, options.io, begins=begins)
+        create_partition(path, identity, options.io, begins=begins)
         return cls(path, identity, options)
 
     @classmethod
@@ -600,6 +601,11 @@ class _Guard:
         self._store._failure = told
         if told is not error:
             raise told from error
+
+
+def create_partition(path: Path, identity: Identity, io: StorageIO, *, begins: int = 1) -> None:
+    """Create an empty partition file and its journal; arguments and errors as of :meth:`EventStore.create`."""
+    create_pair(path, lambda uuid: empty_file(identity, str(uuid), begins=begins), io)
 
 
 @dataclass(frozen=True, slots=True)

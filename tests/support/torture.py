@@ -19,8 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from fiq.corpus import EventStore, KnownIds, StoreOptions, verify_corpus
-from fiq.corpus.wal.journal import read_records
-from fiq.corpus.wal.pair import read_state, read_uuid
+from fiq.corpus.wal.journal import read_journal, read_state, read_uuid
 from fiq.corpus.wal.recovery import journal_path
 from tests.support.corpus import IDENTITY, commit_range, consultation_of, expected, record, stock_contents
 from tests.support.polling import eventually_sync
@@ -199,7 +198,7 @@ def look_at(path: Path, killed: Killed) -> None:
     journal = journal_path(path)
     with path.open("rb") as file, journal.open("rb") as wal:
         state, uuid = read_state(file.fileno(), path.name), read_uuid(file.fileno(), path.name)
-        _, records, _ = read_records(wal.fileno(), uuid, state, journal.name)
+        records = read_journal(wal.fileno(), uuid, state, journal.name).records
     killed.kills += 1
     killed.in_checkpoints += state.target != state.absorbed
     killed.with_records += bool(records)

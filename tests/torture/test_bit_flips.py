@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from fiq.corpus import CorpusFormatError, EventStore, JournalError, open_corpus
-from fiq.corpus.wal.journal import JournalRecord, read_records
-from fiq.corpus.wal.pair import read_state, read_uuid
+from fiq.corpus.wal.journal import JournalRecord, read_journal, read_state, read_uuid
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
 from tests.support.torture import BATCH, CONSULTATIONS, small_options, times
 
@@ -78,7 +77,7 @@ def _live(path: Path) -> list[JournalRecord]:
     journal = path.with_name(path.name + ".wal")
     with path.open("rb") as file, journal.open("rb") as wal:
         state, uuid = read_state(file.fileno(), path.name), read_uuid(file.fileno(), path.name)
-        return read_records(wal.fileno(), uuid, state, journal.name)[1]
+        return read_journal(wal.fileno(), uuid, state, journal.name).records
 
 
 def _is_turned(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fiq.corpus import CorpusError, EventStore, open_corpus, verify_corpus
-from fiq.corpus.wal.pair import read_state
+from fiq.corpus.wal.journal import read_state
 from tests.support.corpus import IDENTITY, Contents, commit_range, expected, stock_contents
 from tests.support.faulty_io import RecordingIO
 from tests.support.torture import BATCH, CONSULTATIONS, LONG, held_by_a_reader, small_options, times

@@ -64,6 +64,15 @@ def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
     assert foreign(path) <= ALLOWED[str(package_of(".".join(path.parts)))]
 
 
+def test_the_write_ahead_log_knows_bytes_and_no_events() -> None:
+    """Of the corpus it imports the errors and itself: it could hold any HDF5 file."""
+    modules = [path for path in MODULES if path.is_relative_to("fiq/corpus/wal")]
+    names = {name for path in modules for name in imported(path) if name.startswith("fiq.")}
+    assert modules
+    assert set() == {name for name in names if not name.startswith(("fiq.corpus.errors.", "fiq.corpus.wal."))}
+    assert not any(name.startswith("h5py") for path in modules for name in imported(path))
+
+
 def test_every_package_has_its_rule() -> None:
     """A new package needs a decision."""
     assert {package_of(".".join(path.parts)) for path in MODULES} == set(ALLOWED)

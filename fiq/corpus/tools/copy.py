@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fiq.corpus.errors import CorpusExistsError, CorpusLockedError, JournalError, system_errors
-from fiq.corpus.reader import SnapshotFile
-from fiq.corpus.wal.journal import RECORDS_START, Position, slots
-from fiq.corpus.wal.pair import State, refuse_archive, write_state
-from fiq.corpus.wal.recovery import journal_path
+from fiq.corpus.errors import CorpusExistsError, CorpusLockedError, system_errors
+from fiq.corpus.wal.journal import State, empty_journal, refuse_archive, write_state
+from fiq.corpus.wal.recovery import Snapshot, journal_path, missing_journal
 from fiq.corpus.wal.storage import FILE_MODE, StorageIO, write_all
 
 #: how long a copy waits for the writer's checkpoints, seconds; one takes some 0.1 s
@@ -49,23 +47,20 @@ def copy_pair(
     snapshot = _snapshot(source)
     try:
         if not snapshot.has_journal:
-            raise JournalError(
-                f"{source.name} has no journal {source.name}.wal: commits that only the journal held may be missing; "
-                "put the journal back that belongs to the file"
-            )
+            raise missing_journal(source)
         with system_errors(f"copy {source.name}"):
             _write(io, target, lambda fd: _write_file(io, fd, snapshot, on_progress))
-            empty = slots(snapshot.uuid, 1, Position(snapshot.end.number, snapshot.end.link, RECORDS_START))
+            empty = empty_journal(snapshot.uuid, number=snapshot.end.number, link=snapshot.end.link)
             _write(io, journal, lambda fd: write_all(io, fd, empty, 0))
     finally:
         snapshot.close()
 
 
-def _snapshot(path: Path) -> SnapshotFile:
+def _snapshot(path: Path) -> Snapshot:
     deadline = time.monotonic() + _CHECKPOINT_WAIT
     while True:
         try:
-            return SnapshotFile(path)  # waits for some seconds itself
+            return Snapshot(path)  # waits for some seconds itself
         except CorpusLockedError:
             if time.monotonic() >= deadline:
                 raise
@@ -80,7 +75,7 @@ def _write(io: StorageIO, path: Path, write: Callable[[int], object]) -> None:
         os.close(fd)
 
 
-def _write_file(io: StorageIO, fd: int, snapshot: SnapshotFile, on_progress: Callable[[float], None] | None) -> None:
+def _write_file(io: StorageIO, fd: int, snapshot: Snapshot, on_progress: Callable[[float], None] | None) -> None:
     buffer = memoryview(bytearray(_PIECE_BYTES))
     offset = 0
     while offset < snapshot.size:
@@ -91,4 +86,4 @@ def _write_file(io: StorageIO, fd: int, snapshot: SnapshotFile, on_progress: Cal
         if on_progress is not None:
             on_progress(offset / snapshot.size)
     number = snapshot.end.number
-    write_state(io, fd, State(snapshot.state.turn + 1, number, number, snapshot.end.link))
+    write_state(io, fd, State(snapshot.state.generation + 1, number, number, snapshot.end.link))

@@ -41,7 +41,7 @@ from fiq.corpus.format import (
 )
 from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
 from fiq.corpus.tools.verify import Problem, verify_partition
-from fiq.corpus.wal.pair import USER_BLOCK, archive_user_block
+from fiq.corpus.wal.journal import USER_BLOCK, new_user_block
 from fiq.corpus.wal.storage import FILE_MODE, StorageIO, write_all
 
 #: largest chunk of ``events``, rows; a shorter consultation is one chunk
@@ -160,7 +160,7 @@ def _copy(original: Corpus, info: PartitionInfo, target: Path, steps: _Steps) ->
     io = StorageIO()
     fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
     try:
-        write_all(io, fd, archive_user_block(uuid), 0)
+        write_all(io, fd, new_user_block(uuid, archive=True), 0)
         io.fsync(fd)
     finally:
         os.close(fd)

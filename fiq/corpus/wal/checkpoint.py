@@ -1,86 +1,264 @@
-"""One checkpoint: copies the sealed part of a journal into the partition file, while commits append behind it.
+"""Checkpoints and compactions: the two ways to shorten a journal. Both run in a thread while commits are appended.
 
-It runs in a thread of its own. What it touches is nobody else's at that time: the partition file, which only it
-changes; the part of the journal that is sealed, which it reads; the journal's slots, which it writes. It holds the
-exclusive lock of the file from the first byte to the last, so no stock reader sees a half copied state.
+A **checkpoint** copies the newest image of every sector from the records that are live when it begins into the
+partition file. It alone changes that file, and it holds the file's exclusive lock from the first byte to the last, so
+no stock reader sees a half copied state. Only after the copy is durable do the file's state and the journal's slot say
+so.
+
+A **compaction** rewrites a journal that outgrows its limit while a reader holds checkpoints back. The new journal has
+one record with the newest image of every sector, and one more with what was committed meanwhile. It replaces the old
+one by a rename: a crash finds the one or the other, whole. Readers that have the old one open keep reading it.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import Generic, TypeVar
 from uuid import UUID
 
-from fiq.corpus.errors import CorpusFormatError, CorpusIOError, system_errors
+from fiq.corpus.errors import CorpusError, CorpusFormatError, CorpusIOError, system_errors
 from fiq.corpus.wal.journal import (
-    HEADER_BYTES,
     RECORDS_START,
     JournalRecord,
+    LiveRecords,
     Position,
-    padded_table,
-    seal,
-    slots,
+    State,
+    empty_journal,
+    write_record,
     write_start,
+    write_state,
 )
-from fiq.corpus.wal.overlay import Beside, SectorIndex
-from fiq.corpus.wal.pair import State, write_state
+from fiq.corpus.wal.pages import SectorIndex
 from fiq.corpus.wal.storage import FILE_MODE, LOCK_WAIT, StorageIO, lock, try_lock, unlock, write_all
 
-#: reasons for which a checkpoint waits
+#: reasons for which a checkpoint is deferred
 READER = "a reader has the file open"
 NO_ROOM = "the disk has no room for it"
-#: bytes that are copied between two syncs: a commit's own sync must not queue behind all of them
+#: bytes that are copied between two syncs: a commit's own sync must not wait for all of them
 _SYNC_BYTES = 1 << 20
 
+T = TypeVar("T")
 
-# -- Rewrites a journal that has outgrown its limit, while a reader holds checkpoints back ---------------------------
-#
-# The new journal has one record with the newest image of every sector, and one more with what was committed while
-# that was written. It takes the old one's place by a rename: a crash finds the one or the other, whole. Readers that
-# have the old one open go on reading it.
+
+class BackgroundTask(Generic[T]):
+    """A piece of work in a thread, and its result.
+
+    Args:
+        name: of the thread, and for messages.
+        work: what to do; raises the corpus's errors.
+        thread: whether it runs in a thread; otherwise it is done when the constructor returns.
+
+    Raises CorpusIOError: the system refused a thread; nothing was done.
+    """
+
+    def __init__(self, name: str, work: Callable[[], T], *, thread: bool = True) -> None:
+        self._name = name
+        self._work = work
+        self._result: list[T] = []
+        self._error: CorpusError | None = None
+        #: how long it took
+        self.seconds = 0.0
+        self._thread = Thread(target=self._run, name=name) if thread else None
+        if self._thread is None:
+            self._run()
+            return
+        try:
+            self._thread.start()
+        except (RuntimeError, MemoryError) as error:
+            raise CorpusIOError(f"cannot {name}: {str(error) or 'out of memory'}") from error
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for the end."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> T:
+        """Wait for the end and return what the work returned. Raises CorpusError: it failed."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
+
+    def _run(self) -> None:
+        started = time.monotonic()
+        try:
+            self._result.append(self._work())
+        except CorpusError as error:
+            self._error = error
+        except MemoryError as error:
+            self._error = CorpusIOError(f"cannot {self._name}: out of memory")
+            self._error.__cause__ = error
+        except Exception as error:  # noqa: BLE001 - a thread's error must not be lost, whatever it is
+            self._error = CorpusFormatError(f"{self._name} failed: {type(error).__name__}")
+            self._error.__cause__ = error
+        self.seconds = time.monotonic() - started
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One checkpoint of a partition file, which is exclusively locked.
+
+    Attributes:
+        io: the seam for every write.
+        name: of the partition file, for messages.
+        uuid: of the pair.
+        file: descriptor of the partition file.
+        journal: descriptor of the journal.
+        records: the records to copy, oldest first, at least one.
+        state: what the partition file says.
+        generation: of the journal's valid slot.
+    """
+
+    io: StorageIO
+    name: str
+    uuid: UUID
+    file: int
+    journal: int
+    records: Sequence[JournalRecord]
+    state: State
+    generation: int
+
+    @property
+    def state_after(self) -> State:
+        """What the partition file says afterwards."""
+        end = self.records[-1].next_position
+        return State(self.state.generation + 2, end.number, end.number, end.link)
+
+    def run(self) -> bool:
+        """Copy, and go back to the shared lock; after an error the exclusive one stays, so that no reader sees half a
+        copy.
+
+        Returns:
+            False, with the file as it was, when the disk has no room for its growth.
+
+        Raises CorpusError: the system refused in the middle; the journal still holds everything.
+        """
+        with system_errors(f"checkpoint {self.name}"):
+            done = self._copy()
+        leave_exclusive_lock(self.file, self.name)
+        return done
+
+    def _copy(self) -> bool:
+        io, fd, size = self.io, self.file, self.records[-1].file_size
+        if not self._has_room(size):
+            return False
+        after, before = self.state_after, self.state
+        write_state(io, fd, State(before.generation + 1, before.absorbed, after.target, before.link))
+        io.fdatasync(fd)
+        self._copy_images()
+        if os.fstat(fd).st_size != size:
+            io.truncate(fd, size)
+        io.fsync(fd)
+        # only now may the state say so: the copy must be durable first
+        write_state(io, fd, after)
+        io.fdatasync(fd)
+        write_start(io, self.journal, self.uuid, self.generation + 1, self.records[-1].next_position)
+        io.fdatasync(self.journal)
+        return True
+
+    def _copy_images(self) -> None:
+        unsynced = 0
+        for offset, content in SectorIndex.of([record.extents for record in self.records]).runs(self.journal):
+            write_all(self.io, self.file, content, offset)
+            unsynced += len(content)
+            if unsynced >= _SYNC_BYTES:
+                self.io.fdatasync(self.file)
+                unsynced = 0
+
+    def _has_room(self, size: int) -> bool:
+        """Reserve the growth before the first byte changes, so that a full disk leaves the file as it was."""
+        held = os.fstat(self.file).st_size
+        if size <= held:
+            return True
+        try:
+            self.io.allocate(self.file, held, size - held)
+        except OSError:
+            # a truncation frees what commits have reserved after the end: only if there is something to take back
+            if os.fstat(self.file).st_size != held:
+                self.io.truncate(self.file, held)
+            return False
+        return True
+
+
+def take_exclusive_lock(file: int, name: str) -> bool:
+    """Convert the shared lock of a partition file; return False, with the shared one, if a reader holds the file.
+
+    Raises CorpusError: another program writes to the file.
+    """
+    if try_lock(file, exclusive=True):
+        return True
+    _take_shared_lock_again(file, name)
+    return False
+
+
+def leave_exclusive_lock(file: int, name: str) -> None:
+    """Go back to the shared lock. Raises as :func:`take_exclusive_lock`."""
+    if not try_lock(file, exclusive=False):
+        _take_shared_lock_again(file, name)
+
+
+def _take_shared_lock_again(file: int, name: str) -> None:
+    """Repair what a failed conversion leaves: no lock at all (flock(2))."""
+    before = os.fstat(file)
+    refusal = f"another program opened {name} for writing; close it there"
+    lock(file, exclusive=False, timeout=LOCK_WAIT, refusal=refusal)
+    after = os.fstat(file)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise CorpusFormatError(f"{name} was changed by another program between two locks; restore it from a backup")
 
 
 class Compaction:
-    """A new journal, on its way to replace the old one.
+    """A new journal that is going to replace the old one.
 
     Args:
         path: the journal.
         old: its descriptor.
-        turn: of its newest slot.
-        number: number of the first record that the partition file lacks.
-        link: header CRC of the record before that.
+        generation: of its valid slot.
+        state: what the partition file has absorbed.
     """
 
-    def __init__(self, io: StorageIO, path: Path, old: int, uuid: UUID, *, turn: int, number: int, link: int) -> None:
+    def __init__(self, io: StorageIO, path: Path, old: int, uuid: UUID, *, generation: int, state: State) -> None:
         self._io = io
         self._path = path
         self._old = old
         self._uuid = uuid
-        self._temporary = path.with_name(path.name + ".new")
+        self._temporary = _temporary(path)
         self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
-        #: the slot with an odd turn is the second one
-        self.turn = turn + 2 - (turn + 1) % 2
-        self.start = Position(number, link, RECORDS_START)
-        self.records: list[JournalRecord] = []
+        start = Position(state.absorbed, state.link, RECORDS_START)
+        # an odd generation: an empty journal has the second slot
+        self.live = LiveRecords(generation + 2 - (generation + 1) % 2, start, [])
 
-    def add(self, records: list[JournalRecord]) -> None:
-        """Write one record that stands for *records* of the old journal; those that the file has are left out.
+    def add(self, records: Sequence[JournalRecord]) -> None:
+        """Write one record that stands for *records* of the old journal, without those that the file has absorbed.
 
         Raises OSError: the system refused.
         """
-        records = [record for record in records if record.number >= self.start.number]
-        if records:
-            position = self.records[-1].behind if self.records else self.start
-            index = SectorIndex.of([record.extents for record in records])
-            self.records.append(self._write(position, index, records))
+        records = [record for record in records if record.number >= self.live.start.number]
+        if not records:
+            return
+        at, last = self.live.next, records[-1]
+        index = SectorIndex.of([record.extents for record in records])
+        images = (content for _, content in index.runs(self._old))
+        count = last.number + last.count - at.number
+        new = write_record(self._io, self.fd, self._uuid, at, last.file_size, index.table(), images, count=count)
+        self.live.records.append(new)
 
     def prepare(self) -> None:
         """Make the new journal durable, and lock it for the writer. Raises OSError: the system refused."""
-        write_all(self._io, self.fd, slots(self._uuid, self.turn, self.start), 0)
+        generation, start, *_ = self.live
+        head = empty_journal(self._uuid, generation=generation, number=start.number, link=start.link)
+        write_all(self._io, self.fd, head, 0)
         self._io.fsync(self.fd)
         if not try_lock(self.fd, exclusive=True):
             raise BlockingIOError(f"another process has locked {self._temporary.name}")
@@ -94,193 +272,18 @@ class Compaction:
         self._io.sync_directory(self._path.parent)
 
     def give_up(self) -> None:
-        """Let go of the new journal, and remove it unless it has taken the old one's place already."""
-        # what cannot be removed now is removed by the next open
+        """Close the new journal, and remove it unless it has replaced the old one already."""
+        # if it cannot be removed now, the next open removes it
         with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
         unlock(self.fd)
         os.close(self.fd)
 
-    def _write(self, position: Position, index: SectorIndex, records: list[JournalRecord]) -> JournalRecord:
-        table = index.table()
-        body = padded_table(table)
-        crc = zlib.crc32(body)
-        place = position.offset + HEADER_BYTES + len(body)
-        for _, content in index.runs(self._old):
-            crc = zlib.crc32(content, crc)
-            place = write_all(self._io, self.fd, content, place)
-        last = records[-1]
-        count = last.number + last.count - position.number
-        header, record = seal(self._uuid, position, last.file_size, table, len(index), crc, count=count)
-        write_all(self._io, self.fd, header + body, position.offset)
-        write_all(self._io, self.fd, bytes(record.end - place), place)
-        return record
-
 
 def remove_leftover(path: Path) -> None:
-    """Remove what a crash left of a compaction; the caller holds the journal's lock."""
-    path.with_name(path.name + ".new").unlink(missing_ok=True)
+    """Remove what a crash left of a compaction of the journal at *path*; the caller holds the journal's lock."""
+    _temporary(path).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """What a checkpoint needs of the files.
-
-    Attributes:
-        io: the seam for every write.
-        uuid: of the pair.
-        file: descriptor of the partition file, exclusively locked.
-        journal: descriptor of the journal.
-    """
-
-    io: StorageIO
-    uuid: UUID
-    file: int
-    journal: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """The part of a journal that is copied.
-
-    Attributes:
-        records: its records, oldest first, at least one.
-        state: what the partition file says.
-        turn: the journal's newest slot.
-    """
-
-    records: Sequence[JournalRecord]
-    state: State
-    turn: int
-
-    @property
-    def size(self) -> int:
-        """Size of the partition file afterwards, bytes."""
-        return self.records[-1].file_size
-
-    @property
-    def behind(self) -> Position:
-        """Where the records begin that are left."""
-        return self.records[-1].behind
-
-    @property
-    def copying(self) -> State:
-        """What the file says while it is copied to."""
-        return State(self.state.turn + 1, self.state.absorbed, self.behind.number, self.state.link)
-
-    @property
-    def copied(self) -> State:
-        """What the file says afterwards."""
-        number = self.behind.number
-        return State(self.state.turn + 2, number, number, self.behind.link)
-
-
-def copy_sealed(pair: Pair, sealed: Sealed) -> bool:
-    """Copy what *sealed* holds and make it durable, then move the journal's start behind it.
-
-    Returns:
-        False, with the file as it was, when the disk has no room for its growth.
-
-    Raises OSError: the system refused in the middle; the journal still holds everything.
-    """
-    io, fd = pair.io, pair.file
-    if not _room_for(pair, sealed.size):
-        return False
-    write_state(io, fd, sealed.copying)
-    io.fdatasync(fd)
-    _copy_images(pair, sealed)
-    if os.fstat(fd).st_size != sealed.size:
-        io.truncate(fd, sealed.size)
-    io.fsync(fd)
-    # only now may the state say so: the copy must be durable first
-    write_state(io, fd, sealed.copied)
-    io.fdatasync(fd)
-    write_start(io, pair.journal, pair.uuid, sealed.turn + 1, sealed.behind)
-    io.fdatasync(pair.journal)
-    return True
-
-
-def _copy_images(pair: Pair, sealed: Sealed) -> None:
-    index = SectorIndex.of([record.extents for record in sealed.records])
-    unsynced = 0
-    for offset, content in index.runs(pair.journal):
-        write_all(pair.io, pair.file, content, offset)
-        unsynced += len(content)
-        if unsynced >= _SYNC_BYTES:
-            pair.io.fdatasync(pair.file)
-            unsynced = 0
-
-
-def _room_for(pair: Pair, size: int) -> bool:
-    """Reserve the growth before the first byte changes, so that a full disk finds the file as it was."""
-    held = os.fstat(pair.file).st_size
-    if size <= held:
-        return True
-    try:
-        pair.io.allocate(pair.file, held, size - held)
-    except OSError:
-        # a truncation frees what commits have reserved behind the end: only where there is something to take back
-        if os.fstat(pair.file).st_size != held:
-            pair.io.truncate(pair.file, held)
-        return False
-    return True
-
-
-class Checkpointer:
-    """Makes the checkpoints of one partition file.
-
-    Args:
-        path: the partition file.
-        pair: its descriptors; the file is locked shared.
-    """
-
-    def __init__(self, path: Path, pair: Pair) -> None:
-        self.pair = pair
-        self._path = path
-
-    def take_lock(self) -> bool:
-        """Take the exclusive lock; False when a reader holds the file.
-
-        Raises CorpusError: another program writes to the file.
-        """
-        if try_lock(self.pair.file, exclusive=True):
-            return True
-        self._take_shared_lock_again()
-        return False
-
-    def begin(self, sealed: Sealed, *, thread: bool) -> Beside[bool]:
-        """Copy *sealed*; the lock is held.
-
-        Returns:
-            The work, which tells whether there was room. After an error the exclusive lock stays, so that nobody sees
-            what is half copied.
-
-        Raises CorpusIOError: the system refuses a thread; nothing is copied, and the lock is a shared one again.
-        """
-
-        def copy() -> bool:
-            with system_errors(f"checkpoint {self._path.name}"):
-                done = copy_sealed(self.pair, sealed)
-            self._leave_exclusive_lock()
-            return done
-
-        try:
-            return Beside(f"checkpoint {self._path.name}", copy, thread=thread)
-        except CorpusIOError:
-            self._leave_exclusive_lock()
-            raise
-
-    def _leave_exclusive_lock(self) -> None:
-        if not try_lock(self.pair.file, exclusive=False):
-            self._take_shared_lock_again()
-
-    def _take_shared_lock_again(self) -> None:
-        """Repair what a failed conversion leaves: no lock at all (flock(2))."""
-        before = os.fstat(self.pair.file)
-        refusal = f"another program opened {self._path.name} for writing; close it there"
-        lock(self.pair.file, exclusive=False, timeout=LOCK_WAIT, refusal=refusal)
-        after = os.fstat(self.pair.file)
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise CorpusFormatError(
-                f"{self._path.name} was changed by another program between two locks; restore it from a backup"
-            )
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".new")

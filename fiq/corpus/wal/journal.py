@@ -1,14 +1,34 @@
-"""The journal beside a partition file: ``<pp>.h5.wal``.
+"""The journal of a partition file, a write-ahead log, and the head of the file that ties the two together.
 
-::
+**The head of ``<pp>.h5``.** HDF5 leaves the first 16 KiB (the *user block*) to us; the HDF5 content starts after it,
+where stock tools find it. All integers are little-endian::
 
-    0      slot A   magic, CRC, version, UUID of the pair, turn, start, number, link
-    4096   slot B   the same; the one with the higher turn counts
-    8192   records  see journal_records
+    0      identity   magic, CRC, version, UUID of the pair; written once. A note in plain text follows at 512
+    4096   state A    magic, CRC, link, generation, absorbed, target
+    8192   state B    the same; they are written alternately, and the higher generation is valid
 
-The slots say where the first live record lies. A checkpoint moves it on by writing the other slot, and the room before
-it is used again: when the front is free, an empty record sends the chain back there. So the journal is a ring while
-checkpoints keep up, and grows at its end while they wait.
+*absorbed* is the number of journal records that the file holds completely. While a checkpoint copies the next ones,
+*target* is above *absorbed*, and the content is usable only together with the journal.
+
+**The journal ``<pp>.h5.wal``**::
+
+    0      slot A     magic, CRC, version, UUID of the pair, generation, start, number, link
+    4096   slot B     the same; the higher generation is valid
+    8192   records    each says where the next one is
+
+The slot says where the first live record is. A checkpoint writes the other slot with a later start, and the room before
+it is used again: when the front is free, an empty record, a *jump*, continues the journal there. So the journal is a
+ring while checkpoints keep up, and grows at its end while they wait.
+
+**A record** starts at a multiple of 4096 bytes, so that writing one never touches a block of another::
+
+    0     header   80 bytes: magic, header CRC, body CRC, link, extents, number, count, next, file size, sectors, UUID
+    80    table    16 bytes an extent: first sector u8, number of sectors u8; zeros up to a multiple of 512
+          images   512 bytes a sector; zeros up to a multiple of 4096
+
+The header CRC covers the header from the body CRC on, the body CRC the table with its zeros and the images. *link* is
+the header CRC of the record before. *number* counts the records of the pair's whole life; a compacted record stands
+for *count* of them. *next* is the byte offset of the next record.
 """
 
 from __future__ import annotations
@@ -16,56 +36,160 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 from uuid import UUID
 
 import numpy as np
+import numpy.typing as npt
 
-from fiq.corpus.errors import JournalError
-from fiq.corpus.wal.overlay import SECTOR, Extents, Sectors
-from fiq.corpus.wal.pair import PAIR_VERSION, State
+from fiq.corpus.errors import ArchivedFileError, CorpusFormatError, JournalError, system_errors
 from fiq.corpus.wal.storage import StorageIO, read_exactly, write_all
 
+#: size of the user block, bytes: three blocks of a disk with large sectors and one to spare (a power of two, as HDF5
+#: wants)
+USER_BLOCK = 16384
+#: version of user block and journal
+PAIR_VERSION = 2
+#: bytes of a sector, the unit of the journal: what a disk writes whole or not at all
+SECTOR = 512
 #: records start at multiples of this, bytes
 RECORD_ALIGNMENT = 4096
-
-#: how a record begins
-MAGIC = b"FIQRECRD"
-_HEADER = struct.Struct("<8sIIIIQQQQQ16s")
-#: bytes of a header, behind which the table lies
-HEADER_BYTES = _HEADER.size
-_SEALED_FROM = 12
 #: byte offset of the first record
 RECORDS_START = 8192
 
-_READ_BYTES = 4 << 20
+Sectors = npt.NDArray[np.uint64]
+
 _BLOCK = 4096
-_MAGIC = b"FIQWAL\0\0"
-_SLOT = struct.Struct("<8sII16sQQQI")  # magic, CRC of what follows it, version, UUID, turn, start, number, link
-_CRC_END = 12
+_IDENTITY = struct.Struct("<8sII16s")  # magic, CRC, version, UUID
+_IDENTITY_MAGIC = b"FIQHDF5\0"
+_STATE = struct.Struct("<8sIIQQQ")  # magic, CRC, link, generation, absorbed, target
+_STATE_MAGIC = b"FIQSTATE"
+_SLOT = struct.Struct("<8sII16sQQQI")  # magic, CRC, version, UUID, generation, start, number, link
+_SLOT_MAGIC = b"FIQWAL\0\0"
+_HEADER = struct.Struct("<8sIIIIQQQQQ16s")
+_RECORD_MAGIC = b"FIQRECRD"
+#: every CRC covers what comes after it and the magic
+_SEALED_FROM = 12
+_READ_BYTES = 4 << 20
+
+_ARCHIVE_MARK_AT, _ARCHIVE_MARK = 256, b"FIQARCHV"
+_NOTE_AT, _NOTE_END = 512, 4096
+_NOTE = (
+    b"fiq corpus partition file. Its HDF5 content starts at byte 16384: open it read-only, with any HDF5 tool.\n"
+    b"The newest commits may still be in the journal beside it (.h5.wal): keep the two together.\n"
+)
+_ARCHIVE_NOTE = (
+    b"fiq corpus archive. Its HDF5 content starts at byte 16384: open it read-only, with any HDF5 tool.\n"
+    b"It is complete: there is no journal beside it.\n"
+)
 
 
-# -- The records of a journal: their fields, and how one is built ----------------------------------------------------
-#
-# A record starts at a multiple of 4096 bytes, so that writing one never touches a block of another::
-#
-#     0     header   80 bytes: magic, header CRC, body CRC, link, extents, number, count, next, file size, sectors, UUID
-#     80    table    16 bytes an extent: first sector u8, number of sectors u8; zeros up to a multiple of 512
-#           images   512 bytes a sector
-#           zeros up to a multiple of 4096
-#
-# The header CRC covers the header from the body CRC on, the body CRC the table with its zeros and the images. *link* is
-# the header CRC of the record before. *number* counts the records of the pair's whole life; a compacted record stands
-# for *count* of them. *next* is where the record behind it belongs.
+def _sealed(packed: bytes) -> bytes:
+    return packed[:8] + struct.pack("<I", zlib.crc32(packed[_SEALED_FROM:])) + packed[_SEALED_FROM:]
+
+
+def _is_sealed(raw: bytes, magic: bytes) -> bool:
+    return raw[:8] == magic and raw[8:12] == struct.pack("<I", zlib.crc32(raw[_SEALED_FROM:]))
+
+
+# -- The user block ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How far the partition file has absorbed its journal.
+
+    Attributes:
+        generation: counts the states written; odd ones are in slot B.
+        absorbed: number of journal records that the content holds.
+        target: number that it will hold after the running checkpoint; equal to *absorbed* when none runs.
+        link: header CRC of the last absorbed record (0: none yet); tells histories apart that diverged.
+    """
+
+    generation: int
+    absorbed: int
+    target: int
+    link: int
+
+
+def new_user_block(uuid: UUID, *, archive: bool = False) -> bytes:
+    """Return the user block of a new file, or of an archive, which is complete without a journal."""
+    block = bytearray(USER_BLOCK)
+    block[: _IDENTITY.size] = _sealed(_IDENTITY.pack(_IDENTITY_MAGIC, 0, PAIR_VERSION, uuid.bytes))
+    note = _ARCHIVE_NOTE if archive else _NOTE
+    block[_NOTE_AT : _NOTE_AT + len(note)] = note
+    if archive:
+        block[_ARCHIVE_MARK_AT : _ARCHIVE_MARK_AT + len(_ARCHIVE_MARK)] = _ARCHIVE_MARK
+    block[_BLOCK : _BLOCK + _STATE.size] = _packed_state(State(0, 0, 0, 0))
+    return bytes(block)
+
+
+def read_uuid(fd: int, name: str) -> UUID:
+    """Return the UUID of the pair that the file belongs to.
+
+    Raises CorpusFormatError: it is no partition file, or one of another version.
+    """
+    head = read_exactly(fd, _IDENTITY.size, 0)
+    if not _is_sealed(head, _IDENTITY_MAGIC):
+        raise CorpusFormatError(f"{name} is not a partition file of a fiq corpus: its first 32 bytes differ")
+    _, _, version, uuid = _IDENTITY.unpack(head)
+    if version != PAIR_VERSION:
+        raise CorpusFormatError(f"{name} has version {version} of the format, this program reads {PAIR_VERSION} only")
+    return UUID(bytes=uuid)
+
+
+def read_state(fd: int, name: str) -> State:
+    """Return the newest state of the file. Raises CorpusFormatError: both slots are damaged."""
+    states = []
+    for offset in (_BLOCK, 2 * _BLOCK):
+        raw = read_exactly(fd, _STATE.size, offset)
+        if _is_sealed(raw, _STATE_MAGIC):
+            _, _, link, generation, absorbed, target = _STATE.unpack(raw)
+            states.append(State(generation, absorbed, target, link))
+    if not states:
+        raise CorpusFormatError(f"{name}: both state slots of the user block are damaged; restore the file")
+    return max(states, key=lambda state: state.generation)
+
+
+def write_state(io: StorageIO, fd: int, state: State) -> None:
+    """Write *state* into its slot; the caller syncs."""
+    write_all(io, fd, _packed_state(state), _BLOCK * (1 + state.generation % 2))
+
+
+def _packed_state(state: State) -> bytes:
+    return _sealed(_STATE.pack(_STATE_MAGIC, 0, state.link, state.generation, state.absorbed, state.target))
+
+
+def refuse_archive(path: Path) -> None:
+    """Raise ArchivedFileError if *path* is an archive; CorpusIOError: the system refused."""
+    with system_errors(f"open {path.name}"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            mark = os.pread(fd, len(_ARCHIVE_MARK), _ARCHIVE_MARK_AT)
+        finally:
+            os.close(fd)
+    if mark == _ARCHIVE_MARK:
+        raise ArchivedFileError(
+            f"{path.name} is an archive that `fiq repack` made, which is read-only: "
+            "put back the partition file and journal that it was made from"
+        )
+
+
+# -- Slots and records ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where in a journal the next record belongs.
+    """Where a record belongs.
 
     Attributes:
-        number: number of the record.
+        number: of the record.
         link: header CRC of the record before it; 0 for the first of all.
         offset: bytes from the start of the journal.
     """
@@ -76,18 +200,40 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Extents:
+    """The sectors of one record.
+
+    Attributes:
+        table: shape (n, 2): first sector and number of sectors of each run, in rising order.
+        images: byte offset in the journal of the images of these sectors, one after another.
+    """
+
+    table: Sectors
+    images: int
+
+    def sectors(self) -> Sectors:
+        """Return the number of every sector, in the order of the images."""
+        starts, counts = self.table[:, 0], self.table[:, 1]
+        ends = np.cumsum(counts)
+        total = int(ends[-1]) if len(ends) else 0
+        numbers: Sectors = np.arange(total, dtype=np.uint64)
+        numbers += np.repeat(starts - (ends - counts), counts.astype(np.int64))
+        return numbers
+
+
+@dataclass(frozen=True, slots=True)
 class JournalRecord:
-    """One whole record, as found in a journal.
+    """One whole record.
 
     Attributes:
         number: its number.
         count: how many records it stands for; more than one after a compaction.
         link: its header CRC, which the next record refers to.
-        file_size: size of the partition file once the record is applied, bytes.
+        file_size: size of the partition file after the record, bytes.
         extents: what it changes.
-        offset: where it begins, bytes from the start of the journal.
-        end: byte offset behind it.
-        next: byte offset of the next record: *end*, or elsewhere when the journal turns.
+        offset: byte offset of its start.
+        end: byte offset of its end.
+        next: byte offset of the next record: *end*, or elsewhere after a jump.
     """
 
     number: int
@@ -100,28 +246,265 @@ class JournalRecord:
     next: int
 
     @property
-    def behind(self) -> Position:
+    def length(self) -> int:
+        """Bytes that it takes in the journal."""
+        return self.end - self.offset
+
+    @property
+    def next_position(self) -> Position:
         """Where the next record belongs."""
         return Position(self.number + self.count, self.link, self.next)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What the first bytes of a record say.
+class LiveRecords(NamedTuple):
+    """The live part of a journal.
 
     Attributes:
-        crc: CRC of the header itself.
-        body_crc: CRC of what follows.
-        link: header CRC of the record before.
-        extents: rows of the table.
-        number: number of the record.
-        count: how many records it stands for.
-        next: byte offset of the next record.
-        file_size: size of the partition file afterwards, bytes.
-        sectors: images that follow.
-        uuid: of the pair, 16 bytes.
+        generation: of the valid slot.
+        start: where the records begin.
+        records: oldest first.
+        torn: whether a record after them was dropped that a crash had cut short.
     """
 
+    generation: int
+    start: Position
+    records: list[JournalRecord]
+    torn: bool = False
+
+    @property
+    def next(self) -> Position:
+        """Where the next record belongs."""
+        return self.records[-1].next_position if self.records else self.start
+
+
+def write_record(
+    io: StorageIO,
+    fd: int,
+    uuid: UUID,
+    at: Position,
+    file_size: int,
+    table: Sectors,
+    images: Iterable[memoryview],
+    *,
+    count: int = 1,
+    jump: int | None = None,
+) -> JournalRecord:
+    """Write a record; the caller syncs.
+
+    Args:
+        at: where it belongs.
+        file_size: size of the partition file once it is applied, bytes.
+        table: the runs of sectors that it changes.
+        images: their content, in pieces of whole sectors; each is used before the next one is taken.
+        count: how many records it stands for.
+        jump: byte offset of the next record; None: right after this one.
+    """
+    body = _padded_table(table)
+    first_image = offset = at.offset + _HEADER.size + len(body)
+    crc = zlib.crc32(body)
+    for image in images:
+        crc = zlib.crc32(image, crc)
+        offset = write_all(io, fd, image, offset)
+    end = _aligned(offset, RECORD_ALIGNMENT)
+    following = end if jump is None else jump
+    numbers = (len(table), at.number, count, following, file_size, (offset - first_image) // SECTOR)
+    header = _sealed(_HEADER.pack(_RECORD_MAGIC, 0, crc, at.link, *numbers, uuid.bytes))
+    write_all(io, fd, bytes(end - offset), offset)
+    # the header goes last: without it the record does not count
+    write_all(io, fd, header + body, at.offset)
+    link = zlib.crc32(header[_SEALED_FROM:])
+    return JournalRecord(at.number, count, link, file_size, Extents(table, first_image), at.offset, end, following)
+
+
+def _padded_table(table: Sectors) -> bytes:
+    content = table.tobytes()
+    return content.ljust(_aligned(_HEADER.size + len(content), SECTOR) - _HEADER.size, b"\0")
+
+
+def _aligned(length: int, unit: int) -> int:
+    return length + -length % unit
+
+
+def empty_journal(uuid: UUID, *, generation: int = 1, number: int = 0, link: int = 0) -> bytes:
+    """Return the content of a journal without records, whose first one will have *number*; *generation* is odd."""
+    slot = _packed_slot(uuid, generation, Position(number, link, RECORDS_START))
+    return bytes(_BLOCK) + slot.ljust(_BLOCK, b"\0")
+
+
+def write_start(io: StorageIO, fd: int, uuid: UUID, generation: int, start: Position) -> None:
+    """Write the slot of a *generation*: the live records begin at *start*; the caller syncs."""
+    write_all(io, fd, _packed_slot(uuid, generation, start), _BLOCK * (generation % 2))
+
+
+def _packed_slot(uuid: UUID, generation: int, start: Position) -> bytes:
+    where = (start.offset, start.number, start.link)
+    return _sealed(_SLOT.pack(_SLOT_MAGIC, 0, PAIR_VERSION, uuid.bytes, generation, *where))
+
+
+class Journal:
+    """The writer's side of a journal: appends records, and reuses the room of those that a checkpoint has copied.
+
+    Args:
+        fd: descriptor of the journal.
+        live: its live part.
+        wrap_bytes: size from which the journal continues at its front when that is free.
+    """
+
+    def __init__(self, fd: int, io: StorageIO, uuid: UUID, live: LiveRecords, *, wrap_bytes: int) -> None:
+        self.fd = fd
+        #: of the valid slot
+        self.generation = live.generation
+        #: the live records, oldest first
+        self.records = list(live.records)
+        #: bytes of them
+        self.bytes_live = sum(record.length for record in live.records)
+        self._io = io
+        self._uuid = uuid
+        self._wrap_bytes = wrap_bytes
+        self._next = live.next
+        self._ceiling = self._find_ceiling()
+
+    def append(self, file_size: int, table: Sectors, images: Iterable[memoryview]) -> JournalRecord:
+        """Write one record and make it durable: after the return it survives a power cut. Arguments as of
+        :func:`write_record`.
+
+        Raises OSError: the system refused; whether the record counts is known only after the journal is read again.
+        """
+        length = _aligned(_HEADER.size + table.nbytes, SECTOR) + SECTOR * int(table[:, 1].sum())
+        place = self._place(_aligned(length, RECORD_ALIGNMENT))
+        if place != self._next.offset:
+            # durable before what comes after it, or a torn record could not be told from a damaged one
+            self._write(file_size, table[:0], (), jump=place)
+            self._ceiling = self._find_ceiling()
+        return self._write(file_size, table, images)
+
+    def release(self, records: int, generation: int) -> None:
+        """Forget the first *records* live ones: the slot of *generation*, which is durable, starts after them."""
+        self.generation = generation
+        self.bytes_live -= sum(record.length for record in self.records[:records])
+        del self.records[:records]
+        self._ceiling = self._find_ceiling()
+
+    def shrink(self, size: int) -> None:
+        """Truncate the journal to *size*, or to its last live record. Raises OSError: the system refused."""
+        size = max(size, self._top())
+        if os.fstat(self.fd).st_size > size:
+            self._io.truncate(self.fd, size)
+
+    def _write(
+        self, file_size: int, table: Sectors, images: Iterable[memoryview], *, jump: int | None = None
+    ) -> JournalRecord:
+        record = write_record(self._io, self.fd, self._uuid, self._next, file_size, table, images, jump=jump)
+        self._io.fdatasync(self.fd)
+        self.records.append(record)
+        self._next = record.next_position
+        self.bytes_live += record.length
+        return record
+
+    def _place(self, length: int) -> int:
+        """Return where a record of *length* bytes goes: next in line, at the front, or after everything live."""
+        at = self._next.offset
+        if self._ceiling is not None:
+            # after a record there must always be room for a jump
+            return at if at + length + RECORD_ALIGNMENT <= self._ceiling else self._top()
+        free = min((record.offset for record in self.records), default=at) - RECORDS_START
+        if at + length > self._wrap_bytes and free >= max(length + RECORD_ALIGNMENT, self._wrap_bytes // 4):
+            return RECORDS_START
+        return at
+
+    def _top(self) -> int:
+        return max((record.end for record in self.records), default=self._next.offset)
+
+    def _find_ceiling(self) -> int | None:
+        """Return the first live byte after the next record's place; None when there is none."""
+        return min((record.offset for record in self.records if record.offset >= self._next.offset), default=None)
+
+
+# -- Reading a journal, and telling a torn tail from damage -----------------------------------------------------------
+
+
+def read_journal(fd: int, uuid: UUID, state: State, name: str) -> LiveRecords:
+    """Read the live records of a journal and check that they continue the partition file.
+
+    Args:
+        uuid: the UUID that the partition file states.
+        state: what the partition file says it has absorbed.
+        name: of the journal, for messages.
+
+    Raises JournalError: the journal is damaged, of another file, or older or newer than the file.
+    """
+    generation, start = _read_start(fd, uuid, name)
+    records, torn = _read_records(fd, uuid, start, name)
+    live = LiveRecords(generation, start, records, torn)
+    end = live.next.number
+    if state.absorbed < start.number:
+        raise JournalError(
+            f"{name} starts with record {start.number} but the file has only the first {state.absorbed}: the file is "
+            "older than its journal; restore both from the same backup, or move the journal away to go on from the file"
+        )
+    if max(state.target, state.absorbed) > end:
+        raise JournalError(
+            f"{name} ends before record {end} but the file has taken {state.target}: the journal is older than the "
+            "file, or was cut; restore both from the same backup"
+        )
+    links = {start.number: start.link} | {record.number + record.count: record.link for record in records}
+    if links.get(state.absorbed) != state.link:
+        raise JournalError(
+            f"{name} and its file share their UUID but not their history: restore both from the same backup"
+        )
+    return live
+
+
+def _read_start(fd: int, uuid: UUID, name: str) -> tuple[int, Position]:
+    found = []
+    for offset in (0, _BLOCK):
+        raw = read_exactly(fd, _SLOT.size, offset)
+        if _is_sealed(raw, _SLOT_MAGIC):
+            _, _, version, owner, generation, start, number, link = _SLOT.unpack(raw)
+            if version != PAIR_VERSION:
+                raise JournalError(
+                    f"{name} has version {version} of the format, this program reads {PAIR_VERSION} only"
+                )
+            found.append((generation, Position(number, link, start), UUID(bytes=owner)))
+    if not found:
+        raise JournalError(
+            f"{name} is not a journal, or both its headers are damaged: put back the journal that belongs to the file"
+        )
+    generation, position, owner = max(found, key=lambda slot: slot[0])
+    if owner != uuid:
+        raise JournalError(
+            f"{name} belongs to another file (UUID {owner}, this one has {uuid}): "
+            "files and journals were swapped; put each journal back beside its own file"
+        )
+    return generation, position
+
+
+def _read_records(fd: int, uuid: UUID, position: Position, name: str) -> tuple[list[JournalRecord], bool]:
+    """Read the whole records from *position* on; return them, and whether a torn one was dropped after them.
+
+    A torn record was never acknowledged, so dropping it loses nothing. A damaged one that a whole later one follows is
+    not a torn tail: records are written one after another, each durable before the next.
+    """
+    records: list[JournalRecord] = []
+    while True:
+        found = list(_whole_records(fd, uuid, position))
+        records += found
+        position = found[-1].next_position if found else position
+        if not _has_later_record(fd, uuid, position):
+            break
+        # a writer at work may have finished this record and others since it was read
+        if next(_whole_records(fd, uuid, position), None) is None:
+            raise JournalError(
+                f"{name}: record {position.number} at byte {position.offset} is damaged though a later one is whole; "
+                "commits would be lost silently if it were skipped: restore the file and its journal from a backup"
+            )
+    raw = os.pread(fd, _HEADER.size, position.offset)
+    header = _parse(raw)
+    # anything else at this place is of an earlier round
+    return records, raw[:8] == _RECORD_MAGIC and (header is None or header.number == position.number)
+
+
+class _Header(NamedTuple):
     crc: int
     body_crc: int
     link: int
@@ -134,387 +517,71 @@ class Header:
     uuid: bytes
 
     @property
-    def table_end(self) -> int:
+    def images(self) -> int:
         """Bytes from the start of the record to its images."""
-        return aligned(HEADER_BYTES + 16 * self.extents, SECTOR)
+        return _aligned(_HEADER.size + 16 * self.extents, SECTOR)
 
     @property
     def length(self) -> int:
         """Bytes from the start of the record to the end of its images."""
-        return self.table_end + SECTOR * self.sectors
+        return self.images + SECTOR * self.sectors
 
 
-def parse(raw: bytes) -> Header | None:
-    """Read the header at the beginning of *raw*; None when it is none, or damaged."""
-    if len(raw) < HEADER_BYTES:
+def _parse(raw: bytes) -> _Header | None:
+    if len(raw) < _HEADER.size or not _is_sealed(raw, _RECORD_MAGIC):
         return None
-    magic, crc, *rest = _HEADER.unpack_from(raw)
-    if magic != MAGIC or crc != zlib.crc32(raw[_SEALED_FROM:HEADER_BYTES]):
-        return None
-    return Header(crc, *rest)
-
-
-def encode_jump(uuid: UUID, position: Position, file_size: int, target: int) -> tuple[bytes, JournalRecord]:
-    """Build an empty record for *position* behind which the journal goes on at the byte offset *target*."""
-    table: Sectors = np.empty((0, 2), np.uint64)
-    body = padded_table(table)
-    header, record = seal(uuid, position, file_size, table, 0, zlib.crc32(body), target=target)
-    return (header + body).ljust(RECORD_ALIGNMENT, b"\0"), record
-
-
-def seal(
-    uuid: UUID,
-    position: Position,
-    file_size: int,
-    table: Sectors,
-    sectors: int,
-    body_crc: int,
-    *,
-    count: int = 1,
-    target: int | None = None,
-) -> tuple[bytes, JournalRecord]:
-    """Build the header of a record for *position*.
-
-    Args:
-        sectors: how many the images are.
-        body_crc: CRC of the padded table and the images.
-        count: how many records it stands for.
-        target: where the next record goes; None: right behind it.
-
-    Returns:
-        The header, and the record as a scan would find it.
-    """
-    images = position.offset + aligned(HEADER_BYTES + table.nbytes, SECTOR)
-    end = aligned(images + SECTOR * sectors, RECORD_ALIGNMENT)
-    target = end if target is None else target
-    sealed = _HEADER.pack(
-        MAGIC,
-        0,
-        body_crc,
-        position.link,
-        len(table),
-        position.number,
-        count,
-        target,
-        file_size,
-        sectors,
-        uuid.bytes,
-    )
-    crc = zlib.crc32(sealed[_SEALED_FROM:])
-    header = sealed[:8] + struct.pack("<I", crc) + sealed[_SEALED_FROM:]
-    extents = Extents(table, images)
-    return header, JournalRecord(position.number, count, crc, file_size, extents, position.offset, end, target)
-
-
-def padded_table(table: Sectors) -> bytes:
-    """Return what lies between a record's header and its images."""
-    content = table.tobytes()
-    return content.ljust(aligned(HEADER_BYTES + len(content), SECTOR) - HEADER_BYTES, b"\0")
-
-
-def aligned(length: int, unit: int) -> int:
-    """Round *length* up to a multiple of *unit*."""
-    return length + -length % unit
-
-
-def new_journal(uuid: UUID) -> bytes:
-    """Return the content of the journal of a new file."""
-    return slots(uuid, 1, Position(number=0, link=0, offset=RECORDS_START))
-
-
-def slots(uuid: UUID, turn: int, start: Position) -> bytes:
-    """Return the head of a journal whose only slot has an odd *turn*."""
-    return bytes(_BLOCK) + _packed(uuid, turn, start).ljust(_BLOCK, b"\0")
-
-
-def write_start(io: StorageIO, fd: int, uuid: UUID, turn: int, start: Position) -> None:
-    """Write the slot of a *turn*, so that *start* is where the live records begin; the caller syncs."""
-    write_all(io, fd, _packed(uuid, turn, start), _BLOCK * (turn % 2))
-
-
-def read_start(fd: int, uuid: UUID, name: str) -> tuple[int, Position]:
-    """Return the turn of a journal and where its live records begin.
-
-    Args:
-        uuid: the UUID that the partition file states.
-
-    Raises JournalError: it is no journal, or that of another file.
-    """
-    found = [slot for offset in (0, _BLOCK) if (slot := _unpacked(read_exactly(fd, _SLOT.size, offset), name))]
-    if not found:
-        raise JournalError(
-            f"{name} is no journal, or both its headers are damaged: put the journal back that belongs to the file"
-        )
-    owner, turn, position = max(found, key=lambda slot: slot[1])
-    if owner != uuid:
-        raise JournalError(
-            f"{name} belongs to another file (UUID {owner}, this one has {uuid}): "
-            "files and journals were swapped; put each journal back beside its own file"
-        )
-    return turn, position
-
-
-def read_records(fd: int, uuid: UUID, state: State, name: str) -> tuple[Position, list[JournalRecord], bool]:
-    """Read the live records of a journal and check that they continue the file.
-
-    Args:
-        state: what the partition file says it has absorbed.
-
-    Returns:
-        Where the records begin, the records, and whether a torn one was dropped.
-
-    Raises JournalError: the journal is damaged, of another file, or older or newer than the file.
-    """
-    _, start = read_start(fd, uuid, name)
-    records, torn = scan(fd, uuid, start, name)
-    end = records[-1].behind.number if records else start.number
-    if state.absorbed < start.number:
-        raise JournalError(
-            f"{name} starts with record {start.number} but the file has only the first {state.absorbed}: the file is "
-            "older than its journal; restore both from the same backup, or move the journal away to go on from the file"
-        )
-    if max(state.target, state.absorbed) > end:
-        raise JournalError(
-            f"{name} ends before record {end} but the file has taken {state.target}: the journal is older than the "
-            "file, or was cut; restore both from the same backup"
-        )
-    links = {start.number: start.link} | {record.behind.number: record.link for record in records}
-    if links.get(state.absorbed) != state.link:
-        raise JournalError(
-            f"{name} and its file share their UUID but not their history: restore both from the same backup"
-        )
-    return start, records, torn
-
-
-class Journal:
-    """The writer's side of a journal: appends records, takes note of what a checkpoint has made superfluous.
-
-    Args:
-        fd: descriptor of the journal.
-        turn: of the slot that counts.
-        start: where the live records begin.
-        records: the live records.
-        turn_bytes: size from which the journal goes back to its front when that is free.
-    """
-
-    def __init__(
-        self,
-        fd: int,
-        io: StorageIO,
-        uuid: UUID,
-        turn: int,
-        start: Position,
-        records: Sequence[JournalRecord],
-        *,
-        turn_bytes: int,
-    ) -> None:
-        self.fd = fd
-        self.turn = turn
-        self._io = io
-        self._uuid = uuid
-        self._turn_bytes = turn_bytes
-        #: the live records, oldest first
-        self.records = list(records)
-        #: where the next record belongs
-        self.next = records[-1].behind if records else start
-        self._bytes_live = sum(_length(record) for record in records)
-        self._ceiling = self._find_ceiling()
-
-    @property
-    def bytes_live(self) -> int:
-        """Bytes of the records that no checkpoint has copied yet."""
-        return self._bytes_live
-
-    def append(self, file_size: int, table: Sectors, images: Iterable[memoryview]) -> JournalRecord:
-        """Write one record and make it durable; when this returns, it outlives a power cut.
-
-        Args:
-            file_size: size of the partition file once it is applied, bytes.
-            table: the runs of sectors that it changes.
-            images: their content, in pieces of whole sectors; each is used before the next one is taken.
-
-        Raises OSError: the system refused; the record may or may not count, which only reading the journal anew tells.
-        """
-        sectors, body = int(table[:, 1].sum()), padded_table(table)
-        length = aligned(HEADER_BYTES + len(body) + SECTOR * sectors, RECORD_ALIGNMENT)
-        place = self._place(length)
-        if place != self.next.offset:
-            self._jump(place, file_size)
-        crc, offset = zlib.crc32(body), self.next.offset + HEADER_BYTES + len(body)
-        for image in images:
-            crc = zlib.crc32(image, crc)
-            offset = write_all(self._io, self.fd, image, offset)
-        header, record = seal(self._uuid, self.next, file_size, table, sectors, crc)
-        write_all(self._io, self.fd, bytes(record.end - offset), offset)
-        # without its header the record does not count
-        write_all(self._io, self.fd, header + body, record.offset)
-        self._io.fdatasync(self.fd)
-        self._take(record)
-        return record
-
-    def release(self, records: int) -> None:
-        """Forget the first *records* live ones: the slot that is durable says so already."""
-        self._bytes_live -= sum(_length(record) for record in self.records[:records])
-        del self.records[:records]
-        self._ceiling = self._find_ceiling()
-
-    def shrink(self, size: int) -> None:
-        """Give room behind the live records back to the disk, as far as the journal is larger than *size*.
-
-        Raises OSError: the system refused.
-        """
-        size = max(size, self._top())
-        if os.fstat(self.fd).st_size > size:
-            self._io.truncate(self.fd, size)
-
-    def _place(self, length: int) -> int:
-        """Return where a record of *length* bytes goes: on, back to the front, or behind everything live."""
-        at = self.next.offset
-        if self._ceiling is not None:
-            # behind a record there must always be room for a jump
-            return at if at + length + RECORD_ALIGNMENT <= self._ceiling else self._top()
-        free = min((record.offset for record in self.records), default=at) - RECORDS_START
-        if at + length > self._turn_bytes and free >= max(length + RECORD_ALIGNMENT, self._turn_bytes // 4):
-            return RECORDS_START
-        return at
-
-    def _jump(self, target: int, file_size: int) -> None:
-        content, record = encode_jump(self._uuid, self.next, file_size, target)
-        write_all(self._io, self.fd, content, record.offset)
-        # durable before what lies behind it, or a torn one could not be told from a damaged one
-        self._io.fdatasync(self.fd)
-        self._take(record)
-        self._ceiling = self._find_ceiling()
-
-    def _take(self, record: JournalRecord) -> None:
-        self.records.append(record)
-        self.next = record.behind
-        self._bytes_live += _length(record)
-
-    def _top(self) -> int:
-        return max((record.end for record in self.records), default=self.next.offset)
-
-    def _find_ceiling(self) -> int | None:
-        """Return the first live byte behind the next record's place; None when there is none."""
-        return min((record.offset for record in self.records if record.offset >= self.next.offset), default=None)
-
-
-def _length(record: JournalRecord) -> int:
-    return record.end - record.offset
-
-
-def _packed(uuid: UUID, turn: int, start: Position) -> bytes:
-    sealed = _SLOT.pack(_MAGIC, 0, PAIR_VERSION, uuid.bytes, turn, start.offset, start.number, start.link)
-    return sealed[:8] + struct.pack("<I", zlib.crc32(sealed[_CRC_END:])) + sealed[_CRC_END:]
-
-
-def _unpacked(raw: bytes, name: str) -> tuple[UUID, int, Position] | None:
-    magic, crc, version, uuid, turn, offset, number, link = _SLOT.unpack(raw)
-    if magic != _MAGIC or crc != zlib.crc32(raw[_CRC_END:]):
-        return None
-    if version != PAIR_VERSION:
-        raise JournalError(f"{name} has version {version} of the format, this program reads {PAIR_VERSION}")
-    return UUID(bytes=uuid), turn, Position(number, link, offset)
-
-
-# -- Reads the records of a journal, and tells a torn tail from damage -----------------------------------------------
-
-
-def scan(fd: int, uuid: UUID, start: Position, name: str) -> tuple[list[JournalRecord], bool]:
-    """Read the whole records from *start* on.
-
-    Returns:
-        The records, oldest first, and whether a torn one was dropped behind them: one that a crash cut short. It was
-        never acknowledged, so dropping it loses nothing.
-
-    Raises:
-        JournalError: a record is damaged or missing though a later one is whole. That is no torn tail: records are
-            written one after another, each durable before the next.
-    """
-    records: list[JournalRecord] = []
-    position = start
-    while True:
-        found = list(_whole_records(fd, uuid, position))
-        records += found
-        position = found[-1].behind if found else position
-        if not _later_record(fd, uuid, position):
-            break
-        # a writer at work may have finished this record and others since it was looked at
-        if next(_whole_records(fd, uuid, position), None) is None:
-            raise JournalError(
-                f"{name}: record {position.number} at byte {position.offset} is damaged though a later one is whole; "
-                "commits would be lost silently if it were skipped: restore the file and its journal from a backup"
-            )
-    return records, _is_torn(fd, position)
-
-
-def _is_torn(fd: int, position: Position) -> bool:
-    """Return whether the record that belongs at *position* was begun; what else lies there is of an earlier turn."""
-    raw = os.pread(fd, HEADER_BYTES, position.offset)
-    header = parse(raw)
-    return raw[:8] == MAGIC and (header is None or header.number == position.number)
+    return _Header(*_HEADER.unpack(raw)[1:])
 
 
 def _whole_records(fd: int, uuid: UUID, position: Position) -> Iterator[JournalRecord]:
     size = os.fstat(fd).st_size
     while True:
-        header = parse(os.pread(fd, HEADER_BYTES, position.offset))
+        header = _parse(os.pread(fd, _HEADER.size, position.offset))
         expected = (position.link, position.number, uuid.bytes)
         if header is None or (header.link, header.number, header.uuid) != expected:
             return
-        table = _sound_table(fd, header, position.offset, size)
-        if table is None:
+        if not _has_whole_body(fd, header, position.offset, size):
             return
-        record = _record(header, table, position.offset)
+        raw = os.pread(fd, 16 * header.extents, position.offset + _HEADER.size)
+        table = np.frombuffer(raw, "<u8").astype(np.uint64).reshape(-1, 2)
+        record = JournalRecord(
+            number=header.number,
+            count=header.count,
+            link=header.crc,
+            file_size=header.file_size,
+            extents=Extents(table, position.offset + header.images),
+            offset=position.offset,
+            end=position.offset + _aligned(header.length, RECORD_ALIGNMENT),
+            next=header.next,
+        )
         yield record
-        position = record.behind
+        position = record.next_position
 
 
-def _record(header: Header, table: Sectors, offset: int) -> JournalRecord:
-    return JournalRecord(
-        number=header.number,
-        count=header.count,
-        link=header.crc,
-        file_size=header.file_size,
-        extents=Extents(table, offset + header.table_end),
-        offset=offset,
-        end=offset + aligned(header.length, RECORD_ALIGNMENT),
-        next=header.next,
-    )
-
-
-def _sound_table(fd: int, header: Header, offset: int, size: int) -> Sectors | None:
-    """Return the table of a record when its body is whole."""
-    if offset + header.length > size:
-        return None
-    crc, place, end = 0, offset + HEADER_BYTES, offset + header.length
-    while place < end:
+def _has_whole_body(fd: int, header: _Header, offset: int, size: int) -> bool:
+    crc, place, end = 0, offset + _HEADER.size, offset + header.length
+    while place < end <= size:
         piece = os.pread(fd, min(_READ_BYTES, end - place), place)
         if not piece:
-            return None
+            return False
         crc, place = zlib.crc32(piece, crc), place + len(piece)
-    if crc != header.body_crc:
-        return None
-    raw = os.pread(fd, 16 * header.extents, offset + HEADER_BYTES)
-    return np.frombuffer(raw, "<u8").astype(np.uint64).reshape(-1, 2)
+    return end <= size and crc == header.body_crc
 
 
-def _later_record(fd: int, uuid: UUID, position: Position) -> bool:
-    """Return whether a whole record that comes after the one at *position* lies anywhere in the journal."""
+def _has_later_record(fd: int, uuid: UUID, position: Position) -> bool:
+    """Return whether a whole record with a number above that of *position* is anywhere in the journal."""
     size = os.fstat(fd).st_size
     for base in range(RECORDS_START, size, _READ_BYTES):
         block = os.pread(fd, _READ_BYTES, base)
         for within in range(0, len(block), RECORD_ALIGNMENT):
-            if block[within : within + 8] == MAGIC and _is_later(fd, uuid, position, base + within, size):
+            if block[within : within + 8] != _RECORD_MAGIC:
+                continue
+            header = _parse(os.pread(fd, _HEADER.size, base + within))
+            if (
+                header is not None
+                and header.number > position.number
+                and header.uuid == uuid.bytes
+                and _has_whole_body(fd, header, base + within, size)
+            ):
                 return True
     return False
-
-
-def _is_later(fd: int, uuid: UUID, position: Position, offset: int, size: int) -> bool:
-    header = parse(os.pread(fd, HEADER_BYTES, offset))
-    return (
-        header is not None
-        and header.number > position.number
-        and header.uuid == uuid.bytes
-        and _sound_table(fd, header, offset, size) is not None
-    )

@@ -1,62 +1,49 @@
-"""Opens a partition file and its journal for writing, and finds the last commit."""
+"""Opens a partition file with its journal, for writing or for reading, at the last commit; and creates the two.
+
+The content as of the last commit is the file with the images of all live records of its journal laid over it. Finding
+it writes nothing: a full disk, a read-only mount or an open reader cannot prevent it. The writer continues from there,
+and copies the records into the file with a checkpoint when it can; a reader takes a :class:`Snapshot`.
+"""
 
 from __future__ import annotations
 
-import io as memory
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
-import h5py
-
-from fiq.corpus.errors import (
-    CorpusExistsError,
-    CorpusLockedError,
-    CorpusNotFoundError,
-    JournalError,
-    system_errors,
-)
-from fiq.corpus.format import CONFLICTS, CONSULTATIONS, LIBVER, Identity, write_attributes
+from fiq.corpus.errors import CorpusExistsError, CorpusLockedError, CorpusNotFoundError, JournalError, system_errors
 from fiq.corpus.wal.checkpoint import remove_leftover
-from fiq.corpus.wal.journal import RECORDS_START, JournalRecord, Position, new_journal, read_records, read_start
-from fiq.corpus.wal.pair import USER_BLOCK, State, new_user_block, read_state, read_uuid
-from fiq.corpus.wal.storage import FILE_MODE, StorageIO, lock, try_lock, write_all
+from fiq.corpus.wal.journal import (
+    RECORDS_START,
+    USER_BLOCK,
+    LiveRecords,
+    Position,
+    State,
+    empty_journal,
+    new_user_block,
+    read_journal,
+    read_state,
+    read_uuid,
+)
+from fiq.corpus.wal.pages import SectorIndex
+from fiq.corpus.wal.storage import (
+    LOCK_WAIT,
+    Buffer,
+    StorageIO,
+    lock,
+    locked_directory,
+    read_into,
+    replace_file,
+    try_lock,
+    unlock,
+)
 
-#: how long a creation waits for another one in the same directory, seconds
-_DIRECTORY_WAIT = 10.0
 #: how long an open waits for the lock of the partition file, seconds. With the journal's lock in hand no writer of ours
-#: holds that one: a lock dies with its process and a store lets go of the file first. So who has it is another program.
+#: holds that one: a lock dies with its process, and a store closes the file first. So another program has it.
 _FOREIGN_WAIT = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """A pair that is open for writing.
-
-    Attributes:
-        file: descriptor of the partition file, locked shared.
-        journal: descriptor of its journal, locked exclusively.
-        uuid: of the pair.
-        state: what the file says it has absorbed.
-        turn: of the journal's newest slot.
-        start: where its live records begin.
-        records: the live records, oldest first.
-        torn: whether a record was dropped that a crash had cut short.
-        size: size of the content, bytes.
-    """
-
-    file: int
-    journal: int
-    uuid: UUID
-    state: State
-    turn: int
-    start: Position
-    records: list[JournalRecord]
-    torn: bool
-    size: int
 
 
 def journal_path(path: Path) -> Path:
@@ -64,55 +51,63 @@ def journal_path(path: Path) -> Path:
     return path.with_name(path.name + ".wal")
 
 
-def recover(path: Path, io: StorageIO) -> Recovered:
-    """Open and lock a pair and find its last commit. Writes nothing: a full disk or an open reader cannot stop it.
+# -- Open for writing -------------------------------------------------------------------------------------------------
 
-    Raises CorpusNotFoundError: the file is missing; CorpusLockedError: another process writes it, or a program other
-    than this has it open for writing; JournalError: the journal is missing, damaged, or of another file;
-    CorpusFormatError: it is no partition file; CorpusIOError: the system refused.
+
+@dataclass(frozen=True, slots=True)
+class OpenPair:
+    """A partition file and its journal, open for writing.
+
+    Attributes:
+        file: descriptor of the partition file, locked shared.
+        journal: descriptor of its journal, locked exclusively.
+        uuid: of the pair.
+        state: what the file says it has absorbed.
+        live: the live part of the journal.
+        size: size of the content, bytes.
     """
-    with ExitStack() as undo, system_errors(f"open {path.name}"):
+
+    file: int
+    journal: int
+    uuid: UUID
+    state: State
+    live: LiveRecords
+    size: int
+
+
+def open_pair(path: Path, io: StorageIO) -> OpenPair:
+    """Open and lock a pair and find its last commit.
+
+    Raises CorpusNotFoundError: the file is missing; CorpusLockedError: another process writes it, or another program
+    has it open for writing; JournalError: the journal is missing, damaged, or of another file; CorpusFormatError: it is
+    no partition file; CorpusIOError: the system refused.
+    """
+    name, journal = path.name, journal_path(path)
+    with ExitStack() as undo, system_errors(f"open {name}"):
         wal = _open_journal(path)
         undo.callback(os.close, wal)
         if not try_lock(wal, exclusive=True):
-            raise CorpusLockedError(f"another process writes {path.name}: it holds the lock of {path.name}.wal")
-        _check_current(path, wal)
-        remove_leftover(journal_path(path))
-        fd = _open_file(path)
+            raise CorpusLockedError(f"another process writes {name}: it holds the lock of {journal.name}")
+        if not journal.exists() or os.fstat(wal).st_ino != journal.stat().st_ino:
+            raise CorpusLockedError(f"another process writes {name}: it has just replaced {journal.name}; try again")
+        remove_leftover(journal)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise CorpusNotFoundError(
+                f"{name} is missing though its journal is there: restore the file from a backup taken with it"
+            ) from None
         undo.callback(os.close, fd)
-        refusal = f"{path.name} is open for writing in another program; close it there"
+        refusal = f"{name} is open for writing in another program; close it there"
         lock(fd, exclusive=False, timeout=_FOREIGN_WAIT, refusal=refusal)
-        recovered = _read(path, fd, wal, io)
+        uuid, state = read_uuid(fd, name), read_state(fd, name)
+        # a record that a failed sync left in memory only must not be taken for a durable one
+        io.fdatasync(wal)
+        os.posix_fadvise(wal, 0, 0, os.POSIX_FADV_DONTNEED)
+        live = read_journal(wal, uuid, state, journal.name)
+        size = live.records[-1].file_size if live.records else os.fstat(fd).st_size
         undo.pop_all()
-    return recovered
-
-
-def _read(path: Path, fd: int, wal: int, io: StorageIO) -> Recovered:
-    wal_name = journal_path(path).name
-    uuid, state = read_uuid(fd, path.name), read_state(fd, path.name)
-    # a record that a failed sync left in memory only must not be taken for a durable one
-    io.fdatasync(wal)
-    os.posix_fadvise(wal, 0, 0, os.POSIX_FADV_DONTNEED)
-    turn, _ = read_start(wal, uuid, wal_name)
-    start, records, torn = read_records(wal, uuid, state, wal_name)
-    size = records[-1].file_size if records else os.fstat(fd).st_size
-    return Recovered(fd, wal, uuid, state, turn, start, records, torn, size)
-
-
-def _check_current(path: Path, wal: int) -> None:
-    """Refuse a journal that its writer replaced between our open and our lock."""
-    journal = journal_path(path)
-    if not journal.exists() or os.fstat(wal).st_ino != journal.stat().st_ino:
-        raise CorpusLockedError(f"another process writes {path.name}: it has just replaced {journal.name}; try again")
-
-
-def _open_file(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise CorpusNotFoundError(
-            f"{path.name} is missing though its journal stands there: restore the file from a backup taken with it"
-        ) from None
+    return OpenPair(fd, wal, uuid, state, live, size)
 
 
 def _open_journal(path: Path) -> int:
@@ -121,89 +116,152 @@ def _open_journal(path: Path) -> int:
     except FileNotFoundError:
         if not path.exists():
             raise CorpusNotFoundError(f"there is no partition file {path.name} in {path.parent}") from None
-        raise JournalError(
-            f"{path.name} has no journal {path.name}.wal: commits that only the journal held may be missing; "
-            "put the journal back that belongs to the file"
-        ) from None
+        raise missing_journal(path) from None
 
 
-# -- Creates a partition file with its journal: both whole, or nothing that an open would accept ---------------------
+def missing_journal(path: Path) -> JournalError:
+    """Return the error to raise when the partition file at *path* needs a journal and has none."""
+    return JournalError(
+        f"{path.name} has no journal {path.name}.wal: commits that only the journal held may be missing; "
+        "put back the journal that belongs to the file"
+    )
 
 
-def create_pair(path: Path, identity: Identity, io: StorageIO, *, begins: int = 1) -> None:
-    """Create the partition file *path*, whose first stream sequence is *begins* at the earliest, and its journal.
+# -- Open for reading -------------------------------------------------------------------------------------------------
+
+
+class Snapshot:
+    """The content as of the last commit before the open: a file object for h5py's ``fileobj`` driver.
+
+    While it is open it holds the shared lock that stock readers hold, so the file does not change; the writer keeps
+    committing, but its checkpoints wait. Without the journal the content is that of the last checkpoint.
+
+    Args:
+        path: the partition file.
+
+    Raises:
+        CorpusNotFoundError: there is no such file.
+        CorpusLockedError: a checkpoint took longer than 5 s, or a program has the file open for writing.
+        CorpusFormatError: it is no partition file.
+        JournalError: its journal is damaged or of another file, or missing when it is needed.
+        CorpusIOError: the system refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._position = 0
+        self._closed = False
+        #: the error that a read met, which HDF5 hides
+        self.failure: Exception | None = None
+        with ExitStack() as undo, system_errors(f"open {path.name}"):
+            try:
+                self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise CorpusNotFoundError(f"there is no partition file {path}") from None
+            undo.callback(os.close, self._fd)
+            refusal = f"{path.name} is being written to, by a checkpoint or by another program; try again"
+            lock(self._fd, exclusive=False, timeout=LOCK_WAIT, refusal=refusal)
+            self.uuid, self.state = read_uuid(self._fd, path.name), read_state(self._fd, path.name)
+            self._wal = self._open_journal(path)
+            live = LiveRecords(0, Position(self.state.absorbed, self.state.link, RECORDS_START), [])
+            if self._wal >= 0:
+                undo.callback(os.close, self._wal)
+                live = read_journal(self._wal, self.uuid, self.state, journal_path(path).name)
+            self._index = SectorIndex.of([record.extents for record in live.records])
+            self.size = live.records[-1].file_size if live.records else os.fstat(self._fd).st_size
+            undo.pop_all()
+        #: number and link of the record that the next commit writes
+        self.end = live.next
+        #: how many commits only the journal holds
+        self.journal_records = len(live.records)
+
+    @property
+    def has_journal(self) -> bool:
+        """Whether the journal was there."""
+        return self._wal >= 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position, as files do."""
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def readinto(self, buffer: Buffer) -> int:
+        """Fill the whole *buffer*; bytes past the end are zeros."""
+        view = memoryview(buffer).cast("B")
+        try:
+            self._fill(view)
+        except OSError as error:
+            self.failure = error
+            raise
+        self._position += len(view)
+        return len(view)
+
+    def read(self, size: int = -1) -> bytes:
+        """Return *size* bytes, or all up to the end."""
+        buffer = bytearray(max(0, self.size - self._position) if size < 0 else size)
+        self.readinto(buffer)
+        return bytes(buffer)
+
+    def flush(self) -> None:
+        """Do nothing: h5py calls it."""
+
+    def close(self) -> None:
+        """Release the lock and the descriptors."""
+        if self._closed:
+            return
+        self._closed = True
+        unlock(self._fd)
+        os.close(self._fd)
+        if self._wal >= 0:
+            os.close(self._wal)
+
+    def _fill(self, view: memoryview) -> None:
+        if self._closed:
+            raise OSError("the file is closed")
+        read_into(self._fd, view, self._position)
+        if len(self._index):
+            self._index.patch(self._wal, self._position, view)
+
+    def _open_journal(self, path: Path) -> int:
+        try:
+            return os.open(journal_path(path), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if self.state.target != self.state.absorbed:
+                raise JournalError(
+                    f"{path.name} was copied in the middle of a checkpoint: it is usable only with its journal "
+                    f"{path.name}.wal; copy both"
+                ) from None
+            return -1
+
+
+# -- Create -----------------------------------------------------------------------------------------------------------
+
+
+def create_pair(path: Path, content: Callable[[UUID], bytes], io: StorageIO) -> None:
+    """Create the partition file *path* and its journal: both whole, or nothing that an open would accept.
 
     Both are written under temporary names and renamed, the journal first: a crash leaves at most an empty journal
     without a file, which the next creation replaces.
 
-    Raises CorpusExistsError: the file exists; JournalError: a journal with commits in it stands there without its file;
+    Args:
+        content: makes the file's content for the UUID of the pair; its first 16 KiB are replaced by the user block.
+
+    Raises CorpusExistsError: the file exists; JournalError: a journal with commits is there without its file;
+    CorpusLockedError: another process creates files there; CorpusNotFoundError: there is no such directory;
     CorpusIOError: the system refused.
     """
     uuid = uuid4()
     with locked_directory(path.parent), system_errors(f"create {path.name}"):
         wal = journal_path(path)
-        _check_vacant(path, wal)
-        replace_file(wal, new_journal(uuid), io)
-        replace_file(path, _image(identity, uuid, begins), io)
-
-
-def replace_file(path: Path, content: bytes, io: StorageIO) -> None:
-    """Put a file with *content* at *path* in one durable step; the caller holds the directory's lock.
-
-    Raises OSError: the system refused; what stood there still does.
-    """
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
-    try:
-        try:
-            write_all(io, fd, content, 0)
-            io.fsync(fd)
-        finally:
-            os.close(fd)
-        io.rename(temporary, path)
-    except BaseException:
-        # a full disk gets its room back
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    io.sync_directory(path.parent)
-
-
-@contextmanager
-def locked_directory(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock: one creation at a time, so that temporary files are nobody else's.
-
-    Raises CorpusLockedError: another process held it for 10 s; CorpusNotFoundError: there is no such directory.
-    """
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CorpusNotFoundError(f"there is no directory {directory}") from None
-    try:
-        refusal = f"another process creates files in {directory}"
-        lock(fd, exclusive=True, timeout=_DIRECTORY_WAIT, refusal=refusal)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _check_vacant(path: Path, wal: Path) -> None:
-    if path.exists():
-        raise CorpusExistsError(f"{path.name} exists in {path.parent}; open it, or move it away")
-    # a journal as creation leaves it is two blocks long, one with commits is longer
-    if wal.exists() and wal.stat().st_size > RECORDS_START:
-        raise JournalError(
-            f"{wal.name} holds commits but {path.name} is missing: restore the file, or move the journal away"
-        )
-
-
-def _image(identity: Identity, uuid: UUID, begins: int) -> bytes:
-    """Build the whole content of an empty partition file."""
-    buffer = memory.BytesIO()
-    with h5py.File(buffer, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
-        write_attributes(file, identity, str(uuid), begins=begins)
-        file.create_group(CONSULTATIONS)
-        file.create_group(CONFLICTS)
-    content = bytearray(buffer.getvalue())
-    content[:USER_BLOCK] = new_user_block(uuid)
-    return bytes(content)
+        if path.exists():
+            raise CorpusExistsError(f"{path.name} exists in {path.parent}; open it, or move it away")
+        # a journal as creation leaves it is two blocks long, one with commits is longer
+        if wal.exists() and wal.stat().st_size > RECORDS_START:
+            raise JournalError(
+                f"{wal.name} holds commits but {path.name} is missing: restore the file, or move the journal away"
+            )
+        replace_file(wal, empty_journal(uuid), io)
+        replace_file(path, new_user_block(uuid) + content(uuid)[USER_BLOCK:], io)

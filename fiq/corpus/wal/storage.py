@@ -1,7 +1,19 @@
-"""Every byte that the atomic file writes, syncs or truncates goes through this one seam.
+"""The system calls under the write-ahead log: writes, syncs, locks, and files that appear in one step.
 
-Tests replace it to refuse a write, to fail a sync, or to record all of them and build the states that a power cut may
-leave behind.
+Every byte that is written, synced or truncated goes through :class:`StorageIO`. Tests replace it to refuse a write, to
+fail a sync, or to record all of them and build the states that a power cut may leave.
+
+Advisory locks (``flock``) on the files of a partition:
+
+``<pp>.h5.wal``
+    exclusive, held by the writer for life: there is one writer.
+``<pp>.h5``
+    shared, held by the writer and by every reader: HDF5 itself takes it, so stock readers open the file while the
+    writer lives, and a stock ``r+`` is refused. A checkpoint holds it exclusively while it copies, 0.05 to 0.2 s.
+directory
+    exclusive, held while files are created.
+
+Every wait for a lock is bounded.
 """
 
 from __future__ import annotations
@@ -12,16 +24,25 @@ import fcntl
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fiq.corpus.errors import CorpusLockedError, UnsupportedFileSystemError
+from fiq.corpus.errors import CorpusLockedError, CorpusNotFoundError, UnsupportedFileSystemError
 
 #: how long an open waits for a lock that is held only for moments, seconds
 LOCK_WAIT = 5.0
-
+#: how long a creation waits for another one in the same directory, seconds
+_DIRECTORY_WAIT = 10.0
 _POLL_SECONDS = 0.02
+#: mode of every file that is created: the owner writes, the group (analysts) reads
+FILE_MODE = 0o640
+#: what can be written
+Buffer = bytes | bytearray | memoryview
+
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h
 #: ``f_type`` of statfs(2), from linux/magic.h and the file systems' own sources
 _REMOTE = {
     0x6969: "NFS",
@@ -38,12 +59,6 @@ _REMOTE = {
     0x01161970: "GFS2",
     0x786F4256: "vboxsf",
 }
-#: what can be written
-Buffer = bytes | bytearray | memoryview
-
-_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h
-#: the file mode of everything that is created: analysts read through their group, nobody else does
-FILE_MODE = 0o640
 
 
 class StorageIO:
@@ -70,8 +85,12 @@ class StorageIO:
         os.posix_fallocate(fd, offset, length)
 
     def reserve(self, fd: int, offset: int, length: int) -> None:
-        """Reserve room on the disk without a change of the file's size; nothing where the file system cannot."""
-        reserve_blocks(fd, offset, length)
+        """Reserve room on the disk and keep the file's size; does nothing on file systems without fallocate(2)."""
+        call = _fallocate()
+        if call is not None and call(fd, _KEEP_SIZE, offset, length) != 0:
+            code = ctypes.get_errno()
+            if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise OSError(code, os.strerror(code))
 
     def rename(self, source: Path, target: Path) -> None:
         """Move *source* over *target* in one step."""
@@ -86,8 +105,17 @@ class StorageIO:
             os.close(fd)
 
 
+@cache
+def _fallocate() -> Any:
+    """Return the C library's function; None where there is none (it is Linux's)."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return call
+
+
 def write_all(io: StorageIO, fd: int, data: Buffer, offset: int) -> int:
-    """Write the whole of *data* at *offset*, however often the system stops short; return the offset behind it."""
+    """Write the whole of *data* at *offset*, in several calls if needed; return the offset of its end."""
     view = memoryview(data).cast("B")
     while view:
         written = io.pwrite(fd, view, offset)
@@ -97,7 +125,7 @@ def write_all(io: StorageIO, fd: int, data: Buffer, offset: int) -> int:
 
 
 def read_into(fd: int, out: memoryview, offset: int) -> None:
-    """Fill *out* with the bytes at *offset*; what lies past the end of the file reads as zeros."""
+    """Fill *out* with the bytes at *offset*; bytes past the end of the file are zeros."""
     while out:
         count = os.preadv(fd, [out], offset)
         if not count:
@@ -113,32 +141,30 @@ def read_exactly(fd: int, length: int, offset: int) -> bytes:
     return bytes(data)
 
 
-def reserve_blocks(fd: int, offset: int, length: int) -> None:
-    """Call fallocate(2) so that the file keeps its size.
+def replace_file(path: Path, content: bytes, io: StorageIO) -> None:
+    """Put a file with *content* at *path* in one durable step; the caller holds the directory's lock.
 
-    Raises:
-        OSError: the disk lacks the room. A file system that knows no such call is none.
+    Raises OSError: the system refused; *path* is as it was.
     """
-    call = _fallocate()
-    if call is not None and call(fd, _KEEP_SIZE, offset, length) != 0:
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise OSError(code, os.strerror(code))
-
-
-@cache
-def _fallocate() -> Any:
-    """Return the C library's function; None where there is none (it is Linux's)."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
-    if call is not None:
-        call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    return call
+    temporary = path.with_name(path.name + ".new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+    try:
+        try:
+            write_all(io, fd, content, 0)
+            io.fsync(fd)
+        finally:
+            os.close(fd)
+        io.rename(temporary, path)
+    except BaseException:
+        # a full disk gets its room back
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    io.sync_directory(path.parent)
 
 
 def check_file_system(directory: Path) -> None:
-    """Refuse a *directory* on a file system that is known to be remote.
-
-    What cannot be told (FUSE, or a system other than Linux) is accepted.
+    """Refuse a *directory* on a file system that is known to be remote; FUSE and systems other than Linux pass.
 
     Raises UnsupportedFileSystemError: it is a remote one; the message names its type.
     """
@@ -151,7 +177,7 @@ def check_file_system(directory: Path) -> None:
 
 
 def _file_system_type(directory: Path) -> int:
-    """Return ``f_type``, the first word of ``struct statfs`` on Linux; 0 when it cannot be told."""
+    """Return ``f_type``, the first word of ``struct statfs`` on Linux; 0 when it is unknown."""
     if not sys.platform.startswith("linux"):
         return 0
     buffer = ctypes.create_string_buffer(512)  # struct statfs is 120 bytes on 64-bit systems
@@ -160,19 +186,8 @@ def _file_system_type(directory: Path) -> int:
     return ctypes.c_uint32.from_buffer(buffer).value if sys.byteorder == "little" else 0
 
 
-# -- Advisory locks (``flock``) on the files of a partition ----------------------------------------------------------
-#
-# ``<pp>.h5.wal``  exclusive, held by the writer for life: there is one writer.
-# ``<pp>.h5``      shared, held by the writer and by every reader: HDF5 itself takes it, so stock readers open the file
-#                  while the writer lives and a stock ``r+`` is refused. A checkpoint holds it exclusively while it
-#                  copies, some 0.05-0.2 s.
-# directory        exclusive, held while files are created.
-#
-# Whoever waits for a lock waits for a bounded time.
-
-
 def try_lock(fd: int, *, exclusive: bool) -> bool:
-    """Take or convert the lock at once; return whether it was got.
+    """Take or convert the lock without waiting; return whether it was taken.
 
     A conversion that fails loses the lock held before (flock(2)): the caller must take it again.
     """
@@ -198,3 +213,20 @@ def lock(fd: int, *, exclusive: bool, timeout: float, refusal: str) -> None:
 def unlock(fd: int) -> None:
     """Release the lock, even where a duplicate of the descriptor lives on in a forked child."""
     fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock: one creation at a time, so that its temporary files are its own.
+
+    Raises CorpusLockedError: another process held it for 10 s; CorpusNotFoundError: there is no such directory.
+    """
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusNotFoundError(f"there is no directory {directory}") from None
+    try:
+        lock(fd, exclusive=True, timeout=_DIRECTORY_WAIT, refusal=f"another process creates files in {directory}")
+        yield
+    finally:
+        os.close(fd)

@@ -83,7 +83,7 @@ def test_a_crash_while_a_checkpoint_runs_loses_nothing(path: Path, slow: _SlowIO
 
 def test_readers_never_see_a_half_copied_file(path: Path, slow: _SlowIO, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock h5py is told that the file is locked; open_corpus waits for the checkpoint to end."""
-    monkeypatch.setattr("fiq.corpus.reader.LOCK_WAIT", 30.0)
+    monkeypatch.setattr("fiq.corpus.wal.recovery.LOCK_WAIT", 30.0)
     store = _begin_slow_checkpoint(path, slow)
     with pytest.raises(OSError, match="lock"):
         h5py.File(path, "r")
@@ -129,7 +129,7 @@ def test_what_is_committed_can_be_copied_however_full_the_disk(path: Path) -> No
     store = EventStore.open(path, expected=IDENTITY, options=StoreOptions(io=io))
     commit_range(store, range(1, 101))
     held = path.stat().st_blocks * 512
-    assert held >= store._journaled._overlay.size
+    assert held >= store._journaled._cache.size
     io.fail_after(0, times=2)
     with pytest.raises(CorpusIOError, match=r"cannot commit to 00\.h5\.wal: No space left on device"):
         commit_range(store, range(101, 10_000), consultations=2000)
@@ -169,12 +169,12 @@ def test_a_journal_beyond_its_limit_is_compacted_while_a_reader_holds_the_file(p
     assert [file.name for file in tmp_path.iterdir() if file.name.endswith(".new")] == []
 
 
-def test_commits_that_changed_nothing_are_compacted_too(path: Path) -> None:
-    """Earlier versions wrote a record without a sector then; the journal of such ones is a short one."""
+def test_records_without_a_sector_are_compacted_too(path: Path) -> None:
+    """A record without a sector is legal, and so is a journal of nothing else: jumps are such records."""
     options = StoreOptions(checkpoint_seconds=0, journal_limit=1)
     with EventStore.open(path, expected=IDENTITY, options=options) as store, h5py.File(path, "r"):
         for _ in range(20):
-            store._journaled._journal.append(store._journaled._overlay.size, np.empty((0, 2), np.uint64), [])
+            store._journaled._journal.append(store._journaled._cache.size, np.empty((0, 2), np.uint64), [])
             store.maybe_checkpoint(now=True)
 
         def compacted() -> bool:
@@ -239,7 +239,7 @@ def test_a_checkpoint_without_memory_is_transient(path: Path, monkeypatch: pytes
     store = EventStore.open(path, expected=IDENTITY)
     commit_range(store, range(1, 101))
     with monkeypatch.context() as broken:
-        broken.setattr("fiq.corpus.wal.checkpoint._copy_images", _raising(MemoryError()))
+        broken.setattr("fiq.corpus.wal.checkpoint.Checkpoint._copy_images", _raising(MemoryError()))
         with pytest.raises(CorpusIOError, match=r"cannot checkpoint 00\.h5: out of memory"):
             store.checkpoint()
     store.abandon()

@@ -9,8 +9,7 @@ import pytest
 
 from fiq.corpus import EventStore, errors, write_index
 from fiq.corpus.format import EVENT_DTYPE
-from fiq.corpus.wal.journal import RECORDS_START
-from fiq.corpus.wal.pair import USER_BLOCK
+from fiq.corpus.wal.journal import RECORDS_START, USER_BLOCK
 from tests.support.corpus import IDENTITY, commit_range
 
 _DOCUMENT = (Path(__file__).parents[3] / "docs" / "corpus-format.md").read_text(encoding="utf-8")

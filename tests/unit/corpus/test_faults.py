@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fiq.corpus import CorpusIOError, EventStore, StoreFailedError, StoreOptions
-from fiq.corpus.wal.overlay import PageOverlay
+from fiq.corpus.wal.pages import PageCache
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, stock_contents
 from tests.support.faulty_io import FailingIO
 
@@ -85,7 +85,7 @@ def test_a_disk_that_cannot_be_read_is_an_io_error_too(path: Path, monkeypatch: 
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr(PageOverlay, "read_into", fail)
+        broken.setattr(PageCache, "read_into", fail)
         with pytest.raises(CorpusIOError, match="Input/output error"):
             append_range(store, range(101, 201))
         store.abandon()

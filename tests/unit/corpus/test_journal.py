@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -102,14 +103,14 @@ def test_two_damaged_headers_are_refused(path: Path, wal: Path) -> None:
 def test_a_missing_journal_is_refused(crashed: Path, wal: Path) -> None:
     """Commits may have been in it."""
     wal.unlink()
-    with pytest.raises(JournalError, match="put the journal back that belongs to the file"):
+    with pytest.raises(JournalError, match="put back the journal that belongs to the file"):
         EventStore.open(crashed, expected=IDENTITY)
 
 
 def test_a_missing_file_is_named(crashed: Path, wal: Path) -> None:
     """A journal alone cannot be opened, and no file is created beside it."""
     crashed.unlink()
-    with pytest.raises(CorpusNotFoundError, match="though its journal stands there"):
+    with pytest.raises(CorpusNotFoundError, match="though its journal is there"):
         EventStore.open(crashed, expected=IDENTITY)
     with pytest.raises(JournalError, match=r"holds commits but 00\.h5 is missing"):
         EventStore.create(crashed, IDENTITY)
@@ -174,8 +175,28 @@ def test_a_backup_of_both_files_is_a_good_one(path: Path, wal: Path, tmp_path: P
 def test_anything_else_is_no_partition_file(path: Path) -> None:
     """A damaged head, or a file of another kind, is named as such."""
     _flip(path, 20)
-    with pytest.raises(CorpusFormatError, match=r"00\.h5 is no partition file"):
+    with pytest.raises(CorpusFormatError, match=r"00\.h5 is not a partition file"):
         EventStore.open(path, expected=IDENTITY)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_file_of_another_version_is_refused(path: Path, version: int) -> None:
+    """By writers and readers; nothing was released, so no other version is read."""
+    _set_version(path, 0, 32, version)
+    with pytest.raises(CorpusFormatError, match=rf"00\.h5 has version {version} of the format, .* reads 2 only"):
+        EventStore.open(path, expected=IDENTITY)
+    with open_corpus(path) as corpus, pytest.raises(CorpusFormatError, match=rf"version {version}"):
+        len(corpus)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_journal_of_another_version_is_refused(path: Path, wal: Path, version: int) -> None:
+    """By writers and readers, although the file is right."""
+    _set_version(wal, 4096, 60, version)
+    with pytest.raises(JournalError, match=rf"00\.h5\.wal has version {version} of the format, .* reads 2 only"):
+        EventStore.open(path, expected=IDENTITY)
+    with open_corpus(path) as corpus, pytest.raises(JournalError, match=rf"version {version}"):
+        len(corpus)
 
 
 def test_the_journal_stays_bounded(path: Path, wal: Path) -> None:
@@ -222,10 +243,18 @@ def _checkpoints_and_a_commit(path: Path, checkpoints: int, *, each: int) -> Non
 
 
 def _slots(wal: Path) -> dict[str, int]:
-    """Return where the headers lie: the one with the higher turn is the newest."""
+    """Return where the headers lie: the one with the higher generation is the newest."""
     content = wal.read_bytes()
     older, newest = sorted((0, 4096), key=lambda place: int.from_bytes(content[place + 32 : place + 40], "little"))
     return {"older": older, "newest": newest}
+
+
+def _set_version(file: Path, head: int, length: int, version: int) -> None:
+    """Write another version into a head of *length* bytes, with the right CRC."""
+    content = bytearray(file.read_bytes())
+    content[head + 12 : head + 16] = version.to_bytes(4, "little")
+    content[head + 8 : head + 12] = zlib.crc32(content[head + 12 : head + length]).to_bytes(4, "little")
+    file.write_bytes(content)
 
 
 def _last_record(wal: Path) -> int:

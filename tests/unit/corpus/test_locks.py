@@ -98,7 +98,7 @@ def test_a_checkpoint_that_had_to_wait_is_not_tried_at_every_commit(path: Path) 
 
 def test_a_file_that_is_open_for_writing_elsewhere_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stock `r+` that came first keeps the store and the reader out, with an error that says so."""
-    monkeypatch.setattr("fiq.corpus.reader.LOCK_WAIT", 0.1)
+    monkeypatch.setattr("fiq.corpus.wal.recovery.LOCK_WAIT", 0.1)
     with h5py.File(path, "r+"):
         started = time.monotonic()
         with pytest.raises(CorpusLockedError, match="open for writing in another program"):

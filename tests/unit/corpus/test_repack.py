@@ -99,7 +99,7 @@ def test_an_archive_is_not_written_and_not_recovered(directory: Path) -> None:
     repack(directory / "00.h5", target)
     before = target.read_bytes()
     for call in (lambda: EventStore.open(target, expected=None), lambda: recover_partition(target)):
-        with pytest.raises(ArchivedFileError, match="an archive that `fiq repack` made: it can be read, not written"):
+        with pytest.raises(ArchivedFileError, match="an archive that `fiq repack` made, which is read-only"):
             call()
     assert before == target.read_bytes()
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fiq.corpus import CorpusFormatError, EventStore
-from fiq.corpus.wal.atomic_file import FileObject
-from fiq.corpus.wal.overlay import PageOverlay, SectorIndex
+from fiq.corpus.wal.file import AtomicFile
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
+
+
+@pytest.fixture
+def file(path: Path) -> Iterator[AtomicFile]:
+    file = AtomicFile(path)
+    yield file
+    file.close()
 
 
 def test_batches_of_any_size_come_out_as_they_went_in(path: Path) -> None:
@@ -33,26 +40,38 @@ def test_the_place_of_a_chunk_is_the_one_that_hdf5_tells(path: Path) -> None:
             assert told == tail._place
 
 
-def test_the_content_of_a_chunk_is_not_read_to_find_its_place(path: Path) -> None:
-    """Only its place counts: on a cold disk the reads are what a consultation that is opened again costs."""
-    with path.open("rb") as file:
-        content = FileObject("00.h5", PageOverlay(file.fileno(), file.fileno(), 4096, SectorIndex.of(())))
-        read: list[bytes] = []
+def test_a_read_is_located_and_returns_what_is_there(file: AtomicFile, path: Path) -> None:
+    """The last of several reads is the one that counts, and each gets the true content, whatever its length."""
+    read: list[bytes] = []
 
-        def chunk() -> None:
-            content.seek(256)
-            read.append(content.read(512))
-            content.seek(512)
-            read.append(content.read(1024))
+    def chunk() -> None:
+        for place, length in ((4096, 1024), (256, 512), (512, 1024)):
+            file.seek(place)
+            read.append(file.read(length))
 
-        assert content.locate(chunk, 1024) == 512
-        assert [path.read_bytes()[256:768], bytes(1024)] == read
-        assert path.read_bytes()[512:1536] == content.peek(512, 1024)
+    assert 512 == file.locate(chunk, 1024)
+    content = path.read_bytes()
+    assert [content[4096:5120], content[256:768], content[512:1536]] == read
 
 
-def test_a_read_of_something_else_is_no_place(path: Path) -> None:
+def test_a_read_past_the_end_is_zeros_and_one_before_it_is_not(file: AtomicFile) -> None:
+    """HDF5 reads what it has allocated and not written: whatever was written is there, and all the rest is zeros."""
+    end = file.seek(0, 2)
+    file.seek(end - 4)
+    file.write(b"\xff" * 4)
+    file.write_at(end + 10_000, b"\xee")
+    file.seek(end - 4)
+    assert b"\xff" * 4 + bytes(10_000) + b"\xee" + bytes(20_000) == file.read(30_005)
+
+
+def test_a_read_after_the_close_is_an_error(file: AtomicFile) -> None:
+    """The descriptor may be another file's by then; zeros would be taken for content."""
+    file.close()
+    with pytest.raises(OSError, match="closed"):
+        file.read(100)
+
+
+def test_a_read_of_something_else_is_no_place(file: AtomicFile) -> None:
     """What HDF5 does inside must be what is expected of it; else nothing is written."""
-    with path.open("rb") as file:
-        content = FileObject("00.h5", PageOverlay(file.fileno(), file.fileno(), 4096, SectorIndex.of(())))
-        with pytest.raises(CorpusFormatError, match="read 100 bytes instead of a chunk of 4096"):
-            content.locate(lambda: content.read(100), 4096)
+    with pytest.raises(CorpusFormatError, match="read 100 bytes instead of a chunk of 4096"):
+        file.locate(lambda: file.read(100), 4096)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fiq.corpus.wal.overlay import SECTOR, Extents, PageOverlay, SectorIndex, Sectors, runs_of
+from fiq.corpus.wal.journal import SECTOR, Extents, Sectors
+from fiq.corpus.wal.pages import PageCache, SectorIndex, runs_of
 from fiq.corpus.wal.storage import Buffer
 
 
@@ -24,18 +25,18 @@ def fd(tmp_path: Path) -> Iterator[int]:
     os.close(fd)
 
 
-def _content(overlay: PageOverlay) -> bytes:
-    buffer = bytearray(overlay.size)
-    overlay.read_into(0, memoryview(buffer))
+def _content(cache: PageCache) -> bytes:
+    buffer = bytearray(cache.size)
+    cache.read_into(0, memoryview(buffer))
     return bytes(buffer)
 
 
-def _bit_by_bit(overlay: PageOverlay, start: int, lengths: Iterable[int]) -> bytes:
+def _bit_by_bit(cache: PageCache, start: int, lengths: Iterable[int]) -> bytes:
     """Read as HDF5 does: little at a time, neighbours one after another."""
     parts = []
     for length in lengths:
         parts.append(bytearray(length))
-        overlay.read_into(start, memoryview(parts[-1]))
+        cache.read_into(start, memoryview(parts[-1]))
         start += length
     return b"".join(parts)
 
@@ -67,11 +68,11 @@ def journal(tmp_path: Path) -> Iterator[_Images]:
     os.close(fd)
 
 
-def test_an_overlay_behaves_like_a_file_in_memory(fd: int, journal: _Images) -> None:
+def test_an_cache_behaves_like_a_file_in_memory(fd: int, journal: _Images) -> None:
     """Writes, shrinks, growths, commits, rollbacks, checkpoints and full memory against a plain bytearray."""
     chance = random.Random(3)
     size = os.fstat(fd).st_size
-    overlay = PageOverlay(fd, journal.fd, size, SectorIndex.of(()))
+    cache = PageCache(fd, journal.fd, size, SectorIndex.of(()))
     model = bytearray(os.pread(fd, size, 0))
     committed = bytes(model)
     sealed: tuple[bytes, int] | None = None
@@ -79,47 +80,47 @@ def test_an_overlay_behaves_like_a_file_in_memory(fd: int, journal: _Images) -> 
         action = chance.random()
         if action < 0.7:
             offset, data = chance.randrange(len(model) + 3000), chance.randbytes(chance.randrange(1, 9000))
-            overlay.write(offset, data)
+            cache.write(offset, data)
             model.extend(bytes(max(0, offset + len(data) - len(model))))
             model[offset : offset + len(data)] = data
         elif action < 0.85:
             size = chance.randrange(1, len(model) + 5000)
-            overlay.truncate(size)
+            cache.truncate(size)
             del model[size:]
             model.extend(bytes(size - len(model)))
         elif action < 0.93:
-            journal.take(*overlay.changes())
-            overlay.commit()
+            journal.take(*cache.changes())
+            cache.commit()
             committed = bytes(model)
         elif action < 0.95 and sealed is None:
-            overlay.seal()
+            cache.seal()
             sealed = committed, journal.records
         elif action < 0.95 and sealed is not None:
             os.pwrite(fd, sealed[0], 0)
             os.ftruncate(fd, len(sealed[0]))
-            overlay.drop_sealed(journal.index(since=sealed[1]))
+            cache.drop_sealed(journal.index(since=sealed[1]))
             sealed = None
         elif action < 0.97:
             # in the middle of a batch, as when a compacted journal takes the old one's place
-            overlay.rebase(journal.index())
+            cache.rebase(journal.index())
         else:
-            overlay.rollback(journal.index())
+            cache.rollback(journal.index())
             model = bytearray(committed)
         start = chance.randrange(len(model))
         lengths = [chance.randrange(1, 600) for _ in range(8)]
-        assert bytes(model[start:]).ljust(sum(lengths), b"\0")[: sum(lengths)] == _bit_by_bit(overlay, start, lengths)
+        assert bytes(model[start:]).ljust(sum(lengths), b"\0")[: sum(lengths)] == _bit_by_bit(cache, start, lengths)
         if step % 25 == 0:
-            assert bytes(model) == _content(overlay)
+            assert bytes(model) == _content(cache)
 
 
 def test_only_the_sectors_that_differ_are_changes(fd: int) -> None:
     """HDF5 rewrites whole chunks; the journal takes what is new in them."""
-    overlay = PageOverlay(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
-    overlay.write(1024, os.pread(fd, 4096, 1024))
-    overlay.write(5 * SECTOR + 7, b"!")
-    overlay.write(6 * SECTOR, b"!")
-    overlay.write(20 * SECTOR, b"!")
-    table, images = overlay.changes()
+    cache = PageCache(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
+    cache.write(1024, os.pread(fd, 4096, 1024))
+    cache.write(5 * SECTOR + 7, b"!")
+    cache.write(6 * SECTOR, b"!")
+    cache.write(20 * SECTOR, b"!")
+    table, images = cache.changes()
     assert table.tolist() == [[5, 2], [20, 1]]
     content = b"".join(map(bytes, images))
     assert len(content) == 3 * SECTOR
@@ -128,10 +129,10 @@ def test_only_the_sectors_that_differ_are_changes(fd: int) -> None:
 
 def test_a_shrink_is_journaled_as_zeros(fd: int) -> None:
     """A later growth over the cut must find zeros, also after a recovery that applies both."""
-    overlay = PageOverlay(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
+    cache = PageCache(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
     os.pwrite(fd, b"\1" * os.fstat(fd).st_size, 0)
-    overlay.truncate(100)
-    table, images = overlay.changes()
+    cache.truncate(100)
+    table, images = cache.changes()
     assert table.tolist() == [[0, 40]]
     assert bytes(40 * SECTOR - 100) == b"".join(map(bytes, images))[100:]
 
@@ -156,7 +157,7 @@ def test_the_newest_image_of_a_sector_counts(tmp_path: Path) -> None:
 
 def test_neighbours_are_read_at_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The headers and chunks of a consultation lie together; on a cold disk each read of its own waits for it."""
-    overlay = PageOverlay(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
+    cache = PageCache(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
     reads: list[int] = []
     system = os.preadv
 
@@ -165,8 +166,8 @@ def test_neighbours_are_read_at_once(fd: int, monkeypatch: pytest.MonkeyPatch) -
         return reads[-1]
 
     monkeypatch.setattr(os, "preadv", counted)
-    _bit_by_bit(overlay, 4200, [512] * 8)
-    overlay.write(9000, b"!")
+    _bit_by_bit(cache, 4200, [512] * 8)
+    cache.write(9000, b"!")
     assert [16 << 10] == reads
 
 
@@ -195,4 +196,4 @@ def test_an_index_grows_by_what_is_newer() -> None:
         grown = grown.with_newer(records[start : start + step])
         start += step
     assert at_once.table().tolist() == grown.table().tolist()
-    assert at_once._places.tolist() == grown._places.tolist()
+    assert at_once.places.tolist() == grown.places.tolist()
