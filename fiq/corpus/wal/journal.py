@@ -504,7 +504,8 @@ def _read_records(fd: int, uuid: UUID, position: Position, name: str) -> tuple[l
     return records, raw[:8] == _RECORD_MAGIC and (header is None or header.number == position.number)
 
 
-class _Header(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Header:
     crc: int
     body_crc: int
     link: int

@@ -204,7 +204,9 @@ class PageCache:
                 out[start - offset : stop - offset] = content[within : within + stop - start]
                 filled = stop
             start, page = stop, page + 1
-        if filled < end:
+        if self._used <= filled < end:
+            out[filled - offset :] = bytes(end - filled)
+        elif filled < end:
             self._below.read_into(filled, out[filled - offset :])
 
     def write(self, offset: int, data: Buffer) -> None:
