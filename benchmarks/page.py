@@ -283,84 +283,70 @@ def _rounds(values: Sequence[float]) -> str:
 
 #: clients of the line that the README quotes
 README_CLIENTS = 20
-#: what stands behind this line of an existing page is kept
+#: what comes before this line of an existing page is kept: the summary
+MADE_FROM = "<!-- Made by `python -m benchmarks --write` from here on. -->"
+#: what comes after this line of an existing page is kept
 KEPT_FROM = "<!-- Written by hand from here on: kept when the page is made again. -->"
 
 _INTRODUCTION = """\
 ## How it was measured
 
-Made by `{command}`
-on {date} in {minutes:.1f} minutes. Nothing of it is asserted by a test.
+`{command}`, {date}, {minutes:.1f} minutes.
 
 | | |
 | --- | --- |
 {machine}
 
-Everything ran on this one machine: the three nats-server nodes (`sync_interval: always`, three replicas), what is
-measured, and the load, which is a process of its own. So the processor is what limits most rows, and a target is
-charged for every process that its events pass through. What is compared is measured in the same run, in rounds that
-take turns ({rounds} of them unless said otherwise); the median of the rounds counts.
-
-The events: {data}.
+Nodes (`sync_interval: always`, three replicas), services and load share this one machine, so its processor limits most
+rows. Compared targets take turns in the same run; the median of {rounds} rounds counts unless noted. The events: {data}.
 """
 
 _AT_WORK = """\
 ## At work
 
-Clients post one event at a time with a fresh `Idempotency-Key` each and send the next one when it is accepted, to 200
-consultations in turn, for {seconds:g} seconds after a second of warm-up. Each round starts every target anew, with
-its own nodes; the targets take turns, and {rounds} rounds' medians count.
+Each client posts one event at a time under a new key, to 200 consultations in turn, for {seconds:g} s after 1 s of
+warm-up. Every round starts new nodes and services; the median of {rounds} rounds counts.
 
-- *at work*: the whole product as it comes: three nodes, one ingest, two persister processes, 16 partitions. The
-  persisters run from before the first event until all are committed.
-- *no persister*: the same without persisters, and without a limit of the backlog.
-- *plain service*: what one would write in an afternoon (`benchmarks/plain_service.py`): an aiohttp handler with
-  nats-py's `js.publish` and a message id, and two workers on one durable consumer, each with its own HDF5 file: fetch
-  up to 500, append, flush, fsync, acknowledge each. Stream and consumer have three replicas. It keeps no order, finds
-  no copy of an event later than the broker does, and its files do not survive a crash while they are written.
-- *bare publish*: nats-py publishes to such a stream, all answers to one inbox, with as many events in flight as there
-  are clients. No HTTP, no check, no file.
-- *empty handler*: aiohttp on uvloop that reads the body and answers 202.
-- *HDF5 in the request*: an aiohttp handler that appends with h5py, flushes and calls fsync before it answers.
+- *at work*: the whole product: three nodes, one ingest, two persister processes, 16 partitions.
+- *no persister*: the same without persisters and without `FI_MAX_BACKLOG`.
+- *plain service* (`benchmarks/peers.py`): an aiohttp handler with `js.publish` and a message id; two workers that fetch up
+  to 500, append, flush, fsync and acknowledge each. No order, no duplicates found after the broker's window, files that
+  do not survive a crash.
+- *bare publish*: nats-py with as many events in flight as clients; no HTTP, no checks, no files.
+- *empty handler*: aiohttp that reads the body and answers 202.
+- *HDF5 in the request*: an aiohttp handler that appends, flushes and fsyncs before it answers.
 
-*Age at commit* is the time from ingest's `received_ns` to the commit, fsync included, of each event that was received
-in the measured time: when, is in the files; the commits are in the persisters' logs. *Lag* is how many events were
-accepted and not committed when the last 202 came, *all committed after* how long the rest took from then on. *nodes*,
-*ingest* and *persisters ms* are the processor time of all processes of a kind, by the events accepted, from the first
-event until all are committed. *client ms* is what the load costs by itself: a client in a process of its own, which
-sends prepared requests and reads only status and length of the answers. For the bare publish it includes nats-py.
-*alone* is one client that pauses for 0.2 s between two events. What was accepted is compared with the persisters'
-logs, their metrics and the files; a run in which they differ fails.
+*Age at commit*: from reception to the fsynced commit. *Lag*: accepted events not committed at the last 202. *All committed
+after*: time from then on. *nodes*, *ingest*, *persisters ms*: processor time per event. *client ms*: cost of the load
+itself. *alone*: one client that pauses 0.2 s. A run in which the files, the logs and the metrics differ from what was
+accepted fails.
 """
 
 _DRAIN = """\
 ## A backlog in all partitions
 
-{backlog:,} events lie in 16 partitions before `python -m services.persister --workers N` starts with an empty volume.
-Counted is the time from the processes' first request for events to the last commit, as their log says; the medians of
-{drain_rounds} rounds, in turns.
+{backlog:,} events wait in 16 partitions before `python -m services.persister --workers N` starts with an empty volume:
+time from the first request to the last commit, median of {drain_rounds} rounds.
 """
 
 _BATCHES = """\
 ## Events a second in batches
 
-{clients} clients, {events:,} events a batch, as NDJSON over HTTP under a key each, against atomic batches as nats-py
-sends them: a publish for each message, a request for the last one. Both wait for the answer before the next batch.
+{clients} clients, {events:,} events a batch as NDJSON under a key each, against nats-py's atomic batches.
 """
 
 _READS = """\
 ## Events a second read back
 
-All events are persisted and read consultation by consultation (50 events each), one request after another. *Plain
-corpus reader* is `fiq.corpus.open_corpus` in the measuring process, which opens the files for each round.
-*GET* goes through the ingest process. In the case of one event an event a second is a request a second.
+Consultations of 50 events, one request after another. *Plain corpus reader* is `open_corpus` in the measuring process;
+*GET* goes through ingest. For single events, events/s are requests/s.
 """
 
 _MEMORY = """\
 ## Resident memory
 
-{backlog:,} events are posted through ingest into new nodes, then one persister process drains all 16 partitions. The
-most that was seen in each phase, looked at ten times a second; 1 MB is 10^6 bytes.
+{backlog:,} events are posted into new nodes, then one persister process drains all 16 partitions: the most seen in each
+phase, ten samples a second, MB of 10^6 bytes.
 """
 
 _SECTIONS = {
@@ -373,7 +359,7 @@ _SECTIONS = {
 
 
 def render(results: Results) -> str:
-    """Return the page, without what is written by hand."""
+    """Return what is made of *results*, without what is written by hand."""
     about = results["about"]
     machine = "\n".join(f"| {key} | {value} |" for key, value in about["machine"].items())
     introduction = _INTRODUCTION.format(
@@ -396,7 +382,6 @@ def render(results: Results) -> str:
     first = 1 if "at_work" in results else 0
     return "\n".join(
         [
-            "# Benchmarks\n",
             *(f"**Failed:** {what.partition(chr(10))[0]}\n" for what in about["failed"]),
             *sections[:first],
             introduction,
@@ -427,9 +412,9 @@ def sentence(results: Results) -> str:
 
 
 def write(results: Results, path: Path) -> None:
-    """Write the page to *path*; what was written by hand behind the mark of an existing page stays."""
-    kept = "\n"
-    if path.exists():
-        _, mark, by_hand = path.read_text(encoding="utf-8").partition(KEPT_FROM)
-        kept = by_hand if mark else kept
-    path.write_text(f"{render(results)}\n{KEPT_FROM}{kept}", encoding="utf-8")
+    """Write the page to *path*; what was written by hand, before and after the two marks of an existing page, stays."""
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, made, _ = page.partition(MADE_FROM)
+    _, mark, after = page.partition(KEPT_FROM)
+    before, after = (before if made else "# Benchmarks\n\n"), (after if mark else "\n")
+    path.write_text(f"{before}{MADE_FROM}\n\n{render(results)}\n{KEPT_FROM}{after}", encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import page
+from benchmarks import page, plot
 from benchmarks.page import aims
 from benchmarks.results import (
     AT_WORK,
@@ -163,12 +163,21 @@ def test_making_the_page_again_keeps_what_was_written_by_hand(results: Results, 
     """The reasons of misses are a person's."""
     path = tmp_path / "benchmarks.md"
     page.write(results, path)
+    path.write_text(path.read_text().replace(page.MADE_FROM, f"In short.\n\n{page.MADE_FROM}"))
     path.write_text(path.read_text() + "\n## Why\n\nBecause.\n")
     results["about"]["date"] = "2026-02-03"
     page.write(results, path)
     text = path.read_text()
     assert "2026-02-03" in text
     assert text.count("## Why\n\nBecause.\n") == text.count(page.KEPT_FROM) == 1
+    assert text.startswith(f"# Benchmarks\n\nIn short.\n\n{page.MADE_FROM}")
+
+
+def test_the_plot_shows_the_numbers_of_the_page() -> None:
+    """docs/benchmarks.svg is what `python -m benchmarks.plot` makes of docs/benchmarks.md."""
+    text = plot.PAGE.read_text(encoding="utf-8")
+    assert len(plot.TARGETS) * len(plot.CLIENTS) == len(plot.bars(text))
+    assert plot.draw(text) == plot.PLOT.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 2.0), (0.95, 4.0), (0.0, 1.0), (1.0, 4.0)])

@@ -1,0 +1,83 @@
+"""Draws the table *At work* of docs/benchmarks.md: ``python -m benchmarks.plot`` writes docs/benchmarks.svg.
+
+The page is the only source of the numbers, so the plot cannot differ from it; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.results import AT_WORK, OLD_WAY, PLAIN_SERVICE
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PLOT = PAGE.with_suffix(".svg")
+#: what is drawn, with its colour and its name in the legend
+TARGETS = {
+    AT_WORK: ("#1f6f8b", "fiq"),
+    PLAIN_SERVICE: ("#99a8b2", "plain NATS service, without the guarantees"),
+    OLD_WAY: ("#d98c5f", "HDF5 in the request"),
+}
+CLIENTS = (1, 20, 50)
+#: of the drawing, pixels
+WIDTH, PANEL, BAR, TOP = 860, 250, 26, 84
+_HEIGHT = TOP + 3 * (3 * BAR + 22) + 10
+_ROW = re.compile(r"^\| (\d+) \| ([\w ]+) \| ([\d,]+) \| [^|]+ \| ([\d.]+) \|", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One measured target: events a second and the median latency in milliseconds."""
+
+    clients: int
+    target: str
+    events_per_s: float
+    p50_ms: float
+
+
+def bars(page: str) -> list[Bar]:
+    """Return the rows of the table in *page* that are drawn, by clients and then as TARGETS has them."""
+    rows = [
+        Bar(int(clients), target, float(rate.replace(",", "")), float(p50))
+        for clients, target, rate, p50 in _ROW.findall(page)
+        if target in TARGETS
+    ]
+    order = list(TARGETS)
+    return sorted(rows, key=lambda bar: (bar.clients, order.index(bar.target)))
+
+
+def draw(page: str) -> str:
+    """Return the plot of *page*: events a second on the left, median latency on the right."""
+    found = bars(page)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {_HEIGHT}" '
+        'font-family="sans-serif" font-size="13" role="img">',
+        "<title>Events a second and median latency of POST, by clients</title>",
+        f'<rect width="{WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
+    ]
+    left = 16
+    for colour, name in TARGETS.values():
+        lines.append(f'<rect x="{left}" y="14" width="13" height="13" fill="{colour}"/>')
+        lines.append(f'<text x="{left + 19}" y="25" fill="#222222">{name}</text>')
+        left += 19 + 8 * len(name) + 20
+    panels = (
+        (90, "events a second (more is better)", [bar.events_per_s for bar in found], "{:,.0f}"),
+        (500, "p50 of POST, ms (less is better)", [bar.p50_ms for bar in found], "{:.1f}"),
+    )
+    for x, title, values, form in panels:
+        lines.append(f'<text x="{x}" y="62" fill="#222222" font-weight="bold">{title}</text>')
+        for index, (bar, value) in enumerate(zip(found, values, strict=True)):
+            y = TOP + index * BAR + CLIENTS.index(bar.clients) * 22
+            width = max(1, round(PANEL * value / max(values)))
+            colour, _ = TARGETS[bar.target]
+            lines.append(f'<rect x="{x}" y="{y}" width="{width}" height="{BAR - 5}" fill="{colour}"/>')
+            lines.append(f'<text x="{x + width + 6}" y="{y + 15}" fill="#222222">{form.format(value)}</text>')
+    for index, clients in enumerate(CLIENTS):
+        y = TOP + index * (3 * BAR + 22) + BAR + 15
+        lines.append(f'<text x="12" y="{y}" fill="#222222">{clients} client{"s" if clients > 1 else ""}</text>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    PLOT.write_text(draw(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
