@@ -297,8 +297,10 @@ _INTRODUCTION = """\
 | --- | --- |
 {machine}
 
-Nodes (`sync_interval: always`, three replicas), services and load share this one machine, so its processor limits most
-rows. Compared targets take turns in the same run; the median of {rounds} rounds counts unless noted. The events: {data}.
+Nodes (`sync_interval: always`, three replicas), services and load share this machine, whose processor limits most
+rows. Compared targets take turns in the same run; the median of {rounds} rounds counts unless noted.
+
+The events: {data}.
 """
 
 _AT_WORK = """\
@@ -309,16 +311,16 @@ warm-up. Every round starts new nodes and services; the median of {rounds} round
 
 - *at work*: the whole product: three nodes, one ingest, two persister processes, 16 partitions.
 - *no persister*: the same without persisters and without `FI_MAX_BACKLOG`.
-- *plain service* (`benchmarks/peers.py`): an aiohttp handler with `js.publish` and a message id; two workers that fetch up
-  to 500, append, flush, fsync and acknowledge each. No order, no duplicates found after the broker's window, files that
-  do not survive a crash.
+- *plain service* (`benchmarks/peers.py`): an aiohttp handler with `js.publish` and a message id; two workers that fetch
+  up to 500, append, flush, fsync and acknowledge each. No order, no duplicates found after the broker's window,
+  files that do not survive a crash.
 - *bare publish*: nats-py with as many events in flight as clients; no HTTP, no checks, no files.
 - *empty handler*: aiohttp that reads the body and answers 202.
 - *HDF5 in the request*: an aiohttp handler that appends, flushes and fsyncs before it answers.
 
-*Age at commit*: from reception to the fsynced commit. *Lag*: accepted events not committed at the last 202. *All committed
-after*: time from then on. *nodes*, *ingest*, *persisters ms*: processor time per event. *client ms*: cost of the load
-itself. *alone*: one client that pauses 0.2 s. A run in which the files, the logs and the metrics differ from what was
+*Age at commit*: from reception to the fsynced commit. *Lag*: accepted events not committed at the last 202. *All
+committed after*: time from then on. *nodes*, *ingest*, *persisters ms*: processor time per event. *client ms*: cost of
+the load itself. *alone*: one client that pauses 0.2 s. A run in which files, logs and metrics differ from what was
 accepted fails.
 """
 

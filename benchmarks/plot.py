@@ -50,9 +50,9 @@ def bars(page: str) -> list[Bar]:
 def draw(page: str) -> str:
     """Return the plot of *page*: events a second on the left, median latency on the right."""
     found = bars(page)
+    font = 'font-family="sans-serif" font-size="13"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="13" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {_HEIGHT}" {font} role="img">',
         "<title>Events a second and median latency of POST, by clients</title>",
         f'<rect width="{WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
     ]
@@ -60,7 +60,7 @@ def draw(page: str) -> str:
     for colour, name in TARGETS.values():
         lines.append(f'<rect x="{left}" y="14" width="13" height="13" fill="{colour}"/>')
         lines.append(f'<text x="{left + 19}" y="25" fill="#222222">{name}</text>')
-        left += 19 + 8 * len(name) + 20
+        left += 19 + 7 * len(name) + 24
     panels = (
         (90, "events a second (more is better)", [bar.events_per_s for bar in found], "{:,.0f}"),
         (500, "p50 of POST, ms (less is better)", [bar.p50_ms for bar in found], "{:.1f}"),
