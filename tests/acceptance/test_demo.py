@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from fiq.corpus import open_corpus, verify_corpus
 from services.cli import demo
+from services.cli.demo import AcceptedPost, Comparison, compare
 from services.cli.main import app
-from services.cli.rehearsal import Accepted, Verdict, compare
 from tests.support.polling import eventually_sync
 
 
@@ -37,13 +37,13 @@ def test_the_demo_fails_when_an_accepted_event_is_not_in_hdf5(tmp_path: Path, mo
     """Exit code 1, and the event's name: one is taken out of what the proof reads."""
     taken: list[str] = []
 
-    def without_one(path: Path, accepted: Iterable[Accepted]) -> Verdict:
+    def without_one(path: Path, accepted: Iterable[AcceptedPost]) -> Comparison:
         with open_corpus(path) as corpus:
             found = [(name, [(str(one.event_id), one.sequence, one.raw) for one in corpus[name]]) for name in corpus]
         taken.append(found[0][1].pop()[0])
         return compare(found, accepted)
 
-    monkeypatch.setattr(demo, "verify", without_one)
+    monkeypatch.setattr(demo, "compare_corpus", without_one)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         done = CliRunner().invoke(app, ["demo", "--events", "200", "--folder", str(tmp_path / "demo")])
@@ -63,4 +63,4 @@ def test_an_interrupted_demo_names_what_it_leaves(tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=90)
     (left,) = tmp_path.glob("fiq-demo-*")
     assert 130 == process.returncode
-    assert f"what there is stays in {left}\n" in errors
+    assert f"the files stay in {left}\n" in errors

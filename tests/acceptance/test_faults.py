@@ -11,8 +11,8 @@ import pytest
 from aiohttp import ClientResponse, ClientSession, ClientTimeout
 
 from fiq.corpus import open_corpus
+from services.cli.demo import AcceptedPost, Post, compare_corpus, wait_until_persisted
 from services.cli.embedded.stack import Stack
-from services.cli.rehearsal import Accepted, Post, drained, verify
 from services.cli.target import connected
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.names import STREAM
@@ -26,7 +26,7 @@ class Client:
     def __init__(self, session: ClientSession, stack: Stack) -> None:
         self._session = session
         self.stack = stack
-        self.accepted: dict[str, Accepted] = {}
+        self.accepted: dict[str, AcceptedPost] = {}
         self._probe: Post | None = None
 
     async def post(self, post: Post) -> ClientResponse:
@@ -38,7 +38,7 @@ class Client:
         )
         answer = await response.json(content_type=None)
         if response.status == 202:
-            known = self.accepted.setdefault(post.key, Accepted(post, answer["sequence"]))
+            known = self.accepted.setdefault(post.key, AcceptedPost(post, answer["sequence"]))
             known.sequence = min(known.sequence, answer["sequence"])
         return response
 
@@ -52,8 +52,8 @@ class Client:
 
     async def is_verified(self) -> None:
         """Assert that HDF5 holds what was accepted, once and in order."""
-        assert await drained(LogSettings(servers=tuple(self.stack.cluster.urls)), timeout=60)
-        verdict = verify(self.stack.data_dir, self.accepted.values())
+        assert await wait_until_persisted(self.stack.data_dir, len(self.accepted), timeout=60)
+        verdict = compare_corpus(self.stack.data_dir, self.accepted.values())
         assert [] == verdict.summary()
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from fiq.corpus import open_corpus, verify_corpus
 from fiq.event import decode
+from services.cli.demo import Chaos, Load, LoadResult, compare_corpus, wait_until_persisted
 from services.cli.embedded.stack import Stack
-from services.cli.rehearsal import Chaos, Load, Outcome, drained, verify
 from services.cli.target import connected
 from services.log.jetstream.names import STREAM
 from services.log.settings import LogSettings
@@ -53,8 +53,8 @@ async def test_every_accepted_event_is_in_hdf5_once_byte_for_byte_and_in_stream_
     assert total == len(outcome.accepted)
     assert 0.6 * REPEATS * total < outcome.repeated <= outcome.duplicates
     settings = LogSettings(servers=tuple(stack.cluster.urls))
-    assert await drained(settings, timeout=60)
-    verdict = verify(stack.data_dir, outcome.accepted.values())
+    assert await wait_until_persisted(stack.data_dir, len(outcome.accepted), timeout=60)
+    verdict = compare_corpus(stack.data_dir, outcome.accepted.values())
     assert [] == verdict.summary()
     assert (total, len(dialogues)) == (verdict.persisted, verdict.consultations)
     assert await _in_stream_order(settings) == _in_hdf5(stack.data_dir)
@@ -69,8 +69,8 @@ async def _kill(chaos: Chaos, load: Load, total: int) -> None:
     for number, share in enumerate(KILLS):
         await chaos.recovered()
         load.allow((share + BEYOND) * total)
-        await eventually(lambda share=share: len(load.outcome.accepted) >= share * total, timeout=120)  # type: ignore[misc]
-        assert len(load.outcome.accepted) < (share + BEYOND) * total
+        await eventually(lambda share=share: len(load.result.accepted) >= share * total, timeout=120)  # type: ignore[misc]
+        assert len(load.result.accepted) < (share + BEYOND) * total
         if number % 2 == 0:
             await chaos.kill_leader()
         else:
@@ -100,7 +100,7 @@ def _in_hdf5(data_dir: Path) -> dict[str, list[tuple[UUID, int, bytes]]]:
         return {name: [(one.event_id, one.sequence, one.raw) for one in corpus[name]] for name in corpus}
 
 
-def _stock_tools_agree(data_dir: Path, outcome: Outcome) -> None:
+def _stock_tools_agree(data_dir: Path, outcome: LoadResult) -> None:
     """What plain h5py, h5dump and pandas see of the files after an orderly stop is the whole corpus."""
     consultations = {one.post.consultation for one in outcome.accepted.values()}
     events = 0

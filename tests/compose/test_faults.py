@@ -21,7 +21,7 @@ from uuid import uuid4
 
 import pytest
 
-from services.cli.rehearsal import Load, Post, generate
+from services.cli.demo import Load, Post, generate
 from tests.support.compose.alerts import Alert, Watch
 from tests.support.compose.engine import docker
 from tests.support.compose.faults import disconnected, killed, no_slow_network, paused, slow
@@ -168,7 +168,7 @@ async def _done(fault: AbstractContextManager[None]) -> AsyncIterator[None]:
 
 
 async def _accepted(load: Load, count: float) -> None:
-    await eventually(lambda: len(load.outcome.accepted) >= count, timeout=60)
+    await eventually(lambda: len(load.result.accepted) >= count, timeout=60)
 
 
 def _offline(node: str) -> Alert:

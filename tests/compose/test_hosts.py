@@ -10,7 +10,7 @@ import orjson
 import pytest
 from aiohttp import ClientSession
 
-from services.cli.rehearsal import Accepted, Load, Post, compare, generate
+from services.cli.demo import AcceptedPost, Load, Post, compare, generate
 from services.log.partitions import partition_of
 from tests.support.compose.engine import PACE, EngineError, docker
 from tests.support.compose.hosts import HOSTS, PARTITIONS, PERSISTERS, Hosts
@@ -27,7 +27,7 @@ class Clients:
 
     def __init__(self, hosts: Hosts) -> None:
         self.hosts = hosts
-        self.accepted: dict[str, Accepted] = {}
+        self.accepted: dict[str, AcceptedPost] = {}
         #: partition -> the host whose volume has it, once that was seen
         self.owners: dict[int, int] = {}
         self._posted = 0
@@ -54,11 +54,11 @@ class Clients:
         assert [] == verdict.summary()
         assert len(wanted) == verdict.persisted
 
-    def owner(self, one: Accepted) -> int:
+    def owner(self, one: AcceptedPost) -> int:
         """Return the host whose volume has the event's partition."""
         return self.owners[_partition(one.post.consultation)]
 
-    async def is_queued(self, one: Accepted, host: int) -> bool:
+    async def is_queued(self, one: AcceptedPost, host: int) -> bool:
         """Whether the ingest of *host* says that an event waits in the stream; False while it can say nothing."""
         path = f"consultations/{one.post.consultation}/events/{one.post.key}"
         async with ClientSession(headers={"Authorization": f"Bearer {self.hosts.token}"}) as session:

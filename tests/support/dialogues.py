@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from services.cli.rehearsal import Post, generate, post
+from services.cli.demo import Post, generate, post
 
 #: where the data lie: beside the checkout
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

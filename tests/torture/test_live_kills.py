@@ -18,8 +18,8 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 
 from fiq.corpus import verify_corpus
 from services.cli import monitoring
+from services.cli.demo import AcceptedPost, Post, compare_corpus, wait_until_persisted
 from services.cli.embedded.stack import Stack
-from services.cli.rehearsal import Accepted, Post, drained, verify
 from services.cli.target import connected
 from services.log.jetstream.names import STREAM
 from services.log.partitions import partition_of
@@ -49,7 +49,7 @@ class Load:
     """
 
     stack: Stack
-    accepted: dict[str, Accepted] = field(default_factory=dict)
+    accepted: dict[str, AcceptedPost] = field(default_factory=dict)
     told: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -80,7 +80,7 @@ class Load:
                 sequence = (await response.json())["sequence"]
         except (ClientError, TimeoutError):
             return False
-        self.accepted[post.key] = Accepted(post, sequence)
+        self.accepted[post.key] = AcceptedPost(post, sequence)
         self.told[partition_of(post.consultation, PARTITIONS)].append((time.monotonic(), sequence))
         return True
 
@@ -194,8 +194,7 @@ async def test_what_was_accepted_is_there_once_and_in_order_whatever_is_killed(
             await eventually(lambda: all(_committed(load, watch, p, kills[-1]) for p in range(PARTITIONS)), timeout=60)
         load.stop.set()
         await posting
-        settings = LogSettings(servers=tuple(stack.cluster.urls))
-        assert await drained(settings, timeout=60)
+        assert await wait_until_persisted(stack.data_dir, len(load.accepted), timeout=60)
         await eventually(lambda: all(_committed(load, watch, p, kills[-1]) for p in range(PARTITIONS)))
         for watcher in watching:
             watcher.cancel()
@@ -208,7 +207,7 @@ async def test_what_was_accepted_is_there_once_and_in_order_whatever_is_killed(
             f"median {waits[len(waits) // 2]:.2f} s"
         )
         assert beyond <= LONGEST_WAIT
-        assert [] == verify(stack.data_dir, load.accepted.values()).summary()
+        assert [] == compare_corpus(stack.data_dir, load.accepted.values()).summary()
         assert verify_corpus(stack.data_dir).clean
     finally:
         load.stop.set()

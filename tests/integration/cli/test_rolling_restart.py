@@ -15,14 +15,13 @@ import aiohttp
 import pytest
 
 from fiq.corpus import open_corpus, verify_corpus
+from services.cli.demo import wait_until_persisted
 from services.cli.embedded.cluster import Cluster
 from services.cli.embedded.processes import LOOPBACK, free_ports
 from services.cli.embedded.rolling_restart import wait_ready
 from services.cli.embedded.stack import StackFolder
 from services.cli.errors import NotReadyError
 from services.cli.monitoring import NodeView, StreamView, problems
-from services.cli.rehearsal import drained
-from services.log.settings import LogSettings
 from tests.support.polling import eventually
 from tests.support.service import Service
 
@@ -123,7 +122,7 @@ async def test_no_client_that_retries_once_sees_a_failure(tmp_path: Path) -> Non
         assert not [name for name, pid in before.items() if after[name] == pid]
         assert [] == load.failed
         assert load.repeated, "the restarts of the ingests went unnoticed: was there any load?"
-        assert await drained(LogSettings(servers=tuple(state.log_url.split(","))), timeout=60)
+        assert await wait_until_persisted(home.corpus, sum(map(len, load.accepted.values())), timeout=60)
         with open_corpus(home.corpus) as corpus:
             assert load.accepted == {name: [event.event_id for event in events] for name, events in corpus.items()}
         assert verify_corpus(home.corpus).clean

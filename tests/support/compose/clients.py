@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
-from services.cli.rehearsal import Accepted, Post, generate
+from services.cli.demo import AcceptedPost, Post, generate
 
 #: a client's pause between two events: a person speaks no faster, seconds
 PAUSE = 0.05
@@ -33,7 +33,7 @@ class Client:
     def __init__(self, url: str, token: str) -> None:
         self._url = url
         self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
-        self.accepted: dict[str, Accepted] = {}
+        self.accepted: dict[str, AcceptedPost] = {}
         self.seconds: list[float] = []
         self.retried = 0
         self.failed: list[str] = []
@@ -79,7 +79,7 @@ class Client:
             async with session.post(url, data=post.body, headers=headers) as answer:
                 if answer.status != 202:
                     return str(answer.status)
-                self.accepted[post.key] = Accepted(post, (await answer.json())["sequence"])
+                self.accepted[post.key] = AcceptedPost(post, (await answer.json())["sequence"])
         except (ClientError, TimeoutError) as error:
             return type(error).__name__
         return None

@@ -21,8 +21,8 @@ import orjson
 from nats.aio.client import Client
 from testcontainers.compose import DockerCompose
 
+from services.cli.demo import AcceptedPost, Found, Load, Post, compare
 from services.cli.init.files import Layout
-from services.cli.rehearsal import Accepted, Found, Load, Post, compare
 from services.core.settings import load
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
@@ -87,7 +87,7 @@ class Deployment:
     ) -> None:
         self.folder = folder
         self.project = f"{PREFIX}-{os.getpid()}-{name}"
-        self.accepted: dict[str, Accepted] = {}
+        self.accepted: dict[str, AcceptedPost] = {}
         self.compose = DockerCompose(folder, compose_file_name=list(files))
         self.env = {**SMALL, "COMPOSE_PROJECT_NAME": self.project, "FIQ_PORT": f"{free_port()}", **(env or {})}
 

@@ -8,11 +8,11 @@ from uuid import UUID
 import pytest
 
 from fiq.corpus import EventStore, Identity, Record
-from services.cli.rehearsal import Accepted, Outcome, Post, generate, verify
+from services.cli.demo import AcceptedPost, LoadResult, Post, compare_corpus, generate
 
 IDENTITY = Identity("main", "volume", 1, 0, 1, "fi-events", "2026-11-23T10:00:00Z")
 KEYS = [str(UUID(int=number)) for number in range(3)]
-ACCEPTED = [Accepted(Post("c1", key, b'{"n":%d}' % number), number + 1) for number, key in enumerate(KEYS)]
+ACCEPTED = [AcceptedPost(Post("c1", key, b'{"n":%d}' % number), number + 1) for number, key in enumerate(KEYS)]
 
 
 def corpus(directory: Path, *events: tuple[str, int, bytes]) -> Path:
@@ -30,14 +30,14 @@ def rows(*numbers: int) -> list[tuple[str, int, bytes]]:
 
 def test_what_was_accepted_and_nothing_else_is_fine(tmp_path: Path) -> None:
     """Once, byte for byte, in order."""
-    verdict = verify(corpus(tmp_path, *rows(0, 1, 2)), ACCEPTED)
+    verdict = compare_corpus(corpus(tmp_path, *rows(0, 1, 2)), ACCEPTED)
     assert ([], 3, 1) == (verdict.problems, verdict.persisted, verdict.consultations)
 
 
 def test_an_earlier_sequence_than_the_client_was_told_is_fine(tmp_path: Path) -> None:
     """An attempt whose answer was lost may have brought the event."""
-    accepted = [ACCEPTED[0], Accepted(ACCEPTED[1].post, 9)]
-    assert [] == verify(corpus(tmp_path, *rows(0, 1)), accepted).problems
+    accepted = [ACCEPTED[0], AcceptedPost(ACCEPTED[1].post, 9)]
+    assert [] == compare_corpus(corpus(tmp_path, *rows(0, 1)), accepted).problems
 
 
 @pytest.mark.parametrize(
@@ -52,15 +52,15 @@ def test_an_earlier_sequence_than_the_client_was_told_is_fine(tmp_path: Path) ->
 )
 def test_each_deviation_is_named(tmp_path: Path, events: list[tuple[str, int, bytes]], problem: str) -> None:
     """By consultation and event, never by content."""
-    problems = verify(corpus(tmp_path, *events), ACCEPTED).problems
+    problems = compare_corpus(corpus(tmp_path, *events), ACCEPTED).problems
     assert any(problem in line for line in problems)
     assert not any('"n"' in line for line in problems)
 
 
 def test_a_missing_consultation_is_named(tmp_path: Path) -> None:
     """It has no group at all."""
-    accepted = [*ACCEPTED, Accepted(Post("c2", str(UUID(int=7)), b"{}"), 9)]
-    assert ["c2: not in the corpus"] == verify(corpus(tmp_path, *rows(0, 1, 2)), accepted).problems
+    accepted = [*ACCEPTED, AcceptedPost(Post("c2", str(UUID(int=7)), b"{}"), 9)]
+    assert ["c2: not in the corpus"] == compare_corpus(corpus(tmp_path, *rows(0, 1, 2)), accepted).problems
 
 
 def test_the_same_seed_gives_the_same_consultations() -> None:
@@ -73,5 +73,5 @@ def test_the_same_seed_gives_the_same_consultations() -> None:
 
 def test_percentiles_are_those_of_the_accepted_posts() -> None:
     """The nearest rank."""
-    outcome = Outcome(seconds=[0.4, 0.1, 0.3, 0.2])
+    outcome = LoadResult(seconds=[0.4, 0.1, 0.3, 0.2])
     assert (0.2, 0.4) == (outcome.percentile(0.5), outcome.percentile(0.99))
