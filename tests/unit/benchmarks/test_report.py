@@ -159,6 +159,16 @@ def test_the_page_holds_machine_date_command_and_every_table(results: Results) -
     assert "{" not in text
 
 
+def test_the_page_counts_the_aims_and_shows_those_that_were_missed(results: Results) -> None:
+    """Those that were met are on stdout."""
+    text = page.render(results)
+    found = aims(results)
+    missed = [aim for aim in found if not aim.hit]
+    assert missed
+    assert f"{len(found) - len(missed)} of {len(found)} aims are met." in text
+    assert [aim.text in text for aim in found] == [aim in missed for aim in found]
+
+
 def test_making_the_page_again_keeps_what_was_written_by_hand(results: Results, tmp_path: Path) -> None:
     """The reasons of misses are a person's."""
     path = tmp_path / "benchmarks.md"
