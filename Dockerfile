@@ -4,7 +4,7 @@
 #   docker run --rm fiq:local fiq version              the command line
 #   docker run … fiq:local python -m services.ingest   a service
 #
-# Builds with BuildKit and with the classic builder. docs/deploy.md says how large it is and what it is made of.
+# Builds with BuildKit and with the classic builder. docs/deploy.md has the build arguments.
 
 # Debian based, or anything with /bin/sh, tar and CPython >= 3.11 as python3 on the PATH
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
