@@ -10,9 +10,8 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from services.log.jetstream.credentials import Validity
-from services.log.jetstream.report import StreamReport
 from services.log.partitions import partition_name
+from services.log.status import CertificateExpiry, StreamReport
 
 #: what is looked at, one after the other
 PARTS = STREAMS, DEAD_LETTERS, PARTITIONS, PROCESSES = ("streams", "dead_letters", "partitions", "processes")
@@ -22,7 +21,7 @@ _NODE = ("stream", "node")
 
 
 class LogMetrics:
-    """Gauges that :class:`~services.log.jetstream.monitor.LogMonitor` keeps up to date.
+    """Gauges that :class:`~services.log.protocol.Status` keeps up to date.
 
     Args:
         registry: the process's own.
@@ -129,7 +128,7 @@ class LogMetrics:
         """Show how many processes run a partition; *volume* is empty while it is not placed."""
         self.owners.labels(store, partition_name(partition), volume).set(owners)
 
-    def certificates(self, found: Iterable[Validity]) -> None:
+    def certificates(self, found: Iterable[CertificateExpiry]) -> None:
         """Show the certificates of the connection, in place of those shown before."""
         self.certificate_expiry.clear()
         for one in found:

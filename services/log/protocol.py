@@ -1,27 +1,57 @@
-"""What ingest and the persisters need of the log, whatever keeps it.
+"""The seam between the services and the log: all that ingest, persister and CLI need of a log, whatever keeps it.
 
-Ingest *appends* and gets a position. A persister *follows* a partition from a position, *takes* what has come and
-*acknowledges* up to one. The acknowledgement informs operators only: the sink holds the offset (DESIGN, section 5).
+:func:`services.log.open_log` opens the log that FI_LOG_URL names, in one of two roles:
+
+- ingest gets an :class:`IngestLog`: a writer, a reader, and the status;
+- a persister gets a :class:`PersisterLog`: followers, placements, questions to answer, dead letters, trim, the status.
+
+What every log guarantees
+    - **Stored.** ``append`` returns after the event is safe: on a quorum of the nodes, or, in a log without a broker,
+      after the persister's commit. An event with the same message id is kept once however often it is appended.
+    - **Order.** Sequences rise within a partition, perhaps with gaps. Events of one consultation that are appended one
+      after the other are delivered in that order.
+    - **Nothing skipped.** A follower delivers everything after the position that the sink holds. What the sink did not
+      commit before a crash is delivered again, or its ``append`` did not return.
+    - **The same log.** A log that was replaced or set back is refused (LogMismatchError), never followed in silence.
+    - **One owner.** A partition has one file, on one volume. A process whose partition was given to another volume
+      learns that at its next :meth:`Placements.progress`.
+    - **Errors.** A TransientError says that the operation may be repeated as it is, a PermanentError that an operator
+      must act. No message holds anything of a payload.
+
+What a log may lack: trim, dead letters, replicas. The sink holds the offset, so acknowledgements need no durability
+(DESIGN, section 5).
+
+The data that pass through the seam are here, in :mod:`services.log.questions` and in :mod:`services.log.status`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 from uuid import UUID
 
 from fiq.event import MESSAGE_ID_HEADER, Event
+from services.log.questions import Answer, Question, Stored
+from services.log.status import Backlog, LogState, Placement, Progress, StorePlacement
+
+#: name of the log of events: JetStream's stream, and the destination in traces
+EVENT_LOG = "fi-events"
+
+# -- events and positions ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class LogIdentity:
-    """Which log this is: a re-created one starts at position 1 again and must not be mistaken for the old one.
+    """Which log this is. One that was made anew begins at position 1 again and must not be mistaken for the old one.
 
     Attributes:
-        name: of the stream.
-        created: when it was created, RFC 3339 in UTC, exactly as the broker says it.
+        name: of the log.
+        created: RFC 3339 in UTC, exactly as the log states it.
     """
 
     name: str
@@ -30,11 +60,11 @@ class LogIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """Where an event stands in the log.
+    """The position of an event in the log.
 
     Attributes:
-        sequence: position in the log, from 1.
-        duplicate: the log held an event with this message id already; *sequence* is the first one's.
+        sequence: from 1.
+        duplicate: the log already held an event with this message id; *sequence* is that one's.
     """
 
     sequence: int
@@ -47,12 +77,12 @@ MAX_MESSAGE_ID = 200
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place in the log that a sink has reached.
+    """How far a sink has come.
 
     Attributes:
         sequence: up to which the sink has everything; 0: nothing yet.
-        message_id: of the message at *sequence*, as :func:`message_id_at` returns it; empty when it is not known,
-            and then not compared. The message may be of another partition.
+        message_id: of the message at *sequence*, as :func:`message_id_at` returns it; empty when it is not known, and
+            then not compared. The message may be of another partition.
     """
 
     sequence: int
@@ -72,14 +102,14 @@ def message_id_at(headers: Mapping[str, str] | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One message as the log delivers it: not decoded, perhaps poison.
+    """A message as the log delivers it: not decoded, perhaps poison.
 
     Attributes:
-        sequence: position in the log; rising within a partition, with gaps.
-        consultation: the consultation's token of the subject, not checked.
+        sequence: position in the log.
+        consultation: as the log has it, not checked.
         headers: of the message, or None.
         body: of the message.
-        token: opaque; what :meth:`Follower.acknowledge` needs.
+        token: for the follower that delivered it.
     """
 
     sequence: int
@@ -89,9 +119,31 @@ class Delivery:
     token: str
 
 
+class Fate(StrEnum):
+    """What became of a delivery that was not stored as a new event."""
+
+    DUPLICATE = "duplicate"
+    CONFLICT = "conflict"
+    POISON = "poison"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one delivery.
+
+    Attributes:
+        fate: DUPLICATE: the consultation holds the same event; CONFLICT: it holds another body under this id; POISON:
+            it cannot be stored.
+        first: sequence of the event that holds the id; 0 for poison.
+    """
+
+    fate: Fate
+    first: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """One event with its place, read from the log or from the corpus.
+    """An event read from the log or from the corpus.
 
     Attributes:
         sequence: position in the log, from 1.
@@ -105,21 +157,45 @@ class StoredEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """What the corpus holds under an id, without its body.
+class Page:
+    """Some events of a consultation.
 
     Attributes:
-        sequence: position in the log, from 1.
-        digest: :func:`digest_of` its body.
+        events: in log order.
+        reached: position up to which they are complete; the next page comes after it.
+        more: whether there may be further events.
     """
 
-    sequence: int
-    digest: bytes
+    events: list[StoredEvent]
+    reached: int
+    more: bool
 
 
-def digest_of(body: bytes) -> bytes:
-    """Return 8 bytes that tell a body from another one."""
-    return hashlib.blake2b(body, digest_size=8).digest()
+# -- ingest: writing and reading --------------------------------------------------------------------------------------
+
+
+class EventWriter(Protocol):
+    """Appends events."""
+
+    async def append(self, event: Event) -> Appended:
+        """Store *event* safely and return its position.
+
+        Raises LogFullError: the log takes no more until it is drained; nothing was stored; LogUnavailableError: no
+        answer within the deadline; the event may or may not be stored, and appending the same event again is safe;
+        DuplicateInFlightError: another writer is storing the same message id just now; TooManyInFlightError: this
+        process has its limit of appends in flight; nothing was sent; LogRefusedError: an operator must act.
+        """
+        ...
+
+    async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
+        """Store *events*, each with a message id of its own, and return their positions in the same order.
+
+        All or none while each of them is new. When the log holds some of them already, the others are stored one by
+        one. ``duplicate`` also marks an event that an earlier attempt of this very call stored.
+
+        Raises Exception: as :meth:`append`; then any of them may be stored, and appending all of them again is safe.
+        """
+        ...
 
 
 class Snapshot(Protocol):
@@ -127,49 +203,24 @@ class Snapshot(Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether it can tell the ids that were not held; otherwise there were too many."""
+        """Whether all ids are known; otherwise there were too many, and each may be held."""
         ...
 
     @property
     def size(self) -> int:
-        """How much memory it takes, bytes."""
+        """Memory that it takes, bytes."""
         ...
 
     def may_hold(self, event_id: UUID) -> bool:
-        """Return False when *event_id* was not held for certain."""
-        ...
-
-
-class EventWriter(Protocol):
-    """The appending side."""
-
-    async def append(self, event: Event) -> Appended:
-        """Store *event* on a quorum of nodes and return its position.
-
-        Raises LogFullError: the log takes no more until it is drained; nothing was stored; LogUnavailableError: no
-        answer within the deadline; the event may or may not be stored, and appending the same event again is safe;
-        DuplicateInFlightError: the same message id is being stored by somebody else just now; TooManyInFlightError:
-        this process has its limit of appends under way; nothing was sent; LogRefusedError: the log refuses for good; an
-        operator must act.
-        """
-        ...
-
-    async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
-        """Store *events*, all with message ids of their own, and return their positions in the same order.
-
-        At once or not at all while each of them is new. When the log holds some of them already, the others are stored
-        one by one. ``duplicate`` also marks an event that an earlier attempt of this very call stored.
-
-        Raises Exception: as :meth:`append`; then any of them may be stored, and appending all of them again is safe.
-        """
+        """Return False only when *event_id* was certainly not held."""
         ...
 
 
 class EventReader(Protocol):
-    """The reading side of the HTTP edge: the corpus through the persisters, then what still waits in the log."""
+    """Looks up what is stored, to compare a retry with it."""
 
     async def at(self, sequence: int) -> StoredEvent | None:
-        """Return the event at *sequence* of the log, or None when the log holds it no more.
+        """Return the event at *sequence* of the log, or None when the log no longer holds it.
 
         Raises LogUnavailableError: no answer in time.
         """
@@ -184,45 +235,33 @@ class EventReader(Protocol):
         ...
 
     async def find(self, consultation: str, event_ids: Collection[UUID]) -> Mapping[UUID, Stored]:
-        """Return what the corpus holds under *event_ids*; raises as :meth:`snapshot` does."""
+        """Return what the corpus holds under *event_ids*; raises as :meth:`snapshot`."""
         ...
 
     async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
-        """Return those of *event_ids* that are stored for certain, in the corpus or in the log; perhaps not all.
+        """Return those of *event_ids* that are certainly stored, in corpus or log; perhaps not all of them.
 
         Raises CorpusAwayError, LogUnavailableError, LogRefusedError: as :meth:`snapshot`.
         """
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Some events of a consultation.
+class EventBrowser(EventReader, Protocol):
+    """Reads events back. Each method raises as :meth:`EventReader.snapshot` does.
 
-    Attributes:
-        events: in stream order.
-        reached: position up to which they are complete: the next page comes after it.
-        more: whether there may be further ones behind it.
+    A reader sees each event once, in log order, as soon as its ``append`` has returned.
     """
 
-    events: list[StoredEvent]
-    reached: int
-    more: bool
-
-
-class EventBrowser(EventReader, Protocol):
-    """What serves readers beyond the comparison of a retry. Each method raises as :meth:`EventReader.snapshot` does."""
-
     async def page(self, consultation: str, after: int, limit: int) -> Page:
-        """Return at most *limit* events of *consultation* behind *after*, perhaps fewer, and where to go on."""
+        """Return at most *limit* events of *consultation* after *after*, perhaps fewer, and where to go on."""
         ...
 
     async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
-        """Return the event wherever it is, or None when neither the corpus nor the log holds it."""
+        """Return the event, or None when neither the corpus nor the log holds it."""
         ...
 
     async def has_news(self, consultation: str, after: int) -> bool:
-        """Return whether the log has something of *consultation* behind *after*; cheap, and perhaps a moment late."""
+        """Return whether the log has something of *consultation* after *after*; cheap, and perhaps a moment late."""
         ...
 
     async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
@@ -230,19 +269,22 @@ class EventBrowser(EventReader, Protocol):
         ...
 
 
+# -- persister: following ---------------------------------------------------------------------------------------------
+
+
 class Follower(Protocol):
-    """One partition, from a position on, in order, without gaps or repeats.
+    """Delivers one partition from a position on, in order, without gaps or repeats.
 
     :meth:`run` keeps it going; :meth:`take` and the properties never wait.
     """
 
     async def start(self, after: Position) -> None:
-        """Deliver everything after *after*, once the log is known to be the one that the position belongs to.
+        """Deliver everything after *after*, once this is known to be the log that the position belongs to.
 
         May be called again to go back.
 
         Raises LogMismatchError: it is another log, or this one was set back or lacks events after the position;
-        LogUnavailableError: no answer in time.
+        LogUnavailableError: no answer in time; LogRefusedError: an operator must act.
         """
         ...
 
@@ -250,7 +292,7 @@ class Follower(Protocol):
         """Keep the events coming until cancelled. Gaps, repeats and silence are repaired inside.
 
         Raises Exception: what :meth:`interrupt` was called with; LogMismatchError or LogRefusedError when the partition
-        cannot be followed any more.
+        can no longer be followed.
         """
         ...
 
@@ -278,17 +320,23 @@ class Follower(Protocol):
 
     @property
     def in_doubt(self) -> bool:
-        """Whether the log is just now not known to be the one that the position belongs to."""
+        """Whether the log is at present not known to be the one that the position belongs to."""
         ...
 
-    async def acknowledge(self, delivery: Delivery) -> None:
-        """Tell the log that everything up to *delivery*, which was taken, is safe in the sink."""
+    async def acknowledge(self, delivery: Delivery, outcomes: Mapping[int, Outcome]) -> None:
+        """Report that everything taken up to *delivery* is committed in the sink.
+
+        Args:
+            delivery: the last one of a commit.
+            outcomes: by sequence, what became of those since the last acknowledgement that were not stored as new
+                events. A log that answers its writers only now needs it; others ignore it.
+        """
         ...
 
     async def empty_up_to(self) -> Position:
         """Return a position up to which it is proven that nothing of the partition waits for the sink.
 
-        That is the acknowledged position itself when nothing beyond it is proven.
+        That is the acknowledged position itself when nothing after it is proven.
 
         Raises LogUnavailableError: no answer in time.
         """
@@ -307,36 +355,318 @@ class Follower(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """What waits in one partition.
+# -- persister: placement ---------------------------------------------------------------------------------------------
 
-    Attributes:
-        events: that were stored up to *sequence* and are not committed.
-        sequence: of the stream's youngest event that *events* counts.
-        still: nothing of it is being committed: no process runs it, or its file has not moved for a while.
+
+class Placements(Protocol):
+    """Who holds each partition of one store: claims, progress, fencing.
+
+    Of several claims of a partition exactly one wins. :meth:`progress` is the fence: a process whose partition was
+    placed anew learns it there. A log without a broker takes what the volume's files and their locks say.
     """
-
-    events: int
-    sequence: int
-    still: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """What waits in the store that has most of it.
-
-    Attributes:
-        at: when it was looked at, on :func:`time.monotonic`.
-        sequence: of the stream's youngest event then.
-        partitions: by number.
-    """
-
-    at: float
-    sequence: int
-    partitions: tuple[Waiting, ...]
 
     @property
-    def events(self) -> int:
-        """Of all partitions together."""
-        return sum(one.events for one in self.partitions)
+    def reconnects(self) -> int:
+        """Rises when changes may have been missed by :meth:`watching`."""
+        ...
+
+    @property
+    def fence_seconds(self) -> float:
+        """For how long after a change of a record the log may still trim by what it said before, seconds."""
+        ...
+
+    def record_of(self, partition: int) -> str:
+        """Return how an operator finds the record of *partition*, for messages."""
+        ...
+
+    async def read(self) -> StorePlacement:
+        """Return where the partitions are.
+
+        Raises LogMismatchError: the log is gone; PlacementError: the records are gone; LogUnavailableError: no answer.
+        """
+        ...
+
+    async def claim(self, partition: int, volume: str, epoch: int, *, begins: int) -> Placement:
+        """Place *partition* on *volume* unless it is placed already; return where it is now.
+
+        Raises PlacementError: its record was deleted; LogUnavailableError: the outcome is not known; call again.
+        """
+        ...
+
+    async def begin(self) -> bool:
+        """Note that the store is about to begin, and return whether other stores exist, which now trim nothing more.
+
+        Raises LogUnavailableError: the outcome is not known; call again.
+        """
+        ...
+
+    async def form(self, volumes: Collection[str]) -> None:
+        """Note that every partition of the store is placed, on *volumes*. Idempotent.
+
+        Raises LogUnavailableError: the outcome is not known; call again.
+        """
+        ...
+
+    async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
+        """Report that the file of *placement* has reached *committed*; return the placement as it is now.
+
+        Raises PlacementError: another process may have the partition; stop writing it; LogUnavailableError: the outcome
+        is not known; call again.
+        """
+        ...
+
+    def watching(self, on_change: Callable[[], None]) -> AbstractAsyncContextManager[None]:
+        """Call *on_change* whenever it is worth reading again, while the body runs."""
+        ...
+
+
+# -- persister: questions about the corpus ----------------------------------------------------------------------------
+
+
+class Failure(StrEnum):
+    """Why a question gets no answer."""
+
+    #: it is not a question
+    MALFORMED = "malformed"
+    #: a single event is larger than the log can carry
+    TOO_LARGE = "too large"
+    #: ask again soon
+    NOT_NOW = "not now"
+    #: the corpus cannot be read
+    FAULT = "fault"
+
+
+class AskedQuestion(Protocol):
+    """A question that has arrived at the partition's owner."""
+
+    @property
+    def kind(self) -> str:
+        """What is asked: ``ids``, ``find``, ``events`` or ``consultations``; ``unknown`` when it is malformed."""
+        ...
+
+    @property
+    def question(self) -> Question | None:
+        """The question; None when it is malformed."""
+        ...
+
+    @property
+    def within(self) -> float:
+        """For how long after its arrival the asker waits, seconds."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """How large the answer may be, bytes."""
+        ...
+
+    async def answer(self, answer: Answer) -> bool:
+        """Send *answer*; False when it cannot be sent now: the asker asks again."""
+        ...
+
+    async def fail(self, failure: Failure, reason: str) -> bool:
+        """Send that there is no answer, and why; False as :meth:`answer`."""
+        ...
+
+
+class Answering(Protocol):
+    """Brings the questions of others to the process that has the partition's file open.
+
+    A question about a partition that no process has open fails at once where it was asked.
+    """
+
+    async def open(self, partition: int, take: Callable[[AskedQuestion], None]) -> None:
+        """Have *take* called with each question about *partition* from now on.
+
+        Raises LogUnavailableError: there is no connection.
+        """
+        ...
+
+    async def close(self, partition: int) -> None:
+        """Take no more questions about *partition*. Idempotent; raises nothing."""
+        ...
+
+
+# -- persister: dead letters and trim ---------------------------------------------------------------------------------
+
+
+class DeadLetterStore(Protocol):
+    """Keeps messages that cannot be stored as events."""
+
+    @property
+    def max_bytes(self) -> int:
+        """How large a dead letter may be, headers included, bytes."""
+        ...
+
+    async def store(self, partition: int, body: bytes, headers: dict[str, str]) -> None:
+        """Store a dead letter of *partition*; the same ``Nats-Msg-Id`` is kept once.
+
+        Raises TransientError: it may not be stored; call again.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """What one round of trim did.
+
+    Attributes:
+        committed: sequence up to which every store has committed everything.
+        purged: messages deleted.
+        fullness: share of the log's limit in use after that, 0 to 1.
+    """
+
+    committed: int
+    purged: int
+    fullness: float
+
+
+# -- status -----------------------------------------------------------------------------------------------------------
+
+
+class Status(Protocol):
+    """The log as this process sees it, renewed about once a second; shown in the metrics, too."""
+
+    @property
+    def state(self) -> LogState:
+        """The newest snapshot."""
+        ...
+
+    def backlog(self) -> Backlog | None:
+        """Return what waits to be committed; None while that is not known."""
+        ...
+
+    async def ready(self) -> list[str]:
+        """Return why events cannot be stored and persisted just now; nothing when they can."""
+        ...
+
+
+# -- the log as a whole -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class IngestRole:
+    """Opens the log to append and to read.
+
+    Attributes:
+        name: of the process, for operators.
+        max_event_bytes: size of the largest event's body; a log that cannot carry it is refused.
+        deadline: seconds for each append, retries included, and for each batch.
+        max_in_flight: single appends in flight; one more fails at once.
+    """
+
+    name: str
+    max_event_bytes: int
+    deadline: float
+    max_in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class PersisterRole:
+    """Opens the log to write partitions into the files of one volume.
+
+    Attributes:
+        name: of the process, for operators.
+        volume: UUID of the volume.
+        directory: where its partition files are.
+        retention: seconds for which committed events stay in the log while there is room.
+        buffer_events: events that the followers of this process hold together, at most.
+        buffer_bytes: the same in bytes, about.
+    """
+
+    name: str
+    volume: str
+    directory: Path
+    retention: float
+    buffer_events: int
+    buffer_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class IngestLog:
+    """The log as ingest uses it."""
+
+    writer: EventWriter
+    reader: EventBrowser
+    status: Status
+
+
+class PersisterLog(Protocol):
+    """The log as a persister uses it."""
+
+    @property
+    def identity(self) -> LogIdentity:
+        """Which log this is; partition files name it."""
+        ...
+
+    @property
+    def placements(self) -> Placements:
+        """Who holds the partitions of the store of the settings."""
+        ...
+
+    @property
+    def answering(self) -> Answering:
+        """Brings the questions of others."""
+        ...
+
+    @property
+    def dead_letters(self) -> DeadLetterStore:
+        """Keeps what cannot be stored as an event."""
+        ...
+
+    @property
+    def status(self) -> Status:
+        """The log as this process sees it."""
+        ...
+
+    def follower(
+        self,
+        partition: int,
+        *,
+        trimmable: int,
+        on_events: Callable[[], None],
+        on_repair: Callable[[str], None],
+    ) -> Follower:
+        """Return a follower of *partition*; the files of all partitions that it follows are open.
+
+        Args:
+            partition: its number.
+            trimmable: up to which sequence trim may have deleted the partition's events: what its record says.
+            on_events: called when there is something new to take.
+            on_repair: called with a short reason at each repair, for a counter.
+        """
+        ...
+
+    async def check(self, after: Position, *, trimmable: int) -> None:
+        """Check that the log can be followed from *after*.
+
+        Raises LogMismatchError: it cannot, as :meth:`Follower.start` says; LogUnavailableError: no answer.
+        """
+        ...
+
+    def announced(
+        self,
+        about: Mapping[str, str],
+        partitions: Callable[[], Collection[int]],
+        progress: Callable[[], Mapping[int, Progress]],
+    ) -> AbstractAsyncContextManager[Callable[[], None]]:
+        """Let others see this process while the body runs: operators, and those who read the status.
+
+        Args:
+            about: what it says of itself, such as ``worker``, ``host``, ``pid`` and ``address``.
+            partitions: returns those that it runs.
+            progress: returns how far each is.
+
+        Returns:
+            a context manager that gives a function to call when *partitions* have changed; the rest is renewed about
+            twice a second.
+        """
+        ...
+
+    async def trim(self, own: Callable[[], Collection[int]], on_round: Callable[[Trimmed], None]) -> None:
+        """Delete what every store has committed, until cancelled. A log that needs no trim does nothing.
+
+        Args:
+            own: returns the partitions that this process runs; one process of all of them trims.
+            on_round: called after each round.
+        """
+        ...

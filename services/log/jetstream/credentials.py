@@ -14,6 +14,7 @@ from nats.aio.client import Client
 
 from fiq.errors import ConfigurationError
 from services.log.settings import LogSettings
+from services.log.status import CertificateExpiry
 
 CA_VARIABLE = "FI_NATS_CA_FILE"
 SEED_VARIABLE = "FI_NATS_SEED_FILE"
@@ -90,22 +91,7 @@ def _problem(variable: str, path: str, what: str) -> ConfigurationError:
     return ConfigurationError([f"{variable}={path}: {what}"])
 
 
-@dataclass(frozen=True, slots=True)
-class Validity:
-    """A certificate and its end.
-
-    Attributes:
-        kind: ``node`` for the one that the connected node showed, ``ca`` for the authority that signed it.
-        name: its common name.
-        expires: Unix time.
-    """
-
-    kind: str
-    name: str
-    expires: float
-
-
-def certificates(nc: Client) -> list[Validity]:
+def certificates(nc: Client) -> list[CertificateExpiry]:
     """Return the certificates of the connection *nc*; none when it is not encrypted."""
     transport = getattr(nc, "_transport", None)  # nats-py offers no way to its socket
     writer = getattr(transport, "_io_writer", None)
@@ -119,6 +105,6 @@ def certificates(nc: Client) -> list[Validity]:
     return found
 
 
-def _validity(kind: str, certificate: Mapping[str, Any]) -> Validity:
+def _validity(kind: str, certificate: Mapping[str, Any]) -> CertificateExpiry:
     attributes = dict(pair for group in certificate.get("subject", ()) for pair in group)
-    return Validity(kind, attributes.get("commonName", ""), ssl.cert_time_to_seconds(certificate["notAfter"]))
+    return CertificateExpiry(kind, attributes.get("commonName", ""), ssl.cert_time_to_seconds(certificate["notAfter"]))

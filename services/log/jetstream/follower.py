@@ -31,7 +31,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import orjson
 from nats import errors as nats_errors
@@ -45,7 +45,7 @@ from services.log.jetstream.cursor import Cursors
 from services.log.jetstream.names import STREAM, filter_subject
 from services.log.jetstream.refusals import DirectSubscription, Received, Refusal, TolerantClient, listen
 from services.log.partitions import partition_name
-from services.log.protocol import Delivery, LogIdentity, Position, message_id_at
+from services.log.protocol import Delivery, LogIdentity, Outcome, Position, message_id_at
 
 #: how often an idle pull says that it is alive, seconds
 HEARTBEAT_SECONDS = 0.5
@@ -211,7 +211,7 @@ class JetStreamFollower:
         lost = not self._nc.is_connected or self._subscription is None
         return lost or self._is_elsewhere or bool(self._doubt)
 
-    async def acknowledge(self, delivery: Delivery) -> None:
+    async def acknowledge(self, delivery: Delivery, outcomes: Mapping[int, Outcome]) -> None:
         """Tell the broker that everything up to *delivery* is committed; a lost acknowledgement does no harm."""
         self._buffer.done()
         if delivery.sequence > self._committed.sequence:

@@ -23,7 +23,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 
 import nats.errors
@@ -33,18 +33,26 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from fiq.errors import FiqError
-from services.core.lifecycle import background_task
 from services.core.logs import get_logger
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.credentials import certificates
 from services.log.jetstream.names import DEAD_STREAM, STREAM, filter_subject
-from services.log.jetstream.placement import Placement, StorePlacement, read_stores
-from services.log.jetstream.processes import PROCESSES_SUBJECT, LiveProcess, check_allowed, read_process
-from services.log.jetstream.report import StreamReport, read_stream
+from services.log.jetstream.placement import read_stores
+from services.log.jetstream.processes import PROCESSES_SUBJECT, check_allowed, read_process
+from services.log.jetstream.report import read_stream
 from services.log.metrics import DEAD_LETTERS, PARTITIONS, PARTS, PROCESSES, STREAMS, LogMetrics
-from services.log.protocol import Backlog, Waiting
 from services.log.settings import LogSettings
+from services.log.status import (
+    Backlog,
+    LiveProcess,
+    LogState,
+    PartitionState,
+    Placement,
+    StorePlacement,
+    StreamReport,
+    Waiting,
+)
 
 #: pause between two looks, seconds
 LOOK_SECONDS = 1.0
@@ -62,87 +70,6 @@ STILL_SECONDS = 10.0
 _ANSWER_SECONDS = 0.75
 
 _log = get_logger("eventlog.monitor")
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionState:
-    """One partition of one store.
-
-    Attributes:
-        partition: its number.
-        placement: where it lives; None when no key says so.
-        owners: live processes that run it: one, except for a moment.
-        committed: stream sequence that its file has reached, as far as owner or key say; 0 when neither does.
-        waiting: what waits behind that.
-        oldest: when the oldest waiting event was stored, by the clock of the stream's leader then, seconds since 1970;
-            None when nothing waits or it is not known.
-    """
-
-    partition: int
-    placement: Placement | None
-    owners: int
-    committed: int
-    waiting: Waiting
-    oldest: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class LogState:
-    """The log as this process sees it; parts that are not known are None.
-
-    Attributes:
-        at: when the stream was last seen, on :func:`time.monotonic`.
-        stream: the stream of events.
-        stream_exists: False when the broker says that there is none.
-        dead: the stream of dead letters.
-        placements: the keys of each store.
-        processes: the persisters that answer.
-        stores: the partitions of each store that has a key or a process; of the settings' store while there is none.
-        clock_offset: own clock minus the clock of the stream's leader, seconds.
-        troubles: by part, why the last look at it failed.
-    """
-
-    at: float = 0.0
-    stream: StreamReport | None = None
-    stream_exists: bool = True
-    dead: StreamReport | None = None
-    placements: Mapping[str, StorePlacement] | None = None
-    processes: tuple[LiveProcess, ...] | None = None
-    stores: Mapping[str, tuple[PartitionState, ...]] | None = None
-    clock_offset: float = 0.0
-    troubles: Mapping[str, str] = field(default_factory=dict)
-
-    def partitions(self, store: str) -> tuple[PartitionState, ...]:
-        """Return the partitions of *store*; none while they are not known."""
-        return (self.stores or {}).get(store, ())
-
-    def backlog(self) -> Backlog | None:
-        """Return what waits in the store that has most of it; None while that is not known."""
-        if self.stream is None or not self.stores:
-            return None
-        most = max(self.stores.values(), key=lambda found: sum(one.waiting.events for one in found))
-        return Backlog(self.at, self.stream.last_sequence, tuple(one.waiting for one in most))
-
-    def problems(self) -> list[str]:
-        """Return why events cannot be stored and persisted just now; nothing when they can."""
-        if (trouble := self.troubles.get(STREAMS)) is not None:
-            return [f"the log does not answer: {trouble}"]
-        if not self.stream_exists:
-            return [f"stream {STREAM} does not exist"]
-        if self.stream is None:
-            return ["the log has not been seen yet"]
-        found = []
-        if not self.stream.leader:
-            found.append(f"stream {STREAM} has no leader")
-        elif not self.stream.has_quorum:
-            found.append(f"stream {STREAM} has no quorum: most of its {self.stream.copies} nodes are down")
-        if self.placements is None and self.at and (trouble := self.troubles.get(PARTITIONS)) is not None:
-            found.append(f"it is not known where partitions live: {trouble}")
-        elif self.stores is not None:
-            unplaced = min(sum(one.placement is None for one in store) for store in self.stores.values())
-            if unplaced:
-                found.append(f"{unplaced} partitions have no owner yet: start the persisters")
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +147,7 @@ class LogMonitor:
 
     async def ready(self) -> list[str]:
         """Return why events cannot be stored and persisted just now; nothing when they can."""
-        return self.state.problems() if self._nc.is_connected else ["no connection to the log"]
+        return problems_of(self.state) if self._nc.is_connected else ["no connection to the log"]
 
     async def _part(self, part: str, look: Callable[[], Awaitable[None]], *, whole: bool) -> None:
         if not self._nc.is_connected:
@@ -448,18 +375,53 @@ class LogMonitor:
                     metrics.volume_processes.labels(store, volume).set(alive)
 
 
+def problems_of(state: LogState) -> list[str]:
+    """Return why events cannot be stored and persisted just now; nothing when they can."""
+    if (trouble := state.troubles.get(STREAMS)) is not None:
+        return [f"the log does not answer: {trouble}"]
+    if not state.stream_exists:
+        return [f"stream {STREAM} does not exist"]
+    if state.stream is None:
+        return ["the log has not been seen yet"]
+    found = []
+    if not state.stream.leader:
+        found.append(f"stream {STREAM} has no leader")
+    elif not state.stream.has_quorum:
+        found.append(f"stream {STREAM} has no quorum: most of its {state.stream.copies} nodes are down")
+    if state.placements is None and state.at and (trouble := state.troubles.get(PARTITIONS)) is not None:
+        found.append(f"it is not known where partitions live: {trouble}")
+    elif state.stores is not None:
+        unplaced = min(sum(one.placement is None for one in store) for store in state.stores.values())
+        if unplaced:
+            found.append(f"{unplaced} partitions have no owner yet: start the persisters")
+    return found
+
+
 def _waits(one: PartitionState) -> bool:
     return one.waiting.events > 0 or not one.owners
 
 
 @asynccontextmanager
-async def monitoring(nc: Client, settings: LogSettings, metrics: LogMetrics) -> AsyncIterator[LogMonitor]:
-    """Watch the log while the body runs."""
+async def monitoring(
+    nc: Client, settings: LogSettings, metrics: LogMetrics, on_failed: Callable[[str], None]
+) -> AsyncIterator[LogMonitor]:
+    """Watch the log while the body runs; *on_failed* is called if that ends early.
+
+    The context may be left in another task than the one that entered it.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            on_failed(f"the log monitor failed: {error!r}")
+
     monitor = LogMonitor(nc, settings, metrics)
+    watching = asyncio.create_task(monitor.run(), name="log monitor")
+    watching.add_done_callback(ended)
     try:
-        async with background_task(monitor.run(), "log monitor"):
-            yield monitor
+        yield monitor
     finally:
+        watching.cancel()
+        await asyncio.wait({watching})
         await monitor.close()
 
 

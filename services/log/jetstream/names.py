@@ -10,9 +10,10 @@ import re
 from enum import StrEnum
 
 from services.log.partitions import partition_name
+from services.log.protocol import EVENT_LOG
 
 #: the stream of events
-STREAM = "fi-events"
+STREAM = EVENT_LOG
 #: the stream of messages that were set aside
 DEAD_STREAM = "fi-dead"
 

@@ -25,7 +25,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -37,7 +37,7 @@ from nats.js.api import Header
 
 from services.core.lifecycle import cancellable
 from services.log.errors import LogMismatchError, LogUnavailableError, PlacementError
-from services.log.jetstream.api import ApiError, JetStreamApi, api_error, inbox
+from services.log.jetstream.api import REQUEST_TIMEOUT_SECONDS, ApiError, JetStreamApi, api_error, inbox
 from services.log.jetstream.names import (
     BUCKET,
     BUCKET_PREFIX,
@@ -49,11 +49,16 @@ from services.log.jetstream.names import (
 )
 from services.log.partitions import partition_name
 from services.log.settings import LogSettings
+from services.log.status import Placement, StorePlacement
 
 #: how long a put or a read of one key may take, seconds
 _ANSWER_SECONDS = 2.0
 #: how long a replica may take for all keys before the leader is asked for each of them, seconds
 _REPLICA_SECONDS = 1.0
+#: what keys said this long ago does not count any more for trim: an operator may have placed a partition anew, seconds
+KEYS_SECONDS = 2.0
+#: a purge that goes by earlier keys may take effect for so long after they changed, seconds
+FENCE_SECONDS = KEYS_SECONDS + REQUEST_TIMEOUT_SECONDS
 #: how often a put is tried whose outcome is unknown, or that lost to an update of the same owner
 _TRIES = 5
 
@@ -69,54 +74,6 @@ _OPERATION = "KV-Operation"
 #: key that says that the operator has named every store, after the bucket was lost
 _STORES = "_stores"
 _KEY = re.compile(r"([a-z0-9]{1,32})(?:\.([0-9]{2}))?", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a partition lives.
-
-    Attributes:
-        partition: its number.
-        volume: UUID of the volume that holds its file.
-        epoch: how often it was placed, from 1; the file must say the same.
-        committed: stream sequence that the file had reached when its owner last put it here.
-        begins: first stream sequence that the file may hold; above 1 for a store that began after a trim.
-        revision: of the key, which the next update expects.
-        message_id: of the stream's message at *committed*, as a Position has it; empty when it is not known.
-        writer: which process put this as its progress; empty when none did.
-    """
-
-    partition: int
-    volume: str
-    epoch: int
-    committed: int
-    begins: int
-    revision: int
-    message_id: str = ""
-    writer: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class StorePlacement:
-    """Where all partitions of a store live.
-
-    Attributes:
-        store: its name.
-        formed: all of its partitions were placed once; one without a key has lost it.
-        volumes: that had partitions then.
-        partitions: the placed ones.
-        deleted: partitions whose key was deleted, purged or made unreadable.
-        stream_created: creation time of the stream of events in which the sequences count.
-        first_sequence: of that stream now: where a file that is made now begins.
-    """
-
-    store: str
-    formed: bool
-    volumes: tuple[str, ...]
-    partitions: Mapping[int, Placement]
-    deleted: frozenset[int]
-    stream_created: str
-    first_sequence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +116,15 @@ class Placements:
     def reconnects(self) -> int:
         """How often the connection was made anew: what was published meanwhile was not seen."""
         return int(self._nc.stats["reconnects"])
+
+    @property
+    def fence_seconds(self) -> float:
+        """For how long after a change of a key a purge may still go by what it said before, seconds."""
+        return FENCE_SECONDS
+
+    def record_of(self, partition: int) -> str:
+        """Return how an operator finds the key of *partition*, for messages."""
+        return f"key {placement_key(self._store, partition)} of bucket {BUCKET}"
 
     async def read(self) -> StorePlacement:
         """Return where the store's partitions live, as new as the bucket's leader has it.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import nats.errors
@@ -21,45 +21,12 @@ from nats.aio.msg import Msg
 from services.log.errors import LogRefusedError, LogUnavailableError
 from services.log.jetstream.names import PERSISTER_SERVICE
 from services.log.partitions import partition_name
+from services.log.status import LiveProcess, Progress
 
 #: how long the first answer is awaited, and how long a further one, seconds
 _FIRST_ANSWER, _NEXT_ANSWER = 1.0, 0.25
 #: the question to all persisters
 PROCESSES_SUBJECT = f"$SRV.INFO.{PERSISTER_SERVICE}"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a partition is.
-
-    Attributes:
-        committed: stream sequence that its file has reached.
-        waiting: events of the partition in the stream after that one.
-    """
-
-    committed: int
-    waiting: int
-
-
-@dataclass(frozen=True, slots=True)
-class LiveProcess:
-    """A persister process that answered.
-
-    Attributes:
-        store: the store that it writes.
-        volume: UUID of its volume.
-        partitions: numbers of those that it runs, whatever state they are in.
-        progress: of those that it follows.
-        stream_sequence: highest stream sequence that it had seen when it said so; 0 when it did not say.
-        metadata: all that it says of itself.
-    """
-
-    store: str
-    volume: str
-    partitions: frozenset[int]
-    progress: Mapping[int, Progress]
-    stream_sequence: int = 0
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

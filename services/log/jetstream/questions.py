@@ -1,18 +1,8 @@
-"""Questions about the corpus: how they and their answers look on the wire, and how ingest asks a partition's owner.
+"""Questions about the corpus over NATS: how ingest asks a partition's owner, and how the owner hears and answers.
 
-A question is a JSON object on ``fi.corpus.<store>.<partition>.<kind>``. ``within_ms`` says for how long its asker
-waits, counted from its arrival: no clock of two hosts is compared, and what has waited for longer is not answered any
-more. An answer is a JSON object in one line; hashes or bodies follow it, byte for byte. An error is in the headers of
-the NATS service API (ADR-32).
-
-==============  ==================================================  =================================================
-kind            asks                                                answer
-==============  ==================================================  =================================================
-ids             which ids does this consultation hold?              8-byte hashes of all, or that there are too many
-find            which of these ids does it hold?                    sequence and 8-byte digest of the body of each
-events          what comes after this position?                     a page of events with their bodies
-consultations   which consultations begin with this prefix?         a page of names
-==============  ==================================================  =================================================
+A question goes to ``fi.corpus.<store>.<partition>.<kind>``, to which the owner subscribes for as long as it has the
+partition's file open: when no process has, the broker says so at once. The text and code of an error are in the headers
+of the NATS service API (ADR-32). :mod:`services.log.questions` has the bytes of both.
 
 Try it: ``nats request fi.corpus.main.3.events '{"within_ms":1000,"consultation":"c-1","after":0,"limit":10}'``
 """
@@ -22,286 +12,64 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from array import array
-from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection
+from typing import TypeVar
 from uuid import UUID
 
 import nats.errors
-import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
-from fiq.errors import InvalidIdError
-from fiq.event import check_consultation_id
 from services.core.lifecycle import cancellable
+from services.core.logs import get_logger
 from services.core.retry import backoff
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
+from services.log.jetstream.connection import PENDING_BYTES
 from services.log.jetstream.names import corpus_subject
 from services.log.partitions import partition_name
-from services.log.protocol import Stored
+from services.log.protocol import AskedQuestion, Failure
+from services.log.questions import (
+    KIND_OF,
+    MAX_ITEMS,
+    Answer,
+    Consultations,
+    ConsultationsAnswer,
+    Events,
+    EventsAnswer,
+    Find,
+    Ids,
+    IdSnapshot,
+    MalformedError,
+    Question,
+    Stored,
+    decode_consultations,
+    decode_events,
+    decode_found,
+    decode_ids,
+    decode_question,
+    encode_answer,
+    encode_question,
+)
 
 #: header with the text of an error, and header with its code
 ERROR_HEADER, ERROR_CODE_HEADER = "Nats-Service-Error", "Nats-Service-Error-Code"
 #: the question is malformed; an event is larger than the broker takes; not now; a fault
 MALFORMED, TOO_LARGE, NOT_NOW, FAULT = 400, 413, 503, 500
-
-#: ids in one question, and rows or names in one answer, at most
-MAX_ITEMS = 1000
-#: a consultation with more ids than this, or than a message can hold, is asked about id by id
-MAX_IDS = 100_000
-#: more than an answer takes besides its rows, and than one row takes besides its body, bytes
-HEAD_BYTES, ROW_BYTES = 512, 160
+_CODES = {
+    Failure.MALFORMED: MALFORMED,
+    Failure.TOO_LARGE: TOO_LARGE,
+    Failure.NOT_NOW: NOT_NOW,
+    Failure.FAULT: FAULT,
+}
+#: what the headers of an answer take at most, bytes
+_HEADERS_BYTES = 256
 #: pause before a question is asked again that could not be answered just then; doubles up to the second, seconds
 _PAUSE_SECONDS = (0.01, 0.2)
-_64_BITS = 2**64 - 1
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
-
-class Kind(StrEnum):
-    """What can be asked; the last token of the subject."""
-
-    IDS = "ids"
-    FIND = "find"
-    EVENTS = "events"
-    CONSULTATIONS = "consultations"
-
-
-class MalformedError(ValueError):
-    """Raised when a question or an answer is not what this module writes."""
-
-
-# -- questions --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Ids:
-    """Which ids does *consultation* hold?"""
-
-    consultation: str
-
-
-@dataclass(frozen=True, slots=True)
-class Find:
-    """Which of *event_ids* does *consultation* hold?"""
-
-    consultation: str
-    event_ids: Sequence[UUID]
-
-
-@dataclass(frozen=True, slots=True)
-class Events:
-    """What does *consultation* hold after the position *after*? At most *limit* events; 0 asks for the position."""
-
-    consultation: str
-    after: int
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Consultations:
-    """Which consultations begin with *prefix* and come after *after*? At most *limit*, sorted."""
-
-    prefix: str
-    after: str
-    limit: int
-
-
-Question = Ids | Find | Events | Consultations
-KIND_OF: Mapping[type[Question], Kind] = {
-    Ids: Kind.IDS,
-    Find: Kind.FIND,
-    Events: Kind.EVENTS,
-    Consultations: Kind.CONSULTATIONS,
-}
-
-
-def encode_question(question: Question, within: float) -> bytes:
-    """Return *question* as it is sent by somebody who waits *within* seconds."""
-    fields = {name: getattr(question, name) for name in question.__slots__}
-    return orjson.dumps({"within_ms": max(1, round(within * 1000)), **fields})
-
-
-def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
-    """Return a question and for how many seconds its asker waits. Raises MalformedError: it is none."""
-    try:
-        fields = orjson.loads(data)
-        within = _number(fields["within_ms"]) / 1000
-        if kind == Kind.IDS:
-            return Ids(check_consultation_id(fields["consultation"])), within
-        if kind == Kind.FIND:
-            ids = [UUID(event_id) for event_id in fields["event_ids"]]
-            if not 0 < len(ids) <= MAX_ITEMS:
-                raise MalformedError(f"1 to {MAX_ITEMS} ids")
-            return Find(check_consultation_id(fields["consultation"]), ids), within
-        limit = _number(fields["limit"])
-        if limit > MAX_ITEMS:
-            raise MalformedError(f"limit is at most {MAX_ITEMS}")
-        if kind == Kind.EVENTS:
-            return Events(check_consultation_id(fields["consultation"]), _number(fields["after"]), limit), within
-        if kind == Kind.CONSULTATIONS:
-            return Consultations(str(fields["prefix"]), str(fields["after"]), limit), within
-    except (orjson.JSONDecodeError, InvalidIdError, KeyError, TypeError, AttributeError, ValueError):
-        raise MalformedError("the question is malformed") from None
-    raise MalformedError("there is no such question")
-
-
-# -- answers ----------------------------------------------------------------------------------------------------------
-
-
-class IdSnapshot:
-    """The ids that a consultation held at one moment, as hashes; see :func:`fiq.corpus.hashes_of`.
-
-    Attributes:
-        whole: whether all ids are here; otherwise there were too many, and each may be held.
-        size: of it in memory, bytes.
-    """
-
-    __slots__ = ("_factor", "_first", "_hashes", "size", "whole")
-
-    def __init__(self, key: bytes, hashes: bytes, *, whole: bool = True) -> None:
-        self.whole = whole
-        self._first, self._factor = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big") | 1
-        self._hashes = array("Q", hashes)
-        if sys.byteorder == "big":
-            self._hashes.byteswap()
-        self.size = len(hashes)
-
-    def may_hold(self, event_id: UUID) -> bool:
-        """Return False when *event_id* was not held for certain; True is nearly certain where it is whole."""
-        if not self.whole:
-            return True
-        number = event_id.int
-        mixed = ((number >> 64) ^ self._first) * self._factor & _64_BITS
-        mixed ^= mixed >> 32
-        mixed = (mixed ^ (number & _64_BITS)) * self._factor & _64_BITS
-        mixed ^= mixed >> 29
-        place = bisect_left(self._hashes, mixed)
-        return place < len(self._hashes) and self._hashes[place] == mixed
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One event of the corpus."""
-
-    sequence: int
-    received_ns: int
-    event_id: UUID
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class FindAnswer:
-    """What is *found*, as of the stream sequence *committed*; *rest* was not looked for, and is to be asked again."""
-
-    committed: int
-    found: Mapping[UUID, Stored]
-    rest: Sequence[UUID] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class EventsAnswer:
-    """Events, and whether there are *more* up to *committed*, the stream sequence that the partition has reached."""
-
-    committed: int
-    rows: Sequence[Row]
-    more: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ConsultationsAnswer:
-    """Names, and whether there are *more* after them."""
-
-    names: Sequence[str]
-    more: bool
-
-
-def encode_ids(key: bytes, hashes: bytes | None) -> bytes:
-    """Return the answer to :class:`Ids`; *hashes* is None where there are too many."""
-    head = {"key": key.hex(), "whole": hashes is not None, "count": len(hashes or b"") // 8}
-    return orjson.dumps(head) + b"\n" + (hashes or b"")
-
-
-def encode_found(answer: FindAnswer) -> bytes:
-    """Return the answer to :class:`Find`."""
-    found = {str(event_id): [one.sequence, one.digest.hex()] for event_id, one in answer.found.items()}
-    rest = [str(event_id) for event_id in answer.rest]
-    return orjson.dumps({"committed": answer.committed, "found": found, "rest": rest})
-
-
-def encode_events(answer: EventsAnswer) -> bytes:
-    """Return the answer to :class:`Events`."""
-    rows = [[row.sequence, row.received_ns, str(row.event_id), len(row.body)] for row in answer.rows]
-    head = {"committed": answer.committed, "more": answer.more, "rows": rows}
-    return b"".join([orjson.dumps(head), b"\n", *(row.body for row in answer.rows)])
-
-
-def encode_consultations(answer: ConsultationsAnswer) -> bytes:
-    """Return the answer to :class:`Consultations`."""
-    return orjson.dumps({"names": answer.names, "more": answer.more})
-
-
-def decode_ids(data: bytes) -> IdSnapshot:
-    """Read the answer to :class:`Ids`; each ``decode_`` raises MalformedError when it is none."""
-    with _Decoding():
-        head, _, hashes = data.partition(b"\n")
-        fields = orjson.loads(head)
-        key = bytes.fromhex(fields["key"])
-        if len(key) != 16 or len(hashes) != 8 * _number(fields["count"]):
-            raise MalformedError("hashes are missing")
-        return IdSnapshot(key, hashes, whole=bool(fields["whole"]))
-
-
-def decode_found(data: bytes) -> FindAnswer:
-    """Read the answer to :class:`Find`."""
-    with _Decoding():
-        fields = orjson.loads(data)
-        found = {
-            UUID(event_id): Stored(_number(sequence), bytes.fromhex(digest))
-            for event_id, (sequence, digest) in fields["found"].items()
-        }
-        return FindAnswer(_number(fields["committed"]), found, [UUID(event_id) for event_id in fields["rest"]])
-
-
-def decode_events(data: bytes) -> EventsAnswer:
-    """Read the answer to :class:`Events`."""
-    with _Decoding():
-        head, _, bodies = data.partition(b"\n")
-        fields = orjson.loads(head)
-        rows, place = [], 0
-        for sequence, received, event_id, length in fields["rows"]:
-            rows.append(Row(sequence, received, UUID(event_id), bodies[place : place + length]))
-            place += length
-        if place != len(bodies):
-            raise MalformedError("bodies are missing")
-        return EventsAnswer(_number(fields["committed"]), rows, bool(fields["more"]))
-
-
-def decode_consultations(data: bytes) -> ConsultationsAnswer:
-    """Read the answer to :class:`Consultations`."""
-    with _Decoding():
-        fields = orjson.loads(data)
-        return ConsultationsAnswer([str(name) for name in fields["names"]], bool(fields["more"]))
-
-
-class _Decoding:
-    """Calls what goes wrong inside malformed."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, (KeyError, TypeError, AttributeError, ValueError)):
-            raise MalformedError("the answer is malformed") from None
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise MalformedError("a number is expected")
-    return value
+_log = get_logger("answering")
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------
@@ -354,7 +122,7 @@ class Questions:
             left += answer.rest
         return found, committed
 
-    async def _ask(self, partition: int, question: Question, decode: Callable[[bytes], Answer]) -> Answer:
+    async def _ask(self, partition: int, question: Question, decode: Callable[[bytes], T]) -> T:
         subject = corpus_subject(self._store, partition, KIND_OF[type(question)])
         end = time.monotonic() + self._timeout
         for pause in backoff(*_PAUSE_SECONDS):
@@ -396,3 +164,78 @@ class Questions:
 
     def _away(self, partition: int, reason: str) -> CorpusAwayError:
         return CorpusAwayError(f"partition {partition_name(partition)} of store {self._store}: {reason}")
+
+
+# -- answering --------------------------------------------------------------------------------------------------------
+
+
+class Answering:
+    """Hears the questions about the partitions of one store that this process has open; see the protocol."""
+
+    def __init__(self, nc: Client, store: str) -> None:
+        self._nc = nc
+        self._store = store
+        self._open: dict[int, Subscription] = {}
+
+    async def open(self, partition: int, take: Callable[[AskedQuestion], None]) -> None:
+        """Have *take* called with each question about *partition* from now on.
+
+        Raises LogUnavailableError: there is no connection.
+        """
+        subject = corpus_subject(self._store, partition, "*")
+
+        async def hear(message: Msg) -> None:
+            if message.reply and partition in self._open:
+                take(_Asked(self._nc, message))
+
+        try:
+            self._open[partition] = await self._nc.subscribe(subject, cb=hear)
+        except (nats.errors.Error, OSError) as error:
+            raise LogUnavailableError(f"cannot answer on {subject}: {type(error).__name__}") from error
+
+    async def close(self, partition: int) -> None:
+        """Take no more questions about *partition*. Idempotent."""
+        subscription = self._open.pop(partition, None)
+        if subscription is None:
+            return
+        try:
+            await subscription.unsubscribe()
+        except (nats.errors.Error, OSError) as error:  # the subscription ended with the connection
+            _log.debug("UNSUBSCRIBE_FAILED", error=type(error).__name__)
+
+
+class _Asked:
+    """A question that has arrived; see :class:`services.log.protocol.AskedQuestion`."""
+
+    def __init__(self, nc: Client, message: Msg) -> None:
+        self._nc = nc
+        self._reply = message.reply
+        self.question: Question | None = None
+        self.kind, self.within = "unknown", 0.0
+        try:
+            self.question, self.within = decode_question(message.subject.rpartition(".")[2], message.data)
+            self.kind = KIND_OF[type(self.question)].value
+        except MalformedError:
+            pass  # question stays None
+
+    @property
+    def room(self) -> int:
+        """How large the answer may be, bytes."""
+        return self._nc.max_payload - _HEADERS_BYTES
+
+    async def answer(self, answer: Answer) -> bool:
+        """Send *answer*; False when it cannot be sent now."""
+        return await self._send(encode_answer(answer), None)
+
+    async def fail(self, failure: Failure, reason: str) -> bool:
+        """Send that there is no answer, and why."""
+        return await self._send(b"", {ERROR_HEADER: reason, ERROR_CODE_HEADER: str(_CODES[failure])})
+
+    async def _send(self, data: bytes, headers: dict[str, str] | None) -> bool:
+        if self._nc.pending_data_size + len(data) > PENDING_BYTES // 2:
+            return False  # publishing would wait, and so would all other answers; the asker asks again
+        try:
+            await self._nc.publish(self._reply, data, headers=headers)
+        except (nats.errors.Error, OSError):
+            return False
+        return True

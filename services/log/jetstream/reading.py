@@ -33,10 +33,11 @@ from fiq.event import Event, decode
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi, inbox
 from services.log.jetstream.names import STREAM, stored_subject
-from services.log.jetstream.questions import Consultations, Events, EventsAnswer, Questions, Row
+from services.log.jetstream.questions import Questions
 from services.log.jetstream.refusals import must_hear
 from services.log.partitions import partition_of
-from services.log.protocol import EventBrowser, Page, Snapshot, Stored, StoredEvent
+from services.log.protocol import EventBrowser, Page, Snapshot, StoredEvent
+from services.log.questions import Consultations, Events, EventsAnswer, Row, Stored
 from services.log.settings import LogSettings
 
 #: how long one answer of a persister or of the broker may take, seconds

@@ -11,71 +11,7 @@ from nats.aio.client import Client
 
 from services.log.jetstream.names import NODES_HEALTH, NODES_STATE, PARTITIONS_KEY
 from services.log.jetstream.processes import everybody
-
-#: a replica that the leader heard of within this time counts as up, though it may lag, seconds
-ALIVE_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaReport:
-    """A copy of the stream that does not lead.
-
-    Attributes:
-        name: of the node.
-        current: has everything that the leader has stored.
-        offline: the cluster takes the node for down.
-        lag: entries of the raft log that it still misses; no count of events.
-        seen_seconds: since the leader heard of it; None when it never did in this term.
-    """
-
-    name: str
-    current: bool
-    offline: bool
-    lag: int
-    seen_seconds: float | None
-
-    @property
-    def alive(self) -> bool:
-        """Whether it counts for the quorum just now, as far as the leader knows."""
-        heard = self.seen_seconds is not None and self.seen_seconds < ALIVE_SECONDS
-        return heard and not self.offline
-
-
-@dataclass(frozen=True, slots=True)
-class StreamReport:
-    """One stream.
-
-    Attributes:
-        created: RFC 3339 in UTC; another value means another stream.
-        partitions: from its metadata; 0 when it is no stream of fiq.
-        leader: name of the leading node; empty during an election.
-        replicas: the other nodes that hold it; empty on a single server.
-        messages: events that it holds.
-        bytes: what they take, headers and index included.
-        max_bytes: its limit.
-        first_sequence: of the oldest event; one above the last when it is empty.
-        last_sequence: of the youngest event.
-    """
-
-    created: str
-    partitions: int
-    leader: str
-    replicas: tuple[ReplicaReport, ...]
-    messages: int
-    bytes: int
-    max_bytes: int
-    first_sequence: int
-    last_sequence: int
-
-    @property
-    def copies(self) -> int:
-        """Nodes that hold the stream, up or not."""
-        return len(self.replicas) + 1
-
-    @property
-    def has_quorum(self) -> bool:
-        """Whether a majority of its nodes is up, the leader included."""
-        return 2 * (1 + sum(replica.alive for replica in self.replicas)) > self.copies
+from services.log.status import ReplicaReport, StreamReport
 
 
 def read_stream(info: Mapping[str, Any]) -> StreamReport:

@@ -29,11 +29,11 @@ from nats.aio.client import Client
 
 from fiq.errors import FiqError
 from services.core.logs import get_logger
-from services.log.jetstream.api import REQUEST_TIMEOUT_SECONDS, JetStreamApi
-from services.log.jetstream.monitor import LogState
+from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.names import PARTITIONS_KEY, STREAM, filter_subject, placement_key
-from services.log.jetstream.placement import Placement, StorePlacement, read_stores
-from services.log.protocol import message_id_at
+from services.log.jetstream.placement import KEYS_SECONDS, read_stores
+from services.log.protocol import Trimmed, message_id_at
+from services.log.status import LogState, Placement, StorePlacement
 
 #: above this share of ``max_bytes`` committed events go whatever their age, down to that one
 FULL, ENOUGH = 0.7, 0.6
@@ -47,27 +47,8 @@ STEP = 125
 PAUSE_SECONDS = 0.05
 #: pause between two rounds, seconds
 TRIM_SECONDS = 2.0
-#: what the keys said this long ago does not count any more, seconds: an operator may have placed a partition anew
-KEYS_SECONDS = 2.0
-#: a purge that goes by keys of before may take effect for so long after they changed, seconds
-FENCE_SECONDS = KEYS_SECONDS + REQUEST_TIMEOUT_SECONDS
 
 _log = get_logger("eventlog.trim")
-
-
-@dataclass(frozen=True, slots=True)
-class Trimmed:
-    """What one round did.
-
-    Attributes:
-        committed: sequence up to which every store has committed everything.
-        purged: messages deleted.
-        fullness: share of ``max_bytes`` in use after that, 0 to 1.
-    """
-
-    committed: int
-    purged: int
-    fullness: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,302 @@
+"""Questions that ingest asks the owner of a partition about its corpus, their answers, and both as bytes.
+
+==============  ==================================================  =================================================
+kind            asks                                                answer
+==============  ==================================================  =================================================
+ids             which ids does this consultation hold?              8-byte hashes of all, or that there are too many
+find            which of these ids does it hold?                    sequence and 8-byte digest of the body of each
+events          what comes after this position?                     a page of events with their bodies
+consultations   which consultations begin with this prefix?         a page of names
+==============  ==================================================  =================================================
+
+A question is a JSON object. ``within_ms`` says for how long its asker waits, counted from its arrival: no clocks of two
+hosts are compared, and what has waited longer is not answered. An answer is a JSON object in one line; hashes or bodies
+follow it, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from fiq.errors import InvalidIdError
+from fiq.event import check_consultation_id
+
+_64_BITS = 2**64 - 1
+
+
+class Kind(StrEnum):
+    """What can be asked."""
+
+    IDS = "ids"
+    FIND = "find"
+    EVENTS = "events"
+    CONSULTATIONS = "consultations"
+
+
+class MalformedError(ValueError):
+    """Raised when a question or an answer is not what this module writes."""
+
+
+#: ids in one question, and rows or names in one answer, at most
+MAX_ITEMS = 1000
+#: a consultation with more ids than this, or than an answer can hold, is asked about id by id
+MAX_IDS = 100_000
+#: what an answer takes at most besides its rows, and one row besides its body, bytes
+HEAD_BYTES, ROW_BYTES = 512, 160
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """Which ids does *consultation* hold?"""
+
+    consultation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    """Which of *event_ids* does *consultation* hold?"""
+
+    consultation: str
+    event_ids: Sequence[UUID]
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """What does *consultation* hold after the position *after*? At most *limit* events; 0 asks for the position."""
+
+    consultation: str
+    after: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Consultations:
+    """Which consultations begin with *prefix* and come after *after*? At most *limit*, sorted."""
+
+    prefix: str
+    after: str
+    limit: int
+
+
+Question = Ids | Find | Events | Consultations
+KIND_OF: Mapping[type[Question], Kind] = {
+    Ids: Kind.IDS,
+    Find: Kind.FIND,
+    Events: Kind.EVENTS,
+    Consultations: Kind.CONSULTATIONS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the corpus holds under an id, without its body.
+
+    Attributes:
+        sequence: position in the log, from 1.
+        digest: :func:`digest_of` its body.
+    """
+
+    sequence: int
+    digest: bytes
+
+
+def digest_of(body: bytes) -> bytes:
+    """Return an 8-byte digest of *body*."""
+    return hashlib.blake2b(body, digest_size=8).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class IdsAnswer:
+    """Sorted 8-byte *hashes* of all ids, made with *key* (:func:`fiq.corpus.hashes_of`); None for too many."""
+
+    key: bytes
+    hashes: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class FindAnswer:
+    """What is *found*, as of the sequence *committed*; *rest* was not looked up, and is to be asked again."""
+
+    committed: int
+    found: Mapping[UUID, Stored]
+    rest: Sequence[UUID] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One event of the corpus."""
+
+    sequence: int
+    received_ns: int
+    event_id: UUID
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EventsAnswer:
+    """Events, and whether there are *more* up to *committed*, the sequence that the partition has reached."""
+
+    committed: int
+    rows: Sequence[Row]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ConsultationsAnswer:
+    """Names, and whether there are *more* after them."""
+
+    names: Sequence[str]
+    more: bool
+
+
+Answer = IdsAnswer | FindAnswer | EventsAnswer | ConsultationsAnswer
+
+
+# -- as bytes ----------------------------------------------------------------------------------------------------------
+
+
+def encode_question(question: Question, within: float) -> bytes:
+    """Return *question* as it is sent by somebody who waits *within* seconds."""
+    fields = {name: getattr(question, name) for name in question.__slots__}
+    return orjson.dumps({"within_ms": max(1, round(within * 1000)), **fields})
+
+
+def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
+    """Return a question and for how many seconds its asker waits. Raises MalformedError: it is none."""
+    try:
+        fields = orjson.loads(data)
+        within = _number(fields["within_ms"]) / 1000
+        if kind == Kind.IDS:
+            return Ids(check_consultation_id(fields["consultation"])), within
+        if kind == Kind.FIND:
+            ids = [UUID(event_id) for event_id in fields["event_ids"]]
+            if not 0 < len(ids) <= MAX_ITEMS:
+                raise MalformedError(f"1 to {MAX_ITEMS} ids")
+            return Find(check_consultation_id(fields["consultation"]), ids), within
+        limit = _number(fields["limit"])
+        if limit > MAX_ITEMS:
+            raise MalformedError(f"limit is at most {MAX_ITEMS}")
+        if kind == Kind.EVENTS:
+            return Events(check_consultation_id(fields["consultation"]), _number(fields["after"]), limit), within
+        if kind == Kind.CONSULTATIONS:
+            return Consultations(str(fields["prefix"]), str(fields["after"]), limit), within
+    except (orjson.JSONDecodeError, InvalidIdError, KeyError, TypeError, AttributeError, ValueError):
+        raise MalformedError("the question is malformed") from None
+    raise MalformedError("there is no such question")
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """Return *answer* as it is sent."""
+    match answer:
+        case IdsAnswer(key, hashes):
+            head = {"key": key.hex(), "whole": hashes is not None, "count": len(hashes or b"") // 8}
+            return orjson.dumps(head) + b"\n" + (hashes or b"")
+        case FindAnswer(committed, held, left):
+            found = {str(event_id): [one.sequence, one.digest.hex()] for event_id, one in held.items()}
+            return orjson.dumps({"committed": committed, "found": found, "rest": [str(event_id) for event_id in left]})
+        case EventsAnswer(committed, rows, more):
+            lines = [[row.sequence, row.received_ns, str(row.event_id), len(row.body)] for row in rows]
+            head = {"committed": committed, "more": more, "rows": lines}
+            return b"".join([orjson.dumps(head), b"\n", *(row.body for row in rows)])
+        case ConsultationsAnswer(names, more):
+            return orjson.dumps({"names": names, "more": more})
+
+
+def decode_ids(data: bytes) -> IdSnapshot:
+    """Read the answer to :class:`Ids`; each ``decode_`` raises MalformedError when it is none."""
+    with _Decoding():
+        head, _, hashes = data.partition(b"\n")
+        fields = orjson.loads(head)
+        key = bytes.fromhex(fields["key"])
+        if len(key) != 16 or len(hashes) != 8 * _number(fields["count"]):
+            raise MalformedError("hashes are missing")
+        return IdSnapshot(key, hashes, whole=bool(fields["whole"]))
+
+
+def decode_found(data: bytes) -> FindAnswer:
+    """Read the answer to :class:`Find`."""
+    with _Decoding():
+        fields = orjson.loads(data)
+        found = {
+            UUID(event_id): Stored(_number(sequence), bytes.fromhex(digest))
+            for event_id, (sequence, digest) in fields["found"].items()
+        }
+        return FindAnswer(_number(fields["committed"]), found, [UUID(event_id) for event_id in fields["rest"]])
+
+
+def decode_events(data: bytes) -> EventsAnswer:
+    """Read the answer to :class:`Events`."""
+    with _Decoding():
+        head, _, bodies = data.partition(b"\n")
+        fields = orjson.loads(head)
+        rows, place = [], 0
+        for sequence, received, event_id, length in fields["rows"]:
+            rows.append(Row(sequence, received, UUID(event_id), bodies[place : place + length]))
+            place += length
+        if place != len(bodies):
+            raise MalformedError("bodies are missing")
+        return EventsAnswer(_number(fields["committed"]), rows, bool(fields["more"]))
+
+
+def decode_consultations(data: bytes) -> ConsultationsAnswer:
+    """Read the answer to :class:`Consultations`."""
+    with _Decoding():
+        fields = orjson.loads(data)
+        return ConsultationsAnswer([str(name) for name in fields["names"]], bool(fields["more"]))
+
+
+class _Decoding:
+    """Calls what goes wrong inside malformed."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, (KeyError, TypeError, AttributeError, ValueError)):
+            raise MalformedError("the answer is malformed") from None
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise MalformedError("a number is expected")
+    return value
+
+
+class IdSnapshot:
+    """The ids that a consultation held at one moment, as hashes; see :func:`fiq.corpus.hashes_of`.
+
+    Attributes:
+        whole: whether all ids are here; otherwise there were too many, and each may be held.
+        size: of it in memory, bytes.
+    """
+
+    __slots__ = ("_factor", "_first", "_hashes", "size", "whole")
+
+    def __init__(self, key: bytes, hashes: bytes, *, whole: bool = True) -> None:
+        self.whole = whole
+        self._first, self._factor = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big") | 1
+        self._hashes = array("Q", hashes)
+        if sys.byteorder == "big":
+            self._hashes.byteswap()
+        self.size = len(hashes)
+
+    def may_hold(self, event_id: UUID) -> bool:
+        """Return False when *event_id* was not held for certain; True is nearly certain where it is whole."""
+        if not self.whole:
+            return True
+        number = event_id.int
+        mixed = ((number >> 64) ^ self._first) * self._factor & _64_BITS
+        mixed ^= mixed >> 32
+        mixed = (mixed ^ (number & _64_BITS)) * self._factor & _64_BITS
+        mixed ^= mixed >> 29
+        place = bisect_left(self._hashes, mixed)
+        return place < len(self._hashes) and self._hashes[place] == mixed
