@@ -15,12 +15,12 @@ from services.cli.embedded.stack import State
 from services.cli.target import Target, connected
 from services.log.errors import LogUnavailableError
 from services.log.jetstream import names
-from services.log.jetstream.monitor import LogState, PartitionState, look_once
-from services.log.jetstream.processes import LiveProcess, live_processes
-from services.log.jetstream.report import ReplicaReport, StreamReport
+from services.log.jetstream.monitor import look_once
+from services.log.jetstream.processes import live_processes
 from services.log.metrics import PARTITIONS, PROCESSES
 from services.log.partitions import partition_name
 from services.log.settings import LogSettings
+from services.log.status import LiveProcess, LogState, PartitionState, ReplicaReport, StreamReport
 
 #: how long an election may keep the broker from answering, seconds
 _ELECTION = 12.0

@@ -15,7 +15,7 @@ from services.cli import console
 from services.cli.overview import Overview, collect
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
 from services.log.jetstream import names
-from services.log.jetstream.report import StreamReport
+from services.log.status import StreamReport
 
 
 def status(

@@ -23,8 +23,7 @@ from services.ingest.admission import Lines
 from services.ingest.batch import Line
 from services.ingest.metrics import Metrics
 from services.ingest.problems import CONTENT_TYPE, Problem
-from services.log.jetstream.names import STREAM
-from services.log.protocol import Appended, EventWriter
+from services.log.protocol import EVENT_LOG, Appended, EventWriter
 
 #: the trace of a request for which there is a span
 TRACE = web.RequestKey("trace", Trace)
@@ -85,12 +84,12 @@ class TracedWriter(EventWriter):
 
     async def append(self, event: Event) -> Appended:
         """Store *event*; see :meth:`services.log.protocol.EventWriter.append`."""
-        with self._spans.publishing(STREAM, event.trace) as trace:
+        with self._spans.publishing(EVENT_LOG, event.trace) as trace:
             return await self._writer.append(dataclasses.replace(event, trace=trace))
 
     async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
         """Store *events* of one request; see :meth:`services.log.protocol.EventWriter.append_batch`."""
-        with self._spans.publishing(STREAM, events[0].trace, events=len(events)) as trace:
+        with self._spans.publishing(EVENT_LOG, events[0].trace, events=len(events)) as trace:
             return await self._writer.append_batch([dataclasses.replace(event, trace=trace) for event in events])
 
 

@@ -51,7 +51,8 @@ from services.ingest.server import CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS, Cert
 from services.ingest.settings import Settings
 from services.ingest.storing import Storing
 from services.log.metrics import LogMetrics
-from services.log.protocol import Backlog, EventBrowser, EventWriter
+from services.log.protocol import EventBrowser, EventWriter
+from services.log.status import Backlog
 
 #: what keeps the service from taking events just now
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")

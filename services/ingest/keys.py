@@ -31,7 +31,8 @@ from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, Metrics
 from services.ingest.problems import RequestRefusedError
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.log.partitions import partition_of
-from services.log.protocol import Appended, EventReader, Snapshot, Stored, digest_of
+from services.log.protocol import Appended, EventReader, Snapshot
+from services.log.questions import Stored, digest_of
 
 #: a duplicate is looked for this long: replicas lag, and persisters are restarted, seconds
 COMPARE_SECONDS = 1.0

@@ -20,7 +20,7 @@ from services.ingest import problems
 from services.ingest.metrics import Metrics
 from services.ingest.problems import Problem, RequestRefusedError
 from services.log.partitions import partition_name, partition_of
-from services.log.protocol import Backlog
+from services.log.status import Backlog
 
 #: bounds of what clients are told to wait, seconds
 SHORTEST, LONGEST = 1.0, 60.0

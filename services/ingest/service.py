@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import services.log
 from fiq.errors import ConfigurationError
 from services.core.lifecycle import Stop, freeze_garbage, run_until_stopped
 from services.core.logs import get_logger
@@ -17,13 +18,8 @@ from services.ingest.app import READY, OpenLog, make_app
 from services.ingest.handlers import METRICS
 from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
-from services.log.jetstream.connection import check_max_payload, close
-from services.log.jetstream.monitor import monitoring
-from services.log.jetstream.names import Role
-from services.log.jetstream.provision import reach
-from services.log.jetstream.publisher import Publisher
-from services.log.jetstream.reading import JetStreamReader
 from services.log.metrics import LogMetrics
+from services.log.protocol import IngestRole
 
 #: shown in the servers' monitoring
 CONNECTION_NAME = "fi-ingest"
@@ -107,28 +103,20 @@ def _check_access(settings: Settings, host: str) -> None:
 
 @asynccontextmanager
 async def open_log(settings: Settings, on_closed: Callable[[str], None], metrics: LogMetrics) -> AsyncIterator[OpenLog]:
-    """Connect, provision, and yield the log; close publisher and connection afterwards.
+    """Open the log that the settings name until the context ends.
 
     Args:
         settings: of the process.
-        on_closed: called with the reason when the connection is lost for good.
+        on_closed: called with the reason when the log is lost for good.
         metrics: where the log is shown while it is open.
 
-    Raises StartupError: no cluster within FI_STARTUP_TIMEOUT; ConfigurationError: the broker takes no message as large
-    as FI_MAX_EVENT_BYTES; ProvisionError: the stream is not what the settings ask for.
+    Raises Exception: as :func:`services.log.open_log`.
     """
-    client = await reach(settings.log, name=CONNECTION_NAME, role=Role.INGEST, on_closed=on_closed)
-    try:
-        check_max_payload(client, settings.max_event_bytes)
-        reader = JetStreamReader(client, settings.log)
-        publisher = Publisher(
-            client, deadline=settings.publish_deadline, max_in_flight=settings.max_in_flight, known=reader.known
-        )
-        await publisher.start()
-        try:
-            async with monitoring(client, settings.log, metrics) as monitor:
-                yield OpenLog(publisher, monitor.ready, reader, monitor.backlog)
-        finally:
-            await publisher.close()
-    finally:
-        await close(client)
+    role = IngestRole(
+        name=CONNECTION_NAME,
+        max_event_bytes=settings.max_event_bytes,
+        deadline=settings.publish_deadline,
+        max_in_flight=settings.max_in_flight,
+    )
+    async with services.log.open_log(settings.log, role, metrics=metrics, on_closed=on_closed) as opened:
+        yield OpenLog(opened.writer, opened.status.ready, opened.reader, opened.status.backlog)

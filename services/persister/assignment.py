@@ -33,12 +33,10 @@ from fiq.corpus.format import check_identity
 from fiq.corpus.wal.recovery import journal_path
 from services.core.logs import get_logger
 from services.log.errors import LogMismatchError, PlacementError
-from services.log.jetstream.names import BUCKET, placement_key
-from services.log.jetstream.placement import Placement, Placements, StorePlacement
-from services.log.jetstream.trim import FENCE_SECONDS
 from services.log.partitions import partition_name
-from services.log.protocol import LogIdentity
+from services.log.protocol import LogIdentity, Placements
 from services.log.settings import LogSettings
+from services.log.status import Placement, StorePlacement
 from services.persister.volume import FIRST_EPOCH, Volume
 
 _FOREIGN = "its file lies in this volume, but another volume has the partition: move the file back where it belongs"
@@ -112,9 +110,11 @@ async def place(deployment: Deployment, placements: Placements) -> Placed:
     formed = await asyncio.to_thread(volume.formed_in)
     claims = _may_claim(deployment, seen.partitions, seen, formed)
     if not (claims or _to_note(deployment, seen, formed)):
-        return _placed(deployment, seen, formed, {})  # as nearly always: a silent broker must not keep the lock busy
+        return _placed(
+            deployment, placements, seen, formed, {}
+        )  # as nearly always: a silent broker must not keep the lock busy
     if claims and not (seen.partitions or seen.deleted) and await placements.begin():
-        await asyncio.sleep(FENCE_SECONDS)  # another store may still trim what the files are about to claim
+        await asyncio.sleep(placements.fence_seconds)  # another store may still trim what the files are about to claim
     async with volume.claiming():
         return await _claim(deployment, placements)
 
@@ -129,12 +129,12 @@ async def _claim(deployment: Deployment, placements: Placements) -> Placed:
     placed = dict(seen.partitions)
     unplaced = set(range(deployment.log.partitions)) - placed.keys() - seen.deleted
     if reason := await asyncio.to_thread(_stale, volume, placed):
-        return _placed(deployment, seen, formed, dict.fromkeys(unplaced, reason))
+        return _placed(deployment, placements, seen, formed, dict.fromkeys(unplaced, reason))
     for partition in _preference(deployment, unplaced):
         if not _may_claim(deployment, placed, seen, formed):
             break
         try:
-            begins = await asyncio.to_thread(_make_file, deployment, partition, seen.first_sequence)
+            begins = await asyncio.to_thread(_make_file, deployment, placements, partition, seen.first_sequence)
         except (CorpusError, PlacementError) as error:
             refused[partition] = str(error)
             continue
@@ -147,7 +147,7 @@ async def _claim(deployment: Deployment, placements: Placements) -> Placed:
     if seen.formed and formed != seen.stream_created:
         formed = seen.stream_created
         await asyncio.to_thread(volume.note_formed, formed)
-    return _placed(deployment, seen, formed, refused)
+    return _placed(deployment, placements, seen, formed, refused)
 
 
 def _may_claim(deployment: Deployment, placed: Mapping[int, Placement], seen: StorePlacement, formed: str) -> bool:
@@ -164,32 +164,33 @@ def _to_note(deployment: Deployment, seen: StorePlacement, formed: str) -> bool:
     return not noted or bool(_foreign_files(deployment.volume, seen))
 
 
-def _placed(deployment: Deployment, seen: StorePlacement, formed: str, refused: dict[int, str]) -> Placed:
+def _placed(
+    deployment: Deployment, placements: Placements, seen: StorePlacement, formed: str, refused: dict[int, str]
+) -> Placed:
     volume = deployment.volume
     here = {p: found for p, found in seen.partitions.items() if found.volume == volume.uuid}
     refused |= dict.fromkeys(_foreign_files(volume, seen), _FOREIGN)
     for partition in set(range(deployment.log.partitions)) - seen.partitions.keys():
         if seen.formed or formed or partition in seen.deleted:
-            refused[partition] = _without_key(deployment, seen, formed, partition)
+            refused[partition] = _without_key(placements, seen, formed, partition)
     return Placed(here, refused)
 
 
-def _without_key(deployment: Deployment, seen: StorePlacement, formed: str, partition: int) -> str:
+def _without_key(placements: Placements, seen: StorePlacement, formed: str, partition: int) -> str:
     if formed and formed != seen.stream_created:
         return (
             f"the stream was deleted and created anew: this directory belongs to the one created at {formed}, the "
             f"present one was created at {seen.stream_created}. Begin a new data directory; docs/operations.md, "
             "`A lost stream`"
         )
-    key = placement_key(deployment.log.store, partition)
     return (
-        f"key {key} is gone from bucket {BUCKET}, so nobody knows where the partition lives, and no volume takes it: "
+        f"{placements.record_of(partition)} is gone: it is not known where the partition is, and no volume takes it: "
         f"run `fiq place` on the data directory that has the newest {partition_name(partition)}.h5; "
         "docs/operations.md, `A lost key`"
     )
 
 
-def _make_file(deployment: Deployment, partition: int, first: int) -> int:
+def _make_file(deployment: Deployment, placements: Placements, partition: int, first: int) -> int:
     """Make the file of a partition that is about to be claimed; return the stream sequence at which it begins.
 
     Raises:
@@ -200,8 +201,8 @@ def _make_file(deployment: Deployment, partition: int, first: int) -> int:
     if path.exists():  # a process was killed, or lost the broker, before it knew the outcome of its claim
         if (begins := _unused(deployment, partition)) is None:
             raise PlacementError(
-                f"{path.name} holds commits, but key {placement_key(deployment.log.store, partition)} is gone from "
-                f"bucket {BUCKET}: run `fiq place` on the data directory that has the newest one"
+                f"{path.name} holds commits, but {placements.record_of(partition)} is gone: run `fiq place` on the "
+                "data directory that has the newest one"
             )
         if begins >= first:
             return begins

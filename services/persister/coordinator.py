@@ -17,11 +17,9 @@ from dataclasses import replace
 from fiq.errors import PermanentError, TransientError
 from services.core.logs import get_logger
 from services.log.errors import LogMismatchError, LogUnavailableError, PlacementError
-from services.log.jetstream.placement import Placement, Placements
-from services.log.jetstream.processes import Progress
-from services.log.jetstream.trim import FENCE_SECONDS
 from services.log.partitions import partition_name
-from services.log.protocol import Position
+from services.log.protocol import Placements, Position
+from services.log.status import Placement, Progress
 from services.persister.assignment import Deployment, Placed, place
 from services.persister.errors import VolumeError
 from services.persister.members import Members, share
@@ -108,7 +106,7 @@ class Coordinator:
         known = self._run_as[partition]
         if at.sequence < known.committed:
             self._run_as[partition] = await self._placements.progress(known, at.sequence, at.message_id)
-        await asyncio.sleep(FENCE_SECONDS)
+        await asyncio.sleep(self._placements.fence_seconds)
 
     async def run(self) -> None:
         """Work until cancelled.

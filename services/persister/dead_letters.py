@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import repeat
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import orjson
 from structlog.typing import FilteringBoundLogger
 
 from fiq.event import MESSAGE_ID_HEADER
-from services.log.jetstream.names import dead_subject
-from services.log.protocol import Appended, Delivery, LogIdentity
+from services.log.protocol import DeadLetterStore, Delivery, LogIdentity
 from services.persister.errors import PoisonFloodError
 from services.persister.metrics import PartitionMetrics
 from services.persister.traces import trace_id_in
@@ -53,28 +52,19 @@ _ENTRY_BYTES = 256
 _MAX_COPIED = 300
 
 
-class Publishes(Protocol):
-    """What a dead letter is sent with."""
-
-    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> Appended:
-        """Store *body* under *subject* on a quorum of nodes."""
-        ...
-
-
 class DeadLetters:
     """Sends the poison messages of one partition away; the same message is kept once, however often it is sent.
 
     Args:
-        publisher: what they are sent with.
+        letters: keeps them.
         partition: its number.
         identity: the log that they come from.
-        max_bytes: what the broker takes as one message, headers included.
     """
 
-    def __init__(self, publisher: Publishes, partition: int, identity: LogIdentity, *, max_bytes: int) -> None:
-        self._max_body = max(0, max_bytes - HEADERS_BYTES)
-        self._publisher = publisher
-        self._subject = dead_subject(partition)
+    def __init__(self, letters: DeadLetterStore, partition: int, identity: LogIdentity) -> None:
+        self._max_body = max(0, letters.max_bytes - HEADERS_BYTES)
+        self._letters = letters
+        self._partition = partition
         self._log_id = f"{identity.name}/{identity.created}"
 
     async def send(self, delivery: Delivery, reason: str) -> None:
@@ -95,7 +85,7 @@ class DeadLetters:
         if len(body) > self._max_body:  # whole it would be refused for ever: our headers are longer than its own
             headers[CUT_HEADER] = str(len(body))
             body = body[: self._max_body]
-        await self._publisher.publish(self._subject, body, headers)
+        await self._letters.store(self._partition, body, headers)
 
     async def point_to(self, conflicts: Sequence[tuple[str, int, int]]) -> None:
         """Tell where the corpus keeps *conflicts*, without their bodies, in one letter or more.
@@ -117,7 +107,7 @@ class DeadLetters:
                 SEQUENCE_HEADER: str(part[0][1]),
                 LISTED_HEADER: str(len(part)),
             }
-            await self._publisher.publish(self._subject, b"\n".join(lines), headers)
+            await self._letters.store(self._partition, b"\n".join(lines), headers)
 
 
 class PoisonLimit:

@@ -42,7 +42,7 @@ from fiq.event import Event, decode
 from services.core import logs
 from services.core.lifecycle import spawn
 from services.log.partitions import partition_name
-from services.log.protocol import Delivery, Follower, message_id_at
+from services.log.protocol import Delivery, Fate, Follower, Outcome, message_id_at
 from services.persister.dead_letters import DeadLetters, SetAside, Suspects
 from services.persister.errors import described
 from services.persister.metrics import Metrics, PartitionMetrics
@@ -169,6 +169,7 @@ class Batch:
         conflicts: events that go beside the others.
         consultations: consultations touched.
         created: consultations that were not in the corpus.
+        outcomes: by sequence, what became of the deliveries that are not new events in the corpus.
         error: why the partition left the round.
     """
 
@@ -181,6 +182,7 @@ class Batch:
     conflicts: list[Conflict] = field(default_factory=list)
     consultations: int = 0
     created: list[str] = field(default_factory=list)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
     error: Exception | None = None
 
     @property
@@ -198,6 +200,7 @@ class Batch:
     def decode(self) -> None:
         """Tell events from poison."""
         self.events, self.poison = decoded(self.deliveries, self.member.suspects.condemned)
+        self.outcomes = {delivery.sequence: Outcome(Fate.POISON) for delivery, _ in self.poison}
 
     def append(self) -> None:
         """Write what the corpus does not hold.
@@ -229,7 +232,7 @@ class Batch:
 
     async def acknowledge(self) -> None:
         """Tell the log once that everything up to here is safe."""
-        await self.member.follower.acknowledge(self.deliveries[-1])
+        await self.member.follower.acknowledge(self.deliveries[-1], self.outcomes)
 
     def _append(self, store: EventStore, consultation: str, events: Sequence[tuple[int, Event]]) -> None:
         held = store.held(consultation, {event.event_id.bytes for _, event in events})
@@ -246,6 +249,8 @@ class Batch:
             else:
                 new[event_id] = _record(sequence, event)
                 continue
+            if at != sequence:
+                self.outcomes[sequence] = Outcome(Fate.DUPLICATE if same else Fate.CONFLICT, at)
             if not same and not _is_known_conflict(store, consultation, event):
                 conflicts.append(Conflict(sequence, event, at))
         if store.append(consultation, list(new.values())):

@@ -10,7 +10,7 @@ from fiq.event import Event
 from fiq.trace import trace_of_message
 from services.core.logs import EVENT_TRACED
 from services.core.tracing import Spans
-from services.log.jetstream.names import STREAM
+from services.log.protocol import EVENT_LOG
 
 if TYPE_CHECKING:
     from services.persister.rounds import Batch
@@ -50,7 +50,7 @@ class Traces:
             _log_lines(log, traced, batch)
         if self._spans is not None:
             traces = [event.trace for _, event in traced if event.trace is not None and event.trace.sampled]
-            self._spans.persisted(STREAM, partition, traces, events=len(batch.events), seconds=seconds)
+            self._spans.persisted(EVENT_LOG, partition, traces, events=len(batch.events), seconds=seconds)
 
 
 def trace_id_in(headers: Mapping[str, str] | None) -> dict[str, str]:

@@ -78,7 +78,7 @@ class Sink:
                 if portion:
                     taken += portion
                     if acknowledge:
-                        await self.follower.acknowledge(portion[-1])
+                        await self.follower.acknowledge(portion[-1], {})
                     continue
                 if self._running.done():
                     await self._running

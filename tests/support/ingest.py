@@ -24,8 +24,10 @@ from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import Settings
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.metrics import LogMetrics
-from services.log.protocol import Appended, Backlog, Page, Stored, StoredEvent, digest_of
+from services.log.protocol import Appended, Page, StoredEvent
+from services.log.questions import Stored, digest_of
 from services.log.settings import LogSettings
+from services.log.status import Backlog
 from tests.support.description import check_answer
 
 

@@ -12,7 +12,7 @@ from uuid import UUID
 from fiq.corpus import EventStore, Identity, StorageIO, StoreOptions, open_corpus
 from fiq.errors import TransientError
 from fiq.event import Event
-from services.log.protocol import Appended, Delivery, LogIdentity, Position
+from services.log.protocol import Delivery, LogIdentity, Outcome, Position
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.metrics import Metrics
 from services.persister.rounds import Hdf5Thread, Limits, Rounds
@@ -121,7 +121,7 @@ class ScriptedFollower:
     def _left(self) -> list[Delivery]:
         return [one for one in self._stream.deliveries if one.sequence > self._position]
 
-    async def acknowledge(self, delivery: Delivery) -> None:
+    async def acknowledge(self, delivery: Delivery, outcomes: Mapping[int, Outcome]) -> None:
         self._stream.on_acknowledge(delivery.sequence)
         self._stream.acknowledged.append(delivery.sequence)
 
@@ -142,20 +142,21 @@ class ScriptedFollower:
 class DeadStream:
     """Takes dead letters, or refuses them while it is *down*."""
 
+    max_bytes = 2**20
+
     def __init__(self) -> None:
-        self.letters: list[tuple[str, bytes, dict[str, str]]] = []
+        self.letters: list[tuple[int, bytes, dict[str, str]]] = []
         self.down = False
         self.attempts = 0
         self.gate: asyncio.Event | None = None
 
-    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> Appended:
+    async def store(self, partition: int, body: bytes, headers: dict[str, str]) -> None:
         self.attempts += 1
         if self.gate is not None:
             await self.gate.wait()
         if self.down:
             raise TransientError("the dead-letter stream is out of reach")
-        self.letters.append((subject, body, headers))
-        return Appended(len(self.letters), duplicate=False)
+        self.letters.append((partition, body, headers))
 
     @property
     def reasons(self) -> list[tuple[int, str]]:
@@ -183,7 +184,7 @@ class Rig:
             0,
             open_store=self._open,
             follower=stream.follower,
-            dead_letters=DeadLetters(self.dead, 0, LOG, max_bytes=2**20),
+            dead_letters=DeadLetters(self.dead, 0, LOG),
             rounds=self.rounds,
             metrics=self.metrics,
             poison_limit=limit,

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from services.log.errors import PlacementError
-from services.log.jetstream.placement import Placement, Placements, StorePlacement
+from services.log.protocol import Placements
+from services.log.status import Placement, StorePlacement
 from tests.support.persister import LOG
 
 
@@ -31,6 +32,7 @@ class MemoryPlacements(Placements):
     """
 
     reconnects = 0
+    fence_seconds = 0.0
 
     def __init__(self, *given: Placement) -> None:
         self.placed = {one.partition: one for one in given}
@@ -40,6 +42,9 @@ class MemoryPlacements(Placements):
         self.created = LOG.created
         self.first = 1
         self.on_change: Callable[[], None] = lambda: None
+
+    def record_of(self, partition: int) -> str:
+        return f"key main.{partition:02d} of bucket fi-partitions"
 
     async def read(self) -> StorePlacement:
         return StorePlacement(

@@ -11,9 +11,8 @@ from prometheus_client.metrics_core import Metric
 from fiq.corpus import StoreStats
 from services.ingest.metrics import OUTCOMES
 from services.ingest.metrics import Metrics as IngestMetrics
-from services.log.jetstream.credentials import Validity
-from services.log.jetstream.report import ReplicaReport, StreamReport
 from services.log.metrics import PARTS, LogMetrics
+from services.log.status import CertificateExpiry, ReplicaReport, StreamReport
 from services.persister.metrics import FAILURE_KINDS, QUESTION_OUTCOMES
 from services.persister.metrics import Metrics as PersisterMetrics
 from services.persister.runner import State
@@ -44,7 +43,7 @@ def log_metrics() -> CollectorRegistry:
     metrics = LogMetrics(registry)
     replica = ReplicaReport("n2", current=True, offline=False, lag=0, seen_seconds=0.1)
     metrics.stream("fi-events", StreamReport("", 16, "n1", (replica,), 1, 1, 1, 1, 1))
-    metrics.certificates([Validity("node", "n1", 0.0)])
+    metrics.certificates([CertificateExpiry("node", "n1", 0.0)])
     metrics.backlog("main", 0, 1, 1.0)
     metrics.owned("main", 0, "volume", 1)
     metrics.volume_processes.labels("main", "volume")

@@ -73,6 +73,21 @@ def test_the_write_ahead_log_knows_bytes_and_no_events() -> None:
     assert not any(name.startswith("h5py") for path in modules for name in imported(path))
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if path.parts[1] in ("ingest", "persister", "core")], ids=str
+)
+def test_a_service_does_not_know_which_log_it_uses(path: Path) -> None:
+    """It goes through `services.log.open_log` and the protocol; what keeps the log is behind that."""
+    assert not [name for name in imported(path) if name.startswith("services.log.jetstream")]
+
+
+def test_the_seam_does_not_know_what_is_behind_it() -> None:
+    """Only `open_log` names a log, when it opens it."""
+    seam = [path for path in MODULES if path.parent == Path("services/log")]
+    found = {path.name for path in seam for name in imported(path) if name.startswith("services.log.jetstream")}
+    assert {"__init__.py"} == found
+
+
 def test_every_package_has_its_rule() -> None:
     """A new package needs a decision."""
     assert {package_of(".".join(path.parts)) for path in MODULES} == set(ALLOWED)

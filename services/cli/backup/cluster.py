@@ -13,10 +13,10 @@ from services.cli.target import Target, connected
 from services.log.errors import LogRefusedError, LogUnavailableError, PlacementError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.names import BUCKET, STREAM
-from services.log.jetstream.placement import Placement, Placements, StorePlacement, read_stores
+from services.log.jetstream.placement import FENCE_SECONDS, Placements, read_stores
 from services.log.jetstream.report import read_stream
-from services.log.jetstream.trim import FENCE_SECONDS
 from services.log.partitions import partition_name
+from services.log.status import Placement, StorePlacement
 
 #: the bucket gets so long to have a leader, seconds
 ELECTION_SECONDS = 15.0

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from services.cli.backup.cluster import ClusterView
 from services.cli.backup.manifest import Manifest
 from services.log.jetstream.names import STREAM
-from services.log.jetstream.placement import Placement
 from services.log.partitions import partition_name
+from services.log.status import Placement
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from services.cli.backup.fitting import begun_anew
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
 from services.log.jetstream.names import STREAM
-from services.log.jetstream.placement import Placement
 from services.log.partitions import partition_name
+from services.log.status import Placement
 
 
 def give_up(

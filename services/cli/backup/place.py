@@ -14,8 +14,9 @@ from services.cli.errors import CommandError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
 from services.log.errors import PlacementError
 from services.log.jetstream.names import BUCKET, STREAM, placement_key
-from services.log.jetstream.placement import Placement, Placements, parse_key, read_stores
+from services.log.jetstream.placement import Placements, parse_key, read_stores
 from services.log.partitions import partition_name
+from services.log.status import Placement
 
 
 def place(

@@ -21,11 +21,12 @@ from services.log.errors import ProvisionError
 from services.log.jetstream import names
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.definitions import changes, stream_config
-from services.log.jetstream.monitor import LogState, PartitionState, look_once
-from services.log.jetstream.report import NodeState, StreamReport, ask_nodes
+from services.log.jetstream.monitor import look_once
+from services.log.jetstream.report import NodeState, ask_nodes
 from services.log.metrics import PARTITIONS
 from services.log.partitions import partition_name
 from services.log.settings import LogSettings
+from services.log.status import LogState, PartitionState, StreamReport
 
 #: above this share of its limit a stream is worth a look, and above that clients are refused soon
 FULL, VERY_FULL = 0.7, 0.95

@@ -39,7 +39,7 @@ from services.log.jetstream.names import (
     Role,
     inbox_prefix,
 )
-from services.log.jetstream.questions import Kind
+from services.log.questions import Kind
 
 _STREAMS = (STREAM, DEAD_STREAM)
 #: subjects of the keys that say where partitions live

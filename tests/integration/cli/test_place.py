@@ -12,9 +12,10 @@ from fiq.corpus import EventStore, Identity
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import PlacementError
 from services.log.jetstream.names import BUCKET, BUCKET_STREAM, STREAM, placement_key
-from services.log.jetstream.placement import Placement, Placements
+from services.log.jetstream.placement import Placements
 from services.log.jetstream.provision import provision
 from services.log.jetstream.trim import Trimmer
+from services.log.status import Placement
 from services.persister.volume import Volume
 from tests.support.commands import done, refused
 from tests.support.persisters import PARTITIONS, Log, provisioned

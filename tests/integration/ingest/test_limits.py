@@ -15,7 +15,7 @@ import pytest
 
 from services.ingest import app as module
 from services.log.partitions import partition_of
-from services.log.protocol import Backlog, Waiting
+from services.log.status import Backlog, Waiting
 from tests.support.ingest import Edge, running_edge
 from tests.support.polling import eventually
 

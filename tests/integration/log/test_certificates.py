@@ -17,10 +17,11 @@ from cryptography.x509.oid import NameOID
 from nats.aio.client import Client
 from prometheus_client import CollectorRegistry
 
-from services.log.jetstream.credentials import Validity, certificates
+from services.log.jetstream.credentials import certificates
 from services.log.jetstream.monitor import LogMonitor
 from services.log.metrics import LogMetrics
 from services.log.settings import LogSettings
+from services.log.status import CertificateExpiry
 from tests.support.broker import plain_server
 
 #: whole seconds, as certificates have them
@@ -80,8 +81,8 @@ async def test_the_nodes_certificate_and_the_one_that_signed_it_are_found(tmp_pa
     """And no other authority, however many the file holds."""
     async with _encrypted(tmp_path) as nc:
         assert [
-            Validity("node", "n1", NODE_END.timestamp()),
-            Validity("ca", "our-ca", CA_END.timestamp()),
+            CertificateExpiry("node", "n1", NODE_END.timestamp()),
+            CertificateExpiry("ca", "our-ca", CA_END.timestamp()),
         ] == certificates(nc)
 
 

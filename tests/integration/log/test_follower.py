@@ -111,7 +111,7 @@ async def test_an_acknowledgement_moves_the_cursors_floor(log: Log) -> None:
     reader = sink(log)
     async with reader.following():
         await reader.take(10, acknowledge=False)
-        await reader.follower.acknowledge(reader.taken[6])
+        await reader.follower.acknowledge(reader.taken[6], {})
         floor = until(lambda info: info["ack_floor"]["stream_seq"] == 7 and info["num_ack_pending"] == 3, reader)
         await eventually(floor)
     await log.publish(5)
@@ -178,7 +178,7 @@ async def test_a_repair_begins_at_what_is_committed_and_skips_what_was_handed_ou
     await log.publish(50)
     async with sink(log).following() as reader:
         await reader.take(30, acknowledge=False)
-        await reader.follower.acknowledge(reader.taken[9])
+        await reader.follower.acknowledge(reader.taken[9], {})
         await _delete_cursors(log, reader)
         await eventually(lambda: _cursors_are(reader, ["fi-workers-main-00-2"]))
         assert list(range(31, 51)) == await reader.take(20, acknowledge=False)

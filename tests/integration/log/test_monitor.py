@@ -23,13 +23,13 @@ from services.ingest.service import open_log
 from services.ingest.settings import Settings
 from services.log.jetstream import monitor as module
 from services.log.jetstream.connection import close, connect
-from services.log.jetstream.monitor import LogMonitor, LogState, look_once, monitoring
+from services.log.jetstream.monitor import LogMonitor, look_once, monitoring
 from services.log.jetstream.names import PERSISTER_SERVICE, STREAM
 from services.log.jetstream.placement import Placements
-from services.log.jetstream.processes import Progress, show_progress
+from services.log.jetstream.processes import show_progress
 from services.log.metrics import LogMetrics
-from services.log.protocol import Waiting
 from services.log.settings import LogSettings
+from services.log.status import LogState, Progress, Waiting
 from tests.support.broker import plain_server
 from tests.support.persisters import Log, provisioned
 from tests.support.polling import eventually
@@ -386,7 +386,7 @@ async def test_it_looks_while_the_work_goes_on_and_ends_with_it(log: Log, monkey
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
     registry = CollectorRegistry()
     async with _connected(log.settings) as nc:
-        async with monitoring(nc, log.settings, LogMetrics(registry)):
+        async with monitoring(nc, log.settings, LogMetrics(registry), pytest.fail):
             await eventually(lambda: registry.get_sample_value("fi_log_available") == 1)
             await close(nc)
             await eventually(lambda: registry.get_sample_value("fi_log_connected") == 0)

@@ -16,9 +16,10 @@ from services.log.jetstream import placement as module
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import close, connect
 from services.log.jetstream.names import BUCKET, BUCKET_STREAM, STREAM
-from services.log.jetstream.placement import Placement, Placements, read_stores
+from services.log.jetstream.placement import Placements, read_stores
 from services.log.jetstream.provision import provision
 from services.log.settings import LogSettings
+from services.log.status import Placement
 from tests.support.polling import eventually
 
 VOLUMES = ("11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222")

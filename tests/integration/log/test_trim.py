@@ -16,12 +16,13 @@ from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError
 from services.log.jetstream import trim as module
 from services.log.jetstream.names import STREAM
-from services.log.jetstream.placement import Placement, Placements
+from services.log.jetstream.placement import KEYS_SECONDS, Placements
 from services.log.jetstream.reading import JetStreamReader
-from services.log.jetstream.trim import Trimmed, Trimmer
+from services.log.jetstream.trim import Trimmer
 from services.log.partitions import partition_of
-from services.log.protocol import message_id_at
+from services.log.protocol import Trimmed, message_id_at
 from services.log.settings import LogSettings
+from services.log.status import Placement
 from tests.support.persisters import PARTITIONS, Log, provisioned
 from tests.support.polling import eventually
 
@@ -196,7 +197,7 @@ async def test_a_partition_that_was_placed_anew_holds_back_what_it_lacks(log: Lo
     trimmer = Trimmer(log.nc, retention=0)
     looked = await trimmer._look()
     await keys.reached(p2=10)
-    await asyncio.sleep(module.KEYS_SECONDS)
+    await asyncio.sleep(KEYS_SECONDS)
     assert 0 == await trimmer._purge(looked, 40)
     assert 10 == (await trimmer.trim()).purged
 

@@ -20,9 +20,9 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from fiq.corpus import EventStore, KnownIds, Lookup, Record, StoredConsultation, StoreOptions
-from services.log.jetstream import questions as wire
-from services.log.jetstream.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, Questions
-from services.log.protocol import digest_of
+from services.log import questions as wire
+from services.log.jetstream.questions import Answering, Questions
+from services.log.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, digest_of
 from services.persister import answering as answering_module
 from services.persister.answering import MAX_WAITING, Desk
 from services.persister.metrics import Metrics
@@ -117,7 +117,7 @@ async def answering(url: str, path: Path, options: StoreOptions | None = None) -
             )
         )
         store = await asyncio.get_running_loop().run_in_executor(hdf5, file.open)
-        desk = Desk(nc, "main", hdf5, metrics)
+        desk = Desk(Answering(nc, "main"), hdf5, metrics)
         await desk.open(0, file, store)
         work = asyncio.create_task(desk.run())
         await taken(nc)
@@ -195,7 +195,7 @@ async def test_all_ids_of_a_consultation_are_told_as_hashes(asker: Asker) -> Non
 async def test_too_many_ids_are_said_to_be_so(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer is a message of the broker."""
     await fill(asker, "c1", range(1, 101))
-    monkeypatch.setattr(wire, "MAX_IDS", 99)
+    monkeypatch.setattr(answering_module, "MAX_IDS", 99)
     assert not (await asker.ids()).whole
     assert [7] == [one.sequence for one in (await asker.find("c1", 7, 700)).found.values()]
 
@@ -413,7 +413,7 @@ async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path:
     metrics = Metrics()
     stream = Stream(delivery(1), reusing(2, of=1), delivery(3))
     async with rig(tmp_path, stream) as part:
-        desk = Desk(nc, "main", part.rounds.hdf5._executor, metrics)
+        desk = Desk(Answering(nc, "main"), part.rounds.hdf5._executor, metrics)
         part.runner._desk = desk
         work = asyncio.create_task(desk.run())
         part.runner.start()

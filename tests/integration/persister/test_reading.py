@@ -21,7 +21,8 @@ from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.names import STREAM, parse_cursor_name
 from services.log.jetstream.reading import JetStreamReader, StreamReading
 from services.log.partitions import partition_of
-from services.log.protocol import Page, Stored, StoredEvent, digest_of
+from services.log.protocol import Page, StoredEvent
+from services.log.questions import Stored, digest_of
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
 

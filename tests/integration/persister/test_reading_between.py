@@ -15,9 +15,11 @@ from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError
 from services.log.jetstream.names import STREAM
+from services.log.jetstream.questions import Answering
 from services.log.jetstream.reading import JetStreamReader, Numbered, StreamReading
 from services.log.partitions import partition_of
-from services.log.protocol import Page, Stored, digest_of
+from services.log.protocol import Page
+from services.log.questions import Stored, digest_of
 from services.persister.answering import Desk
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
@@ -75,7 +77,7 @@ async def halted(fresh_log: Cluster, tmp_path: Path) -> AsyncIterator[Halted]:
         with ThreadPoolExecutor(1) as hdf5:
             file = PartitionFile(lambda: EventStore.create(tmp_path / "00.h5", IDENTITY))
             store = await asyncio.get_running_loop().run_in_executor(hdf5, file.open)
-            desk = Desk(log.nc, "main", hdf5, Metrics())
+            desk = Desk(Answering(log.nc, "main"), hdf5, Metrics())
             await desk.open(partition_of("c1", PARTITIONS), file, store)
             work = asyncio.create_task(desk.run())
             await taken(log.nc)
@@ -169,7 +171,7 @@ async def test_a_consultation_with_too_many_ids_has_no_snapshot(
     """Then each id may be held, and is asked for."""
     events = [event(number) for number in range(1, 5)]
     await halted.commit(await halted.append(*events), events)
-    monkeypatch.setattr("services.log.jetstream.questions.MAX_IDS", 3)
+    monkeypatch.setattr("services.persister.answering.MAX_IDS", 3)
     snapshot = await halted.reader.snapshot("c1")
     assert (False, True) == (snapshot.whole, snapshot.may_hold(event(9).event_id))
     found = await halted.reader.find("c1", [events[1].event_id, event(9).event_id])

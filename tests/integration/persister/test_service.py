@@ -56,7 +56,7 @@ def run(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
             made.client, identity = await provision.reach_log(*arguments, **options)  # type: ignore[arg-type]
             return made.client, identity
 
-        monkeypatch.setattr("services.persister.service.reach_log", reach_log)
+        monkeypatch.setattr("services.log.jetstream.log.reach_log", reach_log)
         try:
             yield made
         finally:

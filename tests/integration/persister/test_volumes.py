@@ -176,7 +176,7 @@ async def test_a_deleted_key_stops_its_partition_on_every_volume_until_it_is_pla
         lost = files[0][0].stem
         await (await log.nc.jetstream().key_value(BUCKET)).delete(f"main.{lost}")
         for persister in (one, two):
-            await persister.not_ready(f"partition {lost}: key main.{lost} is gone from bucket fi-partitions")
+            await persister.not_ready(f"partition {lost}: key main.{lost} of bucket fi-partitions is gone")
         after = await log.publish(40)
         assert files == [sorted(folder.glob("[0-9][0-9].h5")) for folder in data]
         assert "there is nothing to place" not in await done(log, "place", "--corpus", data[1])
@@ -199,7 +199,7 @@ async def test_a_lost_bucket_is_no_fresh_start(log: Log, tmp_path: Path) -> None
         await persisted(data, events)
         await log.api.request("STREAM.DELETE.KV_fi-partitions")
         await provision(log.nc, log.settings)
-        await persister.not_ready("key main.03 is gone from bucket fi-partitions")
+        await persister.not_ready("key main.03 of bucket fi-partitions is gone")
         assert PARTITIONS == (await done(log, "place", "--corpus", data, "--stores", "main")).count("lives on volume")
         await persister.ready()
         await eventually(lambda: formed(log))

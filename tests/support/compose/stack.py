@@ -28,8 +28,9 @@ from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import close, connect
 from services.log.jetstream.names import STREAM, Role
-from services.log.jetstream.report import StreamReport, read_stream
+from services.log.jetstream.report import read_stream
 from services.log.settings import LogSettings
+from services.log.status import StreamReport
 from tests.support.compose.engine import PACE, PREFIX, ROOT, EngineError, clean_up, containers_of, docker, run
 from tests.support.polling import eventually, eventually_sync
 

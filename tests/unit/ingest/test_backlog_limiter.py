@@ -14,7 +14,7 @@ from services.ingest.metrics import Metrics
 from services.ingest.pressure import Pressure
 from services.ingest.problems import RequestRefusedError
 from services.log.partitions import partition_of
-from services.log.protocol import Backlog, Waiting
+from services.log.status import Backlog, Waiting
 
 
 class World:

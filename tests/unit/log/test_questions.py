@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiq.corpus import hashes_of
-from services.log.jetstream import questions as wire
-from services.log.jetstream.questions import Consultations, Events, Find, Ids, MalformedError, Row
-from services.log.protocol import Stored
+from services.log import questions as wire
+from services.log.questions import Consultations, Events, Find, Ids, MalformedError, Row, Stored
 
 NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,128}", fullmatch=True)
 NUMBERS = st.integers(0, 2**63 - 1)
@@ -32,21 +31,21 @@ def test_a_question_is_read_as_it_was_asked(ids: list[UUID], name: str, after: i
 def test_an_answer_holds_bodies_byte_for_byte(rows: list[Row], committed: int, more: bool) -> None:
     """Line feeds and anything else: they are cut by their lengths."""
     answer = wire.EventsAnswer(committed, rows, more)
-    assert answer == wire.decode_events(wire.encode_events(answer))
+    assert answer == wire.decode_events(wire.encode_answer(answer))
 
 
 @given(st.dictionaries(IDS, st.builds(Stored, NUMBERS, st.binary(min_size=8, max_size=8))), NUMBERS, st.lists(IDS))
 def test_what_is_found_comes_back(found: dict[UUID, Stored], committed: int, rest: list[UUID]) -> None:
     """Sequence and digest of each, and what is to be asked again."""
     answer = wire.FindAnswer(committed, found, rest)
-    assert answer == wire.decode_found(wire.encode_found(answer))
+    assert answer == wire.decode_found(wire.encode_answer(answer))
 
 
 @given(st.lists(IDS, unique=True, max_size=50), st.lists(IDS, max_size=20), st.binary(min_size=16, max_size=16))
 def test_a_snapshot_has_the_hashes_of_the_corpus(held: list[UUID], others: list[UUID], key: bytes) -> None:
     """Two implementations of one function: numpy's for all ids of a table, and one for a single id."""
     hashes = np.sort(hashes_of(key, b"".join(one.bytes for one in held))).astype("<u8").tobytes()
-    snapshot = wire.decode_ids(wire.encode_ids(key, hashes))
+    snapshot = wire.decode_ids(wire.encode_answer(wire.IdsAnswer(key, hashes)))
     assert (True, 8 * len(held)) == (snapshot.whole, snapshot.size)
     assert all(snapshot.may_hold(one) for one in held)
     for one in others:
@@ -55,14 +54,14 @@ def test_a_snapshot_has_the_hashes_of_the_corpus(held: list[UUID], others: list[
 
 def test_of_too_many_ids_each_may_be_held() -> None:
     """So each has to be asked for."""
-    snapshot = wire.decode_ids(wire.encode_ids(bytes(16), None))
+    snapshot = wire.decode_ids(wire.encode_answer(wire.IdsAnswer(bytes(16), None)))
     assert (False, True, 0) == (snapshot.whole, snapshot.may_hold(UUID(int=1)), snapshot.size)
 
 
 def test_names_come_back() -> None:
     """In their order."""
     answer = wire.ConsultationsAnswer(["a", "b"], more=True)
-    assert answer == wire.decode_consultations(wire.encode_consultations(answer))
+    assert answer == wire.decode_consultations(wire.encode_answer(answer))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +103,8 @@ def test_any_bytes_are_an_answer_or_malformed(data: bytes) -> None:
 
 def test_an_answer_that_lost_its_end_is_malformed() -> None:
     """A body cut short must not pass as an event."""
-    events = wire.encode_events(wire.EventsAnswer(1, [Row(1, 1, UUID(int=1), b"{}")], more=False))
+    events = wire.encode_answer(wire.EventsAnswer(1, [Row(1, 1, UUID(int=1), b"{}")], more=False))
     with pytest.raises(MalformedError):
         wire.decode_events(events[:-1])
     with pytest.raises(MalformedError):
-        wire.decode_ids(wire.encode_ids(bytes(16), bytes(16))[:-1])
+        wire.decode_ids(wire.encode_answer(wire.IdsAnswer(bytes(16), bytes(16)))[:-1])

@@ -8,10 +8,10 @@ import pytest
 from nats.aio.client import Client
 
 from services.log.jetstream import trim as module
-from services.log.jetstream.monitor import LogState
-from services.log.jetstream.placement import Placement, StorePlacement
-from services.log.jetstream.processes import LiveProcess, Progress, read_process, read_progress, show_progress
-from services.log.jetstream.trim import Trimmed, Trimmer, committed_everywhere, is_turn
+from services.log.jetstream.processes import read_process, read_progress, show_progress
+from services.log.jetstream.trim import Trimmer, committed_everywhere, is_turn
+from services.log.protocol import Trimmed
+from services.log.status import LiveProcess, LogState, Placement, Progress, StorePlacement
 from tests.support.polling import eventually
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from fiq.corpus import EventStore, IdentityMismatchError, JournalError, StoreOptions, open_corpus
 from services.log.errors import LogMismatchError, PlacementError
-from services.log.jetstream.placement import Placement
 from services.log.settings import LogSettings
+from services.log.status import Placement
 from services.persister.assignment import Deployment, open_store, place
 from services.persister.volume import Volume
 from tests.support.persister import LOG, event
@@ -226,7 +226,7 @@ async def test_a_file_with_commits_and_without_a_key_is_not_claimed(tmp_path: Pa
     fill(here, 2, committed=9)
     got = await place(here, MemoryPlacements())
     assert [0, 1, 3] == sorted(got.here)
-    assert "02.h5 holds commits, but key main.02 is gone from bucket fi-partitions: run `fiq place`" in got.refused[2]
+    assert "02.h5 holds commits, but key main.02 of bucket fi-partitions is gone: run `fiq place`" in got.refused[2]
 
 
 @pytest.mark.parametrize("deleted", [True, False])
@@ -245,7 +245,7 @@ async def test_a_key_of_a_formed_store_that_is_gone_is_claimed_by_nobody(tmp_pat
     for where in (one, two, deployment(tmp_path / "new", volumes=1)):
         got = await place(where, log)
         assert [gone] == list(got.refused)
-        assert f"key main.0{gone} is gone from bucket fi-partitions" in got.refused[gone]
+        assert f"key main.0{gone} of bucket fi-partitions is gone" in got.refused[gone]
         assert "run `fiq place` on the data directory that has the newest" in got.refused[gone]
     assert before == (files(one), files(two))
     assert 3 == len(log.placed)

@@ -44,7 +44,7 @@ def made(store: EventStore, *deliveries: Delivery, condemned: Mapping[int, str] 
     suspects.condemned |= condemned or {}
     metrics = Metrics().of(0)
     log = structlog.get_logger()
-    dead = DeadLetters(DeadStream(), 0, LOG, max_bytes=2**20)
+    dead = DeadLetters(DeadStream(), 0, LOG)
     aside = SetAside(dead, PoisonLimit(), metrics, log)
     file = PartitionFile(lambda: store)
     follower = ScriptedFollower(Stream())

@@ -11,10 +11,9 @@ from typing import Any, cast
 import pytest
 
 from services.log.errors import PlacementError
-from services.log.jetstream.placement import Placement
-from services.log.jetstream.processes import Progress
 from services.log.protocol import Position
 from services.log.settings import LogSettings
+from services.log.status import Placement, Progress
 from services.persister.assignment import Deployment
 from services.persister.coordinator import Coordinator
 from services.persister.metrics import Metrics
@@ -391,7 +390,7 @@ async def test_a_partition_whose_key_is_deleted_is_released_and_told(tmp_path: P
     log.deleted.add(3)
     await eventually(lambda: [0, 1, 2] == rig.coordinator.partitions)
     (problem,) = rig.coordinator.problems()
-    assert problem.startswith("partition 03: key main.03 is gone from bucket fi-partitions")
+    assert problem.startswith("partition 03: key main.03 of bucket fi-partitions is gone")
     await ended(work, rig)
 
 

@@ -5,31 +5,31 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from services.log.protocol import Appended, Delivery, LogIdentity
+from services.log.protocol import Delivery, LogIdentity
 from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.errors import PoisonFloodError
 
 
 class Recorder:
-    """Takes what is published."""
+    """Takes dead letters."""
 
-    def __init__(self) -> None:
-        self.sent: list[tuple[str, bytes, dict[str, str]]] = []
+    def __init__(self, max_bytes: int = 10_000) -> None:
+        self.max_bytes = max_bytes
+        self.sent: list[tuple[int, bytes, dict[str, str]]] = []
 
-    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> Appended:
-        self.sent.append((subject, body, headers))
-        return Appended(len(self.sent), duplicate=False)
+    async def store(self, partition: int, body: bytes, headers: dict[str, str]) -> None:
+        self.sent.append((partition, body, headers))
 
 
 async def test_a_dead_letter_tells_reason_and_origin_and_keeps_the_body() -> None:
     """`nats stream view fi-dead` must be enough to see what happened; its id is the same when it is sent again."""
     recorder = Recorder()
-    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"), max_bytes=2**20)
+    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"))
     delivery = Delivery(17, "c1", {"Nats-Msg-Id": "c1/é\nx"}, b"\xff", "token")
     await letters.send(delivery, "no JSON")
     assert recorder.sent == [
         (
-            "fi.dead.3",
+            3,
             b"\xff",
             {
                 "Nats-Msg-Id": "fi-events/2026-11-23T10:00:00Z/17",
@@ -73,7 +73,7 @@ def test_too_large_a_share_of_bad_messages_stops() -> None:
 async def test_a_body_that_would_not_fit_is_cut() -> None:
     """Our headers are longer than its own; whole, the broker would refuse it for ever, and the partition would stop."""
     recorder = Recorder()
-    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"), max_bytes=10_000)
+    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"))
     await letters.send(Delivery(17, "c1", None, b"x" * 9_990, "token"), "no JSON")
     ((_, body, headers),) = recorder.sent
     assert len(body) + sum(len(name) + len(value) + 4 for name, value in headers.items()) < 10_000
@@ -83,7 +83,7 @@ async def test_a_body_that_would_not_fit_is_cut() -> None:
 async def test_headers_of_a_dead_letter_stay_small() -> None:
     """A foreign subject or message id may be as long as a line of the protocol."""
     recorder = Recorder()
-    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"), max_bytes=10_000)
+    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"))
     await letters.send(Delivery(17, "z" * 3900, {"Nats-Msg-Id": "m" * 9000}, b"", "token"), "bad id")
     ((_, _, headers),) = recorder.sent
     assert ("z" * 300, "m" * 300) == (headers["Fi-Consultation"], headers["Fi-Original-Msg-Id"])
@@ -120,7 +120,7 @@ def test_without_a_limit_everything_may_be_set_aside() -> None:
 async def test_events_under_used_keys_are_listed_in_letters_that_fit() -> None:
     """By consultation: where each stands in the log, and where the first event under its key."""
     recorder = Recorder()
-    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"), max_bytes=10_000)
+    letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"))
     await letters.point_to([(f"c{number % 2}", number, number - 10) for number in range(20, 60)])
     told: list[tuple[str, int, int]] = []
     for _, body, headers in recorder.sent:

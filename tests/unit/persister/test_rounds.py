@@ -53,7 +53,7 @@ class Process:
             number,
             open_store=opened,
             follower=self.streams[number].follower,
-            dead_letters=DeadLetters(self.dead[number], number, LOG, max_bytes=2**20),
+            dead_letters=DeadLetters(self.dead[number], number, LOG),
             rounds=self.rounds,
             metrics=self.metrics,
         )
