@@ -5,22 +5,42 @@
     from fiq import Client, open_corpus
 
 The clients (:mod:`fiq.client`) need aiohttp and orjson. The corpus (:mod:`fiq.corpus`) needs
-``pip install 'fiq[corpus]'``. Each is imported when it is first used.
+``pip install 'fiq[corpus]'``. Both are imported when they are first used.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fiq.client import AsyncClient, ClientError, RetryPolicy
-    from fiq.corpus import open_corpus
+    from fiq.client import AsyncClient, Client, ClientError, RetryPolicy
+    from fiq.corpus import Corpus
 
-__all__ = ["AsyncClient", "ClientError", "RetryPolicy", "open_corpus"]
+__all__ = ["AsyncClient", "Client", "ClientError", "RetryPolicy", "open_corpus"]
+_OF_CLIENT = frozenset(__all__) - {"open_corpus"}
+
+
+def open_corpus(path: str | PathLike[str]) -> Corpus:
+    """Open a corpus for reading; see :func:`fiq.corpus.open_corpus`.
+
+    Raises:
+        ModuleNotFoundError: h5py or numpy is not installed.
+        CorpusNotFoundError: there is no corpus at *path*.
+    """
+    try:
+        from fiq import corpus
+    except ModuleNotFoundError as error:
+        if error.name not in ("h5py", "numpy"):
+            raise
+        raise ModuleNotFoundError(
+            f"the corpus needs {error.name}: run  pip install 'fiq[corpus]'", name=error.name
+        ) from None
+    return corpus.open_corpus(path)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _OF_CLIENT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("fiq.corpus" if name == "open_corpus" else "fiq.client"), name)
+    return getattr(import_module("fiq.client"), name)

@@ -1,40 +1,108 @@
-"""The client: one object for a service, one method for each thing that it does."""
+"""The asynchronous client: one object a service, one method for each thing that the service does.
+
+How it works:
+
+1.  *Every post has a key*, the caller's or a UUIDv7 made here, so the service stores the event once however often the
+    request is sent. The body and the key are fixed before the first attempt.
+2.  *A request is sent until it is decided.* A lost connection, a timeout and the statuses 408, 409, 429, 502, 503 and
+    504 are retried with exponential backoff, never before ``Retry-After``, until the deadline of :class:`RetryPolicy`.
+    Anything else is an answer or an error at once. While it retries, the client records whether an attempt may have
+    stored the event, and says so in the error.
+3.  *Batches of any length are split* into requests within the service's limits on number and bytes, which are sent one
+    after the other, so the order is kept. An event's key depends only on the batch's key and the event's number, not
+    on where the batch was split.
+4.  *Reading* is a request a page. A page that breaks off is requested again.
+5.  *Following* is a stream of Server-Sent Events. When the connection breaks, ends or is silent for too long, another
+    one continues after the last event.
+
+:class:`fiq.client.Client` (``sync.py``) offers the same methods to synchronous programs.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import codecs
+import os
+import random
 import re
 import ssl
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Self
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from types import SimpleNamespace, TracebackType
+from typing import Self
 from uuid import UUID
 
 import orjson
-from aiohttp import ClientTimeout
+from aiohttp import (
+    ClientConnectorCertificateError,
+    ClientConnectorDNSError,
+    ClientConnectorError,
+    ClientConnectorSSLError,
+    ClientResponse,
+    ClientSession,
+    ClientTimeout,
+    DummyCookieJar,
+    TCPConnector,
+    TraceConfig,
+    TraceRequestHeadersSentParams,
+)
+from aiohttp import ClientError as HttpError
+from yarl import URL
 
-from fiq.client.errors import RefusedError, UnexpectedAnswerError
-from fiq.client.exchange import Exchange, LostError, Request, RetryPolicy, Tries, retry_after
+from fiq.client.batches import MAX_BATCH_BYTES, Batch, EventBody, encoded, split_async
+from fiq.client.errors import (
+    ClientError,
+    ClosedError,
+    GaveUpError,
+    InvalidArgumentError,
+    RefusedError,
+    UnexpectedAnswerError,
+)
 from fiq.client.records import Accepted, Problem, StoredEvent
-from fiq.event import check_consultation_id, event_id_from_key, new_event_id
+from fiq.errors import InvalidIdError
+from fiq.event import bare_key, check_consultation_id, new_event_id
 
-_END_OF_LINE = re.compile("\r\n|\n|\r")
-_MEDIA_TYPE = "text/event-stream"
-#: an event as a program has it, or its JSON text, which is stored byte for byte
-EventBody = Mapping[str, Any] | bytes
-
+#: the same request is sent again after these; 502 and 504 are how a proxy reports a lost connection
+_RETRIED = frozenset({408, 409, 429, 502, 503, 504})
+#: problems after which a single event is certainly not stored
+_NOT_STORED = frozenset({"too-many-connections", "log-full", "log-refused", "backlog-full"})
+#: problem of a batch of which some events are stored
+_PARTLY_STORED = "idempotency-key-reused"
+_UNKNOWN_EVENT = "/problems/unknown-event"
 _JSON = "application/json"
 _NDJSON = "application/x-ndjson"
-_UNKNOWN_EVENT = "/problems/unknown-event"
-_LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+_EVENT_STREAM = "text/event-stream"
+_END_OF_LINE = re.compile("\r\n|\n|\r")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How long and how often a request is sent.
+
+    Attributes:
+        deadline: of one request with all of its attempts and pauses, seconds. For :meth:`AsyncClient.follow`: the
+            longest time without a byte from the service.
+        attempt_timeout: of one attempt, seconds; more than the service's FI_PUBLISH_DEADLINE.
+        initial_backoff: pause before the second attempt, seconds. Each further pause is twice as long; half of it is
+            random, so that many clients do not retry at the same moment.
+        max_backoff: longest of these pauses, seconds. A longer ``Retry-After`` is respected.
+    """
+
+    deadline: float = 60.0
+    attempt_timeout: float = 15.0
+    initial_backoff: float = 0.1
+    max_backoff: float = 5.0
 
 
 class AsyncClient:
     """Posts, reads and follows the events of one service; an async context manager.
 
-    Any number of tasks may use it. Each call goes on until it is decided: after a lost connection, a timeout and what
-    the service asks to retry, the same request is sent again under the same key, so that no try stores a second event.
+    Any number of tasks of one event loop may use it at the same time. Without ``async with`` call :meth:`aclose` at
+    the end.
     """
 
     def __init__(
@@ -46,97 +114,152 @@ class AsyncClient:
         connections: int = 100,
         context: ssl.SSLContext | None = None,
     ) -> None:
-        """Prepare; nothing is sent yet.
+        """Check the arguments; connections are opened when they are needed.
 
         Args:
             url: of the service, ``http://host:port`` or ``https://host:port``.
-            token: of `fiq token`; None where the service asks for none.
-            retry: how long each call is tried, and how often.
-            connections: most of them at a time.
+            token: made by `fiq token`; None if the service requires none.
+            retry: how long and how often a request is sent.
+            connections: maximum at the same time.
             context: for ``https``; None trusts the machine's authorities.
 
         Raises:
-            ConfigurationError: *url* or *token* is malformed.
+            InvalidArgumentError: *url* or *token* is malformed.
         """
-        self._exchange = Exchange(url, token, retry or RetryPolicy(), connections=connections)
+        self._url = _service_url(url)
+        self._headers = {"User-Agent": "fiq", **_authorization(token)}
+        self._retry = retry or RetryPolicy()
+        self._connections = connections
         self._context = context
+        self._session: ClientSession | None = None
+        self._closed = False
+        self._retries = 0
+        self._batch_bytes = MAX_BATCH_BYTES
 
     async def __aenter__(self) -> Self:
-        self._exchange.open(self._context)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await self._exchange.close()
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections. Calls after it, and those under way, raise ClosedError."""
+        self._closed = True
+        if self._session is not None:
+            await self._session.close()
 
     @property
     def retries(self) -> int:
-        """Tries that were made again, so far."""
-        return self._exchange.retries
+        """Requests that were sent again, so far."""
+        return self._retries
 
     async def post(self, consultation: str, event: EventBody, key: str | None = None) -> Accepted:
-        """Store *event* and return where it stands.
+        """Store *event*.
 
         Args:
-            consultation: whose event it is.
+            consultation: id of the consultation.
             event: with an ``event_type``.
-            key: names the event, so that a later call with it is a retry; a UUIDv7 is made where there is none.
+            key: identifies the event, so that another call with it is a retry; by default a new UUIDv7.
 
         Raises:
-            InvalidIdError: *consultation* or *key* is malformed.
-            RefusedError, UnexpectedAnswerError: a retry is of no use.
+            InvalidArgumentError: an id, the key or the event is malformed, or the event holds NaN or an infinity.
+            RefusedError, UnexpectedAnswerError: a retry would not help.
             GaveUpError: not decided before the deadline.
         """
-        key = _key(key)
-        headers = {"Content-Type": _JSON, "Idempotency-Key": key}
-        path = _events(consultation)
-        answer = await self._exchange.call(Request("POST", path, 202, headers, body=_json(event), events=1))
-        return _results(answer, 1)[0]
+        path = _events_path(consultation)
+        headers = {"Content-Type": _JSON, "Idempotency-Key": checked_key(key)}
+        request = _Request("POST", path, 202, headers, body=encoded(event), events=1)
+        return _accepted(await self._call(request), 1)[0]
 
     async def post_batch(
         self,
         consultation: str | None,
-        events: Sequence[EventBody],
+        events: Iterable[EventBody] | AsyncIterable[EventBody],
         key: str | None = None,
-        numbers: Sequence[int] | None = None,
+        numbers: Iterable[int] | None = None,
     ) -> list[Accepted]:
-        """Store *events*, all or none of them, and return where each stands.
+        """Store *events* and return what was accepted, in their order.
 
-        An event's key is its own top-level ``event_id``, else ``<key>:<number>``.
+        Up to 1,000 events and 8 MiB are one request: all of them are stored, or none. More are sent as
+        :meth:`post_stream` describes.
+
+        Args, Raises: as of :meth:`post_stream`.
+        """
+        return [accepted async for accepted in self.post_stream(consultation, events, key, numbers)]
+
+    async def post_stream(
+        self,
+        consultation: str | None,
+        events: Iterable[EventBody] | AsyncIterable[EventBody],
+        key: str | None = None,
+        numbers: Iterable[int] | None = None,
+    ) -> AsyncGenerator[Accepted, None]:
+        """Store any number of *events*, and yield each after it was accepted, in their order.
+
+        The events are sent in requests of up to 1,000 events and 8 MiB, one after the other; memory holds one request.
+        An event's key is its own top-level ``event_id``, else it is derived from *key* and the event's number:
+        ``<key>:<number>`` up to 10,000. So after an error the same call with the same key stores nothing twice.
 
         Args:
-            consultation: of all; None when each event names its own by ``consultation_id``.
-            events: at most 1,000.
-            key: of the batch; a UUIDv7 is made where there is none.
-            numbers: of the events, ascending, from 1: 1, 2, 3 … by default. So a part of a batch has the keys of the
-                whole.
+            consultation: of all events; None if each event names its own as ``consultation_id``.
+            events: an iterable or an asynchronous iterable.
+            key: of the batch; by default a new UUIDv7.
+            numbers: of the events, ascending, from 1; by default 1, 2, 3 …. A part of a batch with its numbers has the
+                same keys as in the whole.
 
         Raises:
-            InvalidIdError: *consultation* or *key* is malformed.
-            RefusedError: ``problem.lines`` tells which lines are to blame, by number.
-            UnexpectedAnswerError: a retry is of no use.
-            GaveUpError: not decided before the deadline.
+            InvalidArgumentError: an id, the key, an event or a number is malformed.
+            RefusedError: ``problem.lines`` names the refused events by number.
+            UnexpectedAnswerError: a retry would not help.
+            GaveUpError: a request was not decided before its deadline.
+
+        After any of them ``may_be_stored`` says whether some events may be stored, those of earlier requests included.
         """
-        if not events:
-            return []
-        headers = {"Content-Type": _NDJSON, "Idempotency-Key": _key(key)}
-        path = "events/batch" if consultation is None else f"{_events(consultation)}/batch"
-        body = _lines(events, numbers or range(1, len(events) + 1))
-        answer = await self._exchange.call(Request("POST", path, 202, headers, body=body, events=len(events)))
-        return _results(answer, len(events))
+        path = "events/batch" if consultation is None else f"{_events_path(consultation)}/batch"
+        key, any_stored = checked_key(key), False
+        try:
+            async for batch in split_async(events, numbers):
+                async for accepted in self._post_batch(path, key, batch):
+                    any_stored = True
+                    yield accepted
+        except ClientError as error:
+            error.may_be_stored |= any_stored
+            raise
+
+    async def _post_batch(self, path: str, key: str, batch: Batch) -> AsyncGenerator[Accepted, None]:
+        """Send *batch*, in halves while the service finds it too large."""
+        pending = [batch]
+        while pending:
+            batch = pending.pop()
+            if batch.size > self._batch_bytes and len(batch.bodies) > 1:
+                pending += reversed(batch.halves())
+                continue
+            headers = {"Content-Type": _NDJSON, "Idempotency-Key": batch.key(key)}
+            request = _Request("POST", path, 202, headers, body=batch.lines(), events=len(batch.bodies))
+            try:
+                answer = await self._call(request)
+            except ClientError as error:
+                if error.status == 413 and len(batch.bodies) > 1:
+                    self._batch_bytes = min(self._batch_bytes, batch.size // 2 + 1)
+                    pending.append(batch)
+                    continue
+                error.problem = error.problem and batch.numbered(error.problem)
+                raise
+            for accepted in _accepted(answer, len(batch.bodies)):
+                yield accepted
 
     async def event(self, consultation: str, message_id: UUID | str) -> StoredEvent | None:
-        """Return one event, on its way to HDF5 or there; None when there is none.
+        """Return one event, in HDF5 or not yet; None if there is no such event.
 
         Raises:
-            InvalidIdError: *consultation* is malformed.
-            ValueError: *message_id* is no UUID.
+            InvalidArgumentError: *consultation* or *message_id* is malformed.
             RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
         """
-        path = f"{_events(consultation)}/{UUID(str(message_id))}"
+        path = f"{_events_path(consultation)}/{_uuid(message_id)}"
         try:
-            answer = await self._exchange.call(Request("GET", path, 200, {"Accept": _JSON}))
+            answer = await self._call(_Request("GET", path, 200, {"Accept": _JSON}))
         except RefusedError as refusal:
             if refusal.type == _UNKNOWN_EVENT:
                 return None
@@ -144,29 +267,31 @@ class AsyncClient:
         with _readable():
             return StoredEvent.of(consultation, orjson.loads(answer))
 
-    async def read(self, consultation: str, after: int = 0, *, page: int = 500) -> AsyncGenerator[StoredEvent, None]:
-        """Yield the events of *consultation* in order, also those accepted a moment ago, and end.
+    def read(self, consultation: str, after: int = 0, *, page: int = 500) -> AsyncGenerator[StoredEvent, None]:
+        """Yield the events of *consultation* in order, including those accepted a moment ago, and end.
 
         Args:
-            consultation: whose events.
-            after: the sequence behind which to begin.
-            page: events of one request, at most 1,000.
+            consultation: id of the consultation.
+            after: sequence after which to begin.
+            page: events a request, at most 1,000.
 
         Raises:
-            InvalidIdError: *consultation* is malformed.
+            InvalidArgumentError: *consultation* is malformed.
             RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
         """
-        path = _events(consultation)
+        return self._read(consultation, _events_path(consultation), after, page)
+
+    async def _read(self, consultation: str, path: str, after: int, page: int) -> AsyncGenerator[StoredEvent, None]:
         more = True
         while more:
             query = {"after": str(after), "limit": str(page)}
-            answer = await self._exchange.call(Request("GET", path, 200, {"Accept": _JSON}, query))
+            answer = await self._call(_Request("GET", path, 200, {"Accept": _JSON}, query))
             with _readable():
                 found = orjson.loads(answer)
                 events = [StoredEvent.of(consultation, record) for record in found["events"]]
                 more = found["next"] is not None
             if more and not events:
-                raise UnexpectedAnswerError("a page without events is not the last one")
+                raise UnexpectedAnswerError("a page has no events, but is not the last one")
             for event in events:
                 if event.sequence <= after:
                     raise UnexpectedAnswerError("the events of an answer are not in order")
@@ -174,49 +299,305 @@ class AsyncClient:
                 yield event
 
     def follow(self, consultation: str, after: int = 0, *, silence: float = 35.0) -> AsyncGenerator[StoredEvent, None]:
-        """Yield the events of *consultation*, those that are there and those to come, for ever.
+        """Yield the events of *consultation*, those stored and those to come, without an end.
 
-        None is skipped, none comes twice, whatever breaks in between. Whoever has enough closes it (``aclose``).
+        Every event is yielded once, in order, whatever connections break. Close the generator (``aclose``) to stop.
 
         Args:
-            consultation: whose events.
-            after: the sequence behind which to begin.
-            silence: seconds without a word after which a connection is replaced.
+            consultation: id of the consultation.
+            after: sequence after which to begin.
+            silence: seconds without a byte after which a connection is replaced. The service sends a comment every
+                15 s.
 
         Raises:
-            InvalidIdError: *consultation* is malformed.
-            RefusedError, UnexpectedAnswerError: going on is of no use.
-            GaveUpError: no word from the service before the deadline; go on later behind the last event.
+            InvalidArgumentError: *consultation* is malformed.
+            RefusedError, UnexpectedAnswerError: a retry would not help.
+            GaveUpError: no byte from the service before the deadline. Call again later, after the last event.
         """
-        return follow(self._exchange, consultation, _events(consultation), after, silence=silence)
+        return self._follow(consultation, _events_path(consultation), after, silence)
+
+    async def _follow(
+        self, consultation: str, path: str, after: int, silence: float
+    ) -> AsyncGenerator[StoredEvent, None]:
+        backoff = _Backoff(self._retry)
+        while True:
+            headers = {"Accept": _EVENT_STREAM, "Cache-Control": "no-store"}
+            if after:
+                headers["Last-Event-ID"] = str(after)
+            request = _Request("GET", path, 200, headers, {"follow": "1", "after": str(after)})
+            # sock_connect and sock_read: the stream itself has no end to wait for
+            timeout = ClientTimeout(total=None, sock_connect=backoff.attempt_timeout, sock_read=silence)
+            failure = _Failure("the stream ended")
+            try:
+                async with self._sent(request, timeout) as response:
+                    if response.status != request.expected:
+                        failure = self._failure(request, response, await response.read(), may_be_stored=False)
+                    elif response.content_type != _EVENT_STREAM:
+                        raise UnexpectedAnswerError("the answer is not a stream of Server-Sent Events")
+                    else:
+                        parser = EventStreamParser()
+                        async for piece in response.content.iter_any():
+                            backoff.reset()
+                            for data in parser.feed(piece):
+                                with _readable():
+                                    event = StoredEvent.of(consultation, orjson.loads(data))
+                                if event.sequence > after:
+                                    after = event.sequence
+                                    yield event
+            except _NoAnswerError as error:
+                failure = _Failure(str(error))
+            await self._pause(backoff, failure, may_be_stored=False)
+
+    # -- one request, until it is decided ------------------------------------------------------------------------------
+
+    async def _call(self, request: _Request) -> bytes:
+        """Return the body of the answer to *request*. Raises ClientError as :meth:`post`."""
+        backoff = _Backoff(self._retry)
+        may_be_stored = False
+        while True:
+            try:
+                async with self._sent(request, ClientTimeout(total=backoff.attempt_timeout)) as response:
+                    body = await response.read()
+                if response.status == request.expected:
+                    return body
+                failure = self._failure(request, response, body, may_be_stored)
+                may_be_stored |= failure.problem is not None and _may_be_stored(request, failure.problem)
+            except _NoAnswerError as error:
+                failure = _Failure(str(error))
+                may_be_stored |= error.sent and request.events > 0
+            await self._pause(backoff, failure, may_be_stored=may_be_stored)
+
+    @asynccontextmanager
+    async def _sent(self, request: _Request, timeout: ClientTimeout) -> AsyncIterator[ClientResponse]:
+        """Send *request* once and yield the answer, whose body must be read inside.
+
+        Raises _NoAnswerError: there is none, or it breaks off; UnexpectedAnswerError: the certificate is not trusted.
+        """
+        sending: list[bool] = []
+        try:
+            async with self._open_session().request(
+                request.method,
+                self._url.joinpath(request.path, encoded=True),
+                params=request.query,
+                headers=request.headers,
+                data=request.body,
+                timeout=timeout,
+                allow_redirects=False,  # token and event go to no other address
+                trace_request_ctx=sending,
+            ) as response:
+                yield response
+        except ClientConnectorCertificateError:
+            raise UnexpectedAnswerError(
+                f"the certificate of {self._url.origin()} is not trusted: name its authority"
+            ) from None
+        except (HttpError, TimeoutError, OSError) as error:
+            raise _NoAnswerError(_reason(error), sent=bool(sending)) from None
+
+    def _open_session(self) -> ClientSession:
+        if self._closed:
+            raise ClosedError("the client is closed")
+        if self._session is None:
+            trace = TraceConfig()
+            trace.on_request_headers_sent.append(_note_sending)
+            self._session = ClientSession(
+                connector=TCPConnector(limit=self._connections, ssl=self._context or True),
+                headers=self._headers,
+                cookie_jar=DummyCookieJar(),
+                trace_configs=[trace],
+            )
+        return self._session
+
+    def _failure(self, request: _Request, response: ClientResponse, body: bytes, may_be_stored: bool) -> _Failure:
+        """Return the failure of an answer after which *request* is to be sent again.
+
+        Raises RefusedError, UnexpectedAnswerError: that would not help.
+        """
+        problem = Problem.of(response.status, response.content_type, body)
+        if response.status in _RETRIED:
+            return _Failure(str(problem), problem, _retry_after(response.headers))
+        may_be_stored |= _may_be_stored(request, problem)
+        if response.status < 400:
+            raise UnexpectedAnswerError(
+                f"{self._url.origin()} answers {response.status}, which fiq never does here: is that its URL?",
+                problem=problem,
+                may_be_stored=may_be_stored,
+            )
+        doubt = "" if problem.is_document else f" without a problem document: is {self._url.origin()} the URL of fiq?"
+        raise RefusedError(f"refused: {problem}{doubt}", problem=problem, may_be_stored=may_be_stored)
+
+    async def _pause(self, backoff: _Backoff, failure: _Failure, *, may_be_stored: bool) -> None:
+        """Wait before the next attempt. Raises GaveUpError: there is no time for one; ClosedError: it is closed."""
+        pause = backoff.next(failure.retry_after)
+        if pause is None:
+            last = failure.reason if failure.problem else f"no answer from {self._url.origin()}: {failure.reason}"
+            message = f"not done within {self._retry.deadline:g} s: {last}"
+            raise GaveUpError(message, problem=failure.problem, may_be_stored=may_be_stored)
+        if not self._closed:
+            self._retries += 1
+            await asyncio.sleep(pause)
+        if self._closed:
+            raise ClosedError("the client was closed", problem=failure.problem, may_be_stored=may_be_stored)
 
 
-def _events(consultation: str) -> str:
-    return f"consultations/{check_consultation_id(consultation)}/events"
+# -- Arguments ---------------------------------------------------------------------------------------------------------
 
 
-def _key(key: str | None) -> str:
+def _service_url(url: str) -> URL:
+    try:
+        parsed = URL(url)
+    except ValueError:
+        parsed = URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InvalidArgumentError("the URL of the service is http://host:port or https://host:port")
+    return parsed
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    if token is None:
+        return {}
+    if not token or not all("\x21" <= character <= "\x7e" for character in token):
+        raise InvalidArgumentError("a token is one word of visible ASCII characters")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _events_path(consultation: str) -> str:
+    try:
+        return f"consultations/{check_consultation_id(consultation)}/events"
+    except InvalidIdError as error:
+        raise InvalidArgumentError(str(error)) from None
+
+
+def _uuid(message_id: UUID | str) -> UUID:
+    try:
+        return UUID(str(message_id))
+    except ValueError:
+        raise InvalidArgumentError("a message id is a UUID") from None
+
+
+def checked_key(key: str | None) -> str:
+    """Return *key*, or a new one if it is None. Raises InvalidArgumentError: it is malformed."""
     if key is None:
         return str(new_event_id())
-    event_id_from_key(key)  # refuses what is none
+    try:
+        bare_key(key)
+    except InvalidIdError as error:
+        raise InvalidArgumentError(str(error)) from None
     return key
 
 
-def _json(event: EventBody) -> bytes:
-    return event if isinstance(event, bytes) else orjson.dumps(event)
+# -- Requests and answers ----------------------------------------------------------------------------------------------
 
 
-def _lines(events: Sequence[EventBody], numbers: Sequence[int]) -> bytes:
-    lines: list[bytes] = []
-    for event, number in zip(events, numbers, strict=True):
-        if number <= len(lines):
-            raise ValueError("the numbers of events ascend, from 1")
-        lines += [b""] * (number - 1 - len(lines))  # an empty line is no event, but counts
-        lines.append(_json(event).translate(_LINE_BREAKS))
-    return b"\n".join(lines)
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A request.
+
+    Attributes:
+        method: of HTTP.
+        path: relative to the service's URL.
+        expected: status of success.
+        headers: without the token.
+        query: parameters.
+        body: bytes; None for no body.
+        events: number of events that it would store.
+    """
+
+    method: str
+    path: str
+    expected: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = field(default=None, repr=False)
+    events: int = 0
 
 
-def _results(answer: bytes, expected: int) -> list[Accepted]:
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why an attempt failed, and for how many seconds the service asks the client to wait."""
+
+    reason: str
+    problem: Problem | None = None
+    retry_after: float = 0.0
+
+
+class _NoAnswerError(Exception):
+    """Raised when an attempt brought no answer; *sent*: the request may have arrived."""
+
+    def __init__(self, reason: str, *, sent: bool) -> None:
+        super().__init__(reason)
+        self.sent = sent
+
+
+class _Backoff:
+    """The pauses between the attempts of one request, and its deadline."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._policy = policy
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again, after a success."""
+        self._failures = 0
+        self._end = time.monotonic() + self._policy.deadline
+
+    @property
+    def attempt_timeout(self) -> float:
+        """Seconds that the next attempt may take."""
+        return max(0.001, min(self._policy.attempt_timeout, self._end - time.monotonic()))
+
+    def next(self, retry_after: float) -> float | None:
+        """Return the pause before the next attempt, seconds; None if the deadline does not allow another attempt."""
+        backoff = min(self._policy.max_backoff, self._policy.initial_backoff * 2.0 ** min(self._failures, 32))
+        self._failures += 1
+        pause = retry_after + backoff * random.uniform(0.5, 1.0)  # noqa: S311 - no secrets
+        return pause if time.monotonic() + pause < self._end else None
+
+
+async def _note_sending(_: ClientSession, context: SimpleNamespace, __: TraceRequestHeadersSentParams) -> None:
+    """Note in the list that was passed with the request that it may arrive from now on."""
+    context.trace_request_ctx.append(True)
+
+
+def _reason(error: Exception) -> str:
+    """Say why there is no answer, without quoting any part of one."""
+    if isinstance(error, ClientConnectorDNSError):
+        return "the host name cannot be resolved"
+    if isinstance(error, ClientConnectorSSLError):
+        return "the TLS handshake failed: does it speak https?"
+    if isinstance(error, ClientConnectorError):
+        return os.strerror(error.errno) if error.errno else "no connection"
+    return "timeout" if isinstance(error, TimeoutError) else "the connection was lost"
+
+
+def _may_be_stored(request: _Request, problem: Problem) -> bool:
+    """Return whether some event of *request* may be stored although its answer was *problem*."""
+    slug = problem.type.rpartition("/")[2]
+    if not request.events:
+        return False
+    if slug == _PARTLY_STORED:
+        return request.events > 1
+    if problem.status in (409, 429):
+        return problem.status == 409 or (request.events > 1 and slug != "rate-limited")
+    if problem.status < 500:
+        return problem.status < 400
+    return request.events > 1 or slug not in _NOT_STORED
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Return the seconds of ``Retry-After``; 0 if it is missing or malformed (RFC 9110, section 10.2.3)."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        moment = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    if moment.tzinfo is None:  # "-0000": UTC without a time zone
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def _accepted(answer: bytes, expected: int) -> list[Accepted]:
     try:
         found = orjson.loads(answer)
         results = [Accepted.of(result) for result in found.get("results", [found])]
@@ -229,18 +610,15 @@ def _results(answer: bytes, expected: int) -> list[Accepted]:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Take what cannot be read inside for what it is: no answer of this service."""
+    """Raise UnexpectedAnswerError when the block cannot read an answer."""
     try:
         yield
     except (ValueError, TypeError, KeyError):
         raise UnexpectedAnswerError("an answer cannot be read as events: is it the URL of fiq?") from None
 
 
-# -- A consultation's events as they come, over any number of connections --------------------------------------------
-
-
-class MessageReader:
-    """Makes messages out of the pieces of one answer. One that is cut off is none."""
+class EventStreamParser:
+    """Finds the messages in the pieces of a stream of Server-Sent Events; an incomplete message is dropped."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
@@ -251,81 +629,16 @@ class MessageReader:
         """Yield the data of each message that *piece* completes."""
         for line in self._lines(self._decoder.decode(piece)):
             if line:
-                self._field(line)
-                continue
-            if self._data:
+                name, _, value = line.partition(":")  # a comment has no name; only data is used of the other fields
+                if name == "data":
+                    self._data.append(value.removeprefix(" "))
+            elif self._data:
                 yield "\n".join(self._data)
                 self._data = []
 
     def _lines(self, text: str) -> list[str]:
         text = self._rest + text
-        held = "\r" if text.endswith("\r") else ""  # its LF may be still to come
+        held = "\r" if text.endswith("\r") else ""  # its LF may come with the next piece
         *lines, rest = _END_OF_LINE.split(text.removesuffix(held) if held else text)
         self._rest = rest + held
         return lines
-
-    def _field(self, line: str) -> None:
-        name, _, value = line.partition(":")  # a comment has no name; those besides data say nothing that data does not
-        if name == "data":
-            self._data.append(value.removeprefix(" "))
-
-
-async def follow(
-    exchange: Exchange, consultation: str, path: str, after: int, *, silence: float
-) -> AsyncGenerator[StoredEvent, None]:
-    """Yield each event behind the position *after* once, in order, for ever.
-
-    A connection that breaks, ends or falls silent is followed by another one that goes on behind the last event.
-
-    Args:
-        exchange: the connections.
-        consultation: whose events.
-        path: of them.
-        after: a sequence; 0 for all.
-        silence: seconds after which a connection without a word, be it a comment, is given up.
-
-    Raises:
-        RefusedError, UnexpectedAnswerError: going on is of no use.
-        GaveUpError: the deadline has passed without a word.
-    """
-    tries = Tries(exchange.retry)
-    while True:
-        problem: Problem | None = None
-        least, why = 0.0, "the stream ended"
-        # sock_connect and sock_read: a stream has no end by which it could be late
-        timeout = ClientTimeout(total=None, sock_connect=tries.timeout, sock_read=silence)
-        request = _request(path, after)
-        try:
-            async with exchange.sent(request, timeout) as response:
-                if response.status != request.expected:
-                    body = await response.read()
-                    problem = exchange.judged(request, response, body, may_be_stored=False)
-                    least = retry_after(response.headers)
-                elif response.content_type != _MEDIA_TYPE:
-                    raise UnexpectedAnswerError("the answer is no stream of Server-Sent Events")
-                else:
-                    reader = MessageReader()
-                    async for piece in response.content.iter_any():
-                        tries.renew()
-                        for data in reader.feed(piece):
-                            event = _event(consultation, data)
-                            if event.sequence > after:
-                                after = event.sequence
-                                yield event
-        except LostError as lost:
-            why = str(lost)  # go on with another connection
-        await exchange.wait(tries, problem, least, why)
-
-
-def _request(path: str, after: int) -> Request:
-    headers = {"Accept": _MEDIA_TYPE, "Cache-Control": "no-store"}
-    if after:
-        headers["Last-Event-ID"] = str(after)
-    return Request("GET", path, 200, headers, {"follow": "1", "after": str(after)})
-
-
-def _event(consultation: str, data: str) -> StoredEvent:
-    try:
-        return StoredEvent.of(consultation, orjson.loads(data))
-    except (ValueError, TypeError, KeyError):
-        raise UnexpectedAnswerError("a message of the stream is no event") from None

@@ -1,14 +1,17 @@
-"""What a call of the client may end in.
+"""The errors of a client's calls.
 
 ::
 
     FiqError
-        ClientError                      carries the problem, and whether the event may be stored
-            RefusedError                 (permanent) the service refuses, and would again
-            UnexpectedAnswerError        (permanent) what answers is not fiq, or another version of it
-            GaveUpError                  (transient) not decided before the deadline: the same call again is safe
+        ClientError                      the last problem, and whether the event may be stored
+            InvalidArgumentError         (permanent, a ValueError) a URL, token, id, key or event is malformed
+            RefusedError                 (permanent) the service refuses the request, and would again
+            UnexpectedAnswerError        (permanent) the answer is not from fiq, or from another version of it
+            ClosedError                  (permanent) the client was closed
+            GaveUpError                  (transient) the deadline passed: the same call again is safe
 
-No message of any of them holds an event: what they quote of an answer is a problem document, which quotes no request.
+No message of any of them holds an event: the only thing that they quote of an answer is a problem document, and that
+quotes no request.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from fiq.errors import FiqError, PermanentError, TransientError
 
 
 class ClientError(FiqError):
-    """Anything that a call of the client ends in; never raised itself.
+    """Every error of a client; never raised itself.
 
     Attributes:
-        problem: of the last answer; None when there was none.
-        may_be_stored: whether the event, or some of the batch, may be stored all the same. A call with the same key
-            finds out, and never stores it twice.
+        problem: of the last answer; None if there was none.
+        may_be_stored: whether the event, or some of the batch, may be stored nevertheless. The same call with the same
+            key finds out, and never stores it twice.
     """
 
     def __init__(self, message: str, *, problem: Problem | None = None, may_be_stored: bool = False) -> None:
@@ -33,27 +36,35 @@ class ClientError(FiqError):
 
     @property
     def type(self) -> str | None:
-        """The problem's type, ``/problems/…``; ``about:blank`` when the answer named none."""
+        """The problem's type, ``/problems/…``; ``about:blank`` if the answer was not a problem document."""
         return self.problem.type if self.problem else None
 
     @property
     def status(self) -> int | None:
-        """The status of the last answer; None when there was none."""
+        """The status of the last answer; None if there was none."""
         return self.problem.status if self.problem else None
 
     @property
     def detail(self) -> str | None:
-        """What the service says to it; None when there was no answer."""
+        """The service's explanation; None if there was no answer."""
         return self.problem.detail if self.problem else None
 
 
+class InvalidArgumentError(ClientError, PermanentError, ValueError):
+    """Raised before a request is sent: a URL, a token, an id, a key or an event is malformed."""
+
+
 class RefusedError(ClientError, PermanentError):
-    """Raised when the service refuses the request: the same one would be refused again."""
+    """Raised when the service refuses the request: the same request would be refused again."""
 
 
 class UnexpectedAnswerError(ClientError, PermanentError):
-    """Raised when an answer is none that the contract knows: a wrong URL, a portal in between, another version."""
+    """Raised when an answer is not one of fiq's: a wrong URL, a captive portal, another version."""
+
+
+class ClosedError(ClientError, PermanentError):
+    """Raised when a client is used after it was closed."""
 
 
 class GaveUpError(ClientError, TransientError):
-    """Raised when the deadline has passed; the same call, with the same key, may be made again at any time."""
+    """Raised when the deadline has passed. The same call with the same key may be made again at any time."""

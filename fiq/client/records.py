@@ -1,4 +1,4 @@
-"""What the service answers, as typed records."""
+"""The service's answers as typed records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from uuid import UUID
 
 import orjson
 
-#: type of a problem where an answer names none
+#: type of a problem if an answer is not a problem document
 _NO_DOCUMENT = "about:blank"
 #: media type of an error (RFC 9457)
 PROBLEM_TYPE = "application/problem+json"
@@ -17,7 +17,7 @@ PROBLEM_TYPE = "application/problem+json"
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line of a batch, from 1, and why it was refused."""
+    """A refused event of a batch: its number, from 1, and the reason."""
 
     number: int
     reason: str
@@ -25,14 +25,14 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a request was not done.
+    """Why a request failed.
 
     Attributes:
-        type: decide by it; ``about:blank`` when the answer was no problem document.
+        type: decide by it; ``about:blank`` if the answer was not a problem document.
         status: of the answer.
-        title: the same for each problem of the type.
-        detail: of this one; quotes nothing of the request.
-        lines: of a batch, those that are to blame.
+        title: the same for every problem of the type.
+        detail: of this problem; quotes nothing of the request.
+        lines: the refused events of a batch.
     """
 
     type: str
@@ -43,14 +43,14 @@ class Problem:
 
     @classmethod
     def of(cls, status: int, media_type: str, body: bytes) -> Problem:
-        """Read an answer; a body that is no problem document tells nothing but the status."""
+        """Read an answer; of a body that is not a problem document only the status is used."""
         if media_type == PROBLEM_TYPE:
             try:
                 found = orjson.loads(body)
                 lines = tuple(BadLine(int(line["line"]), str(line["reason"])) for line in found.get("lines", ()))
                 return cls(str(found["type"]), status, str(found["title"]), str(found["detail"]), lines)
             except (ValueError, TypeError, KeyError, AttributeError):
-                pass  # cut off, or of another kind: the status stands for itself
+                pass  # truncated, or another kind of document: the status is enough
         return cls(_NO_DOCUMENT, status)
 
     @property
@@ -59,20 +59,20 @@ class Problem:
         return self.type != _NO_DOCUMENT
 
     def __str__(self) -> str:
-        """Say it on one line."""
+        """Describe it on one line."""
         text = self.detail or self.title
         return f"{self.status} {self.type}: {text}" if text else f"status {self.status}"
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An event that a quorum of the cluster has.
+    """An event that the log has stored.
 
     Attributes:
-        consultation: whose event it is.
-        message_id: the event's id, here and in HDF5.
-        sequence: its place in the stream.
-        duplicate: it was stored before, by an earlier try of the same key.
+        consultation: of the event.
+        message_id: the event's id, in the log and in HDF5.
+        sequence: its position in the stream.
+        duplicate: whether it was stored before, by an earlier request with the same key.
     """
 
     consultation: str
@@ -85,7 +85,7 @@ class Accepted:
         """Read one result of a 202.
 
         Raises:
-            ValueError, TypeError, KeyError: it is none.
+            ValueError, TypeError, KeyError: it is not one.
         """
         sequence = result["sequence"]
         if not isinstance(sequence, int):
@@ -99,11 +99,11 @@ class StoredEvent:
     """An event, read back.
 
     Attributes:
-        consultation: whose event it is.
+        consultation: of the event.
         message_id: the event's id.
-        sequence: its place in the stream: events of a consultation are ordered by it.
-        persisted: whether it is in HDF5; otherwise it is safe in the stream, on its way there.
-        received: when the service took it, ISO 8601 in UTC with nanoseconds.
+        sequence: its position in the stream, which orders the events of a consultation.
+        persisted: whether it is in HDF5; until then it is safe in the stream.
+        received: when the service received it, ISO 8601 in UTC with nanoseconds.
         event: as it was posted.
     """
 
@@ -119,7 +119,7 @@ class StoredEvent:
         """Read one event of an answer about *consultation*.
 
         Raises:
-            ValueError, TypeError, KeyError: it is none.
+            ValueError, TypeError, KeyError: it is not one.
         """
         sequence, event = record["sequence"], record["event"]
         if not isinstance(sequence, int) or not isinstance(event, dict):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID
 
 import orjson
@@ -160,3 +161,33 @@ def stream(*pieces: bytes, open_end: bool = False) -> Step:
         return response
 
     return step
+
+
+async def every_line(request: web.BaseRequest) -> web.StreamResponse:
+    """Accept each line of a batch; its sequence is the member ``n`` of the event."""
+    lines = [orjson.loads(line) for line in (await request.read()).split(b"\n") if line]
+    results = [result("c-1", line["n"]) for line in lines]
+    return web.json_response({"status": "accepted", "results": results}, status=202)
+
+
+def record(sequence: int, *, status: str = "persisted") -> dict[str, Any]:
+    """Return an event of c-1 as the service returns it."""
+    return {
+        "sequence": sequence,
+        "message_id": str(UUID(int=sequence)),
+        "received": "2026-11-25T01:02:03.000000004Z",
+        "status": status,
+        "event": {"event_type": "A", "n": sequence},
+    }
+
+
+def page(*sequences: int, more: bool = False) -> Step:
+    """Answer with a page of events."""
+    following = "/consultations/c-1/events?after=9" if more else None
+    document = {"consultation_id": "c-1", "events": [record(number) for number in sequences], "next": following}
+    return says(200, orjson.dumps(document), "application/json")
+
+
+def sent(sequence: int) -> bytes:
+    """Return an event as a message of a stream."""
+    return f"id: {sequence}\ndata: {orjson.dumps(record(sequence)).decode()}\n\n".encode()

@@ -5,39 +5,37 @@ from __future__ import annotations
 import asyncio
 import inspect
 from contextlib import aclosing
-from typing import Any
 from uuid import UUID
 
 import orjson
 import pytest
 
-from fiq.client import AsyncClient, GaveUpError, RefusedError, RetryPolicy, StoredEvent, UnexpectedAnswerError
-from fiq.client.client import MessageReader
+from fiq.client import (
+    AsyncClient,
+    GaveUpError,
+    InvalidArgumentError,
+    RefusedError,
+    RetryPolicy,
+    StoredEvent,
+    UnexpectedAnswerError,
+)
 from tests.support.polling import eventually
-from tests.support.scripted_http import Step, cut, lost, refused, says, scripted, silent, stream
+from tests.support.scripted_http import (
+    Step,
+    cut,
+    lost,
+    page,
+    record,
+    refused,
+    says,
+    scripted,
+    sent,
+    silent,
+    stream,
+)
 
 QUICK = RetryPolicy(deadline=20, attempt_timeout=5, initial_backoff=0.01, max_backoff=0.05)
 SHORT = RetryPolicy(deadline=0.4, attempt_timeout=0.1, initial_backoff=0.01, max_backoff=0.05)
-
-
-def record(sequence: int, *, status: str = "persisted") -> dict[str, Any]:
-    return {
-        "sequence": sequence,
-        "message_id": str(UUID(int=sequence)),
-        "received": "2026-11-25T01:02:03.000000004Z",
-        "status": status,
-        "event": {"event_type": "A", "n": sequence},
-    }
-
-
-def page(*sequences: int, more: bool = False) -> Step:
-    following = "/consultations/c-1/events?after=9" if more else None
-    document = {"consultation_id": "c-1", "events": [record(number) for number in sequences], "next": following}
-    return says(200, orjson.dumps(document), "application/json")
-
-
-def sent(sequence: int) -> bytes:
-    return f"id: {sequence}\ndata: {orjson.dumps(record(sequence)).decode()}\n\n".encode()
 
 
 async def taken(client: AsyncClient, count: int, after: int = 0, silence: float = 60.0) -> list[int]:
@@ -97,7 +95,7 @@ async def test_one_event_is_found_or_none() -> None:
         assert None is await client.event("c-1", str(UUID(int=8)))
         with pytest.raises(RefusedError):
             await client.event("c-1", UUID(int=7))
-        with pytest.raises(ValueError, match="UUID"):
+        with pytest.raises(InvalidArgumentError, match="UUID"):
             await client.event("c-1", "../../x")
     assert f"/consultations/c-1/events/{UUID(int=7)}" == server.seen[0].path
 
@@ -190,15 +188,3 @@ async def test_whoever_has_enough_lets_the_connection_go() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-
-
-TEXT = "\ufeffdata: one\r\n: comment\r\nid: 4\r\n\r\ndata:two\rdata: lines\r\rdata: ü\nevent: x\n\n\ndata: cut off\n"
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 1000])
-def test_server_sent_events_may_come_in_any_pieces(size: int) -> None:
-    """Each of the three line ends, characters of several bytes, comments: cut anywhere."""
-    raw = TEXT.encode()
-    reader = MessageReader()
-    found = [data for at in range(0, len(raw), size) for data in reader.feed(raw[at : at + size])]
-    assert ["one", "two\nlines", "ü"] == found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from uuid import UUID
@@ -16,13 +16,17 @@ from yarl import URL
 
 from fiq.client import (
     AsyncClient,
+    Client,
+    ClientError,
+    ClosedError,
+    EventBody,
     GaveUpError,
+    InvalidArgumentError,
     RefusedError,
     RetryPolicy,
     UnexpectedAnswerError,
 )
-from fiq.client.client import EventBody
-from fiq.errors import ConfigurationError, InvalidIdError
+from tests.support.polling import eventually
 from tests.support.scripted_http import (
     Step,
     accepted,
@@ -192,10 +196,10 @@ async def test_a_service_that_is_not_there_has_stored_nothing() -> None:
     ("scheme", "host", "step", "why"),
     [
         ("http", "", None, "Connection refused"),
-        ("http", "nowhere.invalid", None, "the name of its host is not known"),
-        ("https", "", lost, "what listens there speaks no TLS"),
-        ("http", "", lost, "the connection broke off"),
-        ("http", "", silent, "nothing came in time"),
+        ("http", "nowhere.invalid", None, "the host name cannot be resolved"),
+        ("https", "", lost, "the TLS handshake failed"),
+        ("http", "", lost, "the connection was lost"),
+        ("http", "", silent, "timeout"),
     ],
 )
 async def test_an_error_says_why_there_was_no_answer(
@@ -220,7 +224,7 @@ async def test_an_error_says_why_there_was_no_answer(
 async def test_a_refusal_without_a_problem_document_doubts_the_url() -> None:
     """As by another service on that port."""
     async with scripted(says(404, b"404 page not found", "text/plain")) as server, AsyncClient(server.url) as client:
-        with pytest.raises(RefusedError, match=f"status 404, and not as fiq says it: is {server.url} its URL"):
+        with pytest.raises(RefusedError, match=f"status 404 without a problem document: is {server.url}"):
             await client.post("c-1", EVENT)
 
 
@@ -281,7 +285,7 @@ async def test_a_problem_document_that_is_none_leaves_the_status() -> None:
 async def test_malformed_ids_are_never_sent(consultation: str, key: str | None) -> None:
     """They would be another path, or another header."""
     async with scripted(accepted()) as server, AsyncClient(server.url) as client:
-        with pytest.raises(InvalidIdError):
+        with pytest.raises(InvalidArgumentError):
             await client.post(consultation, EVENT, key)
     assert [] == server.seen
 
@@ -289,14 +293,14 @@ async def test_malformed_ids_are_never_sent(consultation: str, key: str | None) 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:7001", "ftp://x", "http://", "http://[x"])
 def test_a_malformed_url_is_refused_at_once(url: str) -> None:
     """Not at the first post."""
-    with pytest.raises(ConfigurationError, match="URL"):
+    with pytest.raises(InvalidArgumentError, match="URL"):
         AsyncClient(url)
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "ü"])
 def test_a_malformed_token_is_refused_and_not_shown(token: str) -> None:
     """It is a secret all the same."""
-    with pytest.raises(ConfigurationError) as caught:
+    with pytest.raises(InvalidArgumentError) as caught:
         AsyncClient("http://x", token)
     assert not token or token not in str(caught.value)
 
@@ -383,7 +387,50 @@ async def test_many_tasks_share_one_client() -> None:
     assert (30, 32) == (len(stored), len(server.seen))
 
 
-async def test_a_client_that_is_not_open_says_so() -> None:
-    """Connections are made, and closed, by the context manager."""
-    with pytest.raises(RuntimeError, match="async with"):
-        await AsyncClient("http://x").post("c-1", EVENT)
+async def test_a_client_opens_by_itself_and_is_closed_once() -> None:
+    """A program may keep one for ever, or close it without a context manager."""
+    async with scripted(accepted()) as server:
+        client = AsyncClient(server.url)
+        assert 1 == (await client.post("c-1", EVENT)).sequence
+        await client.aclose()
+        await client.aclose()
+        with pytest.raises(ClosedError):
+            await client.post("c-1", EVENT)
+    assert 1 == len(server.seen)
+
+
+async def test_closing_ends_the_calls_that_are_under_way() -> None:
+    """None of them retries with connections that do not exist any more."""
+    async with scripted(silent) as server:
+        client = AsyncClient(server.url)
+        post = asyncio.create_task(client.post("c-1", EVENT))
+        await eventually(lambda: server.seen)
+        await client.aclose()
+        with pytest.raises(ClosedError) as caught:
+            await post
+    assert (True, 1) == (caught.value.may_be_stored, len(server.seen))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: AsyncClient("nowhere"),
+        lambda: AsyncClient("http://x", "two words"),
+        lambda: Client("nowhere"),
+        lambda: asyncio.run(AsyncClient("http://x").post("a/b", EVENT)),
+        lambda: asyncio.run(AsyncClient("http://x").post("a", EVENT, "two words")),
+        lambda: asyncio.run(AsyncClient("http://x").post("a", {"n": {1, 2}})),
+        lambda: asyncio.run(AsyncClient("http://x").post_batch("a", [EVENT], "two words")),
+        lambda: asyncio.run(AsyncClient("http://x").post_batch("a/b", [EVENT])),
+        lambda: asyncio.run(AsyncClient("http://x").event("a", "no uuid")),
+        lambda: AsyncClient("http://x").read("a/b"),
+        lambda: AsyncClient("http://x").follow("a/b"),
+    ],
+)
+def test_a_malformed_argument_is_an_error_of_the_client_and_a_value_error(call: Callable[[], object]) -> None:
+    """One `except ClientError` around a call is enough."""
+    with pytest.raises(ClientError) as caught:
+        call()
+    assert isinstance(caught.value, InvalidArgumentError)
+    assert isinstance(caught.value, ValueError)
+    assert not caught.value.may_be_stored
