@@ -151,7 +151,7 @@ async def test_a_host_is_restarted_part_by_part(clients: Clients) -> None:
     steps = ["restarting node", *(f"restarting {service}, 1 of 1" for service in ("persister", "ingest"))]
     restart = hosts.machines[1].rolling_restart
     said = await asyncio.to_thread(restart, "node", "persister", "ingest", FIQ_NODES="node", FIQ_SETTLE="0")
-    assert [*steps, "everything was restarted, and is whole"] == said
+    assert [*steps, "everything was restarted and is healthy"] == said
     await clients.post(1)
 
 

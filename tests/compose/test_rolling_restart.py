@@ -20,7 +20,7 @@ REPLACED = ("persister", "ingest")
 STEPS = [
     *(f"restarting {node}" for node in NODES),
     *(f"restarting {service}, {number} of 2" for service in REPLACED for number in (1, 2)),
-    "everything was restarted, and is whole",
+    "everything was restarted and is healthy",
 ]
 
 

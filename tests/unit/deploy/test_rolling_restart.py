@@ -183,7 +183,7 @@ def test_nothing_is_restarted_during_an_election(host: Project, name: str) -> No
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda project: (project.folder / "n2" / "routez").write_text(""), "n2 does not tell its name"),
+        (lambda project: (project.folder / "n2" / "routez").write_text(""), "n2 does not report its name"),
         (lambda project: project.program("awk", "#!/bin/sh\nexit 1\n"), "cannot be read"),
     ],
 )
