@@ -24,8 +24,8 @@ from nats.aio.msg import Msg
 from benchmarks import dialogues, peers
 from benchmarks.processes import ROOT
 from services.cli.embedded.processes import LOOPBACK
-from services.log.jetstream.names import subject_of
 from services.log.jetstream.publisher import BATCH_COMMIT_HEADER, BATCH_ID_HEADER, BATCH_SEQUENCE_HEADER
+from services.log.jetstream.stream import subject_of
 
 #: events of a batch: the most that a batch may have
 BATCH_EVENTS = 1000

@@ -13,8 +13,7 @@ from nats.aio.msg import Msg
 
 from fiq.event import Event
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import STREAM, subject_of
-from services.log.jetstream.provision import provision
+from services.log.jetstream.stream import STREAM, provision, subject_of
 from services.log.settings import LogSettings
 from tests.support.cluster import delete_streams
 

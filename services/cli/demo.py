@@ -33,7 +33,7 @@ from fiq.corpus import open_corpus
 from services.cli import console, monitoring
 from services.cli.embedded.stack import Stack
 from services.cli.errors import CommandError
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 
 #: what was killed stays dead for this long, seconds
 DOWN_SECONDS = 2.0

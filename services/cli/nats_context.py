@@ -15,9 +15,9 @@ import typer
 from services.cli.errors import CommandError
 from services.cli.init.files import Layout
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
-from services.log.jetstream import names
-from services.log.jetstream.names import Role, inbox_prefix
-from services.log.jetstream.provision import provision as provision_log
+from services.log.jetstream import stream as names
+from services.log.jetstream.connection import Role, inbox_prefix
+from services.log.jetstream.stream import provision as provision_log
 from services.log.protocol import LogIdentity
 
 #: how a file of ours is told from a user's own

@@ -14,9 +14,8 @@ from services.cli import monitoring
 from services.cli.embedded.stack import State
 from services.cli.target import Target, connected
 from services.log.errors import LogUnavailableError
-from services.log.jetstream import names
-from services.log.jetstream.monitor import look_once
-from services.log.jetstream.processes import live_processes
+from services.log.jetstream import stream as names
+from services.log.jetstream.monitor import live_processes, look_once
 from services.log.metrics import PARTITIONS, PROCESSES
 from services.log.partitions import partition_name
 from services.log.settings import LogSettings

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from services.cli import console
 from services.cli.overview import Overview, collect
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
-from services.log.jetstream import names
+from services.log.jetstream import stream as names
 from services.log.status import StreamReport
 
 

@@ -16,8 +16,7 @@ from fiq.errors import ConfigurationError
 from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, State
 from services.cli.errors import CommandError, NotRunningError
 from services.core.settings import load
-from services.log.jetstream.connection import close, connect
-from services.log.jetstream.names import Role
+from services.log.jetstream.connection import Role, close, connect
 from services.log.settings import LogSettings
 
 #: options that several commands share

@@ -15,7 +15,7 @@ from services.cli.demo import AcceptedPost, Post, compare_corpus, wait_until_per
 from services.cli.embedded.stack import Stack
 from services.cli.target import connected
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.settings import LogSettings
 from tests.support.polling import eventually
 

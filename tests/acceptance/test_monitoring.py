@@ -16,7 +16,7 @@ import pytest
 from services.cli import monitoring
 from services.cli.embedded.cluster import Cluster
 from services.cli.embedded.processes import LOOPBACK, free_ports
-from services.log.jetstream.names import Role
+from services.log.jetstream.connection import Role
 from tests.support.persisters import Persister
 from tests.support.polling import eventually_sync
 from tests.support.prometheus import Prometheus, dashboard_queries, running_prometheus, tool

@@ -18,7 +18,7 @@ from fiq.event import decode
 from services.cli.demo import Chaos, Load, LoadResult, compare_corpus, wait_until_persisted
 from services.cli.embedded.stack import Stack
 from services.cli.target import connected
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.settings import LogSettings
 from tests.support.dialogues import consultations
 from tests.support.polling import eventually

@@ -14,9 +14,8 @@ from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, close, connect
-from services.log.jetstream.names import STREAM
-from services.log.jetstream.provision import provision
 from services.log.jetstream.publisher import Publisher
+from services.log.jetstream.stream import STREAM, provision
 from services.log.settings import LogSettings
 
 BODY = b'{"event_type": "MESSAGE_RECEIVED", "payload": {}}'

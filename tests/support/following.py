@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.budget import Budget
-from services.log.jetstream.follower import JetStreamFollower
-from services.log.jetstream.names import STREAM, parse_cursor_name
-from services.log.jetstream.refusals import TolerantClient
+from services.log.jetstream.connection import TolerantClient
+from services.log.jetstream.follower import Budget, JetStreamFollower
+from services.log.jetstream.stream import STREAM, parse_cursor_name
 from services.log.protocol import Delivery, LogIdentity, Position, message_id_at
 from tests.support.polling import eventually
 

@@ -18,9 +18,8 @@ from services.cli import monitoring
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, close, connect
-from services.log.jetstream.names import STREAM
-from services.log.jetstream.provision import provision
 from services.log.jetstream.publisher import Publisher
+from services.log.jetstream.stream import STREAM, provision
 from services.log.protocol import LogIdentity
 from services.log.settings import LogSettings
 from tests.support.polling import eventually

@@ -17,8 +17,7 @@ from services.cli.embedded.cluster import Cluster
 from services.cli.init.authority import Authority, Pair
 from services.cli.init.deployment import Deployment
 from services.cli.init.files import Layout, Owner
-from services.log.jetstream.connection import Connection, close, connect
-from services.log.jetstream.names import Role
+from services.log.jetstream.connection import Connection, Role, close, connect
 from services.log.settings import LogSettings
 
 _VIOLATION = re.compile(r"Permissions Violation.*")

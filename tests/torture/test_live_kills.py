@@ -21,7 +21,7 @@ from services.cli import monitoring
 from services.cli.demo import AcceptedPost, Post, compare_corpus, wait_until_persisted
 from services.cli.embedded.stack import Stack
 from services.cli.target import connected
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
 from services.log.settings import LogSettings
 from tests.support.cluster import consumers_of

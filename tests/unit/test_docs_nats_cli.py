@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fiq import event
-from services.log.jetstream import names
-from services.log.jetstream.definitions import bucket_config, cursor_config, dead_stream_config, stream_config
+from services.log.jetstream import stream
+from services.log.jetstream.stream import bucket_config, cursor_config, dead_stream_config, stream_config
 from services.log.settings import LogSettings
 from services.persister import dead_letters
 
@@ -16,7 +16,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "nats-cli.md").read_text(encodi
 HEADERS = [
     value for module in (event, dead_letters) for name, value in vars(module).items() if name.endswith("_HEADER")
 ]
-KEYS = [value for name, value in vars(names).items() if name.endswith("_KEY")]
+KEYS = [value for name, value in vars(stream).items() if name.endswith("_KEY")]
 CONFIGURATIONS = [
     stream_config(LogSettings()),
     dead_stream_config(LogSettings()),
@@ -48,7 +48,7 @@ def test_each_header_and_each_key_of_metadata_is_explained(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [names.STREAM, names.DEAD_STREAM, names.BUCKET, f"{names.WORKERS_PREFIX}-<store>-<pp>", "fi-persister"]
+    "text", [stream.STREAM, stream.DEAD_STREAM, stream.BUCKET, f"{stream.WORKERS_PREFIX}-<store>-<pp>", "fi-persister"]
 )
 def test_each_name_is_explained(text: str) -> None:
     """Streams, consumers, services."""

@@ -12,9 +12,8 @@ from services.cli.overview import Worker, ask_workers
 from services.cli.target import Target, connected
 from services.log.errors import LogRefusedError, LogUnavailableError, PlacementError
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.names import BUCKET, STREAM
 from services.log.jetstream.placement import FENCE_SECONDS, Placements, read_stores
-from services.log.jetstream.report import read_stream
+from services.log.jetstream.stream import BUCKET, STREAM, read_stream
 from services.log.partitions import partition_name
 from services.log.status import Placement, StorePlacement
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from services.cli.backup.cluster import ClusterView
 from services.cli.backup.manifest import Manifest
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_name
 from services.log.status import Placement
 

@@ -12,7 +12,7 @@ from services.cli.backup.cluster import ClusterView, fence, look, other_stores
 from services.cli.backup.fitting import begun_anew
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_name
 from services.log.status import Placement
 

@@ -24,7 +24,7 @@ from services.cli.backup.manifest import (
 )
 from services.cli.errors import BackupError
 from services.core.command import product_version
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_name
 
 _DIRECTORY_MODE = 0o750

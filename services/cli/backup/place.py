@@ -13,8 +13,8 @@ from services.cli.backup.cluster import ClusterView, look
 from services.cli.errors import CommandError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
 from services.log.errors import PlacementError
-from services.log.jetstream.names import BUCKET, STREAM, placement_key
 from services.log.jetstream.placement import Placements, parse_key, read_stores
+from services.log.jetstream.stream import BUCKET, STREAM, placement_key
 from services.log.partitions import partition_name
 from services.log.status import Placement
 

@@ -20,7 +20,7 @@ from services.cli.backup.fitting import Fit
 from services.cli.backup.making import OnProgress, read_volume, sync_file
 from services.cli.backup.manifest import MANIFEST_NAME, VOLUME_COPY, FileEntry, Manifest
 from services.cli.errors import BackupError, CommandError, RestoreRefusedError
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_name
 from services.log.status import Placement
 from services.persister.volume import stated

@@ -22,7 +22,7 @@ from services.cli.errors import CommandError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
 from services.core.settings import load
 from services.ingest.settings import Settings as IngestSettings
-from services.log.jetstream import names
+from services.log.jetstream import stream as names
 from services.log.jetstream.connection import Connection
 from services.persister.settings import PersisterSettings
 

@@ -18,11 +18,10 @@ from services.cli.doctor.nodes import clock
 from services.cli.embedded.stack import State
 from services.cli.overview import Worker, named_workers
 from services.log.errors import ProvisionError
-from services.log.jetstream import names
+from services.log.jetstream import stream as names
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.definitions import changes, stream_config
-from services.log.jetstream.monitor import look_once
-from services.log.jetstream.report import NodeState, ask_nodes
+from services.log.jetstream.monitor import NodeState, ask_nodes, look_once
+from services.log.jetstream.stream import changes, stream_config
 from services.log.metrics import PARTITIONS
 from services.log.partitions import partition_name
 from services.log.settings import LogSettings

@@ -25,8 +25,8 @@ from services.cli import monitoring
 from services.cli.doctor.finding import Finding, error, ok, unknown, warning
 from services.log.errors import ProvisionError
 from services.log.jetstream.connection import HEADERS_BYTES
-from services.log.jetstream.provision import check_version
-from services.log.jetstream.report import NodeState, node_state
+from services.log.jetstream.monitor import NodeState, node_state
+from services.log.jetstream.stream import check_version
 
 #: clocks may differ by so much, seconds
 CLOCK_OFF, CLOCK_WRONG = 1.0, 10.0

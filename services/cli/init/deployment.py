@@ -23,8 +23,8 @@ from services.cli.init.authority import Authority, Pair, belong_together, make_a
 from services.cli.init.files import Layout, Owner, Secrets
 from services.core import tokens
 from services.core.tokens import Scope, Token
-from services.log.jetstream.credentials import public_key
-from services.log.jetstream.names import (
+from services.log.jetstream.connection import Role, inbox_prefix, public_key
+from services.log.jetstream.stream import (
     BUCKET_PREFIX,
     BUCKET_STREAM,
     CORPUS_PREFIX,
@@ -36,8 +36,6 @@ from services.log.jetstream.names import (
     NODES_STATE,
     PERSISTER_SERVICE,
     STREAM,
-    Role,
-    inbox_prefix,
 )
 from services.log.questions import Kind
 

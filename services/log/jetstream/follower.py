@@ -29,23 +29,363 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import orjson
 from nats import errors as nats_errors
 
+from fiq.errors import PermanentError
 from services.core.logs import get_logger
-from services.log.errors import LogUnavailableError
-from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.budget import Budget, Held, Room, Share
-from services.log.jetstream.continuity import check_log
-from services.log.jetstream.cursor import Cursors
-from services.log.jetstream.names import STREAM, filter_subject
-from services.log.jetstream.refusals import DirectSubscription, Received, Refusal, TolerantClient, listen
+from services.log.errors import LogMismatchError, LogRefusedError, LogUnavailableError
+from services.log.jetstream.api import STREAM_NOT_FOUND, JetStreamApi, PermanentApiError
+from services.log.jetstream.connection import DirectSubscription, Received, Refusal, TolerantClient, listen
+from services.log.jetstream.stream import STREAM, cursor_config, filter_subject, parse_cursor_name
 from services.log.partitions import partition_name
 from services.log.protocol import Delivery, LogIdentity, Outcome, Position, message_id_at
+
+# -- budget ------------------------------------------------------------------------------------------------------------
+#
+# Shares the memory for events among the followers of a process: busy ones get more, idle ones keep a small minimum.
+#
+# What a follower *holds* is what it has promised itself to take (its pull requests), what has come and waits, and the
+# batch that is being worked on. Each may always hold its *floor*, so nobody starves, whatever the others do and however
+# long a batch of theirs takes; nobody waits for anybody, so nothing can lock up. What the floors leave is shared by
+# those that have more to fetch than they asked for, in equal parts: one busy partition of sixteen gets nearly all of
+# it. When another one becomes busy the first keeps what it holds until that is written, and is granted no more than its
+# new part.
+
+#: the floors take this part of the whole together
+_FLOORS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a follower holds.
+
+    Attributes:
+        events: asked for, waiting, and being worked on.
+        size: the same in bytes, about.
+        busy: whether the log has more than was asked for.
+    """
+
+    events: int
+    size: int
+    busy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a follower may ask for.
+
+    Attributes:
+        events: now.
+        size: now, bytes.
+        all_events: if it held nothing.
+        all_size: if it held nothing, bytes.
+    """
+
+    events: int
+    size: int
+    all_events: int
+    all_size: int
+
+
+class Budget:
+    """The memory of a process for events.
+
+    Args:
+        events: that its followers hold together, at most; for a moment a quarter more when some join.
+        size: the same in bytes; the floors may exceed it when messages may be large.
+    """
+
+    def __init__(self, events: int, size: int) -> None:
+        self._events = events
+        self._size = size
+        self._members: dict[Share, None] = {}
+
+    def join(self, held: Callable[[], Held], *, largest: int) -> Share:
+        """Add a follower.
+
+        Args:
+            held: tells what it holds.
+            largest: bytes of the largest message; the floor has room for two.
+        """
+        share = Share(self, held, largest)
+        self._members[share] = None
+        return share
+
+    def leave(self, share: Share) -> None:
+        """Remove a follower, which holds nothing any more. Idempotent."""
+        self._members.pop(share, None)
+
+    def room(self, share: Share) -> Room:
+        """Return what the follower with *share* may ask for."""
+        held = {one: one.held() for one in self._members}
+        busy = max(1, sum(one.busy for one in held.values()))
+        own = held[share]
+        events, all_events = _room(
+            self._events, [one.events for one in held.values()], own.events, self._floor_events(), busy, own.busy
+        )
+        size, all_size = _room(
+            self._size, [one.size for one in held.values()], own.size, self._floor_size(share), busy, own.busy
+        )
+        return Room(events, size, all_events, all_size)
+
+    def _floor_events(self) -> int:
+        return max(1, self._events // (_FLOORS * len(self._members)))
+
+    def _floor_size(self, share: Share) -> int:
+        return max(2 * share.largest, self._size // (_FLOORS * len(self._members)))
+
+
+class Share:
+    """One follower's part in a :class:`Budget`."""
+
+    __slots__ = ("_budget", "held", "largest")
+
+    def __init__(self, budget: Budget, held: Callable[[], Held], largest: int) -> None:
+        self._budget = budget
+        self.held = held
+        self.largest = largest
+
+    def room(self) -> Room:
+        """Return what the follower may ask for now."""
+        return self._budget.room(self)
+
+    def leave(self) -> None:
+        """Hold nothing any more. Idempotent."""
+        self._budget.leave(self)
+
+
+def _room(total: int, held: list[int], own: int, floor: int, busy: int, is_busy: bool) -> tuple[int, int]:
+    """Return how much one may add to its *own*, and how much it might hold in all."""
+    pool = max(0, total - floor * len(held))
+    part = pool // busy if is_busy else 0
+    free = pool - sum(max(0, one - floor) for one in held)
+    above = max(0, own - floor)
+    return max(0, floor - own) + max(0, min(free, part - above)), floor + part
+
+
+# -- continuity --------------------------------------------------------------------------------------------------------
+#
+# Whether the log is the one that a sink's position belongs to, and holds everything after it.
+#
+# A stream that was deleted and created anew has another creation time. One that was set back has not: nodes whose disks
+# were restored from an older copy come up with the old stream, and what clients post next gets sequences under which
+# the sink has other events. So the sink keeps the message id beside the sequence, and the stream's leader is asked what
+# it has there. Only what stays so for a while counts: a leader that was elected just now may not have applied all that
+# its predecessor had acknowledged, and a deposed one may not know that it is.
+
+#: pause between two looks at a log that cannot be followed, seconds
+PAUSE_SECONDS = 0.5
+#: a log is refused when it cannot be followed for this long, seconds
+PATIENCE_SECONDS = 2.0
+#: the same for one that ends before the file does: a leader may still be applying what it has, after a restart of all
+#: nodes for as long as that takes, seconds
+LAG_SECONDS = 30.0
+
+_WAY_FORWARD = (
+    "The partition stops, so nothing is skipped. To go on without losing an event of either: docs/operations.md, "
+    "`A log that was set back`"
+)
+
+
+async def check_log(api: JetStreamApi, identity: LogIdentity, after: Position, *, trimmable: int | None) -> None:
+    """Refuse a log that cannot be followed from *after*.
+
+    Args:
+        api: of a connection.
+        identity: of the log that the position belongs to.
+        after: what the sink has.
+        trimmable: up to which sequence trim may have deleted the partition's events; None: perhaps every one that the
+            stream does not hold any more.
+
+    Raises:
+        LogMismatchError: the stream is another one, was set back, or events after *after* are gone.
+        LogUnavailableError: no answer.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            return await _check(api, identity, after, trimmable)
+        except _EndsEarlyError as error:
+            if time.monotonic() - started >= LAG_SECONDS:
+                raise LogMismatchError(str(error)) from None
+        except _NotThereError:
+            if time.monotonic() - started >= PAUSE_SECONDS:  # the second look: trimmed, or deleted by an operator
+                return None
+        except PermanentError:
+            if time.monotonic() - started >= PATIENCE_SECONDS:
+                raise
+        await asyncio.sleep(PAUSE_SECONDS)
+
+
+class _EndsEarlyError(Exception):
+    """The log ends before the position: set back, or not applied yet."""
+
+
+class _NotThereError(Exception):
+    """The log holds no message at the position, although it holds earlier and later ones."""
+
+
+async def _check(api: JetStreamApi, identity: LogIdentity, after: Position, trimmable: int | None) -> None:
+    found = await api.leader_message(STREAM, after.sequence) if after.message_id else None
+    # after the message: what was trimmed in between is then seen as trimmed
+    stream = await api.stream_info(STREAM)
+    if stream is None:
+        raise LogMismatchError(f"stream {STREAM} does not exist: see docs/operations.md, `A lost stream`")
+    if (present := LogIdentity(STREAM, stream["created"])) != identity:
+        raise LogMismatchError(
+            f"stream {STREAM} was created at {present.created}, but this partition's file belongs to the one "
+            f"created at {identity.created}: begin a new corpus in another directory, and keep this one; "
+            "see docs/operations.md, `A lost stream`"
+        )
+    first, last = stream["state"]["first_seq"], stream["state"]["last_seq"]
+    if after.sequence > last:
+        raise _EndsEarlyError(
+            f"stream {STREAM} ends at sequence {last}, but this partition's file holds events up to {after.sequence}: "
+            f"the stream was set back (were disks restored from an older copy?). Those after {last} are only in HDF5, "
+            f"and perhaps some before. {_WAY_FORWARD}"
+        )
+    if _may_lack(after.sequence, trimmable, first, stream["state"].get("num_deleted", 0)):
+        raise LogMismatchError(
+            f"the corpus ends at sequence {after.sequence} but stream {STREAM} begins at {first}: the "
+            "partition file is an old copy, or somebody purged the stream; put the newest copy in its place"
+        )
+    if not after.message_id:
+        return
+    if found is not None and message_id_at(found["headers"]) != after.message_id:
+        raise LogMismatchError(
+            f"sequence {after.sequence} of stream {STREAM} is not the event that this partition's file has there: "
+            "the stream was set back (were disks restored from an older copy?) and has grown since. The last events "
+            f"of the file, up to {after.sequence}, are only in HDF5, and what clients posted since is only in the "
+            f"stream. {_WAY_FORWARD}"
+        )
+    if found is None and first <= after.sequence:
+        raise _NotThereError
+
+
+def _may_lack(sequence: int, trimmable: int | None, first: int, deleted: int) -> bool:
+    """Return whether events of the partition after *sequence* may be gone.
+
+    Trim deletes up to *trimmable*, from the stream's beginning or, around a partition that stands still, in its middle.
+    A new file may begin anywhere.
+    """
+    if sequence == 0 or (trimmable is not None and sequence >= trimmable):
+        return False
+    return sequence < first - 1 or (trimmable is not None and deleted > 0)
+
+
+# -- cursor ------------------------------------------------------------------------------------------------------------
+#
+# A partition's cursor on the broker: a pull consumer with one replica, in memory, that its owner makes and replaces.
+#
+# The sink holds the position, so a cursor need not survive anything. When it is in doubt, or its node is gone, the
+# owner makes another one at the committed position instead of waiting. A frozen node that thaws brings the old one back
+# for a moment, and it answers as if nothing had happened; so each cursor has a *generation* in its name and is asked
+# through an inbox of its own. The next generation is one more than the highest that ``CONSUMER.NAMES`` shows: the meta
+# leader answers that alone, so the cursors of others, or of dead nodes, delay no partition.
+#
+# What is before one's own generation is deleted in the background. Only the node of a cursor answers its deletion, so
+# one on a dead node runs into its timeout and takes effect all the same; whatever is still there is tried again, and
+# ``inactive_threshold`` is the net.
+
+#: how long the making of a cursor may take, by attempt; it takes milliseconds, unless it fell to a dead node, and the
+#: next one may fall to another. The last one repeats: the cluster may only be slow, seconds
+CREATE_SECONDS = (1.0, 1.0, 2.0, 5.0)
+#: pause before what could not be deleted is tried again, seconds; the last one repeats
+_SWEEP_PAUSES_SECONDS = (2.0, 5.0, 15.0, 60.0)
+
+#: refusals after which another attempt may succeed: a consumer of this name exists with another configuration (an
+#: attempt that timed out took effect), no node can hold it now, or the stream is gone, which the next look explains
+_TRY_AGAIN = frozenset({10148, 10005, STREAM_NOT_FOUND})
+
+_log = get_logger("cursor")
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """One cursor.
+
+    Attributes:
+        name: of the consumer.
+        pending: events of the partition from its start on.
+    """
+
+    name: str
+    pending: int
+
+
+class Cursors:
+    """Makes the cursors of one partition of one store, each under the next generation.
+
+    What is asked during an election is never answered and must be asked again after it, so *api* must not be patient.
+    """
+
+    def __init__(self, api: JetStreamApi, store: str, partition: int) -> None:
+        self._api = api
+        self._store = store
+        self._partition = partition
+        self._generation = 0
+        self._failures = 0  # cursors in a row whose making got no answer
+        self._sweeping: asyncio.Task[None] | None = None
+
+    async def make(self, after: int) -> Cursor:
+        """Make a cursor that delivers what comes after sequence *after*; the previous ones go in the background.
+
+        Raises:
+            LogUnavailableError: no answer in time, or the cluster cannot now. Trying again makes one of another
+                generation: this one may exist.
+            PermanentApiError: the broker refuses.
+        """
+        try:
+            self._generation = max([self._generation, *await self._generations()]) + 1
+            config = cursor_config(self._store, self._partition, self._generation, after + 1)
+            timeout = CREATE_SECONDS[min(self._failures, len(CREATE_SECONDS) - 1)]
+            self._failures += 1
+            info = await self._api.create_consumer(STREAM, config, timeout=timeout)
+            self._failures = 0
+        except PermanentApiError as error:
+            if error.err_code in _TRY_AGAIN:
+                raise LogUnavailableError(str(error)) from error
+            raise
+        self.stop_sweeping()
+        self._sweeping = asyncio.create_task(self._sweep(), name=f"delete old cursors of {self._partition}")
+        return Cursor(config["name"], int(info["num_pending"]))
+
+    def stop_sweeping(self) -> None:
+        """Leave what is not deleted yet to the next owner, or to the broker."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
+
+    async def _generations(self) -> dict[int, str]:
+        found = {}
+        for name in await self._api.consumer_names(STREAM):
+            parsed = parse_cursor_name(name)
+            if parsed is not None and parsed[:2] == (self._store, self._partition):
+                found[parsed[2]] = name
+        return found
+
+    async def _sweep(self) -> None:
+        """Delete every cursor of the partition before the newest one."""
+        for attempt in itertools.count():
+            try:
+                for number, name in (await self._generations()).items():
+                    if number < self._generation:
+                        await self._api.delete_consumer(STREAM, name)
+            except LogUnavailableError:
+                await asyncio.sleep(_SWEEP_PAUSES_SECONDS[min(attempt, len(_SWEEP_PAUSES_SECONDS) - 1)])
+            except LogRefusedError as error:  # a permission, mostly: they go by themselves in a day
+                _log.warning("CURSORS_NOT_DELETED", partition=self._partition, reason=str(error))
+                return
+            else:
+                return
+
 
 #: how often an idle pull says that it is alive, seconds
 HEARTBEAT_SECONDS = 0.5

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import nats.errors
 import nats.micro
 
+from fiq.errors import TransientError
 from services.core.command import product_version
 from services.core.lifecycle import background_task, cancellable
+from services.core.logs import get_logger
+from services.log.errors import StartupError
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.budget import Budget
-from services.log.jetstream.connection import Connection, check_max_payload, close
-from services.log.jetstream.continuity import check_log
-from services.log.jetstream.follower import JetStreamFollower
-from services.log.jetstream.monitor import LogMonitor, monitoring
-from services.log.jetstream.names import PERSISTER_SERVICE, Role, corpus_subject, dead_subject
+from services.log.jetstream.connection import Connection, Role, check_max_payload, close, connect
+from services.log.jetstream.follower import Budget, JetStreamFollower, check_log
+from services.log.jetstream.monitor import LogMonitor, monitoring, show_progress
 from services.log.jetstream.placement import Placements
-from services.log.jetstream.processes import show_progress
-from services.log.jetstream.provision import reach, reach_log
 from services.log.jetstream.publisher import Publisher
 from services.log.jetstream.questions import Answering
-from services.log.jetstream.reading import JetStreamReader
+from services.log.jetstream.reader import JetStreamReader
+from services.log.jetstream.stream import (
+    DEADLINE_SECONDS,
+    PERSISTER_SERVICE,
+    corpus_subject,
+    dead_subject,
+    provision,
+    stream_identity,
+)
 from services.log.jetstream.trim import Trimmer, is_turn
 from services.log.metrics import LogMetrics
 from services.log.partitions import partition_name
@@ -32,6 +39,10 @@ from services.log.protocol import IngestLog, IngestRole, LogIdentity, PersisterR
 from services.log.settings import LogSettings
 from services.log.status import Progress
 
+#: one try to reach the cluster, seconds; each that fails is logged
+_TRY_SECONDS = 5.0
+#: pause between two tries, and the least that a try gets, seconds
+_STARTUP_RETRY_SECONDS = 0.5
 #: a dead letter may take this long, seconds
 _DEAD_LETTER_DEADLINE = 5.0
 _DEAD_LETTERS_IN_FLIGHT = 256
@@ -39,6 +50,10 @@ _DEAD_LETTERS_IN_FLIGHT = 256
 ANNOUNCE_SECONDS = 0.5
 #: a process that ends withdraws its announcement within this time, seconds
 _WITHDRAW_SECONDS = 2.0
+
+T = TypeVar("T")
+
+_log = get_logger("startup")
 
 
 @asynccontextmanager
@@ -187,3 +202,58 @@ class JetStreamPersisterLog:
         """Delete from the stream what every store has committed, until cancelled; see :mod:`.trim`."""
         trimmer = Trimmer(self._nc, retention=self._retention, on_round=on_round)
         await trimmer.run(lambda: is_turn(self.status.state, self._store, own()))
+
+
+# -- reaching the cluster ---------------------------------------------------------------------------------------------
+
+
+async def reach(settings: LogSettings, *, name: str, role: Role, on_closed: Callable[[str], None]) -> Connection:
+    """Connect, and provision where the settings say so; try again until FI_STARTUP_TIMEOUT while only time can help.
+
+    Raises Exception: as :func:`services.log.open_log`.
+    """
+    step = (lambda nc, left: provision(nc, settings, deadline=left)) if settings.provision else _nothing
+    return (await _reach(settings, name, role, on_closed, step))[0]
+
+
+async def reach_log(
+    settings: LogSettings, *, name: str, role: Role, on_closed: Callable[[str], None]
+) -> tuple[Connection, LogIdentity]:
+    """Do as :func:`reach`, and return which log it is, too; without provisioning the stream must exist already."""
+    step = provision if settings.provision else stream_identity
+    return await _reach(settings, name, role, on_closed, lambda nc, left: step(nc, settings, deadline=left))
+
+
+async def _nothing(nc: Connection, left: float) -> None:
+    """Leave the streams to others."""
+
+
+async def _reach(
+    settings: LogSettings,
+    name: str,
+    role: Role,
+    on_closed: Callable[[str], None],
+    step: Callable[[Connection, float], Awaitable[T]],
+) -> tuple[Connection, T]:
+    """Connect and take *step*, which gets the seconds that are left for it; try again while only time can help."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + settings.startup_timeout
+
+    def within(limit: float) -> float:
+        return min(limit, max(_STARTUP_RETRY_SECONDS, end - loop.time()))
+
+    while True:
+        try:
+            nc = await connect(settings, name=name, role=role, on_closed=on_closed, deadline=within(_TRY_SECONDS))
+            try:
+                return nc, await step(nc, within(DEADLINE_SECONDS))
+            except BaseException:
+                await close(nc)
+                raise
+        except TransientError as error:
+            left = end - loop.time()
+            if left <= 0:
+                waited = f"gave up after {settings.startup_timeout:g} s (FI_STARTUP_TIMEOUT)"
+                raise StartupError(f"{waited}: {error}") from error
+            _log.warning("LOG_AWAITED", reason=str(error), seconds_left=round(left, 1))
+        await asyncio.sleep(_STARTUP_RETRY_SECONDS)

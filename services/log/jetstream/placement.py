@@ -38,7 +38,7 @@ from nats.js.api import Header
 from services.core.lifecycle import cancellable
 from services.log.errors import LogMismatchError, LogUnavailableError, PlacementError
 from services.log.jetstream.api import REQUEST_TIMEOUT_SECONDS, ApiError, JetStreamApi, api_error, inbox
-from services.log.jetstream.names import (
+from services.log.jetstream.stream import (
     BUCKET,
     BUCKET_PREFIX,
     BUCKET_STREAM,

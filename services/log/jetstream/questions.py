@@ -26,7 +26,7 @@ from services.core.logs import get_logger
 from services.core.retry import backoff
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.log.jetstream.connection import PENDING_BYTES
-from services.log.jetstream.names import corpus_subject
+from services.log.jetstream.stream import corpus_subject
 from services.log.partitions import partition_name
 from services.log.protocol import AskedQuestion, Failure
 from services.log.questions import (

@@ -30,8 +30,8 @@ from nats.aio.client import Client
 from fiq.errors import FiqError
 from services.core.logs import get_logger
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.names import PARTITIONS_KEY, STREAM, filter_subject, placement_key
 from services.log.jetstream.placement import KEYS_SECONDS, read_stores
+from services.log.jetstream.stream import PARTITIONS_KEY, STREAM, filter_subject, placement_key
 from services.log.protocol import Trimmed, message_id_at
 from services.log.status import LogState, Placement, StorePlacement
 

@@ -13,9 +13,8 @@ import pytest
 
 from fiq.corpus import open_corpus, verify_corpus
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import BUCKET, STREAM, placement_key
 from services.log.jetstream.placement import Placements
-from services.log.jetstream.provision import provision
+from services.log.jetstream.stream import BUCKET, STREAM, placement_key, provision
 from services.log.status import Placement
 from services.persister.volume import Volume
 from tests.support.cluster import delete_streams

@@ -11,8 +11,8 @@ import pytest
 
 from fiq.corpus import verify_corpus
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import STREAM
 from services.log.jetstream.placement import Placements
+from services.log.jetstream.stream import STREAM
 from services.persister.volume import Volume
 from tests.support.commands import done, kill, refused
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, persisted, provisioned

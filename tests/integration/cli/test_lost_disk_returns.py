@@ -14,8 +14,8 @@ import pytest
 from fiq.corpus import open_corpus, verify_corpus
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import PlacementError
-from services.log.jetstream.names import STREAM
 from services.log.jetstream.placement import Placements
+from services.log.jetstream.stream import STREAM
 from services.persister.volume import Volume
 from tests.support.commands import done, fiq, killed_in, refused
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted, provisioned

@@ -11,9 +11,8 @@ import pytest
 from fiq.corpus import EventStore, Identity
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import PlacementError
-from services.log.jetstream.names import BUCKET, BUCKET_STREAM, STREAM, placement_key
 from services.log.jetstream.placement import Placements
-from services.log.jetstream.provision import provision
+from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, placement_key, provision
 from services.log.jetstream.trim import Trimmer
 from services.log.status import Placement
 from services.persister.volume import Volume

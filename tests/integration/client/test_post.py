@@ -12,7 +12,7 @@ import pytest
 
 from fiq.client import AsyncClient, RefusedError, RetryPolicy
 from services.cli.embedded.stack import Stack
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from tests.support.corpus_contents import holds
 from tests.support.polling import eventually
 

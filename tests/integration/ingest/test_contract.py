@@ -22,7 +22,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
 from tests.support.persisters import PARTITIONS, Persister, corpus_of
 from tests.support.polling import eventually

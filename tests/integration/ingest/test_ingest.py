@@ -19,7 +19,7 @@ from nats.js import JetStreamContext
 
 from fiq.event import event_id_from_key
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
 from tests.support.polling import eventually
 from tests.support.service import Service

@@ -13,7 +13,7 @@ import orjson
 from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout
 
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from tests.support.persisters import PARTITIONS, Persister
 from tests.support.polling import eventually
 from tests.support.service import Service

@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from tests.support.persisters import PARTITIONS, Persister
 from tests.support.polling import eventually
 from tests.support.service import Service

@@ -14,10 +14,8 @@ from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import ApiError, JetStreamApi
 from services.log.jetstream.connection import close, connect
-from services.log.jetstream.definitions import cursor_config
-from services.log.jetstream.names import STREAM, cursor_name
-from services.log.jetstream.provision import provision
-from services.log.jetstream.reading import StreamReading
+from services.log.jetstream.reader import StreamReading
+from services.log.jetstream.stream import STREAM, cursor_config, cursor_name, provision
 from services.log.settings import LogSettings
 from tests.support.cluster import delete_streams
 from tests.support.polling import eventually

@@ -12,9 +12,9 @@ import pytest
 from fiq.event import Event
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import DuplicateInFlightError, LogFullError, LogRefusedError, LogUnavailableError
-from services.log.jetstream.names import STREAM
 from services.log.jetstream.publisher import MAX_BATCH, MAX_BATCHES_UNDER_WAY, MAX_SINGLES, Publisher
-from services.log.jetstream.reading import JetStreamReader
+from services.log.jetstream.reader import JetStreamReader
+from services.log.jetstream.stream import STREAM
 from services.log.protocol import Appended
 from services.log.settings import LogSettings
 from tests.support.appending import Log, new_event, open_log

@@ -17,7 +17,7 @@ from cryptography.x509.oid import NameOID
 from nats.aio.client import Client
 from prometheus_client import CollectorRegistry
 
-from services.log.jetstream.credentials import certificates
+from services.log.jetstream.connection import certificates
 from services.log.jetstream.monitor import LogMonitor
 from services.log.metrics import LogMetrics
 from services.log.settings import LogSettings

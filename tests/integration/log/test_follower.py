@@ -12,13 +12,11 @@ import pytest
 
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogMismatchError
-from services.log.jetstream import continuity
-from services.log.jetstream.budget import Budget, Held
+from services.log.jetstream import follower as continuity
 from services.log.jetstream.connection import Connection, close, connect
-from services.log.jetstream.definitions import cursor_config
-from services.log.jetstream.names import STREAM, subject_of
-from services.log.jetstream.provision import provision
+from services.log.jetstream.follower import Budget, Held
 from services.log.jetstream.publisher import Publisher
+from services.log.jetstream.stream import STREAM, cursor_config, provision, subject_of
 from services.log.partitions import partition_of
 from services.log.protocol import Position
 from services.log.settings import LogSettings

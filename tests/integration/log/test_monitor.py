@@ -23,10 +23,9 @@ from services.ingest.service import open_log
 from services.ingest.settings import Settings
 from services.log.jetstream import monitor as module
 from services.log.jetstream.connection import close, connect
-from services.log.jetstream.monitor import LogMonitor, look_once, monitoring
-from services.log.jetstream.names import PERSISTER_SERVICE, STREAM
+from services.log.jetstream.monitor import LogMonitor, look_once, monitoring, show_progress
 from services.log.jetstream.placement import Placements
-from services.log.jetstream.processes import show_progress
+from services.log.jetstream.stream import PERSISTER_SERVICE, STREAM
 from services.log.metrics import LogMetrics
 from services.log.settings import LogSettings
 from services.log.status import LogState, Progress, Waiting

@@ -13,8 +13,8 @@ import orjson
 import pytest
 from nats.aio.msg import Msg
 
-from services.log.jetstream.names import NODES_HEALTH, NODES_STATE
-from services.log.jetstream.report import NodeState, ask_nodes
+from services.log.jetstream.monitor import NodeState, ask_nodes
+from services.log.jetstream.stream import NODES_HEALTH, NODES_STATE
 from tests.support.broker import plain_server
 
 

@@ -12,8 +12,7 @@ from nats.aio.client import Client
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import close, connect
-from services.log.jetstream.names import STREAM, subject_of
-from services.log.jetstream.provision import provision
+from services.log.jetstream.stream import STREAM, provision, subject_of
 from services.log.partitions import partition_of
 from services.log.settings import LogSettings
 from tests.support.cluster import delete_streams

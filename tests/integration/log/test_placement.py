@@ -15,9 +15,8 @@ from services.log.errors import LogMismatchError, LogUnavailableError, Placement
 from services.log.jetstream import placement as module
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import close, connect
-from services.log.jetstream.names import BUCKET, BUCKET_STREAM, STREAM
 from services.log.jetstream.placement import Placements, read_stores
-from services.log.jetstream.provision import provision
+from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, provision
 from services.log.settings import LogSettings
 from services.log.status import Placement
 from tests.support.polling import eventually

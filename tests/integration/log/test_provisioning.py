@@ -13,12 +13,17 @@ from nats.aio.client import Client
 
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogUnavailableError, ProvisionError
-from services.log.jetstream import provision as module
+from services.log.jetstream import stream as module
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import close, connect
-from services.log.jetstream.definitions import dead_stream_config, stream_config
-from services.log.jetstream.names import DEAD_STREAM, STREAM
-from services.log.jetstream.provision import provision, stream_identity
+from services.log.jetstream.stream import (
+    DEAD_STREAM,
+    STREAM,
+    dead_stream_config,
+    provision,
+    stream_config,
+    stream_identity,
+)
 from services.log.protocol import LogIdentity
 from services.log.settings import LogSettings
 from tests.support.broker import plain_server

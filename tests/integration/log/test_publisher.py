@@ -20,8 +20,8 @@ from services.log.errors import (
 )
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import close, connect
-from services.log.jetstream.names import DEAD_STREAM, STREAM, dead_subject
 from services.log.jetstream.publisher import MAX_UNDER_WAY, Publisher
+from services.log.jetstream.stream import DEAD_STREAM, STREAM, dead_subject
 from services.log.protocol import Appended
 from services.log.settings import LogSettings
 from tests.support.appending import Log, new_event, open_log

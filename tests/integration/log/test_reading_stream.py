@@ -10,8 +10,8 @@ import pytest
 
 from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import stored_subject
-from services.log.jetstream.reading import StreamReading
+from services.log.jetstream.reader import StreamReading
+from services.log.jetstream.stream import stored_subject
 from services.log.partitions import partition_of
 from tests.support.cluster import delete_streams
 from tests.support.lossy import lossy

@@ -13,7 +13,7 @@ import pytest
 
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogMismatchError
-from services.log.jetstream import continuity
+from services.log.jetstream import follower as continuity
 from services.log.protocol import Position
 from tests.support.cluster import set_back, stores_copied
 from tests.support.following import Sink

@@ -14,8 +14,8 @@ import pytest
 from nats.aio.msg import Msg
 
 from services.log.errors import ProvisionError, StartupError
-from services.log.jetstream.names import Role
-from services.log.jetstream.provision import reach, reach_log
+from services.log.jetstream.connection import Role
+from services.log.jetstream.log import reach, reach_log
 from services.log.settings import LogSettings
 from tests.support.broker import plain_server, taken
 from tests.support.polling import eventually

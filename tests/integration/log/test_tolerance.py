@@ -12,7 +12,7 @@ from nats.aio.client import Client
 
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.connection import close, connect
-from services.log.jetstream.provision import provision
+from services.log.jetstream.stream import provision
 from services.log.settings import LogSettings
 from tests.support.broker import taken
 from tests.support.following import Sink

@@ -15,9 +15,9 @@ from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError
 from services.log.jetstream import trim as module
-from services.log.jetstream.names import STREAM
 from services.log.jetstream.placement import KEYS_SECONDS, Placements
-from services.log.jetstream.reading import JetStreamReader
+from services.log.jetstream.reader import JetStreamReader
+from services.log.jetstream.stream import STREAM
 from services.log.jetstream.trim import Trimmer
 from services.log.partitions import partition_of
 from services.log.protocol import Trimmed, message_id_at

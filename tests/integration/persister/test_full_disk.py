@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from fiq.corpus import open_corpus
-from services.log.jetstream.names import STREAM, parse_cursor_name
+from services.log.jetstream.stream import STREAM, parse_cursor_name
 from services.log.partitions import partition_name
 from tests.support.cluster import consumers_of
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from tests.support.persisters import Log, Persister, persisted
 from tests.support.polling import eventually
 from tests.support.snapshots import back_up, restore

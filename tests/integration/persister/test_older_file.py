@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.names import STREAM
 from services.log.jetstream.placement import Placements
+from services.log.jetstream.stream import STREAM
 from tests.support.persisters import Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
 

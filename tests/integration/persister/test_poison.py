@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nats.aio.client import Client
 
-from services.log.jetstream.names import STREAM
+from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_name, partition_of
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted
 from tests.support.polling import eventually

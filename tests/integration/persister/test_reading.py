@@ -18,8 +18,8 @@ from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.names import STREAM, parse_cursor_name
-from services.log.jetstream.reading import JetStreamReader, StreamReading
+from services.log.jetstream.reader import JetStreamReader, StreamReading
+from services.log.jetstream.stream import STREAM, parse_cursor_name
 from services.log.partitions import partition_of
 from services.log.protocol import Page, StoredEvent
 from services.log.questions import Stored, digest_of

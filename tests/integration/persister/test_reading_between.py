@@ -14,9 +14,9 @@ from fiq.corpus import EventStore, Record
 from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError
-from services.log.jetstream.names import STREAM
 from services.log.jetstream.questions import Answering
-from services.log.jetstream.reading import JetStreamReader, Numbered, StreamReading
+from services.log.jetstream.reader import JetStreamReader, Numbered, StreamReading
+from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
 from services.log.protocol import Page
 from services.log.questions import Stored, digest_of
@@ -194,7 +194,7 @@ async def test_what_is_read_of_a_long_backlog_for_a_batch_is_bounded(
     """The others are published in order, as if they were new."""
     events = [event(number) for number in range(1, 41)]
     await halted.append(*events)
-    monkeypatch.setattr(f"services.log.jetstream.reading.{bound}", 20)
+    monkeypatch.setattr(f"services.log.jetstream.reader.{bound}", 20)
     assert {events[0].event_id} == await halted.reader.known("c1", [events[0].event_id, events[39].event_id])
 
 

@@ -14,7 +14,7 @@ from nats.aio.client import Client
 
 from fiq.corpus import EventStore
 from services.core.lifecycle import Stop
-from services.log.jetstream import provision
+from services.log.jetstream.log import reach_log
 from services.log.protocol import LogIdentity
 from services.log.settings import LogSettings
 from services.persister import assignment
@@ -52,11 +52,11 @@ def run(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
     async def running() -> AsyncIterator[Run]:
         made = Run(tmp_path / "data", log.settings)
 
-        async def reach_log(*arguments: object, **options: object) -> tuple[Client, LogIdentity]:
-            made.client, identity = await provision.reach_log(*arguments, **options)  # type: ignore[arg-type]
+        async def reached(*arguments: object, **options: object) -> tuple[Client, LogIdentity]:
+            made.client, identity = await reach_log(*arguments, **options)  # type: ignore[arg-type]
             return made.client, identity
 
-        monkeypatch.setattr("services.log.jetstream.log.reach_log", reach_log)
+        monkeypatch.setattr("services.log.jetstream.log.reach_log", reached)
         try:
             yield made
         finally:

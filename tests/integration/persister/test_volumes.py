@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from fiq.errors import TransientError
-from services.log.jetstream.names import BUCKET, BUCKET_STREAM, STREAM
 from services.log.jetstream.placement import Placements, read_stores
-from services.log.jetstream.provision import provision
+from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, provision
 from services.log.settings import LogSettings
 from services.persister.assignment import Deployment, place
 from services.persister.volume import Volume

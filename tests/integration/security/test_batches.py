@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from fiq.event import Event, new_event_id
-from services.log.jetstream.names import Role
-from services.log.jetstream.provision import provision
+from services.log.jetstream.connection import Role
 from services.log.jetstream.publisher import Publisher
-from services.log.jetstream.reading import JetStreamReader
+from services.log.jetstream.reader import JetStreamReader
+from services.log.jetstream.stream import provision
 from services.log.protocol import Appended
 from services.log.settings import LogSettings
 from tests.support.polling import eventually

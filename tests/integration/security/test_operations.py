@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from services.cli.main import app
 from services.log.errors import LogAccessError, LogForbiddenError
-from services.log.jetstream.names import Role
-from services.log.jetstream.provision import provision
+from services.log.jetstream.connection import Role
 from services.log.jetstream.publisher import Publisher
+from services.log.jetstream.stream import provision
 from services.persister.volume import Volume
 from tests.support.cluster import reload
 from tests.support.persisters import Log, Persister, persisted

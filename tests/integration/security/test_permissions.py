@@ -13,13 +13,11 @@ from fiq.event import Event, new_event_id
 from services.cli.init.deployment import PERMISSIONS
 from services.log.errors import LogForbiddenError, ProvisionError
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.budget import Budget
-from services.log.jetstream.connection import Connection, close, connect
-from services.log.jetstream.follower import JetStreamFollower
-from services.log.jetstream.names import STREAM, Role
+from services.log.jetstream.connection import Connection, Role, close, connect
+from services.log.jetstream.follower import Budget, JetStreamFollower
 from services.log.jetstream.placement import Placements, read_stores
-from services.log.jetstream.provision import provision
 from services.log.jetstream.publisher import Publisher
+from services.log.jetstream.stream import STREAM, provision
 from services.log.protocol import LogIdentity, Position
 from tests.support.polling import eventually
 from tests.support.security import PORTS, Secured, fiq, run

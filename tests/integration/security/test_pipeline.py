@@ -19,7 +19,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.names import DEAD_STREAM, STREAM, Role
+from services.log.jetstream.connection import Role
+from services.log.jetstream.stream import DEAD_STREAM, STREAM
 from tests.support.persisters import Contents, Persister, joined, persisted
 from tests.support.polling import eventually
 from tests.support.security import Secured, fiq

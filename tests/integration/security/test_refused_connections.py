@@ -16,8 +16,7 @@ from fiq.errors import ConfigurationError
 from services.cli.embedded.cluster import Cluster
 from services.cli.errors import ChildFailedError
 from services.log.errors import LogAccessError, LogUnavailableError
-from services.log.jetstream.connection import CONNECT_DEADLINE_SECONDS, close, connect
-from services.log.jetstream.names import Role
+from services.log.jetstream.connection import CONNECT_DEADLINE_SECONDS, Role, close, connect
 from services.log.settings import LogSettings
 from tests.support.security import PORTS, Secured, fiq, make_deployment, replace_certificate, run
 

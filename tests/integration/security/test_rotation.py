@@ -16,10 +16,9 @@ from cryptography import x509
 from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogAccessError
-from services.log.jetstream.connection import Connection, close, connect
-from services.log.jetstream.names import Role
-from services.log.jetstream.provision import provision
+from services.log.jetstream.connection import Connection, Role, close, connect
 from services.log.jetstream.publisher import Publisher
+from services.log.jetstream.stream import provision
 from tests.support.cluster import reload
 from tests.support.polling import eventually
 from tests.support.security import Secured, make_deployment, replace_certificate

@@ -26,9 +26,8 @@ from services.cli.init.files import Layout
 from services.core.settings import load
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.connection import close, connect
-from services.log.jetstream.names import STREAM, Role
-from services.log.jetstream.report import read_stream
+from services.log.jetstream.connection import Role, close, connect
+from services.log.jetstream.stream import STREAM, read_stream
 from services.log.settings import LogSettings
 from services.log.status import StreamReport
 from tests.support.compose.engine import PACE, PREFIX, ROOT, EngineError, clean_up, containers_of, docker, run

@@ -20,8 +20,7 @@ from services.cli.init.authority import NODE_LIFETIME, names_in, not_after
 from services.cli.init.deployment import USERS
 from services.cli.init.files import NATS_FILES, Layout
 from services.cli.main import app
-from services.log.jetstream.credentials import public_key
-from services.log.jetstream.names import Role
+from services.log.jetstream.connection import Role, public_key
 
 #: what a deployment of three nodes has in `secrets`
 FILES = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fiq.event import Event, decode
 from fiq.trace import MAX_STATE, Trace, read_trace, trace_of_message
 from services.log.jetstream.connection import HEADERS_BYTES
-from services.log.jetstream.exchange import headers_bytes, hpub
+from services.log.jetstream.publisher import headers_bytes, hpub
 
 ID, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = f"00-{ID}-{SPAN}-01"

@@ -10,9 +10,15 @@ import nkeys
 import pytest
 
 from services.log.errors import LogForbiddenError
-from services.log.jetstream.connection import why_refused
-from services.log.jetstream.credentials import public_key, read_signer, tls_context
-from services.log.jetstream.refusals import Refusal, RefusalAwareClient, listen
+from services.log.jetstream.connection import (
+    Refusal,
+    RefusalAwareClient,
+    listen,
+    public_key,
+    read_signer,
+    tls_context,
+    why_refused,
+)
 from services.log.settings import LogSettings
 
 SEED = bytes(nkeys.encode_seed(bytes(range(32)), nkeys.PREFIX_BYTE_USER))

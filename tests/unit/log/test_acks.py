@@ -7,7 +7,7 @@ import pytest
 
 from fiq.errors import FiqError
 from services.log.errors import LogFullError, LogRefusedError
-from services.log.jetstream.exchange import Again, read_ack, read_batch_ack
+from services.log.jetstream.publisher import Again, read_ack, read_batch_ack
 from services.log.protocol import Appended
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from services.log.jetstream.budget import Budget, Held, Share
+from services.log.jetstream.follower import Budget, Held, Share
 
 #: bytes of the largest message
 LARGEST = 10

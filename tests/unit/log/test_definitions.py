@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.log.jetstream.definitions import bucket_config, cursor_config, dead_stream_config, stream_config
+from services.log.jetstream.stream import bucket_config, cursor_config, dead_stream_config, stream_config
 from services.log.settings import LogSettings
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.log.errors import ProvisionError
-from services.log.jetstream.definitions import changes, stream_config
+from services.log.jetstream.stream import changes, stream_config
 from services.log.settings import LogSettings
 
 MIB = 2**20

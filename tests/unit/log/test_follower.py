@@ -8,9 +8,8 @@ from typing import Any, cast
 import pytest
 
 from services.log.errors import LogUnavailableError
-from services.log.jetstream.budget import Budget, Room
-from services.log.jetstream.follower import MAX_BYTES, MAX_EVENTS, JetStreamFollower, _Buffer, _Pulls
-from services.log.jetstream.refusals import Received
+from services.log.jetstream.connection import Received
+from services.log.jetstream.follower import MAX_BYTES, MAX_EVENTS, Budget, JetStreamFollower, Room, _Buffer, _Pulls
 from services.log.protocol import Delivery, LogIdentity
 
 #: what may be held in all, when nothing else is said

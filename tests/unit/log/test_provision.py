@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.log.errors import ProvisionError
-from services.log.jetstream.provision import check_version
+from services.log.jetstream.stream import check_version
 
 
 @pytest.mark.parametrize("version", ["2.14.0", "2.15.1", "2.16.0-RC.1", "v2.14.3", "3.0.0"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.log.jetstream.report import read_stream
+from services.log.jetstream.stream import read_stream
 
 SECOND = 10**9
 

@@ -8,7 +8,7 @@ import pytest
 from nats.aio.client import Client
 
 from services.log.jetstream import trim as module
-from services.log.jetstream.processes import read_process, read_progress, show_progress
+from services.log.jetstream.monitor import read_process, read_progress, show_progress
 from services.log.jetstream.trim import Trimmer, committed_everywhere, is_turn
 from services.log.protocol import Trimmed
 from services.log.status import LiveProcess, LogState, Placement, Progress, StorePlacement

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from nats.aio.client import Client
 
-from services.log.jetstream.exchange import hpub, write
+from services.log.jetstream.publisher import hpub, write
 
 HEADERS = {"Nats-Msg-Id": "c-1/x", "Fi-Received-Ns": "17"}
 

@@ -32,9 +32,9 @@ from fiq.errors import PoisonError
 from fiq.event import Event, decode
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi, inbox
-from services.log.jetstream.names import STREAM, stored_subject
+from services.log.jetstream.connection import must_hear
 from services.log.jetstream.questions import Questions
-from services.log.jetstream.refusals import must_hear
+from services.log.jetstream.stream import STREAM, stored_subject
 from services.log.partitions import partition_of
 from services.log.protocol import EventBrowser, Page, Snapshot, StoredEvent
 from services.log.questions import Consultations, Events, EventsAnswer, Row, Stored
