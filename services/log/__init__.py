@@ -1,7 +1,7 @@
 """The log between ingest and the persisters.
 
-The seam is :mod:`services.log.protocol`; each log has a folder: ``jetstream``. :func:`open_log` opens the one that
-FI_LOG_URL names, and only then imports it.
+The seam is :mod:`services.log.protocol`; each log has a folder: ``jetstream`` and ``zeromq``. :func:`open_log` opens
+the one that FI_LOG_URL names, and only then imports it.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ def open_log(
     is not what the settings ask for; ConfigurationError: a file of the settings cannot be used, or the log cannot carry
     events of FI_MAX_EVENT_BYTES.
     """
+    if settings.uses_zeromq:
+        from services.log.zeromq import log as zeromq
+
+        if isinstance(role, IngestRole):
+            return zeromq.open_for_ingest(settings, role, metrics=metrics, on_closed=on_closed)
+        return zeromq.open_for_persister(settings, role, metrics=metrics, on_closed=on_closed)
     from services.log.jetstream import log as jetstream
 
     if isinstance(role, IngestRole):

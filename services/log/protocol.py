@@ -319,6 +319,14 @@ class Follower(Protocol):
         ...
 
     @property
+    def writers_wait(self) -> bool:
+        """Whether ``append`` returns only after :meth:`acknowledge`.
+
+        Rounds then begin at once. An event under a used key is not kept, because its client is told.
+        """
+        ...
+
+    @property
     def in_doubt(self) -> bool:
         """Whether the log is at present not known to be the one that the position belongs to."""
         ...
@@ -568,6 +576,7 @@ class PersisterRole:
         name: of the process, for operators.
         volume: UUID of the volume.
         directory: where its partition files are.
+        volumes: how many volumes the store is meant to have.
         retention: seconds for which committed events stay in the log while there is room.
         buffer_events: events that the followers of this process hold together, at most.
         buffer_bytes: the same in bytes, about.
@@ -576,6 +585,7 @@ class PersisterRole:
     name: str
     volume: str
     directory: Path
+    volumes: int
     retention: float
     buffer_events: int
     buffer_bytes: int

@@ -12,8 +12,10 @@ _STORE = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
 
 def _servers(value: str) -> tuple[str, ...]:
     urls = tuple(part.strip() for part in value.split(",") if part.strip())
+    if len(urls) == 1 and urls[0].startswith(("zmq+ipc:///", "zmq+tcp://")):
+        return urls
     if not urls or not all(url.startswith(("nats://", "tls://")) for url in urls):
-        raise ValueError("one or more URLs such as nats://host:4222, separated by commas")
+        raise ValueError("nats://HOST:PORT, several of them with commas, zmq+ipc:///DIRECTORY or zmq+tcp://HOST:PORT")
     return urls
 
 
@@ -37,7 +39,7 @@ class LogSettings:
         "FI_LOG_URL",
         ("nats://127.0.0.1:4222",),
         parse=_servers,
-        doc="Where the log is: the URLs of the NATS nodes, separated by commas. One that answers is enough.",
+        doc="Where the log is: URLs of NATS nodes, separated by commas, or a ZeroMQ address (docs/logs.md).",
     )
     ca_file: str = setting(
         "FI_NATS_CA_FILE",
@@ -50,6 +52,24 @@ class LogSettings:
         "",
         parse=text,
         doc="File with the nkey seed of this process' NATS user; read again at each connect, so it may be rotated.",
+    )
+    zmq_key_file: str = setting(
+        "FI_ZMQ_KEY_FILE",
+        "",
+        parse=text,
+        doc="File with the CURVE key pair of this process (`*.key_secret`); `zmq+tcp://` needs it.",
+    )
+    zmq_server_key: str = setting(
+        "FI_ZMQ_SERVER_KEY",
+        "",
+        parse=text,
+        doc="File with the public CURVE key of the persisters (`*.key`); ingest connects to no other.",
+    )
+    zmq_client_keys: str = setting(
+        "FI_ZMQ_CLIENT_KEYS",
+        "",
+        parse=text,
+        doc="Folder with the public CURVE keys (`*.key`) that a persister lets in; read at start.",
     )
     partitions: int = setting(
         "FI_PARTITIONS",
@@ -99,3 +119,13 @@ class LogSettings:
         parse=seconds(1, 3600),
         doc="How long to wait at start for a cluster that does not answer yet; then the process exits with 1.",
     )
+
+    @property
+    def url(self) -> str:
+        """FI_LOG_URL as one text."""
+        return ",".join(self.servers)
+
+    @property
+    def uses_zeromq(self) -> bool:
+        """Whether there is no broker."""
+        return self.servers[0].startswith("zmq+")

@@ -14,7 +14,8 @@ A crash anywhere leads to the same events again, and step 2 drops what step 4 ha
 runs in one thread, as one job for all partitions. A partition with poison waits for the dead letters alone, and one
 that fails leaves the round: its runner opens the file anew.
 
-A round begins at once when the last one could not take everything. Otherwise it begins when rounds have taken less than
+A round begins at once when the last one could not take everything, or when the log answers its writers only after the
+commit (:attr:`~services.log.protocol.Follower.writers_wait`). Otherwise it begins when rounds have taken less than
 :data:`SHARE` of the time: a lone event is committed within milliseconds, and 2,000 events a second cost three rounds.
 """
 
@@ -251,7 +252,9 @@ class Batch:
                 continue
             if at != sequence:
                 self.outcomes[sequence] = Outcome(Fate.DUPLICATE if same else Fate.CONFLICT, at)
-            if not same and not _is_known_conflict(store, consultation, event):
+            if same or self.member.follower.writers_wait:
+                continue
+            if not _is_known_conflict(store, consultation, event):
                 conflicts.append(Conflict(sequence, event, at))
         if store.append(consultation, list(new.values())):
             self.created.append(consultation)
@@ -317,7 +320,8 @@ class Rounds:
             if not batches:
                 continue
             await asyncio.shield(spawn(self._tasks, self._round(batches), "round"))
-            self._next_at = 0.0 if full else began + min(LONGEST_SECONDS, self._cost / SHARE)
+            at_once = full or any(batch.member.follower.writers_wait for batch in batches)
+            self._next_at = 0.0 if at_once else began + min(LONGEST_SECONDS, self._cost / SHARE)
             if full:
                 self._arrived.set()
 

@@ -61,6 +61,7 @@ async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None 
                 name="fi-persister",
                 volume=volume.uuid,
                 directory=volume.directory,
+                volumes=settings.volumes,
                 retention=settings.retention,
                 buffer_events=settings.buffer_events,
                 buffer_bytes=settings.buffer_bytes,

@@ -115,6 +115,10 @@ class ScriptedFollower:
         return 0
 
     @property
+    def writers_wait(self) -> bool:
+        return False
+
+    @property
     def in_doubt(self) -> bool:
         return self._stream.in_doubt
 

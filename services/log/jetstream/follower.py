@@ -546,6 +546,11 @@ class JetStreamFollower:
         return self._buffer.events
 
     @property
+    def writers_wait(self) -> bool:
+        """False: the broker has answered them."""
+        return False
+
+    @property
     def in_doubt(self) -> bool:
         """Whether a repair is due or under way: the log may have been set back."""
         lost = not self._nc.is_connected or self._subscription is None
