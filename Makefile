@@ -59,9 +59,9 @@ bench-soak: $(VENV)/.dev ## five minutes of load on the whole product: memory of
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 lock: $(VENV)/.dev ## renew requirements/*.txt from pyproject.toml
-	$(BIN)/uv pip compile $(LOCK) --extra cluster --group build pyproject.toml -o requirements/run.txt
+	$(BIN)/uv pip compile $(LOCK) --extra services --extra embedded --group build pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile $(LOCK) --all-extras --group build --group test --group check --group lock -c requirements/run.txt pyproject.toml -o requirements/dev.txt
-	$(BIN)/uv pip compile $(LOCK) -c requirements/run.txt pyproject.toml -o requirements/image.txt
+	$(BIN)/uv pip compile $(LOCK) --extra services -c requirements/run.txt pyproject.toml -o requirements/image.txt
 	$(BIN)/uv pip compile $(LOCK) -c requirements/run.txt --group build -o requirements/build.txt
 LOCK := -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --upgrade
 

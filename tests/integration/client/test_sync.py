@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import inspect
 import os
@@ -12,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from uuid import UUID
 
 import orjson
@@ -21,8 +19,6 @@ import pytest
 from fiq.client import AsyncClient, Client, ClosedError, EventBody, RefusedError, RetryPolicy
 from tests.support.polling import eventually_sync
 from tests.support.scripted_http import (
-    ScriptedHttp,
-    Step,
     accepted,
     every_line,
     lost,
@@ -30,8 +26,8 @@ from tests.support.scripted_http import (
     record,
     refused,
     says,
-    scripted,
     sent,
+    serving,
     silent,
     stream,
 )
@@ -46,28 +42,6 @@ CALLS = pytest.mark.parametrize(
     [lambda client: client.post("c-1", EVENT), lambda client: list(client.follow("c-1"))],
     ids=["post", "follow"],
 )
-
-
-@contextmanager
-def serving(*steps: Step) -> Iterator[ScriptedHttp]:
-    """Run a scripted server in a thread: the test's own waits for the client."""
-    ready: list[ScriptedHttp] = []
-    started, stop = threading.Event(), threading.Event()
-
-    async def run() -> None:
-        async with scripted(*steps) as server:
-            ready.append(server)
-            started.set()
-            await asyncio.to_thread(stop.wait)
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    started.wait()
-    try:
-        yield ready[0]
-    finally:
-        stop.set()
-        thread.join()
 
 
 def client_threads() -> list[threading.Thread]:
