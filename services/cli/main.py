@@ -49,8 +49,8 @@ COMMANDS = {
     "repack": Entry("verify:repack", "Write a compact, verified copy of a corpus."),
     "backup": Entry("backup.backup:backup", "Copy a volume while persisters write, and verify it."),
     "restore": Entry("backup.restore:restore", "Put a lost volume back from a backup."),
-    "give-up": Entry("backup.give_up:give_up", "Start a lost volume again without a backup."),
-    "place": Entry("backup.place:place", "Restore deleted placement keys from partition files."),
+    "give-up": Entry("backup.lost:give_up", "Start a lost volume again without a backup."),
+    "place": Entry("backup.lost:place", "Restore deleted placement keys from partition files."),
     "token": Entry("init.token:token", "Create, list and revoke API tokens without a restart."),
     "nats-context": Entry("nats_context:nats_context", "Write a context file for the `nats` command line."),
     "rolling-restart": Entry(

@@ -1,21 +1,185 @@
-"""``fiq status``."""
+"""The cluster's state in one snapshot, and ``fiq status``, which shows it.
+
+:func:`take_snapshot` asks the log once, as the services' monitor does: the streams, the placement of partitions, and
+the persisters that answer. ``fiq doctor``, ``backup``, ``restore``, ``give-up`` and ``place`` read the same snapshot.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import orjson
 import typer
+from nats.aio.client import Client
 from rich.filesize import decimal
+from rich.table import Table
 
-from services.cli import console
-from services.cli.overview import Overview, collect
-from services.cli.target import FolderOption, ServerOption, Target, find_cluster
-from services.log.jetstream import stream as names
-from services.log.status import StreamReport
+from services.cli import console, monitoring
+from services.cli.embedded.stack import State
+from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
+from services.log.errors import LogUnavailableError
+from services.log.jetstream.monitor import look_once
+from services.log.jetstream.stream import DEAD_STREAM, STREAM
+from services.log.metrics import PARTITIONS, PROCESSES
+from services.log.partitions import partition_name
+from services.log.settings import LogSettings
+from services.log.status import LiveProcess, LogState, PartitionState, Placement, ReplicaReport, StreamReport
+
+#: how long an election may keep the broker from answering, seconds
+_ELECTION = 12.0
+_PAUSE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A persister process that answered.
+
+    Attributes:
+        name: its name in ``fiq up``, or the one that it reports.
+        host: where it runs.
+        pid: its process id.
+        volume: UUID of its volume.
+        partitions: names of those that it owns.
+        address: host:port of its ``/readyz`` and ``/metrics`` on that host; empty when it does not report one.
+    """
+
+    name: str
+    host: str
+    pid: str
+    volume: str
+    partitions: tuple[str, ...]
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSnapshot:
+    """The cluster as one store's commands need it.
+
+    Attributes:
+        store: name of the store.
+        log: the streams, placements and processes.
+        workers: the persisters that answer, of all volumes, by name.
+    """
+
+    store: str
+    log: LogState
+    workers: tuple[Worker, ...]
+
+    @property
+    def stream(self) -> StreamReport | None:
+        """The stream of events; None when there is none."""
+        return self.log.stream
+
+    @property
+    def partitions(self) -> tuple[PartitionState, ...]:
+        """The store's partitions; none while they are not known."""
+        return self.log.partitions(self.store) if self.log.stream is not None else ()
+
+    @property
+    def placed(self) -> Mapping[int, Placement]:
+        """The placements of the store's partitions."""
+        found = (self.log.placements or {}).get(self.store)
+        return {} if found is None else found.partitions
+
+    def why_unknown(self, part: str) -> str:
+        """Return why the log could not be asked for *part*."""
+        return self.log.troubles.get(part, "no answer")
+
+
+async def take_snapshot(connection: Client, settings: LogSettings, state: State | None = None) -> ClusterSnapshot:
+    """Ask the log once, and again while a leader is being elected.
+
+    Args:
+        connection: to the cluster.
+        settings: of the log; they name the store.
+        state: of the ``fiq up`` that runs the cluster, for the names of its persisters.
+
+    Raises LogUnavailableError: no leader of the stream answered.
+    """
+    deadline = time.monotonic() + _ELECTION
+    while True:
+        try:
+            log = await look_once(connection, settings)
+            break
+        except LogUnavailableError as error:
+            if time.monotonic() >= deadline:
+                raise LogUnavailableError(
+                    f"the cluster takes connections but does not answer ({error}): are most of its nodes down? Look at "
+                    "their logs, or try again"
+                ) from error
+        await asyncio.sleep(_PAUSE)
+    known = {} if state is None else {str(member.pid): member.name for member in state.members}
+    workers = sorted((_worker(one, known) for one in log.processes or ()), key=lambda worker: worker.name)
+    return ClusterSnapshot(settings.store, log, tuple(workers))
+
+
+def _worker(process: LiveProcess, known: Mapping[str, str]) -> Worker:
+    metadata = process.metadata
+    pid = metadata.get("pid", "")
+    return Worker(
+        name=known.get(pid) or metadata.get("worker", ""),
+        host=metadata.get("host", ""),
+        pid=pid,
+        volume=process.volume,
+        partitions=tuple(partition_name(partition) for partition in sorted(process.partitions)),
+        address=metadata.get("address", ""),
+    )
+
+
+# -- fiq status ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node: its name, client URL (where known), role in the stream's raft group, and condition."""
+
+    name: str
+    url: str
+    role: str
+    condition: str
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A partition of one store.
+
+    Attributes:
+        name: two digits.
+        committed: stream sequence that its file has reached: from the file if it can be read here, else from its owner
+            or its key; None when none of them says.
+        lag: events after that which are not committed.
+        oldest_seconds: age of the oldest of them; None when there are none.
+        volume: UUID of the volume that holds it; empty when no key says so.
+        epoch: how often it was placed; 0 when no key says so.
+        begins: first stream sequence that its file may hold: above 1, the store began after a trim.
+        owners: persisters that report it as theirs: one, except for a moment.
+    """
+
+    name: str
+    committed: int | None
+    lag: int
+    oldest_seconds: float | None
+    volume: str
+    epoch: int
+    begins: int
+    owners: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The output of ``fiq status``; *remarks* say what is unknown or needs attention."""
+
+    nodes: tuple[Node, ...]
+    stream: StreamReport | None
+    dead: StreamReport | None
+    workers: tuple[Worker, ...]
+    partitions: tuple[Partition, ...]
+    remarks: tuple[str, ...]
 
 
 def status(
@@ -23,34 +187,106 @@ def status(
     folder: FolderOption = None,
     corpus: Annotated[
         Path | None,
-        typer.Option(help="Data directory, to compare with what is committed there; FI_STORE names the store."),
+        typer.Option(help="Data directory from which committed positions are read; FI_STORE names the store."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Show nodes, stream, and each partition's lag and owner."""
     target = find_cluster(server, folder)
-    overview = asyncio.run(collect(target, corpus or _data_dir(target)))
+    directory = corpus or (None if target.state is None else Path(target.state.data_dir))
+    found = asyncio.run(_read(target, directory))
     if json:
-        typer.echo(orjson.dumps(asdict(overview), option=orjson.OPT_INDENT_2))
+        typer.echo(orjson.dumps(asdict(found), option=orjson.OPT_INDENT_2))
     else:
-        _print(overview)
+        _print(found)
 
 
-def _data_dir(target: Target) -> Path | None:
-    return None if target.state is None else Path(target.state.data_dir)
+async def _read(target: Target, corpus: Path | None) -> Status:
+    committed, remarks = _committed(corpus)
+    async with connected(target.settings) as connection:
+        snapshot = await take_snapshot(connection, target.settings, target.state)
+    log = snapshot.log
+    if log.stream is None:
+        remarks.append(f"there is no stream {STREAM}: start a service, or run  fiq provision")
+    if log.processes is None:
+        remarks.append(f"it is unknown which persisters run: {snapshot.why_unknown(PROCESSES)}")
+    elif not snapshot.workers:
+        remarks.append("no persister answers: events are kept in the stream until one runs")
+    if log.stream is not None and not snapshot.partitions:
+        remarks.append(f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}")
+    now = time.time() - log.clock_offset
+    return Status(
+        nodes=_nodes(log.stream, target.state),
+        stream=log.stream,
+        dead=log.dead,
+        workers=snapshot.workers,
+        partitions=tuple(_partition(one, snapshot.workers, committed, now) for one in snapshot.partitions),
+        remarks=tuple(remarks),
+    )
 
 
-def _print(overview: Overview) -> None:
+def _committed(corpus: Path | None) -> tuple[dict[int, int], list[str]]:
+    if corpus is None or not corpus.exists():
+        return {}, []
+    from fiq.corpus import CorpusError, open_corpus  # h5py is slow to import, and not every status needs it
+
+    try:
+        with open_corpus(corpus) as opened:
+            return {info.identity.partition: info.committed for info in opened.partitions}, []
+    except CorpusError as error:
+        return {}, [f"the corpus cannot be read: {error}"]
+
+
+def _nodes(stream: StreamReport | None, state: State | None) -> tuple[Node, ...]:
+    found = {}
+    if stream is not None:
+        found = {replica.name: ("replica", _condition(replica)) for replica in stream.replicas}
+        found |= {stream.leader: ("leader", "current")} if stream.leader else {}
+    members = {} if state is None else {member.name: member for member in state.nodes}
+    nodes = []
+    for name in sorted(found.keys() | members.keys()):
+        role, condition = found.get(name, ("", "healthy"))
+        if name in members and monitoring.get(members[name].monitoring, "/healthz")[0] != 200:
+            condition = "not healthy"
+        nodes.append(Node(name, members[name].url if name in members else "", role, condition))
+    return tuple(nodes)
+
+
+def _condition(replica: ReplicaReport) -> str:
+    if replica.offline:
+        return "offline"
+    return "current" if replica.current else f"{replica.lag} behind"
+
+
+def _partition(one: PartitionState, workers: tuple[Worker, ...], committed: Mapping[int, int], now: float) -> Partition:
+    name, placement = partition_name(one.partition), one.placement
+    return Partition(
+        name=name,
+        committed=committed.get(one.partition, one.committed if one.owners or placement is not None else None),
+        lag=one.waiting.events,
+        oldest_seconds=None if one.oldest is None else max(0.0, now - one.oldest),
+        volume="" if placement is None else placement.volume,
+        epoch=0 if placement is None else placement.epoch,
+        begins=0 if placement is None else placement.begins,
+        owners=tuple(worker.name for worker in workers if name in worker.partitions),
+    )
+
+
+def _print(found: Status) -> None:
     out = console.out()
-    if overview.nodes:
-        _print_nodes(overview)
-    for name, stream in ((names.STREAM, overview.stream), (names.DEAD_STREAM, overview.dead)):
+    if found.nodes:
+        table = console.table("node", "role", "condition", "address")
+        for node in found.nodes:
+            table.add_row(node.name, node.role, node.condition, node.url)
+        out.print(table)
+        out.print()
+    for name, stream in ((STREAM, found.stream), (DEAD_STREAM, found.dead)):
         if stream is not None:
             out.print(f"stream {name}: {_fill(stream)}")
-    if overview.partitions:
+    if found.partitions:
         out.print()
-        _print_partitions(overview)
-    for remark in overview.remarks:
+        out.print(_table(found))
+    for remark in found.remarks:
         console.err().print(f"fiq: {remark}", soft_wrap=True)
 
 
@@ -60,18 +296,10 @@ def _fill(stream: StreamReport) -> str:
     return f"{stream.messages} messages{sequences}, {decimal(stream.bytes)}{limit}"
 
 
-def _print_nodes(overview: Overview) -> None:
-    table = console.table("node", "role", "condition", "address")
-    for node in overview.nodes:
-        table.add_row(node.name, node.role, node.condition, node.url)
-    console.out().print(table)
-    console.out().print()
-
-
-def _print_partitions(overview: Overview) -> None:
-    pids = {worker.name: worker.pid for worker in overview.workers}
+def _table(found: Status) -> Table:
+    pids = {worker.name: worker.pid for worker in found.workers}
     table = console.table("partition", ">committed", ">lag", ">oldest", "owner", "volume")
-    for one in overview.partitions:
+    for one in found.partitions:
         owners = ", ".join(f"{owner} (pid {pids[owner]})" for owner in one.owners) or "nobody"
         committed = "-" if one.committed is None else str(one.committed)
         oldest = "-" if one.oldest_seconds is None else f"{one.oldest_seconds:.0f} s"
@@ -79,4 +307,4 @@ def _print_partitions(overview: Overview) -> None:
         if one.begins > 1:
             volume += f", from sequence {one.begins} on"
         table.add_row(one.name, committed, str(one.lag), oldest, owners, volume)
-    console.out().print(table)
+    return table

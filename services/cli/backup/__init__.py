@@ -1,1 +1,1 @@
-"""Backups of a live corpus: how one is made, what its manifest says, how it is put back."""
+"""Backups of a live corpus, and what is done after a volume or its placement was lost."""

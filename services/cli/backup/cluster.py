@@ -1,38 +1,39 @@
-"""What the cluster knows of a volume: where its partitions live, how far the stream reaches, who is at work on it."""
+"""What the cluster knows of a store's placements, their history included, and the fence that changes them.
+
+``backup`` compares files with it; ``restore`` and ``give-up`` decide by it what is lost, and *fence*: they place the
+partitions again, in higher epochs. From then on files of older epochs are refused, and nothing is trimmed that the new
+files lack.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from services.cli.errors import BackupError, RestoreRefusedError
-from services.cli.overview import Worker, ask_workers
+from services.cli.status import ClusterSnapshot, Worker, take_snapshot
 from services.cli.target import Target, connected
 from services.log.errors import LogRefusedError, LogUnavailableError, PlacementError
-from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.placement import FENCE_SECONDS, Placements, read_stores
-from services.log.jetstream.stream import BUCKET, STREAM, read_stream
+from services.log.jetstream.stream import BUCKET, STREAM
+from services.log.metrics import PARTITIONS, PROCESSES
 from services.log.partitions import partition_name
-from services.log.status import Placement, StorePlacement
-
-#: the bucket gets so long to have a leader, seconds
-ELECTION_SECONDS = 15.0
+from services.log.status import Placement
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterView:
-    """The cluster as a backup or a restore needs it.
+class StoreView:
+    """A store in the cluster, as a backup or a restore needs it.
 
     Attributes:
         created: when the stream was created, as the broker states it.
         partitions: how many the stream has.
         first: sequence of the oldest message; one above *last* when the stream is empty.
-        last: sequence of the youngest message that there ever was.
-        holes: messages that are missing between these two: trim goes around a partition that stands still.
-        placed: where the store's partitions live.
-        history: of each partition, where the kept history of its key says that it lived, the newest last.
+        last: sequence of the newest message that ever existed.
+        holes: messages that are missing between these two: trim skips a partition that is stopped.
+        placed: the store's placements, by partition.
+        history: for each partition, the placements in the kept history of its key, the newest last.
         workers: the persisters that answer, of all volumes.
     """
 
@@ -46,19 +47,19 @@ class ClusterView:
     workers: tuple[Worker, ...]
 
     def placed_on(self, volume: str) -> tuple[int, ...]:
-        """Return the partitions that live on *volume*, by number."""
-        return tuple(partition for partition, place in sorted(self.placed.items()) if place.volume == volume)
+        """Return the partitions that are placed on *volume*."""
+        return tuple(partition for partition, one in sorted(self.placed.items()) if one.volume == volume)
 
     def highest_epoch(self, partition: int) -> int:
-        """Return the highest epoch that *partition* ever had, as far as is known; 0 when it had none."""
-        return max((place.epoch for place in self.history[partition]), default=0)
+        """Return the highest epoch that *partition* is known to have had; 0 when it had none."""
+        return max((one.epoch for one in self.history[partition]), default=0)
 
     def reached(self, partition: int, *, since: int) -> int:
-        """Return the highest sequence that keys of *partition* called committed in epochs from *since* on, else 0."""
-        return max((place.committed for place in self.history[partition] if place.epoch >= since), default=0)
+        """Return the highest committed sequence in the history of *partition* in epochs from *since* on, else 0."""
+        return max((one.committed for one in self.history[partition] if one.epoch >= since), default=0)
 
     def alive_on(self, volume: str) -> tuple[str, ...]:
-        """Return for each live persister of *volume* why nothing may be put in its place."""
+        """Return for each live persister of *volume* why nothing may replace the volume."""
         return tuple(
             f"a persister of this volume runs: {worker.name} on {worker.host}, pid {worker.pid}. Stop all persisters "
             "of the volume first; two directories with one identity would fight for its partitions"
@@ -67,48 +68,43 @@ class ClusterView:
         )
 
 
-async def look(target: Target, store: str) -> ClusterView | None:
-    """Ask the cluster about *store*; None when it has no stream of ours.
+async def look(target: Target, store: str) -> StoreView | None:
+    """Ask the cluster about *store*; return None when it has no stream of events.
 
     Raises:
-        LogUnavailableError: no node answered.
-        BackupError: the stream is none of fiq's.
+        LogUnavailableError: no node answered, or it is unknown where partitions are placed or which persisters run.
+        BackupError: the stream was not created by fiq.
     """
-    async with connected(target.settings) as connection:
-        info = await JetStreamApi(connection).stream_info(STREAM)
-        if info is None:
+    settings = replace(target.settings, store=store)
+    async with connected(settings) as connection:
+        snapshot = await take_snapshot(connection, settings, target.state)
+        stream = snapshot.stream
+        if stream is None:
             return None
-        stream = read_stream(info)
         if not stream.partitions:
-            raise BackupError(f"stream {STREAM} was not made by fiq: it names no number of partitions")
-        settings = replace(target.settings, store=store, partitions=stream.partitions)
-        placements = Placements(connection, settings)
-        found = await _placed(placements)
+            raise BackupError(f"stream {STREAM} was not made by fiq: its metadata has no number of partitions")
+        _check_known(snapshot)
+        placements = Placements(connection, replace(settings, partitions=stream.partitions))
         every = range(stream.partitions)
         history = await asyncio.gather(*(placements.history(partition) for partition in every))
-        workers = await ask_workers(connection, target.state)
-    return ClusterView(
+    first, last = max(1, stream.first_sequence), stream.last_sequence
+    return StoreView(
         created=stream.created,
         partitions=stream.partitions,
-        first=max(1, stream.first_sequence),
-        last=stream.last_sequence,
-        holes=int(info["state"].get("num_deleted", 0)),
-        placed=found.partitions,
+        first=first,
+        last=last,
+        holes=max(0, last + 1 - first) - stream.messages,
+        placed=snapshot.placed,
         history=dict(zip(every, history, strict=True)),
-        workers=tuple(workers),
+        workers=snapshot.workers,
     )
 
 
-async def _placed(placements: Placements) -> StorePlacement:
-    """Return where partitions live; the bucket may be electing its leader just now."""
-    end = time.monotonic() + ELECTION_SECONDS
-    while True:
-        try:
-            return await placements.read()
-        except LogUnavailableError:
-            if time.monotonic() >= end:
-                raise
-        await asyncio.sleep(0.5)
+def _check_known(snapshot: ClusterSnapshot) -> None:
+    log = snapshot.log
+    for part, known in ((PARTITIONS, log.placements), (PROCESSES, log.processes)):
+        if known is None or part in log.troubles:
+            raise LogUnavailableError(f"the cluster does not say all of its state ({snapshot.why_unknown(part)})")
 
 
 async def other_stores(target: Target) -> tuple[str, ...]:
@@ -120,18 +116,18 @@ async def other_stores(target: Target) -> tuple[str, ...]:
         return tuple(name for name in await read_stores(connection) if name != target.settings.store)
 
 
-async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: ClusterView) -> None:
-    """Place partitions once more: files of older epochs are refused from now on, and what is not committed is kept.
+async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: StoreView) -> None:
+    """Place partitions again: files of older epochs are refused from now on, and what is not committed is kept.
 
-    What is trimmed by keys that were read before is gone when this returns: look at the stream once more.
+    A trim that has read the keys before is over when this returns: look at the stream once more.
 
     Args:
         target: the cluster.
         store: the volume's store.
-        wanted: where they live, with the epochs that they get, and with what the files will have that are put there.
+        wanted: the new placements, with new epochs, and with what the restored files will hold.
         seen: the cluster as it was.
 
-    Raises RestoreRefusedError: the broker did not take one, or it changed meanwhile; those before it have theirs.
+    Raises RestoreRefusedError: the broker refused one, or it has changed meanwhile; those before it are placed.
     """
     async with connected(target.settings) as connection:
         placements = Placements(connection, replace(target.settings, store=store))
@@ -139,14 +135,14 @@ async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: C
             known = seen.placed.get(one.partition)
             try:
                 if known is not None:
-                    from_now_on = replace(one, revision=known.revision)
-                    await placements.renew(from_now_on, epoch=one.epoch, committed=one.committed)
+                    current = replace(one, revision=known.revision)
+                    await placements.renew(current, epoch=one.epoch, committed=one.committed)
                 elif (found := await placements.place(one)).volume != one.volume:
                     raise PlacementError(f"volume {found.volume} has taken it")
             except (LogUnavailableError, LogRefusedError, PlacementError) as error:
                 raise RestoreRefusedError(
-                    f"partition {partition_name(one.partition)} could not be placed anew in bucket {BUCKET} ({error}), "
-                    "so the old directory might run beside the new one, and events be trimmed that the new one lacks: "
-                    "nothing was put there. Use the NATS user `ops`, and try again"
+                    f"partition {partition_name(one.partition)} could not be placed again in bucket {BUCKET} "
+                    f"({error}). The old directory might run at the same time as the new one, and events that the new "
+                    "one lacks might be trimmed, so no file was restored. Use the NATS user `ops`, and try again"
                 ) from error
     await asyncio.sleep(FENCE_SECONDS)

@@ -240,7 +240,7 @@ async def test_a_volume_that_lacks_a_partition_is_not_called_backed_up(log: Log,
         assert 0 == await persister.end()
     for name in ("02.h5", "02.h5.wal"):
         (data / name).unlink()
-    assert "partition 02 lives on this volume but" in await refused(log, "backup", tmp_path / "s", "--corpus", data)
+    assert "partition 02 is placed on this volume but" in await refused(log, "backup", tmp_path / "s", "--corpus", data)
     await done(log, "backup", tmp_path / "s", "--corpus", data, "--offline")
     assert 3 == len(json.loads((tmp_path / "s" / "manifest.json").read_text())["contents"])
 
@@ -259,5 +259,5 @@ async def test_a_stale_backup_of_another_placement_is_refused(log: Log, tmp_path
         await bucket.delete(placement_key("main", partition))
         await placements.place(Placement(partition, other.uuid, 1, committed=0, begins=1, revision=0))
     reason = await refused(log, "restore", saved, "--to", data)
-    assert f"lives on volume {other.uuid}" in reason
+    assert f"is now on volume {other.uuid}" in reason
     assert not data.exists()

@@ -15,8 +15,8 @@ import pytest
 from nats.js.api import Header
 from typer.testing import CliRunner
 
-from services.cli.doctor.command import Patient, examine
-from services.cli.doctor.finding import Finding, Level
+from services.cli.doctor import Finding, Level
+from services.cli.doctor.command import Installation, examine
 from services.cli.embedded.cluster import Cluster
 from services.cli.embedded.processes import LOOPBACK
 from services.cli.main import app
@@ -36,12 +36,12 @@ async def log(fresh_log: Cluster) -> AsyncIterator[Log]:
         yield made
 
 
-def patient(log: Log, data: Path | None, settings: LogSettings | None = None, **env: str) -> Patient:
+def patient(log: Log, data: Path | None, settings: LogSettings | None = None, **env: str) -> Installation:
     monitoring = [f"http://{LOOPBACK}:{ports.monitoring}" for ports in log.cluster.ports]
-    return Patient(Target(settings or log.settings, None), data, monitoring, env)
+    return Installation(Target(settings or log.settings, None), data, monitoring, env)
 
 
-async def findings(one: Patient, *, clock_offset: float = 0.0, held_back: float = 60.0) -> list[Finding]:
+async def findings(one: Installation, *, clock_offset: float = 0.0, held_back: float = 60.0) -> list[Finding]:
     return await asyncio.to_thread(examine, one, clock_offset=clock_offset, held_back=held_back)
 
 
@@ -50,7 +50,7 @@ def bad(found: list[Finding]) -> list[tuple[str, str]]:
     return sorted({(one.check, one.level.value) for one in found if one.level is not Level.OK})
 
 
-async def only(one: Patient, check: str, level: str, text: str, *, times: int = 1) -> None:
+async def only(one: Installation, check: str, level: str, text: str, *, times: int = 1) -> None:
     """Wait until nothing but *check* is bad, with *text* in each of its findings."""
 
     async def look() -> bool:
@@ -64,7 +64,7 @@ async def only(one: Patient, check: str, level: str, text: str, *, times: int = 
     await eventually(look)
 
 
-async def healthy(one: Patient) -> list[Finding]:
+async def healthy(one: Installation) -> list[Finding]:
     async def look() -> list[Finding]:
         found = await findings(one)
         assert [] == bad(found), [finding for finding in found if finding.level is not Level.OK]
@@ -225,7 +225,7 @@ async def test_clocks_are_compared_through_the_consumers_when_no_monitoring_port
     with Persister(tmp_path / "a", log.cluster, tmp_path / "data") as persister:
         await persister.ready()
         one = patient(log, tmp_path / "data")
-        found = await findings(Patient(one.target, one.directory, ["http://127.0.0.1:9"], {}), clock_offset=3600)
+        found = await findings(Installation(one.target, one.directory, ["http://127.0.0.1:9"], {}), clock_offset=3600)
         assert 0 == await persister.end()
     clocks = [finding for finding in found if finding.check == "clocks"]
     assert clocks

@@ -66,7 +66,9 @@ async def test_a_file_that_the_stream_does_not_reach_back_to_is_refused(log: Log
     reason = await refused(log, "place", "--corpus", tmp_path / "data")
     assert "00.h5 ends at sequence 20, but stream fi-events begins at 51" in reason
     assert [] == await keys(log)
-    assert PARTITIONS == (await done(log, "place", "--corpus", tmp_path / "data", "--force")).count("lives on volume")
+    assert PARTITIONS == (await done(log, "place", "--corpus", tmp_path / "data", "--force")).count(
+        "is placed on volume"
+    )
     assert [(volume, 20)] * PARTITIONS == [(key.volume, key.committed) for key in await keys(log)]
 
 
@@ -117,5 +119,5 @@ async def test_a_bucket_that_is_as_old_as_the_stream_lacks_nobody(log: Log, tmp_
     await log.publish(4)
     await reached(log, files(log, tmp_path / "data", committed=4), 4)
     await deleted(log)
-    assert PARTITIONS == (await done(log, "place", "--corpus", tmp_path / "data")).count("lives on volume")
+    assert PARTITIONS == (await done(log, "place", "--corpus", tmp_path / "data")).count("is placed on volume")
     assert 4 == (await Trimmer(log.nc, retention=0).trim()).purged

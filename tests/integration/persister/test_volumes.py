@@ -199,7 +199,9 @@ async def test_a_lost_bucket_is_no_fresh_start(log: Log, tmp_path: Path) -> None
         await log.api.request("STREAM.DELETE.KV_fi-partitions")
         await provision(log.nc, log.settings)
         await persister.not_ready("key main.03 of bucket fi-partitions is gone")
-        assert PARTITIONS == (await done(log, "place", "--corpus", data, "--stores", "main")).count("lives on volume")
+        assert PARTITIONS == (await done(log, "place", "--corpus", data, "--stores", "main")).count(
+            "is placed on volume"
+        )
         await persister.ready()
         await eventually(lambda: formed(log))
         later = await log.publish(40)

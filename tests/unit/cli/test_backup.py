@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fiq.corpus import EventStore, verify_corpus
-from services.cli.backup import making
+from services.cli.backup import backup
 from services.cli.main import app
 from services.persister.errors import VolumeBusyError, VolumeError
 from services.persister.volume import Volume
@@ -137,7 +137,7 @@ def test_a_backup_that_fails_at_any_step_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(making, step, fail)
+    monkeypatch.setattr(backup, step, fail)
     before = names(tmp_path)
     refused(run("backup", tmp_path / "saved", "--corpus", volume, "--offline"), "No space left")
     assert before == names(tmp_path)
@@ -147,12 +147,12 @@ def test_a_backup_that_fails_at_any_step_leaves_nothing(
 def test_what_a_backup_killed_with_9_leaves_does_not_look_like_one(volume: Path, tmp_path: Path, step: str) -> None:
     """A hidden directory without a manifest, which restore refuses; the next backup does not mind it."""
     code = killed_in(
-        f"services.cli.backup.making.{step}", "backup", tmp_path / "saved", "--corpus", volume, "--offline"
+        f"services.cli.backup.backup.{step}", "backup", tmp_path / "saved", "--corpus", volume, "--offline"
     )
     assert -signal.SIGKILL == code
     (left,) = tmp_path.glob(".saved.*.new")
     assert not (tmp_path / "saved").exists()
-    refused(run("restore", left, "--to", tmp_path / "new", "--offline"), r"is no backup: it has no manifest\.json")
+    refused(run("restore", left, "--to", tmp_path / "new", "--offline"), r"is not a backup: it has no manifest\.json")
     assert (0, "") == _outcome(run("backup", tmp_path / "saved", "--corpus", volume, "--offline"))
 
 
@@ -239,7 +239,7 @@ def test_a_persister_that_starts_during_a_restore_has_to_wait(
 ) -> None:
     """The claim lock is held from the first look to the last rename."""
     monkeypatch.setattr("services.persister.volume.LOCK_TIMEOUT_SECONDS", 0.0)
-    from services.cli.backup.restoring import reserved
+    from services.cli.backup.restore import reserved
 
     with reserved(tmp_path / "new"), pytest.raises(VolumeBusyError):
         Volume.open(tmp_path / "new", "main")
@@ -251,7 +251,7 @@ def test_a_changed_byte_in_any_file_is_found(saved: Path, tmp_path: Path, name: 
     content = bytearray((saved / name).read_bytes())
     content[len(content) // 2] ^= 1
     (saved / name).write_bytes(content)
-    refused(run("restore", saved, "--to", tmp_path / "new", "--offline"), f"{name} is not what the manifest says")
+    refused(run("restore", saved, "--to", tmp_path / "new", "--offline"), f"{name} differs from the manifest")
     assert not (tmp_path / "new").exists()
 
 
@@ -261,11 +261,11 @@ def test_a_changed_byte_in_any_file_is_found(saved: Path, tmp_path: Path, name: 
         (lambda d: (d / "00.h5.wal").unlink(), r"lacks 00\.h5\.wal"),
         (lambda d: (d / "02.h5").write_bytes(b""), r"has 02\.h5, which its manifest does not list"),
         (lambda d: (d / "00.h5").write_bytes(bytes(5)), r"00\.h5 has \d+ bytes, the manifest says"),
-        (lambda d: (d / "manifest.json").write_text("{"), "is damaged: it is no JSON"),
-        (lambda d: (d / "manifest.json").write_text("{}"), "is no manifest of a fiq backup"),
+        (lambda d: (d / "manifest.json").write_text("{"), "is damaged: it is not JSON"),
+        (lambda d: (d / "manifest.json").write_text("{}"), "is not the manifest of a fiq backup"),
         (lambda d: edit(d, lambda m: m.update(format=2)), "has format 2"),
         (lambda d: edit(d, lambda m: m.pop("volume")), "is damaged"),
-        (lambda d: edit(d, lambda m: m["files"][0].update(name="../x")), "no backup holds a file"),
+        (lambda d: edit(d, lambda m: m["files"][0].update(name="../x")), "a backup cannot hold a file"),
         (lambda d: edit(d, lambda m: m["files"].pop(1)), r"00\.h5\.wal is not listed"),
         (lambda d: edit(d, lambda m: m["contents"][0].update(committed=99)), "does not describe these files"),
         (lambda d: edit(d, lambda m: m["contents"].pop()), "does not describe these files"),

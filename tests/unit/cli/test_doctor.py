@@ -15,8 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fiq.corpus.wal import storage
-from services.cli.doctor import corpus, machine
-from services.cli.doctor.finding import Level
+from services.cli.doctor import Level, host
 from services.cli.embedded.processes import LOOPBACK, free_ports
 from services.cli.main import app
 from services.persister.settings import PersisterSettings
@@ -42,7 +41,7 @@ def directory() -> Iterator[Path]:
 
 def test_this_machine_has_the_versions_that_fiq_needs() -> None:
     """It was installed with its requirements; the finding names them all."""
-    (finding,) = machine.versions()
+    (finding,) = host.check_versions()
     assert Level.OK is finding.level
     for part in ("fiq ", "Python 3.", "h5py 3.", "HDF5 ", "nats-py 2."):
         assert part in finding.what
@@ -51,7 +50,7 @@ def test_this_machine_has_the_versions_that_fiq_needs() -> None:
 @pytest.mark.parametrize(("python", "h5"), [((3, 10), "3.14.0"), ((3, 11), "3.9.1")])
 def test_versions_that_are_too_old_are_errors(python: tuple[int, ...], h5: str) -> None:
     """Neither can be installed here any more."""
-    assert "or newer" in only(machine.versions(python, h5), Level.ERROR).meaning
+    assert "or newer" in only(host.check_versions(python, h5), Level.ERROR).meaning
 
 
 def test_few_descriptors_are_a_warning() -> None:
@@ -59,73 +58,56 @@ def test_few_descriptors_are_a_warning() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
     try:
-        assert "512 files" in only(machine.limits(), Level.WARNING).what
+        assert "512 files" in only(host.check_open_files(), Level.WARNING).what
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_too_little_memory_for_the_settings_is_an_error() -> None:
     """The kernel would end the persister again and again."""
-    fine(machine.memory(PersisterSettings()))
-    assert "FI_BUFFER_BYTES" in only(machine.memory(PersisterSettings(), 128 << 20), Level.ERROR).action
-    assert only(machine.memory(PersisterSettings(buffer_bytes=2**32), 4 << 30), Level.ERROR).meaning
-
-
-@pytest.mark.parametrize(
-    ("name", "stated", "expected"),
-    [
-        ("memory.max", "268435456\n", 268435456),
-        ("memory.max", "max\n", 8 << 30),
-        ("memory/memory.limit_in_bytes", "9223372036854771712\n", 8 << 30),
-        ("other", "1\n", 8 << 30),
-    ],
-)
-def test_a_containers_limit_counts_where_there_is_one(tmp_path: Path, name: str, stated: str, expected: int) -> None:
-    """Of both versions of control groups; no limit is written as a word or as a very large number."""
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(stated)
-    (tmp_path / "meminfo").write_text(f"MemTotal: {8 << 20} kB\n")
-    assert expected == machine.memory_limit(tmp_path, tmp_path / "meminfo")
+    fine(host.check_memory(PersisterSettings()))
+    assert "FI_BUFFER_BYTES" in only(host.check_memory(PersisterSettings(), 128 << 20), Level.ERROR).action
+    assert only(host.check_memory(PersisterSettings(buffer_bytes=2**32), 4 << 30), Level.ERROR).meaning
 
 
 def test_a_secret_that_others_can_read_is_an_error(tmp_path: Path) -> None:
     """One for its owner only is fine, one that is missing is told."""
     seed = tmp_path / "ingest.seed"
     env = {"FI_NATS_SEED_FILE": str(seed)}
-    assert "No such file" in only(machine.secrets(env), Level.ERROR).what
+    assert "No such file" in only(host.check_secrets(env), Level.ERROR).what
     seed.write_text("SU…")
     seed.chmod(0o640)
-    assert "chmod 600" in only(machine.secrets(env), Level.ERROR).action
+    assert "chmod 600" in only(host.check_secrets(env), Level.ERROR).action
     seed.chmod(0o600)
-    fine(machine.secrets(env))
-    assert [] == list(machine.secrets({}))
+    fine(host.check_secrets(env))
+    assert [] == list(host.check_secrets({}))
 
 
 def test_a_data_directory_that_everybody_can_read_is_an_error(directory: Path) -> None:
     """Also where only a file is open; not where a folder above is closed."""
-    fine(machine.data_directory(directory))
+    fine(host.check_directory(directory))
     (directory / "00.h5").write_bytes(b"")
     (directory / "00.h5").chmod(0o644)
-    assert "chmod -R o-rwx" in only(machine.data_directory(directory), Level.ERROR).action
+    assert "chmod -R o-rwx" in only(host.check_directory(directory), Level.ERROR).action
     directory.parent.chmod(0o700)
-    fine(machine.data_directory(directory))
+    fine(host.check_directory(directory))
     directory.parent.chmod(0o755)
     (directory / "00.h5").chmod(0o640)
     directory.chmod(0o755)
-    assert str(directory) in only(machine.data_directory(directory), Level.ERROR).what
+    assert str(directory) in only(host.check_directory(directory), Level.ERROR).what
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     """And so is one that cannot be written at all; the probe leaves nothing behind."""
     with small_disk("tmpfs", tmp_path / "disk", size=8) as disk:
-        fine(machine.data_directory(disk))
+        fine(host.check_directory(disk))
         ballast = fill(disk)
-        found = [finding for finding in machine.data_directory(disk) if finding.level is Level.ERROR]
+        found = [finding for finding in host.check_directory(disk) if finding.level is Level.ERROR]
         assert ["disks", "disks"] == [finding.check for finding in found]
         assert "cannot be written: No space left" in found[1].what
         ballast.unlink()
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        found = [finding for finding in machine.data_directory(disk) if finding.level is Level.ERROR]
+        found = [finding for finding in host.check_directory(disk) if finding.level is Level.ERROR]
         assert ["permissions", "disks"] == [finding.check for finding in found]
         assert [] == list(disk.iterdir())
 
@@ -133,13 +115,13 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
 def test_a_remote_file_system_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None can be mounted here, so the system's answer is replaced."""
     monkeypatch.setattr(storage, "_file_system_type", lambda _: 0x6969)
-    assert "NFS" in only(machine.data_directory(directory), Level.ERROR).what
+    assert "NFS" in only(host.check_directory(directory), Level.ERROR).what
 
 
 def test_a_lock_that_excludes_nobody_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on some network file systems that do not say what they are."""
-    monkeypatch.setattr(machine, "_is_excluded", lambda _: False)
-    assert "two writers" in only(machine.data_directory(directory), Level.ERROR).meaning
+    monkeypatch.setattr(host, "_is_excluded", lambda _: False)
+    assert "two writers" in only(host.check_directory(directory), Level.ERROR).meaning
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -197,8 +179,8 @@ def test_a_reader_that_holds_a_file_is_named(tmp_path: Path) -> None:
     file, journal = tmp_path / "00.h5", tmp_path / "00.h5.wal"
     file.write_bytes(b"")
     journal.write_bytes(b"")
-    assert [] == corpus.readers(file)
+    assert [] == host.readers(file)
     program = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_SH); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", program, str(file)], stdin=subprocess.PIPE) as holder:
-        eventually_sync(lambda: corpus.readers(file) == [holder.pid])
+        eventually_sync(lambda: host.readers(file) == [holder.pid])
         holder.kill()

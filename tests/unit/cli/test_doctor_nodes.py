@@ -17,8 +17,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from services.cli.doctor import nodes
-from services.cli.doctor.finding import Finding, Level
+from services.cli import monitoring
+from services.cli.doctor import Finding, Level, cluster
 from services.cli.embedded.processes import LOOPBACK, free_ports
 from tests.support.broker import plain_server
 from tests.support.findings import fine, only
@@ -31,8 +31,8 @@ DAY = datetime.timedelta(days=1)
 # -- greetings and certificates ---------------------------------------------------------------------------------------
 
 
-def greeted(url: str) -> nodes.Greeting:
-    greeting = nodes.greet(url.removeprefix("nats://"))
+def greeted(url: str) -> cluster.ServerInfo:
+    greeting = cluster.server_info(url.removeprefix("nats://"))
     assert greeting is not None
     return greeting
 
@@ -40,40 +40,40 @@ def greeted(url: str) -> nodes.Greeting:
 def test_a_node_that_does_not_answer_is_an_error() -> None:
     """Nobody listens there, or somebody who is no nats-server."""
     address = f"{LOOPBACK}:{free_ports(1)[0]}"
-    assert nodes.greet(address) is None
-    assert address in only(nodes.check_greetings([address], [], 100), Level.ERROR).what
+    assert cluster.server_info(address) is None
+    assert address in only(cluster.check_servers([address], [], 100), Level.ERROR).what
     with _speaker(b"220 mail.example ESMTP\r\n") as other:
-        assert nodes.greet(other) is None
+        assert cluster.server_info(other) is None
 
 
 def test_an_old_server_is_an_error_and_two_versions_are_a_warning() -> None:
     """An old server cannot be installed here, so one is played: it greets as 2.10 does."""
     info = {"version": "2.10.4", "max_payload": 1 << 21}
     with _speaker(b"INFO " + orjson.dumps(info) + b"\r\n") as address:
-        old = nodes.greet(address)
+        old = cluster.server_info(address)
     assert old is not None
-    assert "2.14" in only(nodes.check_greetings([address], [old], 100), Level.ERROR).meaning
-    newer = [nodes.Greeting("a", {**info, "version": v}, b"") for v in ("2.14.1", "2.15.1")]
-    assert "finish the upgrade" in only(nodes.check_greetings([], newer, 100), Level.WARNING).action
+    assert "2.14" in only(cluster.check_servers([address], [old], 100), Level.ERROR).meaning
+    newer = [cluster.ServerInfo("a", {**info, "version": v}, b"") for v in ("2.14.1", "2.15.1")]
+    assert "finish the upgrade" in only(cluster.check_servers([], newer, 100), Level.WARNING).action
 
 
 def test_a_max_payload_below_the_largest_event_is_an_error(tmp_path: Path) -> None:
     """Ingest would refuse to start; the node says its limit to everybody."""
     with plain_server(tmp_path, "max_payload: 64KB") as url:
         greeting = greeted(url)
-    fine(nodes.check_greetings([greeting.address], [greeting], 1000))
+    fine(cluster.check_servers([greeting.address], [greeting], 1000))
     assert (
-        "FI_MAX_EVENT_BYTES" in only(nodes.check_greetings([greeting.address], [greeting], 1 << 20), Level.ERROR).action
+        "FI_MAX_EVENT_BYTES" in only(cluster.check_servers([greeting.address], [greeting], 1 << 20), Level.ERROR).action
     )
 
 
 @pytest.mark.parametrize(
     ("days", "level", "text"),
     [
-        ((-400, -1), Level.ERROR, "ended on"),
-        ((-400, 3), Level.ERROR, "ends on"),
-        ((-400, 20), Level.WARNING, "ends on"),
-        ((1, 400), Level.ERROR, "begins on"),
+        ((-400, -1), Level.ERROR, "expired on"),
+        ((-400, 3), Level.ERROR, "expires on"),
+        ((-400, 20), Level.WARNING, "expires on"),
+        ((1, 400), Level.ERROR, "is valid only from"),
         ((-1, 400), Level.OK, "is good until"),
     ],
 )
@@ -86,10 +86,10 @@ def test_a_nodes_certificate_is_judged_by_its_end(
     with plain_server(tmp_path, tls) as url:
         greeting = greeted(url)
     assert greeting.certificate
-    (finding,) = nodes.check_certificates([greeting], "", time.time())
+    (finding,) = cluster.check_certificates([greeting], "", time.time())
     assert (level, "certificates") == (finding.level, finding.check)
     assert text in finding.what
-    (_, authority) = nodes.check_certificates([greeting], str(tmp_path / "cert.pem"), time.time())
+    (_, authority) = cluster.check_certificates([greeting], str(tmp_path / "cert.pem"), time.time())
     assert level is authority.level
 
 
@@ -97,8 +97,8 @@ def test_a_certificate_that_ends_is_renewed_by_a_command_and_an_authority_by_han
     """`fiq init` makes the nodes' certificates anew, and never another authority."""
     _make_certificate(tmp_path, -400, 3)
     shown = ssl.PEM_cert_to_DER_cert((tmp_path / "cert.pem").read_text())
-    greeting = nodes.Greeting("a:4222", {}, shown)
-    node, authority = nodes.check_certificates([greeting], str(tmp_path / "cert.pem"), time.time())
+    greeting = cluster.ServerInfo("a:4222", {}, shown)
+    node, authority = cluster.check_certificates([greeting], str(tmp_path / "cert.pem"), time.time())
     assert "fiq init FOLDER --rotate certificates" in node.action
     assert "another authority" in authority.action
 
@@ -115,18 +115,18 @@ def test_a_node_that_wants_tls_before_anything_is_greeted_too(tmp_path: Path) ->
 
 def test_a_missing_or_broken_authority_is_an_error(tmp_path: Path) -> None:
     """FI_NATS_CA_FILE names a file that is not there, or something else."""
-    assert "No such file" in only(nodes.check_certificates([], str(tmp_path / "ca.pem"), 0.0), Level.ERROR).what
+    assert "No such file" in only(cluster.check_certificates([], str(tmp_path / "ca.pem"), 0.0), Level.ERROR).what
     (tmp_path / "ca.pem").write_text("hello")
-    assert "no certificate" in only(nodes.check_certificates([], str(tmp_path / "ca.pem"), 0.0), Level.ERROR).what
+    assert "no certificate" in only(cluster.check_certificates([], str(tmp_path / "ca.pem"), 0.0), Level.ERROR).what
 
 
 def test_plain_text_is_fine_on_loopback_only(tmp_path: Path) -> None:
     """Beyond it everybody on the way reads along."""
     with plain_server(tmp_path) as url:
         greeting = greeted(url)
-    fine(nodes.check_certificates([greeting], "", time.time()))
-    elsewhere = nodes.Greeting("192.0.2.1:4222", greeting.info, b"")
-    assert "plain text" in only(nodes.check_certificates([elsewhere], "", time.time()), Level.WARNING).what
+    fine(cluster.check_certificates([greeting], "", time.time()))
+    elsewhere = cluster.ServerInfo("192.0.2.1:4222", greeting.info, b"")
+    assert "plain text" in only(cluster.check_certificates([elsewhere], "", time.time()), Level.WARNING).what
 
 
 # -- the monitoring port ----------------------------------------------------------------------------------------------
@@ -139,15 +139,15 @@ def monitored_server(folder: Path, jetstream: str) -> Iterator[str]:
     block = f'jetstream {{ store_dir: "{folder}/js", {jetstream} }}' if jetstream else ""
     with plain_server(folder, f'server_name: n1\nhttp: "{LOOPBACK}:{port}"\n{block}'):
         url = f"http://{LOOPBACK}:{port}"
-        eventually_sync(lambda: nodes.get(url, "/healthz")[0] == 200)
+        eventually_sync(lambda: monitoring.get(url, "/healthz")[0] == 200)
         yield url
 
 
 def examined(url: str, offset: float = 0.0) -> Iterator[Finding]:
     """Look at the node that monitors at *url*."""
-    found, silent = nodes.from_ports([url])
-    yield from nodes.unreachable(silent)
-    yield from nodes.check_nodes(found, offset)
+    found, silent = cluster.from_ports([url])
+    yield from cluster.unreachable_ports(silent)
+    yield from cluster.check_nodes(found, offset)
 
 
 def test_a_sync_interval_is_an_error_unless_it_is_always(tmp_path: Path) -> None:
@@ -176,12 +176,12 @@ def test_a_monitoring_port_out_of_reach_is_unknown_and_no_error() -> None:
     url = f"http://{LOOPBACK}:{free_ports(1)[0]}"
     finding = only(examined(url), Level.UNKNOWN)
     assert f"the monitoring port {url} is not reachable" == finding.what
-    assert ["http://n1:8222", "http://n2:8222"] == nodes.monitoring_urls([], ["n1:4222", "n1:4223", "n2:4222"])
+    assert ["http://n1:8222", "http://n2:8222"] == cluster.monitoring_urls([], ["n1:4222", "n1:4223", "n2:4222"])
 
 
 def test_a_node_that_takes_clients_and_does_not_answer_is_unknown() -> None:
     """The others answered; that it was not asked would look as if it were fine."""
-    assert "n2 did not say how it is" == only(nodes.silent({"n2"}), Level.UNKNOWN).what
+    assert "n2 did not report its state" == only(cluster.silent_nodes({"n2"}), Level.UNKNOWN).what
 
 
 @pytest.mark.parametrize(

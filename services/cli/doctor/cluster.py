@@ -1,0 +1,496 @@
+"""What ``fiq doctor`` checks of the cluster: each node from outside, each node's own state, and the log as a whole.
+
+From outside, without a login: the version, limits and certificate that a node shows when a client connects. Its own
+state (health, clock, sync_interval, storage) comes through the log, which the user ``ops`` may ask, or from its
+monitoring port. The log: the stream, its replicas, dead letters, and the placement of partitions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import math
+import os
+import select
+import shutil
+import socket
+import ssl
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+from cryptography import x509
+from nats.aio.client import Client
+from rich.filesize import decimal
+
+from services.cli import monitoring
+from services.cli.doctor import Finding, error, ok, unknown, warning
+from services.cli.embedded.stack import State
+from services.cli.status import ClusterSnapshot, Worker, take_snapshot
+from services.log.errors import ProvisionError
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.connection import HEADERS_BYTES
+from services.log.jetstream.monitor import NodeState, ask_nodes, node_state
+from services.log.jetstream.stream import BUCKET, DEAD_STREAM, STREAM, changes, check_version, stream_config
+from services.log.metrics import PARTITIONS
+from services.log.partitions import partition_name
+from services.log.settings import LogSettings
+from services.log.status import PartitionState, StreamReport
+
+#: clocks may differ by so much, seconds
+CLOCK_OFF, CLOCK_WRONG = 1.0, 10.0
+#: certificates that expire within these times, seconds
+SOON, VERY_SOON = 30 * 86400, 7 * 86400
+#: shares of a stream's limit
+FULL, VERY_FULL = 0.7, 0.95
+#: one answer of a node may take this long, seconds
+TIMEOUT = 3.0
+#: where a node monitors by default
+_MONITORING_PORT = 8222
+#: a node that sends nothing for so long waits for a TLS handshake, seconds; its own timeout is three
+_SILENCE = 1.0
+_INFO = b"INFO "
+_RENEW_NODES = "`fiq init FOLDER --rotate certificates` makes new ones; reload the nodes"
+_RENEW_AUTHORITY = "move to another authority before it expires: docs/security.md"
+
+
+# -- A node from outside ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a node sends to a client that connects: its INFO message, and its certificate in DER (empty without TLS)."""
+
+    address: str
+    info: dict[str, Any]
+    certificate: bytes
+
+
+def server_info(address: str) -> ServerInfo | None:
+    """Connect to host:port *address*; return None when it does not answer as a nats-server does."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        with socket.create_connection((host, int(port)), TIMEOUT) as plain:
+            # with handshake_first a node sends nothing before the TLS handshake
+            if not select.select([plain], [], [], _SILENCE)[0]:
+                with _secured(plain, host) as secured:
+                    return _parsed(address, _line(secured), secured.getpeercert(binary_form=True) or b"")
+            found = _parsed(address, _line(plain), b"")
+            if found is None or not (found.info.get("tls_required") or found.info.get("tls_available")):
+                return found
+            with _secured(plain, host) as secured:
+                return ServerInfo(address, found.info, secured.getpeercert(binary_form=True) or b"")
+    except (OSError, ValueError):
+        return None
+
+
+def _parsed(address: str, line: bytes, certificate: bytes) -> ServerInfo | None:
+    return ServerInfo(address, json.loads(line.removeprefix(_INFO)), certificate) if line.startswith(_INFO) else None
+
+
+def _line(connection: socket.socket) -> bytes:
+    """Read up to the end of the line, and no further: the next byte belongs to the TLS handshake."""
+    line = bytearray()
+    while not line.endswith(b"\n") and len(line) < 1 << 16:
+        if not (byte := connection.recv(1)):
+            break
+        line += byte
+    return bytes(line)
+
+
+def _secured(plain: socket.socket, host: str) -> ssl.SSLSocket:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # only to read the certificate; the login checks whether it is trusted
+    return context.wrap_socket(plain, server_hostname=host)
+
+
+def find_servers(servers: Sequence[str]) -> tuple[list[str], list[ServerInfo]]:
+    """Return the addresses of all nodes, from the settings and from the nodes themselves, and what they sent."""
+    listed = _addresses(servers, [])
+    found = [info for address in listed if (info := server_info(address)) is not None]
+    expected = _addresses(servers, found)
+    others = (server_info(address) for address in expected if address not in listed)
+    return expected, [*found, *(info for info in others if info is not None)]
+
+
+def _addresses(servers: Sequence[str], found: Sequence[ServerInfo]) -> list[str]:
+    urls = [urlsplit(url) for url in servers]
+    known = {f"{url.hostname}:{url.port or 4222}" for url in urls}
+    return sorted(known | {address for one in found for address in one.info.get("connect_urls") or []})
+
+
+def check_servers(expected: Sequence[str], found: Sequence[ServerInfo], event_bytes: int) -> Iterator[Finding]:
+    """Check that each node answers, its version, and that events of *event_bytes* fit."""
+    answered = {one.address for one in found}
+    for address in expected:
+        if address not in answered:
+            meaning = "when one of three nodes is down, the loss of another one stops everything"
+            action = "start it, or correct FI_LOG_URL; look at its log"
+            yield error("nodes", f"{address} does not answer as a NATS node", meaning, action)
+    versions = sorted({str(one.info.get("version", "")) for one in found})
+    for version in versions:
+        try:
+            check_version(version)
+        except ProvisionError as problem:
+            yield error("versions", f"nats-server {version}", str(problem), "upgrade the node")
+    if len(versions) > 1:
+        what = f"nodes run nats-server {' and '.join(versions)}"
+        meaning = "fine during an upgrade, not tested for longer"
+        yield warning("versions", what, meaning, "finish the upgrade: `rolling-restart`")
+    elif versions:
+        yield ok("versions", f"nats-server {versions[0]} on {len(found)} node{'' if len(found) == 1 else 's'}")
+    needed = event_bytes + HEADERS_BYTES
+    small = [one for one in found if one.info.get("max_payload", 0) < needed]
+    for one in small:
+        what = f"max_payload of {one.address} is {one.info.get('max_payload')} bytes, events take up to {needed}"
+        action = "raise max_payload in nats.conf, or lower FI_MAX_EVENT_BYTES"
+        yield error("limits", what, "ingest refuses to start", action)
+    if found and not small:
+        yield ok("limits", f"max_payload leaves room for events of {event_bytes} bytes")
+
+
+def check_certificates(found: Sequence[ServerInfo], ca_file: str, now: float) -> Iterator[Finding]:
+    """Check when the certificates of the nodes and of their authority expire."""
+    for one in found:
+        if one.certificate:
+            shown = x509.load_der_x509_certificate(one.certificate)
+            yield _validity(f"certificate of {one.address}", shown, now, _RENEW_NODES)
+        elif not _is_loopback(one.address):
+            meaning = "anyone on the network path can read medical data and post events"
+            action = "turn TLS on: `fiq init`, docs/security.md"
+            yield warning("certificates", f"{one.address} speaks plain text", meaning, action)
+    if found and all(not one.certificate and _is_loopback(one.address) for one in found):
+        yield ok("certificates", "no TLS, and all nodes are on loopback")
+    if not ca_file:
+        return
+    try:
+        authorities = x509.load_pem_x509_certificates(Path(ca_file).read_bytes())
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or "it contains no certificate"
+        yield error("certificates", f"FI_NATS_CA_FILE={ca_file}: {reason}", "no node is trusted", "put ca.pem there")
+        return
+    for authority in authorities:
+        yield _validity(f"authority in {ca_file}", authority, now, _RENEW_AUTHORITY)
+
+
+def _validity(what: str, certificate: x509.Certificate, now: float, action: str) -> Finding:
+    end, begin = certificate.not_valid_after_utc, certificate.not_valid_before_utc
+    left = end.timestamp() - now
+    if left < 0:
+        return error("certificates", f"the {what} expired on {end:%Y-%m-%d}", "clients cannot connect", action)
+    if begin.timestamp() > now:
+        what = f"the {what} is valid only from {begin:%Y-%m-%d %H:%M} UTC"
+        return error("certificates", what, "clients cannot connect yet, or a clock is wrong", "check the clocks")
+    if left < SOON:
+        made = error if left < VERY_SOON else warning
+        meaning = "clients cannot connect after that"
+        return made("certificates", f"the {what} expires on {end:%Y-%m-%d}", meaning, action)
+    return ok("certificates", f"the {what} is good until {end:%Y-%m-%d}")
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+# -- A node's own state ----------------------------------------------------------------------------------------------
+
+
+def monitoring_urls(given: Sequence[str], expected: Sequence[str]) -> list[str]:
+    """Return the *given* URLs of monitoring ports, else the default port of each *expected* node's host."""
+    hosts = dict.fromkeys(address.rpartition(":")[0] for address in expected)
+    return list(given) or [f"http://{host}:{_MONITORING_PORT}" for host in hosts]
+
+
+def from_ports(urls: Sequence[str]) -> tuple[list[NodeState], list[str]]:
+    """Ask the monitoring ports at *urls*; return the nodes that answered, and the URLs that did not."""
+    found, unreachable = [], []
+    for url in urls:
+        before = time.time()
+        status, body = monitoring.get(url, "/varz", timeout=TIMEOUT)
+        at = time.time()
+        try:
+            varz = orjson.loads(body) if status == 200 else None
+        except orjson.JSONDecodeError:
+            varz = None
+        if not isinstance(varz, dict) or "server_name" not in varz:
+            unreachable.append(url)
+            continue
+        health, reason = monitoring.get(url, "/healthz", timeout=TIMEOUT)
+        trouble = "" if health == 200 else reason.decode("utf-8", "replace").strip()[:200] or "no answer"
+        found.append(node_state(varz, trouble, at - before, at))
+    return found, unreachable
+
+
+def unreachable_ports(urls: Sequence[str]) -> Iterator[Finding]:
+    """Report monitoring ports that did not answer."""
+    for url in urls:
+        action = "run it as the user `ops`, who may ask all nodes, or name reachable ports with --monitoring"
+        yield unknown("sync_interval", f"the monitoring port {url} is not reachable", action)
+
+
+def silent_nodes(names: Collection[str]) -> Iterator[Finding]:
+    """Report nodes that accept clients but did not answer through the log as others did."""
+    for name in sorted(names):
+        yield unknown("sync_interval", f"{name} did not report its state", "run it again, then look at its log")
+
+
+def check_nodes(found: Sequence[NodeState], clock_offset: float = 0.0) -> Iterator[Finding]:
+    """Check health, clock, sync_interval and storage limits.
+
+    Args:
+        found: what the nodes reported.
+        clock_offset: seconds by which this machine's clock is assumed to be ahead.
+    """
+    for node in found:
+        if node.trouble:
+            meaning = "it is behind, without a leader, or its JetStream is off, as after a full disk"
+            action = "look at its log; after a full disk restart it"
+            yield error("nodes", f"{node.name} is not healthy: {node.trouble}", meaning, action)
+        else:
+            yield ok("nodes", f"{node.name} is healthy")
+        yield _clock(node.name, node.ahead - clock_offset, node.uncertain)
+        yield from _storage(node.name, node.varz.get("jetstream") or {})
+
+
+def _clock(name: str, ahead: float, uncertain: float = 0.0) -> Finding:
+    """Judge a clock that is *ahead* of this machine's by so many seconds, give or take *uncertain*."""
+    off = max(0.0, abs(ahead) - uncertain)
+    if off < CLOCK_OFF:
+        return ok("clocks", f"{name} agrees with this machine to {max(abs(ahead), uncertain):.2f} s")
+    what = f"the clock of {name} is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+    meaning = "times of events, FI_RETENTION, ages in metrics and the validity of certificates are off by that"
+    return (error if off >= CLOCK_WRONG else warning)("clocks", what, meaning, "run NTP on both (`timedatectl`)")
+
+
+def _storage(name: str, jetstream: dict[str, Any]) -> Iterator[Finding]:
+    config, stats = jetstream.get("config") or {}, jetstream.get("stats") or {}
+    if not config:
+        action = "check its nats.conf and its log"
+        yield error("sync_interval", f"{name} has no JetStream", "it holds no events", action)
+        return
+    if config.get("sync_always"):
+        yield ok("sync_interval", f"{name} syncs every message before it is acknowledged")
+    else:
+        what = f"{name} syncs every {config.get('sync_interval', 0) / 1e9:.0f} s only"
+        meaning = "if all nodes lose power at once, events that clients got a 202 for are lost"
+        yield error("sync_interval", what, meaning, "set sync_interval: always in nats.conf and restart the node")
+    most, used = config.get("max_storage", 0), max(stats.get("storage", 0), stats.get("reserved_storage", 0))
+    what = f"streams reserve {decimal(used)} of the {decimal(most)} of {name} (max_file_store)"
+    if used > most:
+        yield error("limits", what, "the node refuses messages when it is full", "raise max_file_store in nats.conf")
+    else:
+        yield ok("limits", what)
+    directory = config.get("store_dir", "")
+    # on this machine, if at all
+    if directory and os.path.isdir(directory) and most > (total := shutil.disk_usage(directory).total):  # noqa: PTH112
+        what = f"max_file_store of {name} is {decimal(most)}, its disk has {decimal(total)}"
+        meaning = "a node whose disk is full turns JetStream off until it is restarted; one at its limit only refuses"
+        yield error("limits", what, meaning, "set max_file_store in nats.conf below the size of the disk")
+
+
+# -- The log ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterReport:
+    """What the broker answered.
+
+    Attributes:
+        snapshot: the log as services see it.
+        info: STREAM.INFO of the stream of events; None when there is none.
+        nodes: the nodes' own states; empty where this user may not ask.
+        clocks: without *nodes*, how far the clock of the stream's leader is ahead of ours, and how uncertain that is,
+            both in seconds.
+    """
+
+    snapshot: ClusterSnapshot
+    info: dict[str, Any] | None
+    nodes: tuple[NodeState, ...]
+    clocks: dict[str, tuple[float, float]]
+
+
+async def ask_cluster(nc: Client, settings: LogSettings, state: State | None) -> ClusterReport:
+    """Ask the broker everything. Raises LogUnavailableError: no answer; LogRefusedError: this user may not ask."""
+    asked = time.perf_counter()
+    info = await JetStreamApi(nc).stream_info(STREAM)
+    uncertain = (time.perf_counter() - asked) / 2
+    snapshot = await take_snapshot(nc, settings, state)
+    nodes = await ask_nodes(nc)
+    stream = snapshot.stream
+    leader = stream.leader if stream is not None and not nodes else ""
+    clocks = {leader: (-snapshot.log.clock_offset, uncertain)} if leader else {}
+    return ClusterReport(snapshot, info, tuple(nodes), clocks)
+
+
+def check_clocks(seen: ClusterReport, offset: float, known: Collection[str]) -> Iterator[Finding]:
+    """Check the clocks of nodes that are not *known* yet; ours is assumed to be *offset* seconds ahead."""
+    for name, (ahead, uncertain) in seen.clocks.items():
+        if name not in known:
+            yield _clock(name, ahead - offset, uncertain)
+    if not seen.clocks and not known:
+        yield unknown("clocks", "no node reported its time", "the leader of the stream reports it: start the nodes")
+
+
+def check_stream(seen: ClusterReport, settings: LogSettings) -> Iterator[Finding]:
+    """Check that the stream of events matches the settings, its replicas, and its room."""
+    stream = seen.snapshot.stream
+    if stream is None or seen.info is None:
+        action = "`fiq provision`, or start a service"
+        yield error("stream", f"there is no stream {STREAM}", "clients get 503 for everything", action)
+        return
+    try:
+        different = changes(stream_config(settings), seen.info["config"], seen.info["state"]["bytes"])
+    except ProvisionError as problem:
+        yield error("stream", str(problem), "services with these settings refuse to start", "see the message")
+    else:
+        if different:
+            what = f"stream {STREAM} differs from the settings: {', '.join(sorted(different))}"
+            action = "set the same FI_ variables everywhere; `fiq provision` changes the stream now"
+            yield warning("stream", what, "the next service that provisions changes it", action)
+        else:
+            yield ok("stream", f"stream {STREAM} matches the settings")
+    yield from _replicas(stream)
+    action = "find the partition that does not commit: `fiq status`"
+    yield _room(STREAM, stream, "clients get 503 when it is full", action)
+
+
+def _replicas(stream: StreamReport) -> Iterator[Finding]:
+    check = "replicas"
+    if not stream.leader:
+        meaning = "clients get 503; normal for some seconds after the loss of a node"
+        yield error(check, "the stream has no leader", meaning, "if it stays so, start the nodes that are down")
+    elif not stream.has_quorum:
+        meaning = "most copies are down: nothing can be stored"
+        yield error(check, "the stream has no quorum", meaning, "start the nodes that are down")
+    behind = [replica for replica in stream.replicas if replica.offline or not replica.current]
+    for replica in behind:
+        if replica.offline or not replica.alive:
+            action = f"start {replica.name}; look at its log"
+            meaning = "the loss of one more node stops everything"
+            yield error(check, f"the copy on {replica.name} is offline", meaning, action)
+        else:
+            meaning = "the loss of another node may stop everything until it has caught up"
+            action = "wait; restart no other node meanwhile"
+            yield warning(check, f"the copy on {replica.name} is {replica.lag} entries behind", meaning, action)
+    if stream.copies < 3:
+        meaning = "the loss of one node loses events that clients got a 202 for"
+        yield warning(check, f"the stream has {stream.copies} copies", meaning, "FI_REPLICAS=3 on three nodes")
+    elif not behind and stream.leader:
+        yield ok(check, f"{stream.copies} copies, all current; {stream.leader} leads")
+
+
+def _room(name: str, stream: StreamReport, meaning: str, action: str) -> Finding:
+    share = stream.bytes / stream.max_bytes if stream.max_bytes > 0 else 0.0
+    what = f"{name} holds {stream.messages} messages, {decimal(stream.bytes)}, {share:.0%} of its limit"
+    if share >= FULL:
+        return (error if share >= VERY_FULL else warning)("stream", what, meaning, action)
+    return ok("stream", what)
+
+
+def check_dead_letters(snapshot: ClusterSnapshot) -> Iterator[Finding]:
+    """Check whether there are dead letters."""
+    dead = snapshot.log.dead
+    if dead is None:
+        if snapshot.stream is not None:
+            meaning = "a partition with a bad message waits for it"
+            yield error("dead letters", f"there is no stream {DEAD_STREAM}", meaning, "`fiq provision`")
+    elif dead.messages:
+        yield warning(
+            "dead letters",
+            f"{dead.messages} messages were set aside in {DEAD_STREAM}",
+            "no persister could store them: they are in no HDF5 file",
+            f"`nats stream view {DEAD_STREAM}` shows the reasons; purge it when you are done",
+        )
+        yield _room(DEAD_STREAM, dead, "partitions with bad messages wait when it is full", "purge it")
+    else:
+        yield ok("dead letters", "none")
+
+
+def check_placement(snapshot: ClusterSnapshot, volumes: int) -> Iterator[Finding]:
+    """Check where the partitions are placed and which persisters own them.
+
+    Args:
+        snapshot: of the cluster.
+        volumes: how many volumes the store is meant to have.
+    """
+    if snapshot.stream is None:
+        return
+    partitions, workers = snapshot.partitions, snapshot.workers
+    if not partitions:
+        what = f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}"
+        yield error("placement", what, "nothing is placed", "see the message")
+        return
+    yield from _stores(snapshot)
+    found = [*_unowned(partitions, workers, volumes), *_volumes(partitions, workers, volumes)]
+    yield from found
+    if not found:
+        hosts = len({worker.host for worker in workers})
+        yield ok("placement", f"{len(partitions)} partitions, all placed and owned, by {hosts} host(s)")
+
+
+def _stores(snapshot: ClusterSnapshot) -> Iterator[Finding]:
+    """Report partitions whose key is lost, and stores that lack the beginning of the history."""
+    for store, placed in sorted((snapshot.log.placements or {}).items()):
+        if placed.formed and (lost := set(range(len(snapshot.partitions))) - placed.partitions.keys()):
+            keys = ", ".join(map(partition_name, sorted(lost)))
+            what = f"the key of partition {keys} of store {store} is gone from bucket {BUCKET}"
+            meaning = "no volume may claim it: it could have a file already; its events wait"
+            yield error("placement", what, meaning, "docs/operations.md, `A lost key`")
+        late = [one.begins for one in placed.partitions.values() if one.begins > 1]
+        if late:
+            what = f"store {store} begins at sequence {min(late)}: it is not a full copy"
+            action = "seed it from another store: docs/operations.md, `A second copy`"
+            yield warning("placement", what, "earlier events are in none of its files", action)
+
+
+def _unowned(partitions: Sequence[PartitionState], workers: Sequence[Worker], volumes: int) -> Iterator[Finding]:
+    check = "placement"
+    if not workers:
+        meaning = "events wait in the stream until one runs; when it is full clients get 503"
+        yield error(check, "no persister answers", meaning, "start them, with the same FI_LOG_URL and FI_STORE")
+    if unplaced := [partition_name(one.partition) for one in partitions if one.placement is None]:
+        meaning = "their events wait in the stream; ingest is not ready"
+        action = f"start persisters; FI_VOLUMES must be the number of existing volumes, here it is {volumes}"
+        yield error(check, f"no volume has claimed partition {', '.join(unplaced)}", meaning, action)
+    alive = {worker.volume for worker in workers}
+    owners = Counter(name for worker in workers for name in worker.partitions)
+    for one in partitions:
+        name = partition_name(one.partition)
+        if one.placement is not None and one.placement.volume in alive and not owners[name]:
+            meaning = f"{one.waiting.events} of its events wait"
+            action = "look at /readyz of the volume's persisters"
+            yield error(check, f"no persister owns partition {name}", meaning, action)
+        elif owners[name] > 1:
+            action = "nothing if it passes; else look at their logs"
+            yield warning(check, f"{owners[name]} processes say that they own partition {name}", "a handover", action)
+
+
+def _volumes(partitions: Sequence[PartitionState], workers: Sequence[Worker], volumes: int) -> Iterator[Finding]:
+    check, quota = "placement", math.ceil(len(partitions) / volumes)
+    alive = {worker.volume for worker in workers}
+    placed: dict[str, list[str]] = {}
+    for one in partitions:
+        if one.placement is not None:
+            placed.setdefault(one.placement.volume, []).append(partition_name(one.partition))
+    for volume, here in sorted(placed.items()):
+        if workers and volume not in alive:
+            meaning = "their events wait in the stream; other partitions work"
+            action = "start the persisters of that volume; if its disk is lost: `fiq restore` or `fiq give-up`"
+            yield error(check, f"volume {volume} is away, with partition {', '.join(here)}", meaning, action)
+        if len(here) > quota:
+            meaning = f"a volume is meant to have {quota}: work is shared unevenly"
+            action = "set FI_VOLUMES alike everywhere"
+            yield warning(check, f"volume {volume} has {len(here)} partitions", meaning, action)
