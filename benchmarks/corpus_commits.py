@@ -21,7 +21,7 @@ import h5py
 
 from fiq.corpus import EventStore, Identity, Record
 from fiq.corpus.format import CONSULTATIONS, LIBVER
-from fiq.corpus.groups import OpenConsultations
+from fiq.corpus.partition import OpenConsultations
 from fiq.corpus.store import create_partition
 from fiq.corpus.wal.storage import StorageIO
 
@@ -115,7 +115,7 @@ def plain(path: Path, batches: int, spread: int, warm_up: int) -> Run:
         )
 
         def append(consultation: str, records: Sequence[Record]) -> None:
-            consultations.find_or_create(consultation).append(records, 0)
+            consultations.append(consultation, records, 0)
 
         def commit(sequence: int) -> None:
             file.attrs.modify("committed_sequence", sequence)

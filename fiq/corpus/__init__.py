@@ -9,6 +9,7 @@ Analysts::
             print(event.sequence, event.event_type, event.payload)
 """
 
+from fiq.corpus.consultation import Consultation, EventRecord, StoredRow
 from fiq.corpus.errors import (
     AppendRefusedError,
     ArchivedFileError,
@@ -27,11 +28,10 @@ from fiq.corpus.errors import (
     UnknownConsultationError,
     UnsupportedFileSystemError,
 )
-from fiq.corpus.events import Consultation, EventRecord
 from fiq.corpus.format import Identity, Record
-from fiq.corpus.ids import IdHashes, KnownIds, Lookup, StoredConsultation, StoredRow, hashes_of
+from fiq.corpus.ids import IdHashes, KnownIds, hashes_of
 from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
-from fiq.corpus.store import EventStore, Recovered, StoreOptions, StoreStats, recover_partition
+from fiq.corpus.store import EventStore, Lookup, Recovered, StoreOptions, StoreStats, recover_partition
 from fiq.corpus.tools.repack import Repacked, repack
 from fiq.corpus.tools.verify import PartitionReport, Problem, Progress, Report, verify_corpus
 from fiq.corpus.wal.storage import StorageIO
@@ -69,7 +69,6 @@ __all__ = [
     "StoreFailedError",
     "StoreOptions",
     "StoreStats",
-    "StoredConsultation",
     "StoredRow",
     "TransientCorpusError",
     "UnknownConsultationError",

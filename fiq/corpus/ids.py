@@ -24,11 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD, EVENTS_CHUNK, PAYLOAD_CHUNK
-from fiq.corpus.groups import OpenConsultations
+from fiq.corpus.consultation import Consultation, StoredRow
 
-#: rows of the table whose ids are read together, a multiple of a chunk's
-_PIECE_ROWS = 512 * EVENTS_CHUNK
 #: appended ids are merged from this many on, or an eighth of those before, up to the second number: a merge copies all
 _RECENT = (256, 16_384)
 #: memory of an id in a dictionary, in ids that are in an array: some 150 bytes instead of 12
@@ -38,25 +35,6 @@ _OWN_WEIGHT = 50
 
 Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.uint32]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRow:
-    """One row of the table: where an event's body lies.
-
-    Attributes:
-        sequence: in the stream.
-        received_ns: when the event was accepted, nanoseconds since the Unix epoch.
-        offset: of its body in the payload, bytes.
-        length: of its body, bytes.
-        event_id: 16 bytes.
-    """
-
-    sequence: int
-    received_ns: int
-    offset: int
-    length: int
-    event_id: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +51,7 @@ class IdHashes:
 
 
 #: opens the table of a consultation; None when there is no such
-OpenTable = Callable[[], "StoredConsultation | None"]
+OpenTable = Callable[[], "Consultation | None"]
 
 
 class KnownIds:
@@ -141,14 +119,14 @@ class KnownIds:
         for key in [key for key in self._kept if key[0] is store]:
             self._weight -= self._kept.pop(key).weight
 
-    def _load(self, store: object, name: str, table: StoredConsultation) -> _Ids | None:
+    def _load(self, store: object, name: str, table: Consultation) -> _Ids | None:
         if len(table) > self._limit:
             return None
         ids = self._keep(store, name, _Ids.read(self.key, table))
         self._shrink()
         return ids
 
-    def _search(self, table: StoredConsultation, wanted: Collection[bytes]) -> Iterator[tuple[bytes, int]]:
+    def _search(self, table: Consultation, wanted: Collection[bytes]) -> Iterator[tuple[bytes, int]]:
         """Yield the ids of *wanted* with each row that may hold one, without keeping anything."""
         ids = list(wanted)
         hashes = hashes_of(self.key, _joined(ids))
@@ -191,7 +169,7 @@ class _Ids:
         self._recent: dict[bytes, int] = {}
 
     @classmethod
-    def read(cls, key: bytes, table: StoredConsultation) -> _Ids:
+    def read(cls, key: bytes, table: Consultation) -> _Ids:
         """Read all ids of *table*: twice as much memory as they take in the end."""
         hashes = np.empty(len(table), np.uint64)
         start = 0
@@ -275,109 +253,3 @@ def hashes_of(key: bytes, ids: npt.NDArray[Any] | bytes) -> Hashes:
 
 def _joined(ids: Collection[bytes]) -> bytes:
     return b"".join(ids)
-
-
-# -- Reads what an open store holds, beside its appends and in their thread, a few chunks at a time ------------------
-#
-# Chunks are read directly: HDF5 keeps nothing of them in memory, so the writer's own handles never see an old copy, and
-# nothing of what the writer keeps open is closed for a reader. Sequences rise from row to row, so a position is found
-# in a few steps; an id is found by the part above.
-
-
-class StoredConsultation:
-    """One consultation of an open store, as long as it was when this was made; valid until the store is closed.
-
-    Args:
-        events: low-level id of its ``events`` dataset.
-        payload: low-level id of its ``payload`` dataset.
-    """
-
-    def __init__(self, events: Any, payload: Any) -> None:
-        self._events = events
-        self._payload = payload
-        self._length = int(events.shape[0])
-        self._chunk: tuple[int, bytes] = (-1, b"")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def row(self, index: int) -> StoredRow:
-        """Return the row at *index*, from 0."""
-        start = index - index % EVENTS_CHUNK
-        place = (index - start) * EVENT_DTYPE.itemsize
-        sequence, received, offset, length, _, event_id = EVENT_HEAD.unpack_from(self._rows(start), place)
-        return StoredRow(sequence, received, offset, length, event_id)
-
-    def behind(self, sequence: int) -> int:
-        """Return the index of the first row whose sequence is above *sequence*; the length when there is none."""
-        low, high = 0, self._length
-        while low < high:
-            middle = (low + high) // 2
-            if self.row(middle).sequence > sequence:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
-    def body(self, row: StoredRow) -> bytes:
-        """Return the body of the event in *row*, byte for byte."""
-        return self.bodies([row])[0]
-
-    def bodies(self, rows: Sequence[StoredRow]) -> list[bytes]:
-        """Return the bodies of the events in *rows*, which follow each other in the table."""
-        if not rows:
-            return []
-        first = rows[0].offset - rows[0].offset % PAYLOAD_CHUNK
-        end = rows[-1].offset + rows[-1].length
-        chunks = [self._payload.read_direct_chunk((start,))[1] for start in range(first, end, PAYLOAD_CHUNK)]
-        content = b"".join(chunks)
-        return [content[row.offset - first : row.offset - first + row.length] for row in rows]
-
-    def ids(self) -> Iterator[npt.NDArray[np.void]]:
-        """Yield the ids of all rows, some thousands at a time."""
-        for low in range(0, self._length, _PIECE_ROWS):
-            high = min(low + _PIECE_ROWS, self._length)
-            chunks = [self._events.read_direct_chunk((start,))[1] for start in range(low, high, EVENTS_CHUNK)]
-            yield np.frombuffer(b"".join(chunks), EVENT_DTYPE)["event_id"][: high - low]
-
-    def _rows(self, start: int) -> bytes:
-        if self._chunk[0] != start:
-            self._chunk = start, bytes(self._events.read_direct_chunk((start,))[1])
-        return self._chunk[1]
-
-
-class Lookup:
-    """What an open store holds, events that are appended and not committed included.
-
-    Args:
-        consultations: of the store.
-        ids: of them, those in memory.
-    """
-
-    def __init__(self, consultations: OpenConsultations, ids: KnownIds) -> None:
-        self._consultations = consultations
-        self._ids = ids
-
-    def consultation(self, name: str) -> StoredConsultation | None:
-        """Return a consultation; None when the file has no such."""
-        pair = self._consultations.datasets(name)
-        return None if pair is None else StoredConsultation(*pair)
-
-    def held(self, name: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
-        """Return the rows of those of *ids* that a consultation holds."""
-        return self._ids.held(self._consultations, name, ids, lambda: self.consultation(name))
-
-    def id_hashes(self, name: str, most: int) -> IdHashes | None:
-        """Return the hashes of a consultation's ids, none when it does not exist; None when there are over *most*."""
-        return self._ids.hashes(self._consultations, name, most, lambda: self.consultation(name))
-
-    def names(self, start: int, count: int) -> list[str]:
-        """Return at most *count* ids of consultations from the position *start* on, in HDF5's own order.
-
-        One that is created later may take a place before *start* and move the others up: who goes on reads some names
-        again, and none of those that were there before is left out.
-        """
-        return self._consultations.names(start, count)
-
-    def __len__(self) -> int:
-        return self._consultations.count

@@ -1,18 +1,25 @@
-"""Opens a corpus for reading: all partition files of a data directory, or one of them."""
+"""Opens a corpus for reading: all partition files of a data directory, or one of them; and writes their index.
+
+Each partition file is read through a snapshot of its last commit, which is taken when the file is first needed.
+"""
 
 from __future__ import annotations
 
 import io as memory
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import h5py
+import numpy as np
+import numpy.typing as npt
 
+from fiq.corpus.consultation import Consultation, Table, open_datasets, to_frame
 from fiq.corpus.errors import (
     CorpusFormatError,
     CorpusIOError,
@@ -21,7 +28,6 @@ from fiq.corpus.errors import (
     UnknownConsultationError,
     system_errors,
 )
-from fiq.corpus.events import Consultation
 from fiq.corpus.format import (
     ARCHIVED,
     BEGINS,
@@ -42,6 +48,9 @@ from fiq.corpus.format import (
 from fiq.corpus.wal.recovery import Snapshot
 from fiq.corpus.wal.storage import StorageIO, locked_directory, replace_file
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 #: name of the index in a data directory
 INDEX_NAME = "corpus.h5"
 #: what its attribute ``format`` says
@@ -50,12 +59,12 @@ INDEX_FORMAT = "fiq-corpus-index"
 INDEX_GROUP = "partitions"
 #: file names of partitions
 _PARTITION_FILE = re.compile(r"[0-9]+\.h5", re.ASCII)
-_INDEX_FILE = "corpus.h5"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class PartitionInfo:
-    """What one partition file says of itself.
+    """What one partition file states about itself.
 
     Attributes:
         path: the file.
@@ -67,7 +76,7 @@ class PartitionInfo:
         events: how many events, as the last commit counted them.
         conflicts: how many events under an id that their consultation holds with another body.
         archived: whether it is a compact copy that ``fiq repack`` made: complete without a journal, and read-only.
-        has_journal: whether its journal stood beside it; without one, the content is that of the last checkpoint.
+        has_journal: whether its journal is beside it; without one, the content is that of the last checkpoint.
         journal_records: commits that only the journal holds.
     """
 
@@ -85,37 +94,36 @@ class PartitionInfo:
 
 
 class Corpus(Mapping[str, Consultation]):
-    """Consultations by their id, as of the moment when each partition file was first looked into.
+    """Consultations by their id, as of the moment when each partition file was first read.
 
-    A partition file that is open holds back its writer's checkpoints, never its commits. :meth:`refresh` or the end of
-    the ``with`` block lets go of all.
+    ``corpus["id"]`` is a consultation, ``len(corpus)`` their number, ``"id" in corpus`` and iteration work on ids. An
+    open partition file holds back its writer's checkpoints, never its commits. :meth:`refresh` or the end of the
+    ``with`` block closes all.
 
     Args:
         paths: the partition files.
     """
 
-    def __init__(self, paths: list[Path]) -> None:
-        self._paths = paths
+    def __init__(self, paths: Sequence[Path]) -> None:
+        #: the partition files
+        self.paths = tuple(paths)
         self._open: dict[Path, _Partition] = {}
         self._closed = False
 
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The partition files."""
-        return tuple(self._paths)
+    def __repr__(self) -> str:
+        where = str(self.paths[0] if len(self.paths) == 1 else self.paths[0].parent)
+        state = "closed" if self._closed else f"{len(self.paths)} partition file{'s'[: len(self.paths) != 1]}"
+        return f"Corpus({where!r}, {state})"
 
     @property
     def partitions(self) -> tuple[PartitionInfo, ...]:
-        """What each partition file says of itself."""
+        """What each partition file states about itself."""
         return tuple(partition.info() for partition in self._partitions())
 
-    def consultations(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         """Yield the ids of all consultations, partition after partition, sorted within each."""
         for partition in self._partitions():
             yield from partition.names()
-
-    def __iter__(self) -> Iterator[str]:
-        return self.consultations()
 
     def __len__(self) -> int:
         return sum(partition.count() for partition in self._partitions())
@@ -126,31 +134,67 @@ class Corpus(Mapping[str, Consultation]):
     def __getitem__(self, consultation: str) -> Consultation:
         """Return a consultation.
 
-        Raises:
-            UnknownConsultationError: no partition file holds it.
-            CorpusError: a partition file cannot be read.
+        Raises UnknownConsultationError: no partition file holds it; CorpusError: a partition file cannot be read.
         """
         for partition in self._partitions():
             if consultation in partition:
                 return partition.consultation(consultation)
-        raise UnknownConsultationError(f"no consultation {consultation!r} in {len(self._paths)} partition file(s)")
+        raise UnknownConsultationError(f"no consultation {consultation!r} in {len(self.paths)} partition file(s)")
 
     def conflicts(self) -> Iterator[Consultation]:
-        """Yield, for each consultation that has any, the events that came under an id that it holds with another body.
+        """Yield, for each consultation that has any, the events that came under a used id with another body.
 
-        They are kept apart, in stream order, and are no part of the consultation: its own event is the first one.
+        They are in stream order and not part of the consultation, which holds the first event under that id.
         """
         for partition in self._partitions():
             yield from partition.conflicts()
 
+    def to_frame(
+        self,
+        *,
+        prefix: str = "",
+        since: datetime | None = None,
+        until: datetime | None = None,
+        expand: bool = True,
+    ) -> pd.DataFrame:
+        """Return the events of all consultations as one pandas frame, a row an event.
+
+        The columns are those of :meth:`Consultation.to_frame`, after ``consultation``. Consultations come partition
+        after partition, sorted within each; the events of one in stream order. All that the filters choose is held in
+        memory, some kilobytes an event.
+
+        Args:
+            prefix: only consultations whose id starts with it.
+            since: only events received at this time or later; with a time zone.
+            until: only events received before this time; with a time zone.
+            expand: False for the whole parsed payloads in one column ``payload``.
+
+        Raises CorpusUsageError: pandas is not installed, or a time has no time zone.
+        """
+        first = -(2**63) if since is None else _nanoseconds("since", since)
+        end = 2**63 - 1 if until is None else _nanoseconds("until", until)
+
+        def in_time(rows: Table) -> npt.NDArray[np.bool_]:
+            return (rows["received_ns"] >= first) & (rows["received_ns"] < end)
+
+        keep = None if since is None and until is None else in_time
+        chosen = (
+            partition.consultation(name)
+            for partition in self._partitions()
+            for name in partition.names()
+            if name.startswith(prefix)
+        )
+        events = (event for consultation in chosen for event in consultation.records(keep=keep))
+        return to_frame(events, expand=expand, consultation=True)
+
     def refresh(self) -> None:
-        """Let go of all partition files; they are opened anew, with what was committed since, when they are needed."""
+        """Close all partition files; they are opened again, with what was committed since, when they are needed."""
         for partition in self._open.values():
             partition.close()
         self._open.clear()
 
     def close(self) -> None:
-        """Let go of all partition files for good."""
+        """Close all partition files for good."""
         self._closed = True
         self.refresh()
 
@@ -161,13 +205,19 @@ class Corpus(Mapping[str, Consultation]):
         self.close()
 
     def _partitions(self) -> Iterator[_Partition]:
-        for path in self._paths:
+        for path in self.paths:
             if self._closed:
                 raise CorpusUsageError("the corpus is closed")
             partition = self._open.get(path)
             if partition is None:
                 partition = self._open[path] = _Partition(path)
             yield partition
+
+
+def _nanoseconds(name: str, moment: datetime) -> int:
+    if moment.tzinfo is None:
+        raise CorpusUsageError(f"{name} needs a time zone, as in datetime(2026, 11, 27, tzinfo=UTC)")
+    return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
 
 
 def open_corpus(path: str | PathLike[str]) -> Corpus:
@@ -180,7 +230,7 @@ def open_corpus(path: str | PathLike[str]) -> Corpus:
         CorpusNotFoundError: there is no such path, or no partition file in the directory.
     """
     place = Path(path)
-    if place.name == _INDEX_FILE and place.is_file():
+    if place.name == INDEX_NAME and place.is_file():
         place = place.parent
     if place.is_file():
         return Corpus([place])
@@ -239,9 +289,7 @@ class _Partition:
         with self._errors():
             names = sorted(self._conflicts)
         for name in names:
-            with self._errors():
-                found = Consultation(name, h5py.h5g.open(self._conflicts.id, name.encode()), self._errors)
-            yield found
+            yield self._open(self._conflicts, name)
 
     def count(self) -> int:
         return len(self._group)
@@ -250,17 +298,20 @@ class _Partition:
         return is_consultation_id(consultation) and consultation.encode() in self._group.id
 
     def consultation(self, name: str) -> Consultation:
-        with self._errors():
-            return Consultation(name, h5py.h5g.open(self._group.id, name.encode()), self._errors)
+        return self._open(self._group, name)
 
     def close(self) -> None:
         self._closed = True
         self._file.close()
         self._snapshot.close()
 
+    def _open(self, parent: Any, name: str) -> Consultation:
+        with self._errors():
+            return Consultation(name, *open_datasets(h5py.h5g.open(parent.id, name.encode())), self._errors)
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Tell an error of the disk from one of the content: h5py raises the same for both."""
+        """Distinguish errors of the disk from those of the content: h5py raises the same for both."""
         if self._closed:
             raise CorpusUsageError(f"{self._path.name} was closed: ask the corpus for the consultation again")
         try:
@@ -271,33 +322,29 @@ class _Partition:
             raise CorpusFormatError(f"{self._path.name}: HDF5: {error}") from error
 
 
+# -- The index: corpus.h5 ---------------------------------------------------------------------------------------------
+
+
 def write_index(directory: Path, io: StorageIO | None = None) -> None:
-    """Write ``corpus.h5`` with an external link to every partition file, in one durable step; one that has them stays.
+    """Write ``corpus.h5`` with an external link to every partition file, in one durable step, unless it is current.
 
-    Each ``<pp>.h5`` appears as ``/partitions/<pp>``, whose ``consultations/<id>`` holds ``events`` and ``payload``. The
-    links are relative: the directory can be moved and copied. In Python::
+    Each ``<pp>.h5`` appears as ``/partitions/<pp>``. The links are relative: the directory can be moved and copied.
 
-        with h5py.File("corpus/corpus.h5") as corpus:
-            for partition in corpus["partitions"].values():
-                table = partition["consultations"][consultation]["events"][:]
-
-    Raises:
-        CorpusNotFoundError: there is no such directory.
-        CorpusLockedError: another process creates files there.
-        CorpusIOError: the system refused.
+    Raises CorpusNotFoundError: there is no such directory; CorpusLockedError: another process creates files there;
+    CorpusIOError: the system refused.
     """
     with locked_directory(directory), system_errors(f"write {INDEX_NAME}"):
         io = StorageIO() if io is None else io
         path, partitions = directory / INDEX_NAME, partition_files(directory)
         if _is_current(path, partitions):
-            # it may have been put there by one whose sync of the directory failed
+            # the sync of the directory may have failed for the process that wrote it
             io.sync_directory(directory)
         else:
             replace_file(path, _image(partitions), io)
 
 
 def read_links(path: Path) -> dict[str, tuple[str, str] | str]:
-    """Return what an index links, by name: file and path within it; of what is no external link, the kind.
+    """Return what an index links, by name: file and path within it, or the kind of a link that is not external.
 
     Raises:
         OSError, RuntimeError, ValueError, KeyError, TypeError: it is no index, or damaged.

@@ -1,47 +1,30 @@
-"""The event store: the writer's side of one partition file."""
+"""The event store: one partition file, open for writing.
+
+A caller appends events, then commits them with the stream sequence that it has reached: all of it becomes durable, or
+nothing. A commit costs one write and one sync of the journal; checkpoints, which show the events to stock readers, run
+in a thread. What the file holds can be looked up between appends, in the same thread.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-import h5py
-import numpy as np
-
-from fiq.corpus.errors import AppendRefusedError, CorpusFormatError, StoreFailedError
-from fiq.corpus.format import (
-    BEGINS,
-    CHUNK_SLOTS,
-    COMMITTED,
-    COMMITTED_CONFLICTS,
-    COMMITTED_EVENTS,
-    COMMITTED_ID,
-    CONFLICTS,
-    CONSULTATIONS,
-    LIBVER,
-    MESSAGE_ID_BYTES,
-    Identity,
-    Record,
-    bound_metadata,
-    check_identity,
-    empty_file,
-    read_identity,
-)
-from fiq.corpus.groups import ChunkedTail, OpenConsultations
-from fiq.corpus.ids import KnownIds, Lookup, StoredRow
+from fiq.corpus.consultation import Consultation, StoredRow
+from fiq.corpus.errors import AppendRefusedError, StoreFailedError
+from fiq.corpus.format import Identity, Record, empty_file
+from fiq.corpus.ids import IdHashes, KnownIds
+from fiq.corpus.partition import OpenConsultations, OpenPartition, hdf5_error, hdf5_errors
 from fiq.corpus.wal.file import AtomicFile
 from fiq.corpus.wal.journal import refuse_archive
 from fiq.corpus.wal.recovery import create_pair
 from fiq.corpus.wal.storage import StorageIO, check_file_system
 
-#: consultations whose conflicts stay open: they are rare
-_OPEN_CONFLICTS = 16
-#: how long after a checkpoint that had to wait the next one is tried, seconds
+#: how long after a deferred checkpoint the next one is tried, seconds
 _DEFERRED_RETRY = 1.0
 
 
@@ -115,119 +98,16 @@ class StoreStats:
     checkpoint_seconds: float
 
 
-class OpenPartition:
-    """A partition file open in HDF5 through its journaled file.
-
-    Args:
-        name: the file's name, for messages.
-        journaled: the file object; not closed here.
-        expected: the identity that the file must state; None accepts any.
-        limit: how many consultations stay open.
-        metadata_cache: limit of HDF5's metadata cache, in bytes of the file.
-
-    Raises:
-        CorpusFormatError: it is no partition file, or damaged.
-        IdentityMismatchError: its identity is another.
-        CorpusIOError: the system refused.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        journaled: AtomicFile,
-        expected: Identity | None,
-        *,
-        limit: int,
-        metadata_cache: int,
-    ) -> None:
-        with hdf5_errors(name, journaled):
-            self._file = h5py.File(journaled, "r+", libver=LIBVER, rdcc_nslots=CHUNK_SLOTS)
-        try:
-            with hdf5_errors(name, journaled):
-                bound_metadata(self._file, metadata_cache)
-                self.identity = read_identity(self._file, name)
-                if expected is not None:
-                    check_identity(name, expected, self.identity)
-                if self._file.attrs.get("journal") != str(journaled.uuid):
-                    raise CorpusFormatError(f"{name}: its user block and its HDF5 content are of two files")
-                self.begins = int(self._file.attrs[BEGINS])
-                self.committed = int(self._file.attrs[COMMITTED])
-                self.committed_id = bytes(self._file.attrs[COMMITTED_ID]).decode("ascii")
-                counted = (COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)
-                self._attributes = [h5py.h5a.open(self._file.id, name.encode()) for name in counted]
-                self.consultations, self.conflicts = (
-                    OpenConsultations(
-                        self._file.id,
-                        group,
-                        partial(ChunkedTail, journaled),
-                        self.identity,
-                        events=int(self._file.attrs[counter]),
-                        limit=most,
-                    )
-                    for group, counter, most in (
-                        (CONSULTATIONS, COMMITTED_EVENTS, limit),
-                        (CONFLICTS, COMMITTED_CONFLICTS, _OPEN_CONFLICTS),
-                    )
-                )
-        except BaseException:
-            journaled.discard()
-            self._file.close()
-            raise
-
-    def place(self, store: str, volume: str, epoch: int) -> None:
-        """Let the file say that it is *store*'s, and the one of the partition's placement *epoch* on *volume*."""
-        for name, value in (("store", store), ("volume", volume)):
-            if getattr(self.identity, name) != value:
-                self._file.attrs[name] = value
-        h5py.h5a.open(self._file.id, b"epoch").write(np.array(epoch, np.uint32))
-        self.identity = replace(self.identity, store=store, volume=volume, epoch=epoch)
-
-    def flush(self, sequence: int, message_id: str) -> None:
-        """Hand everything to the journaled file, with *sequence* and the *message_id* there as what is reached."""
-        values = (
-            np.array(sequence, np.uint64),
-            np.array(message_id.encode("ascii"), f"S{MESSAGE_ID_BYTES}"),
-            np.array(self.consultations.events, np.uint64),
-            np.array(self.conflicts.events, np.uint64),
-        )
-        for attribute, value in zip(self._attributes, values, strict=True):
-            attribute.write(value)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close every handle. HDF5 may want to write then: the journaled file must discard that."""
-        self.consultations.clear()
-        self.conflicts.clear()
-        self._attributes.clear()
-        try:
-            self._file.close()
-        except (OSError, RuntimeError, ValueError):
-            # HDF5 could not read what it needs for writing what is dropped anyway
-            return
-
-
-@contextmanager
-def hdf5_errors(name: str, journaled: AtomicFile) -> Iterator[None]:
-    """Turn an error of h5py inside the block into the corpus's own.
-
-    Raises CorpusIOError: the journaled file failed underneath; CorpusFormatError: HDF5 does not accept the content.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise (journaled.failure or CorpusFormatError(f"{name}: HDF5: {error}")) from error
-
-
-class CheckpointPolicy:
+class _CheckpointPolicy:
     """Decides for one open file.
 
     Args:
-        journaled: the file.
+        file: the file.
         options: its limits.
     """
 
-    def __init__(self, journaled: AtomicFile, options: StoreOptions) -> None:
-        self._journaled = journaled
+    def __init__(self, file: AtomicFile, options: StoreOptions) -> None:
+        self._file = file
         self._options = options
         self._oldest_in_journal: float | None = None
         self._next_attempt = 0.0
@@ -248,7 +128,7 @@ class CheckpointPolicy:
 
     def make(self) -> bool:
         """Make a checkpoint now and wait for it; False when it is put off."""
-        done = self._journaled.checkpoint()
+        done = self._file.checkpoint()
         if done:
             self._oldest_in_journal = None
         self._note_deferrals()
@@ -256,9 +136,9 @@ class CheckpointPolicy:
 
     def begin(self, *, now: bool) -> bool:
         """Begin one beside the commits when it is due, or *now*; return whether one was begun."""
-        self._journaled.collect()
+        self._file.collect()
         self._note_deferrals()
-        if (now or self._is_due()) and self._journaled.start_checkpoint():
+        if (now or self._is_due()) and self._file.start_checkpoint():
             self._oldest_in_journal = None
             return True
         self._note_deferrals()
@@ -266,16 +146,16 @@ class CheckpointPolicy:
         return False
 
     def _is_due(self) -> bool:
-        if not self._journaled.journal_bytes or self._journaled.busy:
+        if not self._file.journal_bytes or self._file.busy:
             return False
         moment = time.monotonic()
         old = self._oldest_in_journal is None or moment - self._oldest_in_journal >= self._options.checkpoint_seconds
-        long = self._journaled.journal_bytes >= self._options.checkpoint_bytes
+        long = self._file.journal_bytes >= self._options.checkpoint_bytes
         return (old or long) and moment >= self._next_attempt
 
     def _note_deferrals(self) -> None:
         """Take note of a checkpoint that was put off, so that the next one is not tried at every commit."""
-        stats = self._journaled.stats
+        stats = self._file.stats
         if stats.checkpoints_deferred > self._deferred:
             self._deferred = stats.checkpoints_deferred
             self._next_attempt = time.monotonic() + _DEFERRED_RETRY
@@ -285,13 +165,80 @@ class CheckpointPolicy:
 
     def _bound_journal(self) -> None:
         """Compact a journal that has outgrown its limit since a reader holds checkpoints back."""
-        size, limit = self._journaled.journal_bytes, self._options.journal_limit
-        if self._journaled.stats.compactions > self._compactions or self._deferred_since is None:
-            self._compactions = self._journaled.stats.compactions
+        size, limit = self._file.journal_bytes, self._options.journal_limit
+        if self._file.stats.compactions > self._compactions or self._deferred_since is None:
+            self._compactions = self._file.stats.compactions
             # what it cannot make shorter must not be tried again soon
             self._compact_from = max(limit, 2 * size)
-        elif size >= self._compact_from and self._journaled.start_compaction():
+        elif size >= self._compact_from and self._file.start_compaction():
             self._compact_from = 2 * size
+
+
+class Lookup:
+    """What an open store holds, uncommitted events included.
+
+    Args:
+        consultations: of the store.
+        ids: those in memory.
+    """
+
+    def __init__(self, consultations: OpenConsultations, ids: KnownIds) -> None:
+        self._consultations = consultations
+        self._ids = ids
+
+    def consultation(self, name: str) -> Consultation | None:
+        """Return a consultation; None when the file has no such."""
+        return self._consultations.consultation(name)
+
+    def held(self, name: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
+        """Return the rows of those of *ids* that a consultation holds."""
+        return self._ids.held(self._consultations, name, ids, lambda: self.consultation(name))
+
+    def id_hashes(self, name: str, most: int) -> IdHashes | None:
+        """Return the hashes of a consultation's ids, none when it does not exist; None when there are over *most*."""
+        return self._ids.hashes(self._consultations, name, most, lambda: self.consultation(name))
+
+    def names(self, start: int, count: int) -> list[str]:
+        """Return at most *count* ids of consultations from the position *start* on, in HDF5's own order.
+
+        One that is created later may take a place before *start* and move the others up: the next call then repeats
+        some names, and leaves out none of those that were there before.
+        """
+        return self._consultations.names(start, count)
+
+    def __len__(self) -> int:
+        return len(self._consultations)
+
+
+class _Guard:
+    """A context that refuses after a failure, remembers the block's, and replaces h5py's errors by the corpus's.
+
+    Not a generator: such a context costs as much as an append.
+    """
+
+    __slots__ = ("_file", "failure")
+
+    def __init__(self, file: AtomicFile) -> None:
+        self._file = file
+        self.failure: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise StoreFailedError after a failure."""
+        if self.failure is not None:
+            raise StoreFailedError(
+                f"{self._file.name}: the store failed before ({self.failure}); abandon it and open it again"
+            ) from self.failure
+
+    def __enter__(self) -> None:
+        self.check()
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        is_hdf5 = isinstance(error, (OSError, RuntimeError, ValueError, KeyError))
+        self.failure = hdf5_error(self._file, error) if is_hdf5 else error
+        if is_hdf5:
+            raise self.failure from error
 
 
 class EventStore:
@@ -303,33 +250,26 @@ class EventStore:
 
     def __init__(self, path: Path, expected: Identity | None, options: StoreOptions) -> None:
         self._path = path
-        self._options = options
         self._events = self._uncommitted = self._highest = 0
         self._commit_seconds = 0.0
-        self._failure: BaseException | None = None
-        self._guarded = _Guard(self)
-        self._journaled = AtomicFile(
+        self._file = AtomicFile(
             path, io=options.io, cached_pages=options.cached_pages, wrap_bytes=options.checkpoint_bytes
         )
-        self._checkpoints = CheckpointPolicy(self._journaled, options)
+        self._guard = _Guard(self._file)
+        self._checkpoints = _CheckpointPolicy(self._file, options)
         try:
-            self._partition = OpenPartition(
-                path.name,
-                self._journaled,
-                expected,
-                limit=options.open_consultations,
-                metadata_cache=options.metadata_cache_bytes,
-            )
+            limit, cache = options.open_consultations, options.metadata_cache_bytes
+            self._partition = OpenPartition(self._file, expected, limit=limit, metadata_cache=cache)
         except BaseException:
-            self._journaled.close()
+            self._file.close()
             raise
         self._ids = options.ids
         self._lookup = Lookup(self._partition.consultations, self._ids)
         self._conflicts = Lookup(self._partition.conflicts, self._ids)
-        #: stream sequence that the last commit reached, and the message id there; 0 and nothing when there is none
+        #: stream sequence that the last commit reached, and the message id there; 0 and empty when there is none
         self.committed, self.committed_id = self._partition.committed, self._partition.committed_id
         try:
-            # recovery ends with a file that stock readers can open; where that has to wait, work goes on without
+            # recovery ends with a file that stock readers can open; if that is deferred, work goes on without
             self.checkpoint()
         except BaseException:
             self.abandon()
@@ -388,28 +328,28 @@ class EventStore:
     @property
     def in_place(self) -> bool:
         """Whether the open file and journal are still those at their paths; commits to deleted ones go nowhere."""
-        return self._journaled.in_place
+        return self._file.in_place
 
     @property
     def stats(self) -> StoreStats:
         """What the store has done and holds, as of now."""
-        file = self._journaled.stats
+        file = self._file.stats
         return StoreStats(
             commits=file.commits,
             events=self._events,
             checkpoints=file.checkpoints,
-            checkpoint_running=self._journaled.checkpoint_running,
+            checkpoint_running=self._file.checkpoint_running,
             checkpoints_deferred=file.checkpoints_deferred,
             checkpoint_deferred_because=file.deferred_because,
             checkpoint_waiting_seconds=self._checkpoints.waiting_seconds,
             compactions=file.compactions,
-            journal_bytes=self._journaled.journal_bytes,
+            journal_bytes=self._file.journal_bytes,
             journaled_bytes=file.journaled_bytes,
             records_recovered=file.records_recovered,
             torn_records=file.torn_records,
-            open_consultations=len(self._partition.consultations),
+            open_consultations=self._partition.consultations.open_count,
             uncommitted_events=self._uncommitted,
-            memory_bytes=self._journaled.memory_bytes,
+            memory_bytes=self._file.memory_bytes,
             commit_seconds=self._commit_seconds,
             checkpoint_seconds=file.checkpoint_seconds,
         )
@@ -419,12 +359,12 @@ class EventStore:
 
         Raises CorpusError: abandon the store.
         """
-        with self._guarded:
+        with self._guard:
             return self._lookup.held(consultation, ids)
 
     def held_conflicts(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
         """Return a row of those of *ids* that the consultation's conflicts hold, committed or not yet."""
-        with self._guarded:
+        with self._guard:
             return self._conflicts.held(consultation, ids)
 
     @property
@@ -441,8 +381,8 @@ class EventStore:
         Raises CorpusFormatError: HDF5 does not accept the content; CorpusIOError: the system refused; abandon the
         store.
         """
-        self._check_usable()
-        with hdf5_errors(self._path.name, self._journaled):
+        self._guard.check()
+        with hdf5_errors(self._file):
             yield self._conflicts if conflicts else self._lookup
 
     def append(self, consultation: str, records: Sequence[Record]) -> bool:
@@ -466,10 +406,8 @@ class EventStore:
     def _append(self, groups: OpenConsultations, consultation: str, records: Sequence[Record]) -> bool:
         if not records:
             return False
-        with self._guarded:
-            appender = groups.find_or_create(consultation)
-            first = appender.length
-            appender.append(records, self.committed)
+        with self._guard:
+            first = groups.append(consultation, records, self.committed)
             self._ids.appended(groups, consultation, first, [one.event_id for one in records])
             self._uncommitted += len(records)
             self._highest = max(self._highest, records[-1].sequence)
@@ -486,13 +424,13 @@ class EventStore:
             AppendRefusedError: *sequence* is too low.
             CorpusIOError: the system refused. Abandon the store; whether the commit counts shows when it is opened.
         """
-        with self._guarded:
+        with self._guard:
             if sequence < self.committed or sequence < self._highest:
                 lowest = max(self.committed, self._highest)
                 raise AppendRefusedError(f"{self._path.name}: cannot commit {sequence}, below {lowest}")
             started = time.monotonic()
             self._partition.flush(sequence, message_id)
-            self._journaled.commit()
+            self._file.commit()
             self._commit_seconds = time.monotonic() - started
             self.committed, self.committed_id = sequence, message_id
             self._events += self._uncommitted
@@ -504,7 +442,7 @@ class EventStore:
 
         Raises CorpusIOError: the system refused; abandon the store.
         """
-        with self._guarded:
+        with self._guard:
             own = self.identity
             self._partition.place(store or own.store, volume or own.volume, epoch)
         self.commit(self.committed, self.committed_id)
@@ -518,7 +456,7 @@ class EventStore:
         Raises CorpusUsageError: events are appended and not committed; CorpusIOError: the system refused; abandon the
         store.
         """
-        with self._guarded:
+        with self._guard:
             return self._checkpoints.make()
 
     def maybe_checkpoint(self, *, now: bool = False) -> bool:
@@ -532,32 +470,32 @@ class EventStore:
         Returns:
             Whether one was begun.
         """
-        with self._guarded:
+        with self._guard:
             return not self._uncommitted and self._checkpoints.begin(now=now)
 
     def abandon(self) -> None:
         """Drop what is not committed and release everything; writes nothing to the disk."""
         for groups in (self._partition.consultations, self._partition.conflicts):
             self._ids.forget(groups)
-        self._journaled.discard()
+        self._file.discard()
         self._partition.close()
-        self._journaled.close()
-        self._failure = self._failure or StoreFailedError("the store is closed")
+        self._file.close()
+        self._guard.failure = self._guard.failure or StoreFailedError("the store is closed")
 
     def close(self) -> None:
         """Drop what is not committed, make a last checkpoint, and release everything.
 
         Raises CorpusIOError: the checkpoint failed; everything is released all the same, and the journal holds it.
         """
-        if self._failure is not None:
+        if self._guard.failure is not None:
             self.abandon()
             return
         # what HDF5 writes when it closes is not needed: the last commit is complete without it
-        self._journaled.discard()
+        self._file.discard()
         self._partition.close()
         try:
-            self._journaled.rollback()
-            self._journaled.checkpoint()
+            self._file.rollback()
+            self._file.checkpoint()
         finally:
             self.abandon()
 
@@ -569,38 +507,6 @@ class EventStore:
             self.close()
         else:
             self.abandon()
-
-    def _check_usable(self) -> None:
-        if self._failure is not None:
-            raise StoreFailedError(
-                f"{self._path.name}: the store failed before ({self._failure}); abandon it and open it again"
-            ) from self._failure
-
-
-class _Guard:
-    """Refuses after a failure; remembers the block's, and tells what HDF5 made of an error of the file.
-
-    A class of its own, since a generator's context costs as much as an append.
-    """
-
-    __slots__ = ("_store",)
-
-    def __init__(self, store: EventStore) -> None:
-        self._store = store
-
-    def __enter__(self) -> None:
-        self._store._check_usable()
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if error is None:
-            return
-        told = error
-        if isinstance(error, (OSError, RuntimeError, ValueError, KeyError)):
-            journaled = self._store._journaled
-            told = journaled.failure or CorpusFormatError(f"{self._store._path.name}: HDF5: {error}")
-        self._store._failure = told
-        if told is not error:
-            raise told from error
 
 
 def create_partition(path: Path, identity: Identity, io: StorageIO, *, begins: int = 1) -> None:

@@ -407,7 +407,7 @@ def compare_corpus(path: Path, accepted: Iterable[AcceptedPost]) -> Comparison:
     with open_corpus(path) as corpus:
         found = (
             (name, [(str(event.event_id), event.sequence, event.raw) for event in corpus[name]])
-            for name in sorted(corpus.consultations())
+            for name in sorted(corpus)
         )
         return compare(found, accepted)
 

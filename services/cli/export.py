@@ -175,7 +175,7 @@ def _events(path: Path, consultation: str | None, after: int | None) -> Iterator
     with opened_corpus(path) as corpus:
         yield (
             event
-            for name in corpus.consultations()
+            for name in corpus
             if len(events := corpus[name]) and events.table(len(events) - 1)["seq"][0] > after
             for event in events
             if event.sequence > after

@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from uuid import UUID
 
-from fiq.corpus import CorpusError, EventStore, Lookup, StoredConsultation, StoredRow
+from fiq.corpus import Consultation, CorpusError, EventStore, Lookup, StoredRow
 from fiq.errors import PermanentError, TransientError
 from services.core.lifecycle import spawn
 from services.core.logs import get_logger
@@ -236,7 +236,7 @@ def _events(lookup: Lookup, committed: int, question: Events, room: int) -> Answ
     stored = lookup.consultation(question.consultation) if question.limit else None
     if stored is None:
         return EventsAnswer(committed, [], more=False)
-    index = stored.behind(question.after)
+    index = stored.first_after(question.after)
     rows = _page(stored, index, question.limit, room)
     complete = [
         Row(row.sequence, row.received_ns, UUID(bytes=row.event_id), body)
@@ -245,7 +245,7 @@ def _events(lookup: Lookup, committed: int, question: Events, room: int) -> Answ
     return EventsAnswer(committed, complete, more=index + len(rows) < len(stored))
 
 
-def _page(stored: StoredConsultation, index: int, limit: int, room: int) -> list[StoredRow]:
+def _page(stored: Consultation, index: int, limit: int, room: int) -> list[StoredRow]:
     """Return at most *limit* rows from *index* on whose bodies fit into an answer of *room* bytes.
 
     Raises _TooLargeError: the first one does not.

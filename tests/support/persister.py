@@ -224,7 +224,7 @@ class Rig:
 def contents(path: Path) -> dict[str, list[int]]:
     """Return each consultation's sequences in the partition file at *path*."""
     with open_corpus(path) as corpus:
-        return {name: [record.sequence for record in corpus[name]] for name in corpus.consultations()}
+        return {name: [record.sequence for record in corpus[name]] for name in corpus}
 
 
 def conflicts(path: Path) -> dict[str, list[tuple[int, bytes]]]:

@@ -159,7 +159,7 @@ def corpus_of(data: Path) -> Contents:
     """Return what the partition files in *data* hold; nothing while there are none."""
     try:
         with open_corpus(data) as corpus:
-            return {name: [record.event_id for record in corpus[name]] for name in corpus.consultations()}
+            return {name: [record.event_id for record in corpus[name]] for name in corpus}
     except CorpusError:
         return {}
 

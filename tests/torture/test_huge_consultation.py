@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fiq.corpus import EventStore, Record, StoredConsultation
+from fiq.corpus import Consultation, EventStore, Record
 from tests.support.corpus import IDENTITY
 from tests.support.torture import LONG
 
@@ -40,14 +40,14 @@ def path(tmp_path: Path) -> Path:
 def test_its_ids_are_read_once_and_each_of_them_is_known(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds go on with other consultations in between, some of them with retries from all over the huge one."""
     reads = 0
-    whole = StoredConsultation.ids
+    whole = Consultation.ids
 
-    def counted(self: StoredConsultation) -> Iterator[npt.NDArray[np.void]]:
+    def counted(self: Consultation) -> Iterator[npt.NDArray[np.void]]:
         nonlocal reads
         reads += 1
         return whole(self)
 
-    monkeypatch.setattr(StoredConsultation, "ids", counted)
+    monkeypatch.setattr(Consultation, "ids", counted)
     rng = random.Random(7)
     with EventStore.open(path, expected=IDENTITY) as store:
         tracemalloc.start()

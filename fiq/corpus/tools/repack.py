@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from h5py import h5d, h5g, h5p, h5s, h5t
 
+from fiq.corpus.consultation import Consultation
 from fiq.corpus.errors import (
     CorpusExistsError,
     CorpusFormatError,
@@ -24,7 +25,6 @@ from fiq.corpus.errors import (
     CorpusNotFoundError,
     system_errors,
 )
-from fiq.corpus.events import Consultation
 from fiq.corpus.format import (
     ARCHIVED,
     COMMITTED,

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from fiq.corpus.consultation import Consultation
 from fiq.corpus.errors import CorpusError, CorpusFormatError, JournalError
-from fiq.corpus.events import Consultation
 from fiq.corpus.format import CONFLICTS, EVENT_DTYPE, EVENT_HEAD, chain_next, chain_start, is_consultation_id
 from fiq.corpus.reader import INDEX_NAME, Corpus, PartitionInfo, open_corpus, partition_files, read_links
 from fiq.corpus.wal.journal import RECORDS_START
@@ -283,7 +283,7 @@ class _Run:
         """Return how many consultations were checked, and the bytes of their payloads."""
         first, count, payload = self._events, 0, 0
         most = len(self.problems) + MOST_PROBLEMS
-        for name in corpus.consultations():
+        for name in corpus:
             payload += self._check_consultation(info, corpus, name, first)
             count += 1
             if len(self.problems) >= most:

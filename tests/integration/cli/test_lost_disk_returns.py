@@ -205,7 +205,7 @@ async def stopped(persister: Persister, partitions: range) -> bool:
 def grown(data: Path, before: Contents, after: Contents) -> Contents:
     """Return what *data* holds once partition 00 has all of its own; whatever else of *after* is there is an error."""
     with open_corpus(data / "00.h5") as corpus:
-        own = set(corpus.consultations())
+        own = set(corpus)
     held, everything = corpus_of(data), joined((before, after))
     assert {name: everything[name] if name in own else before[name] for name in before} == held
     return held

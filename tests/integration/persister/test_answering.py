@@ -19,7 +19,7 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from fiq.corpus import EventStore, KnownIds, Lookup, Record, StoredConsultation, StoreOptions
+from fiq.corpus import Consultation, EventStore, KnownIds, Lookup, Record, StoreOptions
 from services.log import questions as wire
 from services.log.jetstream.questions import Answering, Questions
 from services.log.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, digest_of
@@ -335,7 +335,7 @@ async def test_a_damaged_consultation_is_told_and_the_partition_goes_on(
         raise ValueError("no such chunk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(StoredConsultation, "behind", damaged)
+        patch.setattr(Consultation, "first_after", damaged)
         answer = await asker.ask(Events("c1", 0, 1))
     assert answer.headers is not None
     assert "500" == answer.headers["Nats-Service-Error-Code"]
@@ -383,7 +383,7 @@ class Handles:
         self.released_in: list[int] = []
         whole = Lookup.consultation
 
-        def consultation(lookup: Lookup, name: str) -> StoredConsultation | None:
+        def consultation(lookup: Lookup, name: str) -> Consultation | None:
             stored = whole(lookup, name)
             if stored is not None:
                 self.opened += 1

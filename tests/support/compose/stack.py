@@ -55,7 +55,7 @@ _DUMP = """
 import base64, sys
 from fiq.corpus import open_corpus
 with open_corpus("/data") as corpus:
-    for name in sorted(corpus.consultations()):
+    for name in sorted(corpus):
         for event in corpus[name]:
             print(name, event.event_id, event.sequence, base64.b64encode(event.raw).decode())
 """

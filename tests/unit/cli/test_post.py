@@ -21,7 +21,7 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from fiq.corpus.events import EventRecord
+from fiq.corpus.consultation import EventRecord
 from fiq.event import event_id_from_key
 from services.cli.export import Format
 from services.cli.export import lines as exported_lines

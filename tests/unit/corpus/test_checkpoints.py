@@ -129,7 +129,7 @@ def test_what_is_committed_can_be_copied_however_full_the_disk(path: Path) -> No
     store = EventStore.open(path, expected=IDENTITY, options=StoreOptions(io=io))
     commit_range(store, range(1, 101))
     held = path.stat().st_blocks * 512
-    assert held >= store._journaled._cache.size
+    assert held >= store._file._cache.size
     io.fail_after(0, times=2)
     with pytest.raises(CorpusIOError, match=r"cannot commit to 00\.h5\.wal: No space left on device"):
         commit_range(store, range(101, 10_000), consultations=2000)
@@ -174,7 +174,7 @@ def test_records_without_a_sector_are_compacted_too(path: Path) -> None:
     options = StoreOptions(checkpoint_seconds=0, journal_limit=1)
     with EventStore.open(path, expected=IDENTITY, options=options) as store, h5py.File(path, "r"):
         for _ in range(20):
-            store._journaled._journal.append(store._journaled._cache.size, np.empty((0, 2), np.uint64), [])
+            store._file._journal.append(store._file._cache.size, np.empty((0, 2), np.uint64), [])
             store.maybe_checkpoint(now=True)
 
         def compacted() -> bool:

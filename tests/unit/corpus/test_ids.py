@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiq.corpus import EventStore, KnownIds, Record, StoredConsultation, StoreOptions, hashes_of
+from fiq.corpus import Consultation, EventStore, KnownIds, Record, StoreOptions, hashes_of
 from fiq.corpus import ids as ids_module
 from tests.support.corpus import IDENTITY
 
@@ -69,8 +69,8 @@ def test_a_new_consultation_is_never_read(tmp_path: Path, monkeypatch: pytest.Mo
         raise AssertionError("the table was read")
 
     with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
-        monkeypatch.setattr(StoredConsultation, "ids", never)
-        monkeypatch.setattr(StoredConsultation, "row", never)
+        monkeypatch.setattr(Consultation, "ids", never)
+        monkeypatch.setattr(Consultation, "row", never)
         for start in range(1, 2001, 10):
             assert {} == held(store, "c", range(start, start + 10))
             append(store, "c", range(start, start + 10))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fiq.corpus import CorpusFormatError, EventStore, Record, StoredConsultation, StoreOptions
+from fiq.corpus import Consultation, CorpusFormatError, EventStore, Record, StoreOptions
 from tests.support.corpus import IDENTITY, append_range, commit_range, consultation_of, expected, record
 
 
@@ -17,7 +17,7 @@ def store(tmp_path: Path) -> Iterator[EventStore]:
         yield made
 
 
-def found(store: EventStore, name: str) -> StoredConsultation:
+def found(store: EventStore, name: str) -> Consultation:
     with store.reading() as lookup:
         consultation = lookup.consultation(name)
     assert consultation is not None
@@ -50,7 +50,7 @@ def test_a_position_is_found_between_sequences_too(store: EventStore) -> None:
         store.append("c", [record(sequence)])
     store.commit(2000)
     held = found(store, "c")
-    assert [0, 0, 1, 1, 199, 200] == [held.behind(sequence) for sequence in (0, 9, 10, 19, 1999, 2000)]
+    assert [0, 0, 1, 1, 199, 200] == [held.first_after(sequence) for sequence in (0, 9, 10, 19, 1999, 2000)]
 
 
 def test_names_come_in_slices_and_none_is_left_out_when_others_are_created(tmp_path: Path) -> None:
@@ -92,6 +92,6 @@ def test_content_that_hdf5_does_not_accept_spoils_the_read_and_not_the_store(sto
     commit_range(store, range(1, 3))
     held = found(store, consultation_of(1, 7))
     with pytest.raises(CorpusFormatError), store.reading():
-        held.row(1_000_000)
+        held.lines(1_000_000, 1_000_010)
     store.append("c", [Record(3, 1, bytes(16), b"{}")])
     store.commit(3)

@@ -140,7 +140,7 @@ def test_consultations_are_found_in_any_partition_file(tmp_path: Path) -> None:
     write_index(tmp_path)
     for place in (tmp_path, str(tmp_path), tmp_path / "corpus.h5"):
         with open_corpus(place) as corpus:
-            assert list(corpus.consultations()) == ["c-0", "c-3", "c-11"]
+            assert list(corpus) == ["c-0", "c-3", "c-11"]
             assert [partition.committed for partition in corpus.partitions] == [1, 4, 12]
             assert next(iter(corpus["c-11"])).sequence == 12
             assert len(corpus) == 3

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from fiq.corpus import CorpusUsageError, EventStore, open_corpus, write_index
+from fiq.corpus import EventStore, open_corpus, write_index
 from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD
 from tests.support.corpus import IDENTITY, commit_range
 
@@ -86,27 +85,6 @@ def test_a_stock_table_becomes_a_pandas_frame(filled: Path) -> None:
     frame = pandas.DataFrame(table.tolist(), columns=table.dtype.names)
     assert table["seq"].tolist() == frame["seq"].tolist()
     assert len(frame["event_id"][0]) == 16
-
-
-def test_a_consultation_becomes_a_pandas_frame(filled: Path) -> None:
-    """Columns are typed; times are in UTC."""
-    pytest.importorskip("pandas")
-    with open_corpus(filled) as corpus:
-        events = list(corpus["c-0003"])
-        frame = corpus["c-0003"].to_frame()
-    assert list(frame.columns) == ["sequence", "received", "event_id", "event_type", "payload"]
-    assert [event.sequence for event in events] == frame["sequence"].tolist()
-    assert [str(event.event_id) for event in events] == frame["event_id"].tolist()
-    assert [event.payload for event in events] == frame["payload"].tolist()
-    assert str(frame["received"].dtype) == "datetime64[ns, UTC]"
-    assert [event.received_ns for event in events] == [moment.value for moment in frame["received"]]
-
-
-def test_a_frame_without_pandas_says_what_to_install(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pandas is an extra."""
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with open_corpus(filled) as corpus, pytest.raises(CorpusUsageError, match=r"pip install 'fiq\[pandas\]'"):
-        corpus["c-0003"].to_frame()
 
 
 def test_h5dump_reads_a_file_while_its_writer_works(filled: Path, h5dump: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from fiq.corpus import EventStore, StoredConsultation
+from fiq.corpus import Consultation, EventStore
 from services.log.protocol import Delivery
 from services.persister.dead_letters import DeadLetters, PoisonLimit, SetAside, Suspects
 from services.persister.metrics import Metrics
@@ -131,7 +131,7 @@ async def test_a_batch_that_is_delivered_again_is_not_compared(
     def never(*_: object) -> None:
         raise AssertionError("a body was read")
 
-    monkeypatch.setattr(StoredConsultation, "body", never)
+    monkeypatch.setattr(Consultation, "body", never)
     again = made(store, *batch)
     again.decode()
     again.append()
