@@ -1,4 +1,4 @@
-"""docs/cli.md cannot rot: every command, argument and option of the command line stands in it."""
+"""docs/cli.md documents every command, argument and option of the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP: Any = typer.main.get_command(app)
 
 
 def section(command: str) -> str:
-    """Return what the document says of *command*, without its heading."""
+    """Return the section of *command* without its heading."""
     found = re.search(rf"^## fiq {re.escape(command)}\n(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
     return found.group(1) if found else ""
 
@@ -45,13 +45,13 @@ def parameters() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_has_a_section(command: str) -> None:
-    """A command that nobody can read about does not exist."""
+    """Each command is documented."""
     assert section(command).strip()
 
 
 @pytest.mark.parametrize(("command", "name"), list(parameters()), ids=lambda value: str(value).lstrip("-"))
 def test_every_parameter_is_documented(command: str, name: str) -> None:
-    """Options stand in the section of their command, in code font."""
+    """Options are in the section of their command, in code font."""
     assert re.search(rf"`(?:[^`\n]* )?{re.escape(name)}\b[^`\n]*`", section(command)), f"fiq {command} {name}"
 
 

@@ -28,7 +28,7 @@ ROOTS = {"FiqError", "CorpusError"}
 
 @pytest.mark.parametrize("name", [name for names in CLASSES.values() for name in names])
 def test_each_error_is_documented_with_its_remedy(name: str) -> None:
-    """Whoever reads its name in a log must find out what to do."""
+    """A reader of a log finds out what to do."""
     when, _, remedy = ROWS[name].partition(" |")
     assert when.strip()
     assert remedy.strip() or name in ROOTS

@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def persister_metrics() -> PersisterMetrics:
-    """Return metrics with a sample each: one that has labels and no sample does not show them."""
+    """Return metrics with a sample each: without one, a metric shows no labels."""
     metrics = PersisterMetrics()
     partition = metrics.of(0)
     partition.state(State.FOLLOWING)
@@ -113,7 +113,7 @@ def test_each_outcome_of_a_publish_is_documented(outcome: str) -> None:
 
 @pytest.mark.parametrize("title", ["Ingest", "Persister"])
 def test_both_services_show_the_log(title: str) -> None:
-    """Whichever still lives can tell what is wrong with the rest."""
+    """Any surviving process shows what is wrong with the rest."""
     assert {metric.name for metric in SECTIONS[title].collect()} >= LOG_NAMES
 
 

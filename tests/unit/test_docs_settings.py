@@ -20,7 +20,7 @@ VARIABLES = {variable.name: variable for cls in CLASSES for variable in variable
 
 @pytest.mark.parametrize("variable", VARIABLES.values(), ids=VARIABLES.keys())
 def test_each_setting_is_documented_with_its_default(variable: Variable) -> None:
-    """Name, default and meaning stand in one row, word for word."""
+    """Name, default and meaning are in one row, word for word."""
     row = f"| `{variable.name}` | `{format_default(variable.default)}` | {variable.doc} |"
     assert row in DOCS.read_text().splitlines()
 
