@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from fiq.client import AsyncClient, RetryPolicy
 from fiq.corpus import open_corpus
 from services.cli import console, monitoring
-from services.cli.embedded.stack import Stack
+from services.cli.embedded.stack import LogKind, Stack
 from services.cli.errors import CommandError
 from services.log.jetstream.stream import STREAM
 
@@ -64,16 +64,17 @@ def demo(
     folder: Annotated[
         Path | None, typer.Option(help="Where to put everything; a new temporary folder by default.")
     ] = None,
+    log: Annotated[LogKind, typer.Option(help="The log: three NATS nodes, or ZeroMQ.")] = LogKind.NATS,
 ) -> None:
     """Post events while parts are killed, then verify HDF5.
 
-    Runs an embedded three-node cluster, and kills the stream's leader and one persister with SIGKILL in the middle. At
-    the end every accepted event must be in HDF5 exactly once, byte for byte and in order; otherwise the exit code is 1.
-    The corpus is kept.
+    Runs an embedded three-node cluster, and kills the stream's leader and one persister with SIGKILL in the middle.
+    With `--log zmq`, which has no nodes, it kills both persisters, one after the other. At the end every accepted event
+    must be in HDF5 exactly once, byte for byte and in order; otherwise the exit code is 1. The corpus is kept.
     """
     home = _new_folder(folder)
     try:
-        _run_demo(home, generate(events, seed=seed), clients, seed)
+        _run_demo(home, log, generate(events, seed=seed), clients, seed)
     except BaseException:
         typer.echo(f"the files stay in {home}", err=True)
         raise
@@ -88,8 +89,8 @@ def _new_folder(folder: Path | None) -> Path:
     return folder
 
 
-def _run_demo(home: Path, consultations: list[list[Post]], clients: int, seed: int) -> None:
-    stack = Stack(home, env={"FI_STREAM_MAX_BYTES": _STREAM_BYTES, "FI_TOKEN_FILE": ""})
+def _run_demo(home: Path, log: LogKind, consultations: list[list[Post]], clients: int, seed: int) -> None:
+    stack = Stack(home, log=log, env={"FI_STREAM_MAX_BYTES": _STREAM_BYTES, "FI_TOKEN_FILE": ""})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops in the same order as Ctrl-C
     columns = SpinnerColumn(), TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console.err()) as progress:
@@ -107,7 +108,8 @@ def _run_demo(home: Path, consultations: list[list[Post]], clients: int, seed: i
                 ["the corpus differs from what was accepted:", *result.comparison.summary(), f"logs: {stack.logs}"]
             )
         )
-    shutil.rmtree(stack.cluster.folder)  # the nodes' stores are not needed any more; corpus and logs stay
+    # the nodes' stores are not needed any more; corpus and logs stay
+    shutil.rmtree(stack.cluster.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +152,13 @@ async def _measure(stack: Stack, consultations: Sequence[Sequence[Post]], load: 
 
 
 async def _kill_both(chaos: Chaos, load: Load, total: int) -> None:
-    """Kill the leader and then a persister, whether or not the leader is back by then."""
+    """Kill the leader and then a persister, whether or not the leader is back by then.
+
+    Without nodes the other persister is the first.
+    """
     async with asyncio.TaskGroup() as group:
         await _reached(load, int(_LEADER_AT * total))
-        group.create_task(chaos.kill_leader())
+        group.create_task(chaos.kill_leader() if chaos.stack.cluster.size else chaos.kill_persister(1))
         await _reached(load, int(_PERSISTER_AT * total))
         group.create_task(chaos.kill_persister(0))
 
@@ -189,7 +194,7 @@ def _print(result: _Result, stack: Stack) -> None:
         ("events accepted (202)", str(len(load.accepted))),
         ("posts repeated on purpose", str(load.repeated)),
         ("retries after a failure", str(load.retries)),
-        ("duplicates dropped by the broker", str(load.duplicates)),
+        ("posts answered as duplicates", str(load.duplicates)),
         ("duplicates dropped by persisters", str(result.duplicates)),
         ("events in HDF5", f"{comparison.persisted} in {comparison.consultations} consultations"),
         ("latency p50 / p99", f"{load.percentile(0.5) * 1e3:.1f} / {load.percentile(0.99) * 1e3:.1f} ms"),
@@ -491,7 +496,8 @@ class Chaos:
 
         Raises ChildFailedError: a process did not come back.
         """
-        await asyncio.to_thread(self.stack.cluster.wait_ready)
+        if self.stack.cluster.size:
+            await asyncio.to_thread(self.stack.cluster.wait_ready)
         for service in self.stack.services:
             await asyncio.to_thread(self.stack.wait_ready, service)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from services.core.settings import boolean, integer, seconds, setting, size, text
 
+#: file in a volume that says that all of its partition files were made, in a log without a broker
+FORMED_FILE = "zeromq.json"
 _STORE = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
 
 

@@ -55,7 +55,7 @@ class Cluster:
 
     Args:
         folder: for stores and logs; made when missing.
-        nodes: 3 or more, or 1 for a single server without raft.
+        nodes: 3 or more, 1 for a single server without raft, or 0 for none, of a stack without a broker.
         max_file_store: what streams may reserve on each node, in nats.conf's notation.
         client_ports: fixed ports for clients, one per node; free ones are chosen otherwise.
         security: a folder that ``fiq init`` made, for TLS and users. Without it any client on loopback may do anything.
@@ -77,7 +77,7 @@ class Cluster:
         self._max_file_store = max_file_store
         self._client_ports = client_ports
         self._security = None if security is None else Layout(security.absolute())
-        self._server = find_nats_server()
+        self._server = find_nats_server() if nodes else Path()
         self.ports: list[NodePorts] = []
         self.nodes: list[ManagedProcess] = []
 

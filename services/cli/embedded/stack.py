@@ -1,4 +1,4 @@
-"""The whole pipeline on one machine: an embedded cluster, one ingest, and persisters that share one volume.
+"""The whole pipeline on one machine: an embedded cluster or ZeroMQ, one ingest, and persisters that share one volume.
 
 :class:`Stack` starts and stops the processes; ``fiq up``, ``fiq demo`` and tests run it. Its folder holds ``cluster/``
 (the nodes' stores and logs), ``logs/`` (the services') and ``corpus/`` (the data directory); the data stay, and another
@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +31,7 @@ from services.cli import monitoring
 from services.cli.embedded.cluster import Cluster
 from services.cli.embedded.processes import LOOPBACK, ManagedProcess, free_ports, is_free, stop_together
 from services.cli.errors import AlreadyRunningError, ChildFailedError, CommandError, NotRunningError, PortTakenError
+from services.log.settings import FORMED_FILE
 
 #: where ingest listens unless another port is asked for or this one is taken
 PREFERRED_PORT = 7001
@@ -37,7 +41,16 @@ START_TIMEOUT = 60.0
 STOP_GRACE = 15.0
 _PORT_TRIES = 5
 _POLL = 0.05
+#: longest folder of a stack that still leaves room for the names of its Unix sockets (107 bytes in all)
+_LONGEST_FOLDER = 70
 _IMPORT_ROOT = str(Path(services.__path__[0]).absolute().parent)
+
+
+class LogKind(StrEnum):
+    """Which log a stack runs on."""
+
+    NATS = "nats"
+    ZMQ = "zmq"
 
 
 @dataclass
@@ -82,6 +95,7 @@ class Stack:
         port: of ingest; by default 7001, or a free one when that is taken.
         persisters: number of persister processes.
         nodes: of the cluster: 3, or 1 for cheap tests.
+        log: which log; ZeroMQ needs no cluster.
         env: settings of the services (FI_…), on top of this process's environment.
     """
 
@@ -92,16 +106,23 @@ class Stack:
         port: int | None = None,
         persisters: int = 2,
         nodes: int = 3,
+        log: LogKind = LogKind.NATS,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder.absolute()
         self.data_dir = self.folder / "corpus"
         self.logs = self.folder / "logs"
-        self.cluster = Cluster(self.folder / "cluster", nodes=nodes)
+        self.log = log
+        self.cluster = Cluster(self.folder / "cluster", nodes=nodes if log is LogKind.NATS else 0)
         self._fixed_port = port
         self._count = persisters
         self._env = {**os.environ, **(env or {})}
         self.services: list[Service] = []
+
+    @property
+    def log_url(self) -> str:
+        """Where the log is, in the form of FI_LOG_URL."""
+        return self.cluster.url if self.log is LogKind.NATS else f"zmq+ipc://{_socket_directory(self.folder)}"
 
     @property
     def ingest(self) -> Service:
@@ -135,20 +156,22 @@ class Stack:
             for node, url, ports in zip(self.cluster.nodes, self.cluster.urls, self.cluster.ports, strict=True)
         ]
         others = [Member(one.name, one.process.pid or 0, one.url, one.management_url) for one in self.services]
-        return State(os.getpid(), self.cluster.url, self.ingest.url, str(self.data_dir), (*nodes, *others))
+        return State(os.getpid(), self.log_url, self.ingest.url, str(self.data_dir), (*nodes, *others))
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def start(self, on_ready: Callable[[str], None] = lambda _: None) -> None:
         """Start everything and wait until all of it is ready; *on_ready* is called with the name of each part.
 
-        Raises PortTakenError: the port that was asked for is taken; ChildFailedError: a process ended, or was not ready
-        in time; everything is stopped again.
+        Raises PortTakenError: the port that was asked for is taken; CommandError: the folder belongs to a stack with
+        the other log; ChildFailedError: a process ended, or was not ready in time; everything is stopped again.
         """
         if self._fixed_port is not None and not is_free(self._fixed_port):
             raise PortTakenError(f"port {self._fixed_port} is taken: choose another one")
+        self._check_log()
         try:
-            self.cluster.start()
+            if self.cluster.size:
+                self.cluster.start()
             for name in self.cluster.names:
                 on_ready(name)
             self.data_dir.mkdir(parents=True, exist_ok=True)
@@ -191,6 +214,12 @@ class Stack:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
+
+    def _check_log(self) -> None:
+        """A corpus belongs to one log: sequences of the other one mean nothing to it."""
+        other = {LogKind.NATS: self.data_dir / FORMED_FILE, LogKind.ZMQ: self.folder / "cluster"}[self.log]
+        if other.exists():
+            raise CommandError(f"{self.folder} belongs to a stack with the other log: name another --folder, or --log")
 
     def _start_services(self, on_ready: Callable[[str], None]) -> None:
         for attempt in range(1, _PORT_TRIES + 1):
@@ -247,14 +276,22 @@ class Stack:
             **self._env,
             # where fiq itself was imported from, not what is in the working directory (-P)
             "PYTHONPATH": os.pathsep.join(filter(None, [_IMPORT_ROOT, self._env.get("PYTHONPATH", "")])),
-            "FI_LOG_URL": self.cluster.url,
-            "FI_REPLICAS": str(min(3, self.cluster.size)),
+            "FI_LOG_URL": self.log_url,
+            "FI_REPLICAS": str(min(3, self.cluster.size or 3)),
             "FI_DATA_DIR": str(self.data_dir),
             "FI_VOLUMES": "1",
             **own,
         }
         command = [sys.executable, "-P", "-m", module]
         return Service(ManagedProcess(name, command, env=env, log=self.logs / f"{name}.log"), *ports)
+
+
+def _socket_directory(folder: Path) -> Path:
+    """Return a directory for Unix sockets: in *folder*, or among temporary files where that path is too long."""
+    if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
+        return folder / "sockets"
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"fiq-{os.getuid()}-{name}"
 
 
 def _ended(process: ManagedProcess) -> ChildFailedError:

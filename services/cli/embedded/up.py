@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from services.cli import console
 from services.cli.embedded.processes import ManagedProcess
-from services.cli.embedded.stack import DEFAULT_FOLDER, PREFERRED_PORT, Stack, StackFolder
+from services.cli.embedded.stack import DEFAULT_FOLDER, PREFERRED_PORT, LogKind, Stack, StackFolder
 from services.cli.errors import ChildFailedError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -49,6 +49,9 @@ def up(
             min=1, max=65535, help="Port of the HTTP interface; 7001 by default, or a free one if that is taken."
         ),
     ] = None,
+    log: Annotated[
+        LogKind, typer.Option(help="The log: three NATS nodes, or ZeroMQ, which has no broker (docs/logs.md).")
+    ] = LogKind.NATS,
 ) -> None:
     """Run the whole pipeline on this machine until Ctrl-C.
 
@@ -58,7 +61,7 @@ def up(
     """
     home = StackFolder(folder)
     with home.held():
-        stack = Stack(folder, port=port)
+        stack = Stack(folder, port=port, log=log)
         try:
             with _signals(stack):
                 _run(stack, home)
@@ -157,23 +160,29 @@ def _welcome(stack: Stack) -> str:
     folder, corpus = _shown(stack.folder), _shown(stack.data_dir)
     option = "" if stack.folder == DEFAULT_FOLDER.absolute() else f" --folder {shlex.quote(folder)}"
     metrics = ", ".join(f"{service.management_url}/metrics" for service in stack.services)
+    if stack.log is LogKind.NATS:
+        address, logs = f"NATS      {stack.log_url}", f"{_shown(stack.logs)}, {_shown(stack.cluster.folder)}"
+        look = (
+            f"Look at the stream, with the NATS command line:\n\n  nats --server {stack.log_url} stream info fi-events"
+        )
+    else:
+        address, logs = f"log       {stack.log_url}", _shown(stack.logs)
+        look = f"Look at the partitions and their owners:\n\n  fiq status{option}"
     return f"""\
 fiq is up; Ctrl-C stops it. The data stay in {folder}
 
   HTTP      {stack.ingest.url}
-  NATS      {stack.cluster.url}
+  {address}
   metrics   {metrics}
   corpus    {corpus}
-  logs      {_shown(stack.logs)}, {_shown(stack.cluster.folder)}
+  logs      {logs}
 
 Post an event:
 
   curl -i {stack.ingest.url}/consultations/c-1/events -H 'Content-Type: application/json' \\
     -d '{{"event_type": "MESSAGE_RECEIVED", "payload": {{"text": "hello"}}}}'
 
-Look at the stream, with the NATS command line:
-
-  nats --server {stack.cluster.url} stream info fi-events
+{look}
 
 Read the consultation, here or in Python:
 

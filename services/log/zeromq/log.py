@@ -28,7 +28,7 @@ from services.log.protocol import (
     Position,
     Trimmed,
 )
-from services.log.settings import LogSettings
+from services.log.settings import FORMED_FILE, LogSettings
 from services.log.status import (
     Backlog,
     LiveProcess,
@@ -50,8 +50,6 @@ _STATUS_SECONDS = 1.0
 _LOOK_SECONDS, _POLL_SECONDS = 0.75, 0.02
 #: largest dead letter, bytes: none is kept
 _DEAD_LETTER_BYTES = 1 << 20
-#: file in the volume that says that all partition files were made
-FORMED_FILE = "zeromq.json"
 
 
 @asynccontextmanager
