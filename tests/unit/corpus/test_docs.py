@@ -1,43 +1,85 @@
-"""docs/corpus-format.md cannot rot: its examples run, its tables name what the code writes."""
+"""The documents on the corpus cannot rot: their examples run, their tables name what the code has."""
 
 from __future__ import annotations
 
+import inspect
 import re
+import shlex
+import subprocess
+from itertools import count
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
-from fiq.corpus import EventStore, errors, write_index
+from fiq.corpus import Corpus, EventRecord, EventStore, Record, errors, write_index
 from fiq.corpus.format import EVENT_DTYPE
 from fiq.corpus.wal.journal import RECORDS_START, USER_BLOCK
 from tests.support.corpus import IDENTITY, commit_range
+from tests.support.dialogues import consultations
 
-_DOCUMENT = (Path(__file__).parents[3] / "docs" / "corpus-format.md").read_text(encoding="utf-8")
-_EXAMPLES = re.findall(r"^```python\n(.*?)^```", _DOCUMENT, re.MULTILINE | re.DOTALL)
+_DOCS = Path(__file__).parents[3] / "docs"
+_FORMAT, _READING = (
+    (_DOCS / name).read_text(encoding="utf-8") for name in ("corpus-format.md", "reading-the-corpus.md")
+)
+_EXAMPLES = re.findall(r"^```python\n(.*?)^```", _FORMAT + _READING, re.MULTILINE | re.DOTALL)
+_COMMANDS = re.findall(r"^\$ (h5dump .*)$", _READING, re.MULTILINE)
 
 
-@pytest.mark.parametrize("example", _EXAMPLES)
-def test_an_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a directory `corpus`, as analysts have it."""
-    pytest.importorskip("pandas")
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a directory `corpus` with dialogues in the working directory, as analysts have it."""
     directory = tmp_path / "corpus"
     directory.mkdir()
+    sequences = count(101)
     with EventStore.create(directory / "00.h5", IDENTITY) as store:
         commit_range(store, range(1, 101))
+        for dialogue in consultations()[:20]:
+            records = [Record(next(sequences), 10**18, UUID(post.key).bytes, post.body) for post in dialogue]
+            store.append(dialogue[0].consultation, records)
+        store.commit(next(sequences))
     write_index(directory)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("corpus")
+@pytest.mark.parametrize("example", _EXAMPLES)
+def test_an_example_runs(example: str) -> None:
+    """Each by itself, as it would be copied."""
+    pytest.importorskip("pandas")
     variables: dict[str, object] = {}
-    exec(compile(example, "docs/corpus-format.md", "exec"), variables)
-    assert {"frame", "chain"} & variables.keys()
+    exec(compile(example, "docs", "exec"), variables)
+    assert {"frame", "chain", "corpus"} & variables.keys()
+
+
+@pytest.mark.usefixtures("corpus")
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_a_command_runs(command: str, h5dump: str) -> None:
+    """With HDF5's own tool."""
+    done = subprocess.run([h5dump, *shlex.split(command)[1:]], capture_output=True, text=True, check=True)
+    assert "HDF5" in done.stdout
+
+
+def test_the_documents_have_examples() -> None:
+    """Or the tests above would test nothing."""
+    assert 6 <= len(_EXAMPLES)
+    assert 3 == len(_COMMANDS)
 
 
 def test_every_field_and_place_is_documented() -> None:
     """Columns, attributes, and the sizes on which other programs rely."""
     for name in [*(EVENT_DTYPE.names or ()), *IDENTITY.__dataclass_fields__, "committed_sequence", "committed_events"]:
-        assert f"`{name}`" in _DOCUMENT
-    assert f"A row of `events` has {EVENT_DTYPE.itemsize} bytes" in _DOCUMENT
-    assert f"({USER_BLOCK} bytes)" in _DOCUMENT
-    assert f"| {RECORDS_START} |" in _DOCUMENT
+        assert f"`{name}`" in _FORMAT
+    assert f"A row of `events` has {EVENT_DTYPE.itemsize} bytes" in _FORMAT
+    assert f"({USER_BLOCK} bytes)" in _FORMAT
+    assert f"| {RECORDS_START} |" in _FORMAT
+
+
+def test_what_analysts_call_is_documented() -> None:
+    """Each attribute of an event, and each argument of a frame."""
+    public = [name for name in vars(EventRecord) if not name.startswith("_")]
+    for name in [*public, *inspect.signature(Corpus.to_frame).parameters]:
+        assert name in ("self", "id_bytes") or re.search(rf"\| `{name}(\(\)|=False)?` \|", _READING), name
 
 
 def test_the_tree_of_errors_is_drawn_completely() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -22,18 +20,6 @@ def filled(path: Path) -> Path:
     with EventStore.open(path, expected=IDENTITY) as store:
         commit_range(store, range(1, 201))
     return path
-
-
-@pytest.fixture
-def h5dump() -> str:
-    """The program; where it is missing the test is skipped, but not where CI asks for every tool."""
-    program = shutil.which("h5dump")
-    if program is None:
-        message = "h5dump is not installed (package hdf5-tools)"
-        if os.environ.get("FIQ_CI_REQUIRE_TOOLS") or os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    return program
 
 
 def test_the_packed_row_and_the_table_agree() -> None:
@@ -75,16 +61,6 @@ def test_a_payload_dataset_is_ndjson(filled: Path) -> None:
         lines = file["consultations/c-0003/payload"][:].tobytes().split(b"\n")
         assert [event.raw for event in corpus["c-0003"]] == lines[:-1]
         assert lines[-1] == b""
-
-
-def test_a_stock_table_becomes_a_pandas_frame(filled: Path) -> None:
-    """The line that docs/corpus-format.md gives to those who do not use this package."""
-    pandas = pytest.importorskip("pandas")
-    with h5py.File(filled, "r") as file:
-        table = file["consultations/c-0003/events"][:]
-    frame = pandas.DataFrame(table.tolist(), columns=table.dtype.names)
-    assert table["seq"].tolist() == frame["seq"].tolist()
-    assert len(frame["event_id"][0]) == 16
 
 
 def test_h5dump_reads_a_file_while_its_writer_works(filled: Path, h5dump: str) -> None:
