@@ -6,12 +6,12 @@
         TransientError          wait and retry: the same call may succeed later
         PermanentError          stop: an operator must act, the message says how
             ConfigurationError  a setting is missing, malformed or contradicts another
-            BindError           the address of a service cannot be listened on
-        PoisonError             set this one message aside; its neighbours are fine
+            BindError           a service cannot listen on its address
+        PoisonError             set this one message aside; the others are not affected
             InvalidIdError      a consultation id, an idempotency key or an event id is malformed
 
-Each package derives its own errors from one of the three roots in its own ``errors.py``; the root alone decides what
-happens next. No message of any of them may hold a payload: payloads are medical data.
+Each package derives its errors from one of the three roots in its own ``errors.py``. The root alone decides what
+happens next. No message may hold a payload: payloads are medical data.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from collections.abc import Sequence
 
 
 class FiqError(Exception):
-    """Anything that the project raises on purpose."""
+    """Root of all errors that the project raises."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
 
 
 class TransientError(FiqError):
-    """Raised when waiting and trying again may help."""
+    """Raised when a retry may help."""
 
 
 class PermanentError(FiqError):
@@ -35,7 +35,7 @@ class PermanentError(FiqError):
 
 
 class PoisonError(FiqError):
-    """Raised when one message can never be processed, whatever is done about the rest."""
+    """Raised when one message can never be processed."""
 
 
 class ConfigurationError(PermanentError):
@@ -47,7 +47,7 @@ class ConfigurationError(PermanentError):
 
 
 class BindError(PermanentError):
-    """Raised at start when an address cannot be listened on: it is taken, or none of this host."""
+    """Raised at start when a service cannot listen on its address: in use, or not an address of this host."""
 
 
 class InvalidIdError(PoisonError):

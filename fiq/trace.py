@@ -1,7 +1,7 @@
-"""W3C Trace Context, level 1: which trace a request belongs to, and how its event's message says so.
+"""W3C Trace Context, level 1: the trace of a request, which the message of its event carries on.
 
-What arrives is checked, since it goes into headers and logs: a value that the specification does not allow is dropped
-without a word, as it asks. https://www.w3.org/TR/trace-context-1/
+Headers of requests are checked, because they go into messages and logs. Invalid values are ignored, as the
+specification requires: https://www.w3.org/TR/trace-context-1/
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 #: headers of requests and of messages
 PARENT_HEADER = "traceparent"
 STATE_HEADER = "tracestate"
-#: a longer tracestate is dropped, characters
+#: a longer tracestate is ignored, characters
 MAX_STATE = 512
-#: and one with more members
+#: a tracestate with more members is ignored
 MAX_MEMBERS = 32
 
 _PARENT = re.compile(
@@ -32,11 +32,11 @@ _SAMPLED = frozenset("13579bdf")
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Where a request stands in a trace.
+    """The position of a request in a trace.
 
     Attributes:
         parent: a valid ``traceparent`` of version 00.
-        state: a valid ``tracestate``, or nothing.
+        state: a valid ``tracestate``, or an empty string.
     """
 
     parent: str
@@ -49,20 +49,20 @@ class Trace:
 
     @property
     def sampled(self) -> bool:
-        """Whether the caller may have recorded it."""
+        """Whether the caller may have recorded the request."""
         return self.parent[-1] in _SAMPLED
 
     def headers(self) -> dict[str, str]:
-        """Return the headers that hand it on."""
+        """Return the headers that carry it on."""
         return {PARENT_HEADER: self.parent, STATE_HEADER: self.state} if self.state else {PARENT_HEADER: self.parent}
 
 
 def read_trace(parents: Sequence[str], states: Sequence[str]) -> Trace | None:
-    """Return the trace of a request, or None when it names none that is valid.
+    """Return the trace of a request; None if it has no valid one.
 
     Args:
-        parents: the values of its ``traceparent`` headers; there must be one.
-        states: of its ``tracestate`` headers, in their order.
+        parents: values of its ``traceparent`` headers; only a single one is valid.
+        states: values of its ``tracestate`` headers, in their order.
     """
     if len(parents) != 1:
         return None
@@ -71,7 +71,7 @@ def read_trace(parents: Sequence[str], states: Sequence[str]) -> Trace | None:
 
 
 def trace_of_message(headers: Mapping[str, str]) -> Trace | None:
-    """Return the trace that a message's *headers* name, or None when they name none that is valid."""
+    """Return the trace in a message's *headers*; None if they have no valid one."""
     parent = headers.get(PARENT_HEADER)
     if parent is None:
         return None
@@ -86,7 +86,7 @@ def _read_parent(value: str) -> str | None:
     version, ids, flags, rest = match.groups()
     if version == "00":
         return value if rest is None else None
-    # of a later version only what this one knows is understood, and handed on as this one
+    # of a later version only the fields of version 00 are used, and sent on as version 00
     return f"00-{ids}-{'01' if flags in _SAMPLED else '00'}"
 
 
@@ -97,4 +97,4 @@ def _read_state(values: Sequence[str]) -> str:
         return ""
     matches = [_MEMBER.fullmatch(member) for member in members]
     keys = {match["key"] for match in matches if match is not None}
-    return state if len(keys) == len(members) else ""  # each is valid, and no key is there twice
+    return state if len(keys) == len(members) else ""  # each member is valid, and no key occurs twice

@@ -371,7 +371,7 @@ class AsyncClient:
     async def _sent(self, request: _Request, timeout: ClientTimeout) -> AsyncIterator[ClientResponse]:
         """Send *request* once and yield the answer, whose body must be read inside.
 
-        Raises _NoAnswerError: there is none, or it breaks off; UnexpectedAnswerError: the certificate is not trusted.
+        Raises _NoAnswerError: no answer, or an incomplete one; UnexpectedAnswerError: the certificate is not trusted.
         """
         sending: list[bool] = []
         try:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
 import pytest
 
-from fiq.client import AsyncClient, RefusedError, RetryPolicy
+from fiq.client import AsyncClient, Client, ClientError, EventBody, RefusedError, RetryPolicy
 from services.cli.embedded.stack import Stack
 from services.log.jetstream.stream import STREAM
 from tests.support.corpus_contents import holds
@@ -50,6 +51,25 @@ async def test_what_is_no_event_is_refused_with_its_problem(stack: Stack) -> Non
         caught.value.may_be_stored,
     )
     assert "secret-payload" not in str(caught.value)
+
+
+def test_a_long_batch_is_in_hdf5_once_after_a_failure_in_the_middle(stack: Stack) -> None:
+    """A synchronous program that calls it again with the same key repeats nothing; the order is kept."""
+    events = [body(number) for number in range(2500)]
+
+    def breaking() -> Iterator[EventBody]:
+        yield from events[:1700]
+        yield {"event_type": "A", "n": float("nan")}
+
+    with Client(stack.ingest.url, retry=RETRY) as client:
+        with pytest.raises(ClientError, match="event 1701") as caught:
+            client.post_batch("long", breaking(), "file-1")
+        stored = client.post_batch("long", iter(events), "file-1")
+        found = [event.sequence for event in client.read("long")]
+    assert caught.value.may_be_stored
+    assert [True] * 1000 + [False] * 1500 == [one.duplicate for one in stored]
+    assert found == [one.sequence for one in stored]
+    asyncio.run(holds(stack.data_dir, "long", events))
 
 
 async def test_posts_outlive_the_death_of_ingest_and_of_the_leader(stack: Stack) -> None:

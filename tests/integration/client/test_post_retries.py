@@ -48,12 +48,12 @@ SHORT = RetryPolicy(deadline=0.8, attempt_timeout=0.25, initial_backoff=0.01, ma
 
 
 def twice(status: int, slug: str) -> list[Step]:
-    """Refuse an event twice, the second time for longer than anybody waits."""
+    """Refuse an event twice, the second time for longer than the deadline."""
     return [refused(status, slug), refused(status, slug, retry_after="3600")]
 
 
 def free_url() -> str:
-    """Return a URL at which nobody listens."""
+    """Return the URL of a free port."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return f"http://127.0.0.1:{sock.getsockname()[1]}"
 
@@ -128,7 +128,7 @@ async def test_no_retry_comes_sooner_than_retry_after(form: str) -> None:
 
 
 async def test_a_retry_after_beyond_the_deadline_ends_the_call_at_once() -> None:
-    """Waiting in vain helps nobody."""
+    """A wait until the deadline would be in vain."""
     started = time.monotonic()
     async with scripted(refused(429, "rate-limited", retry_after="3600")) as server, AsyncClient(server.url) as client:
         with pytest.raises(GaveUpError) as caught:
@@ -207,11 +207,11 @@ async def test_an_error_says_why_there_was_no_answer(
 ) -> None:
     """A wrong port, a wrong name and a wrong scheme are mended in different places."""
 
-    def nobody(*_: object, **__: object) -> None:
+    def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "as a name server says it, sooner or later")
 
     if host:
-        monkeypatch.setattr(socket, "getaddrinfo", nobody)
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
     async with scripted(step or lost) as server:
         url = free_url() if step is None else server.url
         place = URL(url).with_scheme(scheme)
@@ -250,7 +250,7 @@ async def test_a_fault_of_the_service_is_shown_and_the_event_may_be_stored() -> 
 
 
 async def test_a_redirection_is_not_followed() -> None:
-    """Neither the token nor the event goes to where somebody else points."""
+    """Neither the token nor the event goes to where another server points."""
     async with (
         scripted(accepted()) as elsewhere,
         scripted(says(307, b"", Location=elsewhere.url)) as server,

@@ -56,7 +56,7 @@ async def test_a_batch_of_several_consultations_goes_where_each_line_says(stack:
 
 
 async def test_bad_lines_and_keys_of_other_events_are_named_by_number(stack: Stack) -> None:
-    """Of bad lines nothing is stored; beside a reused key the others are."""
+    """Bad lines: nothing is stored. A reused key: the other lines are stored."""
     async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
         with pytest.raises(RefusedError) as bad:
             await client.post_batch("named", [body(1), b'{"no":"type"}', b"secret-payload"])

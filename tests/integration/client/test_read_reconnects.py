@@ -50,7 +50,7 @@ async def taken(client: AsyncClient, count: int, after: int = 0, silence: float 
 
 
 async def test_pages_are_read_to_the_last_one() -> None:
-    """Each begins behind the last event of the one before."""
+    """Each begins after the last event of the one before."""
     async with scripted(page(3, 5, more=True), page(9)) as server, AsyncClient(server.url) as client:
         events = [event async for event in client.read("c-1", 2, page=2)]
     assert [3, 5, 9] == [event.sequence for event in events]
@@ -100,7 +100,7 @@ async def test_one_event_is_found_or_none() -> None:
     assert f"/consultations/c-1/events/{UUID(int=7)}" == server.seen[0].path
 
 
-async def test_following_goes_on_behind_the_last_event_of_a_broken_connection() -> None:
+async def test_following_goes_on_after_the_last_event_of_a_broken_connection() -> None:
     """Each event once: what the second connection repeats is dropped, what the first cut off comes again."""
     steps = (
         stream(b"retry: 2000\n\n", sent(1), sent(2), sent(3)[:-9]),
@@ -114,7 +114,7 @@ async def test_following_goes_on_behind_the_last_event_of_a_broken_connection() 
     assert {"text/event-stream"} == {request.headers["Accept"] for request in server.seen}
 
 
-async def test_following_begins_behind_a_position() -> None:
+async def test_following_begins_after_a_position() -> None:
     """That of a program which was stopped."""
     async with scripted(stream(sent(8), open_end=True)) as server, AsyncClient(server.url) as client:
         assert [8] == await taken(client, 1, after=7)
@@ -132,7 +132,7 @@ async def test_a_connection_that_falls_silent_is_replaced() -> None:
 
 
 def test_a_silent_connection_is_replaced_long_before_the_deadline_of_the_call() -> None:
-    """With what both are when nobody says anything: else the first silence would be the end."""
+    """With the defaults of both: otherwise the first silence would end the call."""
     silence = inspect.signature(AsyncClient.follow).parameters["silence"].default
     assert 15 < silence < 0.7 * RetryPolicy().deadline
 
@@ -180,8 +180,8 @@ async def test_what_will_not_pass_ends_following_at_once(answer: Step, error: ty
     assert 1 == len(server.seen)
 
 
-async def test_whoever_has_enough_lets_the_connection_go() -> None:
-    """A cancelled follower leaves nothing behind."""
+async def test_a_cancelled_follower_closes_its_connection() -> None:
+    """A cancelled follower leaves no connection open."""
     async with scripted(stream(sent(1), open_end=True)) as server, AsyncClient(server.url) as client:
         task = asyncio.create_task(taken(client, 2))
         await eventually(lambda: server.seen)

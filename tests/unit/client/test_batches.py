@@ -131,7 +131,7 @@ def test_an_events_key_depends_on_its_number_only(sizes: tuple[int, int]) -> Non
 
 
 def test_no_request_has_more_empty_lines_than_a_block() -> None:
-    """However long the batch is; each block has a key of its own, which is none that a program would choose."""
+    """However long the batch is; each block has a key of its own, which no program would choose."""
     batches = list(split(events(25_000), None))
     assert max(batch.lines().count(b"\n") for batch in batches) < 10_000
     keys = keys_of(batches)
