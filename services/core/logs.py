@@ -13,6 +13,7 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -101,11 +102,15 @@ class LogThrottle:
     Args:
         rate: lines of a kind a second in the long run.
         burst: lines of a kind at once.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, rate: float | None = None, burst: int = THROTTLE_BURST) -> None:
-        self._rate = THROTTLE_RATE if rate is None else rate
-        self._burst = burst
+    def __init__(
+        self, rate: float | None = None, burst: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.rate = THROTTLE_RATE if rate is None else rate
+        self.burst = THROTTLE_BURST if burst is None else burst
+        self._clock = clock
         #: of each kind: lines that it may write at that time, and lines left out
         self._kinds: dict[str, tuple[float, float, int]] = {}
 
@@ -116,9 +121,9 @@ class LogThrottle:
 
     def allow(self, kind: str) -> dict[str, int] | None:
         """Return what a line of *kind* adds to its values, ``left_out`` if any were; None to leave it out."""
-        now = time.monotonic()
-        level, at, left_out = self._kinds.get(kind, (float(self._burst), now, 0))
-        level = min(self._burst, level + (now - at) * self._rate)
+        now = self._clock()
+        level, at, left_out = self._kinds.get(kind, (float(self.burst), now, 0))
+        level = min(self.burst, level + (now - at) * self.rate)
         if level < 1:
             self._kinds[kind] = level, now, left_out + 1
             return None

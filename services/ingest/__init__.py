@@ -1,1 +1,1 @@
-"""The HTTP edge: takes events, appends them to the log, and answers when they are safe."""
+"""The HTTP edge: takes events, appends them to the log, answers when they are stored, and reads them back."""

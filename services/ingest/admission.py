@@ -1,33 +1,44 @@
-"""How much one process takes at a time: a number of events that are stored, and a size of all that it holds.
+"""What one process accepts: the rate of each token, the requests and bytes in flight, and the backlog of the log.
 
-A body counts from the moment at which its bytes are here, and not when its headers promise them: who only promises
-holds nothing, so it cannot keep others out. Who sends some and then no more does hold memory; when there is none left
-for others, the bodies that have been on their way for longest are given up. What is complete is never given up: it
-waits for the log, for a bounded time.
+Three limits come one after the other. Each refuses before anything is stored:
+
+1. **Rate** (:class:`RateLimiter`): requests and events a second of one token, a token bucket each. 429.
+2. **In flight** (:class:`Admission`): events that are being stored, and the memory of all bodies. 429. A body counts
+   when its bytes arrive, not when its headers promise them, so a client that only promises keeps no one out. A client
+   that stops in the middle of a body does hold memory: when it is needed, the bodies that began first are given up. A
+   complete body is never given up; it waits for the log, for a bounded time.
+3. **Backlog** (:class:`BacklogLimiter`): events that wait to be committed to HDF5. 503, with the time that draining
+   takes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from aiohttp import web
+
+from fiq.event import Event
+from services.ingest import problems
+from services.ingest.metrics import Metrics
+from services.ingest.problems import Problem, RequestRefusedError
 from services.log.errors import TooManyInFlightError
+from services.log.partitions import partition_name, partition_of
+from services.log.status import Backlog
 
-#: log lines of one kind a second in the long run, and at once
-_LINE_RATE, _LINE_BURST = 5.0, 50
-#: a body that is on its way for longer is given up when its memory is needed for others, seconds
-PATIENCE_SECONDS = 1.0
+# -- rate -------------------------------------------------------------------------------------------------------------
 
 
-class Bucket:
-    """Holds up to *burst* allowances, and gets *rate* more each second.
+class TokenBucket:
+    """Holds up to *burst* permits, and gets *rate* more each second.
 
     Args:
-        rate: allowances a second, above 0.
-        burst: most that it holds.
-        clock: seconds, never going back.
+        rate: permits a second, above 0.
+        burst: most permits that it holds.
+        clock: seconds, monotonic.
     """
 
     __slots__ = ("_at", "_burst", "_clock", "_level", "_rate")
@@ -40,7 +51,7 @@ class Bucket:
         self._at = clock()
 
     def take(self) -> float:
-        """Take one allowance; return 0, or take none and return the seconds until there will be one."""
+        """Take one permit and return 0, or return the seconds until there is one."""
         self._fill()
         if self._level < 1:
             return (1 - self._level) / self._rate
@@ -48,14 +59,14 @@ class Bucket:
         return 0.0
 
     def take_more(self, count: int) -> float:
-        """Take *count* for a request that was let in as one already; return 0, or the seconds until the debt is paid.
+        """Take *count* permits for a request that has one already and return 0, or return the seconds to wait.
 
-        Only a bucket that owes already gives nothing: asked for a full one, a batch of *burst* would never get in. More
-        than it holds it owes, so that the rate holds.
+        It may go below 0, which later requests wait for: a batch of *burst* events would otherwise never get in. A
+        bucket below 0 gives nothing.
         """
         self._fill()
         if self._level < 0:
-            return (1 - self._level) / self._rate  # the next request takes one before it comes here
+            return (1 - self._level) / self._rate  # the next request takes one before it gets here
         self._level -= count
         return 0.0
 
@@ -65,63 +76,83 @@ class Bucket:
         self._at = now
 
 
-class Rates:
-    """A bucket for each client.
+class RateLimiter:
+    """A token bucket for each client.
 
     Args:
-        rate: of each, a second; 0 for no limit.
-        burst: of each.
+        rate: of each client, a second; 0 for no limit.
+        burst: of each client.
     """
 
     def __init__(self, rate: float, burst: int) -> None:
         self._rate = rate
         self._burst = burst
-        self._buckets: dict[str, Bucket] = {}
+        self._buckets: dict[str, TokenBucket] = {}
 
-    def take(self, name: str) -> float:
-        """Take one from the bucket of the client called *name*, as :meth:`Bucket.take` does."""
-        return self._bucket(name).take() if self._rate else 0.0
+    def take(self, client: str) -> float:
+        """Take one permit of *client*; see :meth:`TokenBucket.take`."""
+        return self._bucket(client).take() if self._rate else 0.0
 
-    def take_more(self, name: str, count: int) -> float:
-        """Take *count* more for a request of the client called *name*, as :meth:`Bucket.take_more` does."""
-        return self._bucket(name).take_more(count) if self._rate else 0.0
+    def take_more(self, client: str, count: int) -> float:
+        """Take *count* more permits of *client*; see :meth:`TokenBucket.take_more`."""
+        return self._bucket(client).take_more(count) if self._rate else 0.0
 
-    def keep(self, names: set[str]) -> None:
-        """Forget every client that is not one of *names*."""
-        self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
+    def keep_only(self, clients: set[str]) -> None:
+        """Forget all other clients."""
+        self._buckets = {client: bucket for client, bucket in self._buckets.items() if client in clients}
 
-    def _bucket(self, name: str) -> Bucket:
-        bucket = self._buckets.get(name)
+    def _bucket(self, client: str) -> TokenBucket:
+        bucket = self._buckets.get(client)
         if bucket is None:
-            bucket = self._buckets[name] = Bucket(self._rate, self._burst)
+            bucket = self._buckets[client] = TokenBucket(self._rate, self._burst)
         return bucket
 
 
-class Lines:
-    """Decides which log lines are written: who is refused decides how often, and must not fill a disk.
+# -- in flight --------------------------------------------------------------------------------------------------------
 
-    The others are counted, and told with the next one of their kind.
+#: a body that takes longer to arrive may be given up when its memory is needed, seconds
+SLOW_BODY_SECONDS = 1.0
+
+
+class InFlight:
+    """Counts the requests between their headers and their answers; ``with`` counts one.
+
+    Attributes:
+        count: of requests.
+        closing: the service is stopping: each answer closes its connection.
     """
 
     def __init__(self) -> None:
-        self._rates = Rates(_LINE_RATE, _LINE_BURST)
-        self._left_out: Counter[str] = Counter()
+        self.count = 0
+        self.closing = False
+        self._idle = asyncio.Event()
 
-    def told(self, kind: str) -> dict[str, int] | None:
-        """Return what a line of *kind* should say besides, ``left_out`` if any were; None when it is left out itself.
+    def __enter__(self) -> None:
+        self.count += 1
 
-        Args:
-            kind: one of a few; each is remembered for ever.
-        """
-        if self._rates.take(kind):
-            self._left_out[kind] += 1
-            return None
-        left_out = self._left_out.pop(kind, 0)
-        return {"left_out": left_out} if left_out else {}
+    def __exit__(self, *_: object) -> None:
+        self.count -= 1
+        if not self.count and self.closing:
+            self._idle.set()
+
+    async def drain(self, grace: float) -> None:
+        """Let answers close their connections from now on, and wait at most *grace* seconds until none is due."""
+        self.closing = True
+        await asyncio.sleep(0)  # requests that have been parsed get to their handler
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                while self.count:
+                    self._idle.clear()
+                    await self._idle.wait()
 
 
 class Admission:
-    """What one process holds just now.
+    """Bounds the events that are being stored, and the bytes of all bodies.
+
+    Args:
+        events: most that are stored at a time, each by a request of its own.
+        size: most bytes of bodies; at least one largest body.
+        batched: most events of batches that are stored at a time; one batch is always taken.
 
     Attributes:
         size: bytes of bodies that are being read or stored.
@@ -130,140 +161,118 @@ class Admission:
     """
 
     def __init__(self, *, events: int, size: int, batched: int = 0) -> None:
-        """Start with nothing.
-
-        Args:
-            events: most that are stored at a time, each by a request of its own.
-            size: most bytes of bodies, at least one body's.
-            batched: most events of batches that are stored at a time; one batch is always taken.
-        """
-        self.size = 0
-        self.storing = 0
-        self.batched = 0
-        self._events = events
-        self._batched = batched
-        self._limit = size
+        self.size = self.storing = self.batched = 0
+        self._max_storing = events
+        self._max_batched = batched
+        self._max_size = size
         #: incomplete bodies and when their first bytes came, oldest first
-        self._incomplete: dict[Share, float] = {}
+        self._incomplete: dict[Reservation, float] = {}
 
-    def share(self) -> Share:
-        """Return the share of a request that comes in, which holds nothing yet.
+    def reserve(self, *, batch: bool = False) -> Reservation:
+        """Return a reservation for a request, which holds nothing yet.
 
-        Raises TooManyInFlightError: as many events are being stored as may be.
+        Raises TooManyInFlightError: the limit of events is reached.
         """
-        self._check_events()
-        return Share(self)
+        self.check(1, batch=batch)
+        return Reservation(self, batch=batch)
 
-    def batch_share(self) -> Share:
-        """Return the share of a request that brings a batch, as :meth:`share` does."""
-        self._check_batched(1)
-        return Share(self)
-
-    def _check_events(self) -> None:
-        if self.storing >= self._events:
+    def check(self, count: int, *, batch: bool) -> None:
+        """Raise TooManyInFlightError when *count* more events would exceed the limit."""
+        if batch:
+            if self.batched and self.batched + count > self._max_batched:
+                raise TooManyInFlightError("too many events of batches are being stored")
+        elif self.storing >= self._max_storing:
             raise TooManyInFlightError("too many events are being stored")
 
-    def _check_batched(self, count: int) -> None:
-        if self.batched and self.batched + count > self._batched:
-            raise TooManyInFlightError("too many events of batches are being stored")
-
-    def _reserve(self, size: int, asking: Share) -> None:
-        if self.size + size > self._limit:
-            self._give_up_slow(self.size + size - self._limit, asking)
-        if self.size + size > self._limit:
+    def take_bytes(self, size: int, reservation: Reservation, *, complete: bool) -> None:
+        """Count *size* bytes of a body. Raises TooManyInFlightError: there is no memory for them."""
+        if self.size + size > self._max_size:
+            self._give_up_slow(self.size + size - self._max_size, reservation)
+        if self.size + size > self._max_size:
             raise TooManyInFlightError("the bodies that are being read or stored take too much memory")
         self.size += size
+        if not complete:
+            self._incomplete.setdefault(reservation, time.monotonic())
 
-    def _give_up_slow(self, wanted: int, asking: Share) -> None:
-        before = time.monotonic() - PATIENCE_SECONDS
-        slow: list[Share] = []
-        for share, since in self._incomplete.items():
+    def completed(self, reservation: Reservation) -> None:
+        """Note that the body is complete, or is no longer read."""
+        self._incomplete.pop(reservation, None)
+
+    def _give_up_slow(self, wanted: int, asking: Reservation) -> None:
+        before = time.monotonic() - SLOW_BODY_SECONDS
+        slow: list[Reservation] = []
+        for reservation, since in self._incomplete.items():
             if wanted <= 0 or since > before:
                 break
-            if share is not asking:
-                slow.append(share)
-                wanted -= share.size
-        for share in slow:
-            share.give_up()
+            if reservation is not asking:
+                slow.append(reservation)
+                wanted -= reservation.size
+        for reservation in slow:
+            reservation.give_up()
 
 
-class Share:
-    """What one request takes of an :class:`Admission`; to be released at its end.
+class Reservation:
+    """What one request holds of an :class:`Admission`; release it at the end.
 
     Attributes:
-        size: bytes of the body that are here.
+        size: bytes of the body that have arrived.
         given_up: the body was slow and its memory was needed.
     """
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, *, batch: bool) -> None:
         self.size = 0
         self.given_up = False
         self._admission = admission
+        self._batch = batch
         self._chunks: list[bytes] = []
-        self._storing = False
-        self._batched = 0
+        self._events = 0
         self._timeout: asyncio.Timeout | None = None
 
     def read_within(self, timeout: asyncio.Timeout) -> None:
-        """Let the reading of the body, which *timeout* bounds, be ended early when it is given up."""
+        """Let :meth:`give_up` end the reading of the body, which *timeout* bounds."""
         self._timeout = timeout
 
     def take(self, chunk: bytes) -> None:
         """Take a part of the body. Raises TooManyInFlightError: there is no memory for it."""
         self._check()
-        self._admission._reserve(len(chunk), self)
+        self._admission.take_bytes(len(chunk), self, complete=self._timeout is None)
         self.size += len(chunk)
         self._chunks.append(chunk)
-        if self._timeout is not None:
-            self._admission._incomplete.setdefault(self, time.monotonic())
 
     def complete(self) -> bytes:
-        """Return the body, all of whose parts were taken; it is not given up any more.
-
-        Raises TooManyInFlightError: it has been given up.
-        """
+        """Return the body; it is not given up any more. Raises TooManyInFlightError: it was given up."""
         self._check()
-        self._admission._incomplete.pop(self, None)
+        self._admission.completed(self)
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         return body
 
-    def store(self) -> None:
-        """Count the event as one that is being stored.
-
-        Raises TooManyInFlightError: as many are being stored as may be.
-        """
-        self._admission._check_events()
-        self._admission.storing += 1
-        self._storing = True
-
-    def store_batch(self, count: int) -> None:
-        """Count *count* events as a batch that is being stored.
-
-        Raises TooManyInFlightError: as many are being stored as may be.
-        """
-        self._admission._check_batched(count)
-        self._admission.batched += count
-        self._batched = count
+    def store(self, count: int = 1) -> None:
+        """Count *count* events as being stored. Raises TooManyInFlightError: the limit is reached."""
+        self._admission.check(count, batch=self._batch)
+        self._count(count)
 
     def give_up(self) -> None:
-        """End the reading of the body and let go of what came of it."""
+        """End the reading of the body and drop what came of it."""
         self.given_up = True
-        self._let_go()
+        self._drop()
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
     def release(self) -> None:
-        """Let go of everything."""
-        self._let_go()
-        if self._storing:
-            self._storing = False
-            self._admission.storing -= 1
-        self._admission.batched -= self._batched
-        self._batched = 0
+        """Return everything. Idempotent."""
+        self._drop()
+        self._count(-self._events)
 
-    def _let_go(self) -> None:
-        self._admission._incomplete.pop(self, None)
+    def _count(self, count: int) -> None:
+        self._events += count
+        if self._batch:
+            self._admission.batched += count
+        else:
+            self._admission.storing += count
+
+    def _drop(self) -> None:
+        self._admission.completed(self)
         self._admission.size -= self.size
         self.size = 0
         self._chunks.clear()
@@ -271,3 +280,145 @@ class Share:
     def _check(self) -> None:
         if self.given_up:
             raise TooManyInFlightError("the body was slow, and its memory was needed for others")
+
+
+# -- backlog ----------------------------------------------------------------------------------------------------------
+
+#: bounds of Retry-After, seconds
+SHORTEST, LONGEST = 1.0, 60.0
+#: part of the limit that stalled partitions share while others move
+STALLED_SHARE = 0.5
+#: persisters commit in rounds and report once a second: a rate over less time would be noise, seconds
+_RATE_SECONDS = 4.5
+#: weight of the newest measurement of the rate
+_NEWEST_WEIGHT = 0.5
+
+
+class BacklogLimiter:
+    """Refuses events while too many wait to be committed.
+
+    Once a second :meth:`update` reads how many events wait in each partition, and up to which sequence that counts.
+    What was stored since then, by any process, follows from the sequences in the log's answers; each partition is taken
+    to get an equal part of it. Nothing counts as committed before it is reported, so the limit holds when persisters
+    stop, and a request costs a comparison.
+
+    The limit is for all partitions together. A stalled partition (no process runs it, or its file has not moved for
+    10 s) must not stop the clients of the others: while others move, the stalled ones share half of the limit, and each
+    refuses its own clients beyond its part.
+
+    Args:
+        limit: events that may wait; 0 for no limit.
+        retry_after: Retry-After while no rate is known, seconds.
+        metrics: shows backlog and rate.
+
+    Attributes:
+        read_backlog: returns the latest count; while it is None nothing is refused.
+    """
+
+    def __init__(self, limit: int, retry_after: float, metrics: Metrics) -> None:
+        self.read_backlog: Callable[[], Backlog | None] = lambda: None
+        self._limit = limit
+        self._retry_after = retry_after
+        #: the count that the rate was measured from, with its base
+        self._measured: tuple[Backlog, float] | None = None
+        self._rate: float | None = None
+        self._newest = 0
+        self._partitions = 1
+        #: the backlog is this plus the newest sequence
+        self._base: float | None = None
+        #: the newest sequence from which on everything is refused
+        self._until = math.inf
+        #: the same of each stalled partition, and the smallest of them
+        self._stalled: dict[int, float] = {}
+        self._first_stalled = math.inf
+        metrics.backlog.set_function(self._events)
+        metrics.drain_rate.set_function(lambda: self._rate or 0.0)
+
+    def note(self, sequence: int) -> None:
+        """Note that the log has reached *sequence*."""
+        if sequence > self._newest:
+            self._newest = sequence
+
+    def update(self) -> None:
+        """Read the backlog; call it each second."""
+        backlog = self.read_backlog()
+        self._stalled, self._first_stalled, self._until = {}, math.inf, math.inf
+        if backlog is None or not backlog.partitions:
+            self._measured, self._rate, self._base = None, None, None
+            return
+        self._partitions = count = len(backlog.partitions)
+        base = sum(one.events - one.sequence / count for one in backlog.partitions)
+        self._measure(backlog, base)
+        self.note(backlog.sequence)
+        self._base = base
+        if self._limit:
+            self._set_limits(backlog)
+
+    def check(self) -> None:
+        """Raise RequestRefusedError when too many events wait."""
+        if self._newest >= self._until:
+            raise RequestRefusedError(problems.BACKLOG_FULL)
+
+    def check_partitions(self, events: Iterable[Event]) -> None:
+        """Raise RequestRefusedError when one of *events* is of a stalled partition in which too many wait."""
+        if self._newest < self._first_stalled:
+            return
+        for event in events:
+            partition = partition_of(event.consultation, self._partitions)
+            if self._newest >= self._stalled.get(partition, math.inf):
+                raise RequestRefusedError(
+                    problems.BACKLOG_FULL,
+                    f"Partition {partition_name(partition)}, which this consultation belongs to, is not being written "
+                    "to HDF5, and too many of its events are waiting. Other consultations are not affected.",
+                    headers={"Retry-After": str(math.ceil(LONGEST))},
+                )
+
+    def retry_after(self, problem: Problem) -> float:
+        """Return when there is likely to be room again after *problem*, seconds."""
+        if problem is problems.BACKLOG_FULL:
+            return self._time_for(self._newest - self._until + 1)
+        if problem is problems.LOG_FULL and self._measured is not None:
+            return self._time_for(self._events())
+        return self._retry_after
+
+    def _events(self) -> float:
+        return 0.0 if self._base is None else max(0.0, self._base + self._newest)
+
+    def _time_for(self, events: float) -> float:
+        if self._rate is None:
+            return self._retry_after
+        return LONGEST if self._rate <= 0 else min(LONGEST, max(SHORTEST, events / self._rate))
+
+    def _set_limits(self, backlog: Backlog) -> None:
+        count = len(backlog.partitions)
+        stalled = [p for p, one in enumerate(backlog.partitions) if one.still]
+        if len(stalled) == count:  # nothing is drained, so one limit holds for all
+            stalled = []
+        own = STALLED_SHARE * self._limit / max(1, len(stalled))
+        room = float(self._limit)
+        for partition, one in enumerate(backlog.partitions):
+            if partition in stalled:
+                self._stalled[partition] = one.sequence + (own - one.events) * count
+                room -= min(own, one.events + max(0, self._newest - one.sequence) / count)
+            else:
+                room -= one.events - one.sequence / count
+        self._first_stalled = min(self._stalled.values(), default=math.inf)
+        self._until = room * count / (count - len(stalled))
+
+    def _measure(self, backlog: Backlog, base: float) -> None:
+        """Measure from two counts that are far enough apart how many events were committed between them."""
+        if self._measured is None or backlog.sequence < self._measured[0].sequence:  # another stream
+            if self._measured is not None:
+                self._rate, self._newest = None, backlog.sequence
+            self._measured = backlog, base
+            return
+        before, base_before = self._measured
+        if backlog.at - before.at < _RATE_SECONDS:
+            return
+        self._measured = backlog, base
+        rate = max(0.0, (base_before - base) / (backlog.at - before.at))
+        self._rate = rate if self._rate is None else _NEWEST_WEIGHT * rate + (1 - _NEWEST_WEIGHT) * self._rate
+
+
+IN_FLIGHT = web.AppKey("in_flight", InFlight)
+ADMISSION = web.AppKey("admission", Admission)

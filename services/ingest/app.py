@@ -1,91 +1,63 @@
-"""The application: its routes, its resources, and what they are made of."""
+"""The application: what it is made of, its routes, and the files that it reads again when they change."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
 
+from fiq.errors import ConfigurationError
+from fiq.event import Event
 from services.core.lifecycle import background_task
+from services.core.logs import LogThrottle, get_logger
 from services.core.management import CachedCheck, ReadinessCheck
 from services.core.tokens import Scope
-from services.core.tracing import Spans
-from services.ingest.access import GATE, OPEN, VARIABLE, Gate, Tokens
-from services.ingest.admission import Admission, Rates
-from services.ingest.answers import Answers, TracedWriter, serving_spans
-from services.ingest.changes import WatchedFiles
-from services.ingest.handlers import (
-    ADMISSION,
-    ANSWERS,
-    METRICS,
-    SETTINGS,
-    STORING,
-    expecter,
-    get_problem,
-    options,
-    poster,
-    shower,
-)
-from services.ingest.keys import Keys
-from services.ingest.metrics import Metrics
+from services.core.tracing import REQUEST_TRACE, Spans, trace_of
+from services.ingest.access import ACCESS, OPEN, VARIABLE, AccessControl, TokenStore
+from services.ingest.admission import ADMISSION, IN_FLIGHT, Admission, BacklogLimiter, InFlight, RateLimiter
+from services.ingest.events import APPENDER, IdempotentAppender, expect_handler, post_handler
+from services.ingest.formats import EVENTS, RESOURCES
+from services.ingest.idempotency import IdempotencyKeys
+from services.ingest.metrics import METRICS, Metrics
 from services.ingest.openapi import DOCS_PATH, OPENAPI_PATH, PAGE_HEADERS, PAGE_TYPE, as_page, describe
-from services.ingest.pressure import Pressure
-from services.ingest.problems import TYPE_PREFIX
+from services.ingest.problems import BY_SLUG, REFUSALS, SERVER, TYPE_PREFIX, Refusals
 from services.ingest.reading import (
     FOLLOWERS,
+    READ_LIMIT,
     READER,
-    READS,
-    Reads,
+    Followers,
+    ReadLimit,
     get_event,
     list_consultations,
     list_events,
 )
-from services.ingest.reading_follow import Followers
-from services.ingest.resources import EVENTS, RESOURCES
 from services.ingest.server import CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS, Certificate, check_both
-from services.ingest.settings import Settings
-from services.ingest.storing import Storing
+from services.ingest.settings import SETTINGS, Settings
 from services.log.metrics import LogMetrics
-from services.log.protocol import EventBrowser, EventWriter
-from services.log.status import Backlog
+from services.log.protocol import EVENT_LOG, Appended, EventWriter, IngestLog
 
-#: what keeps the service from taking events just now
+#: returns why the service takes no events at present
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
-#: paths of the resources that are only read
 CONSULTATIONS_PATH = "/consultations"
 EVENT_PATH = EVENTS.path + "/{message_id}"
-#: seconds for which an answer of /readyz is kept: probes of many load balancers must not reach the broker
+#: for which an answer of /readyz is kept: probes of many load balancers must not reach the log, seconds
 READY_SECONDS = 1.0
-#: seconds between two looks at what is known of the backlog
-PRESSURE_SECONDS = 1.0
-#: seconds after which the broker's silence is an answer: most probes wait no longer than this
+#: for the log to answer /readyz: most probes wait no longer, seconds
 READY_TIMEOUT = 2.5
+#: between two updates of the backlog, seconds
+BACKLOG_SECONDS = 1.0
+#: between two looks at watched files, seconds
+RELOAD_SECONDS = 1.0
 
-
-@dataclass(frozen=True, slots=True)
-class OpenLog:
-    """The log, ready for use.
-
-    Attributes:
-        writer: takes the events.
-        ready: says what is wrong with the log; nothing when it takes events.
-        reader: shows the events that are stored.
-        backlog: what waits to be committed; None while that is not known, or in a log that has no persisters.
-    """
-
-    writer: EventWriter
-    ready: ReadinessCheck
-    reader: EventBrowser
-    backlog: Callable[[], Backlog | None] = lambda: None
-
-
-#: opens the log at start, and closes it when the application ends; shows it in the metrics while it is open
-LogOpener = Callable[[LogMetrics], AbstractAsyncContextManager[OpenLog]]
+#: opens the log, and shows it in the metrics, until the context ends
+LogOpener = Callable[[LogMetrics], AbstractAsyncContextManager[IngestLog]]
 
 
 def make_app(
@@ -96,138 +68,284 @@ def make_app(
     Args:
         settings: of the process.
         open_log: called once, at start; may take as long as it needs.
-        spans: makes spans of what is posted, if anybody wants them.
-        version: of the product, for its description.
+        spans: makes spans of what is posted, if they are wanted.
+        version: of the product, for the description.
+
+    Raises ConfigurationError: the token file or the certificate cannot be used.
     """
     metrics = Metrics()
-    pressure = Pressure(settings.max_backlog, settings.retry_after, metrics)
-    answers = Answers(metrics, retry_after=pressure.retry_after)
-    tokens = Tokens(settings.token_file)
-    rates = Rates(settings.rate, settings.rate_burst)
-    gate = Gate(answers, metrics, tokens, rates, pressure.check)
-    middlewares = [gate.middleware()] if spans is None else [serving_spans(spans), gate.middleware()]
-    app = web.Application(client_max_size=settings.max_event_bytes, middlewares=middlewares)
-    app[GATE] = gate
-    app[SETTINGS] = settings
-    app[METRICS] = metrics
-    app[ANSWERS] = answers
+    backlog = BacklogLimiter(settings.max_backlog, settings.retry_after, metrics)
+    refusals = Refusals(metrics.refused, metrics.duration, backlog.retry_after)
+    tokens = TokenStore(settings.token_file)
+    rates = RateLimiter(settings.rate, settings.rate_burst)
+    access = AccessControl(refusals, metrics, tokens, rates, backlog.check)
+    in_flight = InFlight()
     # one event of the largest size is always taken: a limit below it would refuse such events for ever
     size = max(settings.max_in_flight_bytes, settings.max_event_bytes)
-    app[ADMISSION] = admission = Admission(
-        events=settings.max_in_flight, size=size, batched=settings.max_batched_events
-    )
+    admission = Admission(events=settings.max_in_flight, size=size, batched=settings.max_batched_events)
+    metrics.in_flight.set_function(lambda: in_flight.count)
     metrics.bytes_in_flight.set_function(lambda: admission.size)
+
+    middlewares = [access.middleware()] if spans is None else [_serving_spans(spans), access.middleware()]
+    app = web.Application(client_max_size=settings.max_event_bytes, middlewares=middlewares)
+    app[SETTINGS], app[METRICS], app[REFUSALS], app[ACCESS] = settings, metrics, refusals, access
+    app[IN_FLIGHT], app[ADMISSION], app[READ_LIMIT] = in_flight, admission, ReadLimit()
     check: CachedCheck | None = None
 
     async def log(app: web.Application) -> AsyncIterator[None]:
         nonlocal check
         async with open_log(metrics.log) as opened:
-            app[READER] = opened.reader
-            app[FOLLOWERS] = Followers(
-                opened.reader, metrics, limit=settings.max_followers, interval=settings.follow_interval
-            )
-            keys = Keys(
-                opened.reader,
+            reader = opened.reader
+            keys = IdempotencyKeys(
+                reader,
                 metrics,
                 partitions=settings.log.partitions,
                 window=settings.log.duplicate_window,
                 wait=settings.key_lookup_wait,
             )
             writer = opened.writer if spans is None else TracedWriter(opened.writer, spans)
-            app[STORING] = Storing(writer, keys, metrics, answers, pressure)
-            pressure.observed = opened.backlog
-            check = CachedCheck(opened.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
+            app[READER] = reader
+            app[FOLLOWERS] = Followers(reader, metrics, limit=settings.max_followers, interval=settings.follow_interval)
+            app[APPENDER] = IdempotentAppender(writer, keys, backlog, metrics)
+            backlog.read_backlog = opened.status.backlog
+            check = CachedCheck(opened.status.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
             try:
                 yield
             finally:
                 await keys.close()
 
     async def ready() -> list[str]:
-        if answers.closing:
+        if in_flight.closing:
             return ["the service is stopping"]
         return ["the service is starting"] if check is None else await check()
 
     async def end_following(app: web.Application) -> None:
         await app[FOLLOWERS].close()
 
-    app[READS] = Reads()
+    async def update_backlog() -> None:
+        while True:
+            backlog.update()
+            await asyncio.sleep(BACKLOG_SECONDS)
+
+    app[READY] = ready
     app.cleanup_ctx.append(log)
     app.on_shutdown.append(end_following)
-    app.cleanup_ctx.append(_beside(lambda: _look(pressure), "pressure"))
-    _watch_tokens(app, tokens, rates, metrics)
+    app.cleanup_ctx.append(_in_background(update_backlog, "backlog"))
+    _load_tokens(app, tokens, rates)
     if check_both(settings.tls_cert, settings.tls_key):
-        _watch_certificate(app, Certificate(settings.tls_cert, settings.tls_key), settings, metrics)
-    for resource in RESOURCES:
-        each = "{consultation}" not in resource.path
-        gate.add(app, "POST", resource.path, poster(resource), Scope.WRITE, each=each, expect=expecter(resource))
-    gate.add(app, "GET", EVENTS.path, list_events, Scope.READ)
-    gate.add(app, "GET", EVENT_PATH, get_event, Scope.READ)
-    gate.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
-    gate.add(app, "GET", TYPE_PREFIX + "{slug}", get_problem, OPEN)
-    description = describe(settings, version)
-    gate.add(app, "GET", OPENAPI_PATH, shower(orjson.dumps(description), "application/json"), OPEN)
-    gate.add(app, "GET", DOCS_PATH, shower(as_page(description), PAGE_TYPE, PAGE_HEADERS), OPEN)
-    _add_options(app, gate)
-    app[READY] = ready
+        _load_certificate(app, Certificate(settings.tls_cert, settings.tls_key))
+    _add_routes(app, version)
     return app
 
 
-async def _look(pressure: Pressure) -> None:
-    while True:
-        pressure.look()
-        await asyncio.sleep(PRESSURE_SECONDS)
+# -- routes -----------------------------------------------------------------------------------------------------------
 
 
-def _add_options(app: web.Application, gate: Gate) -> None:
-    """Let each resource that there is so far answer OPTIONS with its methods."""
+def _add_routes(app: web.Application, version: str) -> None:
+    access = app[ACCESS]
+    for resource in RESOURCES:
+        post, expect = post_handler(resource), expect_handler(resource)
+        each = "{consultation}" not in resource.path
+        access.add(app, "POST", resource.path, post, Scope.WRITE, each=each, expect=expect)
+    access.add(app, "GET", EVENTS.path, list_events, Scope.READ)
+    access.add(app, "GET", EVENT_PATH, get_event, Scope.READ)
+    access.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
+    access.add(app, "GET", TYPE_PREFIX + "{slug}", _get_problem, OPEN)
+    description = describe(app[SETTINGS], version)
+    access.add(app, "GET", OPENAPI_PATH, _static(orjson.dumps(description), "application/json"), OPEN)
+    access.add(app, "GET", DOCS_PATH, _static(as_page(description), PAGE_TYPE, PAGE_HEADERS), OPEN)
     methods: dict[str, set[str]] = {}
     for route in app.router.routes():
         if route.resource is not None:
             methods.setdefault(route.resource.canonical, {"OPTIONS"}).add(route.method)
     for path, names in methods.items():
-        gate.add(app, "OPTIONS", path, options(", ".join(sorted(names))), OPEN)
+        access.add(app, "OPTIONS", path, _options(", ".join(sorted(names))), OPEN)
 
 
-def _watch_tokens(app: web.Application, tokens: Tokens, rates: Rates, metrics: Metrics) -> None:
-    """Read the tokens now, and again whenever their file has changed.
+async def _get_problem(request: web.Request) -> web.Response:
+    problem = BY_SLUG.get(request.match_info["slug"])
+    if problem is None:
+        raise web.HTTPNotFound
+    document = {"type": problem.type, "title": problem.title, "status": problem.status, "detail": problem.detail}
+    return web.Response(body=orjson.dumps(document), content_type="application/json", headers={"Server": SERVER})
 
-    Raises ConfigurationError: the file cannot be read, or is none.
+
+def _static(body: bytes, content_type: str, headers: Mapping[str, str] | None = None) -> Handler:
+    # it changes with the version, so caches must ask again
+    shown = {"Content-Type": content_type, "Server": SERVER, "Cache-Control": "no-cache", **(headers or {})}
+
+    async def get(_: web.Request) -> web.StreamResponse:
+        return web.Response(body=body, headers=shown)
+
+    return get
+
+
+def _options(methods: str) -> Handler:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=204, headers={"Allow": methods, "Server": SERVER})
+
+    return answer
+
+
+# -- spans ------------------------------------------------------------------------------------------------------------
+
+
+def _serving_spans(spans: Spans) -> Middleware:
+    """Return a middleware that makes a span of each POST; its trace becomes that of the request."""
+
+    @web.middleware
+    async def serve(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method != hdrs.METH_POST:
+            return await handler(request)
+        resource = request.match_info.route.resource
+        route = None if resource is None else resource.canonical
+        with spans.serving(request.method, route, trace_of(request)) as span:
+            request[REQUEST_TRACE] = span.trace
+            try:
+                response = await handler(request)
+            except web.HTTPException as answer:  # the router's 404 and 405 are no failures
+                response = answer
+            span.answered(response.status)
+        if isinstance(response, web.HTTPException):
+            raise response
+        return response
+
+    return serve
+
+
+class TracedWriter(EventWriter):
+    """Makes a span of each append; its trace becomes that of the events."""
+
+    def __init__(self, writer: EventWriter, spans: Spans) -> None:
+        self._writer = writer
+        self._spans = spans
+
+    async def append(self, event: Event) -> Appended:
+        """Append *event*; see :meth:`services.log.protocol.EventWriter.append`."""
+        with self._spans.publishing(EVENT_LOG, event.trace) as trace:
+            return await self._writer.append(dataclasses.replace(event, trace=trace))
+
+    async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
+        """Append *events*; see :meth:`services.log.protocol.EventWriter.append_batch`."""
+        with self._spans.publishing(EVENT_LOG, events[0].trace, events=len(events)) as trace:
+            return await self._writer.append_batch([dataclasses.replace(event, trace=trace) for event in events])
+
+
+# -- files that are read again when they change -----------------------------------------------------------------------
+
+#: tells two versions of a file apart; None if it cannot be seen
+_Signature = tuple[int, int, int, int] | None
+
+
+class ReloadedFiles:
+    """Files that belong together, read again when they change.
+
+    If their new content is invalid, the former content stays in force. That is logged once for each reason and tried
+    again at each look, because a file may be looked at while it is being written.
+
+    Args:
+        what: their name in log lines.
+        paths: of the files.
+        load: reads them; raises ConfigurationError, and then changes nothing.
+        on_state: called with whether the last load succeeded.
     """
-    if not tokens.asked_for:
+
+    def __init__(
+        self, what: str, paths: Sequence[str], load: Callable[[], None], on_state: Callable[[bool], None]
+    ) -> None:
+        self._what = what
+        self._paths = tuple(paths)
+        self._load = load
+        self._on_state = on_state
+        self._seen: tuple[_Signature, ...] | None = None
+        self._throttle = LogThrottle.of_repeated()
+        self._log = get_logger("ingest.files")
+
+    def start(self) -> None:
+        """Read them for the first time. Raises ConfigurationError: they are invalid."""
+        seen = self._signatures()
+        self._load()
+        self._seen = seen
+        self._on_state(True)
+
+    def look(self) -> None:
+        """Read them again if they have changed."""
+        seen = self._signatures()
+        if seen == self._seen:
+            return
+        try:
+            self._load()
+        except ConfigurationError as error:
+            self._refused("; ".join(error.problems))
+            return
+        except Exception as error:  # noqa: BLE001 - whatever a file holds, it must not end the watch
+            self._refused(f"it cannot be read: {type(error).__name__}")
+            return
+        self._seen = seen
+        self._throttle.reset()
+        self._on_state(True)
+        self._log.info("FILE_READ_AGAIN", what=self._what)
+
+    def _refused(self, reason: str) -> None:
+        self._seen = None
+        self._on_state(False)
+        allowed = self._throttle.allow(reason)
+        if allowed is not None:
+            action = "the former content stays in force"
+            self._log.error("FILE_REFUSED", what=self._what, reason=reason, action=action, **allowed)
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            await asyncio.sleep(RELOAD_SECONDS)
+            self.look()
+
+    def _signatures(self) -> tuple[_Signature, ...]:
+        return tuple(_signature(path) for path in self._paths)
+
+
+def _signature(path: str) -> _Signature:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_dev, found.st_size
+
+
+def _load_tokens(app: web.Application, tokens: TokenStore, rates: RateLimiter) -> None:
+    if not tokens.required:
         return
+    broken = app[METRICS].token_file_broken
 
     def load() -> None:
         tokens.load()
-        rates.keep(tokens.names)
+        rates.keep_only(tokens.names)
 
-    watched = WatchedFiles(VARIABLE, [tokens.path], load, lambda good: metrics.token_file_broken.set(0 if good else 1))
-    watched.start()
-    app.cleanup_ctx.append(_beside(watched.run, "token file"))
+    files = ReloadedFiles(VARIABLE, [tokens.path], load, lambda good: broken.set(not good))
+    files.start()
+    app.cleanup_ctx.append(_in_background(files.run, "token file"))
 
 
-def _watch_certificate(app: web.Application, certificate: Certificate, settings: Settings, metrics: Metrics) -> None:
-    """Read the certificate now, and again whenever its files have changed.
-
-    Raises ConfigurationError: it cannot be read, or its key is another one's.
-    """
+def _load_certificate(app: web.Application, certificate: Certificate) -> None:
+    settings, metrics = app[SETTINGS], app[METRICS]
 
     def load() -> None:
         certificate.load()
         metrics.certificate_expiry.clear()
-        metrics.certificate_expiry.labels(certificate.shown.name).set(certificate.shown.expires)
+        metrics.certificate_expiry.labels(certificate.info.name).set(certificate.info.expires)
 
     paths = [settings.tls_cert, settings.tls_key]
     what = f"{CERTIFICATE_VARIABLE}, {KEY_VARIABLE}"
-    watched = WatchedFiles(what, paths, load, lambda good: metrics.certificate_broken.set(0 if good else 1))
-    watched.start()
+    files = ReloadedFiles(what, paths, load, lambda good: metrics.certificate_broken.set(not good))
+    files.start()
     app[TLS] = certificate.context
-    app.cleanup_ctx.append(_beside(watched.run, "certificate"))
+    app.cleanup_ctx.append(_in_background(files.run, "certificate"))
 
 
-def _beside(
+def _in_background(
     run: Callable[[], Coroutine[Any, Any, None]], name: str
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Return a cleanup context of aiohttp that lets *run* go on for as long as the application does."""
+    """Return a cleanup context of aiohttp that runs *run* for as long as the application runs."""
 
     async def context(_: web.Application) -> AsyncIterator[None]:
         async with background_task(run(), name):

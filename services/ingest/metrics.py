@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
@@ -29,8 +30,8 @@ STORED, DUPLICATE, FULL, UNAVAILABLE, IN_FLIGHT, LIMIT, REFUSED, REUSED, NOT_COM
 )
 #: values of the label ``by``
 MEMORY, LOG, CORPUS, NOBODY = CHECKERS = ("memory", "log", "corpus", "nobody")
-#: values of the label ``reason``: no token, none of ours or ended, without the scope, for other consultations, and a
-#: route that does not say what it takes (a fault of ours)
+#: values of the label ``reason``: no token, unknown or expired, lacks the scope, for other consultations, and a route
+#: that does not state its scope (a bug)
 MISSING, UNKNOWN, SCOPE, PREFIX, UNSTATED = ACCESS_REASONS = ("missing", "unknown", "scope", "prefix", "unstated")
 
 
@@ -44,137 +45,141 @@ class Metrics:
         GCCollector(registry=self.registry)
         self.log = LogMetrics(self.registry)
 
-        # A rise of 4xx: look which problem it is, then at the clients. 503: look at the publishes below. 500: our own
-        # fault, the log has a line REQUEST_FAILED for each.
+        # 4xx rise: see which problem, then which clients. 503: see the publishes below. 500: a bug; the log has a line
+        # REQUEST_FAILED for each.
         self.requests = Counter(
             "fi_ingest_requests_total",
-            "Answers by status and problem (empty for 200 and 202); the management listener's are not counted.",
+            "Answers by status and problem (empty for 200 and 202), without the management listener's.",
             ["status", "problem"],
             registry=self.registry,
         )
-        # p99 above 0.1 s while publishes fare well: this process is short of CPU, start another. Else look at the
-        # cluster's disks: a publish waits for fsync on two of three nodes.
+        # p99 above 0.1 s while publishes are fast: this process lacks CPU, start another one. Else check the cluster's
+        # disks: a publish waits for fsync on two of three nodes.
         self.duration = Histogram(
             "fi_ingest_request_duration_seconds",
-            "From the request's headers to its answer, for posted events, whatever the answer.",
+            "From a request's headers to its answer, for posted events, whatever the answer.",
             buckets=_SECONDS,
             registry=self.registry,
         )
-        # Near FI_MAX_IN_FLIGHT: clients are about to get 429, unless most of them are only slow to send their bodies.
-        # Start another ingest, or find out why publishes are slow.
+        # Near FI_MAX_IN_FLIGHT: clients will soon get 429, unless most are only slow to send their bodies. Start
+        # another ingest, or find out why publishes are slow.
         self.in_flight = Gauge(
             "fi_ingest_requests_in_flight",
-            "Posted events that are being read or stored, and reads that are being answered, just now.",
+            "Posted requests that are being read or stored, and reads that are being answered.",
             registry=self.registry,
         )
-        # Near FI_MAX_IN_FLIGHT_BYTES: clients are about to get 429. As above; or raise the limit, if there is memory.
+        # Near FI_MAX_IN_FLIGHT_BYTES: clients will soon get 429. As above, or raise the limit if there is memory.
         self.bytes_in_flight = Gauge(
             "fi_ingest_bytes_in_flight",
-            "Bytes of bodies that are being read or stored just now.",
+            "Bytes of bodies that are being read or stored.",
             registry=self.registry,
         )
-        # Sizes near FI_MAX_EVENT_BYTES: somebody is about to get 413; events should be small.
+        # Sizes near FI_MAX_EVENT_BYTES: a client will soon get 413; events should be small.
         self.body_size = Histogram(
             "fi_ingest_body_size_bytes",
-            "Bodies of events that were valid.",
+            "Bodies of valid events.",
             buckets=_BYTES,
             registry=self.registry,
         )
-        # full: the persisters do not keep up, or nobody trims. unavailable: the stream has no leader or no quorum.
-        # refused: configuration or permission, the log has a line with the reason. duplicate: see below.
+        # full: persisters do not keep up, or the log is not trimmed. unavailable: the stream has no leader or quorum.
+        # refused: configuration or permission; the log has the reason. duplicate: see below.
         self.publishes = Counter(
             "fi_ingest_publishes_total",
             "Events handed to the log, by outcome.",
             ["outcome"],
             registry=self.registry,
         )
-        # A steady share of the accepted is normal after failovers. Much more: a client retries without need, or uses
-        # one key for several events.
+        # Some are normal after failovers. Many: a client retries without need, or uses one key for several events.
         self.duplicates = Counter(
             "fi_ingest_duplicates_total",
-            "Accepted events that the log held already.",
+            "Accepted events that were stored before.",
             registry=self.registry,
         )
-        # key_reused among the outcomes above: a client uses one key for several events. nobody: persisters are away or
+        # key_reused among the outcomes above: a client uses one key for several events. nobody: persisters are down or
         # slow, so old keys are not recognised; see fi_partition_owners.
         checks = Counter(
             "fi_ingest_key_checks_total",
-            "Keys of clients that were compared with what is stored under them, by what showed that.",
+            "Clients' keys that were checked, by what the event was compared with.",
             ["by"],
             registry=self.registry,
         )
         self.key_checks = {checker: checks.labels(checker) for checker in CHECKERS}
-        # any: clients, or what stands between, do not read what they asked for; a smaller `limit` makes smaller pages
+        # any: clients or proxies do not read their answers; a smaller `limit` makes smaller pages
         self.answers_cut = Counter(
             "fi_ingest_answers_cut_total",
-            "Answers, other than followers' streams, whose client did not take them within FI_ANSWER_TIMEOUT.",
+            "Answers, other than followers' streams, that the client did not read within FI_ANSWER_TIMEOUT.",
             registry=self.registry,
         )
-        # Batches of few events: their client could send more at a time, which is faster for everybody.
+        # Batches of few events: the client could send more at a time, which is faster.
         self.batch_events = Histogram(
             "fi_ingest_batch_events",
-            "Events of batches that were valid.",
+            "Events in each valid batch.",
             buckets=_EVENTS,
             registry=self.registry,
         )
-        # unknown or missing: a client was not told of a new token, or somebody tries; ACCESS_REFUSED in the log says
-        # from where. scope, prefix: a client does what its token is not for.
+        # unknown or missing: a client lacks its new token, or an attack; ACCESS_REFUSED in the log says from where.
+        # scope, prefix: a client does what its token does not allow.
         self.access = Counter(
             "fi_ingest_access_refused_total",
-            "Requests that were refused for what their token is, or is not.",
+            "Requests that were refused because of their token.",
             ["reason"],
             registry=self.registry,
         )
-        # 1: the file has been changed, and cannot be read or is none; FILE_REFUSED in the log has the reason. What it
-        # said before stays in force until the process is restarted, which it would not survive.
+        # 1: the file has changed and is invalid; FILE_REFUSED in the log has the reason. Its former content stays in
+        # force; a restart of the process would fail.
         self.token_file_broken = Gauge(
             "fi_ingest_token_file_broken",
-            "1 while FI_TOKEN_FILE is no good and its former content is in force.",
+            "1 while FI_TOKEN_FILE is invalid and its former content is in force.",
             registry=self.registry,
         )
-        # two weeks before the end: renew it; nothing is restarted
+        # two weeks before: renew it; no restart is needed
         self.certificate_expiry = Gauge(
             "fi_ingest_certificate_expiry_timestamp_seconds",
-            "End of the certificate that clients see, Unix time; absent with plain HTTP.",
+            "Expiry of the certificate that clients see, Unix time; absent with plain HTTP.",
             ["name"],
             registry=self.registry,
         )
-        # 1: the pair has been changed, and cannot be read or does not belong together; as above
+        # 1: the files have changed, and one is invalid or they do not belong together; as above
         self.certificate_broken = Gauge(
             "fi_ingest_certificate_broken",
-            "1 while FI_TLS_CERT and FI_TLS_KEY are no good and their former content is shown.",
+            "1 while FI_TLS_CERT and FI_TLS_KEY are invalid and their former content is in use.",
             registry=self.registry,
         )
-        # near FI_MAX_BACKLOG: clients are about to get 503; see which partitions wait (fi_partition_backlog_events)
+        # near FI_MAX_BACKLOG: clients will soon get 503; see which partitions are behind (fi_partition_backlog_events)
         self.backlog = Gauge(
             "fi_ingest_backlog_events",
-            "Events that wait to be committed, as estimated each second; 0 while nothing is known.",
+            "Events that wait to be committed, as estimated each second; 0 while unknown.",
             registry=self.registry,
         )
         self.drain_rate = Gauge(
             "fi_ingest_drained_events_per_second",
-            "Events that all persisters commit a second, as measured between looks; 0 while nothing is known.",
+            "Events that all persisters commit a second, as measured over some seconds; 0 while unknown.",
             registry=self.registry,
         )
         self.access_refused = {reason: self.access.labels(reason) for reason in ACCESS_REASONS}
-        # above the usual while publishes fare well: the persisters are busy, see fi_persister_question_seconds
+        # higher than usual while publishes are fast: the persisters are busy, see fi_persister_question_seconds
         self.read_duration = Histogram(
             "fi_ingest_read_duration_seconds",
-            "From the request's headers to its answer, for reads, whatever the answer; not for followers.",
+            "From a request's headers to its answer, for reads other than followers, whatever the answer.",
             buckets=_SECONDS,
             registry=self.registry,
         )
-        # Near FI_MAX_FOLLOWERS: clients are about to get 429.
+        # Near FI_MAX_FOLLOWERS: clients will soon get 429.
         self.followers = Gauge(
-            "fi_ingest_followers", "Clients that follow a consultation just now.", registry=self.registry
+            "fi_ingest_followers", "Clients that are following a consultation.", registry=self.registry
         )
         self.followed_events = Counter(
             "fi_ingest_followed_events_total", "Events sent to followers.", registry=self.registry
         )
-        # any: clients, or what stands between, do not read what they asked for; they come back with Last-Event-ID
+        # any: clients or proxies do not read; they come back with Last-Event-ID
         self.followers_dropped = Counter(
-            "fi_ingest_followers_dropped_total", "Followers let go because they were too slow.", registry=self.registry
+            "fi_ingest_followers_dropped_total",
+            "Followers that were disconnected because they were too slow.",
+            registry=self.registry,
         )
         self.outcomes = {outcome: self.publishes.labels(outcome) for outcome in OUTCOMES}
         self.accepted = self.requests.labels("202", "")
         self.refused = {problem: self.requests.labels(str(problem.status), problem.slug) for problem in problems()}
+
+
+METRICS = web.AppKey("metrics", Metrics)

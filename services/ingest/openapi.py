@@ -1,7 +1,7 @@
-"""The OpenAPI 3.1 description of the service: `openapi.json`, with the limits and problems of this process in it.
+"""The OpenAPI 3.1 description: ``openapi.json`` with the limits of this process, and a page for people made from it.
 
-It is JSON, as the service needs no reader of YAML otherwise. Its `x-problems`, the slugs of what an operation can be
-refused with, become responses here, so that titles and details are written once, in :mod:`services.ingest.problems`.
+It is JSON because the service needs no YAML parser otherwise. The slugs in ``x-problems`` of an operation become
+responses here, so that titles and details are written once, in :mod:`services.ingest.problems`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from typing import Any
 
 import orjson
 
-from services.ingest.batch import MAX_EVENTS
-from services.ingest.handlers import body_limit
+from services.ingest.formats import MAX_EVENTS, BodyFormat
 from services.ingest.problems import BY_SLUG, CONTENT_TYPE, Problem
-from services.ingest.resources import Form
 from services.ingest.settings import Settings
 
 PAGE_TYPE = "text/html; charset=utf-8"
 _STYLE = (Path(__file__).parent / "docs.css").read_text(encoding="utf-8").strip()
 _HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-#: nothing is loaded, run, sent or framed: the one style is named by its hash
+#: nothing is loaded, run, sent or framed; the one style sheet is named by its hash
 PAGE_HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": (
         f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -42,25 +40,20 @@ _LIMITS = {
 }
 Json = dict[str, Any]
 
-#: where the description is, for programs and for people
+#: the description for programs, and for people
 OPENAPI_PATH, DOCS_PATH = "/openapi.json", "/docs"
 _PROBLEM_HEADERS = {"Retry-After": (409, 429, 503), "WWW-Authenticate": (401, 403)}
 
 
 def describe(settings: Settings, version: str) -> Json:
-    """Return the description.
-
-    Args:
-        settings: of the process, whose limits it names.
-        version: of the product.
-    """
+    """Return the description of a process with *settings*; *version* is the product's."""
     described: Json = orjson.loads((Path(__file__).parent / "openapi.json").read_bytes())
     described["info"]["version"] = version
     described["components"]["parameters"]["slug"]["schema"]["enum"] = list(BY_SLUG)
     limits = {
         "x-max-event-bytes": settings.max_event_bytes,
         "x-max-json-depth": settings.max_json_depth,
-        "x-max-batch-bytes": body_limit(Form.LINES, settings),
+        "x-max-batch-bytes": BodyFormat.LINES.limit(settings),
         "x-max-batch-events": MAX_EVENTS,
     }
     for operation in (one for methods in described["paths"].values() for one in methods.values()):
@@ -75,10 +68,10 @@ def describe(settings: Settings, version: str) -> Json:
 
 
 def _refusal(status: int, problems: list[Problem]) -> Json:
-    """Return the answer *status* that is one of the *problems*."""
+    """Return the response *status* with one of *problems*."""
     first, types = problems[0], [problem.type for problem in problems]
-    told = {"properties": {"type": {"enum": types}, "status": {"const": status}}}
-    schema = {"allOf": [{"$ref": "#/components/schemas/Problem"}, told]}
+    narrowed = {"properties": {"type": {"enum": types}, "status": {"const": status}}}
+    schema = {"allOf": [{"$ref": "#/components/schemas/Problem"}, narrowed]}
     example = {"type": first.type, "title": first.title, "status": status, "detail": first.detail}
     answer: Json = {
         "description": "; ".join(problem.title for problem in problems) + ".",
@@ -88,7 +81,7 @@ def _refusal(status: int, problems: list[Problem]) -> Json:
     return answer | ({"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}} if names else {})
 
 
-# -- The description as a page for people: plain HTML that loads nothing, made from the same document ----------------
+# -- the page for people: plain HTML that loads nothing ---------------------------------------------------------------
 
 
 def as_page(description: Json) -> bytes:
@@ -108,14 +101,14 @@ def as_page(description: Json) -> bytes:
     for tag in description["tags"]:
         parts.append(f"<h2>{escape(tag['name'])}</h2>")
         parts += [_section(description, *one) for one in found if tag["name"] in one[2]["tags"]]
-    parts.append("<h2>Any request</h2><p>These problems can answer any request.</p>")
+    parts.append("<h2>Any request</h2><p>Any request can be answered with these problems.</p>")
     parts.append(_list(_problem(kind) for kind in description["x-general-problems"]))
     parts.append("</body></html>\n")
     return "\n".join(parts).encode()
 
 
 def curl(description: Json, path: str, method: str, operation: Json) -> str:
-    """Return a command that asks for *operation*, with its examples."""
+    """Return a curl command for *operation*, with its examples."""
     query = [
         f"{one['name']}={one['example']}"
         for one in _parameters(description, operation)
@@ -164,7 +157,7 @@ def _section(description: Json, path: str, method: str, operation: Json) -> str:
         example = next((kind["example"] for kind in content["content"].values() if "example" in kind), None)
         if example is not None:
             parts.append(f"<pre>{escape(json.dumps(example, indent=2))}</pre>")
-        break  # the good one
+        break  # the successful response comes first
     return "".join([*parts, "</section>"])
 
 
@@ -174,9 +167,9 @@ def _title(path: str, method: str) -> str:
 
 def _access(operation: Json) -> str:
     if not operation["security"]:
-        return "Open to everybody."
+        return "Needs no token."
     scope = operation["security"][-1]["token"][0]
-    asked = "Takes" if {} not in operation["security"] else "This process asks for no token; elsewhere it takes"
+    asked = "Needs" if {} not in operation["security"] else "This process needs no token; others need"
     return f"{asked} a token with the scope <b>{escape(scope)}</b>."
 
 

@@ -1,22 +1,32 @@
-"""Every problem that a client can get, as RFC 9457 problem details.
+"""Every problem that a client can get, as RFC 9457 problem details, and the answers that hold them.
 
-A problem's ``type`` is a promise to clients: it is never renamed, and never used for something else. It is a reference
-relative to the service, where ``GET`` on it answers with the entry of this registry; ``docs/problems.md`` has a
-paragraph on each.
+A problem's ``type`` is a promise to clients: it is never renamed or used for something else. It is a URI relative to
+the service; ``GET`` on it returns the problem's entry here. ``docs/problems.md`` has a paragraph on each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import orjson
+from aiohttp import web
+from multidict import CIMultiDict
+from prometheus_client import Counter, Histogram
 
 from fiq.errors import FiqError
+from services.core.logs import LogThrottle, get_logger
+from services.core.tracing import trace_of
 
 CONTENT_TYPE = "application/problem+json"
-#: where the types live
+#: path of the types
 TYPE_PREFIX = "/problems/"
+#: the Server header, which does not tell library and version
+SERVER = "fiq"
+#: decimals of seconds in log lines: microseconds
+SECONDS_DECIMALS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +34,12 @@ class Problem:
     """One type of problem.
 
     Attributes:
-        slug: last part of the type, and the label of metrics and log lines.
+        slug: last part of the type; also the label in metrics and log lines.
         status: of the HTTP answer.
         title: the same for each occurrence (RFC 9457, section 3.1.3).
-        detail: what to do, unless an occurrence knows better.
+        detail: what to do, unless an occurrence has a detail of its own.
         retry: the same request may succeed later: the answer has a ``Retry-After``.
-        close: the connection is of no further use, its next byte may belong to this request's body.
+        close: close the connection: its next byte may belong to this request's body.
     """
 
     slug: str
@@ -57,7 +67,14 @@ class Problem:
 
 
 class RequestRefusedError(FiqError):
-    """Raised when a request is answered with a problem; *detail* and *members* must not quote the request."""
+    """Raised when a request is answered with a problem; *detail* and *members* must not quote the request.
+
+    Args:
+        problem: the answer.
+        detail: replaces the problem's own.
+        members: further members of the document.
+        headers: further headers.
+    """
 
     def __init__(
         self,
@@ -83,29 +100,30 @@ INVALID_IDEMPOTENCY_KEY = Problem(
     "Invalid Idempotency-Key",
     "Send at most one Idempotency-Key header: 1 to 255 visible ASCII characters, quoted or not.",
 )
-INVALID_JSON = Problem("invalid-json", 400, "Body is not JSON", "The body must be one JSON text in UTF-8.")
+INVALID_JSON = Problem("invalid-json", 400, "Invalid JSON", "The body must be one JSON text in UTF-8.")
 INVALID_PARAMETER = Problem(
-    "invalid-parameter", 400, "Invalid parameter", "A parameter of the query, or Last-Event-ID, is malformed."
+    "invalid-parameter", 400, "Invalid parameter", "A query parameter, or Last-Event-ID, is malformed."
 )
 UNAUTHORIZED = Problem(
     "unauthorized",
     401,
-    "No valid token",
-    "Send Authorization: Bearer and a token of this service that has neither ended nor been revoked.",
+    "Invalid or missing token",
+    "Send Authorization: Bearer with a token of this service that is neither expired nor revoked.",
 )
 FORBIDDEN = Problem(
-    "forbidden", 403, "Not allowed", "The token is not for this: it lacks the scope, or is for other consultations."
+    "forbidden",
+    403,
+    "Token not sufficient",
+    "The token lacks the scope, or is for consultations with another prefix.",
 )
-NOT_FOUND = Problem("not-found", 404, "No such resource", "Nothing is served at this path.")
+NOT_FOUND = Problem("not-found", 404, "Unknown path", "There is no resource at this path.")
 INVALID_CONSULTATION_ID = Problem(
     "invalid-consultation-id",
     404,
     "Invalid consultation id",
     "A consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -.",
 )
-UNKNOWN_EVENT = Problem(
-    "unknown-event", 404, "Unknown event", "The consultation has no event with this message id, stored or waiting."
-)
+UNKNOWN_EVENT = Problem("unknown-event", 404, "Unknown event", "The consultation has no event with this message id.")
 METHOD_NOT_ALLOWED = Problem(
     "method-not-allowed", 405, "Method not allowed", "The Allow header lists the methods of this resource."
 )
@@ -113,22 +131,22 @@ NOT_ACCEPTABLE = Problem(
     "not-acceptable",
     406,
     "Not acceptable",
-    "This resource comes as application/json or application/x-ndjson, and as text/event-stream with follow=1.",
+    "Accept application/json or application/x-ndjson; with follow=1, text/event-stream.",
 )
 BODY_TIMEOUT = Problem(
-    "body-timeout", 408, "Body took too long", "The body was not complete in time; nothing was stored.", close=True
+    "body-timeout", 408, "Body timeout", "The body did not arrive in time; nothing was stored.", close=True
 )
 HEADER_TIMEOUT = Problem(
-    "header-timeout", 408, "Headers took too long", "The request's headers were not complete in time.", close=True
+    "header-timeout", 408, "Header timeout", "The request's headers did not arrive in time.", close=True
 )
 DUPLICATE_IN_FLIGHT = Problem(
     "duplicate-in-flight",
     409,
-    "Same key in flight",
-    "Another request with this Idempotency-Key is being stored just now. Retry with the same key.",
+    "Duplicate in flight",
+    "Another request with this Idempotency-Key is being stored. Retry with the same key.",
     retry=True,
 )
-BODY_TOO_LARGE = Problem("body-too-large", 413, "Body too large", "The body is larger than this service takes.")
+BODY_TOO_LARGE = Problem("body-too-large", 413, "Body too large", "The body is larger than this service accepts.")
 TOO_MANY_EVENTS = Problem(
     "too-many-events", 413, "Too many events", "A batch holds at most 1,000 events; nothing was stored."
 )
@@ -136,107 +154,105 @@ UNSUPPORTED_MEDIA_TYPE = Problem(
     "unsupported-media-type",
     415,
     "Unsupported media type",
-    "This resource does not take such a Content-Type; JSON must be in UTF-8.",
+    "This resource does not accept this Content-Type; JSON must be in UTF-8.",
 )
 UNSUPPORTED_CONTENT_ENCODING = Problem(
     "unsupported-content-encoding",
     415,
     "Unsupported content encoding",
-    "Send the body as it is, without Content-Encoding.",
+    "Send the body without Content-Encoding.",
 )
-EXPECTATION_FAILED = Problem(
-    "expectation-failed", 417, "Expectation failed", "The only expectation that is met is 100-continue."
-)
+EXPECTATION_FAILED = Problem("expectation-failed", 417, "Expectation failed", "Only Expect: 100-continue is supported.")
 INVALID_EVENT = Problem(
-    "invalid-event", 422, "Body is not an event", "An event is a JSON object with a non-empty string event_type."
+    "invalid-event", 422, "Invalid event", "An event is a JSON object with a non-empty string event_type."
 )
 INVALID_BATCH = Problem(
     "invalid-batch",
     422,
-    "Batch holds lines that are no events",
-    "Nothing was stored; each member of lines says what is wrong with its line.",
+    "Invalid batch",
+    "Nothing was stored; each entry of lines says what is wrong with its line.",
 )
 IDEMPOTENCY_KEY_REUSED = Problem(
     "idempotency-key-reused",
     422,
-    "Key of another event",
-    "An event with another body was stored under this key before, and is kept. Send this one under a key of its own.",
+    "Idempotency-Key reused",
+    "An event with another body is stored under this key, and is kept. Send this one under a new key.",
 )
 TOO_MANY_IN_FLIGHT = Problem(
     "too-many-in-flight",
     429,
     "Too many requests in flight",
-    "This process stores as many events at once as it may; nothing was stored. Retry with the same key.",
+    "This process has reached its limit of requests in flight; nothing was stored. Retry with the same key.",
     retry=True,
 )
 RATE_LIMITED = Problem(
     "rate-limited",
     429,
-    "Over the rate",
-    "The token has sent more than its rate allows; nothing was stored. Retry with the same key.",
+    "Rate limit exceeded",
+    "The token has exceeded its rate; nothing was stored. Retry with the same key.",
     retry=True,
 )
 TOO_MANY_FOLLOWERS = Problem(
     "too-many-followers",
     429,
     "Too many followers",
-    "As many clients follow consultations through this process as may.",
+    "This process has reached its limit of followers.",
     retry=True,
 )
 INTERNAL_ERROR = Problem(
     "internal-error",
     500,
     "Internal error",
-    "A fault of the service. The event may or may not be stored: retry with the same Idempotency-Key.",
+    "The service failed. The event may or may not be stored: retry with the same Idempotency-Key.",
 )
 TOO_MANY_CONNECTIONS = Problem(
     "too-many-connections",
     503,
     "Too many connections",
-    "This process has as many connections as it may; nothing was stored. Retry with the same key.",
+    "This process has reached its limit of connections; nothing was stored. Retry with the same key.",
     retry=True,
     close=True,
 )
 BACKLOG_FULL = Problem(
     "backlog-full",
     503,
-    "Too much waits",
-    "More events wait to be written than may; nothing was stored. Retry with the same key.",
+    "Backlog full",
+    "Too many events are waiting to be persisted; nothing was stored. Retry with the same key.",
     retry=True,
 )
 LOG_FULL = Problem(
     "log-full",
     503,
-    "Event log is full",
-    "The event log takes no more until it is drained; nothing was stored. Retry with the same key.",
+    "Event log full",
+    "The event log accepts no events until it is drained; nothing was stored. Retry with the same key.",
     retry=True,
 )
 LOG_UNAVAILABLE = Problem(
     "log-unavailable",
     503,
-    "Event log is unavailable",
+    "Event log unavailable",
     "No quorum answered in time. The event may or may not be stored: retry with the same Idempotency-Key.",
     retry=True,
 )
 KEY_NOT_COMPARED = Problem(
     "key-not-compared",
     503,
-    "Key cannot be compared now",
-    "An event is stored under this key, and nothing that can show its body answers. Retry with the same key.",
+    "Idempotency-Key not comparable",
+    "An event is stored under this key, but its stored body cannot be read right now. Retry with the same key.",
     retry=True,
 )
 LOG_REFUSED = Problem(
     "log-refused",
     503,
-    "Event log refuses",
-    "The event log refuses until an operator has acted; nothing was stored. Retry with the same key.",
+    "Event log refused",
+    "The event log refuses events until an operator acts; nothing was stored. Retry with the same key.",
     retry=True,
 )
 CORPUS_AWAY = Problem(
     "corpus-away",
     503,
-    "Corpus is away",
-    "No persister answers for this part of the corpus just now, and the event log alone does not hold all of it.",
+    "Corpus unavailable",
+    "No persister answers for this part of the corpus, and the event log does not hold all of it. Retry later.",
     retry=True,
 )
 
@@ -256,3 +272,107 @@ _BY_HTTP_STATUS = {
 def of_status(status: int) -> Problem:
     """Return the problem that stands for an error which aiohttp itself answers with *status*."""
     return _BY_HTTP_STATUS.get(status, MALFORMED_REQUEST if status < 500 else INTERNAL_ERROR)
+
+
+class Refusals:
+    """Answers requests with problems; counts and logs each.
+
+    Args:
+        counters: by problem.
+        durations: of posted events, seconds.
+        retry_after: returns the seconds for ``Retry-After``.
+
+    Attributes:
+        throttle: of its log lines.
+    """
+
+    def __init__(
+        self, counters: Mapping[Problem, Counter], durations: Histogram, retry_after: Callable[[Problem], float]
+    ) -> None:
+        self._counters = counters
+        self._durations = durations
+        self._retry_after = retry_after
+        self._log = get_logger("ingest").bind()
+        self.throttle = LogThrottle()
+
+    def answer(
+        self,
+        problem: Problem,
+        detail: str | None = None,
+        *,
+        members: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        started: float | None = None,
+        consultation: str | None = None,
+        request: web.BaseRequest | None = None,
+    ) -> web.Response:
+        """Return the answer.
+
+        Args:
+            problem: what went wrong.
+            detail: replaces the problem's own; must not quote the request.
+            members: further members of the document; must not quote the request.
+            headers: further headers.
+            started: when the request came, on :func:`time.perf_counter`; None if it posted no event.
+            consultation: its id, once it is known to be valid.
+            request: whose trace is logged, once it is parsed.
+        """
+        self._counters[problem].inc()
+        values: dict[str, object] = {"status": problem.status, "problem": problem.slug}
+        if started is not None:
+            duration = time.perf_counter() - started
+            self._durations.observe(duration)
+            values["duration_s"] = round(duration, SECONDS_DECIMALS)
+        if consultation is not None:
+            values["consultation_id"] = consultation
+        if request is not None and (trace := trace_of(request)) is not None:
+            values["trace_id"] = trace.trace_id
+        allowed = self.throttle.allow(problem.slug)
+        if allowed is not None:
+            self._log.warning("REQUEST_REFUSED", **values, **allowed)
+        all_headers = CIMultiDict({"Content-Type": CONTENT_TYPE, "Server": SERVER})
+        if problem.retry:
+            all_headers["Retry-After"] = str(math.ceil(self._retry_after(problem)))
+        all_headers.update(headers or {})
+        response = web.Response(status=problem.status, body=problem.render(detail, members), headers=all_headers)
+        if problem.close:
+            response.force_close()
+        return response
+
+    def answer_error(
+        self,
+        error: RequestRefusedError,
+        request: web.BaseRequest,
+        *,
+        started: float | None = None,
+        consultation: str | None = None,
+    ) -> web.Response:
+        """Return the answer to *request* that *error* asks for; see :meth:`answer`."""
+        return self.answer(
+            error.problem,
+            error.detail,
+            members=error.members,
+            headers=error.headers,
+            started=started,
+            consultation=consultation,
+            request=request,
+        )
+
+    def log_failure(self, error: BaseException) -> None:
+        """Log an unexpected *error*: its class and where it arose, never its text, which could quote a body."""
+        frames = []
+        traceback = error.__traceback__
+        while traceback is not None:
+            code = traceback.tb_frame.f_code
+            frames.append(f"{code.co_filename.rpartition('/')[2]}:{traceback.tb_lineno} {code.co_name}")
+            traceback = traceback.tb_next
+        self._log.error("REQUEST_FAILED", error=type(error).__name__, frames=frames)
+
+    def log_refused(self, reason: str) -> None:
+        """Log why the log refuses: *reason* is its own and says what an operator must change."""
+        allowed = self.throttle.allow("LOG_REFUSED")
+        if allowed is not None:
+            self._log.error("LOG_REFUSED", reason=reason, **allowed)
+
+
+REFUSALS = web.AppKey("refusals", Refusals)

@@ -1,29 +1,95 @@
-"""One ingest process, from its start to its end."""
+"""One ingest process: from the command line and the settings to the exit code.
+
+Sockets are bound before the log is reached, so a taken port is reported at once. The management endpoints come first
+and go last: probes learn why nothing is served yet, and what is still in flight.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ipaddress
+import os
+import resource
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+import uvloop
 
 import services.log
-from fiq.errors import ConfigurationError
-from services.core.lifecycle import Stop, freeze_garbage, run_until_stopped
-from services.core.logs import get_logger
+from fiq.errors import ConfigurationError, FiqError
+from services.core import logs
+from services.core.command import load_or_exit, memory_limit, parser, product_version, report_error
+from services.core.lifecycle import Stop, freeze_garbage, run_until_stopped, stop_on_signals
 from services.core.management import bind, serve_management
-from services.core.tracing import Spans
-from services.ingest.app import READY, OpenLog, make_app
-from services.ingest.handlers import METRICS
-from services.ingest.server import TLS, HttpServer
+from services.core.tracing import Spans, open_spans
+from services.ingest.app import READY, make_app
+from services.ingest.metrics import METRICS
+from services.ingest.server import MAX_REJECTED, TLS, HttpServer
 from services.ingest.settings import Settings
 from services.log.metrics import LogMetrics
-from services.log.protocol import IngestRole
+from services.log.protocol import IngestLog, IngestRole
 
-#: shown in the servers' monitoring
+PROGRAM = "fiq-ingest"
+#: name of the connection in the servers' monitoring
 CONNECTION_NAME = "fi-ingest"
+#: a process without requests: the interpreter and its libraries, bytes
+BASE_BYTES = 96 * 2**20
+#: a body is in memory as it was read, as the event, and in the buffer of the connection to the log
+COPIES = 3
+#: open files besides the clients' connections: the log, both listeners, the libraries
+_OTHER_FILES = 64
 _MANAGEMENT = "FI_MANAGEMENT_HOST, FI_MANAGEMENT_PORT"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until a signal comes, and return the exit code."""
+    parser(PROGRAM, "Takes events over HTTP and appends them to the log.", Settings).parse_args(arguments)
+    settings = load_or_exit(PROGRAM, Settings, os.environ)
+    logs.configure("ingest", level=settings.log_level)
+    log = logs.get_logger("ingest")
+    bounded = fit_memory(settings, memory_limit())
+    if bounded != settings:
+        log.warning("MEMORY_BOUNDED", max_in_flight_bytes=bounded.max_in_flight_bytes)
+    if (connectable := fit_open_files(bounded)) != bounded:
+        bounded = connectable
+        log.warning("CONNECTIONS_BOUNDED", max_connections=bounded.max_connections, reason="ulimit -n")
+    try:
+        return uvloop.run(_run(bounded))
+    except FiqError as error:
+        return report_error(PROGRAM, error)
+
+
+async def _run(settings: Settings) -> int:
+    stop = Stop()
+    stop_on_signals(stop)
+    with open_spans(PROGRAM, os.environ) as spans:
+        await serve(settings, stop, version=product_version(), spans=spans)
+    return stop.exit_code
+
+
+def fit_memory(settings: Settings, limit: int | None) -> Settings:
+    """Return *settings* with bodies in flight that fit into *limit* bytes; None is no limit.
+
+    One body of the largest size is always taken.
+    """
+    if limit is None:
+        return settings
+    room = max(settings.max_event_bytes, (limit - BASE_BYTES) // COPIES)
+    return dataclasses.replace(settings, max_in_flight_bytes=min(settings.max_in_flight_bytes, room))
+
+
+def fit_open_files(settings: Settings) -> Settings:
+    """Return *settings* with connections that fit into the limit of open files, which is raised as far as possible."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_connections + MAX_REJECTED + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return settings
+    return dataclasses.replace(settings, max_connections=max(1, soft - MAX_REJECTED - _OTHER_FILES))
 
 
 async def serve(settings: Settings, stop: Stop, *, version: str, spans: Spans | None = None) -> None:
@@ -33,11 +99,10 @@ async def serve(settings: Settings, stop: Stop, *, version: str, spans: Spans | 
         settings: of the process.
         stop: ends it.
         version: of the product.
-        spans: makes spans of what is posted, if anybody wants them.
+        spans: makes spans of what is posted, if they are wanted.
 
     Raises FiqError: the service could not start; its message says why.
     """
-    # before the cluster is waited for: a taken port is known at once
     with (
         bind(settings.host, settings.port, "FI_HOST, FI_PORT") as sock,
         bind(settings.management_host, settings.management_port, _MANAGEMENT) as management,
@@ -57,11 +122,11 @@ async def _serve(
     def lost(reason: str) -> None:
         stop.request(reason, failed=True)
 
-    log = get_logger("ingest")
-    app = make_app(settings, lambda shown: open_log(settings, lost, shown), spans, version=version)
+    log = logs.get_logger("ingest")
+    app = make_app(settings, lambda metrics: open_log(settings, lost, metrics), spans, version=version)
     server = HttpServer(app, sock, grace=settings.shutdown_grace)
 
-    async def run() -> None:  # in one task, which is cancelled when something that goes on beside it fails
+    async def run() -> None:  # in one task, which is cancelled when a background task fails
         await server.start()
         freeze_garbage()
         host, port = sock.getsockname()[:2]
@@ -69,7 +134,6 @@ async def _serve(
         log.info("INGEST_STARTED", **where, version=version)
         await asyncio.Event().wait()
 
-    # first and last: probes learn why nothing is served yet, and what is still in flight
     async with serve_management(management, app[METRICS].registry, app[READY], _MANAGEMENT):
         try:
             await run_until_stopped(run(), stop)
@@ -80,37 +144,33 @@ async def _serve(
 
 
 def _check_access(settings: Settings, host: str) -> None:
-    """Let nobody be served without a token who was not meant to be.
+    """Check that clients need tokens if other machines may reach *host*, the address that the process listens on.
 
-    Args:
-        settings: of the process.
-        host: the address that it listens on.
-
-    Raises ConfigurationError: everybody who reaches *host* could post and read, and nobody said that this is wanted.
+    Raises ConfigurationError: they do not, and FI_ALLOW_ANONYMOUS is not set.
     """
     if settings.token_file:
         return
     if not ipaddress.ip_address(host).is_loopback and not settings.allow_anonymous:
         problem = (
             f"FI_TOKEN_FILE is not set, and other machines may reach {host} (FI_HOST): make a file of tokens with "
-            "`fiq init` or `fiq token new`, and name it; or set FI_ALLOW_ANONYMOUS=1 where everybody may post and read"
+            "`fiq init` or `fiq token new`, and set FI_TOKEN_FILE to it; or set FI_ALLOW_ANONYMOUS=1 to let every "
+            "client post and read"
         )
         raise ConfigurationError([problem])
-    get_logger("ingest").warning(
-        "ACCESS_ANONYMOUS", host=host, reason="FI_TOKEN_FILE is not set: no token is asked for"
+    logs.get_logger("ingest").warning(
+        "ACCESS_ANONYMOUS", host=host, reason="FI_TOKEN_FILE is not set: clients need no token"
     )
 
 
-@asynccontextmanager
-async def open_log(settings: Settings, on_closed: Callable[[str], None], metrics: LogMetrics) -> AsyncIterator[OpenLog]:
-    """Open the log that the settings name until the context ends.
+def open_log(
+    settings: Settings, on_closed: Callable[[str], None], metrics: LogMetrics
+) -> AbstractAsyncContextManager[IngestLog]:
+    """Open the log that the settings name; see :func:`services.log.open_log`.
 
     Args:
         settings: of the process.
         on_closed: called with the reason when the log is lost for good.
-        metrics: where the log is shown while it is open.
-
-    Raises Exception: as :func:`services.log.open_log`.
+        metrics: shows the log while it is open.
     """
     role = IngestRole(
         name=CONNECTION_NAME,
@@ -118,5 +178,4 @@ async def open_log(settings: Settings, on_closed: Callable[[str], None], metrics
         deadline=settings.publish_deadline,
         max_in_flight=settings.max_in_flight,
     )
-    async with services.log.open_log(settings.log, role, metrics=metrics, on_closed=on_closed) as opened:
-        yield OpenLog(opened.writer, opened.status.ready, opened.reader, opened.status.backlog)
+    return services.log.open_log(settings.log, role, metrics=metrics, on_closed=on_closed)

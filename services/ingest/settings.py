@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aiohttp import web
+
 from services.core.logs import level
 from services.core.settings import boolean, integer, nested, number, seconds, setting, size, text
 from services.core.settings import port as tcp_port
@@ -12,7 +14,7 @@ from services.log.settings import LogSettings
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What one ingest process listens on, and how much it takes."""
+    """Addresses and limits of one ingest process."""
 
     host: str = setting(
         "FI_HOST",
@@ -25,7 +27,7 @@ class Settings:
         "FI_MANAGEMENT_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address of ingest's /healthz, /readyz and /metrics, which know no tokens: loopback or an inner network.",
+        doc="Address of ingest's /healthz, /readyz and /metrics, which need no token: loopback or an inner network.",
     )
     management_port: int = setting(
         "FI_MANAGEMENT_PORT",
@@ -37,37 +39,37 @@ class Settings:
         "FI_TOKEN_FILE",
         "",
         parse=text,
-        doc="File with the API tokens' hashes (`fiq token`), read again when it changes; without it none is asked for.",
+        doc="File with the API tokens' hashes (`fiq token`), read again when it changes; empty: clients need no token.",
     )
     allow_anonymous: bool = setting(
         "FI_ALLOW_ANONYMOUS",
         False,
         parse=boolean,
-        doc="Listen beyond loopback without FI_TOKEN_FILE: whoever reaches the port may post and read everything.",
+        doc="Listen beyond loopback without FI_TOKEN_FILE: every client that reaches the port may post and read.",
     )
     tls_cert: str = setting(
         "FI_TLS_CERT",
         "",
         parse=text,
-        doc="PEM file with ingest's certificate and its signers', read again when it changes; empty is plain HTTP.",
+        doc="PEM file with ingest's certificate and its issuers', read again when it changes; empty is plain HTTP.",
     )
     tls_key: str = setting(
         "FI_TLS_KEY",
         "",
         parse=text,
-        doc="PEM file with the key of FI_TLS_CERT, without a password; TLS 1.2 or newer is spoken, and nothing else.",
+        doc="PEM file with the key of FI_TLS_CERT, without a password; ingest then speaks TLS 1.2 or newer only.",
     )
     rate: float = setting(
         "FI_RATE",
         0.0,
         parse=number(0, 1_000_000),
-        doc="Requests and events a second that one token may send in the long run, beyond it 429; 0 is no limit.",
+        doc="Requests and events a second that one token may send in the long run; beyond it 429; 0 is no limit.",
     )
     rate_burst: int = setting(
         "FI_RATE_BURST",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Requests and events that a token may send at once; a larger batch is taken when none of it is used.",
+        doc="Requests and events that a token may send at once; a larger batch is accepted when none of it is used.",
     )
     publish_deadline: float = setting(
         "FI_PUBLISH_DEADLINE",
@@ -79,19 +81,19 @@ class Settings:
         "FI_MAX_IN_FLIGHT",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Events that this process stores at the same time; a client beyond it gets 429.",
+        doc="Events that this process stores at the same time; beyond it 429.",
     )
     max_connections: int = setting(
         "FI_MAX_CONNECTIONS",
         2000,
         parse=integer(1, 1_000_000),
-        doc="Connections that this process has; one more gets 503. Bounded by the files that it may open (ulimit -n).",
+        doc="Connections of this process; one more gets 503. Also limited by open files (ulimit -n).",
     )
     max_in_flight_bytes: int = setting(
         "FI_MAX_IN_FLIGHT_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**40),
-        doc="Bytes of bodies that are read or stored at the same time; beyond it 429. Less in a small container.",
+        doc="Bytes of bodies that are read or stored at the same time; beyond it 429. Reduced in a small container.",
     )
     max_event_bytes: int = setting(
         "FI_MAX_EVENT_BYTES",
@@ -103,38 +105,38 @@ class Settings:
         "FI_MAX_BATCH_BYTES",
         8 * 2**20,
         parse=size(1, 256 * 2**20),
-        doc="Largest body of a batch; a larger one gets 413. Each of its events is bound by FI_MAX_EVENT_BYTES, too.",
+        doc="Largest body of a batch; a larger one gets 413. FI_MAX_EVENT_BYTES limits each of its events.",
     )
     max_batched_events: int = setting(
         "FI_MAX_BATCHED_EVENTS",
         8000,
         parse=integer(1000, 1_000_000),
-        doc="Events of batches that this process stores at the same time, besides FI_MAX_IN_FLIGHT; beyond it 429.",
+        doc="Events of batches that are stored at the same time, in addition to FI_MAX_IN_FLIGHT; beyond it 429.",
     )
     key_lookup_wait: float = setting(
         "FI_KEY_LOOKUP_WAIT",
         0.1,
         parse=seconds(0, 10),
-        doc="How long the question whether the corpus holds a key may delay an answer; with 0 it is not asked.",
+        doc="How long asking the corpus about a key may delay an answer; 0 does not ask.",
     )
     max_json_depth: int = setting(
         "FI_MAX_JSON_DEPTH",
         100,
         parse=integer(1, 1024),
-        doc="Levels of objects and arrays in a body; a deeper one gets 422. Many readers fail beyond some of them.",
+        doc="Levels of objects and arrays in a body; a deeper one gets 422. Many JSON parsers fail on deeper nesting.",
     )
     max_backlog: int = setting(
         "FI_MAX_BACKLOG",
         100_000,
         parse=integer(0, 10**12),
-        doc="Events that may wait in the log for their commit, beyond it 503; partitions that stand still "
-        "share half of it while others move; 0 leaves it to the log's own limit.",
+        doc="Events that may wait to be persisted; beyond it 503; stalled partitions share half of it while others "
+        "move; 0 leaves only the log's own limit.",
     )
     header_timeout: float = setting(
         "FI_HEADER_TIMEOUT",
         10.0,
         parse=seconds(0.1, 3600),
-        doc="How long a request's headers may take, the first one's from the connection on, before it gets 408.",
+        doc="How long a request's headers may take, from the connection on for the first request, before it gets 408.",
     )
     body_timeout: float = setting(
         "FI_BODY_TIMEOUT",
@@ -146,25 +148,25 @@ class Settings:
         "FI_ANSWER_TIMEOUT",
         30.0,
         parse=seconds(0.1, 3600),
-        doc="How long a client may take to read an answer before its connection is cut; 10 s for what a follower gets.",
+        doc="How long a client may take to read an answer before it is disconnected; 10 s for a follower.",
     )
     retry_after: float = setting(
         "FI_RETRY_AFTER",
         2.0,
         parse=seconds(1, 3600),
-        doc="What Retry-After says in 409, 429 and 503, in whole seconds, unless a measured rate tells better.",
+        doc="Retry-After of 409, 429 and 503, unless a measured rate gives a better value.",
     )
     max_followers: int = setting(
         "FI_MAX_FOLLOWERS",
         100,
         parse=integer(0, 100_000),
-        doc="Clients that follow consultations through this process; one more gets 429. Each takes 2 MiB at most.",
+        doc="Clients that follow consultations through this process; one more gets 429. Each takes up to 2 MiB.",
     )
     follow_interval: float = setting(
         "FI_FOLLOW_INTERVAL",
         0.25,
         parse=seconds(0.01, 60),
-        doc="How often the log is asked for news of each consultation that is followed: one cheap request.",
+        doc="How often the log is asked for new events of each followed consultation: one cheap request.",
     )
     shutdown_grace: float = setting(
         "FI_SHUTDOWN_GRACE",
@@ -179,3 +181,6 @@ class Settings:
         doc="debug, info, warning or error; info has one line for each request and each batch.",
     )
     log: LogSettings = nested(LogSettings)
+
+
+SETTINGS = web.AppKey("settings", Settings)

@@ -19,7 +19,7 @@ TAKEN = {
     "README.md",
     "pyproject.toml",
     "requirements/image.txt",
-    "services/ingest/command.py",
+    "services/ingest/service.py",
     "deploy/nats-cluster/nats.conf",
     ".docker-build/ca.pem",  # for the first stage only
 }
@@ -50,7 +50,7 @@ def test_the_image_has_nothing_that_only_its_building_needs(image: str) -> None:
 def test_no_process_compiles_what_it_imports(image: str) -> None:
     """Its file system is read-only: each health check, too, would compile the library that it needs anew."""
     code = (
-        "import sys, pathlib, services.persister.command, services.ingest.command; "
+        "import sys, pathlib, services.persister.command, services.ingest.service; "
         "modules = [m.__spec__ for m in list(sys.modules.values()) if getattr(m, '__spec__', None)]; "
         "print([s.name for s in modules if s.cached and not pathlib.Path(s.cached).exists()])"
     )

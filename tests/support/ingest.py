@@ -17,17 +17,17 @@ from aiohttp.web import Application
 from fiq.event import Event
 from services.core.management import bind, serve_management
 from services.core.tracing import Spans
-from services.ingest.app import READY, OpenLog, make_app
-from services.ingest.handlers import METRICS, SETTINGS
+from services.ingest.app import READY, make_app
+from services.ingest.metrics import METRICS
 from services.ingest.openapi import describe
 from services.ingest.server import TLS, HttpServer
-from services.ingest.settings import Settings
+from services.ingest.settings import SETTINGS, Settings
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.metrics import LogMetrics
-from services.log.protocol import Appended, Page, StoredEvent
+from services.log.protocol import Appended, IngestLog, Page, StoredEvent
 from services.log.questions import Stored, digest_of
 from services.log.settings import LogSettings
-from services.log.status import Backlog
+from services.log.status import Backlog, LogState
 from tests.support.description import check_answer
 
 
@@ -82,13 +82,28 @@ class MemoryLog:
         self.batches.append(len(events))
         return [await self.append(event) for event in events]
 
-    async def ready(self) -> list[str]:
-        return self.reasons
-
     @asynccontextmanager
-    async def open(self, _: LogMetrics) -> AsyncIterator[OpenLog]:
-        yield OpenLog(self, self.ready, self.reader, lambda: self.backlog)
+    async def open(self, _: LogMetrics) -> AsyncIterator[IngestLog]:
+        yield self.opened
         self.closed = True
+
+    @property
+    def opened(self) -> IngestLog:
+        return IngestLog(self, self.reader, MemoryStatus(self))
+
+
+@dataclass
+class MemoryStatus:
+    """A Status that says what its log is told to say."""
+
+    log: MemoryLog
+    state: LogState = field(default_factory=LogState)
+
+    def backlog(self) -> Backlog | None:
+        return self.log.backlog
+
+    async def ready(self) -> list[str]:
+        return self.log.reasons
 
 
 @dataclass

@@ -14,12 +14,13 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from fiq.errors import ConfigurationError
+from services.core import logs
 from services.core.tokens import Scope, Token, digest_of, render
-from services.ingest import access, admission, changes
-from services.ingest.access import GATE, GRANT, OPEN, Tokens
-from services.ingest.admission import Bucket
+from services.ingest import access
+from services.ingest import app as application
+from services.ingest.access import ACCESS, GRANT, OPEN, TokenStore
 from services.ingest.app import make_app
-from services.ingest.handlers import ANSWERS
+from services.ingest.problems import REFUSALS
 from services.ingest.settings import Settings
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
 from tests.support.polling import eventually
@@ -59,7 +60,7 @@ def told(reply: Reply) -> tuple[int, str, str]:
 
 def test_no_time_tells_how_close_a_token_is_to_one_of_ours(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes is compared once, in constant time; what is looked up before that nobody else can compute."""
-    known, other = Tokens(str(file)), Tokens(str(file))
+    known, other = TokenStore(str(file)), TokenStore(str(file))
     compared: list[tuple[str, str]] = []
 
     def compare(ours: str, theirs: str) -> bool:
@@ -72,7 +73,7 @@ def test_no_time_tells_how_close_a_token_is_to_one_of_ours(file: Path, monkeypat
     for secret in (SECRETS["writer"], SECRETS["ward"], SECRETS["ended"], "nobody's", "", "\udc80"):
         mine = secret in {SECRETS["writer"], SECRETS["ward"]}
         compared.clear()
-        assert (digest_of(secret) if mine else None) == known.known(secret)
+        assert (digest_of(secret) if mine else None) == known.find(secret)
         assert [digest_of(secret)] == [theirs for _, theirs in compared]
         assert {len(digest_of(secret))} == {len(ours) for ours, _ in compared}
     assert not {*known._blinded} & {*other._blinded, *(token.digest for token in TOKENS.values())}
@@ -152,7 +153,7 @@ def test_every_route_says_what_it_takes() -> None:
     """And only what must be is open."""
     app = make_app(Settings(), MemoryLog().open)
     routes = [route for route in app.router.routes() if route.resource is not None]
-    rules = {(route.method, route.resource.canonical): app[GATE].rule(route) for route in routes if route.resource}
+    rules = {(route.method, route.resource.canonical): app[ACCESS].rule(route) for route in routes if route.resource}
     assert rules
     assert [] == [route for route, rule in rules.items() if rule is None]
     opened = {route for route, rule in rules.items() if rule is not None and rule.scope is OPEN}
@@ -238,8 +239,8 @@ async def extended(token_file: Path | None) -> AsyncIterator[Edge]:
 
     def extend(app: web.Application) -> None:
         app.router.add_get("/silent", handler)
-        app[GATE].add(app, "GET", "/whole", handler, Scope.READ)
-        app[GATE].add(app, "GET", "/each", handler, Scope.READ, each=True)
+        app[ACCESS].add(app, "GET", "/whole", handler, Scope.READ)
+        app[ACCESS].add(app, "GET", "/each", handler, Scope.READ, each=True)
 
     async with running_edge(extend=extend, token_file="" if token_file is None else str(token_file)) as edge:
         yield edge
@@ -283,7 +284,7 @@ def change(path: Path, text: str | None) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at the file more often than each second."""
-    monkeypatch.setattr(changes, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(application, "RELOAD_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("quick")
@@ -332,7 +333,7 @@ async def test_a_fault_in_the_reading_does_not_end_the_watch(
         raise OverflowError("secret-token")
 
     with monkeypatch.context() as patched:
-        patched.setattr(access, "read", fails)
+        patched.setattr(access, "_read", fails)
         change(file, render([TOKENS["reader"]]))
         await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 1.0)
     await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 0.0)
@@ -349,7 +350,7 @@ async def test_a_revoked_token_ends_what_it_has_begun(edge: Edge, file: Path) ->
         return web.Response()
 
     async with running_edge(
-        extend=lambda app: app[GATE].add(app, "GET", "/follow", handler, Scope.READ), token_file=str(file)
+        extend=lambda app: app[ACCESS].add(app, "GET", "/follow", handler, Scope.READ), token_file=str(file)
     ) as other:
         await other.request("GET", "/follow", headers=bearer("reader"))
         (grant,) = grants
@@ -393,23 +394,21 @@ async def test_each_refused_access_is_a_line_without_a_token(file: Path) -> None
 
 
 async def test_a_flood_of_refusals_does_not_fill_the_log(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was left out is told with the next line; the metric counts all of them."""
+    """The metric counts all of them."""
+    monkeypatch.setattr(logs, "THROTTLE_RATE", 1e-9)
+    monkeypatch.setattr(logs, "THROTTLE_BURST", 2)
     with capture_logs() as entries:
         async with running_edge(token_file=str(file)) as edge:
-            monkeypatch.setattr(Bucket, "take", lambda *_: 1.0)
-            for _ in range(3):
+            for _ in range(4):
                 await edge.post()
-            assert [] == refusals(entries)
-            monkeypatch.setattr(Bucket, "take", lambda *_: 0.0)
-            await edge.post()
             assert 4.0 == edge.metric("fi_ingest_access_refused_total", reason="missing")
-    assert [3] == [entry["left_out"] for entry in refusals(entries)]
+    assert 2 == len(refusals(entries))
 
 
 @pytest.fixture
 def bursts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the test takes, no further lines are allowed."""
-    monkeypatch.setattr(admission, "_LINE_RATE", 1e-9)
+    monkeypatch.setattr(logs, "THROTTLE_RATE", 1e-9)
 
 
 @pytest.mark.usefixtures("bursts_only")
@@ -437,7 +436,7 @@ async def test_a_flood_of_refused_requests_does_not_fill_the_log() -> None:
                 await edge.post(body=b"{")
             await edge.post("bad id")
             assert 200.0 == edge.metric("fi_ingest_requests_total", status="400", problem="invalid-json")
-            edge.app[ANSWERS]._lines._rates.keep(set())
+            edge.app[REFUSALS].throttle.rate = 1e9
             await edge.post(body=b"{")
     refused = [entry for entry in entries if entry["event"] == "REQUEST_REFUSED"]
     flood = [entry for entry in refused if entry["problem"] == "invalid-json"]
@@ -464,11 +463,11 @@ async def test_a_batch_counts_its_events(file: Path) -> None:
     """The handler takes them once it knows how many there are; a batch may owe, and whoever owes gets in no more."""
 
     async def handler(request: web.Request) -> web.Response:
-        request[GRANT].take_more(int(request.query["more"]))
+        request[GRANT].count_events(int(request.query["more"]))
         return web.Response()
 
     async with running_edge(
-        extend=lambda app: app[GATE].add(app, "GET", "/batch", handler, Scope.READ),
+        extend=lambda app: app[ACCESS].add(app, "GET", "/batch", handler, Scope.READ),
         token_file=str(file),
         rate=0.01,
         rate_burst=10,

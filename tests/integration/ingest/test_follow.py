@@ -11,7 +11,7 @@ import orjson
 import pytest
 from aiohttp import ClientResponse
 
-from services.ingest import reading_follow
+from services.ingest import reading
 from services.ingest.reading import FOLLOWERS
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from tests.support.description import check_answer
@@ -29,7 +29,7 @@ async def edge() -> AsyncIterator[Edge]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading_follow, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(reading, "PAUSE_SECONDS", 0.01)
 
 
 class Stream:
@@ -135,7 +135,7 @@ async def test_followers_of_one_consultation_share_the_looks_and_the_reads(edge:
 
 async def test_who_falls_behind_what_is_kept_reads_by_himself(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is skipped, whatever is kept for others."""
-    monkeypatch.setattr(reading_follow, "_KEPT_EVENTS", 4)
+    monkeypatch.setattr(reading, "_KEPT_EVENTS", 4)
     edge.log.page_events = 7
     async with following(edge) as stream:
         await post(edge, 60)
@@ -167,7 +167,7 @@ async def test_an_outage_at_the_start_is_a_problem(edge: Edge) -> None:
 
 async def test_silence_is_broken_by_comments(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proxies close what is silent for long."""
-    monkeypatch.setattr(reading_follow, "KEEP_ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(reading, "KEEP_ALIVE_SECONDS", 0.02)
     async with following(edge) as stream:
         async with asyncio.timeout(30):
             while len(stream.comments) < 3:
@@ -197,7 +197,7 @@ async def test_a_client_that_goes_makes_room_at_once(edge: Edge) -> None:
     await post(edge, 1)
     async with following(edge) as stream:
         assert [1] == await stream.take(1)
-    await eventually(lambda: edge.metric("fi_ingest_followers") == 0.0, timeout=reading_follow.KEEP_ALIVE_SECONDS / 2)
+    await eventually(lambda: edge.metric("fi_ingest_followers") == 0.0, timeout=reading.KEEP_ALIVE_SECONDS / 2)
 
 
 async def test_a_client_that_does_not_read_is_let_go(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ async def test_what_is_persisted_and_trimmed_between_two_looks_is_shown(
     edge: Edge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log shows nothing new then; now and then the corpus is asked all the same."""
-    monkeypatch.setattr(reading_follow, "READ_ANYWAY_SECONDS", 0.05)
+    monkeypatch.setattr(reading, "READ_ANYWAY_SECONDS", 0.05)
 
     async def nothing(consultation: str, after: int) -> bool:
         return False

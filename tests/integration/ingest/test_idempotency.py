@@ -219,7 +219,7 @@ async def test_a_snapshot_is_renewed_before_the_broker_forgets_what_came_after_i
 
 async def test_snapshots_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The consultation that was unused for longest is asked about again."""
-    monkeypatch.setattr("services.ingest.keys.SNAPSHOT_BYTES", 2000)
+    monkeypatch.setattr("services.ingest.idempotency.SNAPSHOT_BYTES", 2000)
     async with running_edge() as edge:
         for consultation in ("c-1", "c-2", "c-3", "c-1", "c-4", "c-1", "c-2"):
             await edge.post(consultation, BODY, Idempotency_Key="k")

@@ -34,7 +34,7 @@ async def test_beyond_the_backlog_it_is_503_with_the_time_that_draining_takes(
     monkeypatch: pytest.MonkeyPatch, expect: bool
 ) -> None:
     """Before the body is asked for; events are taken again when there is room."""
-    monkeypatch.setattr(module, "PRESSURE_SECONDS", 0.02)
+    monkeypatch.setattr(module, "BACKLOG_SECONDS", 0.02)
     async with running_edge(max_backlog=100) as edge:
         now = time.monotonic()
         edge.log.backlog = backlog(now - 5, 1000, 600)
@@ -53,7 +53,7 @@ async def test_beyond_the_backlog_it_is_503_with_the_time_that_draining_takes(
 
 async def test_what_the_backlog_refuses_does_not_count_against_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that waits and retries as it was told has its whole rate still."""
-    monkeypatch.setattr(module, "PRESSURE_SECONDS", 0.02)
+    monkeypatch.setattr(module, "BACKLOG_SECONDS", 0.02)
     async with running_edge(max_backlog=100, rate=0.001, rate_burst=1) as edge:
         edge.log.backlog = backlog(time.monotonic(), 1000, 600)
         await eventually(lambda: edge.metric("fi_ingest_backlog_events") == 600.0)
@@ -65,7 +65,7 @@ async def test_what_the_backlog_refuses_does_not_count_against_the_rate(monkeypa
 
 async def test_a_partition_that_stands_still_stops_its_own_clients_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """G6: the others go on, although more waits in it than may wait in all."""
-    monkeypatch.setattr(module, "PRESSURE_SECONDS", 0.02)
+    monkeypatch.setattr(module, "BACKLOG_SECONDS", 0.02)
     async with running_edge(max_backlog=100) as edge:
         edge.log.backlog = backlog(time.monotonic(), 5000, 5000, 3, still=(0,))
         await eventually(lambda: edge.metric("fi_ingest_backlog_events") == 5003.0)
@@ -151,8 +151,9 @@ def test_connections_fit_into_the_files_that_may_be_open(soft: int, hard: int, e
     """The limit is raised as far as it may be; a process without files could not even say what is wrong."""
     code = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
-        "from services.ingest.connections import within\nfrom services.ingest.settings import Settings\n"
-        "found = within(Settings())\nprint(found.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+        "from services.ingest.service import fit_open_files\nfrom services.ingest.settings import Settings\n"
+        "found = fit_open_files(Settings())\n"
+        "print(found.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert f"{expected}\n" == done.stdout

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from services.ingest import admission
-from services.ingest.admission import Admission, Share
+from services.ingest.admission import Admission, Reservation
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
 from tests.support.polling import eventually
 
@@ -102,7 +102,7 @@ async def test_headers_alone_keep_nobody_out() -> None:
 
 async def test_slow_bodies_give_way_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest is given up, and only as many as have to be; its client gets 429, the memory is free again."""
-    monkeypatch.setattr(admission, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(admission, "SLOW_BODY_SECONDS", 0.0)
     async with running_edge(max_in_flight_bytes=1000, max_event_bytes=1000) as edge:
         async with slow_clients(edge, 2, promised=600, sent=body(600)[:450]) as (first, second):
             assert 202 == (await edge.post(body=body(500))).status
@@ -117,7 +117,7 @@ async def test_slow_bodies_give_way_to_others(monkeypatch: pytest.MonkeyPatch) -
 
 async def test_bodies_that_are_on_their_way_for_a_moment_do_not_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a rush of clients would throw each other out, and none would be served."""
-    monkeypatch.setattr(admission, "PATIENCE_SECONDS", 1000.0)
+    monkeypatch.setattr(admission, "SLOW_BODY_SECONDS", 1000.0)
     async with (
         running_edge(max_in_flight_bytes=1000, max_event_bytes=1000) as edge,
         slow_clients(edge, 1, promised=1000, sent=body(1000)[:900]) as (first,),
@@ -129,7 +129,7 @@ async def test_bodies_that_are_on_their_way_for_a_moment_do_not_give_way(monkeyp
 
 async def test_what_is_stored_is_never_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client may get 202 any moment."""
-    monkeypatch.setattr(admission, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(admission, "SLOW_BODY_SECONDS", 0.0)
     gate = asyncio.Event()
     async with (
         running_edge(MemoryLog(gate=gate), max_in_flight_bytes=1000, max_event_bytes=1000) as edge,
@@ -151,14 +151,14 @@ async def test_a_client_that_goes_away_leaves_nothing_behind() -> None:
         assert 0 == edge.metric("fi_ingest_bytes_in_flight")
 
 
-@pytest.mark.parametrize("end", [Share.release, Share.give_up])
-def test_a_share_is_given_back_once(end: Callable[[Share], None]) -> None:
+@pytest.mark.parametrize("end", [Reservation.release, Reservation.give_up])
+def test_a_reservation_is_released_once(end: Callable[[Reservation], None]) -> None:
     """However it ends, and whatever ends it again."""
     whole = Admission(events=1, size=10)
-    share = whole.share()
-    share.take(b"12345")
-    share.store()
-    end(share)
-    share.release()
-    share.release()
+    held = whole.reserve()
+    held.take(b"12345")
+    held.store()
+    end(held)
+    held.release()
+    held.release()
     assert (0, 0) == (whole.size, whole.storing)

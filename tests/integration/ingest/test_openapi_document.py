@@ -14,12 +14,11 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
-from services.ingest.access import GATE, OPEN
-from services.ingest.batch import MAX_EVENTS
+from services.ingest.access import ACCESS, OPEN
+from services.ingest.formats import MAX_EVENTS, RESOURCES
 from services.ingest.openapi import describe
 from services.ingest.problems import BY_SLUG, UNKNOWN_EVENT, registry
-from services.ingest.reading_records import DEFAULT_LIMIT, MAX_LIMIT
-from services.ingest.resources import RESOURCES
+from services.ingest.reading import DEFAULT_LIMIT, MAX_LIMIT
 from services.ingest.settings import Settings
 from tests.support.description import answer_problems, operation_of, validator
 from tests.support.ingest import Edge, running_edge
@@ -63,7 +62,7 @@ async def test_every_route_is_described_and_nothing_else(edge: Edge) -> None:
 
 async def test_each_operation_names_the_scope_that_the_gate_asks_for(edge: Edge) -> None:
     """Where no token file is set, none is needed: the description says so, too."""
-    gate = edge.app[GATE]
+    gate = edge.app[ACCESS]
     strict = describe(Settings(token_file="tokens"), "")
     for route in edge.app.router.routes():
         if route.resource is None or route.method in {"HEAD", "OPTIONS"}:
@@ -95,7 +94,7 @@ def test_the_limits_are_those_of_the_process() -> None:
         operation = described["paths"][resource.path]["post"]
         assert (2000, 7) == (operation["x-max-event-bytes"], operation["x-max-json-depth"])
         assert (3000, MAX_EVENTS) == (operation["x-max-batch-bytes"], operation["x-max-batch-events"])
-        assert set(resource.forms) <= set(operation["requestBody"]["content"])
+        assert set(resource.formats) <= set(operation["requestBody"]["content"])
 
 
 def test_the_constants_in_the_file_are_those_that_are_enforced(description: Json) -> None:

@@ -155,7 +155,7 @@ async def test_lines_that_are_no_events_are_named_and_nothing_is_stored(edge: Ed
 
     assert (422, "invalid-batch") == slug(reply)
     assert [2, 3, 4, 5, 6, 7, 8, 10] == [wrong["line"] for wrong in reply.json["lines"]]
-    assert "the id is that of line 9, the body is not" == reply.json["lines"][-1]["reason"]
+    assert "it has the id of line 9, and another body" == reply.json["lines"][-1]["reason"]
     assert "secret" not in reply.content.decode()
     assert [] == edge.log.events
 

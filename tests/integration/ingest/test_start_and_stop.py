@@ -14,11 +14,11 @@ from services.cli import monitoring
 from services.cli.embedded.processes import free_ports
 from services.core.lifecycle import Stop
 from services.ingest import service
-from services.ingest.app import OpenLog
-from services.ingest.pressure import Pressure
+from services.ingest.admission import BacklogLimiter
 from services.ingest.service import serve
 from services.ingest.settings import Settings
 from services.log.metrics import LogMetrics
+from services.log.protocol import IngestLog
 from tests.support.ingest import MemoryLog
 from tests.support.polling import eventually
 
@@ -37,7 +37,7 @@ async def test_a_connection_that_is_lost_for_good_ends_the_process_with_1(monkey
     log = MemoryLog()
 
     @asynccontextmanager
-    async def opener(_: Settings, on_closed: Callable[[str], None], metrics: LogMetrics) -> AsyncIterator[OpenLog]:
+    async def opener(_: Settings, on_closed: Callable[[str], None], metrics: LogMetrics) -> AsyncIterator[IngestLog]:
         async with log.open(metrics) as opened:
             asyncio.get_running_loop().call_later(0.05, on_closed, "gone")
             yield opened
@@ -52,11 +52,11 @@ async def test_a_part_that_fails_beside_ends_the_process(monkeypatch: pytest.Mon
     """It would go on for days without what it does: without a limit to the backlog, say."""
     log = MemoryLog()
 
-    def look(_: Pressure) -> None:
+    def update(_: BacklogLimiter) -> None:
         raise LookupError("broken")
 
     monkeypatch.setattr(service, "open_log", lambda _, __, metrics: log.open(metrics))
-    monkeypatch.setattr(Pressure, "look", look)
+    monkeypatch.setattr(BacklogLimiter, "update", update)
     with pytest.raises(LookupError, match="broken"):
         await asyncio.wait_for(serve(SETTINGS, Stop(), version="test"), 10)
     assert log.closed
@@ -79,9 +79,9 @@ async def test_probes_are_answered_while_the_cluster_is_waited_for(
     """Alive, not ready, and why; clients are refused until events can be taken."""
 
     @asynccontextmanager
-    async def opener(_: Settings, __: Callable[[str], None], ___: LogMetrics) -> AsyncIterator[OpenLog]:
+    async def opener(_: Settings, __: Callable[[str], None], ___: LogMetrics) -> AsyncIterator[IngestLog]:
         await asyncio.Event().wait()
-        yield OpenLog(MemoryLog(), MemoryLog().ready, MemoryLog().reader)
+        yield MemoryLog().opened
 
     monkeypatch.setattr(service, "open_log", opener)
     port, management = free_ports(2)
@@ -106,9 +106,9 @@ async def test_a_stop_while_it_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -
     """However long the cluster lets it wait."""
 
     @asynccontextmanager
-    async def opener(_: Settings, __: Callable[[str], None], ___: LogMetrics) -> AsyncIterator[OpenLog]:
+    async def opener(_: Settings, __: Callable[[str], None], ___: LogMetrics) -> AsyncIterator[IngestLog]:
         await asyncio.Event().wait()
-        yield OpenLog(MemoryLog(), MemoryLog().ready, MemoryLog().reader)
+        yield MemoryLog().opened
 
     monkeypatch.setattr(service, "open_log", opener)
     stop = Stop()

@@ -397,15 +397,15 @@ async def test_ingest_reads_backlog_and_readiness_from_it(log: Log) -> None:
     """What was posted by others, and what is placed, is known within seconds."""
     async with open_log(Settings(log=log.settings), pytest.fail, LogMetrics(CollectorRegistry())) as opened:
         await log.publish(3, consultations=1)
-        await eventually(lambda: (found := opened.backlog()) is not None and found.events == 3)
+        await eventually(lambda: (found := opened.status.backlog()) is not None and found.events == 3)
         await _place(log, 0, 1)
         async with AsyncExitStack() as running:
             persister = await running.enter_async_context(_running(log, [0, 1]))
             persister.says({0: Progress(3, 0), 1: Progress(3, 0)}, 3)
-            await eventually(lambda: (found := opened.backlog()) is not None and found.events == 0)
+            await eventually(lambda: (found := opened.status.backlog()) is not None and found.events == 0)
 
             async def ready() -> bool:
-                return await opened.ready() == []
+                return await opened.status.ready() == []
 
             await eventually(ready)
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from services.cli.init.files import Layout
 from services.cli.main import app
 from services.core.tokens import Scope, Token, digest_of, parse
-from services.ingest import changes
+from services.ingest import app as application
 from tests.support.ingest import running_edge
 from tests.support.polling import eventually
 
@@ -127,7 +127,7 @@ def test_without_a_deployment_it_says_how_to_make_one(tmp_path: Path, command: l
 
 async def test_a_running_service_follows(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """New and revoked tokens count without a restart; the others go on."""
-    monkeypatch.setattr(changes, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(application, "RELOAD_SECONDS", 0.02)
     async with running_edge(token_file=str(layout.tokens)) as edge:
 
         async def status(secret: str) -> int:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fiq.event import Event, new_event_id
 from services.ingest import problems
+from services.ingest.admission import BacklogLimiter
 from services.ingest.metrics import Metrics
-from services.ingest.pressure import Pressure
 from services.ingest.problems import RequestRefusedError
 from services.log.partitions import partition_of
 from services.log.status import Backlog, Waiting
@@ -24,22 +24,22 @@ class World:
         self.now = 1000.0
         self.seen: Backlog | None = None
         self.metrics = Metrics()
-        self.pressure = Pressure(limit, 2.0, self.metrics)
-        self.pressure.observed = lambda: self.seen
+        self.limiter = BacklogLimiter(limit, 2.0, self.metrics)
+        self.limiter.read_backlog = lambda: self.seen
 
     def look(self, sequence: int, *events: int, still: Iterable[int] = ()) -> None:
         """Look at the log, which has so many events in each of its partitions, and take it in."""
         waiting = (Waiting(count, sequence, p in still) for p, count in enumerate(events))
         self.seen = Backlog(self.now, sequence, tuple(waiting))
-        self.pressure.look()
+        self.limiter.update()
 
     def takes(self, partition: int | None = None) -> bool:
         """Whether a request gets through: any, or one with an event of a partition."""
         try:
-            self.pressure.check()
+            self.limiter.check()
             if partition is not None:
                 assert self.seen is not None
-                self.pressure.admit([event_of(partition, len(self.seen.partitions))])
+                self.limiter.check_partitions([event_of(partition, len(self.seen.partitions))])
         except RequestRefusedError as refusal:
             return refusal.problem is not problems.BACKLOG_FULL
         return True
@@ -57,8 +57,8 @@ def event_of(partition: int, partitions: int) -> Event:
 def test_while_nothing_is_known_nothing_is_refused() -> None:
     """The broker's own limit holds all the same."""
     world = World()
-    world.pressure.look()
-    world.pressure.note(10**9)
+    world.limiter.update()
+    world.limiter.note(10**9)
     assert world.takes()
     assert world.takes(None)
     assert 0.0 == world.metric("fi_ingest_backlog_events")
@@ -68,11 +68,11 @@ def test_what_was_stored_since_the_look_counts() -> None:
     """By whichever process: the sequences in the broker's answers are those of the stream."""
     world = World()
     world.look(5000, 45, 45)
-    world.pressure.note(5009)
+    world.limiter.note(5009)
     assert world.takes()
-    world.pressure.note(5010)
+    world.limiter.note(5010)
     assert not world.takes()
-    world.pressure.note(4000)  # a duplicate's first sequence
+    world.limiter.note(4000)  # a duplicate's first sequence
     assert not world.takes()
     assert 100.0 == world.metric("fi_ingest_backlog_events")
 
@@ -81,7 +81,7 @@ def test_what_an_owner_said_a_while_ago_counts_with_its_part_of_what_came_since(
     """One of two partitions said so at sequence 4000, the other one at 5000."""
     world = World(limit=1000)
     world.seen = Backlog(world.now, 5000, (Waiting(10, 4000, still=False), Waiting(30, 5000, still=False)))
-    world.pressure.look()
+    world.limiter.update()
     assert 540.0 == world.metric("fi_ingest_backlog_events")
 
 
@@ -93,7 +93,7 @@ def test_nothing_is_taken_for_committed_before_a_look_shows_it() -> None:
     world.look(5050, 100)
     assert 10.0 == world.metric("fi_ingest_drained_events_per_second")
     world.now += 15
-    world.pressure.look()
+    world.limiter.update()
     assert 100.0 == world.metric("fi_ingest_backlog_events")
     assert not world.takes()
 
@@ -107,18 +107,18 @@ def test_retry_after_is_when_there_will_be_room(drained: int, events: int, expec
     world.look(10**6, events)
     world.now += 5
     world.look(10**6 + drained, events)
-    assert expected == pytest.approx(world.pressure.retry_after(problems.BACKLOG_FULL), abs=0.01)
+    assert expected == pytest.approx(world.limiter.retry_after(problems.BACKLOG_FULL), abs=0.01)
 
 
 def test_a_full_stream_asks_to_come_back_when_it_is_drained() -> None:
     """And other problems as the setting says."""
     world = World()
-    assert 2.0 == world.pressure.retry_after(problems.LOG_FULL)
+    assert 2.0 == world.limiter.retry_after(problems.LOG_FULL)
     world.look(1000, 50)
     world.now += 5
     world.look(1050, 50)
-    assert 5.0 == world.pressure.retry_after(problems.LOG_FULL)
-    assert 2.0 == world.pressure.retry_after(problems.LOG_UNAVAILABLE)
+    assert 5.0 == world.limiter.retry_after(problems.LOG_FULL)
+    assert 2.0 == world.limiter.retry_after(problems.LOG_UNAVAILABLE)
 
 
 def test_a_stream_that_was_made_anew_begins_anew() -> None:
@@ -129,7 +129,7 @@ def test_a_stream_that_was_made_anew_begins_anew() -> None:
     world.now += 5
     world.look(3, 3)
     assert world.takes()
-    assert 2.0 == world.pressure.retry_after(problems.BACKLOG_FULL)
+    assert 2.0 == world.limiter.retry_after(problems.BACKLOG_FULL)
 
 
 def test_without_a_limit_nothing_is_refused() -> None:
@@ -162,9 +162,9 @@ def test_a_partition_that_stands_still_fills_up_between_two_looks() -> None:
     """With its part of what the stream gets."""
     world = World(limit=1000)
     world.look(10_000, 490, 0, still=[0])
-    world.pressure.note(10_019)
+    world.limiter.note(10_019)
     assert world.takes(0)
-    world.pressure.note(10_020)
+    world.limiter.note(10_020)
     assert [False, True] == [world.takes(p) for p in range(2)]
 
 
@@ -173,7 +173,7 @@ def test_when_all_stand_still_one_limit_holds_for_all() -> None:
     world = World(limit=1000)
     world.look(10_000, 999, 0, still=[0, 1])
     assert [True, True] == [world.takes(p) for p in range(2)]
-    world.pressure.note(10_001)
+    world.limiter.note(10_001)
     assert [False, False] == [world.takes(p) for p in range(2)]
 
 
@@ -202,12 +202,12 @@ def test_the_limit_holds_whatever_comes(pause: int, turns: list[tuple[int, int]]
         if second % pause == 0:
             world.look(stored, stored - committed)
         else:
-            world.pressure.look()
+            world.limiter.update()
         for _ in range(offered):
             if not world.takes():
                 break
             stored += 1
-            world.pressure.note(stored)
+            world.limiter.note(stored)
         assert stored - committed <= 100
 
 

@@ -13,16 +13,14 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from fiq.errors import PoisonError
 from fiq.event import check_body
-from services.ingest.batch import (
-    Draft,
-    Line,
-    Place,
+from services.ingest.formats import (
+    BatchContext,
+    BatchEvent,
+    BodyFormat,
+    ParsedEvent,
+    parse_binary_cloudevent,
+    parse_cloudevent,
     read_batch,
-    read_binary,
-    read_line,
-    read_structured,
-    split_array,
-    split_lines,
 )
 from services.ingest.problems import RequestRefusedError
 
@@ -40,20 +38,20 @@ TEXTS = ["A", "c-1", "1.0", "application/json", "text/plain", "x/y", "AA==", "ey
 VALUES = st.sampled_from(TEXTS) | JSON
 OBJECTS = st.dictionaries(NAMES, VALUES, max_size=15)
 RAW = st.binary(max_size=60) | (OBJECTS | JSON).map(lambda value: json.dumps(value).encode())
-PLACES = st.sampled_from([Place("c-1", "k", 1, 200, 5), Place(None, None, 1, 200, 5)])
+CONTEXTS = st.sampled_from([BatchContext("c-1", "k", 1, 200, 5), BatchContext(None, None, 1, 200, 5)])
 
 
-def _stored(draft: Draft) -> bool:
-    return check_body(draft.body) is draft.body
+def _stored(parsed: ParsedEvent) -> bool:
+    return check_body(parsed.body) is parsed.body
 
 
-@given(st.lists(RAW, max_size=5), PLACES, st.booleans())
-async def test_a_batch_is_lines_or_a_refusal(parts: list[bytes], place: Place, is_array: bool) -> None:
+@given(st.lists(RAW, max_size=5), CONTEXTS, st.booleans())
+async def test_a_batch_is_lines_or_a_refusal(parts: list[bytes], context: BatchContext, is_array: bool) -> None:
     """And each line is what the persister takes."""
     raw = b"[" + b",".join(parts) + b"]" if is_array else b"\n".join(parts)
-    lines: list[Line] = []
+    lines: list[BatchEvent] = []
     with contextlib.suppress(RequestRefusedError):
-        lines = await read_batch(raw, split_array if is_array else split_lines, read_line, place)
+        lines = await read_batch(raw, BodyFormat.ARRAY if is_array else BodyFormat.LINES, context)
     assert all(check_body(line.event.body) is line.event.body for line in lines)
 
 
@@ -61,7 +59,7 @@ async def test_a_batch_is_lines_or_a_refusal(parts: list[bytes], place: Place, i
 def test_a_structured_cloudevent_is_an_event_or_poison(raw: bytes) -> None:
     """With values of every kind in every place."""
     with contextlib.suppress(PoisonError):
-        assert _stored(read_structured(raw))
+        assert _stored(parse_cloudevent(raw))
 
 
 @given(OBJECTS, st.sampled_from(["A", "1", "%", "%ff", '"', "ä"]))
@@ -69,7 +67,7 @@ def test_a_complete_structured_cloudevent_is_an_event_or_poison(members: dict[st
     """The same, when what is required is there."""
     required = {"specversion": "1.0", "id": identifier, "source": "/s", "type": "T"}
     with contextlib.suppress(PoisonError):
-        assert _stored(read_structured(orjson.dumps(_without_what_json_cannot_say(members) | required)))
+        assert _stored(parse_cloudevent(orjson.dumps(_without_what_json_cannot_say(members) | required)))
 
 
 @given(st.dictionaries(NAMES, st.text(), max_size=6), st.binary(max_size=40), st.text(max_size=20))
@@ -81,7 +79,7 @@ def test_a_binary_cloudevent_is_an_event_or_poison(attributes: dict[str, str], b
         for name, value in attributes.items()
     }
     with contextlib.suppress(PoisonError):
-        assert _stored(read_binary(CIMultiDictProxy(CIMultiDict(headers)), body))
+        assert _stored(parse_binary_cloudevent(CIMultiDictProxy(CIMultiDict(headers)), body))
 
 
 def _without_what_json_cannot_say(members: dict[str, Any]) -> dict[str, Any]:

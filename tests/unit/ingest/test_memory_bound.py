@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.ingest.command import BASE_BYTES, COPIES, within
+from services.ingest.service import BASE_BYTES, COPIES, fit_memory
 from services.ingest.settings import Settings
 
 DEFAULTS = Settings()
@@ -10,15 +10,15 @@ DEFAULTS = Settings()
 
 def test_without_a_limit_and_with_a_large_one_nothing_changes() -> None:
     """What was set stays."""
-    assert DEFAULTS == within(DEFAULTS, None)
-    assert DEFAULTS == within(DEFAULTS, 2**40)
+    assert DEFAULTS == fit_memory(DEFAULTS, None)
+    assert DEFAULTS == fit_memory(DEFAULTS, 2**40)
 
 
 def test_bodies_in_flight_fit_into_what_is_left() -> None:
     """With each of their copies."""
-    assert 2**25 == within(DEFAULTS, BASE_BYTES + COPIES * 2**25).max_in_flight_bytes
+    assert 2**25 == fit_memory(DEFAULTS, BASE_BYTES + COPIES * 2**25).max_in_flight_bytes
 
 
 def test_one_event_of_the_largest_size_is_always_taken() -> None:
     """However small the limit is."""
-    assert DEFAULTS.max_event_bytes == within(DEFAULTS, 1).max_in_flight_bytes
+    assert DEFAULTS.max_event_bytes == fit_memory(DEFAULTS, 1).max_in_flight_bytes
