@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Iterable
+from dataclasses import replace
 
 import nats
 import orjson
@@ -13,6 +14,7 @@ from nats.aio.msg import Msg
 
 from fiq.event import Event
 from services.cli.embedded.cluster import Cluster
+from services.log.jetstream.connection import close, connect
 from services.log.jetstream.stream import STREAM, provision, subject_of
 from services.log.settings import LogSettings
 from tests.support.cluster import delete_streams
@@ -41,8 +43,11 @@ def delete_consumers(url: str) -> None:
 
 async def _fresh_stream(cluster: Cluster, settings: LogSettings) -> None:
     await delete_streams(cluster)
-    async with await nats.connect(cluster.urls, name="bench") as connection:
+    connection = await connect(replace(settings, servers=tuple(cluster.urls)), name="bench", on_closed=lambda _: None)
+    try:
         await provision(connection, settings)
+    finally:
+        await close(connection)
 
 
 async def _delete_consumers(url: str) -> None:

@@ -15,7 +15,6 @@ from typing import Annotated
 
 import orjson
 import typer
-from nats.aio.client import Client
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -23,6 +22,7 @@ from services.cli import console, monitoring
 from services.cli.embedded.stack import State
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
 from services.log.errors import LogUnavailableError
+from services.log.jetstream.connection import Connection
 from services.log.jetstream.monitor import look_once
 from services.log.jetstream.stream import DEAD_STREAM, STREAM
 from services.log.metrics import PARTITIONS, PROCESSES
@@ -91,7 +91,7 @@ class ClusterSnapshot:
         return self.log.troubles.get(part, "no answer")
 
 
-async def take_snapshot(connection: Client, settings: LogSettings, state: State | None = None) -> ClusterSnapshot:
+async def take_snapshot(connection: Connection, settings: LogSettings, state: State | None = None) -> ClusterSnapshot:
     """Ask the log once, and again while a leader is being elected.
 
     Args:

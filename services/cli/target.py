@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from nats.aio.client import Client
 
 from fiq.errors import ConfigurationError
 from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, State
 from services.cli.errors import CommandError, NotRunningError
 from services.core.settings import load
-from services.log.jetstream.connection import Role, close, connect
+from services.log.jetstream.connection import Connection, Role, close, connect
 from services.log.settings import LogSettings
 
 #: options that several commands share
@@ -100,7 +99,7 @@ def find_corpus(corpus: Path | None, folder: Path | None, *, env: Mapping[str, s
 
 
 @asynccontextmanager
-async def connected(settings: LogSettings, role: Role = Role.OPS) -> AsyncIterator[Client]:
+async def connected(settings: LogSettings, role: Role = Role.OPS) -> AsyncIterator[Connection]:
     """Connect as long as the body runs.
 
     Raises LogAccessError: the nodes refuse the login; LogUnavailableError: no node took the connection.

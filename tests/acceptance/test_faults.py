@@ -20,7 +20,7 @@ from services.log.settings import LogSettings
 from tests.support.polling import eventually
 
 
-class Client:
+class Connection:
     """Posts events and remembers what was accepted."""
 
     def __init__(self, session: ClientSession, stack: Stack) -> None:
@@ -75,7 +75,7 @@ async def test_a_retry_after_the_brokers_window_and_after_a_restart_of_all_nodes
 ) -> None:
     """G2 has no time limit: what the broker has forgotten, the corpus knows."""
     stack = await asyncio.to_thread(start_stack, FI_DUPLICATE_WINDOW="100ms")
-    client = Client(session, stack)
+    client = Connection(session, stack)
     post = new_post()
     first = await (await client.post(post)).json()
 
@@ -115,7 +115,7 @@ async def test_posts_go_on_with_one_node_down_and_come_back_after_two(
     """One of three is no loss; two are told within the deadline, and nothing that was accepted is gone."""
     deadline = 2.0
     stack = await asyncio.to_thread(start_stack, FI_PUBLISH_DEADLINE=str(deadline))
-    client = Client(session, stack)
+    client = Connection(session, stack)
     cluster = stack.cluster
     await eventually(client.accepts)
 
@@ -147,7 +147,7 @@ async def test_a_full_stream_refuses_until_the_persisters_have_drained_and_trimm
 ) -> None:
     """G5: told early and honestly, and accepted again without anybody's help."""
     stack = await asyncio.to_thread(start_stack, FI_STREAM_MAX_BYTES="1MiB")
-    client = Client(session, stack)
+    client = Connection(session, stack)
     for persister in stack.persisters:
         persister.process.kill()
 
@@ -166,5 +166,5 @@ async def test_a_full_stream_refuses_until_the_persisters_have_drained_and_trimm
     await client.is_verified()
 
 
-async def _accepted(client: Client, post: Post) -> bool:
+async def _accepted(client: Connection, post: Post) -> bool:
     return (await client.post(post)).status == 202

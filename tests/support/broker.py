@@ -13,6 +13,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.cli.embedded.processes import LOOPBACK, find_nats_server, free_ports, is_free
+from services.log.jetstream.connection import Connection, connect
+from services.log.settings import LogSettings
 from tests.support.polling import eventually_sync
 
 
@@ -82,3 +84,8 @@ def refused(err_code: int, description: str = "no", code: int = 503) -> bytes:
     """Return an error answer."""
     error = {"code": code, "err_code": err_code, "description": description}
     return orjson.dumps({"error": error, "stream": "fi-events", "seq": 0})
+
+
+async def connected(*urls: str) -> Connection:
+    """Return a connection as the product makes them; its end is no failure."""
+    return await connect(LogSettings(servers=urls), name="test", on_closed=lambda _: None)

@@ -12,10 +12,11 @@ from typing import Any
 
 import nats
 import nats.errors
-from nats.aio.client import Client
 
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.connection import Connection, connect
+from services.log.settings import LogSettings
 from tests.support.polling import eventually
 
 #: the streams of the product
@@ -32,7 +33,7 @@ def reload(cluster: Cluster) -> None:
 
 async def delete_streams(cluster: Cluster) -> None:
     """Delete the product's streams with their consumers; it is fine when there are none."""
-    connection = await nats.connect(cluster.urls, name="test clean-up")
+    connection = await connect(LogSettings(servers=tuple(cluster.urls)), name="test clean-up", on_closed=lambda _: None)
     try:
         for stream in STREAMS:
             await eventually(partial(_deleted, connection, stream), 30)
@@ -40,7 +41,7 @@ async def delete_streams(cluster: Cluster) -> None:
         await connection.close()
 
 
-async def _deleted(connection: Client, stream: str) -> bool:
+async def _deleted(connection: Connection, stream: str) -> bool:
     try:
         reply = await connection.request(f"$JS.API.STREAM.DELETE.{stream}", timeout=5)
     except nats.errors.TimeoutError:  # some answers never come, although the request took effect
@@ -59,7 +60,7 @@ async def heal(cluster: Cluster) -> None:
     await asyncio.to_thread(cluster.wait_ready)
 
 
-async def consumers_of(nc: Client, stream: str) -> list[dict[str, Any]]:
+async def consumers_of(nc: Connection, stream: str) -> list[dict[str, Any]]:
     """Return what each consumer of *stream* says of itself, as far as they answer."""
     api = JetStreamApi(nc)
     infos = [await api.consumer_info(stream, name) for name in await api.consumer_names(stream)]

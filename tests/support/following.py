@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.connection import TolerantClient
+from services.log.jetstream.connection import Connection
 from services.log.jetstream.follower import Budget, JetStreamFollower
 from services.log.jetstream.stream import STREAM, parse_cursor_name
 from services.log.protocol import Delivery, LogIdentity, Position, message_id_at
@@ -27,7 +27,7 @@ class Sink:
 
     def __init__(
         self,
-        nc: TolerantClient,
+        nc: Connection,
         identity: LogIdentity,
         *,
         partition: int = 0,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.connection import Connection
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class StreamBackup:
     chunks: list[bytes]
 
 
-async def back_up(nc: Client, name: str) -> StreamBackup:
+async def back_up(nc: Connection, name: str) -> StreamBackup:
     """Fetch the snapshot of a stream."""
     chunks: list[bytes] = []
     done = asyncio.Event()
@@ -42,7 +42,7 @@ async def back_up(nc: Client, name: str) -> StreamBackup:
     return StreamBackup(name, {"config": answer["config"], "state": answer["state"]}, chunks)
 
 
-async def restore(nc: Client, backup: StreamBackup) -> None:
+async def restore(nc: Connection, backup: StreamBackup) -> None:
     """Make the stream, which must not exist, from its snapshot."""
     answer = await JetStreamApi(nc).request(f"STREAM.RESTORE.{backup.name}", backup.description)
     for chunk in [*backup.chunks, b""]:

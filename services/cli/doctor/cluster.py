@@ -26,7 +26,6 @@ from urllib.parse import urlsplit
 
 import orjson
 from cryptography import x509
-from nats.aio.client import Client
 from rich.filesize import decimal
 
 from services.cli import monitoring
@@ -35,7 +34,7 @@ from services.cli.embedded.stack import State
 from services.cli.status import ClusterSnapshot, Worker, take_snapshot
 from services.log.errors import ProvisionError
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.connection import HEADERS_BYTES
+from services.log.jetstream.connection import HEADERS_BYTES, Connection
 from services.log.jetstream.monitor import NodeState, ask_nodes, node_state
 from services.log.jetstream.stream import BUCKET, DEAD_STREAM, STREAM, changes, check_version, stream_config
 from services.log.metrics import PARTITIONS
@@ -322,7 +321,7 @@ class ClusterReport:
     clocks: dict[str, tuple[float, float]]
 
 
-async def ask_cluster(nc: Client, settings: LogSettings, state: State | None) -> ClusterReport:
+async def ask_cluster(nc: Connection, settings: LogSettings, state: State | None) -> ClusterReport:
     """Ask the broker everything. Raises LogUnavailableError: no answer; LogRefusedError: this user may not ask."""
     asked = time.perf_counter()
     info = await JetStreamApi(nc).stream_info(STREAM)

@@ -21,7 +21,6 @@ from services.cli.errors import CommandError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
 from services.core.settings import load
 from services.ingest.settings import Settings as IngestSettings
-from services.log.jetstream.connection import Connection
 from services.log.jetstream.stream import NODES_PREFIX
 from services.persister.settings import PersisterSettings
 
@@ -163,11 +162,11 @@ async def _ask(target: Target) -> tuple[cluster.ClusterReport, list[Finding]]:
         try:
             seen = await cluster.ask_cluster(connection, target.settings, target.state)
         except FiqError as problem:
-            violations = connection.violations if isinstance(connection, Connection) else []
+            violations = connection.violations
             if violations:
                 raise CommandError(f"this user may not ask: {violations[0]}") from problem
             raise
-        violations = connection.violations if isinstance(connection, Connection) else []
+        violations = connection.violations
     return seen, [_refused(text) for text in violations]
 
 

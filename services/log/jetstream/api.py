@@ -14,13 +14,13 @@ from typing import Any, NotRequired, TypedDict
 
 import nats.errors
 import orjson
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import Header
 
 from fiq.errors import FiqError
 from services.core.lifecycle import cancellable
 from services.log.errors import LogRefusedError, LogUnavailableError
+from services.log.jetstream.connection import Connection
 
 #: error codes (``err_code``) of the broker after which the same request may succeed
 TRANSIENT_ERR_CODES = frozenset({10004, 10007, 10008, 10009, 10023, 10077, 10158, 10167})
@@ -80,7 +80,7 @@ class StoredMessage(TypedDict):
 class JetStreamApi:
     """The JetStream API on a connection; each answer may take *timeout* seconds unless a request says otherwise."""
 
-    def __init__(self, nc: Client, *, timeout: float = REQUEST_TIMEOUT_SECONDS) -> None:
+    def __init__(self, nc: Connection, *, timeout: float = REQUEST_TIMEOUT_SECONDS) -> None:
         self._nc = nc
         self._timeout = timeout
 
@@ -216,12 +216,12 @@ class JetStreamApi:
             if error.err_code == MESSAGE_NOT_FOUND:
                 return None
             raise
-        headers = await self._nc._process_headers(b64decode(message.get("hdrs", "")))
+        headers = await self._nc.parse_headers(b64decode(message.get("hdrs", "")))
         return StoredMessage(
             subject=message["subject"],
             seq=int(message["seq"]),
             time=message["time"],
-            headers=headers or {},
+            headers=headers,
             data=b64decode(message.get("data", "")),
         )
 
@@ -239,7 +239,7 @@ class JetStreamApi:
 
 
 @asynccontextmanager
-async def inbox(nc: Client) -> AsyncIterator[tuple[str, asyncio.Queue[Msg]]]:
+async def inbox(nc: Connection) -> AsyncIterator[tuple[str, asyncio.Queue[Msg]]]:
     """Hear many answers to one question: a subject of its own to name as *reply*, and the queue into which they come.
 
     Raises nats.errors.Error, OSError: there is no connection.

@@ -37,12 +37,13 @@ from dataclasses import dataclass
 
 import orjson
 from nats import errors as nats_errors
+from nats.aio.subscription import Subscription
 
 from fiq.errors import PermanentError
 from services.core.logs import get_logger
 from services.log.errors import LogMismatchError, LogRefusedError, LogUnavailableError
 from services.log.jetstream.api import STREAM_NOT_FOUND, JetStreamApi, PermanentApiError
-from services.log.jetstream.connection import DirectSubscription, Received, Refusal, TolerantClient, listen
+from services.log.jetstream.connection import Connection, Received, Refusal
 from services.log.jetstream.stream import STREAM, cursor_config, filter_subject, parse_cursor_name
 from services.log.partitions import partition_name
 from services.log.protocol import Delivery, LogIdentity, Outcome, Position, message_id_at
@@ -432,7 +433,7 @@ class JetStreamFollower:
 
     def __init__(
         self,
-        nc: TolerantClient,
+        nc: Connection,
         store: str,
         partition: int,
         identity: LogIdentity,
@@ -461,7 +462,7 @@ class JetStreamFollower:
         self._buffer = _Buffer()
         # the cursor
         self._consumer = ""
-        self._subscription: DirectSubscription | None = None
+        self._subscription: Subscription | None = None
         self._connects = 0  # how often the client had connected again when the cursor was made
         self._next_delivery = 1  # consumer sequence that must come next
         self._again = 0  # deliveries that the one before had brought already
@@ -498,7 +499,7 @@ class JetStreamFollower:
             self._share = self._budget.join(self._held, largest=self._largest)
         self._committed, self._seen, self._last = after, after.sequence, None
         self._deafen()
-        self._deafen = listen(self._nc, self._when_refused)
+        self._deafen = self._nc.listen(self._when_refused)
         await self._begin()
 
     async def run(self) -> None:
@@ -617,7 +618,7 @@ class JetStreamFollower:
 
     async def _begin(self) -> None:
         """Look whether the log is the right one, and make a cursor at the committed position."""
-        connects = self._nc.stats["reconnects"]
+        connects = self._nc.reconnects
         await check_log(self._api, self._identity, self._committed, trimmable=self._trimmable)
         committed = self._committed.sequence
         cursor = await self._cursors.make(committed)
@@ -669,7 +670,7 @@ class JetStreamFollower:
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             with contextlib.suppress(nats_errors.Error):
-                await subscription.unsubscribe()
+                await self._nc.unsubscribe_directly(subscription)
 
     def _doubtful(self, reason: str) -> None:
         if not self._doubt:
@@ -745,7 +746,7 @@ class JetStreamFollower:
     @property
     def _is_elsewhere(self) -> bool:
         """Whether the client has connected anew since the log was compared: all nodes may have been set back."""
-        return self._nc.stats["reconnects"] != self._connects
+        return self._nc.reconnects != self._connects
 
     def _delivered(self, message: Received) -> bool:
         """Take a message; say whether it made room: one that is buffered takes the room that it was promised."""

@@ -29,7 +29,6 @@ from typing import Any
 
 import nats.errors
 import orjson
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
@@ -37,7 +36,7 @@ from fiq.errors import FiqError
 from services.core.logs import get_logger
 from services.log.errors import LogRefusedError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.connection import certificates
+from services.log.jetstream.connection import Connection
 from services.log.jetstream.placement import read_stores
 from services.log.jetstream.stream import (
     DEAD_STREAM,
@@ -116,7 +115,7 @@ def read_process(metadata: Mapping[str, str]) -> LiveProcess:
     )
 
 
-async def live_processes(nc: Client) -> list[LiveProcess]:
+async def live_processes(nc: Connection) -> list[LiveProcess]:
     """Return every persister process that answers.
 
     Raises:
@@ -129,17 +128,17 @@ async def live_processes(nc: Client) -> list[LiveProcess]:
     return [read_process(metadata) for metadata in infos]
 
 
-def check_allowed(nc: Client) -> None:
+def check_allowed(nc: Connection) -> None:
     """Make sure that silence means that no persister lives.
 
     Raises LogRefusedError: the user of the connection may not ask.
     """
-    refused = [text for text in getattr(nc, "violations", ()) if PROCESSES_SUBJECT.lower() in text.lower()]
+    refused = [text for text in nc.violations if PROCESSES_SUBJECT.lower() in text.lower()]
     if refused:
         raise LogRefusedError(f"the NATS user may not ask which persisters live: {refused[0]}")
 
 
-async def persister_infos(nc: Client) -> list[dict[str, str]]:
+async def persister_infos(nc: Connection) -> list[dict[str, str]]:
     """Return what every persister process says of itself, in the order in which they answer.
 
     Raises LogUnavailableError: the connection is gone.
@@ -147,7 +146,7 @@ async def persister_infos(nc: Client) -> list[dict[str, str]]:
     return [answer.document.get("metadata") or {} for answer in await everybody(nc, PROCESSES_SUBJECT)]
 
 
-async def everybody(nc: Client, subject: str) -> list[Answer]:
+async def everybody(nc: Connection, subject: str) -> list[Answer]:
     """Ask all who subscribe to *subject* and return their answers; nothing when there are none.
 
     Raises LogUnavailableError: the connection is gone.
@@ -223,7 +222,7 @@ class LogMonitor:
         state: the newest snapshot.
     """
 
-    def __init__(self, nc: Client, settings: LogSettings, metrics: LogMetrics | None = None) -> None:
+    def __init__(self, nc: Connection, settings: LogSettings, metrics: LogMetrics | None = None) -> None:
         self.state = LogState()
         self._nc = nc
         self._settings = settings
@@ -484,7 +483,7 @@ class LogMonitor:
         stream = state.stream if connected and STREAMS not in state.troubles else None
         metrics.available.set(stream is not None and bool(stream.leader) and stream.has_quorum)
         if connected:
-            metrics.certificates(certificates(self._nc))
+            metrics.certificates(self._nc.certificates())
         for part in PARTS:
             metrics.forget(part)
         for name, report in ((STREAM, state.stream), (DEAD_STREAM, state.dead)):
@@ -532,7 +531,7 @@ def _waits(one: PartitionState) -> bool:
 
 @asynccontextmanager
 async def monitoring(
-    nc: Client, settings: LogSettings, metrics: LogMetrics, on_failed: Callable[[str], None]
+    nc: Connection, settings: LogSettings, metrics: LogMetrics, on_failed: Callable[[str], None]
 ) -> AsyncIterator[LogMonitor]:
     """Watch the log while the body runs; *on_failed* is called if that ends early.
 
@@ -554,7 +553,7 @@ async def monitoring(
         await monitor.close()
 
 
-async def look_once(nc: Client, settings: LogSettings) -> LogState:
+async def look_once(nc: Connection, settings: LogSettings) -> LogState:
     """Return the log as it is now, the settings' store included.
 
     Takes :data:`_ANSWER_SECONDS`, or :data:`PART_SECONDS` while a node is frozen that leads something.
@@ -596,7 +595,7 @@ class NodeState:
     uncertain: float
 
 
-async def ask_nodes(nc: Client) -> list[NodeState]:
+async def ask_nodes(nc: Connection) -> list[NodeState]:
     """Return every node that answers, by name; none where nobody lets this user ask.
 
     Raises LogUnavailableError: the connection is gone.

@@ -31,13 +31,13 @@ from uuid import uuid4
 
 import nats.errors
 import orjson
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import Header
 
 from services.core.lifecycle import cancellable
 from services.log.errors import LogMismatchError, LogUnavailableError, PlacementError
 from services.log.jetstream.api import REQUEST_TIMEOUT_SECONDS, ApiError, JetStreamApi, api_error, inbox
+from services.log.jetstream.connection import Connection
 from services.log.jetstream.stream import (
     BUCKET,
     BUCKET_PREFIX,
@@ -103,7 +103,7 @@ _ABSENT = _Entry(0, None)
 class Placements:
     """Reads, claims, updates and renews the places of one store's partitions."""
 
-    def __init__(self, nc: Client, settings: LogSettings) -> None:
+    def __init__(self, nc: Connection, settings: LogSettings) -> None:
         self._nc = nc
         self._api = JetStreamApi(nc)
         self._store = settings.store
@@ -115,7 +115,7 @@ class Placements:
     @property
     def reconnects(self) -> int:
         """How often the connection was made anew: what was published meanwhile was not seen."""
-        return int(self._nc.stats["reconnects"])
+        return self._nc.reconnects
 
     @property
     def fence_seconds(self) -> float:
@@ -355,7 +355,7 @@ class Placements:
         return self._created
 
 
-async def read_stores(nc: Client, *, every: bool = False) -> dict[str, StorePlacement]:
+async def read_stores(nc: Connection, *, every: bool = False) -> dict[str, StorePlacement]:
     """Return where the partitions of every store live, as new as the bucket's leader has it.
 
     Args:
@@ -437,7 +437,7 @@ def _gone(placement: Placement, found: Placement | None) -> str:
 # -- reading the bucket -----------------------------------------------------------------------------------------------
 
 
-async def _read(nc: Client, store: str | None = None) -> tuple[str, int, dict[str, _Entry], bool]:
+async def _read(nc: Connection, store: str | None = None) -> tuple[str, int, dict[str, _Entry], bool]:
     """Return the stream's creation time and first sequence, the keys of *store* or all, and if it had events first.
 
     The bucket's leader says which keys there are and what its last sequence is. One batched direct get brings the
@@ -486,7 +486,7 @@ async def _leaders(api: JetStreamApi, key: str, *, seq: int | None = None) -> _E
     return _ABSENT if message is None else _Entry(message["seq"], _value(message["headers"], message["data"]))
 
 
-async def _replicas(nc: Client, keys: list[str], last: int) -> dict[str, _Entry] | None:
+async def _replicas(nc: Connection, keys: list[str], last: int) -> dict[str, _Entry] | None:
     """Return the newest value of each of *keys*; None when not all is as new as the sequence *last*."""
     found: dict[str, _Entry] = {}
     wanted = {"multi_last": [key_subject(key) for key in keys]}

@@ -23,6 +23,7 @@ from uuid import UUID
 import nats.errors
 import orjson
 from nats.aio.client import Client
+from nats.aio.subscription import Subscription
 
 from fiq.event import Event
 from services.core.lifecycle import spawn
@@ -38,13 +39,9 @@ from services.log.errors import (
 from services.log.jetstream.api import is_transient
 from services.log.jetstream.connection import (
     PENDING_BYTES,
-    DirectSubscription,
+    Connection,
     Received,
     Refusal,
-    TolerantClient,
-    check_hearing,
-    listen,
-    must_hear,
 )
 from services.log.jetstream.stream import STREAM, stream_of, subject_of
 from services.log.protocol import Appended, EventWriter
@@ -200,7 +197,7 @@ class Slot:
 class Exchange:
     """Messages out, answers in."""
 
-    def __init__(self, nc: TolerantClient, on_tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, nc: Connection, on_tick: Callable[[], None] = lambda: None) -> None:
         """Make it on the connection *nc*, which stays the caller's to close; :meth:`start` must follow.
 
         Args:
@@ -212,7 +209,7 @@ class Exchange:
         self._slots: dict[str, Slot] = {}
         self._tokens = (f"{number:x}" for number in itertools.count())
         self._prefix = ""
-        self._subscription: DirectSubscription | None = None
+        self._subscription: Subscription | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._closing: asyncio.Future[None] | None = None
@@ -231,9 +228,9 @@ class Exchange:
     async def start(self) -> None:
         """Subscribe to the answers. Raises LogForbiddenError: the user of the connection may not hear them."""
         self._prefix = f"{self._nc.new_inbox()}."
-        self._deafen = listen(self._nc, self._when_refused)
+        self._deafen = self._nc.listen(self._when_refused)
         self._subscription = await self._nc.subscribe_directly(f"{self._prefix}*", self._take_answer)
-        await check_hearing(self._nc, timeout=HEARING_SECONDS)
+        await self._nc.confirm_hearing(timeout=HEARING_SECONDS)
 
     async def close(self, *, grace: float) -> None:
         """Open no more calls, let what is in flight end for *grace* seconds, then fail the rest. Idempotent."""
@@ -251,7 +248,7 @@ class Exchange:
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             with contextlib.suppress(nats.errors.Error, OSError):
-                await subscription.unsubscribe()
+                await self._nc.unsubscribe_directly(subscription)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -263,7 +260,7 @@ class Exchange:
         """
         if self._subscription is None or self._closing is not None:
             raise LogUnavailableError("the publisher is not open: nothing was sent")
-        must_hear(self._nc)
+        self._nc.check_hearing()
 
     def check_size(self, body: bytes, headers: dict[str, str], *, more: int = 0) -> None:
         """Check that the server takes such a message: nats-py looks at the body alone, and the server ends the
@@ -438,9 +435,7 @@ class Publisher(EventWriter):
         retries: attempts behind the first, over all calls, since the start.
     """
 
-    def __init__(
-        self, nc: TolerantClient, *, deadline: float, max_in_flight: int, known: AskKnown | None = None
-    ) -> None:
+    def __init__(self, nc: Connection, *, deadline: float, max_in_flight: int, known: AskKnown | None = None) -> None:
         """Make a publisher; :meth:`start` must follow.
 
         Args:

@@ -17,7 +17,6 @@ from typing import TypeVar
 from uuid import UUID
 
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
@@ -25,7 +24,7 @@ from services.core.lifecycle import cancellable
 from services.core.logs import get_logger
 from services.core.retry import backoff
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
-from services.log.jetstream.connection import PENDING_BYTES
+from services.log.jetstream.connection import PENDING_BYTES, Connection
 from services.log.jetstream.stream import corpus_subject
 from services.log.partitions import partition_name
 from services.log.protocol import AskedQuestion, Failure
@@ -84,7 +83,7 @@ class Questions:
         timeout: seconds for each answer, questions that are asked again included.
     """
 
-    def __init__(self, nc: Client, store: str, *, timeout: float) -> None:
+    def __init__(self, nc: Connection, store: str, *, timeout: float) -> None:
         self._nc = nc
         self._store = store
         self._timeout = timeout
@@ -172,7 +171,7 @@ class Questions:
 class Answering:
     """Hears the questions about the partitions of one store that this process has open; see the protocol."""
 
-    def __init__(self, nc: Client, store: str) -> None:
+    def __init__(self, nc: Connection, store: str) -> None:
         self._nc = nc
         self._store = store
         self._open: dict[int, Subscription] = {}
@@ -207,7 +206,7 @@ class Answering:
 class _Asked:
     """A question that has arrived; see :class:`services.log.protocol.AskedQuestion`."""
 
-    def __init__(self, nc: Client, message: Msg) -> None:
+    def __init__(self, nc: Connection, message: Msg) -> None:
         self._nc = nc
         self._reply = message.reply
         self.question: Question | None = None

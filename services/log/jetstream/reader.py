@@ -25,14 +25,13 @@ from uuid import UUID
 
 import nats.errors
 import orjson
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from fiq.errors import PoisonError
 from fiq.event import Event, decode
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi, inbox
-from services.log.jetstream.connection import must_hear
+from services.log.jetstream.connection import Connection
 from services.log.jetstream.questions import Questions
 from services.log.jetstream.stream import STREAM, stored_subject
 from services.log.partitions import partition_of
@@ -74,7 +73,7 @@ class JetStreamReader(EventBrowser):
         timeout: seconds for each answer.
     """
 
-    def __init__(self, nc: Client, settings: LogSettings, *, timeout: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, nc: Connection, settings: LogSettings, *, timeout: float = TIMEOUT_SECONDS) -> None:
         self._partitions = settings.partitions
         self._stream = StreamReading(nc, timeout=timeout)
         self._corpus = Questions(nc, settings.store, timeout=timeout)
@@ -282,7 +281,7 @@ class StreamReading:
         timeout: seconds for each answer.
     """
 
-    def __init__(self, nc: Client, *, timeout: float) -> None:
+    def __init__(self, nc: Connection, *, timeout: float) -> None:
         self._nc = nc
         self._api = JetStreamApi(nc, timeout=timeout)
         self._timeout = timeout
@@ -384,7 +383,7 @@ class StreamReading:
                     before = headers["Nats-Sequence"]
                     batch.append(message)
         except TimeoutError:
-            must_hear(self._nc)
+            self._nc.check_hearing()
             raise LogUnavailableError(f"DIRECT.GET.{STREAM}: no answer within {self._timeout:g} s") from None
         except (nats.errors.Error, OSError) as error:
             raise LogUnavailableError(f"DIRECT.GET.{STREAM}: {type(error).__name__}") from error

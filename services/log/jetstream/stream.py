@@ -12,12 +12,10 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from nats.aio.client import Client
-
 from services.core.logs import get_logger
 from services.log.errors import LogForbiddenError, LogUnavailableError, ProvisionError
 from services.log.jetstream.api import NOT_ENABLED_ERR_CODES, ApiError, JetStreamApi, NoRespondersError
-from services.log.jetstream.connection import server_info
+from services.log.jetstream.connection import Connection
 from services.log.partitions import partition_name
 from services.log.protocol import EVENT_LOG, LogIdentity
 from services.log.settings import LogSettings
@@ -402,7 +400,7 @@ _NO_PLACE = frozenset({_NO_PEERS, _NO_STORAGE})
 _log = get_logger("eventlog.provision")
 
 
-async def provision(nc: Client, settings: LogSettings, *, deadline: float = DEADLINE_SECONDS) -> LogIdentity:
+async def provision(nc: Connection, settings: LogSettings, *, deadline: float = DEADLINE_SECONDS) -> LogIdentity:
     """Make both streams what *settings* ask for, and return which log this is.
 
     Args:
@@ -413,7 +411,7 @@ async def provision(nc: Client, settings: LogSettings, *, deadline: float = DEAD
     Raises ProvisionError: the server or an existing stream stands against it; the message says what to do;
     LogUnavailableError: the cluster was not able to within *deadline*; call again.
     """
-    check_version(str(server_info(nc).get("version", "")))
+    check_version(str(nc.server_info.get("version", "")))
     api = JetStreamApi(nc, timeout=min(ANSWER_SECONDS, deadline))
     patience = _Patience(deadline)
     try:
@@ -431,13 +429,13 @@ async def provision(nc: Client, settings: LogSettings, *, deadline: float = DEAD
     return _identity(info)
 
 
-async def stream_identity(nc: Client, settings: LogSettings, *, deadline: float = DEADLINE_SECONDS) -> LogIdentity:
+async def stream_identity(nc: Connection, settings: LogSettings, *, deadline: float = DEADLINE_SECONDS) -> LogIdentity:
     """Check that the stream exists and is what *settings* ask for, change nothing, and return which log it is.
 
     Raises ProvisionError: there is no JetStream, no such stream, or it is another one; LogUnavailableError: no answer
     within *deadline* seconds; call again.
     """
-    check_version(str(server_info(nc).get("version", "")))
+    check_version(str(nc.server_info.get("version", "")))
     api = JetStreamApi(nc, timeout=min(ANSWER_SECONDS, deadline))
     # not INFO of the account: a persister that does not provision may have no right to ask for it
     info = await _Patience(deadline).retry(lambda: _enabled(nc, api.stream_info(STREAM)))
@@ -462,12 +460,12 @@ def _identity(info: Mapping[str, Any]) -> LogIdentity:
     return LogIdentity(STREAM, info["created"])
 
 
-async def _enabled(nc: Client, request: Awaitable[T]) -> T:
+async def _enabled(nc: Connection, request: Awaitable[T]) -> T:
     """Return the answer to *request*, or say that it can never come because JetStream is off."""
     try:
         return await request
     except NoRespondersError:
-        if not server_info(nc).get("jetstream"):
+        if not nc.server_info.get("jetstream"):
             raise _not_enabled() from None
         raise
     except ApiError as error:

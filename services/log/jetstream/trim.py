@@ -25,11 +25,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from nats.aio.client import Client
-
 from fiq.errors import FiqError
 from services.core.logs import get_logger
 from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.connection import Connection
 from services.log.jetstream.placement import KEYS_SECONDS, read_stores
 from services.log.jetstream.stream import PARTITIONS_KEY, STREAM, filter_subject, placement_key
 from services.log.protocol import Trimmed, message_id_at
@@ -77,7 +76,9 @@ class Trimmer:
         on_round: told what each round of :meth:`run` did.
     """
 
-    def __init__(self, nc: Client, *, retention: float, on_round: Callable[[Trimmed], None] = lambda _: None) -> None:
+    def __init__(
+        self, nc: Connection, *, retention: float, on_round: Callable[[Trimmed], None] = lambda _: None
+    ) -> None:
         self._nc = nc
         self._api = JetStreamApi(nc)
         self._retention = retention
@@ -143,7 +144,7 @@ class Trimmer:
         return {(name, one.partition) for (name, one), is_right in zip(keys, right, strict=True) if not is_right}
 
     async def _is_right(self, store: str, one: Placement) -> bool:
-        told = one.committed, one.message_id, int(self._nc.stats["reconnects"])  # after one it may be another log
+        told = one.committed, one.message_id, self._nc.reconnects  # after one it may be another log
         known = self._compared.get((store, one.partition))
         if known == (*told, True):
             return True

@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 
 import pytest
-from nats.aio.client import Client
 
 from fiq.errors import PermanentError
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import ApiError, JetStreamApi
-from services.log.jetstream.connection import close, connect
+from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.reader import StreamReading
 from services.log.jetstream.stream import STREAM, cursor_config, cursor_name, provision
 from services.log.settings import LogSettings
@@ -31,7 +30,7 @@ def settings(single_node: Cluster) -> LogSettings:
 
 
 @pytest.fixture
-async def nc(single_node: Cluster, settings: LogSettings) -> AsyncIterator[Client]:
+async def nc(single_node: Cluster, settings: LogSettings) -> AsyncIterator[Connection]:
     await delete_streams(single_node)
     connection = await connect(settings, name="test", on_closed=pytest.fail)
     await provision(connection, settings)
@@ -39,7 +38,7 @@ async def nc(single_node: Cluster, settings: LogSettings) -> AsyncIterator[Clien
     await close(connection)
 
 
-async def test_what_does_not_exist_is_none(nc: Client) -> None:
+async def test_what_does_not_exist_is_none(nc: Connection) -> None:
     """Not an error: callers decide."""
     api = JetStreamApi(nc)
 
@@ -48,7 +47,7 @@ async def test_what_does_not_exist_is_none(nc: Client) -> None:
     assert await api.get_message(STREAM, 1) is None
 
 
-async def test_an_error_answer_carries_its_codes(nc: Client) -> None:
+async def test_an_error_answer_carries_its_codes(nc: Connection) -> None:
     """And its root says whether to try again."""
     with pytest.raises(ApiError) as caught:
         await JetStreamApi(nc).request("CONSUMER.INFO.nothing.at_all")
@@ -57,7 +56,7 @@ async def test_an_error_answer_carries_its_codes(nc: Client) -> None:
     assert isinstance(caught.value, PermanentError)
 
 
-async def test_every_consumer_is_named(nc: Client) -> None:
+async def test_every_consumer_is_named(nc: Connection) -> None:
     """And one that is deleted twice is gone."""
     api = JetStreamApi(nc)
     for generation in (1, 2, 3):
@@ -68,7 +67,7 @@ async def test_every_consumer_is_named(nc: Client) -> None:
     assert ["fi-workers-main-57-1", "fi-workers-main-57-3"] == sorted(await api.consumer_names(STREAM))
 
 
-async def test_the_leader_shows_a_message_as_any_replica_does(nc: Client) -> None:
+async def test_the_leader_shows_a_message_as_any_replica_does(nc: Connection) -> None:
     """By its sequence, and the next one of a subject; None where there is none."""
     await nc.request("fi.events.c1", b"body", headers={"Nats-Msg-Id": "c1/1"}, timeout=5)
     api = JetStreamApi(nc)
@@ -81,7 +80,7 @@ async def test_the_leader_shows_a_message_as_any_replica_does(nc: Client) -> Non
     assert await api.leader_message(STREAM, 2) is None
 
 
-async def test_a_message_comes_back_as_it_was_stored(nc: Client) -> None:
+async def test_a_message_comes_back_as_it_was_stored(nc: Connection) -> None:
     """With the time at which the broker stored it."""
     await nc.request("fi.events.c1", b"body", headers={"Nats-Msg-Id": "c1/1"}, timeout=5)
 
@@ -94,7 +93,7 @@ async def test_a_message_comes_back_as_it_was_stored(nc: Client) -> None:
 
 
 @pytest.mark.parametrize("headers", [b"NATS/1.0 503\r\n\r\n", *(b"NATS/1.0\r\nStatus: %b\r\n\r\n" % s for s in STATUS)])
-async def test_a_stored_message_may_look_like_a_status(nc: Client, single_node: Cluster, headers: bytes) -> None:
+async def test_a_stored_message_may_look_like_a_status(nc: Connection, single_node: Cluster, headers: bytes) -> None:
     """Anybody who may publish could stop trim otherwise, or hide a message."""
     await publish_raw(single_node.urls[0], [message(b"c1", headers)])
     api = JetStreamApi(nc)
@@ -107,7 +106,7 @@ async def test_a_stored_message_may_look_like_a_status(nc: Client, single_node: 
     assert ([1], 1, b"garbage") == (read, found["seq"], found["data"])
 
 
-async def test_purging_deletes_below_the_sequence(nc: Client) -> None:
+async def test_purging_deletes_below_the_sequence(nc: Connection) -> None:
     """And says how many."""
     for _ in range(5):
         await nc.request("fi.events.c1", b"x", timeout=5)
@@ -118,7 +117,7 @@ async def test_purging_deletes_below_the_sequence(nc: Client) -> None:
     assert await api.get_message(STREAM, 4) is not None
 
 
-async def test_a_purge_that_was_not_sent_never_is(nc: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_purge_that_was_not_sent_never_is(nc: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would delete at the next connection, when an operator may have put an older file in a partition's place."""
     await nc.request("fi.events.c1", b"x", timeout=5)
     with monkeypatch.context() as lost:
@@ -131,7 +130,7 @@ async def test_a_purge_that_was_not_sent_never_is(nc: Client, monkeypatch: pytes
     assert await JetStreamApi(nc).leader_message(STREAM, 1)
 
 
-async def test_nothing_is_purged_without_a_connection(nc: Client, single_node: Cluster) -> None:
+async def test_nothing_is_purged_without_a_connection(nc: Connection, single_node: Cluster) -> None:
     """Nor at the next one."""
     await nc.request("fi.events.c1", b"x", timeout=5)
     await asyncio.to_thread(single_node.stop_all)
@@ -152,7 +151,7 @@ async def _nothing(**_: object) -> None:
     """Send nothing."""
 
 
-async def test_a_closed_connection_is_unavailable(nc: Client) -> None:
+async def test_a_closed_connection_is_unavailable(nc: Connection) -> None:
     """Whatever nats-py raises is translated."""
     await close(nc)
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 
-import nats
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from nats.aio.client import Client
 from prometheus_client import CollectorRegistry
 
-from services.log.jetstream.connection import certificates
+from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.monitor import LogMonitor
 from services.log.metrics import LogMetrics
 from services.log.settings import LogSettings
 from services.log.status import CertificateExpiry
-from tests.support.broker import plain_server
+from tests.support.broker import connected, plain_server
 
 #: whole seconds, as certificates have them
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -57,7 +54,7 @@ def _authority(folder: Path, name: str) -> ec.EllipticCurvePrivateKey:
 
 
 @asynccontextmanager
-async def _encrypted(folder: Path) -> AsyncIterator[Client]:
+async def _encrypted(folder: Path) -> AsyncIterator[Connection]:
     """Connect to a node with TLS; the file of authorities holds a second one that signed nothing here."""
     ca, _ = _authority(folder, "our-ca"), _authority(folder, "other-ca")
     key = ec.generate_private_key(ec.SECP256R1())
@@ -65,16 +62,17 @@ async def _encrypted(folder: Path) -> AsyncIterator[Client]:
     (folder / "node.key").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    tls = f'tls {{ cert_file: "{folder / "node.pem"}", key_file: "{folder / "node.key"}", min_version: "1.3" }}'
-    context = ssl.create_default_context(
-        cadata="".join((folder / f"{name}.pem").read_text() for name in ("other-ca", "our-ca"))
-    )
+    files = f'cert_file: "{folder / "node.pem"}", key_file: "{folder / "node.key"}"'
+    tls = f'tls {{ {files}, min_version: "1.3", handshake_first: true }}'
+    authorities = [(folder / f"{name}.pem").read_text() for name in ("other-ca", "our-ca")]
+    (folder / "authorities.pem").write_text("".join(authorities))
     with plain_server(folder, tls) as url:
-        nc = await nats.connect(url, tls=context, allow_reconnect=False)
+        settings = LogSettings(servers=(url,), ca_file=str(folder / "authorities.pem"))
+        nc = await connect(settings, name="test", on_closed=lambda _: None)
         try:
             yield nc
         finally:
-            await nc.close()
+            await close(nc)
 
 
 async def test_the_nodes_certificate_and_the_one_that_signed_it_are_found(tmp_path: Path) -> None:
@@ -83,7 +81,7 @@ async def test_the_nodes_certificate_and_the_one_that_signed_it_are_found(tmp_pa
         assert [
             CertificateExpiry("node", "n1", NODE_END.timestamp()),
             CertificateExpiry("ca", "our-ca", CA_END.timestamp()),
-        ] == certificates(nc)
+        ] == nc.certificates()
 
 
 async def test_the_metrics_show_them_though_nothing_else_answers(tmp_path: Path) -> None:
@@ -101,6 +99,6 @@ async def test_the_metrics_show_them_though_nothing_else_answers(tmp_path: Path)
 async def test_a_plain_connection_has_none(tmp_path: Path) -> None:
     """As in `fiq up`, on loopback."""
     with plain_server(tmp_path) as url:
-        nc = await nats.connect(url)
-        assert [] == certificates(nc)
+        nc = await connected(url)
+        assert [] == nc.certificates()
         await nc.close()

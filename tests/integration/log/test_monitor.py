@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import nats.micro
 import pytest
-from nats.aio.client import Client
 from nats.micro.service import Service
 from prometheus_client import CollectorRegistry
 
@@ -22,7 +21,7 @@ from services.cli.embedded.cluster import Cluster
 from services.ingest.service import open_log
 from services.ingest.settings import Settings
 from services.log.jetstream import monitor as module
-from services.log.jetstream.connection import close, connect
+from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.monitor import LogMonitor, look_once, monitoring, show_progress
 from services.log.jetstream.placement import Placements
 from services.log.jetstream.stream import PERSISTER_SERVICE, STREAM
@@ -40,7 +39,7 @@ SAME_CLOCK = 1.0
 class Watched:
     """A monitor and what it shows."""
 
-    def __init__(self, nc: Client, settings: LogSettings) -> None:
+    def __init__(self, nc: Connection, settings: LogSettings) -> None:
         self.registry = CollectorRegistry()
         self.metrics = LogMetrics(self.registry)
         self.monitor = LogMonitor(nc, settings, self.metrics)
@@ -121,7 +120,7 @@ async def _running(log: Log, partitions: Iterable[int], *, store: str = "main") 
 
 
 @asynccontextmanager
-async def _connected(settings: LogSettings) -> AsyncIterator[Client]:
+async def _connected(settings: LogSettings) -> AsyncIterator[Connection]:
     nc = await connect(settings, name="monitor", on_closed=pytest.fail)
     try:
         yield nc
@@ -302,7 +301,7 @@ async def test_one_lost_answer_is_bridged_and_old_news_is_forgotten(
     await log.publish(3, consultations=1)
     await seen.until(lambda: sorted(seen.waiting()) == [0, 3])
 
-    async def broken(_: Client) -> None:
+    async def broken(_: Connection) -> None:
         raise RuntimeError("a fault")
 
     monkeypatch.setattr(module, "read_stores", broken)

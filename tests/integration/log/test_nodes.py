@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 
 from services.log.jetstream.monitor import NodeState, ask_nodes
 from services.log.jetstream.stream import NODES_HEALTH, NODES_STATE
-from tests.support.broker import plain_server
+from tests.support.broker import connected, plain_server
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ async def nodes(url: str, health: Mapping[str, Mapping[str, Any] | None], ahead:
 
 
 async def asked(url: str) -> list[NodeState]:
-    connection = await nats.connect(url)
+    connection = await connected(url)
     try:
         return await ask_nodes(connection)
     finally:

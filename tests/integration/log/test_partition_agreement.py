@@ -7,11 +7,10 @@ import string
 from collections.abc import AsyncIterator
 
 import pytest
-from nats.aio.client import Client
 
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.connection import close, connect
+from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.stream import STREAM, provision, subject_of
 from services.log.partitions import partition_of
 from services.log.settings import LogSettings
@@ -24,7 +23,7 @@ ALPHABET = string.ascii_letters + string.digits + "_-"
 
 
 @pytest.fixture
-async def nc(single_node: Cluster) -> AsyncIterator[Client]:
+async def nc(single_node: Cluster) -> AsyncIterator[Connection]:
     await delete_streams(single_node)
     connection = await connect(_settings(single_node, 16), name="test", on_closed=lambda _: None)
     yield connection
@@ -37,7 +36,7 @@ def _settings(node: Cluster, partitions: int) -> LogSettings:
 
 @pytest.mark.parametrize("partitions", [1, 16, 100])
 async def test_the_server_files_each_consultation_where_we_look_for_it(
-    nc: Client, single_node: Cluster, partitions: int
+    nc: Connection, single_node: Cluster, partitions: int
 ) -> None:
     """Random ids of all lengths and characters; the stored subjects say where the server put them."""
     # given
@@ -59,7 +58,7 @@ async def test_the_server_files_each_consultation_where_we_look_for_it(
     assert await eventually(subjects) == expected
 
 
-async def _stored_subjects(nc: Client) -> set[str]:
+async def _stored_subjects(nc: Connection) -> set[str]:
     found: set[str] = set()
     while True:
         query = {"subjects_filter": "fi.events.>", "offset": len(found)}

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import nats.js.errors
 import pytest
-from nats.aio.client import Client
 
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogMismatchError, LogUnavailableError, PlacementError
 from services.log.jetstream import placement as module
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.connection import close, connect
+from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.placement import Placements, read_stores
 from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, provision
 from services.log.settings import LogSettings
@@ -30,7 +29,7 @@ def _settings(cluster: Cluster, **different: object) -> LogSettings:
 
 
 @pytest.fixture
-async def nc(fresh_log: Cluster) -> AsyncIterator[Client]:
+async def nc(fresh_log: Cluster) -> AsyncIterator[Connection]:
     connection = await connect(_settings(fresh_log), name="test", on_closed=pytest.fail)
     await provision(connection, _settings(fresh_log))
     yield connection
@@ -38,11 +37,11 @@ async def nc(fresh_log: Cluster) -> AsyncIterator[Client]:
 
 
 @pytest.fixture
-def placements(nc: Client, cluster: Cluster) -> Placements:
+def placements(nc: Connection, cluster: Cluster) -> Placements:
     return Placements(nc, _settings(cluster))
 
 
-async def test_of_claims_at_three_nodes_at_the_same_moment_exactly_one_wins(nc: Client, cluster: Cluster) -> None:
+async def test_of_claims_at_three_nodes_at_the_same_moment_exactly_one_wins(nc: Connection, cluster: Cluster) -> None:
     """Nine volumes ask through three nodes for each of 16 partitions: everybody is told of the same winner."""
     connections = [
         await connect(replace(_settings(cluster), servers=(url,)), name="test", on_closed=pytest.fail)
@@ -98,7 +97,7 @@ async def test_progress_adopts_the_revision_of_another_process_of_the_volume(pla
 
 
 async def test_of_two_processes_that_write_copies_of_a_partition_one_stops(
-    placements: Placements, nc: Client, cluster: Cluster
+    placements: Placements, nc: Connection, cluster: Cluster
 ) -> None:
     """A handover moves the key once; whoever finds it moved again after that has a twin, and both say one volume."""
     claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
@@ -114,7 +113,7 @@ async def test_of_two_processes_that_write_copies_of_a_partition_one_stops(
 
 
 async def test_two_processes_that_keep_step_are_found_out_too(
-    placements: Placements, nc: Client, cluster: Cluster
+    placements: Placements, nc: Connection, cluster: Cluster
 ) -> None:
     """Each has what the other one put just now."""
     claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
@@ -169,7 +168,7 @@ async def test_the_store_is_formed_once(placements: Placements) -> None:
 
 
 @pytest.mark.parametrize("verb", ["delete", "purge"])
-async def test_a_deleted_key_is_told_and_cannot_be_claimed(placements: Placements, nc: Client, verb: str) -> None:
+async def test_a_deleted_key_is_told_and_cannot_be_claimed(placements: Placements, nc: Connection, verb: str) -> None:
     await placements.claim(3, VOLUMES[0], 1, begins=1)
     bucket = await nc.jetstream().key_value(BUCKET)
     await getattr(bucket, verb)("main.03")
@@ -182,7 +181,7 @@ async def test_a_deleted_key_is_told_and_cannot_be_claimed(placements: Placement
     assert {} == read.partitions
 
 
-async def test_an_operator_places_what_has_lost_its_key(placements: Placements, nc: Client) -> None:
+async def test_an_operator_places_what_has_lost_its_key(placements: Placements, nc: Connection) -> None:
     lost = await placements.progress(await placements.claim(3, VOLUMES[0], 1, begins=1), 50)
     await (await nc.jetstream().key_value(BUCKET)).delete("main.03")
 
@@ -192,7 +191,7 @@ async def test_an_operator_places_what_has_lost_its_key(placements: Placements, 
     assert {3: found} == (await placements.read()).partitions
 
 
-async def test_a_key_that_cannot_be_read_counts_as_deleted(placements: Placements, nc: Client) -> None:
+async def test_a_key_that_cannot_be_read_counts_as_deleted(placements: Placements, nc: Connection) -> None:
     await (await nc.jetstream().key_value(BUCKET)).put("main.03", b'{"volume": 1}')
     bucket = await nc.jetstream().key_value(BUCKET)
     await bucket.put("main.04", b"oops")
@@ -201,7 +200,7 @@ async def test_a_key_that_cannot_be_read_counts_as_deleted(placements: Placement
 
 
 async def test_keys_of_another_stream_of_events_do_not_count(
-    placements: Placements, nc: Client, cluster: Cluster
+    placements: Placements, nc: Connection, cluster: Cluster
 ) -> None:
     """After a lost stream its sequences mean other events: nothing of the old one may be trimmed by, or followed."""
     old = await placements.claim(3, VOLUMES[0], 4, begins=1)
@@ -219,7 +218,7 @@ async def test_keys_of_another_stream_of_events_do_not_count(
     assert claimed.revision > old.revision
 
 
-async def test_without_the_stream_or_the_bucket_there_is_no_placement(placements: Placements, nc: Client) -> None:
+async def test_without_the_stream_or_the_bucket_there_is_no_placement(placements: Placements, nc: Connection) -> None:
     await JetStreamApi(nc).request(f"STREAM.DELETE.{BUCKET_STREAM}")
     with pytest.raises(PlacementError, match="there is no bucket fi-partitions: `fiq provision` makes it"):
         await placements.read()
@@ -229,7 +228,7 @@ async def test_without_the_stream_or_the_bucket_there_is_no_placement(placements
         await placements.read()
 
 
-async def test_all_stores_are_read_at_once(nc: Client, cluster: Cluster) -> None:
+async def test_all_stores_are_read_at_once(nc: Connection, cluster: Cluster) -> None:
     for store in ("main", "copy"):
         one = Placements(nc, _settings(cluster, store=store))
         await one.claim(0, VOLUMES[0], 1, begins=1)
@@ -242,7 +241,7 @@ async def test_all_stores_are_read_at_once(nc: Client, cluster: Cluster) -> None
 
 
 async def test_a_replica_that_lags_decides_nothing(
-    placements: Placements, nc: Client, monkeypatch: pytest.MonkeyPatch
+    placements: Placements, nc: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leader says how new the bucket is; where the answer is older, the leader itself is asked for each key."""
     claimed = [await placements.claim(p, VOLUMES[0], 1, begins=1) for p in (0, 1)]
@@ -253,7 +252,7 @@ async def test_a_replica_that_lags_decides_nothing(
         asked.append(key)
         return await leaders(api, key)
 
-    async def lagging(nc: Client, keys: list[str], last: int) -> dict[str, module._Entry] | None:
+    async def lagging(nc: Connection, keys: list[str], last: int) -> dict[str, module._Entry] | None:
         return await replicas(nc, keys, last + 1)
 
     monkeypatch.setattr(module, "_leaders", counted)
@@ -263,7 +262,9 @@ async def test_a_replica_that_lags_decides_nothing(
     assert ["main.00", "main.01"] == asked
 
 
-async def test_places_tell_of_changes_but_not_of_progress(placements: Placements, nc: Client, cluster: Cluster) -> None:
+async def test_places_tell_of_changes_but_not_of_progress(
+    placements: Placements, nc: Connection, cluster: Cluster
+) -> None:
     first = await placements.claim(0, VOLUMES[0], 1, begins=1)
     await placements.read()
     changes: list[None] = []
@@ -279,7 +280,7 @@ async def test_places_tell_of_changes_but_not_of_progress(placements: Placements
         await eventually(lambda: changes)
 
 
-async def test_claim_and_progress_outlive_the_loss_of_the_buckets_leader(nc: Client, cluster: Cluster) -> None:
+async def test_claim_and_progress_outlive_the_loss_of_the_buckets_leader(nc: Connection, cluster: Cluster) -> None:
     """Whatever happens to their answers, what is told in the end is what the bucket says."""
     placements = Placements(nc, _settings(cluster))
     claimed = await placements.claim(0, VOLUMES[0], 1, begins=1)
@@ -306,7 +307,7 @@ async def test_claim_and_progress_outlive_the_loss_of_the_buckets_leader(nc: Cli
         await asyncio.to_thread(cluster.wait_ready)
 
 
-async def test_nats_py_reads_the_bucket_like_any_other(placements: Placements, nc: Client) -> None:
+async def test_nats_py_reads_the_bucket_like_any_other(placements: Placements, nc: Connection) -> None:
     """So does `nats kv get fi-partitions main.00`."""
     first = await placements.claim(0, VOLUMES[0], 1, begins=1)
     await placements.progress(first, 10)

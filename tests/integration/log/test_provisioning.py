@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nats.aio.client import Client
 
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogUnavailableError, ProvisionError
 from services.log.jetstream import stream as module
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.connection import close, connect
+from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.stream import (
     DEAD_STREAM,
     STREAM,
@@ -47,7 +46,7 @@ async def _provision_once(settings: LogSettings) -> LogIdentity:
 
 
 @pytest.fixture
-async def nc(fresh_log: Cluster) -> AsyncIterator[Client]:
+async def nc(fresh_log: Cluster) -> AsyncIterator[Connection]:
     connection = await connect(_settings(fresh_log), name="test", on_closed=pytest.fail)
     yield connection
     await close(connection)
@@ -59,7 +58,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.0)
 
 
-async def test_provisioning_creates_both_streams_as_they_are_defined(nc: Client, cluster: Cluster) -> None:
+async def test_provisioning_creates_both_streams_as_they_are_defined(nc: Connection, cluster: Cluster) -> None:
     """Every field of the definitions, as the broker shows it."""
     settings = _settings(cluster)
 
@@ -73,7 +72,7 @@ async def test_provisioning_creates_both_streams_as_they_are_defined(nc: Client,
         assert {key: info["config"].get(key) for key in wanted} == wanted
 
 
-async def test_provisioning_twice_changes_nothing(nc: Client, cluster: Cluster) -> None:
+async def test_provisioning_twice_changes_nothing(nc: Connection, cluster: Cluster) -> None:
     """The same log, under the same identity, which reading it gives too."""
     first = await provision(nc, _settings(cluster))
     second = await provision(nc, _settings(cluster))
@@ -103,7 +102,7 @@ async def test_a_cluster_that_has_only_just_been_started_is_awaited(tmp_path: Pa
     assert identity.name == STREAM
 
 
-async def test_limits_are_raised_and_lowered_within_what_is_safe(nc: Client, cluster: Cluster) -> None:
+async def test_limits_are_raised_and_lowered_within_what_is_safe(nc: Connection, cluster: Cluster) -> None:
     """An empty stream keeps 8 MiB free."""
     for limit in (64 * MIB, 96 * MIB, 8 * MIB):
         await provision(nc, _settings(cluster, max_bytes=limit))
@@ -113,7 +112,7 @@ async def test_limits_are_raised_and_lowered_within_what_is_safe(nc: Client, clu
         assert info["config"]["max_bytes"] == limit
 
 
-async def test_an_experiment_grows_into_a_cluster_with_its_consumers(nc: Client, cluster: Cluster) -> None:
+async def test_an_experiment_grows_into_a_cluster_with_its_consumers(nc: Connection, cluster: Cluster) -> None:
     """From one replica to three, under the same identity; consumers follow their stream."""
     # given
     alone = await provision(nc, _settings(cluster, replicas=1))
@@ -146,7 +145,7 @@ async def test_an_experiment_grows_into_a_cluster_with_its_consumers(nc: Client,
 )
 @pytest.mark.usefixtures("impatient")
 async def test_settings_that_the_log_cannot_follow_are_refused(
-    nc: Client, cluster: Cluster, different: dict[str, Any], message: str
+    nc: Connection, cluster: Cluster, different: dict[str, Any], message: str
 ) -> None:
     """And the stream stays what it was."""
     before = await provision(nc, _settings(cluster))
@@ -162,14 +161,14 @@ async def test_settings_that_the_log_cannot_follow_are_refused(
 )
 @pytest.mark.usefixtures("impatient")
 async def test_a_creation_that_has_no_room_is_refused(
-    nc: Client, cluster: Cluster, different: dict[str, Any], message: str
+    nc: Connection, cluster: Cluster, different: dict[str, Any], message: str
 ) -> None:
     """The nodes reserve the limit when the stream is created."""
     with pytest.raises(ProvisionError, match=message):
         await provision(nc, _settings(cluster, **different))
 
 
-async def test_a_stream_of_somebody_else_is_left_alone(nc: Client, cluster: Cluster) -> None:
+async def test_a_stream_of_somebody_else_is_left_alone(nc: Connection, cluster: Cluster) -> None:
     """It has our name, but not our metadata."""
     await JetStreamApi(nc).request(f"STREAM.CREATE.{STREAM}", {"name": STREAM, "subjects": ["orders"]})
 
@@ -177,7 +176,7 @@ async def test_a_stream_of_somebody_else_is_left_alone(nc: Client, cluster: Clus
         await provision(nc, _settings(cluster))
 
 
-async def test_a_stream_that_takes_our_subjects_is_named_as_the_trouble(nc: Client, cluster: Cluster) -> None:
+async def test_a_stream_that_takes_our_subjects_is_named_as_the_trouble(nc: Connection, cluster: Cluster) -> None:
     """It would acknowledge events into nowhere."""
     api = JetStreamApi(nc)
     await api.request("STREAM.CREATE.greedy", {"name": "greedy", "subjects": ["fi.>"]})
@@ -212,7 +211,7 @@ async def test_a_user_who_may_not_provision_is_told_so(tmp_path: Path) -> None:
         await _provision_once(LogSettings(servers=(url.replace("//", "//a:b@"),)))
 
 
-async def test_a_log_that_was_not_provisioned_has_no_identity(nc: Client, cluster: Cluster) -> None:
+async def test_a_log_that_was_not_provisioned_has_no_identity(nc: Connection, cluster: Cluster) -> None:
     """Where FI_PROVISION is off, somebody else must have done it."""
     with pytest.raises(ProvisionError, match="run `fiq provision`"):
         await stream_identity(nc, _settings(cluster))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import nats
 import pytest
 
 from fiq.event import Event, new_event_id
@@ -13,6 +12,7 @@ from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.reader import StreamReading
 from services.log.jetstream.stream import stored_subject
 from services.log.partitions import partition_of
+from tests.support.broker import connected
 from tests.support.cluster import delete_streams
 from tests.support.lossy import lossy
 from tests.support.persisters import PARTITIONS, Log, provisioned
@@ -51,7 +51,7 @@ class Losses:
 @asynccontextmanager
 async def reading(log: Log, losses: Losses) -> AsyncIterator[StreamReading]:
     async with lossy(log.cluster.url, losses) as url:
-        nc = await nats.connect(url)
+        nc = await connected(url)
         yield StreamReading(nc, timeout=10)
         await nc.close()
 

@@ -16,18 +16,18 @@ from uuid import UUID
 import nats
 import nats.errors
 import pytest
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from fiq.corpus import Consultation, EventStore, KnownIds, Lookup, Record, StoreOptions
 from services.log import questions as wire
+from services.log.jetstream.connection import Connection
 from services.log.jetstream.questions import Answering, Questions
 from services.log.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, digest_of
 from services.persister import answering as answering_module
 from services.persister.answering import MAX_WAITING, Desk
 from services.persister.metrics import Metrics
 from services.persister.partition_file import PartitionFile
-from tests.support.broker import plain_server, taken
+from tests.support.broker import connected, plain_server, taken
 from tests.support.persister import IDENTITY, Stream, delivery, reusing, rig
 from tests.support.polling import eventually
 
@@ -43,7 +43,7 @@ class Asker:
 
     def __init__(
         self,
-        nc: Client,
+        nc: Connection,
         desk: Desk,
         file: PartitionFile,
         hdf5: ThreadPoolExecutor,
@@ -106,7 +106,7 @@ class Asker:
 @asynccontextmanager
 async def answering(url: str, path: Path, options: StoreOptions | None = None) -> AsyncIterator[Asker]:
     """Answer for partition 00, whose new file stands at *path*."""
-    nc = await nats.connect(url)
+    nc = await connected(url)
     metrics = Metrics()
     with ThreadPoolExecutor(1) as hdf5:
         file = PartitionFile(
@@ -409,7 +409,7 @@ async def test_a_question_lets_go_of_its_handles_in_the_hdf5_thread(asker: Asker
 
 async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path: Path) -> None:
     """From after the open to before the release; also while it answers for reused ids."""
-    nc = await nats.connect(url)
+    nc = await connected(url)
     metrics = Metrics()
     stream = Stream(delivery(1), reusing(2, of=1), delivery(3))
     async with rig(tmp_path, stream) as part:

@@ -6,9 +6,8 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
-from nats.aio.client import Client
-
 from services.cli.embedded.cluster import Cluster
+from services.log.jetstream.connection import Connection
 from services.log.jetstream.placement import Placements, read_stores
 from services.log.jetstream.trim import Trimmer
 from services.persister.assignment import Deployment, place
@@ -37,6 +36,6 @@ async def test_a_purge_by_keys_from_before_the_store_began_is_seen(fresh_log: Cl
         assert (await read_stores(log.nc))["second"].formed
 
 
-async def begun(nc: Client) -> bool:
+async def begun(nc: Connection) -> bool:
     """Whether the second store shows."""
     return "second" in await read_stores(nc)

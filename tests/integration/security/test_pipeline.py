@@ -15,11 +15,10 @@ import nats.errors
 import orjson
 import pytest
 from aiohttp import ClientSession
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.connection import Role
+from services.log.jetstream.connection import Connection, Role
 from services.log.jetstream.stream import DEAD_STREAM, STREAM
 from tests.support.persisters import Contents, Persister, joined, persisted
 from tests.support.polling import eventually
@@ -123,7 +122,7 @@ async def _shown(secured: Secured, data: Path) -> None:
     assert [1, 1, 1, 1] == [len(partition["owners"]) for partition in overview["partitions"]]
 
 
-async def _set_aside(nc: Client) -> None:
+async def _set_aside(nc: Connection) -> None:
     async def dead() -> bool:
         info = await JetStreamApi(nc).stream_info(DEAD_STREAM)
         return info is not None and info["state"]["messages"] == 1
@@ -131,7 +130,7 @@ async def _set_aside(nc: Client) -> None:
     await eventually(dead)
 
 
-async def _trimmed(nc: Client) -> None:
+async def _trimmed(nc: Connection) -> None:
     async def empty() -> bool:
         info = await JetStreamApi(nc).stream_info(STREAM)
         return info is not None and info["state"]["messages"] == 0

@@ -174,7 +174,7 @@ async def test_a_certificate_that_has_expired_meanwhile_is_told_and_renewing_it_
             assert nc.is_connected
             await asyncio.to_thread(cluster.stop, 0)
             cluster.start_node(0)
-            await eventually(lambda: "its certificate has expired" in nc._told)
+            await eventually(lambda: "its certificate has expired" in nc._reported)
 
             secured.deployment.renew_certificates()
             await asyncio.to_thread(reload, cluster)

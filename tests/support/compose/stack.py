@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from nats.aio.client import Client
 from testcontainers.compose import DockerCompose
 
 from services.cli.demo import AcceptedPost, Found, Load, Post, compare
@@ -26,7 +25,7 @@ from services.cli.init.files import Layout
 from services.core.settings import load
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
-from services.log.jetstream.connection import Role, close, connect
+from services.log.jetstream.connection import Connection, Role, close, connect
 from services.log.jetstream.stream import STREAM, read_stream
 from services.log.settings import LogSettings
 from services.log.status import StreamReport
@@ -264,7 +263,7 @@ def ops_settings(folder: Path, addresses: list[str]) -> LogSettings:
 @asynccontextmanager
 async def reports(settings: Callable[[], LogSettings]) -> AsyncIterator[Callable[[], Awaitable[StreamReport | None]]]:
     """Yield a function that asks for the stream's state; None while nobody answers."""
-    nc: Client | None = None
+    nc: Connection | None = None
 
     async def asked() -> StreamReport | None:
         nonlocal nc

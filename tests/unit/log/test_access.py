@@ -11,9 +11,8 @@ import pytest
 
 from services.log.errors import LogForbiddenError
 from services.log.jetstream.connection import (
+    Connection,
     Refusal,
-    RefusalAwareClient,
-    listen,
     public_key,
     read_signer,
     tls_context,
@@ -115,10 +114,10 @@ def test_a_refusal_says_what_to_do() -> None:
 
 async def test_listeners_hear_every_refusal_until_they_stop_listening() -> None:
     """Also one that is in the list of violations already: each request waits for itself."""
-    client = RefusalAwareClient()
+    client = Connection(LogSettings(), pytest.fail)
     heard: list[Refusal] = []
     refusal = Refusal("publish", "a")
-    stop = listen(client, heard.append)
+    stop = client.listen(heard.append)
 
     client.note(refusal, "a refused")
     client.note(refusal, "a refused")

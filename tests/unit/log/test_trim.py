@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from nats.aio.client import Client
 
 from services.log.jetstream import trim as module
+from services.log.jetstream.connection import Connection
 from services.log.jetstream.monitor import read_process, read_progress, show_progress
 from services.log.jetstream.trim import Trimmer, committed_everywhere, is_turn
 from services.log.protocol import Trimmed
+from services.log.settings import LogSettings
 from services.log.status import LiveProcess, LogState, Placement, Progress, StorePlacement
 from tests.support.polling import eventually
 
@@ -78,7 +79,9 @@ async def test_trim_goes_on_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Trimmer, "trim", trim)
     told: list[Trimmed] = []
-    task = asyncio.create_task(Trimmer(Client(), retention=0, on_round=told.append).run(lambda: True))
+    task = asyncio.create_task(
+        Trimmer(Connection(LogSettings(), pytest.fail), retention=0, on_round=told.append).run(lambda: True)
+    )
     await eventually(lambda: told or task.done())
     task.cancel()
     assert told
