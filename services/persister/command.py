@@ -1,24 +1,39 @@
-"""The command line of the persister, and its process from the settings to the exit code."""
+"""The command line of the persister, and its processes: one that persists, or a supervisor of several workers.
+
+``--workers N`` starts N persister processes under one parent, each with its own partitions of the same volume. The
+parent imports neither HDF5 nor the log: it stays small.
+"""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import ctypes
 import os
+import signal
+import sys
+from collections.abc import Mapping
 
 import uvloop
 
 from fiq.errors import ConfigurationError, FiqError
 from services.core import logs
-from services.core.command import load_or_exit, memory_limit, parser, report_error
+from services.core.command import EXIT_USAGE, load_or_exit, memory_limit, parser, report_error
 from services.core.lifecycle import Stop, stop_on_signals
-from services.persister.memory import needed_bytes, variables, within
-from services.persister.settings import PersisterSettings
+from services.persister.settings import PersisterSettings, bounds, fit_memory, needed_bytes
 
 PROGRAM = "fiq-persister"
-#: more processes than this on one volume are a mistake
+#: a larger number of processes on one volume is a mistake
 MAX_WORKERS = 64
 #: the last TCP port; worker i takes FI_PERSISTER_PORT + i
 MAX_PORT = 65535
+#: pauses before a worker that ended is started again, seconds; the last one repeats
+RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+#: after a worker has run this long the pauses begin with the first again, seconds
+STABLE_SECONDS = 60.0
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,25 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     settings = load_or_exit(PROGRAM, PersisterSettings, os.environ)
     if settings.port + options.workers - 1 > MAX_PORT:
-        return report_error(
-            PROGRAM, ConfigurationError([f"FI_PERSISTER_PORT={settings.port}: no {options.workers} ports"])
-        )
+        problem = f"FI_PERSISTER_PORT={settings.port}: no {options.workers} ports"
+        return report_error(PROGRAM, ConfigurationError([problem]))
     logs.configure("persister", level=settings.log_level)
-    bounded = _bounded(settings, options.workers)
     try:
-        return uvloop.run(_run(bounded, options))
+        return uvloop.run(_run(_bounded(settings, options.workers), options))
     except FiqError as error:
         return report_error(PROGRAM, error)
-
-
-def _bounded(settings: PersisterSettings, workers: int) -> PersisterSettings:
-    """Return *settings* as far as the container's memory allows them for each of *workers*."""
-    limit = memory_limit()
-    bounded = within(settings, None if limit is None else limit // workers)
-    if bounded != settings:
-        log = logs.get_logger("persister")
-        log.warning("MEMORY_BOUNDED", limit=limit, workers=workers, needed=needed_bytes(settings), **variables(bounded))
-    return bounded
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,27 +63,113 @@ def _parser() -> argparse.ArgumentParser:
     return result
 
 
+def _workers(value: str) -> int:
+    if not value.isdigit() or not 1 <= int(value) <= MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 to {MAX_WORKERS}")
+    return int(value)
+
+
+def _bounded(settings: PersisterSettings, workers: int) -> PersisterSettings:
+    """Return *settings* with bounds that fit *workers* processes into the container's memory."""
+    limit = memory_limit()
+    bounded = fit_memory(settings, None if limit is None else limit // workers)
+    if bounded != settings:
+        log = logs.get_logger("persister")
+        log.warning("MEMORY_BOUNDED", limit=limit, workers=workers, needed=needed_bytes(settings), **bounds(bounded))
+    return bounded
+
+
 async def _run(settings: PersisterSettings, options: argparse.Namespace) -> int:
     stop = Stop()
     stop_on_signals(stop)
-    # only now: these imports take a while, and from here on a signal ends the process in an orderly way
     if options.workers > 1:
-        from services.persister.supervisor import Supervisor
-
-        await Supervisor(options.workers, port=settings.port, env=os.environ | variables(settings), stop=stop).run()
+        await Supervisor(options.workers, port=settings.port, env=os.environ | bounds(settings), stop=stop).run()
     else:
+        # not at the top: these imports take a while, and from here on a signal stops the process in an orderly way
         from services.core.tracing import open_spans
         from services.persister.service import serve
-        from services.persister.supervisor import stop_with_parent
 
         if options.worker_of is not None:
-            stop_with_parent(options.worker_of)
+            _stop_with_parent(options.worker_of)
         with open_spans(PROGRAM, os.environ) as spans:
             await serve(settings, stop, spans=spans)
     return stop.exit_code
 
 
-def _workers(value: str) -> int:
-    if not value.isdigit() or not 1 <= int(value) <= MAX_WORKERS:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 to {MAX_WORKERS}")
-    return int(value)
+class Supervisor:
+    """Starts the workers, restarts those that end, and stops all of them.
+
+    Args:
+        workers: how many.
+        port: of the first worker's management endpoints; worker i gets port + i, and 0 gives each a free one.
+        env: environment of the workers.
+        stop: ends all of them.
+    """
+
+    def __init__(self, workers: int, *, port: int, env: Mapping[str, str], stop: Stop) -> None:
+        self._workers = workers
+        self._port = port
+        self._env = dict(env)
+        self._stop = stop
+        self._log = logs.get_logger("supervisor")
+
+    async def run(self) -> None:
+        """Run the workers until a stop is requested, then wait until each has finished its batch."""
+        async with asyncio.TaskGroup() as group:
+            for index in range(self._workers):
+                group.create_task(self._keep(index))
+
+    async def _keep(self, index: int) -> None:
+        attempt = 0
+        loop = asyncio.get_running_loop()
+        while not self._stop.requested:
+            started = loop.time()
+            try:
+                process = await self._start(index)
+            except OSError as error:  # out of memory or processes
+                exit_code: int | None = error.errno
+            else:
+                exit_code = await self._wait(process)
+            if exit_code is None:
+                return
+            if exit_code == EXIT_USAGE:
+                self._stop.request("the settings are wrong", failed=True)
+                return
+            attempt = 0 if loop.time() - started > STABLE_SECONDS else attempt
+            pause = RESTART_SECONDS[min(attempt, len(RESTART_SECONDS) - 1)]
+            attempt += 1
+            self._log.error("WORKER_ENDED", worker=index, exit_code=exit_code, restart_in_s=pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stop.wait()
+
+    async def _start(self, index: int) -> asyncio.subprocess.Process:
+        port = self._port + index if self._port else 0
+        # a session of its own: Ctrl-C must reach the parent only, or the workers would get two signals
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.persister", "--worker-of", str(os.getpid())),
+            env=self._env | {"FI_PERSISTER_PORT": str(port)},
+            start_new_session=True,
+        )
+
+    async def _wait(self, process: asyncio.subprocess.Process) -> int | None:
+        """Return the exit code of *process*; None if a stop was requested, which is passed on to it."""
+        end = asyncio.create_task(process.wait())
+        asked = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({end, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if not end.done():
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+            code = await end
+            return None if asked.done() else code
+        finally:
+            asked.cancel()
+
+
+def _stop_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGTERM when *parent* dies, so that a killed supervisor leaves no workers running (Linux)."""
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,10 @@
-"""Poison messages: to stream ``fi-dead`` with their reason, and a limit that tells bad messages from a bad release.
+"""Poison: how it is found, stored in ``fi-dead`` with its reason, and limited.
 
-A message is poison when it is no event, or when it alone breaks the writing of its batch twice. Events under used ids
-are no poison: the corpus keeps them beside the others, and ``fi-dead`` gets a pointer.
+A message is poison when it is not an event, or when writing it fails twice on its own: after a batch has failed by an
+error that one of its messages may have caused, its messages are retried one by one. A flood of poison means a bad
+release rather than bad messages: the partition stops before the stream empties itself into the dead letters.
+
+Events under used ids are not poison: the corpus keeps them under /conflicts, and ``fi-dead`` gets a list of them.
 """
 
 from __future__ import annotations
@@ -17,8 +20,7 @@ from structlog.typing import FilteringBoundLogger
 from fiq.event import MESSAGE_ID_HEADER
 from services.log.protocol import DeadLetterStore, Delivery, LogIdentity
 from services.persister.errors import PoisonFloodError
-from services.persister.metrics import PartitionMetrics
-from services.persister.traces import trace_id_in
+from services.persister.metrics import PartitionMetrics, trace_id_in
 
 V = TypeVar("V")
 
@@ -26,51 +28,50 @@ V = TypeVar("V")
 REASON_HEADER = "Fi-Reason"
 #: header: its position in ``fi-events``
 SEQUENCE_HEADER = "Fi-Stream-Sequence"
-#: header: the consultation's token of its subject, as far as it is printable ASCII
+#: header: the consultation's token of its subject, without characters that are not printable ASCII
 CONSULTATION_HEADER = "Fi-Consultation"
-#: header: the message id it had, as far as it is printable ASCII
+#: header: the message id it had, without characters that are not printable ASCII
 ORIGINAL_ID_HEADER = "Fi-Original-Msg-Id"
-
-#: header: how many events the letter lists
+#: header: number of events in a list of conflicts
 LISTED_HEADER = "Fi-Listed"
-#: header: size of a body that was too long to be kept whole, bytes; what is here is its beginning
+#: header: original size of a body that was too long and was cut, bytes
 CUT_HEADER = "Fi-Cut-From-Bytes"
 
 _REMEDY = (
-    "look at `nats stream view fi-dead` for the reasons and stop what publishes them; when these are to be set aside "
-    "too, restart the persister with FI_POISON_STREAK=0 until it is through"
+    "look at `nats stream view fi-dead` for the reasons and stop what publishes them; to set these aside too, restart "
+    "the persister with FI_POISON_STREAK=0 until they are"
 )
-_POINTER = (
+_CONFLICTS = (
     "events under message ids that their consultations hold with another body: [sequence, sequence of the one that "
     "holds the id]; the partition file keeps them under /conflicts/<consultation>"
 )
 #: more than the headers of a dead letter take, bytes
 HEADERS_BYTES = 4096
-#: more than an event takes in a list, bytes
+#: more than an event takes in a list of conflicts, bytes
 _ENTRY_BYTES = 256
 #: longest copy of a foreign header's value, characters
 _MAX_COPIED = 300
 
 
 class DeadLetters:
-    """Sends the poison messages of one partition away; the same message is kept once, however often it is sent.
+    """Stores the poison messages of one partition; a message that is stored again is kept once.
 
     Args:
-        letters: keeps them.
+        store: keeps them.
         partition: its number.
         identity: the log that they come from.
     """
 
-    def __init__(self, letters: DeadLetterStore, partition: int, identity: LogIdentity) -> None:
-        self._max_body = max(0, letters.max_bytes - HEADERS_BYTES)
-        self._letters = letters
+    def __init__(self, store: DeadLetterStore, partition: int, identity: LogIdentity) -> None:
+        self._store = store
         self._partition = partition
+        self._max_body = max(0, store.max_bytes - HEADERS_BYTES)
         self._log_id = f"{identity.name}/{identity.created}"
 
     async def send(self, delivery: Delivery, reason: str) -> None:
         """Store *delivery* with its *reason*.
 
-        Raises TransientError: the dead-letter stream is full or out of reach; the message does not count as done.
+        Raises TransientError: the dead letters are full or cannot be reached; the message is not set aside.
         """
         headers = {
             MESSAGE_ID_HEADER: f"{self._log_id}/{delivery.sequence}",
@@ -79,44 +80,44 @@ class DeadLetters:
         }
         original = (delivery.headers or {}).get(MESSAGE_ID_HEADER, "")
         for name, value in ((CONSULTATION_HEADER, delivery.consultation), (ORIGINAL_ID_HEADER, original)):
-            if shown := _printable(value):
-                headers[name] = shown
+            if printable := "".join(c for c in value[:_MAX_COPIED] if " " <= c <= "~").strip():
+                headers[name] = printable
         body = delivery.body
-        if len(body) > self._max_body:  # whole it would be refused for ever: our headers are longer than its own
+        if len(body) > self._max_body:  # our headers are longer than its own, so the whole would be refused for ever
             headers[CUT_HEADER] = str(len(body))
             body = body[: self._max_body]
-        await self._letters.store(self._partition, body, headers)
+        await self._store.store(self._partition, body, headers)
 
-    async def point_to(self, conflicts: Sequence[tuple[str, int, int]]) -> None:
-        """Tell where the corpus keeps *conflicts*, without their bodies, in one letter or more.
+    async def list_conflicts(self, conflicts: Sequence[tuple[str, int, int]]) -> None:
+        """Store where the corpus keeps *conflicts*, without their bodies, in one letter or more.
 
         Args:
             conflicts: consultation, sequence, and sequence of the event that holds the id, of each; in stream order.
 
-        Raises TransientError: the dead-letter stream is full or out of reach.
+        Raises TransientError: the dead letters are full or cannot be reached.
         """
         most = max(1, self._max_body // _ENTRY_BYTES)
         for part in (conflicts[start : start + most] for start in range(0, len(conflicts), most)):
-            of_each: dict[str, list[tuple[int, int]]] = {}
+            by_consultation: dict[str, list[tuple[int, int]]] = {}
             for consultation, sequence, first in part:
-                of_each.setdefault(consultation, []).append((sequence, first))
-            lines = [orjson.dumps({"consultation_id": name, "conflicts": at}) for name, at in of_each.items()]
+                by_consultation.setdefault(consultation, []).append((sequence, first))
+            lines = [orjson.dumps({"consultation_id": one, "conflicts": at}) for one, at in by_consultation.items()]
             headers = {
                 MESSAGE_ID_HEADER: f"{self._log_id}/{part[0][1]}-{part[-1][1]}",
-                REASON_HEADER: _POINTER,
+                REASON_HEADER: _CONFLICTS,
                 SEQUENCE_HEADER: str(part[0][1]),
                 LISTED_HEADER: str(len(part)),
             }
-            await self._letters.store(self._partition, b"\n".join(lines), headers)
+            await self._store.store(self._partition, b"\n".join(lines), headers)
 
 
 class PoisonLimit:
-    """Stops a partition when bad messages come in a flood (after arroyo's ``DlqLimit``).
+    """Stops a partition when too many messages are poison (after arroyo's ``DlqLimit``).
 
     Args:
-        streak: bad messages in a row that are one too many; 0 for no limit at all.
-        ratio: share of bad ones among the last *window* messages that is too much, 0 to 1.
-        window: messages looked back on; the ratio counts only once so many have been seen.
+        streak: the partition stops at this many poison messages in a row; 0 for no limit at all.
+        ratio: the partition stops above this share of poison among the last *window* messages, 0 to 1.
+        window: number of messages; the ratio is not checked before there were as many.
     """
 
     def __init__(self, *, streak: int = 100, ratio: float = 0.1, window: int = 1000) -> None:
@@ -128,9 +129,9 @@ class PoisonLimit:
         self._streak = 0
 
     def count(self, *, bad: bool) -> None:
-        """Count a message, a bad one before it is sent away.
+        """Count a message, a bad one before it is stored as a dead letter.
 
-        Raises PoisonFloodError: this one is one bad message too many.
+        Raises PoisonFloodError: the limit is exceeded.
         """
         if len(self._recent) == self._window:
             self._bad -= self._recent[0]
@@ -154,89 +155,81 @@ class PoisonLimit:
             raise PoisonFloodError(f"{self._bad} of the last {self._window} messages were poison: {_REMEDY}")
 
 
-class SetAside:
-    """Judges the messages of one partition.
+class Quarantine:
+    """Isolates the poison of one partition.
 
     Args:
-        dead: where poison goes.
-        limit: when it is a flood.
+        dead_letters: where poison is stored.
+        limit: how much poison stops the partition.
         metrics: of the partition.
         log: with the partition in each line.
+
+    Attributes:
+        known: sequences that are poison although they can be decoded, because writing them failed, and why.
     """
 
     def __init__(
-        self, dead: DeadLetters, limit: PoisonLimit, metrics: PartitionMetrics, log: FilteringBoundLogger
+        self, dead_letters: DeadLetters, limit: PoisonLimit, metrics: PartitionMetrics, log: FilteringBoundLogger
     ) -> None:
-        self._dead = dead
+        self.known: dict[int, str] = {}
+        self._dead_letters = dead_letters
         self._limit = limit
         self._metrics = metrics
         self._log = log
-        #: last sequence that was counted: a batch that is tried again counts once
-        self._judged = 0
-
-    async def poison_of(self, batch: Sequence[Delivery], poison: Sequence[tuple[Delivery, str]]) -> None:
-        """Send the *poison* of *batch* away, and count all of it; when this returns, the poison is safe.
-
-        Raises:
-            PoisonFloodError: there is too much of it.
-            TransientError: the dead-letter stream is full or out of reach.
-        """
-        if not poison:
-            self._limit.count_good(sum(delivery.sequence > self._judged for delivery in batch))
-            self._judged = max(self._judged, batch[-1].sequence)
-            return
-        reasons = {delivery.sequence: reason for delivery, reason in poison}
-        for delivery in batch:
-            reason = reasons.get(delivery.sequence)
-            if delivery.sequence > self._judged:
-                self._judged = delivery.sequence
-                self._limit.count(bad=reason is not None)
-            if reason is None:
-                continue
-            await self._dead.send(delivery, reason)
-            self._metrics.dead_letter()
-            traced = trace_id_in(delivery.headers)
-            self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason, **traced)
-
-
-class Suspects:
-    """Takes a batch that failed singly; what fails alone twice counts as poison.
-
-    Attributes:
-        condemned: sequences that count as poison, and why.
-    """
-
-    def __init__(self) -> None:
-        self.condemned: dict[int, str] = {}
-        self._failed: dict[int, int] = {}
-        self._left = 0
+        self._counted = 0  # last sequence that the limit has seen: a batch that is tried again counts once
+        self._failures: dict[int, int] = {}  # by sequence
+        self._left = 0  # messages that are still to be retried one by one
 
     @property
-    def singly(self) -> bool:
+    def one_by_one(self) -> bool:
         """Whether the next batch must be a single message."""
         return self._left > 0
 
     def failed(self, batch: Sequence[Delivery], error: Exception) -> None:
-        """Note that *batch* failed by an *error* that may be one message's."""
+        """Note that writing *batch* failed by an *error* that one of its messages may have caused."""
         if len(batch) > 1:
             self._left = len(batch)
             return
         sequence = batch[0].sequence
-        self._failed[sequence] = self._failed.get(sequence, 0) + 1
-        if self._failed[sequence] > 1:
-            self.condemned[sequence] = f"could not be written: {type(error).__name__}"
+        self._failures[sequence] = self._failures.get(sequence, 0) + 1
+        if self._failures[sequence] > 1:
+            self.known[sequence] = f"could not be written: {type(error).__name__}"
 
-    def passed(self, batch: Sequence[Delivery]) -> None:
-        """Note that *batch* is written or set aside, and forget what is known of it."""
+    def succeeded(self, batch: Sequence[Delivery]) -> None:
+        """Note that *batch* is committed, and forget what is known about its messages."""
         self._left = max(0, self._left - len(batch))
         reached = batch[-1].sequence
-        self._failed = _behind(self._failed, reached)
-        self.condemned = _behind(self.condemned, reached)
+        self._failures = _after(self._failures, reached)
+        self.known = _after(self.known, reached)
+
+    async def store(self, batch: Sequence[Delivery], poison: Sequence[tuple[Delivery, str]]) -> None:
+        """Store the *poison* of *batch* as dead letters; count the whole batch for the limit.
+
+        Raises:
+            PoisonFloodError: the limit is exceeded.
+            TransientError: the dead letters are full or cannot be reached.
+        """
+        if not poison:
+            self._limit.count_good(sum(delivery.sequence > self._counted for delivery in batch))
+            self._counted = max(self._counted, batch[-1].sequence)
+            return
+        reasons = {delivery.sequence: reason for delivery, reason in poison}
+        for delivery in batch:
+            reason = reasons.get(delivery.sequence)
+            if delivery.sequence > self._counted:
+                self._counted = delivery.sequence
+                self._limit.count(bad=reason is not None)
+            if reason is None:
+                continue
+            await self._dead_letters.send(delivery, reason)
+            self._metrics.dead_letter()
+            trace_id = trace_id_in(delivery.headers)
+            self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason, **trace_id)
+
+    async def announce(self, conflicts: Sequence[tuple[str, int, int]]) -> None:
+        """List *conflicts* among the dead letters, see :meth:`DeadLetters.list_conflicts`."""
+        await self._dead_letters.list_conflicts(conflicts)
 
 
-def _behind(found: Mapping[int, V], sequence: int) -> dict[int, V]:
+def _after(found: Mapping[int, V], sequence: int) -> dict[int, V]:
     return {key: value for key, value in found.items() if key > sequence}
-
-
-def _printable(value: str) -> str:
-    return "".join(c for c in value[:_MAX_COPIED] if " " <= c <= "~").strip()

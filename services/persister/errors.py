@@ -1,12 +1,13 @@
-"""What stops a persister, or one of its partitions.
+"""Errors that stop a persister, one of its partitions, or an answer.
 
 ::
 
     TransientError
         VolumeBusyError     another process of the volume keeps the claim lock
+        NotNowError         a partition's file cannot be read right now
     PermanentError
-        VolumeError         the data directory is not what this store's volume must be
-        PoisonFloodError    too many bad messages: a bad release rather than bad messages
+        VolumeError         the data directory is not a volume of this store
+        PoisonFloodError    too many poison messages: a bad release rather than bad messages
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from fiq.errors import FiqError, PermanentError, TransientError
 
 
 class VolumeBusyError(TransientError):
-    """Raised when another process of the volume has held the claim lock for longer than a claim takes."""
+    """Raised when another process of the volume has held the claim lock for longer than a claim can take."""
+
+
+class NotNowError(TransientError):
+    """Raised when a question cannot be answered right now: the file was released, or a batch is half written."""
 
 
 class VolumeError(PermanentError):
@@ -27,16 +32,16 @@ class VolumeError(PermanentError):
 
 
 class PoisonFloodError(PermanentError):
-    """Raised when bad messages come in a flood: the partition stops instead of emptying itself into `fi-dead`."""
+    """Raised when too many messages are poison: the partition stops instead of moving all of them to `fi-dead`."""
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the text of our own errors, the type of others."""
+    """Return the message of an error of ours; of others only the type, since their text may quote data."""
     return str(error) if isinstance(error, FiqError | CorpusError) else f"unexpected {type(error).__name__}"
 
 
 def described(error: BaseException) -> dict[str, str]:
-    """Return the keys and values of a log line about *error*; of others' errors, with the place in the code."""
+    """Return the fields of a log line about *error*; for errors that are not ours with the place in the code."""
     values = {"error": type(error).__name__, "reason": reason_of(error)}
     if not isinstance(error, FiqError | CorpusError) and error.__traceback__ is not None:
         frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,233 +1,206 @@
-"""One persister process, from its start to its end."""
+"""One persister process: it opens its volume, reaches the log, and runs its partitions until it is stopped.
+
+::
+
+    log ── follower ──┐                       ┌── partition file
+                      ├── rounds ── HDF5 thread
+    coordinator ── partition runners ─────────┘── answers to questions
+
+The coordinator (:mod:`services.persister.coordinator`) decides which partitions run here. One thread makes all calls
+of HDF5.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
-
-from aiohttp import web
+from contextlib import AsyncExitStack
 
 from fiq.corpus import KnownIds, StoreOptions
-from fiq.errors import BindError
 from services.core.lifecycle import Stop, background_task, freeze_garbage, run_until_stopped
 from services.core.logs import get_logger
-from services.core.management import ReadinessCheck, add_management_routes, bind
+from services.core.management import bind, serve_management
 from services.core.tracing import Spans
-from services.log import open_log
-from services.log.protocol import Follower, PersisterLog, PersisterRole, Position, Trimmed
+from services.log import PersisterLog, PersisterRole, open_log
+from services.log.protocol import Follower, Position, Trimmed
 from services.log.status import Placement
-from services.persister.answering import Desk
-from services.persister.assignment import Deployment, open_store
+from services.persister.answering import QuestionResponder
 from services.persister.coordinator import Coordinator
 from services.persister.dead_letters import DeadLetters, PoisonLimit
-from services.persister.members import Members
-from services.persister.metrics import Metrics
+from services.persister.metrics import PersisterMetrics, Traces
+from services.persister.partition import PartitionRunner
+from services.persister.placement import VolumeContext, Workers, open_store
 from services.persister.rounds import Hdf5Thread, Limits, Rounds
-from services.persister.runner import PartitionRunner
 from services.persister.settings import PersisterSettings
-from services.persister.traces import Traces
 from services.persister.volume import Volume
 
 #: HDF5's metadata caches of all partition files together; in memory they take 20 times as much, bytes
 METADATA_CACHE_BYTES = 2 << 20
 #: pages of 4 KiB that all partition files of the process keep in memory together
 CACHED_PAGES = 4096
-#: seconds that an answer of /healthz, /readyz or /metrics gets to be written at the end
-_FLUSH_SECONDS = 1.0
+
+_ADDRESS = "FI_PERSISTER_HOST, FI_PERSISTER_PORT"
 
 
 async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None = None) -> None:
-    """Persist until *stop* is requested; *spans* makes spans of the batches, if anybody wants them.
+    """Persist until *stop* is requested; *spans* makes spans of the batches.
 
     Raises FiqError: the process could not start, or its volume cannot be used any more.
     """
-    log = get_logger("persister")
-    # before the cluster is waited for: a taken port and an unfit directory are known at once
-    with bind(settings.host, settings.port, "FI_PERSISTER_HOST, FI_PERSISTER_PORT") as sock:
+    logger = get_logger("persister")
+    # a taken port and an unfit directory are reported before the log is waited for
+    sock = bind(settings.host, settings.port, _ADDRESS)
+    async with AsyncExitStack() as stack:
+        stack.callback(sock.close)
         volume = await asyncio.to_thread(Volume.open, settings.data_dir, settings.log.store)
-        metrics = Metrics()
-        traces = Traces(spans)
+        metrics = PersisterMetrics()
         metrics.info.labels(volume.store, volume.uuid, socket.gethostname()).set(1)
         readiness = Readiness()
-        async with _management(sock, metrics, readiness) as port:
-            role = PersisterRole(
-                name="fi-persister",
-                volume=volume.uuid,
-                directory=volume.directory,
-                volumes=settings.volumes,
-                retention=settings.retention,
-                buffer_events=settings.buffer_events,
-                buffer_bytes=settings.buffer_bytes,
-            )
-            opening = open_log(
-                settings.log, role, metrics=metrics.log, on_closed=lambda reason: stop.request(reason, failed=True)
-            )
-            async with contextlib.AsyncExitStack() as stack:
-                opened = await run_until_stopped(stack.enter_async_context(opening), stop)
-                if opened is not None:
-                    freeze_garbage()
-                    log.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
-                    deployment = Deployment(volume, settings.volumes, settings.log, opened.identity)
-                    await _persist(opened, settings, port, deployment, metrics, traces, readiness, stop)
-    log.info("PERSISTER_STOPPED", reason=stop.reason)
+        await stack.enter_async_context(serve_management(sock, metrics.registry, readiness, _ADDRESS))
+        port = sock.getsockname()[1]
+        role = PersisterRole(
+            name="fi-persister",
+            volume=volume.uuid,
+            directory=volume.directory,
+            volumes=settings.volumes,
+            retention=settings.retention,
+            buffer_events=settings.buffer_events,
+            buffer_bytes=settings.buffer_bytes,
+        )
+        log = open_log(
+            settings.log, role, metrics=metrics.log, on_closed=lambda reason: stop.request(reason, failed=True)
+        )
+        reached = await run_until_stopped(stack.enter_async_context(log), stop)
+        if reached is not None:
+            freeze_garbage()
+            logger.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
+            with ThreadPoolExecutor(1, thread_name_prefix="hdf5") as executor:
+                process = _Process(settings, volume, reached, Hdf5Thread(executor), metrics, Traces(spans))
+                readiness.coordinator = process.coordinator
+                await process.run(f"{settings.host}:{port}", stop)
+    logger.info("PERSISTER_STOPPED", reason=stop.reason)
 
 
 class Readiness:
-    """Why this process is not ready; asked before there is a coordinator, too."""
+    """Reports why this process is not ready.
+
+    Attributes:
+        coordinator: of the process; None before the log has been reached.
+    """
 
     def __init__(self) -> None:
         self.coordinator: Coordinator | None = None
 
     async def __call__(self) -> list[str]:
-        """Return the reasons; none means ready."""
+        """Return the reasons; empty when it is ready."""
         if self.coordinator is None:
             return ["the cluster has not been reached yet"]
         return self.coordinator.problems()
 
 
-async def _persist(
-    log: PersisterLog,
-    settings: PersisterSettings,
-    port: int,
-    deployment: Deployment,
-    metrics: Metrics,
-    traces: Traces,
-    readiness: Readiness,
-    stop: Stop,
-) -> None:
-    with ThreadPoolExecutor(1, thread_name_prefix="hdf5") as hdf5:
-        volume = deployment.volume
-        members = Members(volume.workers, uuid.uuid4().hex)
-        desk = Desk(log.answering, hdf5, metrics)
-        limits = Limits(settings.batch_events, settings.batch_bytes)
-        rounds = Rounds(Hdf5Thread(hdf5), limits, metrics, traces)
-        coordinator = _coordinator(log, settings, deployment, members, rounds, metrics, desk)
-        members.join()
-        readiness.coordinator = coordinator
-        about = {
-            "worker": members.name,
-            "volume": volume.uuid,
-            "store": volume.store,
-            "host": socket.gethostname(),
-            "pid": str(os.getpid()),
-            "address": f"{settings.host}:{port}",
-        }
-        async with background_task(desk.run(), "answering"):  # its last call in the HDF5 thread is before that ends
+class _Process:
+    """The parts of a persister that has reached its log."""
+
+    def __init__(
+        self,
+        settings: PersisterSettings,
+        volume: Volume,
+        log: PersisterLog,
+        hdf5: Hdf5Thread,
+        metrics: PersisterMetrics,
+        traces: Traces,
+    ) -> None:
+        self._settings = settings
+        self._volume = volume
+        self._log = log
+        self._metrics = metrics
+        self._known_ids = KnownIds(settings.known_ids)
+        self._context = VolumeContext(volume, settings.volumes, settings.log, log.identity)
+        self._workers = Workers(volume.workers, uuid.uuid4().hex)
+        self._responder = QuestionResponder(log.answering, hdf5, metrics)
+        self._rounds = Rounds(hdf5, Limits(settings.batch_events, settings.batch_bytes), metrics, traces)
+        self.coordinator = Coordinator(
+            self._context,
+            workers=self._workers,
+            placements=log.placements,
+            make_runner=self._make_runner,
+            metrics=metrics,
+        )
+
+    async def run(self, address: str, stop: Stop) -> None:
+        """Persist until *stop* is requested, then release all partitions; *address* is that of the endpoints."""
+        self._workers.join()
+        async with background_task(self._responder.run(), "answering"):
             try:
-                announced = log.announced(about, lambda: coordinator.partitions, coordinator.progress)
-                trimming = _trimming(log, coordinator, metrics)
-                await run_until_stopped(_run(announced, trimming, rounds, coordinator), stop)
+                await run_until_stopped(self._run(address), stop)
             finally:
                 get_logger("persister").info("PERSISTER_STOPPING", reason=stop.reason)
-                await coordinator.stop()
+                await self.coordinator.stop()
 
+    async def _run(self, address: str) -> None:
+        about = {
+            "worker": self._workers.name,
+            "volume": self._volume.uuid,
+            "store": self._volume.store,
+            "host": socket.gethostname(),
+            "pid": str(os.getpid()),
+            "address": address,
+        }
+        coordinator = self.coordinator
+        trimming = self._log.trim(lambda: coordinator.partitions, self._trimmed)
+        announced = self._log.announced(about, lambda: coordinator.partitions, coordinator.progress)
+        async with background_task(trimming, "trim"), announced as update:
+            coordinator.on_change = update
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._rounds.run(), name="rounds")
+                    group.create_task(coordinator.run(), name="coordinator")
+            except ExceptionGroup as failed:  # one of them cannot go on: the process ends and reports why
+                raise failed.exceptions[0] from None
 
-async def _run(
-    announced: AbstractAsyncContextManager[Callable[[], None]],
-    trimming: Coroutine[Any, Any, None],
-    rounds: Rounds,
-    coordinator: Coordinator,
-) -> None:
-    async with background_task(trimming, "trim"), announced as changed:
-        coordinator.on_change = lambda _: changed()
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(rounds.run(), name="rounds")
-                group.create_task(coordinator.run(), name="coordinator")
-        except ExceptionGroup as failed:  # one of them cannot go on: the process ends, and says why
-            raise failed.exceptions[0] from None
+    def _trimmed(self, trimmed: Trimmed) -> None:
+        self._metrics.stream_fullness.set(trimmed.fullness)
+        self._metrics.trimmed.inc(trimmed.purged)
 
-
-async def _trimming(log: PersisterLog, coordinator: Coordinator, metrics: Metrics) -> None:
-    def done(trimmed: Trimmed) -> None:
-        metrics.stream_fullness.set(trimmed.fullness)
-        metrics.trimmed.inc(trimmed.purged)
-
-    await log.trim(lambda: coordinator.partitions, done)
-
-
-def _options(settings: PersisterSettings, sharing: int, ids: KnownIds) -> StoreOptions:
-    return StoreOptions(
-        open_consultations=max(16, settings.open_consultations // sharing),
-        ids=ids,
-        metadata_cache_bytes=min(512 << 10, max(64 << 10, METADATA_CACHE_BYTES // sharing)),
-        cached_pages=max(256, CACHED_PAGES // sharing),
-    )
-
-
-def _coordinator(
-    log: PersisterLog,
-    settings: PersisterSettings,
-    deployment: Deployment,
-    members: Members,
-    rounds: Rounds,
-    metrics: Metrics,
-    desk: Desk,
-) -> Coordinator:
-    ids = KnownIds(settings.known_ids)
-
-    def sharing() -> int:
-        """Return among how many partitions the caches are divided; one that comes later gets a smaller part."""
-        return max(1, len(coordinator.partitions))
-
-    def make_runner(placement: Placement) -> PartitionRunner:
+    def _make_runner(self, placement: Placement) -> PartitionRunner:
         partition = placement.partition
 
         def make_follower(on_events: Callable[[], None]) -> Follower:
-            return log.follower(
+            return self._log.follower(
                 partition,
                 trimmable=placement.committed,
                 on_events=on_events,
-                on_repair=lambda reason: metrics.repairs.labels(reason).inc(),
+                on_repair=lambda reason: self._metrics.repairs.labels(reason).inc(),
             )
 
-        async def settle(at: Position) -> None:
-            """Let trim keep what an older file lacks: what is gone meanwhile, the follower finds out."""
+        async def check_log(at: Position) -> None:
+            """Make trim keep what an older file lacks; if it is gone already, the follower reports that."""
             if at.sequence < placement.committed:
-                await log.check(at, trimmable=placement.committed)
-                await coordinator.lower(partition, at)
+                await self._log.check(at, trimmable=placement.committed)
+                await self.coordinator.lower(partition, at)
 
         return PartitionRunner(
             partition,
-            open_store=lambda: open_store(deployment, placement, _options(settings, sharing(), ids)),
+            open_store=lambda: open_store(self._context, placement, self._options()),
             follower=make_follower,
-            dead_letters=DeadLetters(log.dead_letters, partition, deployment.identity),
-            rounds=rounds,
-            metrics=metrics,
-            poison_limit=PoisonLimit(streak=settings.poison_streak),
-            desk=desk,
-            settle=settle,
+            dead_letters=DeadLetters(self._log.dead_letters, partition, self._log.identity),
+            rounds=self._rounds,
+            metrics=self._metrics,
+            poison_limit=PoisonLimit(streak=self._settings.poison_streak),
+            responder=self._responder,
+            check_log=check_log,
         )
 
-    coordinator = Coordinator(
-        deployment,
-        members=members,
-        placements=log.placements,
-        make_runner=make_runner,
-        metrics=metrics,
-    )
-    return coordinator
-
-
-@asynccontextmanager
-async def _management(sock: socket.socket, metrics: Metrics, ready: ReadinessCheck) -> AsyncIterator[int]:
-    app = web.Application()
-    add_management_routes(app, metrics.registry, ready)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_FLUSH_SECONDS)
-    await runner.setup()
-    port: int = sock.getsockname()[1]
-    try:
-        try:
-            await web.SockSite(runner, sock).start()
-        except OSError as error:  # another process bound the port, too, and was the first to listen
-            raise BindError(f"cannot listen on port {port} (FI_PERSISTER_PORT): {error.strerror or error}") from error
-        yield port
-    finally:
-        await runner.cleanup()
+    def _options(self) -> StoreOptions:
+        """Return the options of the next file: the caches are divided among the partitions, late ones get less."""
+        partitions = max(1, len(self.coordinator.partitions))
+        return StoreOptions(
+            open_consultations=max(16, self._settings.open_consultations // partitions),
+            ids=self._known_ids,
+            metadata_cache_bytes=min(512 << 10, max(64 << 10, METADATA_CACHE_BYTES // partitions)),
+            cached_pages=max(256, CACHED_PAGES // partitions),
+        )

@@ -1,13 +1,28 @@
-"""Settings of the persister."""
+"""Settings of the persister, and how they shrink to fit into the memory of a container."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.logs import level
 from services.core.settings import integer, nested, port, seconds, setting, size, text
 from services.log.settings import LogSettings
+
+#: memory of a process with empty buffers: interpreter, libraries, HDF5's own caches, bytes
+BASE_BYTES = 128 * 2**20
+#: a message is held as it came and, while its batch is written, a second time
+_COPIES = 2
+_CONSULTATION_BYTES = 35 * 2**10
+_KNOWN_ID_BYTES = 12
+#: bounds that limit memory: variable, and the value below which a process makes hardly any progress
+_BOUNDS = {
+    "buffer_bytes": ("FI_BUFFER_BYTES", 2**21),
+    "batch_bytes": ("FI_BATCH_BYTES", 2**20),
+    "open_consultations": ("FI_OPEN_CONSULTATIONS", 64),
+    "known_ids": ("FI_KNOWN_IDS", 100_000),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +108,30 @@ class PersisterSettings:
         doc="debug, info, warning or error; info has one line for each request and each batch.",
     )
     log: LogSettings = nested(LogSettings)
+
+
+def needed_bytes(settings: PersisterSettings) -> int:
+    """Return about how much memory a process needs when every bound of *settings* is reached, in bytes."""
+    return BASE_BYTES + _bounded_bytes(settings)
+
+
+def fit_memory(settings: PersisterSettings, limit: int | None) -> PersisterSettings:
+    """Return *settings* with bounds lowered by one factor so that they fit into *limit* bytes; None is no limit."""
+    if limit is None or needed_bytes(settings) <= limit:
+        return settings
+    factor = max(0.0, (limit - BASE_BYTES) / _bounded_bytes(settings))
+    lower = {}
+    for name, (_, least) in _BOUNDS.items():
+        value = getattr(settings, name)
+        lower[name] = min(value, max(least, int(value * factor)))
+    return dataclasses.replace(settings, **lower)
+
+
+def bounds(settings: PersisterSettings) -> dict[str, str]:
+    """Return the bounds of *settings* as environment variables for a worker."""
+    return {variable: str(getattr(settings, name)) for name, (variable, _) in _BOUNDS.items()}
+
+
+def _bounded_bytes(settings: PersisterSettings) -> int:
+    messages = (settings.buffer_bytes + settings.batch_bytes) * _COPIES
+    return messages + settings.open_consultations * _CONSULTATION_BYTES + settings.known_ids * _KNOWN_ID_BYTES

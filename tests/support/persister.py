@@ -12,12 +12,12 @@ from uuid import UUID
 from fiq.corpus import EventStore, Identity, StorageIO, StoreOptions, open_corpus
 from fiq.errors import TransientError
 from fiq.event import Event
-from services.log.protocol import Delivery, LogIdentity, Outcome, Position
+from services.log.protocol import Answering, Delivery, LogIdentity, Outcome, Position
+from services.persister.answering import QuestionResponder
 from services.persister.dead_letters import DeadLetters, PoisonLimit
-from services.persister.metrics import Metrics
+from services.persister.metrics import PersisterMetrics, Traces
+from services.persister.partition import PartitionRunner, RunnerState
 from services.persister.rounds import Hdf5Thread, Limits, Rounds
-from services.persister.runner import PartitionRunner, State
-from services.persister.traces import Traces
 from tests.support.polling import eventually
 
 LOG = LogIdentity("fi-events", "2026-11-23T10:00:00Z")
@@ -172,17 +172,24 @@ class Rig:
     """One partition runner on a real file in *folder*."""
 
     def __init__(
-        self, folder: Path, stream: Stream, hdf5: ThreadPoolExecutor, limit: PoisonLimit | None, traces: Traces | None
+        self,
+        folder: Path,
+        stream: Stream,
+        hdf5: ThreadPoolExecutor,
+        limit: PoisonLimit | None,
+        traces: Traces | None,
+        answering: Answering | None,
     ) -> None:
         self.path = folder / "00.h5"
         self.stream = stream
         self.dead = DeadStream()
-        self.metrics = Metrics()
+        self.metrics = PersisterMetrics()
         self.io = StorageIO()
         self.opened = 0
         self.store: EventStore | None = None
         self.wrap: Callable[[EventStore], None] = lambda _: None
         self.rounds = Rounds(Hdf5Thread(hdf5), Limits(events=100, size=2**20), self.metrics, traces)
+        self.responder = None if answering is None else QuestionResponder(answering, self.rounds.hdf5, self.metrics)
         self.turning = asyncio.create_task(self.rounds.run())
         self.runner = PartitionRunner(
             0,
@@ -192,6 +199,7 @@ class Rig:
             rounds=self.rounds,
             metrics=self.metrics,
             poison_limit=limit,
+            responder=self.responder,
         )
 
     def _open(self) -> EventStore:
@@ -208,7 +216,7 @@ class Rig:
         """Wait until *sequence* is acknowledged."""
         await eventually(lambda: sequence in self.stream.acknowledged)
 
-    async def be(self, state: State) -> None:
+    async def be(self, state: RunnerState) -> None:
         """Wait for a state of the runner."""
         await eventually(lambda: self.runner.state is state)
 
@@ -235,11 +243,16 @@ def conflicts(path: Path) -> dict[str, list[tuple[int, bytes]]]:
 
 @asynccontextmanager
 async def rig(
-    folder: Path, stream: Stream, *, limit: PoisonLimit | None = None, traces: Traces | None = None
+    folder: Path,
+    stream: Stream,
+    *,
+    limit: PoisonLimit | None = None,
+    traces: Traces | None = None,
+    answering: Answering | None = None,
 ) -> AsyncIterator[Rig]:
     """Make a :class:`Rig`; its runner is the test's to start and stop."""
     with ThreadPoolExecutor(1) as hdf5:
-        made = Rig(folder, stream, hdf5, limit, traces)
+        made = Rig(folder, stream, hdf5, limit, traces, answering)
         try:
             yield made
         finally:

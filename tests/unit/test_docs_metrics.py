@@ -13,9 +13,8 @@ from services.ingest.metrics import OUTCOMES
 from services.ingest.metrics import Metrics as IngestMetrics
 from services.log.metrics import PARTS, LogMetrics
 from services.log.status import CertificateExpiry, ReplicaReport, StreamReport
-from services.persister.metrics import FAILURE_KINDS, QUESTION_OUTCOMES
-from services.persister.metrics import Metrics as PersisterMetrics
-from services.persister.runner import State
+from services.persister.metrics import FAILURE_KINDS, QUESTION_OUTCOMES, PersisterMetrics
+from services.persister.partition import RunnerState
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -24,7 +23,7 @@ def persister_metrics() -> PersisterMetrics:
     """Return metrics with a sample each: without one, a metric shows no labels."""
     metrics = PersisterMetrics()
     partition = metrics.of(0)
-    partition.state(State.FOLLOWING)
+    partition.state(RunnerState.FOLLOWING)
     partition.committed(1)
     partition.queue(lambda: 1, lambda: 1)
     partition.store(StoreStats(1, 1, 1, False, 0, "", 0.0, 0, 1, 1, 0, 0, 1, 0, 1, 0.1, 0.1))
@@ -123,7 +122,7 @@ def test_each_part_of_a_look_is_documented(part: str) -> None:
     assert f"`{part}`" in "\n".join(section("Log"))
 
 
-@pytest.mark.parametrize("value", [*State, *FAILURE_KINDS, *QUESTION_OUTCOMES])
+@pytest.mark.parametrize("value", [*RunnerState, *FAILURE_KINDS, *QUESTION_OUTCOMES])
 def test_each_state_and_kind_of_failure_is_documented(value: str) -> None:
     """The same for partitions."""
     assert f"`{value}`" in "\n".join(section("Persister"))

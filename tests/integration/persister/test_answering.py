@@ -6,11 +6,11 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import nats
@@ -24,12 +24,15 @@ from services.log.jetstream.connection import Connection
 from services.log.jetstream.questions import Answering, Questions
 from services.log.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, digest_of
 from services.persister import answering as answering_module
-from services.persister.answering import MAX_WAITING, Desk
-from services.persister.metrics import Metrics
-from services.persister.partition_file import PartitionFile
+from services.persister.answering import MAX_PENDING, QuestionResponder
+from services.persister.metrics import PersisterMetrics
+from services.persister.partition import PartitionFile
+from services.persister.rounds import Hdf5Thread
 from tests.support.broker import connected, plain_server, taken
 from tests.support.persister import IDENTITY, Stream, delivery, reusing, rig
 from tests.support.polling import eventually
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +47,14 @@ class Asker:
     def __init__(
         self,
         nc: Connection,
-        desk: Desk,
+        responder: QuestionResponder,
         file: PartitionFile,
-        hdf5: ThreadPoolExecutor,
-        metrics: Metrics,
+        hdf5: Hdf5Thread,
+        metrics: PersisterMetrics,
         work: asyncio.Task[None],
     ) -> None:
         self.nc = nc
-        self.desk = desk
+        self.responder = responder
         self.file = file
         self.hdf5 = hdf5
         self.metrics = metrics
@@ -59,7 +62,6 @@ class Asker:
 
     @property
     def store(self) -> EventStore:
-        assert self.file.store is not None
         return self.file.store
 
     async def ask(
@@ -84,51 +86,46 @@ class Asker:
 
     @property
     def waiting(self) -> int:
-        return len(self.desk._waiting)
+        return len(self.responder._pending)
 
     async def reopen(self) -> None:
         """Close the file and open it again."""
-        await self.desk.close(0)
+        await self.responder.close(0)
         await self.in_thread(lambda: self.file.close(abandon=False))
-        store = await self.in_thread(self.file.open)
-        assert isinstance(store, EventStore)
-        await self.desk.open(0, self.file, store)
+        path = self.store.path
+        self.file = PartitionFile(await self.in_thread(lambda: EventStore.open(path, expected=IDENTITY)))
+        await self.responder.open(0, self.file)
         await taken(self.nc)
 
     def count(self, kind: str, outcome: str) -> float:
         labels = {"kind": kind, "outcome": outcome}
         return self.metrics.registry.get_sample_value("fi_persister_questions_total", labels) or 0.0
 
-    async def in_thread(self, call: object, *arguments: object) -> object:
-        return await asyncio.get_running_loop().run_in_executor(self.hdf5, call, *arguments)  # type: ignore[arg-type]
+    async def in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        return await self.hdf5.run(lambda: call(*arguments))
 
 
 @asynccontextmanager
 async def answering(url: str, path: Path, options: StoreOptions | None = None) -> AsyncIterator[Asker]:
     """Answer for partition 00, whose new file stands at *path*."""
     nc = await connected(url)
-    metrics = Metrics()
-    with ThreadPoolExecutor(1) as hdf5:
-        file = PartitionFile(
-            lambda: (
-                EventStore.open(path, expected=IDENTITY, options=options)
-                if path.exists()
-                else EventStore.create(path, IDENTITY, options)
-            )
-        )
-        store = await asyncio.get_running_loop().run_in_executor(hdf5, file.open)
-        desk = Desk(Answering(nc, "main"), hdf5, metrics)
-        await desk.open(0, file, store)
-        work = asyncio.create_task(desk.run())
+    metrics = PersisterMetrics()
+    with ThreadPoolExecutor(1) as executor:
+        hdf5 = Hdf5Thread(executor)
+        file = PartitionFile(await hdf5.run(lambda: EventStore.create(path, IDENTITY, options)))
+        responder = QuestionResponder(Answering(nc, "main"), hdf5, metrics)
+        await responder.open(0, file)
+        work = asyncio.create_task(responder.run())
         await taken(nc)
         try:
-            yield Asker(nc, desk, file, hdf5, metrics, work)
+            asker = Asker(nc, responder, file, hdf5, metrics, work)
+            yield asker
         finally:
             work.cancel()
             with suppress(asyncio.CancelledError):
                 await work
-            await desk.close(0)
-            hdf5.submit(lambda: file.close(abandon=True)).result()
+            await responder.close(0)
+            await hdf5.run(lambda: asker.file.close(abandon=True))
             await nc.close()
 
 
@@ -235,10 +232,10 @@ async def test_an_event_larger_than_the_broker_takes_is_an_error_of_its_own(aske
     assert "413" == answer.headers["Nats-Service-Error-Code"]
 
 
-async def test_bodies_that_are_compared_in_one_go_are_bounded(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bodies_digested_for_one_question_are_bounded(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are asked for again, and a single one is compared whatever its size."""
     await fill(asker, "c1", range(1, 101))
-    monkeypatch.setattr(answering_module, "COMPARED_BYTES", 30)
+    monkeypatch.setattr(answering_module, "DIGESTED_BYTES", 30)
     answer = await asker.find("c1", 5, 6, 7, 700)
     assert ([UUID(int=5)], [UUID(int=6), UUID(int=7)]) == (list(answer.found), answer.rest)
     found, committed = await Questions(asker.nc, "main", timeout=10).find(0, "c1", [UUID(int=n) for n in range(1, 102)])
@@ -258,9 +255,9 @@ async def test_consultations_are_sorted_and_new_ones_appear(asker: Asker) -> Non
     assert (["c-1", "c-2", "c-3"], False) == await asker.names(prefix="c-")
 
 
-async def test_names_are_read_in_several_goes(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_index_is_loaded_in_several_slices(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them says to ask again, until all are there."""
-    monkeypatch.setattr(answering_module, "NAMES_A_GO", 7)
+    monkeypatch.setattr(answering_module, "INDEX_SLICE", 7)
     await asker.in_thread(lambda: [asker.store.append(f"c{n}", [record(n)]) for n in range(1, 51)])
     await asker.in_thread(asker.store.commit, 50)
     answer = await Questions(asker.nc, "main", timeout=10).consultations(0, Consultations("", "", 100))
@@ -283,7 +280,7 @@ async def test_nobody_answers_for_a_partition_that_is_not_open(asker: Asker) -> 
     """At once: the broker knows that nobody is subscribed."""
     with pytest.raises(nats.errors.NoRespondersError):
         await asker.ask(Events("c1", 0, 1), partition=1)
-    await asker.desk.close(0)
+    await asker.responder.close(0)
     await taken(asker.nc)
     started = time.monotonic()
     with pytest.raises(nats.errors.NoRespondersError):
@@ -309,7 +306,7 @@ async def test_questions_that_wait_are_bounded(asker: Asker) -> None:
     """One more is turned away at once."""
     gate = threading.Event()
     busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
-    asked = [asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=60)) for _ in range(MAX_WAITING + 10)]
+    asked = [asyncio.ensure_future(asker.ask(Events("c1", 0, 1), within=60)) for _ in range(MAX_PENDING + 10)]
     await eventually(lambda: asker.count("events", "busy") == 10.0)
     gate.set()
     answers = await asyncio.gather(*asked)
@@ -343,27 +340,27 @@ async def test_a_damaged_consultation_is_told_and_the_partition_goes_on(
     assert 4 == len((await asker.events()).rows)
 
 
-async def test_a_go_ends_after_some_milliseconds(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_job_ends_after_some_milliseconds(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits is answered in one go, and a round comes in between when that gets long."""
-    monkeypatch.setattr(answering_module, "GO_SECONDS", 0.0)
+    monkeypatch.setattr(answering_module, "JOB_SECONDS", 0.0)
     await fill(asker, "c1", range(1, 3))
     gate = threading.Event()
     order: list[str] = []
     busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
-    whole = Desk._go
+    whole = QuestionResponder._answer_some
 
-    def go(self: Desk, waiting: Any) -> Any:
-        made = whole(self, waiting)
-        order.append(f"go {len(made)}")
+    def answer_some(self: QuestionResponder, pending: Any) -> Any:
+        made = whole(self, pending)
+        order.append(f"job {len(made)}")
         return made
 
-    monkeypatch.setattr(Desk, "_go", go)
+    monkeypatch.setattr(QuestionResponder, "_answer_some", answer_some)
     asked = [asyncio.ensure_future(asker.ids()) for _ in range(3)]
     await eventually(lambda: asker.waiting == 3)
     gate.set()
     await asyncio.gather(busy, *asked)
-    assert ["go 1"] * 3 == order
-    monkeypatch.setattr(answering_module, "GO_SECONDS", 60.0)
+    assert ["job 1"] * 3 == order
+    monkeypatch.setattr(answering_module, "JOB_SECONDS", 60.0)
     order.clear()
     gate.clear()
     busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
@@ -371,7 +368,7 @@ async def test_a_go_ends_after_some_milliseconds(asker: Asker, monkeypatch: pyte
     await eventually(lambda: asker.waiting == 9)
     gate.set()
     await asyncio.gather(busy, *asked)
-    assert 9 == sum(int(one[3:]) for one in order)
+    assert 9 == sum(int(one[4:]) for one in order)
     assert len(order) <= 2
 
 
@@ -410,15 +407,14 @@ async def test_a_question_lets_go_of_its_handles_in_the_hdf5_thread(asker: Asker
 async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path: Path) -> None:
     """From after the open to before the release; also while it answers for reused ids."""
     nc = await connected(url)
-    metrics = Metrics()
     stream = Stream(delivery(1), reusing(2, of=1), delivery(3))
-    async with rig(tmp_path, stream) as part:
-        desk = Desk(Answering(nc, "main"), part.rounds.hdf5._executor, metrics)
-        part.runner._desk = desk
-        work = asyncio.create_task(desk.run())
+    async with rig(tmp_path, stream, answering=Answering(nc, "main")) as part:
+        assert part.responder is not None
+        work = asyncio.create_task(part.responder.run())
         part.runner.start()
         await part.reach(3)
-        asker = Asker(nc, desk, part.runner._file, part.rounds.hdf5._executor, metrics, work)  # type: ignore[arg-type]
+        assert part.store is not None
+        asker = Asker(nc, part.responder, PartitionFile(part.store), part.rounds.hdf5, part.metrics, work)
         assert [1, 3] == [row.sequence for row in (await asker.events()).rows]
         await part.runner.stop()
         await taken(nc)

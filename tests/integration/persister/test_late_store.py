@@ -10,7 +10,7 @@ from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.connection import Connection
 from services.log.jetstream.placement import Placements, read_stores
 from services.log.jetstream.trim import Trimmer
-from services.persister.assignment import Deployment, place
+from services.persister.placement import VolumeContext, claim_partitions
 from services.persister.volume import Volume
 from tests.integration.log.test_trim import Keys
 from tests.support.persisters import PARTITIONS, provisioned
@@ -23,16 +23,16 @@ async def test_a_purge_by_keys_from_before_the_store_began_is_seen(fresh_log: Cl
         await log.publish(100)
         keys = await Keys(log).reached(rest=100)
         settings = replace(log.settings, store="second", partitions=PARTITIONS)
-        deployment = Deployment(Volume.open(tmp_path, "second"), 1, settings, log.identity)
+        context = VolumeContext(Volume.open(tmp_path, "second"), 1, settings, log.identity)
         trimmer = Trimmer(log.nc, retention=0)
         before = await trimmer._look()
-        placing = asyncio.create_task(place(deployment, Placements(log.nc, settings)))
+        placing = asyncio.create_task(claim_partitions(context, Placements(log.nc, settings)))
         await eventually(lambda: begun(log.nc))
         assert 100 == await trimmer._slice(before, full=False)
         await log.publish(5)
         await keys.reached(rest=105)
         assert 0 == (await trimmer.trim()).purged
-        assert [101] * PARTITIONS == [found.begins for found in (await placing).here.values()]
+        assert [101] * PARTITIONS == [found.begins for found in (await placing).placed.values()]
         assert (await read_stores(log.nc))["second"].formed
 
 

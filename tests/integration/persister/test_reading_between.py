@@ -20,9 +20,10 @@ from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
 from services.log.protocol import Page
 from services.log.questions import Stored, digest_of
-from services.persister.answering import Desk
-from services.persister.metrics import Metrics
-from services.persister.partition_file import PartitionFile
+from services.persister.answering import QuestionResponder
+from services.persister.metrics import PersisterMetrics
+from services.persister.partition import PartitionFile
+from services.persister.rounds import Hdf5Thread
 from tests.support.broker import taken
 from tests.support.persister import IDENTITY
 from tests.support.persisters import PARTITIONS, Log, provisioned
@@ -32,7 +33,7 @@ from tests.support.polling import eventually
 class Halted:
     """A persister that answers, and commits when it is told to."""
 
-    def __init__(self, log: Log, store: EventStore, hdf5: ThreadPoolExecutor) -> None:
+    def __init__(self, log: Log, store: EventStore, hdf5: Hdf5Thread) -> None:
         self.log = log
         self.reader = JetStreamReader(log.nc, log.settings)
         self._store = store
@@ -60,7 +61,7 @@ class Halted:
             self._store.append("c1", records)
             self._store.commit(sequences[-1])
 
-        await asyncio.get_running_loop().run_in_executor(self._hdf5, work)
+        await self._hdf5.run(work)
 
     async def shown(self, limit: int) -> list[tuple[int, bool]]:
         found: list[tuple[int, bool]] = []
@@ -74,18 +75,18 @@ class Halted:
 @pytest.fixture
 async def halted(fresh_log: Cluster, tmp_path: Path) -> AsyncIterator[Halted]:
     async with provisioned(fresh_log, duplicate_window=0.1) as log:
-        with ThreadPoolExecutor(1) as hdf5:
-            file = PartitionFile(lambda: EventStore.create(tmp_path / "00.h5", IDENTITY))
-            store = await asyncio.get_running_loop().run_in_executor(hdf5, file.open)
-            desk = Desk(Answering(log.nc, "main"), hdf5, Metrics())
-            await desk.open(partition_of("c1", PARTITIONS), file, store)
-            work = asyncio.create_task(desk.run())
+        with ThreadPoolExecutor(1) as executor:
+            hdf5 = Hdf5Thread(executor)
+            file = PartitionFile(await hdf5.run(lambda: EventStore.create(tmp_path / "00.h5", IDENTITY)))
+            responder = QuestionResponder(Answering(log.nc, "main"), hdf5, PersisterMetrics())
+            await responder.open(partition_of("c1", PARTITIONS), file)
+            work = asyncio.create_task(responder.run())
             await taken(log.nc)
-            yield Halted(log, store, hdf5)
+            yield Halted(log, file.store, hdf5)
             work.cancel()
             with suppress(asyncio.CancelledError):
                 await work
-            hdf5.submit(lambda: file.close(abandon=True)).result()
+            await hdf5.run(lambda: file.close(abandon=True))
 
 
 def event(number: int) -> Event:

@@ -17,8 +17,8 @@ from services.core.lifecycle import Stop
 from services.log.jetstream.log import reach_log
 from services.log.protocol import LogIdentity
 from services.log.settings import LogSettings
-from services.persister import assignment
-from services.persister.answering import Desk
+from services.persister import placement
+from services.persister.answering import QuestionResponder
 from services.persister.errors import VolumeBusyError
 from services.persister.service import serve
 from services.persister.settings import PersisterSettings
@@ -82,10 +82,10 @@ async def test_a_connection_that_is_closed_for_good_ends_it_in_order(log: Log, r
 async def test_a_part_that_fails_beside_ends_it_in_order(run: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Questions would never be answered again, and nobody would know."""
 
-    async def fail(_: Desk) -> None:
+    async def fail(_: QuestionResponder) -> None:
         raise LookupError("broken")
 
-    monkeypatch.setattr(Desk, "run", fail)
+    monkeypatch.setattr(QuestionResponder, "run", fail)
     async with run() as running:
         with pytest.raises(LookupError, match="broken"):
             await asyncio.wait_for(asyncio.shield(running.work), 20)
@@ -111,14 +111,14 @@ async def test_a_claim_lock_that_is_kept_for_a_while_delays_the_claims_only(
     """A silent broker may keep another process in its claim for long: nobody ends for that."""
     monkeypatch.setattr("services.persister.volume.LOCK_TIMEOUT_SECONDS", 0.1)
     busy = [VolumeBusyError("another process has held it"), VolumeBusyError("another process has held it")]
-    claim = assignment._claim
+    claim = placement._claim
 
-    async def late(*arguments: Any) -> assignment.Placed:
+    async def late(*arguments: Any) -> placement.Assignment:
         if busy:
             raise busy.pop()
         return await claim(*arguments)
 
-    monkeypatch.setattr(assignment, "_claim", late)
+    monkeypatch.setattr(placement, "_claim", late)
     async with run():
         await persisted(tmp_path / "data", await log.publish(20))
     assert [] == busy

@@ -14,7 +14,7 @@ from fiq.errors import TransientError
 from services.log.jetstream.placement import Placements, read_stores
 from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, provision
 from services.log.settings import LogSettings
-from services.persister.assignment import Deployment, place
+from services.persister.placement import VolumeContext, claim_partitions
 from services.persister.volume import Volume
 from tests.support.cluster import delete_streams
 from tests.support.commands import done
@@ -27,9 +27,10 @@ async def claim(log: Log, folder: Path, settings: LogSettings) -> set[int]:
     volume = await asyncio.to_thread(Volume.open, folder, settings.store)
     while True:
         with contextlib.suppress(TransientError):
-            placed = await place(Deployment(volume, 2, settings, log.identity), Placements(log.nc, settings))
-            assert {} == placed.refused
-            return set(placed.here)
+            context = VolumeContext(volume, 2, settings, log.identity)
+            found = await claim_partitions(context, Placements(log.nc, settings))
+            assert {} == found.blocked
+            return set(found.placed)
 
 
 async def test_two_volumes_that_claim_at_the_same_moment_share_evenly_twenty_times(log: Log, tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ async def test_a_file_in_another_volume_is_refused_there_and_missed_at_home(log:
     one, two = both("second")
     with one, two:
         await one.not_ready(f"{moved.name} is gone: put it back")
-        await two.not_ready(f"partition {moved.stem}: its file lies in this volume, but another volume has")
+        await two.not_ready(f"partition {moved.stem}: its file is in this volume, but another volume has")
         await asyncio.gather(one.end(), two.end())
     assert before == (data[1] / moved.name).read_bytes()
 
@@ -182,7 +183,7 @@ async def test_a_deleted_key_stops_its_partition_on_every_volume_until_it_is_pla
         await one.not_ready("run `fiq place`")
 
         told = await done(log, "place", "--corpus", data[0])
-        assert f"partition {lost} lives on volume" in told
+        assert f"partition {lost} is placed on volume" in told
         await asyncio.gather(one.ready(), two.ready())
         await persisted_in(data, joined((before, after)))
         assert "there is nothing to place" in await done(log, "place", "--corpus", data[1])

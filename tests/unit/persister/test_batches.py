@@ -10,11 +10,11 @@ import pytest
 import structlog
 
 from fiq.corpus import Consultation, EventStore
-from services.log.protocol import Delivery
-from services.persister.dead_letters import DeadLetters, PoisonLimit, SetAside, Suspects
-from services.persister.metrics import Metrics
-from services.persister.partition_file import PartitionFile
-from services.persister.rounds import Batch, Conflict, Member, decoded
+from services.log.protocol import Delivery, Fate, Outcome
+from services.persister.dead_letters import DeadLetters, PoisonLimit, Quarantine
+from services.persister.metrics import PersisterMetrics
+from services.persister.partition import PartitionFile
+from services.persister.rounds import Batch, Conflict, OpenPartition
 from tests.support.persister import (
     IDENTITY,
     LOG,
@@ -25,6 +25,7 @@ from tests.support.persister import (
     contents,
     delivery,
     event,
+    poison,
     reusing,
 )
 
@@ -38,18 +39,15 @@ def store(tmp_path: Path) -> Iterator[EventStore]:
     made.abandon()
 
 
-def made(store: EventStore, *deliveries: Delivery, condemned: Mapping[int, str] | None = None) -> Batch:
+def made(store: EventStore, *deliveries: Delivery, known: Mapping[int, str] | None = None) -> Batch:
     """Return a batch of *deliveries* for the partition whose file is open in *store*."""
-    suspects = Suspects()
-    suspects.condemned |= condemned or {}
-    metrics = Metrics().of(0)
+    metrics = PersisterMetrics().of(0)
     log = structlog.get_logger()
-    dead = DeadLetters(DeadStream(), 0, LOG)
-    aside = SetAside(dead, PoisonLimit(), metrics, log)
-    file = PartitionFile(lambda: store)
+    quarantine = Quarantine(DeadLetters(DeadStream(), 0, LOG), PoisonLimit(), metrics, log)
+    quarantine.known |= known or {}
     follower = ScriptedFollower(Stream())
-    member = Member(0, file, store, follower, aside, suspects, dead, metrics, log, fail=lambda _: None)
-    return Batch(member, list(deliveries))
+    one = OpenPartition(0, PartitionFile(store), follower, quarantine, metrics, log, fail=lambda _: None)
+    return Batch(one, list(deliveries))
 
 
 def written(store: EventStore, *deliveries: Delivery) -> Batch:
@@ -170,14 +168,15 @@ async def test_a_batch_of_retries_only_moves_the_position(store: EventStore) -> 
         ("c1", GOOD | {"Fi-Received-Ns": "²"}, event(1).body, "Fi-Received-Ns"),
     ],
 )
-def test_what_ingest_would_not_have_written_is_poison(
-    consultation: str, headers: dict[str, str] | None, body: bytes, reason: str
+async def test_what_ingest_would_not_have_written_is_poison(
+    store: EventStore, consultation: str, headers: dict[str, str] | None, body: bytes, reason: str
 ) -> None:
     """The reason says which rule it breaks, and quotes nothing of the body."""
     bad = Delivery(2, consultation, headers, body, "token")
-    events, poison = decoded([delivery(1), bad, delivery(3)], {})
-    assert [1, 3] == [sequence for sequence, _ in events]
-    ((found, why),) = poison
+    batch = made(store, delivery(1), bad, delivery(3))
+    batch.decode()
+    assert [1, 3] == [sequence for sequence, _ in batch.events]
+    ((found, why),) = batch.poison
     assert bad is found
     assert reason in why
 
@@ -188,8 +187,25 @@ async def test_the_largest_time_fits(store: EventStore) -> None:
     assert (1, 0, 1) == counts(written(store, latest))
 
 
-def test_what_was_condemned_is_poison_whatever_it_holds() -> None:
-    """It broke its batch twice."""
-    events, poison = decoded([delivery(1), delivery(2)], {2: "could not be written: ValueError"})
-    assert [1] == [sequence for sequence, _ in events]
-    assert [(2, "could not be written: ValueError")] == [(bad.sequence, why) for bad, why in poison]
+async def test_a_message_that_failed_twice_on_its_own_is_poison(store: EventStore) -> None:
+    """Although it can be decoded."""
+    batch = made(store, delivery(1), delivery(2), known={2: "could not be written: ValueError"})
+    batch.decode()
+    assert [1] == [sequence for sequence, _ in batch.events]
+    assert [(2, "could not be written: ValueError")] == [(bad.sequence, why) for bad, why in batch.poison]
+
+
+async def test_the_log_gets_the_outcome_of_each_delivery_that_is_not_a_new_event(store: EventStore) -> None:
+    """A log without a broker answers its writers only then: with the sequence of the event that holds the id."""
+    written(store, delivery(1), reusing(2, of=1))
+    found = written(store, delivery(3), delivery(4, of=3), delivery(5, of=1), reusing(6, of=1), reusing(7, of=3))
+    assert {
+        4: Outcome(Fate.DUPLICATE, 3),
+        5: Outcome(Fate.DUPLICATE, 1),
+        6: Outcome(Fate.CONFLICT, 1),  # kept already
+        7: Outcome(Fate.CONFLICT, 3),
+    } == found.outcomes
+    again = made(store, delivery(3), poison(8))
+    again.decode()
+    again.append()
+    assert {8: Outcome(Fate.POISON)} == again.outcomes  # 3 was committed before a crash: it is its own event

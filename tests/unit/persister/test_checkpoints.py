@@ -9,8 +9,8 @@ import h5py
 from structlog.testing import CapturingLogger
 
 from fiq.corpus import EventStore, StoreOptions, StoreStats
-from services.persister.metrics import Metrics
-from services.persister.runner import CheckpointWatch
+from services.persister.metrics import PersisterMetrics
+from services.persister.partition import CheckpointWatch
 from tests.support.corpus import IDENTITY, commit_range
 
 
@@ -28,7 +28,7 @@ def test_a_long_wait_is_warned_of_seldom_and_its_end_is_told(tmp_path: Path) -> 
     stats, log = _held_back(tmp_path), CapturingLogger()
     watch = CheckpointWatch(log)
     for seconds in (1.0, 59.0, 60.0, 61.0, 119.0, 121.0, 200.0, 0.0, 0.0):
-        watch.note(replace(stats, checkpoint_waiting_seconds=seconds))
+        watch.update(replace(stats, checkpoint_waiting_seconds=seconds))
     assert ["CHECKPOINTS_HELD_BACK", "CHECKPOINTS_HELD_BACK", "CHECKPOINTS_GO_ON"] == [
         call.args[0] for call in log.calls
     ]
@@ -44,13 +44,13 @@ def test_a_compaction_is_logged_once(tmp_path: Path) -> None:
     stats, log = _held_back(tmp_path), CapturingLogger()
     watch = CheckpointWatch(log)
     for compactions in (0, 1, 1, 0, 1):
-        watch.note(replace(stats, compactions=compactions))
+        watch.update(replace(stats, compactions=compactions))
     assert [("JOURNAL_COMPACTED", 1)] * 2 == [(call.args[0], call.kwargs["times"]) for call in log.calls]
 
 
 def test_the_wait_is_a_metric(tmp_path: Path) -> None:
     """Beside the number of deferrals and the journal's size."""
-    metrics = Metrics()
+    metrics = PersisterMetrics()
     metrics.of(0).store(replace(_held_back(tmp_path), checkpoint_waiting_seconds=75.0, compactions=2))
     values = {
         name: metrics.registry.get_sample_value(f"fi_persister_{name}", {"partition": "00"})

@@ -14,10 +14,10 @@ from services.log.errors import PlacementError
 from services.log.protocol import Position
 from services.log.settings import LogSettings
 from services.log.status import Placement, Progress
-from services.persister.assignment import Deployment
 from services.persister.coordinator import Coordinator
-from services.persister.metrics import Metrics
-from services.persister.runner import State
+from services.persister.metrics import PersisterMetrics
+from services.persister.partition import RunnerState
+from services.persister.placement import VolumeContext
 from services.persister.volume import Volume
 from tests.support.persister import LOG
 from tests.support.placements import MemoryPlacements, placed
@@ -29,7 +29,7 @@ class FakeRunner:
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
-        self.state, self.reason = State.FOLLOWING, ""
+        self.state, self.reason = RunnerState.FOLLOWING, ""
         self.gate = asyncio.Event()
         self.gate.set()
         self.stopping = self.stopped = False
@@ -38,13 +38,13 @@ class FakeRunner:
         self.waiting = 3
         self.in_doubt = False
         self.failed: list[Exception] = []
-        self.reached: Position | None = None
+        self.released_at: Position | None = None
         self.idle_at: int | None = None
         self.advanced = 0
         self.disk = asyncio.Event()
         self.disk.set()
 
-    async def look_after(self) -> None:
+    async def maintain(self) -> None:
         await self.disk.wait()
 
     def start(self) -> None:
@@ -54,10 +54,10 @@ class FakeRunner:
         self.stopping = True
         await self.gate.wait()
         self.stopped = True
-        self.reached, self.committed = self.proven, None
+        self.released_at, self.committed = self.verified, None
 
     @property
-    def proven(self) -> Position | None:
+    def verified(self) -> Position | None:
         return None if self.committed is None or self.in_doubt else Position(self.committed, f"c/{self.committed}")
 
     def fail(self, error: Exception) -> None:
@@ -78,16 +78,16 @@ class Rig:
         self.runners: dict[int, FakeRunner] = {}
         self.changes: list[list[int]] = []
         self.volume = Volume.open(folder, "main")
-        self.metrics = Metrics()
-        members = SimpleNamespace(name="us", alive=self._alive, leave=self._leave)
+        self.metrics = PersisterMetrics()
+        workers = SimpleNamespace(name="us", alive=self._alive, leave=self._leave)
         self.coordinator = Coordinator(
-            Deployment(self.volume, 1, LogSettings(partitions=4), LOG),
-            members=cast("Any", members),
+            VolumeContext(self.volume, 1, LogSettings(partitions=4), LOG),
+            workers=cast("Any", workers),
             placements=placements,
             make_runner=cast("Any", self._make),
             metrics=self.metrics,
         )
-        self.coordinator.on_change = self.changes.append
+        self.coordinator.on_change = lambda: self.changes.append(self.coordinator.partitions)
 
     def _alive(self) -> list[str]:
         assert self.look.wait(5)
@@ -117,10 +117,10 @@ async def ended(work: asyncio.Task[None], rig: Rig) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.persister.coordinator.STEP_SECONDS", 0.01)
-    monkeypatch.setattr("services.persister.coordinator.PLACE_SECONDS", 0.01)
-    monkeypatch.setattr("services.persister.coordinator.PLACED_SECONDS", 0.01)
-    monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 1000)
+    monkeypatch.setattr("services.persister.coordinator.SHARE_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.CLAIM_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.CLAIMED_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.MAINTAIN_SECONDS", 1000)
 
 
 async def test_a_process_that_is_alone_runs_everything(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ async def test_partitions_that_were_placed_and_not_yet_shared_are_not_ready(tmp_
     rig.look.clear()
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: rig.coordinator.problems() != ["partitions have not been placed yet"])
-    assert [f"partition 0{p} is placed here, and was not shared" for p in range(4)] == [
-        problem.partition(" among")[0] for problem in rig.coordinator.problems()
+    assert [f"partition 0{p} is placed here and was not assigned" for p in range(4)] == [
+        problem.partition(" to a")[0] for problem in rig.coordinator.problems()
     ]
     rig.look.set()
     await eventually(lambda: rig.coordinator.problems() == [])
@@ -237,7 +237,7 @@ async def test_a_data_directory_that_takes_no_file_is_shown_and_tried_again(
 
 async def test_the_disks_room_is_shown_also_while_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator wants to see a full disk before anything else; one that cannot be measured ends nothing."""
-    monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.MAINTAIN_SECONDS", 0.01)
     free = iter([10, None, 9])
 
     def room(_: Volume) -> tuple[int, int]:
@@ -265,7 +265,7 @@ async def test_a_disk_that_hangs_is_shown(tmp_path: Path) -> None:
     work = await begun(rig)
     rig.runners[2].disk.clear()
     rig.runners[2].disk_wait = 11.0
-    assert ["partition 02 has waited for its file for 11 s: does the disk answer?"] == rig.coordinator.problems()
+    assert ["partition 02 has waited for its file for 11 s: does the disk respond?"] == rig.coordinator.problems()
     assert Progress(7, 3) == rig.coordinator.progress()[1]
     rig.runners[2].disk.set()
     await ended(work, rig)
@@ -278,7 +278,7 @@ async def test_a_disk_that_hangs_is_shown(tmp_path: Path) -> None:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put progress whenever there is some."""
     monkeypatch.setattr("services.persister.coordinator.PROGRESS_SECONDS", 0.01)
-    monkeypatch.setattr("services.persister.coordinator.PUT_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.REPORT_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -353,7 +353,7 @@ async def test_whoever_was_placed_anew_finds_out_when_it_puts_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is the fence: its runner stops at once, and not at the next look."""
-    monkeypatch.setattr("services.persister.coordinator.PLACED_SECONDS", 1000)
+    monkeypatch.setattr("services.persister.coordinator.CLAIMED_SECONDS", 1000)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
     work = await begun(rig)
@@ -369,7 +369,7 @@ async def test_whoever_was_placed_anew_finds_out_when_it_puts_its_progress(
 async def test_news_of_the_bucket_and_a_reconnect_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.persister.coordinator.PLACED_SECONDS", 1000)
+    monkeypatch.setattr("services.persister.coordinator.CLAIMED_SECONDS", 1000)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
     work = await begun(rig)
@@ -396,7 +396,7 @@ async def test_a_partition_whose_key_is_deleted_is_released_and_told(tmp_path: P
 
 async def test_idle_partitions_follow_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or trim would stop at their last events; a partition at work needs no help, and an idle one little."""
-    monkeypatch.setattr("services.persister.coordinator.OBSERVE_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.coordinator.MAINTAIN_SECONDS", 0.01)
     rig = Rig(tmp_path, MemoryPlacements())
     work = await begun(rig)
     rig.runners[1].idle_at = 7

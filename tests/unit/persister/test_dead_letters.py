@@ -121,7 +121,7 @@ async def test_events_under_used_keys_are_listed_in_letters_that_fit() -> None:
     """By consultation: where each stands in the log, and where the first event under its key."""
     recorder = Recorder()
     letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"))
-    await letters.point_to([(f"c{number % 2}", number, number - 10) for number in range(20, 60)])
+    await letters.list_conflicts([(f"c{number % 2}", number, number - 10) for number in range(20, 60)])
     told: list[tuple[str, int, int]] = []
     for _, body, headers in recorder.sent:
         assert len(body) + sum(len(name) + len(value) + 4 for name, value in headers.items()) < 10_000

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from fiq.corpus import StoreStats
-from services.persister.metrics import Metrics, RateWindow
+from services.persister.metrics import PersisterMetrics, RateWindow
 from services.persister.rounds import Batch
 from tests.support.persister import delivery
 
 
 def batch(count: int, **became: int) -> Batch:
     """Return a batch of *count* events, and what became of them."""
-    member: Any = None
-    return Batch(member, [delivery(n + 1) for n in range(count)], **became)  # type: ignore[arg-type]
+    one: Any = None
+    return Batch(one, [delivery(n + 1) for n in range(count)], **became)  # type: ignore[arg-type]
 
 
 class Clock:
@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+def value(metrics: PersisterMetrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
 
 
@@ -57,7 +57,7 @@ def test_a_rate_is_the_mean_over_the_window(clock: Clock) -> None:
 
 def test_the_ack_rate_outlasts_observations(clock: Clock) -> None:
     """The broker's numbers are noted every two seconds; that must not start the window anew."""
-    metrics = Metrics()
+    metrics = PersisterMetrics()
     metrics.of(3).state("following")
     metrics.of(3).batch(batch(40, persisted=40))
     metrics.of(3).queue(lambda: 7, lambda: 5)
@@ -68,7 +68,7 @@ def test_the_ack_rate_outlasts_observations(clock: Clock) -> None:
 
 def test_a_batch_is_counted(clock: Clock) -> None:
     """Events, retries, bytes, and what is reached."""
-    metrics = Metrics()
+    metrics = PersisterMetrics()
     made = batch(5, persisted=3, duplicates=2)
     metrics.of(3).batch(made)
     assert 3.0 == value(metrics, "fi_persister_events_total", partition="03")
@@ -79,7 +79,7 @@ def test_a_batch_is_counted(clock: Clock) -> None:
 
 def test_one_state_is_set_at_a_time() -> None:
     """An alert looks for retrying or stopped."""
-    metrics = Metrics()
+    metrics = PersisterMetrics()
     metrics.of(0).state("following")
     metrics.of(0).state("stopped")
     states = ("starting", "following", "retrying", "stopped")
@@ -89,7 +89,7 @@ def test_one_state_is_set_at_a_time() -> None:
 
 def test_a_partition_that_left_shows_no_gauges_but_keeps_its_counters(clock: Clock) -> None:
     """Or a partition would have two lengths in Prometheus; a counter that vanishes would break rates."""
-    metrics = Metrics()
+    metrics = PersisterMetrics()
     for partition in (3, 4):
         metrics.of(partition).state("following")
         metrics.of(partition).committed(9)

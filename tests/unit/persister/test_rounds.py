@@ -15,9 +15,9 @@ from structlog.testing import capture_logs
 from fiq.corpus import EventStore
 from services.persister import rounds as module
 from services.persister.dead_letters import DeadLetters
-from services.persister.metrics import Metrics
+from services.persister.metrics import PersisterMetrics
+from services.persister.partition import PartitionRunner, RunnerState
 from services.persister.rounds import Hdf5Thread, Limits, Rounds
-from services.persister.runner import PartitionRunner, State
 from tests.support.persister import IDENTITY, LOG, DeadStream, Stream, contents, delivery, poison
 from tests.support.polling import eventually
 
@@ -29,7 +29,7 @@ class Process:
 
     def __init__(self, folder: Path, hdf5: ThreadPoolExecutor) -> None:
         self.folder = folder
-        self.metrics = Metrics()
+        self.metrics = PersisterMetrics()
         self.rounds = Rounds(Hdf5Thread(hdf5), Limits(events=100, size=2**20), self.metrics)
         self.turning = asyncio.create_task(self.rounds.run())
         self.streams = [Stream() for _ in range(PARTITIONS)]
@@ -61,7 +61,7 @@ class Process:
     async def start(self) -> None:
         for runner in self.runners:
             runner.start()
-        await eventually(lambda: all(runner.state is State.FOLLOWING for runner in self.runners))
+        await eventually(lambda: all(runner.state is RunnerState.FOLLOWING for runner in self.runners))
 
     async def reach(self, number: int, sequence: int) -> None:
         await eventually(lambda: sequence in self.streams[number].acknowledged)
@@ -113,7 +113,7 @@ async def test_a_partition_that_fails_leaves_the_round_and_comes_back(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others are committed in the same round; it opens its file anew and loses nothing."""
-    monkeypatch.setattr("services.persister.runner.BACKOFF_SECONDS", (0.01,))
+    monkeypatch.setattr("services.persister.partition.BACKOFF_SECONDS", (0.01,))
     failures = [OSError(5, "no"), None]
 
     def wrap(number: int, store: EventStore) -> None:
@@ -184,7 +184,7 @@ async def test_a_job_that_cannot_be_made_stops_nobody_for_good(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its batches count as failed: the partitions open their files anew, and a stop ends."""
-    monkeypatch.setattr("services.persister.runner.BACKOFF_SECONDS", (0.01,))
+    monkeypatch.setattr("services.persister.partition.BACKOFF_SECONDS", (0.01,))
     await process.start()
     run, failures = process.rounds.hdf5.run, [MemoryError()]
 

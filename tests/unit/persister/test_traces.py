@@ -15,8 +15,8 @@ from structlog.testing import capture_logs
 
 from services.core.tracing import MAX_LINKS, Spans
 from services.log.protocol import Delivery
-from services.persister.runner import State
-from services.persister.traces import MAX_LINES, Traces
+from services.persister.metrics import MAX_TRACE_LINES, Traces
+from services.persister.partition import RunnerState
 from tests.support.persister import Rig, Stream, delivery, poison, reusing, rig
 
 
@@ -59,7 +59,7 @@ async def persist(part: Rig, deliveries: Sequence[Delivery]) -> list[dict[str, A
     with capture_logs() as entries:
         part.stream.add(*deliveries)
         part.runner.start()
-        await part.be(State.FOLLOWING)
+        await part.be(RunnerState.FOLLOWING)
         await part.reach(deliveries[-1].sequence)
         await part.runner.stop()
     return [dict(entry) for entry in entries]
@@ -95,10 +95,9 @@ async def test_what_nobody_recorded_is_no_line(part: Rig, header: str | None) ->
 
 async def test_the_lines_of_a_batch_are_bounded(part: Rig) -> None:
     """Thousands of events may be committed at once; how many traces were left out is told."""
-    part.rounds._limits = type(part.rounds._limits)(events=MAX_LINES + 5, size=2**20)
-    entries = await persist(part, [traced(delivery(n), parent(n)) for n in range(1, MAX_LINES + 6)])
+    entries = await persist(part, [traced(delivery(n), parent(n)) for n in range(1, MAX_TRACE_LINES + 6)])
     lines = named(entries, "EVENT_TRACED")
-    assert [trace_id(n) for n in range(1, MAX_LINES + 1)] == [line["trace_id"] for line in lines]
+    assert [trace_id(n) for n in range(1, MAX_TRACE_LINES + 1)] == [line["trace_id"] for line in lines]
     assert [5] == [entry["traces"] for entry in named(entries, "TRACES_LEFT_OUT")]
 
 

@@ -21,15 +21,15 @@ from fiq.corpus.wal.storage import Buffer
 from fiq.errors import PermanentError
 from services.log.protocol import Position
 from services.persister.dead_letters import PoisonLimit
-from services.persister.runner import State
+from services.persister.partition import RunnerState
 from tests.support.faulty_io import FailingIO
-from tests.support.persister import Rig, ScriptedFollower, Stream, conflicts, contents, delivery, poison, reusing, rig
+from tests.support.persister import Rig, Stream, conflicts, contents, delivery, poison, reusing, rig
 from tests.support.polling import eventually
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.persister.runner.BACKOFF_SECONDS", (0.01,))
+    monkeypatch.setattr("services.persister.partition.BACKOFF_SECONDS", (0.01,))
     monkeypatch.setattr("services.persister.rounds.LONGEST_SECONDS", 0.0)
 
 
@@ -61,7 +61,7 @@ async def test_an_event_is_written_as_soon_as_it_is_there(
 ) -> None:
     """No timer stands between an idle partition's event and its commit: not one more event is waited for."""
     part.runner.start()
-    await part.be(State.FOLLOWING)
+    await part.be(RunnerState.FOLLOWING)
     loop = asyncio.get_running_loop()
     for sequence in range(1, 6):
         acknowledged = asyncio.Event()
@@ -113,12 +113,12 @@ async def test_a_full_disk_is_shown_and_waited_for(part: Rig, stream: Stream) ->
     disk.full = True
     stream.add(delivery(2), delivery(3))
     await eventually(lambda: (part.sample("fi_persister_failures_total", kind="transient") or 0) >= 3)
-    await part.be(State.RETRYING)
+    await part.be(RunnerState.RETRYING)
     assert "No space left on device" in part.runner.reason
     assert [1] == stream.acknowledged
     disk.full = False
     await part.reach(3)
-    assert (State.FOLLOWING, "") == (part.runner.state, part.runner.reason)
+    assert (RunnerState.FOLLOWING, "") == (part.runner.state, part.runner.reason)
     await part.runner.stop()
     assert {"c1": [1, 2, 3]} == contents(part.path)
 
@@ -148,11 +148,9 @@ async def test_a_failed_write_or_sync_leads_to_the_same_events_once(
 async def test_a_permanent_error_stops_the_partition_and_releases_the_file(part: Rig, stream: Stream) -> None:
     """The operator reads the reason in /readyz; nothing is tried again until the process is restarted."""
     part.runner.start()
-    await part.be(State.FOLLOWING)
-    (follower,) = [part.runner._follower]
-    assert isinstance(follower, ScriptedFollower)
-    follower.interrupt(PermanentError("the stream is another one"))
-    await part.be(State.STOPPED)
+    await part.be(RunnerState.FOLLOWING)
+    part.runner.fail(PermanentError("the stream is another one"))
+    await part.be(RunnerState.STOPPED)
     assert part.runner.reason == "the stream is another one"
     assert 1.0 == part.sample("fi_persister_failures_total", kind="permanent")
     EventStore.open(part.path, expected=None).close()
@@ -177,10 +175,9 @@ async def test_a_message_that_breaks_its_batch_is_found_and_set_aside(part: Rig,
     part.runner.start()
     await part.reach(10)
     assert [(5, "could not be written: ZeroDivisionError")] == part.dead.reasons
-    assert not part.runner._suspects.condemned
-    assert not part.runner._suspects.singly
     stream.add(delivery(11), delivery(12))
     await part.reach(12)
+    assert 11 not in stream.acknowledged  # batches are whole again
     await part.runner.stop()
     assert {"c1": [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]} == contents(part.path)
 
@@ -231,7 +228,7 @@ async def test_a_batch_with_poison_waits_for_the_dead_letter_stream(part: Rig, s
     stream.add(delivery(1), poison(2), delivery(3))
     part.runner.start()
     await eventually(lambda: part.dead.attempts >= 3)
-    await part.be(State.RETRYING)
+    await part.be(RunnerState.RETRYING)
     assert part.runner.reason == "the dead-letter stream is out of reach"
     assert [] == stream.acknowledged
     part.dead.down = False
@@ -305,7 +302,7 @@ async def test_a_flood_of_poison_stops_the_partition(tmp_path: Path, stream: Str
     stream.add(delivery(1), *(poison(sequence) for sequence in range(2, 50)))
     async with rig(tmp_path, stream, limit=PoisonLimit(streak=5)) as part:
         part.runner.start()
-        await part.be(State.STOPPED)
+        await part.be(RunnerState.STOPPED)
         assert "5 poison messages in a row" in part.runner.reason
         assert "FI_POISON_STREAK=0" in part.runner.reason
         assert 4 == len(part.dead.letters)
@@ -408,7 +405,7 @@ async def test_a_partition_that_another_process_holds_is_taken_when_it_lets_go(p
         other.runner.start()
         await other.reach(1)
         part.runner.start()
-        await part.be(State.RETRYING)
+        await part.be(RunnerState.RETRYING)
         await other.runner.stop()
     stream.add(delivery(2))
     await part.reach(2)
@@ -421,10 +418,10 @@ async def test_a_partition_that_another_process_does_not_let_go_is_told(
     part: Rig, stream: Stream, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It waits as long as it takes, but its events wait too: an operator must read of it, and who holds the file."""
-    monkeypatch.setattr("services.persister.runner.HANDOVER_SECONDS", 0.05)
+    monkeypatch.setattr("services.persister.partition.HANDOVER_SECONDS", 0.05)
     async with rig(part.path.parent, stream) as other:
         other.runner.start()
-        await other.be(State.FOLLOWING)
+        await other.be(RunnerState.FOLLOWING)
         part.runner.start()
         await eventually(lambda: part.sample("fi_persister_failures_total", kind="transient") != 0.0)
         await other.runner.stop()
@@ -436,7 +433,7 @@ async def test_a_partition_that_another_process_does_not_let_go_is_told(
 
 async def test_an_idle_partition_follows_the_stream(part: Rig, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that trim need not stop at its last event."""
-    monkeypatch.setattr("services.persister.runner.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("services.persister.partition.IDLE_SECONDS", 0.05)
     stream.add(delivery(1))
     part.runner.start()
     await part.reach(1)
@@ -463,7 +460,7 @@ async def test_an_idle_partition_shows_that_its_disk_fails(part: Rig, stream: St
     await part.runner.advance()
     await eventually(lambda: (part.sample("fi_persister_failures_total", kind="transient") or 0) >= 1)
     disk.full = False
-    await part.be(State.FOLLOWING)
+    await part.be(RunnerState.FOLLOWING)
     await part.runner.advance()
     assert [50] == stream.advanced
     await part.runner.stop()
@@ -477,7 +474,7 @@ async def test_files_that_are_deleted_stop_the_partition(part: Rig, stream: Stre
     await part.reach(1)
     (part.path.parent / name).unlink()
     stream.add(delivery(2))
-    await part.be(State.STOPPED)
+    await part.be(RunnerState.STOPPED)
     assert "deleted or replaced" in part.runner.reason
     assert [1] == stream.acknowledged
     await part.runner.stop()
@@ -489,8 +486,8 @@ async def test_an_idle_partition_notices_that_its_directory_is_gone(part: Rig, s
     part.runner.start()
     await part.reach(1)
     shutil.rmtree(part.path.parent)
-    await part.runner.look_after()
-    await part.be(State.STOPPED)
+    await part.runner.maintain()
+    await part.be(RunnerState.STOPPED)
     await part.runner.stop()
 
 

@@ -16,7 +16,7 @@ from fiq.corpus import EventStore, IdentityMismatchError, JournalError, StoreOpt
 from services.log.errors import LogMismatchError, PlacementError
 from services.log.settings import LogSettings
 from services.log.status import Placement
-from services.persister.assignment import Deployment, open_store, place
+from services.persister.placement import VolumeContext, claim_partitions, open_store
 from services.persister.volume import Volume
 from tests.support.persister import LOG, event
 from tests.support.placements import MemoryPlacements, placed
@@ -24,12 +24,12 @@ from tests.support.placements import MemoryPlacements, placed
 OTHER = "11111111-2222-4333-8444-555555555555"
 
 
-def deployment(folder: Path, *, partitions: int = 4, volumes: int = 1, created: str = LOG.created) -> Deployment:
+def context(folder: Path, *, partitions: int = 4, volumes: int = 1, created: str = LOG.created) -> VolumeContext:
     settings = LogSettings(partitions=partitions)
-    return Deployment(Volume.open(folder, "main"), volumes, settings, dataclasses.replace(LOG, created=created))
+    return VolumeContext(Volume.open(folder, "main"), volumes, settings, dataclasses.replace(LOG, created=created))
 
 
-def fill(where: Deployment, partition: int, *, epoch: int = 1, committed: int = 0) -> Path:
+def fill(where: VolumeContext, partition: int, *, epoch: int = 1, committed: int = 0) -> Path:
     """Make the partition's file."""
     path = where.volume.file(partition)
     with EventStore.create(path, where.expected(partition, epoch)) as store:
@@ -43,7 +43,7 @@ def fill(where: Deployment, partition: int, *, epoch: int = 1, committed: int = 
 
 def test_a_file_that_is_opened_is_linked(tmp_path: Path) -> None:
     """corpus.h5 opens all of them."""
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     fill(here, 2)
     open_store(here, placed(2, here.volume.uuid), StoreOptions()).close()
     assert (tmp_path / "corpus.h5").exists()
@@ -51,7 +51,7 @@ def test_a_file_that_is_opened_is_linked(tmp_path: Path) -> None:
 
 def test_a_placed_partition_whose_file_is_gone_stops(tmp_path: Path) -> None:
     """An empty file in its place would begin at sequence 1, and split the history over two."""
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     with pytest.raises(PlacementError, match=r"02\.h5 is gone: put it back"):
         open_store(here, placed(2, here.volume.uuid), StoreOptions())
     assert not here.volume.file(2).exists()
@@ -59,7 +59,7 @@ def test_a_placed_partition_whose_file_is_gone_stops(tmp_path: Path) -> None:
 
 def test_a_file_without_its_journal_stops(tmp_path: Path) -> None:
     """The newest commits were in it."""
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     path = fill(here, 2)
     path.with_name("02.h5.wal").unlink()
     with pytest.raises(JournalError):
@@ -69,7 +69,7 @@ def test_a_file_without_its_journal_stops(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "value"), [("volume", OTHER), ("epoch", 7), ("partition", 3), ("store", "second")])
 def test_another_ones_file_stops(tmp_path: Path, field: str, value: object) -> None:
     """Whoever copied it here, it is not written."""
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     found = dataclasses.replace(here.expected(2, 1), **{field: value})  # type: ignore[arg-type]
     EventStore.create(here.volume.file(2), found).close()
     with pytest.raises(IdentityMismatchError, match=field):
@@ -81,13 +81,13 @@ import sys, time
 from pathlib import Path
 from fiq.corpus import CorpusLockedError, StoreOptions
 from tests.support.placements import placed
-from services.persister.assignment import open_store
+from services.persister.placement import open_store
 import importlib.util
 spec = importlib.util.spec_from_file_location('helpers', sys.argv[3])
 helpers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(helpers)
-deployment = helpers.deployment
-here = deployment(Path(sys.argv[1]))
+context = helpers.context
+here = context(Path(sys.argv[1]))
 while time.time() < float(sys.argv[2]):
     pass
 while True:
@@ -103,7 +103,7 @@ while True:
 
 def test_processes_that_open_a_fresh_file_take_turns(tmp_path: Path) -> None:
     """None fails, none begins the file anew."""
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     fill(here, 2)
     command = [sys.executable, "-c", _OPEN, str(tmp_path), str(time.time() + 2), __file__]
     root = Path(__file__).parents[3]
@@ -119,16 +119,16 @@ def test_processes_that_open_a_fresh_file_take_turns(tmp_path: Path) -> None:
 # -- placing ----------------------------------------------------------------------------------------------------------
 
 
-def files(here: Deployment) -> list[int]:
+def files(here: VolumeContext) -> list[int]:
     """Return the partitions that have a file."""
     return [p for p in range(here.log.partitions) if here.volume.file(p).exists()]
 
 
 async def test_a_single_volume_takes_everything(tmp_path: Path) -> None:
     """Each has its file, and the store is formed."""
-    here, log = deployment(tmp_path), MemoryPlacements()
-    got = await place(here, log)
-    assert ([0, 1, 2, 3], {}) == (sorted(got.here), got.refused)
+    here, log = context(tmp_path), MemoryPlacements()
+    got = await claim_partitions(here, log)
+    assert ([0, 1, 2, 3], {}) == (sorted(got.placed), got.blocked)
     assert [0, 1, 2, 3] == files(here)
     assert (True, (here.volume.uuid,)) == (log.formed, log.volumes)
     assert LOG.created == here.volume.formed_in()
@@ -136,7 +136,7 @@ async def test_a_single_volume_takes_everything(tmp_path: Path) -> None:
 
 async def test_the_file_is_there_before_the_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So a placed partition without a file has lost it, whenever a process was killed."""
-    here, log = deployment(tmp_path), MemoryPlacements()
+    here, log = context(tmp_path), MemoryPlacements()
     seen: list[bool] = []
     claim = log.claim
 
@@ -145,16 +145,16 @@ async def test_the_file_is_there_before_the_claim(tmp_path: Path, monkeypatch: p
         return await claim(partition, volume, epoch, begins=begins)
 
     monkeypatch.setattr(log, "claim", looking)
-    await place(here, log)
+    await claim_partitions(here, log)
     assert [True] * 4 == seen
 
 
 async def test_a_volume_takes_no_more_than_its_quota(tmp_path: Path) -> None:
     """The share rounded up; also when it is the only one there."""
     log = MemoryPlacements()
-    here = deployment(tmp_path, partitions=5, volumes=2)
-    assert 3 == len((await place(here, log)).here)
-    assert 3 == len((await place(here, log)).here)
+    here = context(tmp_path, partitions=5, volumes=2)
+    assert 3 == len((await claim_partitions(here, log)).placed)
+    assert 3 == len((await claim_partitions(here, log)).placed)
     assert 3 == len(files(here))
     assert not log.formed
 
@@ -162,186 +162,186 @@ async def test_a_volume_takes_no_more_than_its_quota(tmp_path: Path) -> None:
 async def test_two_volumes_at_the_same_moment_share_evenly(tmp_path: Path) -> None:
     """A race that is lost leaves no file, and the one that completes the store notes so; the other one learns of it."""
     log = MemoryPlacements()
-    one = deployment(tmp_path / "one", volumes=2)
-    two = deployment(tmp_path / "two", volumes=2)
-    first, second = await asyncio.gather(place(one, log), place(two, log))
-    assert (2, 2) == (len(first.here), len(second.here))
-    assert {0, 1, 2, 3} == first.here.keys() | second.here.keys()
+    one = context(tmp_path / "one", volumes=2)
+    two = context(tmp_path / "two", volumes=2)
+    first, second = await asyncio.gather(claim_partitions(one, log), claim_partitions(two, log))
+    assert (2, 2) == (len(first.placed), len(second.placed))
+    assert {0, 1, 2, 3} == first.placed.keys() | second.placed.keys()
     for where, got in ((one, first), (two, second)):
-        assert set(got.here) == set(files(where))
-    await asyncio.gather(place(one, log), place(two, log))
+        assert set(got.placed) == set(files(where))
+    await asyncio.gather(claim_partitions(one, log), claim_partitions(two, log))
     assert {one.volume.uuid, two.volume.uuid} == set(log.volumes)
     assert [LOG.created] * 2 == [where.volume.formed_in() for where in (one, two)]
 
 
 async def test_a_store_that_begins_late_says_where(tmp_path: Path) -> None:
     """What was trimmed before is only in other stores; file and key agree."""
-    here, log = deployment(tmp_path), MemoryPlacements()
+    here, log = context(tmp_path), MemoryPlacements()
     log.first = 501
-    got = await place(here, log)
-    store = open_store(here, got.here[1], StoreOptions())
+    got = await claim_partitions(here, log)
+    store = open_store(here, got.placed[1], StoreOptions())
     assert (501, 500) == (store.begins, store.committed)
-    assert (501, 500) == (got.here[1].begins, got.here[1].committed)
+    assert (501, 500) == (got.placed[1].begins, got.placed[1].committed)
     store.close()
 
 
 async def test_another_volumes_partitions_are_left_alone(tmp_path: Path) -> None:
     """A second volume with the same data directory settings gets nothing, and keeps nothing."""
     log = MemoryPlacements(*(placed(p, OTHER) for p in range(4)))
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     fill(here, 1)  # of a claim that the other one won while this process was killed
-    got = await place(here, log)
-    assert ({}, {}) == (got.here, got.refused)
+    got = await claim_partitions(here, log)
+    assert ({}, {}) == (got.placed, got.blocked)
     assert [] == files(here)
 
 
 async def test_a_file_of_a_partition_that_another_volume_has_is_shown(tmp_path: Path) -> None:
     """It was moved here by mistake, or the volumes were mixed up; what was committed is never removed."""
     log = MemoryPlacements(*(placed(p, OTHER) for p in range(4)))
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     fill(here, 3, committed=9)
-    got = await place(here, log)
-    assert {} == got.here
-    assert [3] == list(got.refused)
-    assert "another volume has the partition" in got.refused[3]
+    got = await claim_partitions(here, log)
+    assert {} == got.placed
+    assert [3] == list(got.blocked)
+    assert "another volume has the partition" in got.blocked[3]
     assert [3] == files(here)
 
 
 async def test_a_file_of_a_claim_without_an_outcome_comes_first(tmp_path: Path) -> None:
     """The process was killed before it knew; the file is claimed, unless the stream was trimmed past its beginning."""
-    here, log = deployment(tmp_path, partitions=8, volumes=8), MemoryPlacements()
+    here, log = context(tmp_path, partitions=8, volumes=8), MemoryPlacements()
     fill(here, 5)
     log.first = 7
-    got = await place(here, log)
-    assert [5] == list(got.here)
-    assert 7 == got.here[5].begins
-    store = open_store(here, got.here[5], StoreOptions())
+    got = await claim_partitions(here, log)
+    assert [5] == list(got.placed)
+    assert 7 == got.placed[5].begins
+    store = open_store(here, got.placed[5], StoreOptions())
     assert 7 == store.begins
     store.close()
 
 
 async def test_a_file_with_commits_and_without_a_key_is_not_claimed(tmp_path: Path) -> None:
     """It was placed before: somebody deleted its key, and only an operator knows whether this is the newest file."""
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     fill(here, 2, committed=9)
-    got = await place(here, MemoryPlacements())
-    assert [0, 1, 3] == sorted(got.here)
-    assert "02.h5 holds commits, but key main.02 of bucket fi-partitions is gone: run `fiq place`" in got.refused[2]
+    got = await claim_partitions(here, MemoryPlacements())
+    assert [0, 1, 3] == sorted(got.placed)
+    assert "02.h5 holds commits, but key main.02 of bucket fi-partitions is gone: run `fiq place`" in got.blocked[2]
 
 
 @pytest.mark.parametrize("deleted", [True, False])
 async def test_a_key_of_a_formed_store_that_is_gone_is_claimed_by_nobody(tmp_path: Path, deleted: bool) -> None:
     """With two volumes the other one made an empty file once, and wrote everything twice."""
     log = MemoryPlacements()
-    one, two = (deployment(tmp_path / name, volumes=2) for name in ("one", "two"))
-    await asyncio.gather(place(one, log), place(two, log))
-    await asyncio.gather(place(one, log), place(two, log))
+    one, two = (context(tmp_path / name, volumes=2) for name in ("one", "two"))
+    await asyncio.gather(claim_partitions(one, log), claim_partitions(two, log))
+    await asyncio.gather(claim_partitions(one, log), claim_partitions(two, log))
     gone = min(log.placed)
     del log.placed[gone]
     if deleted:
         log.deleted.add(gone)
     before = files(one), files(two)
 
-    for where in (one, two, deployment(tmp_path / "new", volumes=1)):
-        got = await place(where, log)
-        assert [gone] == list(got.refused)
-        assert f"key main.0{gone} of bucket fi-partitions is gone" in got.refused[gone]
-        assert "run `fiq place` on the data directory that has the newest" in got.refused[gone]
+    for where in (one, two, context(tmp_path / "new", volumes=1)):
+        got = await claim_partitions(where, log)
+        assert [gone] == list(got.blocked)
+        assert f"key main.0{gone} of bucket fi-partitions is gone" in got.blocked[gone]
+        assert "run `fiq place` on the data directory that has the newest" in got.blocked[gone]
     assert before == (files(one), files(two))
     assert 3 == len(log.placed)
 
 
 async def test_a_deleted_key_is_an_error_before_the_store_is_formed_too(tmp_path: Path) -> None:
-    here, log = deployment(tmp_path), MemoryPlacements()
+    here, log = context(tmp_path), MemoryPlacements()
     log.deleted = {2}
-    got = await place(here, log)
-    assert ([0, 1, 3], [2]) == (sorted(got.here), list(got.refused))
+    got = await claim_partitions(here, log)
+    assert ([0, 1, 3], [2]) == (sorted(got.placed), list(got.blocked))
 
 
 async def test_a_lost_bucket_is_no_fresh_start(tmp_path: Path) -> None:
     """The volume remembers that its store was formed."""
-    here, log = deployment(tmp_path), MemoryPlacements()
-    await place(here, log)
+    here, log = context(tmp_path), MemoryPlacements()
+    await claim_partitions(here, log)
     log.placed.clear()
     log.formed = False
-    got = await place(here, log)
-    assert ({}, [0, 1, 2, 3]) == (got.here, sorted(got.refused))
+    got = await claim_partitions(here, log)
+    assert ({}, [0, 1, 2, 3]) == (got.placed, sorted(got.blocked))
     assert {} == log.placed
 
 
 async def test_a_store_whose_partitions_were_placed_by_an_operator_is_formed_again(tmp_path: Path) -> None:
     """As after a lost bucket: `fiq place` on every volume, and it goes on."""
-    here, log = deployment(tmp_path), MemoryPlacements()
-    before = await place(here, log)
+    here, log = context(tmp_path), MemoryPlacements()
+    before = await claim_partitions(here, log)
     log.formed = False
-    assert before.here == (await place(here, log)).here
+    assert before.placed == (await claim_partitions(here, log)).placed
     assert log.formed
 
 
 async def test_a_stale_copy_of_a_volume_claims_nothing(tmp_path: Path) -> None:
     """Its twin has the same name, so the broker would let both of them win."""
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     fill(here, 0)
     log = MemoryPlacements(placed(0, here.volume.uuid, 2))
-    got = await place(here, log)
-    assert {1, 2, 3} == got.refused.keys()
-    assert "partition 00 is of epoch 1 here and was placed anew as epoch 2" in got.refused[1]
+    got = await claim_partitions(here, log)
+    assert {1, 2, 3} == got.blocked.keys()
+    assert "partition 00 has epoch 1 here and was placed again as epoch 2" in got.blocked[1]
     assert [0] == list(log.placed)
     assert [0] == files(here)
 
 
 async def test_a_file_of_another_stream_is_not_claimed(tmp_path: Path) -> None:
     """The stream was created anew: its sequences mean something else."""
-    old = deployment(tmp_path, created="2026-01-01T00:00:00Z")
+    old = context(tmp_path, created="2026-01-01T00:00:00Z")
     fill(old, 2)
-    got = await place(deployment(tmp_path), MemoryPlacements())
-    assert [0, 1, 3] == sorted(got.here)
-    assert "stream was deleted and created anew" in got.refused[2]
+    got = await claim_partitions(context(tmp_path), MemoryPlacements())
+    assert [0, 1, 3] == sorted(got.placed)
+    assert "stream was deleted and created anew" in got.blocked[2]
 
 
 async def test_a_directory_of_an_earlier_stream_claims_nothing(tmp_path: Path) -> None:
     """It was formed with that one: its history ends there."""
-    here, log = deployment(tmp_path), MemoryPlacements()
+    here, log = context(tmp_path), MemoryPlacements()
     here.volume.note_formed("2026-01-01T00:00:00Z")
-    got = await place(here, log)
-    assert "this directory belongs to the one created at 2026-01-01T00:00:00Z" in got.refused[0]
-    assert ({}, {}) == (got.here, log.placed)
+    got = await claim_partitions(here, log)
+    assert "this directory belongs to the one created at 2026-01-01T00:00:00Z" in got.blocked[0]
+    assert ({}, {}) == (got.placed, log.placed)
 
 
 async def test_a_stream_that_was_created_anew_is_not_claimed_on(tmp_path: Path) -> None:
     """The claims would bind the new stream to a volume whose files belong to the old one."""
     log = MemoryPlacements()
     log.created = "2026-12-01T00:00:00Z"
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     with pytest.raises(LogMismatchError, match="deleted or created anew"):
-        await place(here, log)
+        await claim_partitions(here, log)
     assert ({}, []) == (log.placed, files(here))
 
 
 async def test_a_damaged_file_is_shown_and_the_others_are_claimed(tmp_path: Path) -> None:
     """One bad file must not keep the volume's other partitions from running."""
-    here = deployment(tmp_path)
+    here = context(tmp_path)
     fill(here, 2).write_bytes(b"no HDF5")
-    got = await place(here, MemoryPlacements())
-    assert ([0, 1, 3], [2]) == (sorted(got.here), list(got.refused))
+    got = await claim_partitions(here, MemoryPlacements())
+    assert ([0, 1, 3], [2]) == (sorted(got.placed), list(got.blocked))
 
 
 async def test_a_volume_that_was_copied_keeps_its_placement(tmp_path: Path) -> None:
     """Moved to another disk, with its identity: it is the same volume."""
-    here = deployment(tmp_path / "old")
+    here = context(tmp_path / "old")
     log = MemoryPlacements()
-    got = await place(here, log)
-    for placement in got.here.values():
+    got = await claim_partitions(here, log)
+    for placement in got.placed.values():
         store = open_store(here, placement, StoreOptions())
         made = event(1)
         assert not store.held(made.consultation, [made.event_id.bytes])
         store.commit(9)
         store.close()
     shutil.move(tmp_path / "old", tmp_path / "new")
-    moved = deployment(tmp_path / "new")
-    again = await place(moved, log)
-    assert got.here == again.here
-    for placement in again.here.values():
+    moved = context(tmp_path / "new")
+    again = await claim_partitions(moved, log)
+    assert got.placed == again.placed
+    for placement in again.placed.values():
         open_store(moved, placement, StoreOptions()).close()
     with open_corpus(tmp_path / "new") as corpus:
         assert [9, 9, 9, 9] == [info.committed for info in corpus.partitions]

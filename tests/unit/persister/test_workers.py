@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.persister.members import Members, share
+from services.persister.placement import Workers, owners
 from tests.support.polling import eventually_sync
 
 _JOIN_AND_WAIT = """
@@ -17,8 +17,8 @@ import sys, time
 from pathlib import Path
 
 import pytest
-from services.persister.members import Members
-Members(Path(sys.argv[1]), sys.argv[2]).join()
+from services.persister.placement import Workers
+Workers(Path(sys.argv[1]), sys.argv[2]).join()
 print("joined", flush=True)
 time.sleep(60)
 """
@@ -26,7 +26,7 @@ time.sleep(60)
 
 def test_members_see_each_other_until_they_leave(tmp_path: Path) -> None:
     """Each holds a lock on a file of its own."""
-    first, second = Members(tmp_path / "workers", "a"), Members(tmp_path / "workers", "b")
+    first, second = Workers(tmp_path / "workers", "a"), Workers(tmp_path / "workers", "b")
     first.join()
     second.join()
     assert ["a", "b"] == first.alive() == second.alive()
@@ -38,7 +38,7 @@ def test_members_see_each_other_until_they_leave(tmp_path: Path) -> None:
 def test_a_killed_process_is_no_member_any_more_and_its_file_goes(tmp_path: Path) -> None:
     """The kernel lets the lock go with the process."""
     workers = tmp_path / "workers"
-    us = Members(workers, "us")
+    us = Workers(workers, "us")
     us.join()
     with subprocess.Popen([sys.executable, "-c", _JOIN_AND_WAIT, str(workers), "it"], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -54,7 +54,7 @@ def test_a_killed_process_is_no_member_any_more_and_its_file_goes(tmp_path: Path
 def test_a_member_that_has_not_joined_sees_the_others_and_itself(tmp_path: Path) -> None:
     """A process never takes itself for dead."""
     (tmp_path / "workers").mkdir()
-    assert Members(tmp_path / "workers", "a").alive() == ["a"]
+    assert Workers(tmp_path / "workers", "a").alive() == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -62,20 +62,20 @@ def test_a_member_that_has_not_joined_sees_the_others_and_itself(tmp_path: Path)
 )
 def test_the_shares_are_equal(members: str, sizes: list[int]) -> None:
     """No member gets more than its part, rounded up."""
-    shares = Counter(share(range(16), members).values())
+    shares = Counter(owners(range(16), members).values())
     assert max(sizes) == max(shares.values())
     assert shares.total() == 16
 
 
 def test_all_members_agree_whatever_the_order_in_which_they_see_each_other() -> None:
     """They do not talk; a partition has one owner."""
-    assert share([3, 1, 2], ["a", "b"]) == share([1, 2, 3], ["b", "a"])
+    assert owners([3, 1, 2], ["a", "b"]) == owners([1, 2, 3], ["b", "a"])
 
 
 def test_a_members_end_moves_little_more_than_its_own_partitions() -> None:
     """The others keep most of what they have: their files stay open."""
-    before = share(range(96), ["a", "b", "c"])
-    after = share(range(96), ["a", "c"])
+    before = owners(range(96), ["a", "b", "c"])
+    after = owners(range(96), ["a", "c"])
     moved = {p for p in before if before[p] != after[p]}
     assert {p for p in before if before[p] == "b"} <= moved
     assert len(moved) < 48

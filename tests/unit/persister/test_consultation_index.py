@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from services.persister.partition_file import Names
+from services.persister.partition import ConsultationIndex
 
 
-def complete(*names: str) -> Names:
-    made = Names()
-    made.feed(names)
-    made.feed([])
+def complete(*names: str) -> ConsultationIndex:
+    made = ConsultationIndex()
+    made.load(names)
+    made.load([])
     return made
 
 
 def test_names_are_sorted_whatever_slices_they_come_in() -> None:
     """Some twice, when one was created in between."""
-    names = Names()
-    names.feed(["b", "d"])
+    names = ConsultationIndex()
+    names.load(["b", "d"])
     names.add(["a"])
-    names.feed(["a", "b"])
+    names.load(["a", "b"])
     assert 4 == names.position
     assert not names.complete
-    names.feed([])
+    names.load([])
     names.add(["c"])
     assert ["a", "b", "c", "d"] == names.select("", "", 10)
 
