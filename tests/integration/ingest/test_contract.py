@@ -1,4 +1,4 @@
-"""What clients may rely on, over a real cluster: one key is one event, a batch is whole, also across processes."""
+"""What clients may rely on beyond what test_both_logs.py shows: what the broker, the stream and its trim add."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from typing import Any
 import nats
 import pytest
 from aiohttp import ClientSession
-from cloudevents.core.bindings.http import to_binary_event
-from cloudevents.core.v1.event import CloudEvent
 from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
@@ -26,7 +24,7 @@ from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
 from tests.support.persisters import PARTITIONS, Persister, corpus_of
 from tests.support.polling import eventually
-from tests.support.racing import Edge, race
+from tests.support.racing import Edge
 from tests.support.service import Service
 
 BODIES = (b'{"event_type":"A","payload":"one"}', b'{"event_type":"A","payload":"two"}')
@@ -87,25 +85,6 @@ async def jetstream(cluster: Cluster) -> AsyncIterator[JetStreamContext]:
 
 def lines(count: int, payload: str = "x") -> bytes:
     return b"\n".join(b'{"event_type":"A","n":%d,"payload":"%b"}' % (n, payload.encode()) for n in range(count))
-
-
-async def test_200_clients_that_race_one_key_with_two_bodies_store_one_event(
-    fresh_log: Cluster, tmp_path: Path
-) -> None:
-    """At one moment, through two processes: who had the first body gets 202, the others 422, nobody anything else."""
-    path = "/consultations/c-1/events"
-    async with clients(tmp_path, fresh_log, 2) as both, jetstream(fresh_log) as js:
-        for key in ("a", "b", "c"):
-            before = (await js.stream_info(STREAM)).state.messages
-            answers = await race([one.edge for one in both], path, key, [BODIES[n // 2 % 2] for n in range(200)])
-
-            assert (await js.stream_info(STREAM)).state.messages == before + 1
-            (sequence,) = {answer["sequence"] for status, answer in answers if status == 202}
-            first = BODIES.index((await js.get_msg(STREAM, sequence)).data)
-            of_body = [Counter(status for status, _ in answers[n::4] + answers[n + 1 :: 4]) for n in (0, 2)]
-            assert of_body == [Counter({202 if n == first else 422: 100}) for n in (0, 1)]
-            assert {answer["type"] for status, answer in answers if status == 422} == {REUSED}
-            assert sum(not answer.get("duplicate", False) for status, answer in answers if status == 202) <= 1
 
 
 @pytest.mark.parametrize("in_time", [True, False])
@@ -181,42 +160,6 @@ async def overhearing(url: str, subject: str) -> AsyncIterator[tuple[NatsClient,
         await connection.close()
 
 
-async def test_the_same_batch_with_two_contents_is_stored_once(fresh_log: Cluster, tmp_path: Path) -> None:
-    """Each line is one of the two, and each answer says which of its own lines are not."""
-    path, kind = "/consultations/c-1/events/batch", "application/x-ndjson"
-    contents = (lines(50, "one"), lines(50, "two"))
-    async with clients(tmp_path, fresh_log, 2) as both, jetstream(fresh_log) as js:
-        posts = [both[n % 2].post(path, contents[n // 2 % 2], "k", kind) for n in range(20)]
-        answers = await asyncio.gather(*posts)
-
-        assert {status for status, _ in answers} <= {202, 422}
-        assert (await js.stream_info(STREAM)).state.messages == 50
-        stored = {sequence: (await js.get_msg(STREAM, sequence)).data for sequence in range(1, 51)}
-        for number, (_, answer) in enumerate(answers):
-            own = contents[number // 2 % 2].splitlines()
-            for line, result in zip(own, answer["results"], strict=True):
-                held = stored.get(result.get("sequence", 0))
-                assert (held == line) == ("problem" not in result)
-
-
-async def test_a_batch_stands_in_the_stream_byte_for_byte(fresh_log: Cluster, tmp_path: Path) -> None:
-    """As NDJSON and as an array; one after the other; the largest one, too."""
-    async with clients(tmp_path, fresh_log) as (client,), jetstream(fresh_log) as js:
-        texts = [b'{"event_type":"A","n":1.10}', b'{ "event_type" : "\\u0041", "s":"[,]" }']
-        _, first = await client.post("/consultations/c-1/events/batch", b"[" + b" ,".join(texts) + b"]")
-        assert [(await js.get_msg(STREAM, result["sequence"])).data for result in first["results"]] == texts
-
-        status, large = await client.post("/events/batch", _of_many(1000), kind="application/x-ndjson")
-        assert status == 202
-        assert [result["sequence"] for result in large["results"]] == list(range(3, 1003))
-        message = await js.get_msg(STREAM, 1002)
-        assert (str(message.subject).rpartition(".")[2], message.data) == ("c-19", _of_many(1000).splitlines()[-1])
-
-
-def _of_many(count: int) -> bytes:
-    return b"\n".join(b'{"consultation_id":"c-%d","event_type":"A","n":%d}' % (n % 20, n) for n in range(count))
-
-
 async def test_batches_go_on_when_a_node_dies(fresh_log: Cluster, tmp_path: Path) -> None:
     """A client that retries with its key has each of its events once, wherever the leader's death struck."""
     async with clients(tmp_path, fresh_log) as (client,), jetstream(fresh_log) as js:
@@ -257,18 +200,6 @@ async def test_a_key_whose_event_nobody_can_show_is_503(fresh_log: Cluster, tmp_
     async with clients(tmp_path, fresh_log) as (client,):
         status, problem = await client.post(path, BODIES[0], "k")
         assert (status, problem["type"]) == (503, "/problems/key-not-compared")
-
-
-async def test_a_cloudevent_of_the_official_client_is_stored(fresh_log: Cluster, tmp_path: Path) -> None:
-    """And its retry is known."""
-    attributes = {"id": "1", "source": "/ward/3", "type": "MESSAGE_RECEIVED", "subject": "c-1"}
-    message = to_binary_event(CloudEvent(attributes | {"datacontenttype": "application/json"}, {"text": "hello"}))
-    async with clients(tmp_path, fresh_log) as (client,), jetstream(fresh_log) as js:
-        status, first = await client.post_headers("/events", message.body, message.headers)
-        assert (status, first["consultation_id"]) == (202, "c-1")
-        assert await client.post_headers("/events", message.body, message.headers) == (202, first | {"duplicate": True})
-        stored = await js.get_msg(STREAM, first["sequence"])
-        assert json.loads(stored.data or b"")["payload"] == {"text": "hello"}
 
 
 async def keys_are_known(client: Client, path: str, single: dict[str, Any], batch: dict[str, Any]) -> None:

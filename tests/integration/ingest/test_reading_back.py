@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -153,17 +152,3 @@ async def test_a_follower_misses_and_repeats_nothing_whoever_dies(fresh_log: Clu
             _, page = await reader.get("/consultations/c-1/events?limit=1000")
             assert posted == [event["sequence"] for event in page["events"]]
     assert not [line for line in service.lines if line["event"] in ("REQUEST_FAILED", "FOLLOWING_FAILED")]
-
-
-async def test_a_stop_ends_followers_at_once(fresh_log: Cluster, tmp_path: Path) -> None:
-    """They are no requests that are waited for."""
-    async with ingesting(tmp_path, fresh_log) as (reader, service):
-        await reader.post("c-1", "k")
-        url = f"{reader.url}/consultations/c-1/events?follow=1"
-        async with ClientSession() as session, session.get(url) as response:
-            await response.content.readuntil(b"data: ")
-            started = time.monotonic()
-            service.terminate()
-            assert (await response.content.read()).endswith(b"\n\n")
-            assert 0 == await asyncio.to_thread(service.wait)
-            assert time.monotonic() - started < GRACE / 2
