@@ -445,9 +445,10 @@ class AsyncClient:
 def _service_url(url: str) -> URL:
     try:
         parsed = URL(url)
+        (parsed.raw_host or "").encode("idna")
     except ValueError:
         parsed = URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.user or parsed.query or parsed.fragment:
         raise InvalidArgumentError("the URL of the service is http://host:port or https://host:port")
     return parsed
 

@@ -290,7 +290,9 @@ async def test_malformed_ids_are_never_sent(consultation: str, key: str | None) 
     assert [] == server.seen
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:7001", "ftp://x", "http://", "http://[x"])
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:7001", "ftp://x", "http://", "http://[x", "http://a..b", "http://me:word@x", "http://x?y=1"]
+)
 def test_a_malformed_url_is_refused_at_once(url: str) -> None:
     """Not at the first post."""
     with pytest.raises(InvalidArgumentError, match="URL"):
