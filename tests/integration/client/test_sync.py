@@ -228,6 +228,13 @@ client.close()
 def test_parent_and_child_go_on_after_a_fork() -> None:
     """As under gunicorn or multiprocessing: the child has connections of its own."""
     with serving(accepted(5)) as server:
-        command = [sys.executable, "-c", FORKED, server.url]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore::DeprecationWarning",
+            "-c",
+            FORKED,
+            server.url,
+        ]  # from 3.12 on of any fork
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ})
     assert (0, "", 4) == (done.returncode, done.stderr, len(server.seen))
