@@ -35,6 +35,8 @@ IN_THE_IMAGE = {
 }
 #: paths within a container, and that the services' users may not provision
 MOUNTED = {"FI_NATS_CA_FILE", "FI_NATS_SEED_FILE", "FI_TOKEN_FILE", "FI_DATA_DIR", "FI_PROVISION"}
+#: these files run nodes, so nothing in them reads the keys of the log without a broker
+OTHER_LOG = {"FI_ZMQ_KEY_FILE", "FI_ZMQ_SERVER_KEY", "FI_ZMQ_CLIENT_KEYS"}
 #: what a file decides besides: on one host the nodes are its own, and the balancer speaks TLS
 DECIDED = {"compose.yaml": {"FI_LOG_URL", "FI_TLS_CERT", "FI_TLS_KEY"}, "compose.host.yaml": set[str]()}
 #: files that only ingest has
@@ -54,7 +56,7 @@ def test_each_setting_of_a_service_can_be_set_in_dotenv(file: str, service: str)
     """A name without a value is that of .env, or the default; `${NAME…}` is that with another default."""
     found = environment(file, service)
     read = {variable.name for settings in READS[service] for variable in variables(settings)}
-    settable = read - IN_THE_IMAGE - MOUNTED - DECIDED[file] - NOT_FOR.get(service, set())
+    settable = read - IN_THE_IMAGE - MOUNTED - OTHER_LOG - DECIDED[file] - NOT_FOR.get(service, set())
     handed_on = {name for name, value in found.items() if value is None or f"${{{name}" in value}
 
     assert set() == settable - handed_on
