@@ -1,4 +1,8 @@
-"""Verifies a corpus: every row, every body, every chain; read-only, also while its writers work."""
+"""Verifies a corpus: every row, every body, every chain; read-only, also while its writers work.
+
+Each partition file is checked as of the moment of its turn. A wrong content becomes a :class:`Problem` of the report,
+and everything else is still checked.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from fiq.corpus.consultation import Consultation
+from fiq.corpus.consultation import Consultation, Table
 from fiq.corpus.errors import CorpusError, CorpusFormatError, JournalError
 from fiq.corpus.format import CONFLICTS, EVENT_DTYPE, EVENT_HEAD, chain_next, chain_start, is_consultation_id
 from fiq.corpus.reader import INDEX_NAME, Corpus, PartitionInfo, open_corpus, partition_files, read_links
@@ -43,46 +47,35 @@ KINDS = {
     "duplicate": "an earlier row has the same event id",
     "more": "too many problems: the rest of the file was not looked at",
 }
-#: who the volume is; the persister writes it, and the corpus only compares
+#: identity of the data directory; the persister writes it, the corpus only compares
 VOLUME_NAME = "volume.json"
-_JOURNALS = "*.h5.wal"
 #: what is equal in all partition files of a data directory
 _SHARED = ("store", "volume", "partitions", "stream", "stream_created")
-#: rows that are looked at together
+#: number of problems from which on a file is not checked any further
+MOST_PROBLEMS = 100_000
+#: rows that are checked together
 _ROWS = 4096
 #: bytes of the payload that are read at once, unless one event is larger
 _PAYLOAD_BYTES = 8 << 20
 _LINE_FEED = 10
-
-_Rows = npt.NDArray[np.void]
-_Mask = npt.NDArray[np.bool_]
-#: problems of one file from which on it is not looked at any further
-MOST_PROBLEMS = 100_000
-#: what h5py raises besides for objects that are not what they should be
+#: what h5py raises besides for objects of the wrong kind
 _DAMAGE = (IndexError, TypeError, MemoryError)
-#: how often progress is told, seconds
-_TELL_SECONDS = 0.1
+#: how often progress is reported, seconds
+_PROGRESS_SECONDS = 0.1
+
+_Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        kind: one of :data:`KINDS`.
-        message: what it is, in a sentence.
-        file: name of the file.
-        consultation: its id; None when the whole file, or the directory, is meant.
-        row: number of the row of ``events``, from 0.
-        sequence: what that row says its stream sequence is.
-    """
-
-    kind: str
+    kind: str  #: one of :data:`KINDS`
     message: str
     file: str
-    consultation: str | None = None
-    row: int | None = None
-    sequence: int | None = None
+    consultation: str | None = None  #: None for a problem of the whole file or directory
+    row: int | None = None  #: number of the row of ``events``, from 0
+    sequence: int | None = None  #: what that row states as its stream sequence
 
     def __str__(self) -> str:
         place = self.file
@@ -95,46 +88,27 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class PartitionReport:
-    """What was looked at in one partition file.
-
-    Attributes:
-        file: its name.
-        begins: first stream sequence that it may hold; above 1, what came before is only in other stores.
-        committed: stream sequence of its last commit.
-        consultations: how many were checked.
-        events: how many were checked.
-        payload_bytes: their bodies with line feeds.
-        journal_records: commits that only the journal holds.
-        archived: whether it is a copy that ``fiq repack`` made.
-        problems: how many were found in it.
-    """
+    """What was checked in one partition file."""
 
     file: str
-    begins: int
-    committed: int
+    begins: int  #: first stream sequence that it may hold; above 1, what came before is only in other stores
+    committed: int  #: stream sequence of its last commit
     consultations: int
     events: int
-    payload_bytes: int
-    journal_records: int
-    archived: bool
+    payload_bytes: int  #: bodies with line feeds
+    journal_records: int  #: commits that only the journal holds
+    archived: bool  #: whether ``fiq repack`` made it
     problems: int
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a verification found.
-
-    Attributes:
-        path: what was verified.
-        partitions: one entry for each partition file that could be opened.
-        problems: all of them, in the order of files, consultations and rows.
-        seconds: how long it took.
-    """
+    """What a verification found."""
 
     path: str
-    partitions: tuple[PartitionReport, ...]
-    problems: tuple[Problem, ...]
-    seconds: float
+    partitions: tuple[PartitionReport, ...]  #: one for each partition file that could be opened
+    problems: tuple[Problem, ...]  #: in the order of files, consultations and rows
+    seconds: float  #: duration
 
     @property
     def clean(self) -> bool:
@@ -157,36 +131,26 @@ class Report:
         return self.events / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as what JSON can hold."""
-        totals = {
+        """Return the report as JSON-compatible values."""
+        return asdict(self) | {
             "clean": self.clean,
             "consultations": self.consultations,
             "events": self.events,
             "events_per_second": round(self.events_per_second),
         }
-        return asdict(self) | totals
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a verification is.
+    """How far a verification is."""
 
-    Attributes:
-        file: name of the partition file that is looked at.
-        fraction: of the whole, by the size of the files; 1 at the end.
-        events: how many were checked.
-    """
-
-    file: str
-    fraction: float
-    events: int
+    file: str  #: name of the partition file that is being checked
+    fraction: float  #: of the whole, by the size of the files
+    events: int  #: how many were checked
 
 
 def verify_corpus(path: str | PathLike[str], *, on_progress: Callable[[Progress], None] | None = None) -> Report:
-    """Verify a data directory or one partition file.
-
-    Each partition is looked at as of the moment when its turn comes; commits go on, checkpoints wait. Whatever
-    is wrong with the content becomes a problem of the report, and everything else is still looked at.
+    """Verify a data directory or one partition file; commits go on meanwhile, checkpoints wait.
 
     Args:
         path: a data directory (or the ``corpus.h5`` in it), or one partition file.
@@ -197,23 +161,23 @@ def verify_corpus(path: str | PathLike[str], *, on_progress: Callable[[Progress]
     started = time.monotonic()
     with open_corpus(path) as corpus:
         paths = corpus.paths
-    is_directory = Path(path).is_dir() or Path(path) not in paths
     run = _Run(paths, on_progress)
     for place in paths:
-        run.verify(place)
-    if is_directory:
-        run.problems += check_volume(paths[0].parent, run.infos)
-        run.problems += check_index(paths[0].parent, paths)
-        run.problems += check_journals(paths[0].parent)
+        with Corpus([place]) as one:
+            run.verify(place, one)
+    if Path(path).is_dir() or Path(path) not in paths:
+        run.problems += _check_volume(paths[0].parent, run.infos)
+        run.problems += _check_index(paths[0].parent, paths)
+        run.problems += _check_journals(paths[0].parent)
     return Report(str(path), tuple(run.partitions), tuple(run.problems), round(time.monotonic() - started, 3))
 
 
 def verify_partition(
     corpus: Corpus, *, on_progress: Callable[[Progress], None] | None = None
 ) -> tuple[PartitionReport | None, list[Problem]]:
-    """Verify the only partition file of an open corpus, as of the moment when it was first looked into."""
+    """Verify the only partition file of an open corpus, as of the moment when it was first read."""
     run = _Run(corpus.paths, on_progress)
-    run.verify_open(corpus.paths[0], corpus)
+    run.verify(corpus.paths[0], corpus)
     return (run.partitions[0] if run.partitions else None), run.problems
 
 
@@ -226,19 +190,14 @@ class _Run:
         self.infos: list[PartitionInfo] = []
         self._sizes = {path: _size(path) for path in paths}
         self._total = sum(self._sizes.values()) or 1
-        self._behind = 0
+        self._done_bytes = 0
         self._events = 0
         self._on_progress = on_progress
-        self._next_telling = 0.0
+        self._next_progress = 0.0
         #: consultation -> the file that holds it
-        self._homes: dict[str, str] = {}
+        self._files: dict[str, str] = {}
 
-    def verify(self, path: Path) -> None:
-        """Verify one partition file."""
-        with Corpus([path]) as corpus:
-            self.verify_open(path, corpus)
-
-    def verify_open(self, path: Path, corpus: Corpus) -> None:
+    def verify(self, path: Path, corpus: Corpus) -> None:
         """Verify one partition file through *corpus*, which holds no other."""
         before, events = len(self.problems), self._events
         try:
@@ -248,9 +207,9 @@ class _Run:
             consultations, payload = self._check_consultations(info, corpus)
         except CorpusError as error:
             kind = "journal" if isinstance(error, JournalError) else "file"
-            self.problems.append(Problem(kind, str(error), path.name))
+            self._add(kind, str(error), path.name)
         except _DAMAGE as error:
-            self.problems.append(Problem("file", f"HDF5: {error}", path.name))
+            self._add("file", f"HDF5: {error}", path.name)
         else:
             report = PartitionReport(
                 file=path.name,
@@ -264,59 +223,60 @@ class _Run:
                 problems=len(self.problems) - before,
             )
             self.partitions.append(report)
-        self._behind += self._sizes[path]
-        self._tell(path, 0.0, now=True)
+        self._done_bytes += self._sizes[path]
+        self._progress(path, 0.0, now=True)
+
+    def _add(self, kind: str, message: str, file: str, consultation: str | None = None) -> None:
+        self.problems.append(Problem(kind, message, file, consultation))
 
     def _check_file(self, info: PartitionInfo) -> None:
-        name, identity = info.path.name, info.identity
+        name, partition, partitions = info.path.name, info.identity.partition, info.identity.partitions
         if not info.has_journal and not info.archived:
-            message = f"its journal {name}.wal is missing: commits that only it held are lost"
-            self.problems.append(Problem("journal", message, name))
-        if info.path.stem.isdecimal() and int(info.path.stem) != identity.partition:
-            message = f"the file says that it is partition {identity.partition}: it was renamed, or copied over another"
-            self.problems.append(Problem("identity", message, name))
-        if identity.partition >= identity.partitions:
-            message = f"the file says that it is partition {identity.partition} of {identity.partitions}"
-            self.problems.append(Problem("identity", message, name))
+            self._add("journal", f"its journal {name}.wal is missing: commits that only it held are lost", name)
+        if info.path.stem.isdecimal() and int(info.path.stem) != partition:
+            message = f"the file states that it is partition {partition}: it was renamed, or copied over another"
+            self._add("identity", message, name)
+        if partition >= partitions:
+            self._add("identity", f"the file states that it is partition {partition} of {partitions}", name)
 
     def _check_consultations(self, info: PartitionInfo, corpus: Corpus) -> tuple[int, int]:
         """Return how many consultations were checked, and the bytes of their payloads."""
-        first, count, payload = self._events, 0, 0
+        first, consultations, payload = self._events, 0, 0
         most = len(self.problems) + MOST_PROBLEMS
         for name in corpus:
             payload += self._check_consultation(info, corpus, name, first)
-            count += 1
+            consultations += 1
             if len(self.problems) >= most:
                 message = f"more than {MOST_PROBLEMS} problems: the rest of the file was not looked at"
-                self.problems.append(Problem("more", message, info.path.name))
-                return count, payload
+                self._add("more", message, info.path.name)
+                return consultations, payload
         found = self._events - first
         self._check_conflicts(info, corpus)
         if found != info.events:
             message = f"the consultations hold {found} events but {info.events} were committed"
-            self.problems.append(Problem("count", message, info.path.name))
-        return count, payload
+            self._add("count", message, info.path.name)
+        return consultations, payload
 
     def _check_consultation(self, info: PartitionInfo, corpus: Corpus, name: str, first: int) -> int:
         file = info.path.name
         if not is_consultation_id(name):
-            self.problems.append(Problem("name", "a group's name is no consultation id", file, ascii(name)))
+            self._add("name", "a group's name is no consultation id", file, ascii(name))
             return 0
-        home = self._homes.setdefault(name, file)
-        if home != file:
-            self.problems.append(Problem("elsewhere", f"the consultation stands in {home} too", file, name))
+        other = self._files.setdefault(name, file)
+        if other != file:
+            self._add("elsewhere", f"{other} has the consultation too", file, name)
         done = payload = 0
         try:
             consultation = corpus[name]
             payload = consultation.payload_bytes
-            check = ConsultationCheck(consultation, chain_start(info.identity, name), info.committed)
-            for findings in check.run():
-                self.problems += (_problem(finding, file, name) for finding in findings)
+            check = _ConsultationCheck(consultation, info, name, chain_start(info.identity, name))
+            for problems in check.run():
+                self.problems += problems
                 self._events += check.done - done
                 done = check.done
-                self._tell(info.path, (self._events - first) / max(1, info.events))
+                self._progress(info.path, (self._events - first) / max(1, info.events))
         except (CorpusFormatError, *_DAMAGE) as error:
-            self.problems.append(Problem("unreadable", f"cannot be read from row {done} on: {error}", file, name))
+            self._add("unreadable", f"cannot be read from row {done} on: {error}", file, name)
         return payload
 
     def _check_conflicts(self, info: PartitionInfo, corpus: Corpus) -> None:
@@ -325,25 +285,20 @@ class _Run:
         for kept in corpus.conflicts():
             start = chain_start(info.identity, kept.id, of=CONFLICTS)
             try:
-                for findings in ConsultationCheck(kept, start, info.committed, unique=False).run():
-                    self.problems += (_problem(finding, file, f"{CONFLICTS}/{kept.id}") for finding in findings)
+                check = _ConsultationCheck(kept, info, f"{CONFLICTS}/{kept.id}", start, unique=False)
+                for problems in check.run():
+                    self.problems += problems
                 count += len(kept)
             except (CorpusFormatError, *_DAMAGE) as error:
-                message = f"its conflicts cannot be read: {error}"
-                self.problems.append(Problem("unreadable", message, file, kept.id))
+                self._add("unreadable", f"its conflicts cannot be read: {error}", file, kept.id)
         if count != info.conflicts:
-            message = f"the file holds {count} conflicts but {info.conflicts} were committed"
-            self.problems.append(Problem("count", message, file))
+            self._add("count", f"the file holds {count} conflicts but {info.conflicts} were committed", file)
 
-    def _tell(self, path: Path, fraction: float, *, now: bool = False) -> None:
-        if self._on_progress is not None and (now or time.monotonic() >= self._next_telling):
-            self._next_telling = time.monotonic() + _TELL_SECONDS
-            done = (self._behind + fraction * self._sizes[path]) / self._total
+    def _progress(self, path: Path, fraction: float, *, now: bool = False) -> None:
+        if self._on_progress is not None and (now or time.monotonic() >= self._next_progress):
+            self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+            done = (self._done_bytes + fraction * self._sizes[path]) / self._total
             self._on_progress(Progress(path.name, min(1.0, done), self._events))
-
-
-def _problem(finding: Finding, file: str, consultation: str) -> Problem:
-    return Problem(finding.kind, finding.message, file, consultation, finding.row, finding.sequence)
 
 
 def _size(path: Path) -> int:
@@ -353,54 +308,49 @@ def _size(path: Path) -> int:
         return 0
 
 
-# -- Checks one consultation: rows against their payload, their order, their ids, the bodies, the chain --------------
+class _ConsultationCheck:
+    """Checks one consultation: rows against their payload, order, ids, bodies, chain.
 
-
-class Finding(NamedTuple):
-    """Something wrong with a row, or, where that is None, with the whole consultation."""
-
-    kind: str
-    message: str
-    row: int | None = None
-    sequence: int | None = None
-
-
-class ConsultationCheck:
-    """The check of one consultation, slice by slice: memory stays bounded however long it is, but for its ids.
+    It takes slice after slice: memory stays bounded however long the consultation is, except for its ids.
 
     Args:
         consultation: what to check.
+        info: of its file.
+        name: by which problems name it.
         start: what its first row is chained to.
-        committed: the sequence that the file has reached.
-        unique: whether no id may stand twice; conflicts may share one.
+        unique: whether ids must differ; those of conflicts need not.
     """
 
-    def __init__(self, consultation: Consultation, start: bytes, committed: int, *, unique: bool = True) -> None:
+    def __init__(
+        self, consultation: Consultation, info: PartitionInfo, name: str, start: bytes, *, unique: bool = True
+    ) -> None:
         self._consultation = consultation
-        self._committed = committed
+        self._committed = info.committed
+        self._file = info.path.name
+        self._name = name
         self._unique = unique
         self._chain = start
         self._sequence = 0
         self._end = 0
         self._ids: list[npt.NDArray[np.uint64]] = []
-        #: rows that were looked at so far
+        #: rows that were checked so far
         self.done = 0
 
-    def run(self) -> Iterator[list[Finding]]:
-        """Check a slice after another, and yield what is wrong in it.
+    def run(self) -> Iterator[list[Problem]]:
+        """Check one slice after another, and yield the problems of each.
 
         Raises CorpusError: the datasets cannot be read.
         """
         self._consultation.check_layout()
         while self.done < len(self._consultation):
             rows = self._consultation.table(self.done, self.done + _ROWS)
-            found = [*self._order(rows), *self._bodies(rows)]
+            found = [*self._check_order(rows), *self._check_bodies(rows)]
             self.done += len(rows)
-            yield sorted(found, key=lambda finding: finding.row or 0)
+            yield sorted(found, key=lambda problem: problem.row or 0)
         yield [*self._duplicates(), *self._surplus()]
 
-    def _order(self, rows: _Rows) -> Iterator[Finding]:
-        """Sequences rise and are committed; bodies lie one behind another."""
+    def _check_order(self, rows: Table) -> Iterator[Problem]:
+        """Sequences rise and are committed; each body starts where the one before ends."""
         sequences, offsets = rows["seq"], rows["offset"]
         ends = offsets + rows["length"] + np.uint64(1)
         not_rising = sequences <= _shifted(sequences, self._sequence)
@@ -412,7 +362,7 @@ class ConsultationCheck:
         yield from self._at(rows, ahead, "ahead", f"the sequence is above {self._committed}, which is committed")
         yield from self._at(rows, gaps, "gap", "the body does not start where the one before ends")
 
-    def _bodies(self, rows: _Rows) -> Iterator[Finding]:
+    def _check_bodies(self, rows: Table) -> Iterator[Problem]:
         total = np.uint64(self._consultation.payload_bytes)
         offsets, lengths = rows["offset"], rows["length"]
         inside = (offsets < total) & (lengths < total - np.minimum(offsets, total))
@@ -420,26 +370,25 @@ class ConsultationCheck:
         heads, chains = rows.tobytes(), rows["chain"].tolist()
         for low, high in _stretches(rows, inside):
             lines = self._consultation.lines(int(offsets[low]), int(offsets[high - 1]) + int(lengths[high - 1]) + 1)
-            yield from self._lines(rows[low:high], low, lines)
-            yield from self._events(rows, low, high, lines.tobytes(), heads, chains)
+            yield from self._check_lines(rows[low:high], low, lines)
+            yield from self._check_events(rows, low, high, lines.tobytes(), heads, chains)
         self._chain = chains[-1]
 
-    def _lines(self, rows: _Rows, low: int, lines: npt.NDArray[np.uint8]) -> Iterator[Finding]:
+    def _check_lines(self, rows: Table, low: int, lines: npt.NDArray[np.uint8]) -> Iterator[Problem]:
         """Each body is one line."""
         ends = (rows["offset"] - rows["offset"][0] + rows["length"]).astype(np.int64)
         feeds = lines == _LINE_FEED
         if int(np.count_nonzero(feeds)) == len(rows) and bool(feeds[ends].all()):
             return
-        wrong = np.zeros(len(rows), np.bool_)
-        wrong |= ~feeds[ends]
+        wrong = ~feeds[ends]
         feeds[ends] = False
         wrong[np.searchsorted(ends, np.flatnonzero(feeds))] = True
-        yield from self._at(rows, wrong, "newline", "the body is not one line with a line feed behind it", low)
+        yield from self._at(rows, wrong, "newline", "the body is not one line that a line feed ends", low)
 
-    def _events(
-        self, rows: _Rows, low: int, high: int, lines: bytes, heads: bytes, chains: list[bytes]
-    ) -> Iterator[Finding]:
-        """The chain fits, and each body is JSON. The loop that takes the time: some 2 µs an event."""
+    def _check_events(
+        self, rows: Table, low: int, high: int, lines: bytes, heads: bytes, chains: list[bytes]
+    ) -> Iterator[Problem]:
+        """The chain fits, and each body is JSON. This loop takes most of the time: some 2 µs an event."""
         width, head, parse = EVENT_DTYPE.itemsize, EVENT_HEAD.size, orjson.loads
         before = chains[low - 1] if low else self._chain
         place = 0
@@ -448,42 +397,43 @@ class ConsultationCheck:
             place += length + 1
             chain = chains[number]
             if chain_next(before, heads[width * number : width * number + head], body) != chain:
-                yield self._finding(rows, number, "chain", "the chain breaks: it or a row before was changed or moved")
+                message = "the chain breaks: it or a row before was changed or moved"
+                yield self._problem("chain", message, self.done + number, rows["seq"][number])
             before = chain
             try:
                 parse(body)
             except orjson.JSONDecodeError:
-                yield self._finding(rows, number, *_why_no_json(body))
+                yield self._problem(*_why_no_json(body), self.done + number, rows["seq"][number])
 
-    def _duplicates(self) -> Iterator[Finding]:
+    def _duplicates(self) -> Iterator[Problem]:
         if not self._ids or not self._unique:
             return
         ids = np.concatenate(self._ids)
         order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of equal ids the later row comes later
         same = (ids[order[1:]] == ids[order[:-1]]).all(axis=1)
         for row, first in sorted(zip(order[1:][same].tolist(), order[:-1][same].tolist(), strict=True)):
-            sequence = int(self._consultation.table(row, row + 1)["seq"][0])
-            yield Finding("duplicate", f"row {first} has the same event id", row, sequence)
+            sequence = self._consultation.row(row).sequence
+            yield self._problem("duplicate", f"row {first} has the same event id", row, sequence)
 
-    def _surplus(self) -> Iterator[Finding]:
-        held = self._consultation.payload_bytes
-        if held > self._end:
-            yield Finding("payload", f"the payload has {held - self._end} bytes behind the last row: rows are missing")
+    def _surplus(self) -> Iterator[Problem]:
+        surplus = self._consultation.payload_bytes - self._end
+        if surplus > 0:
+            yield self._problem("payload", f"the payload has {surplus} bytes after the last row: rows are missing")
 
-    def _at(self, rows: _Rows, mask: _Mask, kind: str, message: str, low: int = 0) -> Iterator[Finding]:
+    def _at(self, rows: Table, mask: _Mask, kind: str, message: str, low: int = 0) -> Iterator[Problem]:
         for number in np.flatnonzero(mask).tolist():
-            yield Finding(kind, message, self.done + low + number, int(rows["seq"][number]))
+            yield self._problem(kind, message, self.done + low + number, rows["seq"][number])
 
-    def _finding(self, rows: _Rows, number: int, kind: str, message: str) -> Finding:
-        return Finding(kind, message, self.done + number, int(rows["seq"][number]))
+    def _problem(self, kind: str, message: str, row: int | None = None, sequence: Any = None) -> Problem:
+        return Problem(kind, message, self._file, self._name, row, None if sequence is None else int(sequence))
 
 
 def _shifted(values: npt.NDArray[np.uint64], first: int) -> npt.NDArray[np.uint64]:
     return np.concatenate((np.array([first], np.uint64), values[:-1]))
 
 
-def _stretches(rows: _Rows, inside: _Mask) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows whose bodies lie inside the payload one behind another, and are not too long together."""
+def _stretches(rows: Table, inside: _Mask) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows whose bodies follow each other within the payload, and are not too long together."""
     starts = rows["offset"].tolist()
     ends = [start + length + 1 for start, length in zip(starts, rows["length"].tolist(), strict=True)]
     low = 0
@@ -507,7 +457,10 @@ def _why_no_json(body: bytes) -> tuple[str, str]:
     return "json", "the body is not JSON"
 
 
-def check_volume(directory: Path, infos: Sequence[PartitionInfo]) -> Iterator[Problem]:
+# -- The directory ----------------------------------------------------------------------------------------------------
+
+
+def _check_volume(directory: Path, infos: Sequence[PartitionInfo]) -> Iterator[Problem]:
     """Compare the identities of the partition files with each other, and with ``volume.json`` where there is one."""
     for info in infos[1:]:
         for field in _SHARED:
@@ -534,11 +487,10 @@ def check_volume(directory: Path, infos: Sequence[PartitionInfo]) -> Iterator[Pr
                 yield Problem("identity", message, info.path.name)
 
 
-def check_index(directory: Path, paths: Sequence[Path]) -> Iterator[Problem]:
+def _check_index(directory: Path, paths: Sequence[Path]) -> Iterator[Problem]:
     """Check that ``corpus.h5`` links exactly the partition files; a directory without one is complete as well.
 
-    Partitions may be created meanwhile: only *paths*, those that were there long before, must have a link, and a link
-    may lead to any that is there by now.
+    Partitions may be created meanwhile: only *paths*, found earlier, must have a link; a link may lead to a newer file.
     """
     path = directory / INDEX_NAME
     if not path.exists():
@@ -546,23 +498,23 @@ def check_index(directory: Path, paths: Sequence[Path]) -> Iterator[Problem]:
     try:
         links = read_links(path)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        yield Problem("index", f"it cannot be read: {error}; write_index() makes it anew", INDEX_NAME)
+        yield Problem("index", f"it cannot be read: {error}; write_index() makes a new one", INDEX_NAME)
         return
     before = {place.stem for place in paths}
     wanted = {place.stem: (place.name, "/") for place in partition_files(directory)}
     for name in sorted(wanted.keys() | links.keys()):
         found = links.get(name)
         if found is None and name in before:
-            yield Problem("index", f"it has no link to {wanted[name][0]}; write_index() makes it anew", INDEX_NAME)
+            yield Problem("index", f"it has no link to {wanted[name][0]}; write_index() makes a new one", INDEX_NAME)
         elif found is not None and found != wanted.get(name):
-            yield Problem("index", f"the link {name!a} leads nowhere or astray: {found!r}", INDEX_NAME)
+            yield Problem("index", f"the link {name!a} leads to no partition file: {found!r}", INDEX_NAME)
 
 
-def check_journals(directory: Path) -> Iterator[Problem]:
+def _check_journals(directory: Path) -> Iterator[Problem]:
     """Find journals with commits whose partition file is gone."""
-    for journal in sorted(directory.glob(_JOURNALS)):
+    for journal in sorted(directory.glob("*.h5.wal")):
         file = journal.with_suffix("")
-        # creation writes the journal first: an empty one alone is what a crash leaves. One with commits had its file
-        # beside it before them, so the file is looked for after the journal
+        # creation writes the journal first: a crash may leave an empty one alone. One with commits had a file before
+        # them, so the file is looked for after the journal
         if journal.stat().st_size > RECORDS_START and not file.exists():
             yield Problem("journal", f"it holds commits but {file.name} is missing: restore the file", journal.name)
