@@ -1,4 +1,4 @@
-"""The HDF5 layout of a partition file: names, types, attributes. docs/corpus-format.md is its description.
+"""The HDF5 layout of a partition file: names, types, attributes. docs/corpus-format.md describes it.
 
 ::
 
@@ -7,7 +7,7 @@
                                      committed_events, committed_conflicts
     /consultations/<id>/events       table of EVENT_DTYPE, one row an event, in stream order
     /consultations/<id>/payload      u1: the events' bodies, each followed by a line feed
-    /conflicts/<id>/{events,payload} the same for events under an id that the consultation holds with another body
+    /conflicts/<id>/{events,payload} the same, for events that came under a used id with another body
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import re
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any
@@ -88,42 +88,25 @@ _COUNTERS = (BEGINS, COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLI
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One event as it is appended.
+    """One event to append. Its ``repr`` leaves the body out: bodies are medical data."""
 
-    Attributes:
-        sequence: its sequence in the stream; rises within a consultation.
-        received_ns: when it was accepted, nanoseconds since the Unix epoch.
-        event_id: 16 bytes, unique within the consultation.
-        body: one JSON text in UTF-8 without line breaks.
-    """
-
-    sequence: int
-    received_ns: int
-    event_id: bytes
-    body: bytes
+    sequence: int  #: in the stream; rises within a consultation
+    received_ns: int  #: when it was accepted, nanoseconds since the Unix epoch
+    event_id: bytes  #: 16 bytes, unique within the consultation
+    body: bytes = field(repr=False)  #: one JSON text in UTF-8 without line breaks
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a partition file says of itself; every field is compared when it is opened.
+    """What a partition file states about itself; every field is compared when it is opened."""
 
-    Attributes:
-        store: name of the full copy of the corpus that the file is part of.
-        volume: UUID of the data directory that the file belongs to.
-        epoch: how often the partition has been placed; rises with each placement.
-        partition: number of the partition, from 0.
-        partitions: number of partitions of the stream, fixed at its creation.
-        stream: name of the stream that the sequences count.
-        stream_created: creation time of that stream as the broker states it: a re-created stream counts from 1 again.
-    """
-
-    store: str
-    volume: str
-    epoch: int
-    partition: int
-    partitions: int
-    stream: str
-    stream_created: str
+    store: str  #: name of the full copy of the corpus that the file is part of
+    volume: str  #: UUID of the data directory that the file belongs to
+    epoch: int  #: how often the partition has been placed
+    partition: int  #: its number, from 0
+    partitions: int  #: number of partitions of the stream, fixed at its creation
+    stream: str  #: name of the stream that the sequences count
+    stream_created: str  #: when the broker created that stream: a re-created one counts from 1 again
 
 
 _REMEDIES = {
@@ -151,12 +134,12 @@ def check_identity(name: str, expected: Identity, found: Identity) -> None:
 
     Raises IdentityMismatchError: a field differs; the message names it, both values, and what to do.
     """
-    for field in fields(Identity):
-        wanted, stated = getattr(expected, field.name), getattr(found, field.name)
+    for part in fields(Identity):
+        wanted, stated = getattr(expected, part.name), getattr(found, part.name)
         if wanted != stated:
             raise IdentityMismatchError(
-                f"{name}: {field.name} is {stated!r} in the file but {wanted!r} is expected: {_REMEDIES[field.name]}",
-                field=field.name,
+                f"{name}: {part.name} is {stated!r} in the file but {wanted!r} is expected: {_REMEDIES[part.name]}",
+                field=part.name,
                 expected=wanted,
                 found=stated,
             )
@@ -168,7 +151,7 @@ def is_consultation_id(value: str) -> bool:
 
 
 def write_attributes(root: Any, identity: Identity, journal: str, *, begins: int) -> None:
-    """Write what a new file says of itself.
+    """Write the attributes of a new file.
 
     Args:
         root: the root group, open in h5py for writing.
@@ -177,9 +160,9 @@ def write_attributes(root: Any, identity: Identity, journal: str, *, begins: int
     """
     root.attrs["format"] = FORMAT_NAME
     root.attrs["format_version"] = np.uint32(FORMAT_VERSION)
-    for field in fields(Identity):
-        value = getattr(identity, field.name)
-        root.attrs[field.name] = np.uint32(value) if field.name in _NUMBERS else value
+    for part in fields(Identity):
+        value = getattr(identity, part.name)
+        root.attrs[part.name] = np.uint32(value) if part.name in _NUMBERS else value
     root.attrs[BEGINS] = np.uint64(begins)
     root.attrs[COMMITTED] = np.uint64(begins - 1)
     root.attrs.create(COMMITTED_ID, b"", dtype=f"S{MESSAGE_ID_BYTES}")
@@ -216,28 +199,21 @@ def read_identity(root: Any, name: str) -> Identity:
             f"{name} has format_version {version}, written by {by} version of fiq; this one reads {FORMAT_VERSION} "
             "only: use that version, or write a new corpus from the stream"
         )
-    expected = [*(field.name for field in fields(Identity)), *_COUNTERS]
+    expected = [*(part.name for part in fields(Identity)), *_COUNTERS]
     missing = [attribute for attribute in expected if attribute not in root.attrs]
     if missing:
         raise CorpusFormatError(f"{name} lacks the attribute {missing[0]}")
-    values = root.attrs
-    return Identity(
-        store=str(values["store"]),
-        volume=str(values["volume"]),
-        epoch=int(values["epoch"]),
-        partition=int(values["partition"]),
-        partitions=int(values["partitions"]),
-        stream=str(values["stream"]),
-        stream_created=str(values["stream_created"]),
-    )
+    values: dict[str, Any] = {
+        part.name: (int if part.name in _NUMBERS else str)(root.attrs[part.name]) for part in fields(Identity)
+    }
+    return Identity(**values)
 
 
 def bound_metadata(file: Any, size: int) -> None:
     """Fix the size of a file's metadata cache.
 
-    Left alone it grows to 32 MB of metadata, half a gigabyte of memory, when many consultations are read or written one
-    after another, and does not get any faster by that: HDF5 keeps some 10 KB for an object header of a few hundred
-    bytes.
+    By default it grows to 32 MB of metadata, half a gigabyte of memory, when many consultations are read or written one
+    after another, and gets no faster: HDF5 keeps some 10 KB for an object header of a few hundred bytes.
 
     Args:
         file: an open h5py ``File``.
@@ -252,18 +228,17 @@ def bound_metadata(file: Any, size: int) -> None:
 
 # -- The chain of a consultation: each row carries a hash of its event and of the row before it ----------------------
 #
-# An event that is changed, removed or moved no longer fits the row behind it. Whoever rewrites all later rows too goes
-# unnoticed: the chain finds damage and honest mistakes, it is no signature. Events cut off at the end break no chain;
-# they are missed by the partition's ``committed_events``.
+# An event that is changed, removed or moved no longer fits the next row. The chain finds damage and mistakes; it is not
+# a signature, since a program that rewrites all later rows goes unnoticed. Events cut off at the end break no chain:
+# the partition's ``committed_events`` shows that they are missing.
 
 
 def chain_start(identity: Identity, consultation: str, *, of: str = CONSULTATIONS) -> bytes:
-    """Return what the first row of a consultation is chained to, or with *of* that of its conflicts.
+    """Return what the first row of a consultation is chained to, or that of its conflicts (with *of*).
 
-    It names what never changes in a consultation's life; volume and epoch do when a partition moves, and the copies of
-    two stores are to have equal chains.
+    It leaves out store, volume and epoch: they change when a partition moves, and two stores have equal chains.
     """
-    # a consultation's id has no slash: the names of the two groups never meet
+    # a consultation's id has no slash: the names of the two groups never collide
     name = consultation if of == CONSULTATIONS else f"{of}/{consultation}"
     return sha256(_partition_name(identity) + name.encode()).digest()
 

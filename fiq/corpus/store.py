@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -30,81 +30,53 @@ _DEFERRED_RETRY = 1.0
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
-    """Limits of a store.
+    """Limits of a store."""
 
-    Attributes:
-        open_consultations: how many consultations stay open in HDF5, about 35 KB each.
-        ids: keeps the ids of consultations in memory; files that one thread writes may share it.
-        checkpoint_bytes: size of the journal from which :meth:`EventStore.maybe_checkpoint` copies it. While nothing
-            holds checkpoints back the journal takes about twice that on the disk.
-        checkpoint_seconds: age of the oldest commit in the journal from which it does, so that stock readers see it.
-        metadata_cache_bytes: HDF5's metadata cache, as large as it is on the disk; in memory it takes 20 times as much,
-            since HDF5 keeps some 10 KB for each object header of a few hundred bytes.
-        journal_limit: size of the journal from which it is compacted while a reader holds checkpoints back.
-        cached_pages: committed pages of 4 KiB kept in memory; more are read from the journal.
-        io: the seam for every write.
-    """
-
+    #: consultations that stay open in HDF5, about 35 KB each
     open_consultations: int = 2000
+    #: keeps the ids of consultations in memory; files that one thread writes may share it
     ids: KnownIds = field(default_factory=KnownIds)
+    #: size of the journal from which :meth:`EventStore.maybe_checkpoint` copies it into the file. While nothing defers
+    #: checkpoints the journal takes about twice that on the disk
     checkpoint_bytes: int = 32 << 20
+    #: age of the oldest commit in the journal from which it does, so that stock readers see it
     checkpoint_seconds: float = 5.0
+    #: HDF5's metadata cache, as large as it is on the disk; in memory it takes 20 times as much, since HDF5 keeps some
+    #: 10 KB for each object header of a few hundred bytes
     metadata_cache_bytes: int = 512 << 10
+    #: size of the journal from which it is compacted while a reader holds checkpoints back
     journal_limit: int = 512 << 20
+    #: committed pages of 4 KiB kept in memory; others are read from the journal
     cached_pages: int = 8192
+    #: the seam for every write
     io: StorageIO = field(default_factory=StorageIO)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store has done since it was opened, and what it holds now.
-
-    Attributes:
-        commits: commits done.
-        events: events in them.
-        checkpoints: checkpoints done.
-        checkpoint_running: whether one is being made beside the commits.
-        checkpoints_deferred: checkpoints put off: a reader held the file, or the disk lacked the room.
-        checkpoint_deferred_because: why the last one was; empty when it was done.
-        checkpoint_waiting_seconds: for how long checkpoints have been put off; 0 when they are not.
-        compactions: how often the journal was compacted since it had outgrown its limit.
-        journal_bytes: bytes of the journal that wait for a checkpoint.
-        journaled_bytes: bytes written to the journal in all.
-        records_recovered: commits found in the journal at the open.
-        torn_records: commits that a crash had cut short, dropped at the open (never acknowledged).
-        open_consultations: consultations open in HDF5.
-        uncommitted_events: events appended since the last commit.
-        memory_bytes: memory of changed pages.
-        commit_seconds: duration of the last commit.
-        checkpoint_seconds: duration of the last checkpoint.
-    """
+    """What a store has done since it was opened, and what it holds now."""
 
     commits: int
-    events: int
+    events: int  #: in them
     checkpoints: int
     checkpoint_running: bool
-    checkpoints_deferred: int
-    checkpoint_deferred_because: str
-    checkpoint_waiting_seconds: float
-    compactions: int
-    journal_bytes: int
-    journaled_bytes: int
-    records_recovered: int
-    torn_records: int
-    open_consultations: int
+    checkpoints_deferred: int  #: because a reader held the file, or the disk lacked the room
+    checkpoint_deferred_because: str  #: empty when the last one was done
+    checkpoint_waiting_seconds: float  #: for how long checkpoints have been deferred; 0 when they are not
+    compactions: int  #: of a journal that had outgrown its limit
+    journal_bytes: int  #: that wait for a checkpoint
+    journaled_bytes: int  #: written to the journal in all
+    records_recovered: int  #: commits found in the journal at the open
+    torn_records: int  #: commits that a crash had cut short, dropped at the open (never acknowledged)
+    open_consultations: int  #: in HDF5
     uncommitted_events: int
-    memory_bytes: int
-    commit_seconds: float
-    checkpoint_seconds: float
+    memory_bytes: int  #: of changed pages
+    commit_seconds: float  #: duration of the last commit
+    checkpoint_seconds: float  #: duration of the last checkpoint
 
 
 class _CheckpointPolicy:
-    """Decides for one open file.
-
-    Args:
-        file: the file.
-        options: its limits.
-    """
+    """Decides when to make checkpoints and compactions of one open file."""
 
     def __init__(self, file: AtomicFile, options: StoreOptions) -> None:
         self._file = file
@@ -118,16 +90,16 @@ class _CheckpointPolicy:
 
     @property
     def waiting_seconds(self) -> float:
-        """For how long checkpoints have been put off; 0 when they are not."""
+        """For how long checkpoints have been deferred; 0 when they are not."""
         since = self._deferred_since
         return 0.0 if since is None else time.monotonic() - since
 
     def note_commit(self, moment: float) -> None:
-        """Take note of a commit that was begun at *moment*."""
+        """Note a commit that was begun at *moment*."""
         self._oldest_in_journal = self._oldest_in_journal or moment
 
     def make(self) -> bool:
-        """Make a checkpoint now and wait for it; False when it is put off."""
+        """Make a checkpoint and wait for it; return False when it is deferred."""
         done = self._file.checkpoint()
         if done:
             self._oldest_in_journal = None
@@ -135,7 +107,7 @@ class _CheckpointPolicy:
         return done
 
     def begin(self, *, now: bool) -> bool:
-        """Begin one beside the commits when it is due, or *now*; return whether one was begun."""
+        """Begin one in a thread when it is due, or *now*; return whether one was begun."""
         self._file.collect()
         self._note_deferrals()
         if (now or self._is_due()) and self._file.start_checkpoint():
@@ -154,21 +126,21 @@ class _CheckpointPolicy:
         return (old or long) and moment >= self._next_attempt
 
     def _note_deferrals(self) -> None:
-        """Take note of a checkpoint that was put off, so that the next one is not tried at every commit."""
+        """Note a deferred checkpoint, so that the next one is not tried at every commit."""
         stats = self._file.stats
         if stats.checkpoints_deferred > self._deferred:
             self._deferred = stats.checkpoints_deferred
             self._next_attempt = time.monotonic() + _DEFERRED_RETRY
             self._deferred_since = self._deferred_since or time.monotonic()
-        elif not stats.deferred_because:
+        elif not stats.checkpoint_deferred_because:
             self._deferred_since = None
 
     def _bound_journal(self) -> None:
-        """Compact a journal that has outgrown its limit since a reader holds checkpoints back."""
+        """Compact a journal that outgrows its limit while a reader holds checkpoints back."""
         size, limit = self._file.journal_bytes, self._options.journal_limit
         if self._file.stats.compactions > self._compactions or self._deferred_since is None:
             self._compactions = self._file.stats.compactions
-            # what it cannot make shorter must not be tried again soon
+            # a journal that cannot be made shorter must not be compacted again soon
             self._compact_from = max(limit, 2 * size)
         elif size >= self._compact_from and self._file.start_compaction():
             self._compact_from = 2 * size
@@ -245,12 +217,15 @@ class EventStore:
     """One partition file, open for writing by one thread of one process.
 
     After an error of :meth:`append`, :meth:`commit` or a checkpoint every further call is refused:
-    :meth:`abandon` the store and open it again. What was committed is safe then, and nothing else is there.
+    :meth:`abandon` the store and open it again. It then holds exactly what was committed.
     """
 
     def __init__(self, path: Path, expected: Identity | None, options: StoreOptions) -> None:
-        self._path = path
-        self._events = self._uncommitted = self._highest = 0
+        #: the partition file
+        self.path = path
+        #: events that were appended since the last commit
+        self.uncommitted = 0
+        self._events = self._highest = 0
         self._commit_seconds = 0.0
         self._file = AtomicFile(
             path, io=options.io, cached_pages=options.cached_pages, wrap_bytes=options.checkpoint_bytes
@@ -282,7 +257,7 @@ class EventStore:
         Args:
             begins: first stream sequence that the file may hold; everything before counts as committed.
 
-        Raises CorpusExistsError: the file exists; JournalError: a journal with commits stands there without its file;
+        Raises CorpusExistsError: the file exists; JournalError: a journal with commits is there without its file;
         UnsupportedFileSystemError: the directory is on a remote file system; CorpusNotFoundError: there is no such
         directory; CorpusIOError: the system refused.
         """
@@ -297,7 +272,7 @@ class EventStore:
         """Open a partition file: lock it, find its last commit, compare its identity.
 
         Args:
-            expected: what the file must say of itself; None accepts whatever it says.
+            expected: what the file must state about itself; None accepts anything.
 
         Raises CorpusNotFoundError: the file is missing; CorpusLockedError: another process writes it;
         ArchivedFileError: it is an archive; JournalError: its journal is missing, damaged or of another file;
@@ -312,18 +287,13 @@ class EventStore:
 
     @property
     def identity(self) -> Identity:
-        """What the file says of itself."""
+        """What the file states about itself."""
         return self._partition.identity
 
     @property
     def begins(self) -> int:
         """First stream sequence that the file may hold: above 1 when the store began after the stream was trimmed."""
         return self._partition.begins
-
-    @property
-    def path(self) -> Path:
-        """The partition file."""
-        return self._path
 
     @property
     def in_place(self) -> bool:
@@ -333,25 +303,16 @@ class EventStore:
     @property
     def stats(self) -> StoreStats:
         """What the store has done and holds, as of now."""
-        file = self._file.stats
         return StoreStats(
-            commits=file.commits,
+            **asdict(self._file.stats),
             events=self._events,
-            checkpoints=file.checkpoints,
             checkpoint_running=self._file.checkpoint_running,
-            checkpoints_deferred=file.checkpoints_deferred,
-            checkpoint_deferred_because=file.deferred_because,
             checkpoint_waiting_seconds=self._checkpoints.waiting_seconds,
-            compactions=file.compactions,
             journal_bytes=self._file.journal_bytes,
-            journaled_bytes=file.journaled_bytes,
-            records_recovered=file.records_recovered,
-            torn_records=file.torn_records,
             open_consultations=self._partition.consultations.open_count,
-            uncommitted_events=self._uncommitted,
+            uncommitted_events=self.uncommitted,
             memory_bytes=self._file.memory_bytes,
             commit_seconds=self._commit_seconds,
-            checkpoint_seconds=file.checkpoint_seconds,
         )
 
     def held(self, consultation: str, ids: Collection[bytes]) -> dict[bytes, StoredRow]:
@@ -367,16 +328,11 @@ class EventStore:
         with self._guard:
             return self._conflicts.held(consultation, ids)
 
-    @property
-    def uncommitted(self) -> int:
-        """Events that were appended since the last commit."""
-        return self._uncommitted
-
     @contextmanager
     def reading(self, *, conflicts: bool = False) -> Iterator[Lookup]:
-        """Look into the store, or with *conflicts* into what stands beside its events, for the time of the block.
+        """Read from the store, or with *conflicts* from its conflicts, within the block.
 
-        Nothing that goes wrong in there spoils the store, unless it is an error of the file beneath.
+        An error in the block leaves the store usable, unless the file under HDF5 failed.
 
         Raises CorpusFormatError: HDF5 does not accept the content; CorpusIOError: the system refused; abandon the
         store.
@@ -409,7 +365,7 @@ class EventStore:
         with self._guard:
             first = groups.append(consultation, records, self.committed)
             self._ids.appended(groups, consultation, first, [one.event_id for one in records])
-            self._uncommitted += len(records)
+            self.uncommitted += len(records)
             self._highest = max(self._highest, records[-1].sequence)
             return not first
 
@@ -417,28 +373,28 @@ class EventStore:
         """Make the appended events durable together with *sequence*, in one step: all of it, or nothing.
 
         Args:
-            sequence: what the stream has been handled up to; not below that of any event, and never going back.
+            sequence: up to which the stream was handled; not below that of any event or of an earlier commit.
             message_id: of the stream's message there, at most 200 ASCII characters; empty when it has none.
 
         Raises:
             AppendRefusedError: *sequence* is too low.
-            CorpusIOError: the system refused. Abandon the store; whether the commit counts shows when it is opened.
+            CorpusIOError: the system refused. Abandon the store; the next open shows whether the commit counts.
         """
         with self._guard:
             if sequence < self.committed or sequence < self._highest:
                 lowest = max(self.committed, self._highest)
-                raise AppendRefusedError(f"{self._path.name}: cannot commit {sequence}, below {lowest}")
+                raise AppendRefusedError(f"{self.path.name}: cannot commit {sequence}, below {lowest}")
             started = time.monotonic()
             self._partition.flush(sequence, message_id)
             self._file.commit()
             self._commit_seconds = time.monotonic() - started
             self.committed, self.committed_id = sequence, message_id
-            self._events += self._uncommitted
-            self._uncommitted = 0
+            self._events += self.uncommitted
+            self.uncommitted = 0
             self._checkpoints.note_commit(started)
 
     def place(self, epoch: int, *, store: str | None = None, volume: str | None = None) -> None:
-        """Make durable that this is the file of the partition's placement *epoch*, and whose it is from now on.
+        """Make durable that the file belongs to the partition's placement *epoch*, and to *store* and *volume*.
 
         Raises CorpusIOError: the system refused; abandon the store.
         """
@@ -451,7 +407,7 @@ class EventStore:
         """Copy what is committed into the file, where stock readers see it, and wait for it.
 
         Returns:
-            False when it must wait: a reader holds the file, or the disk lacks the room.
+            False when it is deferred: a reader holds the file, or the disk lacks the room.
 
         Raises CorpusUsageError: events are appended and not committed; CorpusIOError: the system refused; abandon the
         store.
@@ -462,7 +418,7 @@ class EventStore:
     def maybe_checkpoint(self, *, now: bool = False) -> bool:
         """Begin a checkpoint when the journal is long or old enough; call it after commits and when idle.
 
-        It runs in a thread beside the commits. An error of it is raised by the next call of any method that writes.
+        It runs in a thread while commits go on. The next call of any method that writes raises its error.
 
         Args:
             now: whatever its length and age.
@@ -471,7 +427,7 @@ class EventStore:
             Whether one was begun.
         """
         with self._guard:
-            return not self._uncommitted and self._checkpoints.begin(now=now)
+            return not self.uncommitted and self._checkpoints.begin(now=now)
 
     def abandon(self) -> None:
         """Drop what is not committed and release everything; writes nothing to the disk."""
@@ -485,7 +441,7 @@ class EventStore:
     def close(self) -> None:
         """Drop what is not committed, make a last checkpoint, and release everything.
 
-        Raises CorpusIOError: the checkpoint failed; everything is released all the same, and the journal holds it.
+        Raises CorpusIOError: the checkpoint failed; everything is released, and the journal holds the commits.
         """
         if self._guard.failure is not None:
             self.abandon()
@@ -516,29 +472,21 @@ def create_partition(path: Path, identity: Identity, io: StorageIO, *, begins: i
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a recovery did.
+    """What a recovery did."""
 
-    Attributes:
-        file: name of the partition file.
-        committed: stream sequence of the last commit.
-        replayed: commits that only the journal held.
-        torn: commits that a crash had cut short and that were dropped; they were never acknowledged.
-        held_back: why the journal could not be copied into the file yet, though nothing is lost; empty when it was.
-    """
-
-    file: str
-    committed: int
-    replayed: int
-    torn: int
-    held_back: str
+    file: str  #: name of the partition file
+    committed: int  #: stream sequence of the last commit
+    replayed: int  #: commits that only the journal held
+    torn: int  #: commits that a crash had cut short, dropped; they were never acknowledged
+    held_back: str  #: why the journal could not be copied into the file yet; empty when it was. Nothing is lost
 
 
 def recover_partition(path: Path) -> Recovered:
     """Open a partition file as its writer does, copy what its journal holds into it, and close it.
 
-    Stock tools see everything that was committed then. A persister does the same when it opens the file.
+    Stock tools see everything that was committed afterwards. A persister does the same when it opens the file.
 
-    Raises CorpusLockedError: a writer has it open; there is nothing to recover then; CorpusError: it cannot be
+    Raises CorpusLockedError: a writer has it open; and has recovered it; CorpusError: it cannot be
     recovered; the message says what to do.
     """
     with EventStore.open(path, expected=None) as store:

@@ -51,7 +51,7 @@ class FileStats:
     #: checkpoints deferred since a reader held the file, or the disk had no room for them
     checkpoints_deferred: int = 0
     #: why the last checkpoint was deferred; empty after one that was done
-    deferred_because: str = ""
+    checkpoint_deferred_because: str = ""
     #: duration of the last checkpoint
     checkpoint_seconds: float = 0.0
     #: how often the journal was compacted while checkpoints were deferred
@@ -392,7 +392,7 @@ class AtomicFile:
         self._journal.shrink(2 * self._wrap_bytes)
         self.stats.checkpoints += 1
         self.stats.checkpoint_seconds = seconds
-        self.stats.deferred_because = ""
+        self.stats.checkpoint_deferred_because = ""
 
     def _take_compaction(self, compaction: Compaction, count: int, writing: BackgroundTask[None]) -> None:
         """Replace the journal by the compacted one, with what was committed meanwhile."""
@@ -425,7 +425,7 @@ class AtomicFile:
 
     def _defer(self, reason: str) -> bool:
         self.stats.checkpoints_deferred += 1
-        self.stats.deferred_because = reason
+        self.stats.checkpoint_deferred_because = reason
         return False
 
     # -- Errors and the end -------------------------------------------------------------------------------------------
