@@ -40,21 +40,13 @@ RowFilter = Callable[[Table], npt.NDArray[np.bool_]]
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """One stored event. Its ``repr`` leaves the body out: bodies are medical data.
+    """One stored event. Its ``repr`` leaves the body out: bodies are medical data."""
 
-    Attributes:
-        consultation: id of its consultation.
-        sequence: its sequence in the stream.
-        received_ns: when it was accepted, nanoseconds since the Unix epoch.
-        id_bytes: the 16 bytes of its id.
-        raw: its body byte for byte, without the line feed after it.
-    """
-
-    consultation: str
-    sequence: int
-    received_ns: int
-    id_bytes: bytes
-    raw: bytes = field(repr=False)
+    consultation: str  #: its id
+    sequence: int  #: in the stream
+    received_ns: int  #: when it was accepted, nanoseconds since the Unix epoch
+    id_bytes: bytes  #: the 16 bytes of its id
+    raw: bytes = field(repr=False)  #: its body byte for byte, without the line feed after it
 
     @property
     def event_id(self) -> UUID:
@@ -88,21 +80,13 @@ class EventRecord:
 
 
 class StoredRow(NamedTuple):
-    """One row of the table: where an event's body is.
+    """One row of the table: where an event's body is."""
 
-    Attributes:
-        sequence: in the stream.
-        received_ns: when the event was accepted, nanoseconds since the Unix epoch.
-        offset: of its body in the payload, bytes.
-        length: of its body, bytes.
-        event_id: 16 bytes.
-    """
-
-    sequence: int
-    received_ns: int
-    offset: int
-    length: int
-    event_id: bytes
+    sequence: int  #: in the stream
+    received_ns: int  #: when the event was accepted, nanoseconds since the Unix epoch
+    offset: int  #: of its body in the payload, bytes
+    length: int  #: of its body, bytes
+    event_id: bytes  #: 16 bytes
 
 
 class Consultation(Sequence[EventRecord]):

@@ -1,16 +1,16 @@
 """Which events a consultation holds: exact, in about 12 bytes an event, whatever the size of the consultation.
 
-An id is kept as an 8-byte hash in a sorted array, with the number of its row in the table beside it. A hash that is
-found is compared with the id in that row, so an answer is never a guess. Ids that were appended lately stand in a small
-dictionary and are merged into the arrays now and then. A consultation that was created through this store is known from
-its first event on and never read; another one is read once, when it is first asked about.
+An id is kept as an 8-byte hash in a sorted array, and the number of its row in a second one. The id in that row is
+compared before an answer, so hashes that collide do no harm. Recently appended ids are in a small dictionary, which is
+merged into the arrays from time to time. A consultation that was created through this store is known from its first
+event on and never read; another one is read once, at its first look-up.
 
-One :class:`KnownIds` serves all partition files of a process: it drops the consultations that were unused for longest
-when there are too many ids in all. A consultation with more ids than that is never kept: its table is searched each
-time, in pieces.
+One :class:`KnownIds` serves all partition files of a process: when there are too many ids it drops the least recently
+used consultations. A consultation with more ids than the limit is never kept: its table is searched each time, in
+pieces.
 
-The hash is keyed by a secret of the process, so that a client cannot choose ids that all have the same one. With the
-key and the hashes (:class:`IdHashes`) another process can look an id up by itself.
+The hash is keyed by a secret of the process, so that a client cannot choose ids that collide. With the key and the
+hashes (:class:`IdHashes`) another process can look an id up by itself.
 """
 
 from __future__ import annotations
@@ -39,19 +39,14 @@ Rows = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True)
 class IdHashes:
-    """All ids of a consultation as hashes.
+    """All ids of a consultation as hashes."""
 
-    Attributes:
-        key: of the hash, 16 bytes.
-        hashes: 8 bytes each, little-endian, sorted; see :func:`hashes_of`.
-    """
-
-    key: bytes
-    hashes: bytes
+    key: bytes  #: of the hash, 16 bytes
+    hashes: bytes  #: 8 bytes each, little-endian, sorted; see :func:`hashes_of`
 
 
-#: opens the table of a consultation; None when there is no such
-OpenTable = Callable[[], "Consultation | None"]
+#: opens a consultation; returns None if it does not exist
+OpenTable = Callable[[], Consultation | None]
 
 
 class KnownIds:
@@ -103,11 +98,11 @@ class KnownIds:
         return IdHashes(self.key, ids.all_hashes()) if len(ids) <= most else None
 
     def appended(self, store: object, name: str, first: int, ids: Sequence[bytes]) -> None:
-        """Take note of *ids* that were appended in the rows from *first* on; with row 0 a consultation begins."""
+        """Note *ids* that were appended in the rows from *first* on; with row 0 a consultation begins."""
         known = self._kept.get((store, name))
         if known is None:
             if first:
-                return  # read when it is asked about
+                return  # read at its first look-up
             known = self._keep(store, name, _Ids(self.key))
         before = known.weight
         known.add(first, ids)
@@ -128,16 +123,16 @@ class KnownIds:
 
     def _search(self, table: Consultation, wanted: Collection[bytes]) -> Iterator[tuple[bytes, int]]:
         """Yield the ids of *wanted* with each row that may hold one, without keeping anything."""
-        ids = list(wanted)
-        hashes = hashes_of(self.key, _joined(ids))
-        order = np.argsort(hashes)
-        few = _Ids(self.key, hashes[order], order.astype(np.uint32))
+        hashes = hashes_of(self.key, b"".join(wanted))
+        by_hash: dict[int, list[bytes]] = {}
+        for hash_, event_id in zip(hashes.tolist(), wanted, strict=True):
+            by_hash.setdefault(hash_, []).append(event_id)
         start = 0
         for piece in table.ids():
             in_piece = hashes_of(self.key, piece)
             for index in np.flatnonzero(np.isin(in_piece, hashes)).tolist():
-                for number in few.rows_of(in_piece[index : index + 1]):
-                    yield ids[number], start + index
+                for event_id in by_hash[int(in_piece[index])]:
+                    yield event_id, start + index
             start += len(piece)
 
     def _keep(self, store: object, name: str, ids: _Ids) -> _Ids:
@@ -152,13 +147,7 @@ class KnownIds:
 
 
 class _Ids:
-    """The ids of one consultation.
-
-    Args:
-        key: of the hash.
-        hashes: sorted.
-        rows: the row of each.
-    """
+    """The ids of one consultation: sorted hashes under a *key*, and the row of each."""
 
     __slots__ = ("_hashes", "_key", "_recent", "_rows")
 
@@ -170,7 +159,7 @@ class _Ids:
 
     @classmethod
     def read(cls, key: bytes, table: Consultation) -> _Ids:
-        """Read all ids of *table*: twice as much memory as they take in the end."""
+        """Read all ids of *table*; meanwhile they take twice their memory."""
         hashes = np.empty(len(table), np.uint64)
         start = 0
         for piece in table.ids():
@@ -184,11 +173,11 @@ class _Ids:
 
     @property
     def weight(self) -> int:
-        """The memory that they take, in ids that are in an array."""
+        """The memory that they take, counted in ids in an array."""
         return len(self._hashes) + _RECENT_WEIGHT * len(self._recent) + _OWN_WEIGHT
 
     def add(self, first: int, ids: Sequence[bytes]) -> None:
-        """Take *ids*, which stand in the rows from *first* on."""
+        """Add *ids*, which are in the rows from *first* on."""
         self._recent.update(zip(ids, range(first, first + len(ids)), strict=True))
         fewest, most = _RECENT
         if len(self._recent) >= max(fewest, min(len(self._hashes) // 8, most)):
@@ -204,17 +193,11 @@ class _Ids:
             else:
                 others.append(event_id)
         if others and len(self._hashes):
-            hashes = hashes_of(self._key, _joined(others))
+            hashes = hashes_of(self._key, b"".join(others))
             low, high = self._hashes.searchsorted(hashes), self._hashes.searchsorted(hashes, "right")
             for number in np.flatnonzero(high > low).tolist():
                 for row in self._rows[low[number] : high[number]].tolist():
                     yield others[number], row
-
-    def rows_of(self, hash_: Hashes) -> list[int]:
-        """Return the rows under one hash, of those that are in the arrays."""
-        low, high = self._hashes.searchsorted(hash_)[0], self._hashes.searchsorted(hash_, "right")[0]
-        rows: list[int] = self._rows[low:high].tolist()
-        return rows
 
     def all_hashes(self) -> bytes:
         """Return all hashes, sorted."""
@@ -224,7 +207,7 @@ class _Ids:
     def _merge(self) -> None:
         if not self._recent:
             return
-        hashes = hashes_of(self._key, _joined(self._recent))
+        hashes = hashes_of(self._key, b"".join(self._recent))
         rows = np.fromiter(self._recent.values(), np.uint32, len(self._recent))
         order = np.argsort(hashes)
         places = self._hashes.searchsorted(hashes[order])
@@ -249,7 +232,3 @@ def hashes_of(key: bytes, ids: npt.NDArray[Any] | bytes) -> Hashes:
     hashes = (hashes ^ halves[:, 1]) * factor
     hashes ^= hashes >> np.uint64(29)
     return hashes
-
-
-def _joined(ids: Collection[bytes]) -> bytes:
-    return b"".join(ids)

@@ -64,33 +64,19 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class PartitionInfo:
-    """What one partition file states about itself.
-
-    Attributes:
-        path: the file.
-        identity: the store, volume, partition and stream that it belongs to.
-        begins: first stream sequence that it may hold: above 1 when the store began after the stream was trimmed.
-        committed: stream sequence of its last commit.
-        committed_id: message id of the stream's message there; empty when it had none.
-        consultations: how many it holds.
-        events: how many events, as the last commit counted them.
-        conflicts: how many events under an id that their consultation holds with another body.
-        archived: whether it is a compact copy that ``fiq repack`` made: complete without a journal, and read-only.
-        has_journal: whether its journal is beside it; without one, the content is that of the last checkpoint.
-        journal_records: commits that only the journal holds.
-    """
+    """What one partition file states about itself."""
 
     path: Path
-    identity: Identity
-    begins: int
-    committed: int
-    committed_id: str
-    consultations: int
-    events: int
-    conflicts: int
-    archived: bool
-    has_journal: bool
-    journal_records: int
+    identity: Identity  #: the store, volume, partition and stream that it belongs to
+    begins: int  #: first stream sequence that it may hold: above 1 when the store began after the stream was trimmed
+    committed: int  #: stream sequence of its last commit
+    committed_id: str  #: message id of the stream's message there; empty when it had none
+    consultations: int  #: how many it holds
+    events: int  #: as the last commit counted them
+    conflicts: int  #: events that came under a used id with another body
+    archived: bool  #: whether it is a compact copy that ``fiq repack`` made: complete without a journal, and read-only
+    has_journal: bool  #: whether its journal is there; without one, the content is that of the last checkpoint
+    journal_records: int  #: commits that only the journal holds
 
 
 class Corpus(Mapping[str, Consultation]):

@@ -20,12 +20,11 @@ _PIECE_BYTES = 4 << 20
 def copy_pair(
     source: Path, target: Path, *, io: StorageIO | None = None, on_progress: Callable[[float], None] | None = None
 ) -> None:
-    """Copy the pair at *source*, as of its last commit at this moment, to *target* and the journal beside it.
+    """Copy the pair at *source*, as of its last commit, to *target* and a journal beside it.
 
     The copy is what a checkpoint would have made of the original: the file holds everything that was committed, the
-    journal is empty, and a writer may go on from there. The two belong together as the original's do, so neither can
-    be mixed up with an older or a newer one unnoticed. While the copy is made the writer commits on; its checkpoints
-    wait.
+    journal is empty, and a writer may continue from there. The two belong together as the original's do: one that is
+    mixed up with an older or newer one is refused. The writer keeps committing meanwhile; its checkpoints wait.
 
     Args:
         source: a partition file whose journal stands beside it.
@@ -41,7 +40,7 @@ def copy_pair(
     io = StorageIO() if io is None else io
     journal = journal_path(target)
     if os.path.lexists(target) or os.path.lexists(journal):
-        raise CorpusExistsError(f"{target} or its journal exists: a copy is never written over anything")
+        raise CorpusExistsError(f"{target} or its journal exists: a copy never replaces anything")
     if source.is_file():
         refuse_archive(source)
     snapshot = _snapshot(source)

@@ -62,28 +62,20 @@ OnStep = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Repacked:
-    """One partition file that was copied.
+    """One partition file that was copied."""
 
-    Attributes:
-        file: its name.
-        consultations: how many it holds.
-        events: how many it holds.
-        bytes_before: size of the partition file.
-        bytes_after: size of the archive.
-    """
-
-    file: str
+    file: str  #: its name
     consultations: int
     events: int
-    bytes_before: int
-    bytes_after: int
+    bytes_before: int  #: size of the partition file
+    bytes_after: int  #: size of the archive
 
 
 def repack(source: Path, target: Path, *, on_progress: OnStep | None = None) -> tuple[Repacked, ...]:
-    """Copy a data directory or one partition file into a compact archive; writers of the original may work on.
+    """Copy a data directory or one partition file into a compact archive; writers of the original go on meanwhile.
 
-    The archive appears under its name when it is complete, passes its own verification, and equals the original as of
-    the moment when its turn came.
+    The archive appears under its name once it is complete, is verified itself, and equals the original as of the moment
+    when it was read.
 
     Args:
         source: a data directory, or one partition file.
@@ -117,16 +109,16 @@ def repack(source: Path, target: Path, *, on_progress: OnStep | None = None) -> 
 
 def _repack_partition(source: Path, target: Path, steps: _Steps) -> Repacked:
     with Corpus([source]) as original:
-        report, problems = verify_partition(original, on_progress=lambda now: steps.tell("verifying", now.fraction))
+        report, problems = verify_partition(original, on_progress=lambda now: steps.report("verifying", now.fraction))
         _refuse(problems, f"{source.name} is damaged, so nothing was archived")
         (info,) = original.partitions
         with _writing(target):
             _copy(original, info, target, steps)
         with Corpus([target]) as copy:
             step = "verifying the copy of"
-            _, problems = verify_partition(copy, on_progress=lambda now: steps.tell(step, now.fraction))
-            _refuse(problems, f"the copy of {source.name} is not good, and was dropped")
-            difference = first_difference(original, copy, lambda fraction: steps.tell("comparing", fraction))
+            _, problems = verify_partition(copy, on_progress=lambda now: steps.report(step, now.fraction))
+            _refuse(problems, f"the copy of {source.name} is damaged, and was dropped")
+            difference = first_difference(original, copy, lambda fraction: steps.report("comparing", fraction))
         if difference is not None:
             raise CorpusFormatError(f"the copy of {source.name} differs, and was dropped: {difference}")
     steps.next_file()
@@ -153,7 +145,7 @@ def _copy(original: Corpus, info: PartitionInfo, target: Path, steps: _Steps) ->
         writer = ArchiveWriter(file.create_group(CONSULTATIONS).id)
         for number, consultation in enumerate(original.values(), 1):
             writer.add(consultation)
-            steps.tell("copying", number / info.consultations)
+            steps.report("copying", number / info.consultations)
         kept = ArchiveWriter(file.create_group(CONFLICTS).id)
         for consultation in original.conflicts():
             kept.add(consultation)
@@ -168,7 +160,7 @@ def _copy(original: Corpus, info: PartitionInfo, target: Path, steps: _Steps) ->
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Tell an error of the disk from one of the original: h5py raises these for what it cannot write."""
+    """Turn the errors that h5py raises for failed writes into CorpusIOError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -185,7 +177,7 @@ def _publish(temporary: Path, target: Path) -> None:
     io = StorageIO()
     if temporary.is_dir():
         io.sync_directory(temporary)
-        io.rename(temporary, target)  # refused when a directory with anything in it appeared there meanwhile
+        io.rename(temporary, target)  # refused if a directory with content appeared there meanwhile
     else:
         try:
             os.link(temporary, target)  # a rename would replace what appeared there meanwhile
@@ -202,23 +194,23 @@ def _remove(temporary: Path) -> None:
 
 
 class _Steps:
-    """Tells how far the whole is: files by their size, the steps of each by the time that they take."""
+    """Reports how far the whole is: files by their size, the steps of each by the time that they take."""
 
     def __init__(self, paths: tuple[Path, ...], on_progress: OnStep | None) -> None:
         self._files = [(path.name, path.stat().st_size) for path in paths]
         self._total = sum(size for _, size in self._files) or 1
-        self._number = self._behind = 0
+        self._number = self._done_bytes = 0
         self._on_progress = on_progress
 
-    def tell(self, step: str, fraction: float) -> None:
+    def report(self, step: str, fraction: float) -> None:
         if self._on_progress is not None:
             name, size = self._files[self._number]
             steps = list(_STEPS)
             share = sum(_STEPS[earlier] for earlier in steps[: steps.index(step)]) + _STEPS[step] * min(1.0, fraction)
-            self._on_progress(f"{step} {name}", (self._behind + share * size) / self._total)
+            self._on_progress(f"{step} {name}", (self._done_bytes + share * size) / self._total)
 
     def next_file(self) -> None:
-        self._behind += self._files[self._number][1]
+        self._done_bytes += self._files[self._number][1]
         self._number += 1
 
 
@@ -239,12 +231,12 @@ class ArchiveWriter:
     def add(self, consultation: Consultation) -> None:
         """Copy one consultation, slice by slice."""
         group = h5g.create(self._group, consultation.id.encode())
-        # the bytes of a field beside those of the same field in the next row: numbers that rise slowly compress well
+        # shuffled: bytes of the same field are together, and numbers that rise slowly compress well
         _write(group, EVENTS, self._row_type, len(consultation), _EVENTS_CHUNK, _tables(consultation), shuffle=True)
         _write(group, PAYLOAD, h5t.STD_U8LE, consultation.payload_bytes, _PAYLOAD_CHUNK, _lines(consultation))
 
 
-def first_difference(original: Corpus, copy: Corpus, tell: Callable[[float], None]) -> str | None:
+def first_difference(original: Corpus, copy: Corpus, on_progress: Callable[[float], None]) -> str | None:
     """Return what differs first between two corpora of one partition file each; None when they hold the same."""
     ours, theirs = original.partitions[0], copy.partitions[0]
     for field in ("identity", "committed", "committed_id", "consultations", "events", "conflicts"):
@@ -255,7 +247,7 @@ def first_difference(original: Corpus, copy: Corpus, tell: Callable[[float], Non
             return f"{consultation.id} is missing"
         if not _equal(consultation, copy[consultation.id]):
             return f"{consultation.id} has other events"
-        tell(number / ours.consultations)
+        on_progress(number / ours.consultations)
     for kept, copied in zip(original.conflicts(), copy.conflicts(), strict=True):
         if kept.id != copied.id or not _equal(kept, copied):
             return f"{kept.id} has other conflicts"

@@ -107,27 +107,16 @@ class BackgroundTask(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One checkpoint of a partition file, which is exclusively locked.
+    """One checkpoint of a partition file, which is exclusively locked."""
 
-    Attributes:
-        io: the seam for every write.
-        name: of the partition file, for messages.
-        uuid: of the pair.
-        file: descriptor of the partition file.
-        journal: descriptor of the journal.
-        records: the records to copy, oldest first, at least one.
-        state: what the partition file says.
-        generation: of the journal's valid slot.
-    """
-
-    io: StorageIO
-    name: str
-    uuid: UUID
-    file: int
-    journal: int
-    records: Sequence[JournalRecord]
-    state: State
-    generation: int
+    io: StorageIO  #: the seam for every write
+    name: str  #: of the partition file, for messages
+    uuid: UUID  #: of the pair
+    file: int  #: descriptor of the partition file
+    journal: int  #: descriptor of the journal
+    records: Sequence[JournalRecord]  #: the records to copy, oldest first, at least one
+    state: State  #: what the partition file says
+    generation: int  #: of the journal's valid slot
 
     @property
     def state_after(self) -> State:

@@ -100,19 +100,12 @@ def _is_sealed(raw: bytes, magic: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """How far the partition file has absorbed its journal.
+    """How far the partition file has absorbed its journal."""
 
-    Attributes:
-        generation: counts the states written; odd ones are in slot B.
-        absorbed: number of journal records that the content holds.
-        target: number that it will hold after the running checkpoint; equal to *absorbed* when none runs.
-        link: header CRC of the last absorbed record (0: none yet); tells histories apart that diverged.
-    """
-
-    generation: int
-    absorbed: int
-    target: int
-    link: int
+    generation: int  #: counts the states written; odd ones are in slot B
+    absorbed: int  #: number of journal records that the content holds
+    target: int  #: number that it will hold after the running checkpoint; equal to *absorbed* when none runs
+    link: int  #: header CRC of the last absorbed record (0: none yet); shows whether two histories diverged
 
 
 def new_user_block(uuid: UUID, *, archive: bool = False) -> bytes:
@@ -186,30 +179,19 @@ def refuse_archive(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a record belongs.
+    """Where a record belongs."""
 
-    Attributes:
-        number: of the record.
-        link: header CRC of the record before it; 0 for the first of all.
-        offset: bytes from the start of the journal.
-    """
-
-    number: int
-    link: int
-    offset: int
+    number: int  #: of the record
+    link: int  #: header CRC of the record before it; 0 for the first of all
+    offset: int  #: bytes from the start of the journal
 
 
 @dataclass(frozen=True, slots=True)
 class Extents:
-    """The sectors of one record.
+    """The sectors of one record."""
 
-    Attributes:
-        table: shape (n, 2): first sector and number of sectors of each run, in rising order.
-        images: byte offset in the journal of the images of these sectors, one after another.
-    """
-
-    table: Sectors
-    images: int
+    table: Sectors  #: shape (n, 2): first sector and number of sectors of each run, in rising order
+    images: int  #: byte offset in the journal of the images of these sectors, one after another
 
     def sectors(self) -> Sectors:
         """Return the number of every sector, in the order of the images."""
@@ -223,27 +205,16 @@ class Extents:
 
 @dataclass(frozen=True, slots=True)
 class JournalRecord:
-    """One whole record.
-
-    Attributes:
-        number: its number.
-        count: how many records it stands for; more than one after a compaction.
-        link: its header CRC, which the next record refers to.
-        file_size: size of the partition file after the record, bytes.
-        extents: what it changes.
-        offset: byte offset of its start.
-        end: byte offset of its end.
-        next: byte offset of the next record: *end*, or elsewhere after a jump.
-    """
+    """One whole record."""
 
     number: int
-    count: int
-    link: int
-    file_size: int
-    extents: Extents
-    offset: int
-    end: int
-    next: int
+    count: int  #: how many records it stands for; more than one after a compaction
+    link: int  #: its header CRC, which the next record refers to
+    file_size: int  #: size of the partition file after the record, bytes
+    extents: Extents  #: what it changes
+    offset: int  #: byte offset of its start
+    end: int  #: byte offset of its end
+    next: int  #: byte offset of the next record: *end*, or elsewhere after a jump
 
     @property
     def length(self) -> int:
@@ -257,19 +228,12 @@ class JournalRecord:
 
 
 class LiveRecords(NamedTuple):
-    """The live part of a journal.
+    """The live part of a journal."""
 
-    Attributes:
-        generation: of the valid slot.
-        start: where the records begin.
-        records: oldest first.
-        torn: whether a record after them was dropped that a crash had cut short.
-    """
-
-    generation: int
-    start: Position
-    records: list[JournalRecord]
-    torn: bool = False
+    generation: int  #: of the valid slot
+    start: Position  #: where the records begin
+    records: list[JournalRecord]  #: oldest first
+    torn: bool = False  #: whether a record after them was dropped that a crash had cut short
 
     @property
     def next(self) -> Position:

@@ -56,23 +56,14 @@ def journal_path(path: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class OpenPair:
-    """A partition file and its journal, open for writing.
+    """A partition file and its journal, open for writing."""
 
-    Attributes:
-        file: descriptor of the partition file, locked shared.
-        journal: descriptor of its journal, locked exclusively.
-        uuid: of the pair.
-        state: what the file says it has absorbed.
-        live: the live part of the journal.
-        size: size of the content, bytes.
-    """
-
-    file: int
-    journal: int
-    uuid: UUID
-    state: State
-    live: LiveRecords
-    size: int
+    file: int  #: descriptor of the partition file, locked shared
+    journal: int  #: descriptor of its journal, locked exclusively
+    uuid: UUID  #: of the pair
+    state: State  #: what the file has absorbed
+    live: LiveRecords  #: the live part of the journal
+    size: int  #: size of the content, bytes
 
 
 def open_pair(path: Path, io: StorageIO) -> OpenPair:
