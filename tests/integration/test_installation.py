@@ -135,23 +135,23 @@ def test_the_base_has_the_clients(install: Install, tmp_path: Path) -> None:
     assert done.stderr.endswith("run  pip install 'fiq[services]'\n")
 
 
-def test_a_backend_with_services_of_its_own_uses_the_client(install: Install, tmp_path: Path) -> None:
-    """Its top-level package has the name of ours, and is the one that it gets."""
+@pytest.mark.parametrize("package", [True, False], ids=["a package", "without __init__.py"])
+def test_a_backend_with_services_of_its_own_uses_the_client(package: bool, install: Install, tmp_path: Path) -> None:
+    """Its top-level folder has the name of ours, and its modules are found."""
     backend = tmp_path / "backend"
     (backend / "services").mkdir(parents=True)
-    (backend / "services" / "__init__.py").write_text("WHOSE = 'the backend'\n")
+    if package:
+        (backend / "services" / "__init__.py").touch()
     (backend / "services" / "visits.py").write_text(
         "from fiq import Client\n\n\n"
         "def close(url):\n"
         "    with Client(url) as client:\n"
         "        return client.post('visit-17', {'event_type': 'VISIT_CLOSED'}).sequence\n"
     )
-    (backend / "main.py").write_text(
-        "import sys, services, services.visits\nprint(services.WHOSE, services.visits.close(sys.argv[1]))\n"
-    )
+    (backend / "main.py").write_text("import sys\nfrom services import visits\nprint(visits.close(sys.argv[1]))\n")
     python = install("")
     with serving(accepted(7)) as server:
-        assert "the backend 7" == run(python, "main.py", server.url, cwd=backend)
+        assert "7" == run(python, "main.py", server.url, cwd=backend)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,7 @@ def test_analysts_open_a_corpus(extra: str, then: str, install: Install, corpus:
     """With h5py and numpy; as a table with pandas, too."""
     python = install(extra)
     run(python, "-c", WALK + "assert 'services' not in sys.modules", "fiq")
+    run(python, "-c", "import sys, fiq.client; assert not {'h5py', 'numpy'} & sys.modules.keys()")
     name = consultation_of(1, 7)
     read = f"import sys; from fiq import open_corpus; print(len(open_corpus(sys.argv[1])[{name!r}]{then}))"
     assert "1" == run(python, "-c", read, corpus)
