@@ -8,7 +8,7 @@
             CorpusIOError               the system refused a read or a write: disk full, I/O error
         PermanentCorpusError            an operator must act; the message says how
             CorpusNotFoundError         there is no corpus, or no partition file, at that path
-            CorpusExistsError           a partition file stands where a new one was to be created
+            CorpusExistsError           the file that was to be created exists
             ArchivedFileError           the file is an archive, which is only read
             CorpusFormatError           the file is no partition file, damaged, or of another version
                 IdentityMismatchError   the file belongs to another store, volume, partition or stream
@@ -64,7 +64,7 @@ class ArchivedFileError(PermanentCorpusError):
 
 
 class CorpusFormatError(PermanentCorpusError):
-    """Raised when a file's content is not what the format says."""
+    """Raised when a file's content does not follow the format."""
 
 
 class IdentityMismatchError(CorpusFormatError):
@@ -84,7 +84,7 @@ class IdentityMismatchError(CorpusFormatError):
 
 
 class JournalError(CorpusFormatError):
-    """Raised when the journal beside a partition file cannot be used; nothing of it is skipped silently."""
+    """Raised when the journal of a partition file cannot be used; no part of it is skipped silently."""
 
 
 class UnsupportedFileSystemError(PermanentCorpusError):

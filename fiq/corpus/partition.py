@@ -168,7 +168,7 @@ class OpenConsultations:
         root: low-level id of the root group.
         group: name of the group in it that holds them.
         tails: makes what grows a dataset.
-        identity: what the file says of itself.
+        identity: what the file states about itself.
         events: how many it holds.
         limit: how many consultations stay open; each takes about 35 KB in HDF5.
     """

@@ -27,7 +27,7 @@ def copy_pair(
     mixed up with an older or newer one is refused. The writer keeps committing meanwhile; its checkpoints wait.
 
     Args:
-        source: a partition file whose journal stands beside it.
+        source: a partition file with its journal.
         target: the partition file to make.
         io: the seam through which everything is written.
         on_progress: called with the fraction that is done.
