@@ -38,7 +38,7 @@ async def retry(
         on: errors that may pass; any other one is raised.
         pause: before the second attempt, seconds.
         longest: pause to which it doubles; by default all are the same.
-        failed: called with the error of each attempt that failed, to log it.
+        failed: called with the error of each attempt that failed, to log it or to give up by raising.
     """
     for seconds in backoff(pause, longest):
         try:

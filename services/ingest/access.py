@@ -31,8 +31,8 @@ from services.core.tokens import Scope, Token, digest_of
 from services.ingest import metrics as reasons
 from services.ingest import problems
 from services.ingest.admission import RateLimiter
-from services.ingest.metrics import Metrics
-from services.ingest.problems import Problem, Refusals, RequestRefusedError
+from services.ingest.metrics import IngestMetrics
+from services.ingest.problems import ProblemType, Refusals, RequestRefusedError
 
 VARIABLE = "FI_TOKEN_FILE"
 #: the digest when no tokens are configured
@@ -187,7 +187,7 @@ class AccessControl:
     def __init__(
         self,
         refusals: Refusals,
-        metrics: Metrics,
+        metrics: IngestMetrics,
         tokens: TokenStore,
         rates: RateLimiter,
         check_backlog: Callable[[], None],
@@ -305,7 +305,7 @@ class AccessControl:
         return None
 
     def _refuse(
-        self, request: web.Request, problem: Problem, reason: str, challenge: str | None, grant: Grant | None
+        self, request: web.Request, problem: ProblemType, reason: str, challenge: str | None, grant: Grant | None
     ) -> web.StreamResponse:
         self._audit.refused(request, reason, None if grant is None else grant.name)
         headers = {} if challenge is None else {str(hdrs.WWW_AUTHENTICATE): challenge}
@@ -333,7 +333,7 @@ class _AuditLog:
     with a known token.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: IngestMetrics) -> None:
         self._metrics = metrics
         self._throttle = LogThrottle()
         self._log = get_logger("ingest.access").bind()

@@ -23,8 +23,8 @@ from aiohttp import web
 
 from fiq.event import Event
 from services.ingest import problems
-from services.ingest.metrics import Metrics
-from services.ingest.problems import Problem, RequestRefusedError
+from services.ingest.metrics import IngestMetrics
+from services.ingest.problems import ProblemType, RequestRefusedError
 from services.log.errors import TooManyInFlightError
 from services.log.partitions import partition_name, partition_of
 from services.log.status import Backlog
@@ -315,7 +315,7 @@ class BacklogLimiter:
         read_backlog: returns the latest count; while it is None nothing is refused.
     """
 
-    def __init__(self, limit: int, retry_after: float, metrics: Metrics) -> None:
+    def __init__(self, limit: int, retry_after: float, metrics: IngestMetrics) -> None:
         self.read_backlog: Callable[[], Backlog | None] = lambda: None
         self._limit = limit
         self._retry_after = retry_after
@@ -373,7 +373,7 @@ class BacklogLimiter:
                     headers={"Retry-After": str(math.ceil(LONGEST))},
                 )
 
-    def retry_after(self, problem: Problem) -> float:
+    def retry_after(self, problem: ProblemType) -> float:
         """Return when there is likely to be room again after *problem*, seconds."""
         if problem is problems.BACKLOG_FULL:
             return self._time_for(self._newest - self._until + 1)

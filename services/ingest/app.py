@@ -25,7 +25,7 @@ from services.ingest.admission import ADMISSION, IN_FLIGHT, Admission, BacklogLi
 from services.ingest.events import APPENDER, IdempotentAppender, expect_handler, post_handler
 from services.ingest.formats import EVENTS, RESOURCES
 from services.ingest.idempotency import IdempotencyKeys
-from services.ingest.metrics import METRICS, Metrics
+from services.ingest.metrics import METRICS, IngestMetrics
 from services.ingest.openapi import DOCS_PATH, OPENAPI_PATH, PAGE_HEADERS, PAGE_TYPE, as_page, describe
 from services.ingest.problems import BY_SLUG, REFUSALS, SERVER, TYPE_PREFIX, Refusals
 from services.ingest.reading import (
@@ -73,7 +73,7 @@ def make_app(
 
     Raises ConfigurationError: the token file or the certificate cannot be used.
     """
-    metrics = Metrics()
+    metrics = IngestMetrics()
     backlog = BacklogLimiter(settings.max_backlog, settings.retry_after, metrics)
     refusals = Refusals(metrics.refused, metrics.duration, backlog.retry_after)
     tokens = TokenStore(settings.token_file)

@@ -51,8 +51,8 @@ from services.ingest.formats import (
     read_body,
 )
 from services.ingest.idempotency import IdempotencyKeys, KeyLookup
-from services.ingest.metrics import METRICS, Metrics
-from services.ingest.problems import REFUSALS, SECONDS_DECIMALS, SERVER, Problem, RequestRefusedError
+from services.ingest.metrics import METRICS, IngestMetrics
+from services.ingest.problems import REFUSALS, SECONDS_DECIMALS, SERVER, ProblemType, RequestRefusedError
 from services.ingest.settings import SETTINGS
 from services.log.errors import (
     DuplicateInFlightError,
@@ -64,7 +64,7 @@ from services.log.errors import (
 from services.log.protocol import Appended, EventWriter
 
 #: the problem and the outcome in metrics for each error of the log
-_APPEND_ERRORS: dict[type[FiqError], tuple[Problem, str]] = {
+_APPEND_ERRORS: dict[type[FiqError], tuple[ProblemType, str]] = {
     LogFullError: (problems.LOG_FULL, outcomes.FULL),
     LogUnavailableError: (problems.LOG_UNAVAILABLE, outcomes.UNAVAILABLE),
     DuplicateInFlightError: (problems.DUPLICATE_IN_FLIGHT, outcomes.IN_FLIGHT),
@@ -242,7 +242,7 @@ async def _post_batch(
 
 
 def _batch_answer(
-    request: web.Request, batch: Sequence[BatchEvent], results: Sequence[Appended | Problem], started: float
+    request: web.Request, batch: Sequence[BatchEvent], results: Sequence[Appended | ProblemType], started: float
 ) -> web.Response:
     """Answer 202, or 422 when a line has the key of another event, with the result of each line in order."""
     app = request.app
@@ -264,7 +264,7 @@ def _batch_answer(
         reused = [
             {"line": one.line, "reason": result.detail}
             for one, result in zip(batch, results, strict=True)
-            if isinstance(result, Problem)
+            if isinstance(result, ProblemType)
         ]
         return app[REFUSALS].answer(
             problems.IDEMPOTENCY_KEY_REUSED,
@@ -291,7 +291,9 @@ class IdempotentAppender:
         metrics: counts outcomes.
     """
 
-    def __init__(self, writer: EventWriter, keys: IdempotencyKeys, backlog: BacklogLimiter, metrics: Metrics) -> None:
+    def __init__(
+        self, writer: EventWriter, keys: IdempotencyKeys, backlog: BacklogLimiter, metrics: IngestMetrics
+    ) -> None:
         self._writer = writer
         self._keys = keys
         self._backlog = backlog
@@ -325,12 +327,12 @@ class IdempotentAppender:
         if result is None:
             assert answer is not None
             result = await self._resolve_duplicate(lookup, answer)
-        if isinstance(result, Problem):
+        if isinstance(result, ProblemType):
             raise RequestRefusedError(result)
         self._count((result,))
         return result
 
-    async def append_batch(self, batch: Sequence[BatchEvent]) -> list[Appended | Problem]:
+    async def append_batch(self, batch: Sequence[BatchEvent]) -> list[Appended | ProblemType]:
         """Append the events of *batch*; return for each where the first one with its id is, or why it is refused.
 
         Lines with the same id, which have the same body, are one event.
@@ -348,7 +350,7 @@ class IdempotentAppender:
         self._backlog.check_partitions(events)
         appended = dict(zip(new, await self._writer.append_batch(events) if events else (), strict=True))
         await self._keys.wait(lookup for lookup in lookups.values() if not lookup.expected)
-        results: dict[tuple[str, bytes], Appended | Problem] = {}
+        results: dict[tuple[str, bytes], Appended | ProblemType] = {}
         duplicates = []
         for name in unique:
             found = self._resolve(lookups[name], appended.get(name)) if name in lookups else appended[name]
@@ -363,19 +365,19 @@ class IdempotentAppender:
             raise RequestRefusedError(problems.KEY_NOT_COMPARED, _BATCH_FAILED)
         return [_result_of_line(one, unique, results) for one in batch]
 
-    def _resolve(self, lookup: KeyLookup, appended: Appended | None) -> Appended | Problem | None:
+    def _resolve(self, lookup: KeyLookup, appended: Appended | None) -> Appended | ProblemType | None:
         try:
             return self._keys.resolve(lookup, appended)
         except RequestRefusedError as refusal:
             return self._counted(refusal.problem)
 
-    async def _resolve_duplicate(self, lookup: KeyLookup, appended: Appended) -> Appended | Problem:
+    async def _resolve_duplicate(self, lookup: KeyLookup, appended: Appended) -> Appended | ProblemType:
         try:
             return await self._keys.resolve_duplicate(lookup, appended)
         except RequestRefusedError as refusal:
             return self._counted(refusal.problem)
 
-    def _counted(self, problem: Problem) -> Problem:
+    def _counted(self, problem: ProblemType) -> ProblemType:
         self._metrics.outcomes[_KEY_OUTCOMES[problem]].inc()
         return problem
 
@@ -391,8 +393,8 @@ class IdempotentAppender:
 def _result_of_line(
     one: BatchEvent,
     unique: dict[tuple[str, bytes], BatchEvent],
-    results: dict[tuple[str, bytes], Appended | Problem],
-) -> Appended | Problem:
+    results: dict[tuple[str, bytes], Appended | ProblemType],
+) -> Appended | ProblemType:
     """Return the result of a line: a duplicate when the batch has its event in an earlier line."""
     result = results[one.identity]
     if isinstance(result, Appended) and one is not unique[one.identity]:
@@ -431,9 +433,9 @@ def _key(request: web.Request, body_format: BodyFormat) -> str | None:
     return key
 
 
-def _result(event: Event, result: Appended | Problem) -> dict[str, object]:
+def _result(event: Event, result: Appended | ProblemType) -> dict[str, object]:
     document: dict[str, object] = {"message_id": str(event.event_id), "consultation_id": event.consultation}
-    if isinstance(result, Problem):
+    if isinstance(result, ProblemType):
         document["problem"] = result.type
         return document
     document["sequence"] = result.sequence

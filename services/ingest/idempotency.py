@@ -31,7 +31,7 @@ from fiq.event import Event
 from services.core.lifecycle import spawn
 from services.core.retry import retry
 from services.ingest import problems
-from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, Metrics
+from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, IngestMetrics
 from services.ingest.problems import RequestRefusedError
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.log.partitions import partition_of
@@ -92,7 +92,9 @@ class IdempotencyKeys:
         wait: seconds for which a question may delay an answer; 0 asks nothing about ids that the log does not know.
     """
 
-    def __init__(self, reader: EventReader, metrics: Metrics, *, partitions: int, window: float, wait: float) -> None:
+    def __init__(
+        self, reader: EventReader, metrics: IngestMetrics, *, partitions: int, window: float, wait: float
+    ) -> None:
         self._reader = reader
         self._checks = metrics.key_checks
         self._partitions = partitions

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from services.ingest.formats import MAX_EVENTS, BodyFormat
-from services.ingest.problems import BY_SLUG, CONTENT_TYPE, Problem
+from services.ingest.problems import BY_SLUG, CONTENT_TYPE, ProblemType
 from services.ingest.settings import Settings
 
 PAGE_TYPE = "text/html; charset=utf-8"
@@ -60,14 +60,14 @@ def describe(settings: Settings, version: str) -> Json:
         operation |= {name: limit for name, limit in limits.items() if name in operation}
         if operation["security"] and not settings.token_file:
             operation["security"].insert(0, {})
-        refused: dict[int, list[Problem]] = {}
+        refused: dict[int, list[ProblemType]] = {}
         for slug in operation.pop("x-problems"):
             refused.setdefault(BY_SLUG[slug].status, []).append(BY_SLUG[slug])
         operation["responses"] |= {str(status): _refusal(status, refused[status]) for status in sorted(refused)}
     return described
 
 
-def _refusal(status: int, problems: list[Problem]) -> Json:
+def _refusal(status: int, problems: list[ProblemType]) -> Json:
     """Return the response *status* with one of *problems*."""
     first, types = problems[0], [problem.type for problem in problems]
     narrowed = {"properties": {"type": {"enum": types}, "status": {"const": status}}}

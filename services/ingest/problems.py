@@ -30,7 +30,7 @@ SECONDS_DECIMALS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ProblemType:
     """One type of problem.
 
     Attributes:
@@ -78,7 +78,7 @@ class RequestRefusedError(FiqError):
 
     def __init__(
         self,
-        problem: Problem,
+        problem: ProblemType,
         detail: str | None = None,
         members: Mapping[str, object] | None = None,
         *,
@@ -91,121 +91,125 @@ class RequestRefusedError(FiqError):
         self.headers = headers
 
 
-MALFORMED_REQUEST = Problem(
+MALFORMED_REQUEST = ProblemType(
     "malformed-request", 400, "Malformed request", "The request is not valid HTTP/1.1.", close=True
 )
-INVALID_IDEMPOTENCY_KEY = Problem(
+INVALID_IDEMPOTENCY_KEY = ProblemType(
     "invalid-idempotency-key",
     400,
     "Invalid Idempotency-Key",
     "Send at most one Idempotency-Key header: 1 to 255 visible ASCII characters, quoted or not.",
 )
-INVALID_JSON = Problem("invalid-json", 400, "Invalid JSON", "The body must be one JSON text in UTF-8.")
-INVALID_PARAMETER = Problem(
+INVALID_JSON = ProblemType("invalid-json", 400, "Invalid JSON", "The body must be one JSON text in UTF-8.")
+INVALID_PARAMETER = ProblemType(
     "invalid-parameter", 400, "Invalid parameter", "A query parameter, or Last-Event-ID, is malformed."
 )
-UNAUTHORIZED = Problem(
+UNAUTHORIZED = ProblemType(
     "unauthorized",
     401,
     "Invalid or missing token",
     "Send Authorization: Bearer with a token of this service that is neither expired nor revoked.",
 )
-FORBIDDEN = Problem(
+FORBIDDEN = ProblemType(
     "forbidden",
     403,
     "Token not sufficient",
     "The token lacks the scope, or is for consultations with another prefix.",
 )
-NOT_FOUND = Problem("not-found", 404, "Unknown path", "There is no resource at this path.")
-INVALID_CONSULTATION_ID = Problem(
+NOT_FOUND = ProblemType("not-found", 404, "Unknown path", "There is no resource at this path.")
+INVALID_CONSULTATION_ID = ProblemType(
     "invalid-consultation-id",
     404,
     "Invalid consultation id",
     "A consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -.",
 )
-UNKNOWN_EVENT = Problem("unknown-event", 404, "Unknown event", "The consultation has no event with this message id.")
-METHOD_NOT_ALLOWED = Problem(
+UNKNOWN_EVENT = ProblemType(
+    "unknown-event", 404, "Unknown event", "The consultation has no event with this message id."
+)
+METHOD_NOT_ALLOWED = ProblemType(
     "method-not-allowed", 405, "Method not allowed", "The Allow header lists the methods of this resource."
 )
-NOT_ACCEPTABLE = Problem(
+NOT_ACCEPTABLE = ProblemType(
     "not-acceptable",
     406,
     "Not acceptable",
     "Accept application/json or application/x-ndjson; with follow=1, text/event-stream.",
 )
-BODY_TIMEOUT = Problem(
+BODY_TIMEOUT = ProblemType(
     "body-timeout", 408, "Body timeout", "The body did not arrive in time; nothing was stored.", close=True
 )
-HEADER_TIMEOUT = Problem(
+HEADER_TIMEOUT = ProblemType(
     "header-timeout", 408, "Header timeout", "The request's headers did not arrive in time.", close=True
 )
-DUPLICATE_IN_FLIGHT = Problem(
+DUPLICATE_IN_FLIGHT = ProblemType(
     "duplicate-in-flight",
     409,
     "Duplicate in flight",
     "Another request with this Idempotency-Key is being stored. Retry with the same key.",
     retry=True,
 )
-BODY_TOO_LARGE = Problem("body-too-large", 413, "Body too large", "The body is larger than this service accepts.")
-TOO_MANY_EVENTS = Problem(
+BODY_TOO_LARGE = ProblemType("body-too-large", 413, "Body too large", "The body is larger than this service accepts.")
+TOO_MANY_EVENTS = ProblemType(
     "too-many-events", 413, "Too many events", "A batch holds at most 1,000 events; nothing was stored."
 )
-UNSUPPORTED_MEDIA_TYPE = Problem(
+UNSUPPORTED_MEDIA_TYPE = ProblemType(
     "unsupported-media-type",
     415,
     "Unsupported media type",
     "This resource does not accept this Content-Type; JSON must be in UTF-8.",
 )
-UNSUPPORTED_CONTENT_ENCODING = Problem(
+UNSUPPORTED_CONTENT_ENCODING = ProblemType(
     "unsupported-content-encoding",
     415,
     "Unsupported content encoding",
     "Send the body without Content-Encoding.",
 )
-EXPECTATION_FAILED = Problem("expectation-failed", 417, "Expectation failed", "Only Expect: 100-continue is supported.")
-INVALID_EVENT = Problem(
+EXPECTATION_FAILED = ProblemType(
+    "expectation-failed", 417, "Expectation failed", "Only Expect: 100-continue is supported."
+)
+INVALID_EVENT = ProblemType(
     "invalid-event", 422, "Invalid event", "An event is a JSON object with a non-empty string event_type."
 )
-INVALID_BATCH = Problem(
+INVALID_BATCH = ProblemType(
     "invalid-batch",
     422,
     "Invalid batch",
     "Nothing was stored; each entry of lines says what is wrong with its line.",
 )
-IDEMPOTENCY_KEY_REUSED = Problem(
+IDEMPOTENCY_KEY_REUSED = ProblemType(
     "idempotency-key-reused",
     422,
     "Idempotency-Key reused",
     "An event with another body is stored under this key, and is kept. Send this one under a new key.",
 )
-TOO_MANY_IN_FLIGHT = Problem(
+TOO_MANY_IN_FLIGHT = ProblemType(
     "too-many-in-flight",
     429,
     "Too many requests in flight",
     "This process has reached its limit of requests in flight; nothing was stored. Retry with the same key.",
     retry=True,
 )
-RATE_LIMITED = Problem(
+RATE_LIMITED = ProblemType(
     "rate-limited",
     429,
     "Rate limit exceeded",
     "The token has exceeded its rate; nothing was stored. Retry with the same key.",
     retry=True,
 )
-TOO_MANY_FOLLOWERS = Problem(
+TOO_MANY_FOLLOWERS = ProblemType(
     "too-many-followers",
     429,
     "Too many followers",
     "This process has reached its limit of followers.",
     retry=True,
 )
-INTERNAL_ERROR = Problem(
+INTERNAL_ERROR = ProblemType(
     "internal-error",
     500,
     "Internal error",
     "The service failed. The event may or may not be stored: retry with the same Idempotency-Key.",
 )
-TOO_MANY_CONNECTIONS = Problem(
+TOO_MANY_CONNECTIONS = ProblemType(
     "too-many-connections",
     503,
     "Too many connections",
@@ -213,42 +217,42 @@ TOO_MANY_CONNECTIONS = Problem(
     retry=True,
     close=True,
 )
-BACKLOG_FULL = Problem(
+BACKLOG_FULL = ProblemType(
     "backlog-full",
     503,
     "Backlog full",
     "Too many events are waiting to be persisted; nothing was stored. Retry with the same key.",
     retry=True,
 )
-LOG_FULL = Problem(
+LOG_FULL = ProblemType(
     "log-full",
     503,
     "Event log full",
     "The event log accepts no events until it is drained; nothing was stored. Retry with the same key.",
     retry=True,
 )
-LOG_UNAVAILABLE = Problem(
+LOG_UNAVAILABLE = ProblemType(
     "log-unavailable",
     503,
     "Event log unavailable",
     "No quorum answered in time. The event may or may not be stored: retry with the same Idempotency-Key.",
     retry=True,
 )
-KEY_NOT_COMPARED = Problem(
+KEY_NOT_COMPARED = ProblemType(
     "key-not-compared",
     503,
     "Idempotency-Key not comparable",
     "An event is stored under this key, but its stored body cannot be read right now. Retry with the same key.",
     retry=True,
 )
-LOG_REFUSED = Problem(
+LOG_REFUSED = ProblemType(
     "log-refused",
     503,
     "Event log refused",
     "The event log refuses events until an operator acts; nothing was stored. Retry with the same key.",
     retry=True,
 )
-CORPUS_AWAY = Problem(
+CORPUS_AWAY = ProblemType(
     "corpus-away",
     503,
     "Corpus unavailable",
@@ -257,19 +261,19 @@ CORPUS_AWAY = Problem(
 )
 
 
-def registry() -> tuple[Problem, ...]:
+def registry() -> tuple[ProblemType, ...]:
     """Return every problem of this module, ordered as written."""
-    return tuple(value for value in globals().values() if isinstance(value, Problem))
+    return tuple(value for value in globals().values() if isinstance(value, ProblemType))
 
 
-BY_SLUG: Mapping[str, Problem] = {problem.slug: problem for problem in registry()}
+BY_SLUG: Mapping[str, ProblemType] = {problem.slug: problem for problem in registry()}
 
 _BY_HTTP_STATUS = {
     problem.status: problem for problem in (NOT_FOUND, METHOD_NOT_ALLOWED, BODY_TOO_LARGE, EXPECTATION_FAILED)
 }
 
 
-def of_status(status: int) -> Problem:
+def of_status(status: int) -> ProblemType:
     """Return the problem that stands for an error which aiohttp itself answers with *status*."""
     return _BY_HTTP_STATUS.get(status, MALFORMED_REQUEST if status < 500 else INTERNAL_ERROR)
 
@@ -287,7 +291,7 @@ class Refusals:
     """
 
     def __init__(
-        self, counters: Mapping[Problem, Counter], durations: Histogram, retry_after: Callable[[Problem], float]
+        self, counters: Mapping[ProblemType, Counter], durations: Histogram, retry_after: Callable[[ProblemType], float]
     ) -> None:
         self._counters = counters
         self._durations = durations
@@ -297,7 +301,7 @@ class Refusals:
 
     def answer(
         self,
-        problem: Problem,
+        problem: ProblemType,
         detail: str | None = None,
         *,
         members: Mapping[str, object] | None = None,

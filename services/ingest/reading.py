@@ -30,8 +30,8 @@ from services.core.tokens import Scope
 from services.ingest import problems
 from services.ingest.access import GRANT
 from services.ingest.admission import IN_FLIGHT
-from services.ingest.metrics import METRICS, Metrics
-from services.ingest.problems import REFUSALS, SERVER, Problem, RequestRefusedError
+from services.ingest.metrics import METRICS, IngestMetrics
+from services.ingest.problems import REFUSALS, SERVER, ProblemType, RequestRefusedError
 from services.ingest.server import WriteTimeout, send, set_write_timeout
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError, TooManyInFlightError
 from services.log.protocol import EventBrowser, StoredEvent
@@ -42,7 +42,7 @@ MAX_LIMIT, DEFAULT_LIMIT = 1000, 100
 #: reads that one process answers at a time; a page takes some 2 MiB at most
 MAX_READS = 64
 #: the problem, and its detail, for each error of a read
-_READ_ERRORS: dict[type[FiqError], tuple[Problem, str | None]] = {
+_READ_ERRORS: dict[type[FiqError], tuple[ProblemType, str | None]] = {
     CorpusAwayError: (problems.CORPUS_AWAY, None),
     LogUnavailableError: (problems.LOG_UNAVAILABLE, "The event log did not answer in time: read again."),
     LogRefusedError: (problems.LOG_REFUSED, "The event log cannot be read until an operator acts."),
@@ -425,7 +425,7 @@ class Followers:
     """
 
     def __init__(
-        self, reader: EventBrowser, metrics: Metrics, *, limit: int, interval: float, slow: float = SLOW_SECONDS
+        self, reader: EventBrowser, metrics: IngestMetrics, *, limit: int, interval: float, slow: float = SLOW_SECONDS
     ) -> None:
         self._reader = reader
         self._metrics = metrics

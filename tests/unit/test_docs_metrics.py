@@ -9,8 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from fiq.corpus import StoreStats
-from services.ingest.metrics import OUTCOMES
-from services.ingest.metrics import Metrics as IngestMetrics
+from services.ingest.metrics import OUTCOMES, IngestMetrics
 from services.log.metrics import PARTS, LogMetrics
 from services.log.status import CertificateExpiry, ReplicaReport, StreamReport
 from services.persister.metrics import FAILURE_KINDS, QUESTION_OUTCOMES, PersisterMetrics

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.ingest.problems import BY_SLUG, Problem, registry
+from services.ingest.problems import BY_SLUG, ProblemType, registry
 
 DOCS = Path(__file__).parents[2] / "docs" / "problems.md"
 #: a paragraph has at least this many characters
@@ -15,7 +15,7 @@ PARAGRAPH = 60
 
 
 @pytest.mark.parametrize("problem", registry(), ids=lambda problem: problem.slug)
-def test_each_problem_has_its_row_and_its_paragraph(problem: Problem) -> None:
+def test_each_problem_has_its_row_and_its_paragraph(problem: ProblemType) -> None:
     """The row has the status and whether to retry; the paragraph says what to do."""
     text = DOCS.read_text()
     retry = "after `Retry-After`" if problem.retry else r"(no|as you like)"

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -41,6 +40,7 @@ from nats.aio.subscription import Subscription
 
 from fiq.errors import PermanentError
 from services.core.logs import get_logger
+from services.core.retry import retry
 from services.log.errors import LogMismatchError, LogRefusedError, LogUnavailableError
 from services.log.jetstream.api import STREAM_NOT_FOUND, JetStreamApi, PermanentApiError
 from services.log.jetstream.connection import Connection, Received, Refusal
@@ -299,7 +299,7 @@ def _may_lack(sequence: int, trimmable: int | None, first: int, deleted: int) ->
 #: next one may fall to another. The last one repeats: the cluster may only be slow, seconds
 CREATE_SECONDS = (1.0, 1.0, 2.0, 5.0)
 #: pause before what could not be deleted is tried again, seconds; the last one repeats
-_SWEEP_PAUSES_SECONDS = (2.0, 5.0, 15.0, 60.0)
+_SWEEP_SECONDS, _MAX_SWEEP_SECONDS = 2.0, 60.0
 
 #: refusals after which another attempt may succeed: a consumer of this name exists with another configuration (an
 #: attempt that timed out took effect), no node can hold it now, or the stream is gone, which the next look explains
@@ -374,18 +374,16 @@ class Cursors:
 
     async def _sweep(self) -> None:
         """Delete every cursor of the partition before the newest one."""
-        for attempt in itertools.count():
-            try:
-                for number, name in (await self._generations()).items():
-                    if number < self._generation:
-                        await self._api.delete_consumer(STREAM, name)
-            except LogUnavailableError:
-                await asyncio.sleep(_SWEEP_PAUSES_SECONDS[min(attempt, len(_SWEEP_PAUSES_SECONDS) - 1)])
-            except LogRefusedError as error:  # a permission, mostly: they go by themselves in a day
-                _log.warning("CURSORS_NOT_DELETED", partition=self._partition, reason=str(error))
-                return
-            else:
-                return
+
+        async def delete() -> None:
+            for number, name in (await self._generations()).items():
+                if number < self._generation:
+                    await self._api.delete_consumer(STREAM, name)
+
+        try:
+            await retry(delete, on=LogUnavailableError, pause=_SWEEP_SECONDS, longest=_MAX_SWEEP_SECONDS)
+        except LogRefusedError as error:  # a permission, mostly: they go by themselves in a day
+            _log.warning("CURSORS_NOT_DELETED", partition=self._partition, reason=str(error))
 
 
 #: how often an idle pull says that it is alive, seconds

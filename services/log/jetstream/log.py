@@ -15,6 +15,7 @@ from fiq.errors import TransientError
 from services.core.command import product_version
 from services.core.lifecycle import background_task, cancellable
 from services.core.logs import get_logger
+from services.core.retry import retry
 from services.log.errors import StartupError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, Role, check_max_payload, close, connect
@@ -242,18 +243,19 @@ async def _reach(
     def within(limit: float) -> float:
         return min(limit, max(_STARTUP_RETRY_SECONDS, end - loop.time()))
 
-    while True:
+    async def attempt() -> tuple[Connection, T]:
+        nc = await connect(settings, name=name, role=role, on_closed=on_closed, deadline=within(_TRY_SECONDS))
         try:
-            nc = await connect(settings, name=name, role=role, on_closed=on_closed, deadline=within(_TRY_SECONDS))
-            try:
-                return nc, await step(nc, within(DEADLINE_SECONDS))
-            except BaseException:
-                await close(nc)
-                raise
-        except TransientError as error:
-            left = end - loop.time()
-            if left <= 0:
-                waited = f"gave up after {settings.startup_timeout:g} s (FI_STARTUP_TIMEOUT)"
-                raise StartupError(f"{waited}: {error}") from error
-            _log.warning("LOG_AWAITED", reason=str(error), seconds_left=round(left, 1))
-        await asyncio.sleep(_STARTUP_RETRY_SECONDS)
+            return nc, await step(nc, within(DEADLINE_SECONDS))
+        except BaseException:
+            await close(nc)
+            raise
+
+    def failed(error: Exception) -> None:
+        left = end - loop.time()
+        if left <= 0:
+            waited = f"gave up after {settings.startup_timeout:g} s (FI_STARTUP_TIMEOUT)"
+            raise StartupError(f"{waited}: {error}") from error
+        _log.warning("LOG_AWAITED", reason=str(error), seconds_left=round(left, 1))
+
+    return await retry(attempt, on=TransientError, pause=_STARTUP_RETRY_SECONDS, failed=failed)

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from services.core.logs import get_logger
+from services.core.retry import retry
 from services.log.errors import LogForbiddenError, LogUnavailableError, ProvisionError
 from services.log.jetstream.api import NOT_ENABLED_ERR_CODES, ApiError, JetStreamApi, NoRespondersError
 from services.log.jetstream.connection import Connection
@@ -552,13 +553,11 @@ class _Patience:
 
     async def retry(self, operation: Callable[[], Awaitable[T]]) -> T:
         """Return what *operation* returns, the first time that it is not unavailable."""
-        while True:
-            try:
-                return await operation()
-            except LogUnavailableError as error:
-                if self.elapsed + _RETRY_SECONDS > self._seconds:
-                    raise LogUnavailableError(
-                        f"the cluster did not get ready within {self._seconds:g} s: {error}. "
-                        "Check that a majority of its nodes runs"
-                    ) from error
-                await asyncio.sleep(_RETRY_SECONDS)
+        return await retry(operation, on=LogUnavailableError, pause=_RETRY_SECONDS, failed=self._check)
+
+    def _check(self, error: Exception) -> None:
+        if self.elapsed + _RETRY_SECONDS > self._seconds:
+            raise LogUnavailableError(
+                f"the cluster did not get ready within {self._seconds:g} s: {error}. "
+                "Check that a majority of its nodes runs"
+            ) from error

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fiq.errors import FiqError
-from services.core.logs import get_logger
+from services.core.logs import LogThrottle, get_logger
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection
 from services.log.jetstream.placement import KEYS_SECONDS, read_stores
@@ -84,7 +84,7 @@ class Trimmer:
         self._retention = retention
         self._on_round = on_round
         self._latest = 0.0  # the latest time at which an event up to the stream's beginning was stored
-        self._said = ""
+        self._throttle = LogThrottle.of_repeated()
         self._compared: dict[tuple[str, int], tuple[int, str, int, bool]] = {}  # what was found of the keys
 
     async def run(self, is_turn: Callable[[], bool]) -> None:
@@ -95,11 +95,11 @@ class Trimmer:
                     trimmed = await self.trim()
                 except Exception as error:  # noqa: BLE001 - whatever a message holds, it must not end the service
                     reason = str(error) if isinstance(error, FiqError) else type(error).__name__
-                    if self._said != reason:  # once for each reason, or an outage would fill the log
-                        self._said = reason
-                        _log.warning("TRIM_FAILED", reason=reason)
+                    allowed = self._throttle.allow(reason)
+                    if allowed is not None:
+                        _log.warning("TRIM_FAILED", reason=reason, **allowed)
                 else:
-                    self._said = ""
+                    self._throttle.reset()
                     self._on_round(trimmed)
                     if trimmed.purged:
                         _log.info("STREAM_TRIMMED", purged=trimmed.purged, committed=trimmed.committed)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.ingest.problems import Problem, registry
+from services.ingest.problems import ProblemType, registry
 from tests.support.ingest import Edge, running_edge
 
 EVENTS = "/consultations/c-1/events"
@@ -61,7 +61,7 @@ async def test_an_unknown_path_is_404(edge: Edge, path: str) -> None:
 
 
 @pytest.mark.parametrize("problem", registry(), ids=lambda problem: problem.slug)
-async def test_the_type_of_a_problem_can_be_looked_up(edge: Edge, problem: Problem) -> None:
+async def test_the_type_of_a_problem_can_be_looked_up(edge: Edge, problem: ProblemType) -> None:
     """A type that is an address should lead somewhere (RFC 9457, section 3.1.1)."""
     reply = await edge.request("GET", problem.type)
     assert (200, problem.type) == (reply.status, reply.json["type"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fiq.event import Event, new_event_id
 from services.ingest import problems
 from services.ingest.admission import BacklogLimiter
-from services.ingest.metrics import Metrics
+from services.ingest.metrics import IngestMetrics
 from services.ingest.problems import RequestRefusedError
 from services.log.partitions import partition_of
 from services.log.status import Backlog, Waiting
@@ -23,7 +23,7 @@ class World:
     def __init__(self, limit: int = 100) -> None:
         self.now = 1000.0
         self.seen: Backlog | None = None
-        self.metrics = Metrics()
+        self.metrics = IngestMetrics()
         self.limiter = BacklogLimiter(limit, 2.0, self.metrics)
         self.limiter.read_backlog = lambda: self.seen
 
