@@ -42,7 +42,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class Asker:
-    """A partition file that is answered for, and somebody who asks."""
+    """A responder for one partition file, and a client that asks it."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Asker:
 
 @asynccontextmanager
 async def answering(url: str, path: Path, options: StoreOptions | None = None) -> AsyncIterator[Asker]:
-    """Answer for partition 00, whose new file stands at *path*."""
+    """Answer questions about partition 00, from a new file at *path*."""
     nc = await connected(url)
     metrics = PersisterMetrics()
     with ThreadPoolExecutor(1) as executor:
@@ -148,7 +148,7 @@ async def fill(asker: Asker, consultation: str, sequences: range) -> None:
 
 
 async def test_events_come_in_pages_with_the_position_that_the_partition_has_reached(asker: Asker) -> None:
-    """What the asker adds from the stream begins behind it."""
+    """What the asker adds from the stream begins after it."""
     await fill(asker, "c1", range(1, 11))
     await fill(asker, "c2", range(11, 13))
     first = await asker.events(limit=7)
@@ -175,7 +175,7 @@ async def test_ids_are_found_with_the_sequence_and_the_digest_of_the_first_body(
     assert {} == (await asker.find("c3", 1)).found
 
 
-async def test_all_ids_of_a_consultation_are_told_as_hashes(asker: Asker) -> None:
+async def test_all_ids_of_a_consultation_are_sent_as_hashes(asker: Asker) -> None:
     """Also right after a restart, and none of one that does not exist."""
     await fill(asker, "c1", range(1, 1001))
     await fill(asker, "c2", range(1001, 1002))
@@ -189,7 +189,7 @@ async def test_all_ids_of_a_consultation_are_told_as_hashes(asker: Asker) -> Non
     assert (True, 0) == ((await asker.ids("c3")).whole, (await asker.ids("c3")).size)
 
 
-async def test_too_many_ids_are_said_to_be_so(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_ids_are_reported_as_such(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer is a message of the broker."""
     await fill(asker, "c1", range(1, 101))
     monkeypatch.setattr(answering_module, "MAX_IDS", 99)
@@ -207,7 +207,7 @@ async def test_more_ids_than_are_kept_in_memory_are_found_all_the_same(url: str,
 
 
 async def test_an_answer_is_bounded_and_says_where_it_ends(asker: Asker) -> None:
-    """A message larger than max_payload would end the connection; a single large event is still told."""
+    """A message larger than max_payload would end the connection; a single large event is still reported."""
     large = b'{"event_type":"' + b"x" * 200_000 + b'"}'
     largest = b'{"event_type":"' + b"x" * 900_000 + b'"}'
 
@@ -276,8 +276,8 @@ async def test_what_is_not_committed_is_not_told(asker: Asker) -> None:
     assert [1] == [row.sequence for row in (await asker.events()).rows]
 
 
-async def test_nobody_answers_for_a_partition_that_is_not_open(asker: Asker) -> None:
-    """At once: the broker knows that nobody is subscribed."""
+async def test_a_question_about_a_partition_that_is_not_open_fails(asker: Asker) -> None:
+    """At once: the broker knows that there is no subscriber."""
     with pytest.raises(nats.errors.NoRespondersError):
         await asker.ask(Events("c1", 0, 1), partition=1)
     await asker.responder.close(0)
@@ -288,7 +288,7 @@ async def test_nobody_answers_for_a_partition_that_is_not_open(asker: Asker) -> 
     assert time.monotonic() - started < 10
 
 
-async def test_a_question_nobody_waits_for_any_more_is_dropped(asker: Asker) -> None:
+async def test_a_question_whose_client_no_longer_waits_is_dropped(asker: Asker) -> None:
     """Behind a long batch there would be nothing else."""
     gate = threading.Event()
     busy = asyncio.ensure_future(asker.in_thread(gate.wait, 60))
@@ -322,7 +322,7 @@ async def test_a_malformed_question_is_refused_and_quoted_nowhere(asker: Asker) 
     assert "secret" not in str(answer.headers)
 
 
-async def test_a_damaged_consultation_is_told_and_the_partition_goes_on(
+async def test_a_damaged_consultation_is_reported_and_the_partition_goes_on(
     asker: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader must never be able to stop the writer."""
@@ -395,7 +395,7 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> Handles:
     return Handles(monkeypatch)
 
 
-async def test_a_question_lets_go_of_its_handles_in_the_hdf5_thread(asker: Asker, handles: Handles) -> None:
+async def test_a_question_releases_its_handles_in_the_hdf5_thread(asker: Asker, handles: Handles) -> None:
     """Closing one waits for h5py's lock, which a commit may have: the event loop must not. Errors hold handles, too."""
     await asker.in_thread(asker.store.append, "c1", [record(1, b'{"event_type":"' + b"x" * 1_100_000 + b'"}')])
     await asker.in_thread(asker.store.commit, 1)
@@ -404,8 +404,8 @@ async def test_a_question_lets_go_of_its_handles_in_the_hdf5_thread(asker: Asker
     assert (1, [thread]) == (handles.opened, handles.released_in)
 
 
-async def test_a_runner_is_heard_as_long_as_its_file_is_open(url: str, tmp_path: Path) -> None:
-    """From after the open to before the release; also while it answers for reused ids."""
+async def test_a_runner_answers_while_its_file_is_open(url: str, tmp_path: Path) -> None:
+    """From its opening to its release."""
     nc = await connected(url)
     stream = Stream(delivery(1), reusing(2, of=1), delivery(3))
     async with rig(tmp_path, stream, answering=Answering(nc, "main")) as part:

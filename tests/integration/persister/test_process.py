@@ -62,7 +62,7 @@ async def test_when_idle_an_event_is_committed_within_a_tenth_of_a_second(log: L
 
 
 async def test_the_ack_rate_is_not_zero_while_events_are_acknowledged(log: Log, tmp_path: Path) -> None:
-    """It looks back ten seconds; the observations every two seconds must not start it anew."""
+    """It looks back ten seconds; the updates every two seconds must not restart it."""
     with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
         await persister.ready()
         published: list[int] = []
@@ -160,7 +160,7 @@ def test_a_directory_that_is_no_volume_is_one_clear_line(tmp_path: Path) -> None
 
 
 def nowhere() -> str:
-    """Return the URL of a port that nobody listens on."""
+    """Return the URL of a port without a listener."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return f"nats://127.0.0.1:{free.getsockname()[1]}"
 
@@ -247,7 +247,7 @@ async def test_a_second_signal_kills_the_workers_too(log: Log, tmp_path: Path) -
 
 
 async def test_a_killed_parent_leaves_no_workers(log: Log, tmp_path: Path) -> None:
-    """Or they would hold the partitions against the next one, with nobody to stop them."""
+    """Otherwise they would keep the partitions locked, with no parent to stop them."""
     with Persister(tmp_path, log.cluster, tmp_path / "data", "--workers", "2") as parent:
         pids = await worker_pids(log)
         parent.process.kill()

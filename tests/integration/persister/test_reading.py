@@ -88,16 +88,16 @@ async def test_what_is_persisted_is_read_page_by_page(log: Log, reader: JetStrea
     events = [event(number) for number in range(1, 31)]
     with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
         await persister.ready()
-        stands = await append(log, *events)
+        positions = await append(log, *events)
         await persisted(tmp_path / "data", {"c1": [one.event_id for one in events]})
-        expected = [StoredEvent(s, e, persisted=True) for s, e in zip(stands, events, strict=True)]
+        expected = [StoredEvent(s, e, persisted=True) for s, e in zip(positions, events, strict=True)]
         assert expected == await in_pages(reader)
-        assert expected[5:8] == await read(reader, "c1", stands[4], 3)
-        assert [] == await read(reader, "c1", stands[-1], 3)
+        assert expected[5:8] == await read(reader, "c1", positions[4], 3)
+        assert [] == await read(reader, "c1", positions[-1], 3)
         assert [] == await read(reader, "never", 0, 3)
         wanted = events[3]
         assert expected[3] == await reader.locate("c1", wanted.event_id)
-        stored = {wanted.event_id: Stored(stands[3], digest_of(wanted.body))}
+        stored = {wanted.event_id: Stored(positions[3], digest_of(wanted.body))}
         assert stored == await reader.find("c1", [wanted.event_id, new_event_id()])
         assert {} == await reader.find("c2", [wanted.event_id])
         assert await reader.locate("c1", new_event_id()) is None
@@ -156,10 +156,10 @@ async def test_a_client_reads_its_own_writes_while_they_are_persisted_and_trimme
 async def test_what_waits_is_read_without_a_persister_and_after_trim_it_is_refused(
     log: Log, reader: JetStreamReader
 ) -> None:
-    """The stream has all of it as long as nothing was trimmed behind the position that is asked from."""
+    """The stream has all of it as long as nothing after the requested position was trimmed."""
     events = [event(number) for number in range(1, 21)]
-    stands = await append(log, *events)
-    expected = [StoredEvent(s, e, persisted=False) for s, e in zip(stands, events, strict=True)]
+    positions = await append(log, *events)
+    expected = [StoredEvent(s, e, persisted=False) for s, e in zip(positions, events, strict=True)]
     assert expected == await in_pages(reader)
     assert expected[7] == await reader.locate("c1", events[7].event_id)
     assert await reader.locate("c1", new_event_id()) is None
@@ -170,21 +170,21 @@ async def test_what_waits_is_read_without_a_persister_and_after_trim_it_is_refus
         await reader.consultations("", "", 10)
     assert time.monotonic() - started < 2
 
-    await log.api.purge(STREAM, stands[10])
-    assert expected[10:] == await read(reader, "c1", stands[9], 100)
+    await log.api.purge(STREAM, positions[10])
+    assert expected[10:] == await read(reader, "c1", positions[9], 100)
     with pytest.raises(CorpusAwayError):
-        await read(reader, "c1", stands[8], 100)
+        await read(reader, "c1", positions[8], 100)
     with pytest.raises(CorpusAwayError):
         await reader.locate("c1", new_event_id())
     assert expected[12] == await reader.locate("c1", events[12].event_id)
 
 
 async def test_an_event_that_the_stream_holds_twice_is_read_once(fresh_log: Cluster, tmp_path: Path) -> None:
-    """A retry behind the broker's window: with and without a persister, on one page and on several."""
+    """A retry after the broker's window: with and without a persister, on one page and on several."""
     async with provisioned(fresh_log, duplicate_window=0.1) as log:
         reader = JetStreamReader(log.nc, log.settings)
         events = [event(number) for number in range(1, 6)]
-        stands = await append(log, *events)
+        positions = await append(log, *events)
 
         async def stored_again() -> bool:
             return not (await log.publisher.append(events[1])).duplicate
@@ -192,9 +192,9 @@ async def test_an_event_that_the_stream_holds_twice_is_read_once(fresh_log: Clus
         await eventually(stored_again)
         reused = Event("c1", events[2].event_id, 9, b'{"event_type":"another"}')
         await eventually(lambda: _is_new(log, reused))
-        stands += await append(log, event(6))
+        positions += await append(log, event(6))
         for limit in (1, 2, 100):
-            assert stands == sequences(await in_pages(reader, limit=limit))
+            assert positions == sequences(await in_pages(reader, limit=limit))
         with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
             await persister.ready()
 
@@ -203,7 +203,7 @@ async def test_an_event_that_the_stream_holds_twice_is_read_once(fresh_log: Clus
                 return len(found) == 6 and all(one.persisted for one in found)
 
             await eventually(all_persisted)
-            assert stands == sequences(await in_pages(reader, limit=1))
+            assert positions == sequences(await in_pages(reader, limit=1))
             await eventually(lambda: _told(log))
             with open_corpus(tmp_path / "data") as corpus:
                 (kept,) = corpus.conflicts()
@@ -212,7 +212,7 @@ async def test_an_event_that_the_stream_holds_twice_is_read_once(fresh_log: Clus
             assert 1 == sum(value for name, value in samples.items() if "fi_persister_reused_keys_total" in name)
             await persister.ready()
             await eventually(lambda: _is_new(log, events[3]))
-            assert stands == sequences(await in_pages(reader))
+            assert positions == sequences(await in_pages(reader))
 
 
 async def _told(log: Log) -> bool:
@@ -228,45 +228,45 @@ async def test_a_replica_that_lags_hides_no_acknowledged_event(
     log: Log, reader: JetStreamReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any replica answers a direct get; the leader says how far it must go, and has the rest."""
-    stands = await append(log, *(event(number) for number in range(1, 11)))
+    positions = await append(log, *(event(number) for number in range(1, 11)))
     whole = StreamReading._batch
 
     async def lagging(self: StreamReading, subject: str, start: int) -> list[Msg]:
         batch = await whole(self, subject, start)
-        return [message for message in batch if int((message.headers or {})["Nats-Sequence"]) < stands[7]]
+        return [message for message in batch if int((message.headers or {})["Nats-Sequence"]) < positions[7]]
 
     async def nothing(*_: object, **__: object) -> None:
         return None
 
     monkeypatch.setattr(StreamReading, "_batch", lagging)
-    assert stands == sequences(await in_pages(reader))
+    assert positions == sequences(await in_pages(reader))
     monkeypatch.setattr(JetStreamApi, "get_message", nothing)
-    found = await reader.at(stands[9])
+    found = await reader.at(positions[9])
     assert found is not None
-    assert stands[9] == found.sequence
-    assert await reader.at(stands[9] + 1) is None
+    assert positions[9] == found.sequence
+    assert await reader.at(positions[9] + 1) is None
 
 
 async def test_large_and_many_events_of_the_stream_come_in_bounded_pages(log: Log, reader: JetStreamReader) -> None:
     """A page is held in memory; the largest event fits all the same."""
     large = b'{"event_type":"' + b"x" * 400_000 + b'"}'
     events = [Event("c1", new_event_id(), 1, large) for _ in range(6)]
-    stands = await append(log, *events)
+    positions = await append(log, *events)
     page = await reader.page("c1", 0, 100)
-    assert (stands[:2], True) == (sequences(page.events), page.more)
-    assert stands == sequences(await in_pages(reader))
-    stands = await append(log, *(event(number, "c2") for number in range(600)))
-    assert stands == sequences(await in_pages(reader, "c2", limit=500))
+    assert (positions[:2], True) == (sequences(page.events), page.more)
+    assert positions == sequences(await in_pages(reader))
+    positions = await append(log, *(event(number, "c2") for number in range(600)))
+    assert positions == sequences(await in_pages(reader, "c2", limit=500))
 
 
 async def test_what_is_no_event_is_passed_over(log: Log, reader: JetStreamReader) -> None:
     """The persister sets it aside; also when it is all that there is."""
     await log.nc.request("fi.events.c1", b"garbage", timeout=10)
     assert [] == await read(reader, "c1", 0, 10)
-    (stands,) = await append(log, event(1))
-    assert [stands] == sequences(await read(reader, "c1", 0, 10))
-    assert await reader.at(stands - 1) is None
-    found = await reader.at(stands)
+    (positions,) = await append(log, event(1))
+    assert [positions] == sequences(await read(reader, "c1", 0, 10))
+    assert await reader.at(positions - 1) is None
+    found = await reader.at(positions)
     assert found is not None
     assert ("c1", False) == (found.event.consultation, found.persisted)
 
@@ -308,7 +308,7 @@ async def test_another_process_answers_when_the_owner_dies(
 ) -> None:
     """Those of one volume take over; meanwhile readers get an error or the truth, and never a gap."""
     names = [f"c{number}" for number in range(12)]
-    stands = {name: await append(log, *(event(number, name) for number in range(5))) for name in names}
+    positions = {name: await append(log, *(event(number, name) for number in range(5))) for name in names}
 
     async def complete() -> bool:
         for name in names:
@@ -316,7 +316,7 @@ async def test_another_process_answers_when_the_owner_dies(
                 found = await in_pages(reader, name, limit=2)
             except CorpusAwayError:
                 return False
-            assert stands[name] == sequences(found)
+            assert positions[name] == sequences(found)
             if not all(one.persisted for one in found):
                 return False
         return True
@@ -324,7 +324,7 @@ async def test_another_process_answers_when_the_owner_dies(
     await eventually(complete)
     two_persisters[0].process.kill()
     for name in names:
-        stands[name] += await append(log, event(9, name))
+        positions[name] += await append(log, event(9, name))
     await eventually(complete)
 
 
@@ -332,7 +332,7 @@ async def test_reading_goes_on_when_a_node_dies(log: Log, reader: JetStreamReade
     """An election is an error that a reader may repeat; what it then reads is whole."""
     with Persister(tmp_path, log.cluster, tmp_path / "data") as persister:
         await persister.ready()
-        stands = await append(log, *(event(number) for number in range(20)))
+        positions = await append(log, *(event(number) for number in range(20)))
         leader = await asyncio.to_thread(log.cluster.wait_stream_leader, STREAM)
         log.cluster.kill(leader)
 
@@ -341,9 +341,9 @@ async def test_reading_goes_on_when_a_node_dies(log: Log, reader: JetStreamReade
                 found = await in_pages(reader)
             except (LogUnavailableError, CorpusAwayError):
                 return False
-            assert stands == sequences(found)
+            assert positions == sequences(found)
             return True
 
         await eventually(whole)
-        stands += await append(log, event(20))
+        positions += await append(log, event(20))
         await eventually(whole)

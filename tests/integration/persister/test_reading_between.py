@@ -1,4 +1,4 @@
-"""Reading while the corpus stands at a known position: what is there twice, and what moves between two questions."""
+"""Reading while the corpus is at a known position: what is stored twice, and what moves between two questions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.polling import eventually
 
 
 class Halted:
-    """A persister that answers, and commits when it is told to."""
+    """A persister that answers, and commits only when the test calls it."""
 
     def __init__(self, log: Log, store: EventStore, hdf5: Hdf5Thread) -> None:
         self.log = log
@@ -96,12 +96,12 @@ def event(number: int) -> Event:
 async def test_a_copy_in_the_stream_of_what_the_corpus_holds_is_not_shown(halted: Halted) -> None:
     """Nor one of what waits; on whichever page either of them comes."""
     events = [event(number) for number in range(1, 6)]
-    stands = await halted.append(*events)
-    await halted.commit(stands[:3], events[:3])
+    positions = await halted.append(*events)
+    await halted.commit(positions[:3], events[:3])
     await halted.again(events[1])
     await halted.again(events[3])
     (last,) = await halted.append(event(6))
-    expected = [(s, True) for s in stands[:3]] + [(s, False) for s in (*stands[3:], last)]
+    expected = [(s, True) for s in positions[:3]] + [(s, False) for s in (*positions[3:], last)]
     for limit in (1, 2, 3, 100):
         assert expected == await halted.shown(limit)
 
@@ -111,8 +111,8 @@ async def test_what_is_committed_and_trimmed_between_the_questions_is_not_skippe
 ) -> None:
     """The stream is read after its beginning is gone: the corpus is asked again, and has it."""
     events = [event(number) for number in range(1, 8)]
-    stands = await halted.append(*events)
-    await halted.commit(stands[:2], events[:2])
+    positions = await halted.append(*events)
+    await halted.commit(positions[:2], events[:2])
     tail = StreamReading.tail
     moved = False
 
@@ -122,13 +122,13 @@ async def test_what_is_committed_and_trimmed_between_the_questions_is_not_skippe
         nonlocal moved
         if not moved:
             moved = True
-            await halted.commit(stands[2:5], events[2:5])
-            await halted.log.api.purge(STREAM, stands[4] + 1)
+            await halted.commit(positions[2:5], events[2:5])
+            await halted.log.api.purge(STREAM, positions[4] + 1)
         async for one in tail(self, partition, consultation, after, last):
             yield one
 
     monkeypatch.setattr(StreamReading, "tail", trimmed)
-    assert [(s, True) for s in stands[:5]] + [(s, False) for s in stands[5:]] == await halted.shown(100)
+    assert [(s, True) for s in positions[:5]] + [(s, False) for s in positions[5:]] == await halted.shown(100)
     assert moved
 
 
@@ -137,28 +137,28 @@ async def test_an_event_is_found_although_it_is_committed_and_trimmed_meanwhile(
 ) -> None:
     """Not held, said the corpus; gone, says the stream: it is asked once more."""
     events = [event(number) for number in range(1, 4)]
-    stands = await halted.append(*events)
-    await halted.commit(stands[:1], events[:1])
+    positions = await halted.append(*events)
+    await halted.commit(positions[:1], events[:1])
     last = StreamReading.last
 
     async def trimmed(self: StreamReading, partition: int, consultation: str) -> int:
-        await halted.commit(stands[1:], events[1:])
-        await halted.log.api.purge(STREAM, stands[2] + 1)
+        await halted.commit(positions[1:], events[1:])
+        await halted.log.api.purge(STREAM, positions[2] + 1)
         monkeypatch.undo()
         return await last(self, partition, consultation)
 
     monkeypatch.setattr(StreamReading, "last", trimmed)
     found = await halted.reader.locate("c1", events[1].event_id)
     assert found is not None
-    assert (stands[1], True) == (found.sequence, found.persisted)
+    assert (positions[1], True) == (found.sequence, found.persisted)
 
 
 async def test_a_snapshot_shows_what_is_committed_and_nothing_else(halted: Halted) -> None:
     """What waits in the stream the broker knows itself."""
     events = [event(number) for number in range(1, 5)]
-    stands = await halted.append(*events)
+    positions = await halted.append(*events)
     empty = await halted.reader.snapshot("c1")
-    await halted.commit(stands[:2], events[:2])
+    await halted.commit(positions[:2], events[:2])
     snapshot = await halted.reader.snapshot("c1")
     assert (True, 0) == (empty.whole, empty.size)
     assert (True, 16) == (snapshot.whole, snapshot.size)
@@ -182,8 +182,8 @@ async def test_a_consultation_with_too_many_ids_has_no_snapshot(
 async def test_of_a_batch_it_is_known_what_is_persisted_and_what_waits(halted: Halted) -> None:
     """So its retry waits for neither."""
     events = [event(number) for number in range(1, 5)]
-    stands = await halted.append(*events)
-    await halted.commit(stands[:2], events[:2])
+    positions = await halted.append(*events)
+    await halted.commit(positions[:2], events[:2])
     wanted = [events[0].event_id, events[3].event_id, event(9).event_id]
     assert {events[0].event_id, events[3].event_id} == await halted.reader.known("c1", wanted)
 

@@ -36,7 +36,7 @@ class Run:
         self.work = asyncio.create_task(serve(PersisterSettings(data_dir=data, port=0, log=log), self.stop))
 
     def released(self) -> bool:
-        """Whether every partition file may be opened by somebody else."""
+        """Whether every partition file may be opened by another process."""
         for partition in range(PARTITIONS):
             EventStore.open(self.data / f"{partition:02}.h5", expected=None).close()
         return not list((self.data / "workers").iterdir())
@@ -79,8 +79,10 @@ async def test_a_connection_that_is_closed_for_good_ends_it_in_order(log: Log, r
         assert process.released()
 
 
-async def test_a_part_that_fails_beside_ends_it_in_order(run: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Questions would never be answered again, and nobody would know."""
+async def test_a_background_task_that_fails_ends_the_process_in_order(
+    run: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise questions would never be answered again, without any error."""
 
     async def fail(_: QuestionResponder) -> None:
         raise LookupError("broken")
@@ -94,7 +96,7 @@ async def test_a_part_that_fails_beside_ends_it_in_order(run: Running, monkeypat
 async def test_a_process_that_keeps_the_volumes_lock_is_named(
     run: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing can be claimed then; the operator is told what to look for."""
+    """Nothing can be claimed then; the message says what to look for."""
     monkeypatch.setattr("services.persister.volume.LOCK_TIMEOUT_SECONDS", 0.1)
     Volume.open(tmp_path / "data", "main")
     with (tmp_path / "data" / "volume.lock").open("r+") as lock:
@@ -108,7 +110,7 @@ async def test_a_process_that_keeps_the_volumes_lock_is_named(
 async def test_a_claim_lock_that_is_kept_for_a_while_delays_the_claims_only(
     log: Log, run: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A silent broker may keep another process in its claim for long: nobody ends for that."""
+    """A silent broker may keep another process in its claim for long; no process ends for that."""
     monkeypatch.setattr("services.persister.volume.LOCK_TIMEOUT_SECONDS", 0.1)
     busy = [VolumeBusyError("another process has held it"), VolumeBusyError("another process has held it")]
     claim = placement._claim

@@ -1,4 +1,4 @@
-"""Trimming on a real cluster: only what every store has committed, and nobody who sleeps is in the way."""
+"""Trimming on a real cluster: only what every store has committed; a store without processes does not hold it up."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ async def persisted_in(data: list[Path], events: Contents) -> None:
 
 
 async def test_a_second_volume_gets_nothing_and_says_so(log: Log, tmp_path: Path) -> None:
-    """Somebody started a persister with another FI_DATA_DIR: it must not begin the history anew."""
+    """A persister that was started with another FI_DATA_DIR must not begin the history again."""
     with Persister(tmp_path / "a", log.cluster, tmp_path / "one") as one:
         await one.ready()
         events = await log.publish(20)
@@ -108,7 +108,7 @@ async def test_a_deleted_partition_file_stops_its_partition_until_it_is_back(log
 
 
 async def test_a_file_in_another_volume_is_refused_there_and_missed_at_home(log: Log, tmp_path: Path) -> None:
-    """Both operators are told; nothing is written to it."""
+    """Both operators see it; nothing is written to the file."""
     data = [tmp_path / "one", tmp_path / "two"]
 
     def both(name: str) -> tuple[Persister, Persister]:
@@ -163,7 +163,7 @@ async def test_a_stream_created_anew_stops_everything_and_gets_no_claims(log: Lo
 
 
 async def test_a_deleted_key_stops_its_partition_on_every_volume_until_it_is_placed(log: Log, tmp_path: Path) -> None:
-    """The other volume must not begin it anew with an empty file; the owner lets go of it. Nothing is lost."""
+    """The other volume must not begin again with an empty file; the owner releases it. Nothing is lost."""
     data = [tmp_path / "one", tmp_path / "two"]
     with (
         Persister(tmp_path / "a", log.cluster, data[0], FI_VOLUMES="2") as one,

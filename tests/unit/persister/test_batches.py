@@ -69,7 +69,7 @@ def counts(found: Batch) -> tuple[int, int, int]:
 
 
 async def test_a_retry_in_the_same_batch_is_dropped(store: EventStore) -> None:
-    """The first one stays: its position is the one that the client was told."""
+    """The first one stays: its position is the one that the client got."""
     assert (1, 1, 1) == counts(written(store, delivery(1), delivery(2, of=1)))
     assert {"c1": [1]} == contents(store.path)
     assert store.committed == 2
@@ -97,7 +97,7 @@ async def test_the_same_id_in_another_consultation_is_another_event(store: Event
     assert (2, 0, 2) == counts(written(store, delivery(1), delivery(2, of=1, consultation="c2")))
 
 
-async def test_the_first_of_two_bodies_under_one_id_is_kept_and_the_second_is_told(store: EventStore) -> None:
+async def test_the_first_of_two_bodies_under_one_id_is_kept_and_the_second_is_a_conflict(store: EventStore) -> None:
     """In one batch, in a later one, and of the same length; a retry of the first is a plain duplicate in between."""
     same_length = event(1).body.replace(b"1", b"2")
     found = written(store, delivery(1), reusing(2, of=1), delivery(3, of=1), reusing(4, of=1, body=same_length))
@@ -122,7 +122,7 @@ async def test_conflicts_of_several_consultations_are_kept_in_their_own_groups(s
 async def test_a_batch_that_is_delivered_again_is_not_compared(
     store: EventStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each event stands at its own sequence: no body is read."""
+    """Each event is stored under its own sequence: no body is read."""
     batch = [delivery(sequence) for sequence in range(1, 101)]
     written(store, *batch)
 

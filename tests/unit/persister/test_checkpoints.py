@@ -24,7 +24,7 @@ def _held_back(tmp_path: Path) -> StoreStats:
 
 
 def test_a_long_wait_is_warned_of_seldom_and_its_end_is_told(tmp_path: Path) -> None:
-    """At a minute, then at twice the time; the reason and the journal's size stand in the line, no path, no payload."""
+    """At a minute, then at twice the time; the line has the reason and the journal's size, no path and no payload."""
     stats, log = _held_back(tmp_path), CapturingLogger()
     watch = CheckpointWatch(log)
     for seconds in (1.0, 59.0, 60.0, 61.0, 119.0, 121.0, 200.0, 0.0, 0.0):

@@ -25,8 +25,8 @@ def test_names_are_sorted_whatever_slices_they_come_in() -> None:
     assert ["a", "b", "c", "d"] == names.select("", "", 10)
 
 
-def test_a_page_begins_behind_the_last_and_ends_with_the_prefix() -> None:
-    """Whichever comes later of prefix and position."""
+def test_a_page_begins_after_the_last_one_and_ends_with_the_prefix() -> None:
+    """At the later of prefix and position."""
     names = complete("a", "b", "b-1", "b-2", "b1", "c")
     assert ["b", "b-1"] == names.select("b", "", 2)
     assert ["b-2", "b1"] == names.select("b", "b-1", 5)

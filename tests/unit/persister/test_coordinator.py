@@ -136,7 +136,7 @@ async def test_a_process_that_is_alone_runs_everything(tmp_path: Path) -> None:
 
 
 async def test_partitions_that_were_placed_and_not_yet_shared_are_not_ready(tmp_path: Path) -> None:
-    """Nobody runs them in the moment between."""
+    """No process runs them yet."""
     rig = Rig(tmp_path, MemoryPlacements())
     rig.look.clear()
     work = asyncio.create_task(rig.coordinator.run())
@@ -150,7 +150,7 @@ async def test_partitions_that_were_placed_and_not_yet_shared_are_not_ready(tmp_
 
 
 async def test_a_newcomer_gets_its_share(tmp_path: Path) -> None:
-    """Half of it, each partition released before it is given up."""
+    """Half of the partitions, each released first."""
     rig = Rig(tmp_path, MemoryPlacements())
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: rig.changes == [[0, 1, 2, 3]])
@@ -161,7 +161,7 @@ async def test_a_newcomer_gets_its_share(tmp_path: Path) -> None:
 
 
 async def test_a_stop_in_the_middle_of_a_handover_ends(tmp_path: Path) -> None:
-    """SIGTERM comes when it comes; the partitions that are being handed over are waited for all the same."""
+    """SIGTERM may come at any time; it waits for the partitions that are being handed over."""
     rig = Rig(tmp_path, MemoryPlacements())
     work = await begun(rig)
     for runner in rig.runners.values():
@@ -178,7 +178,7 @@ async def test_a_stop_in_the_middle_of_a_handover_ends(tmp_path: Path) -> None:
     assert all(runner.stopped for runner in rig.runners.values())
 
 
-async def test_a_partition_that_is_placed_anew_meanwhile_begins_anew(tmp_path: Path) -> None:
+async def test_a_partition_that_is_placed_again_meanwhile_starts_again(tmp_path: Path) -> None:
     """Its runner was made for the earlier placement; the new one opens the file, which is the right one or not."""
     placements = MemoryPlacements()
     rig = Rig(tmp_path, placements)
@@ -193,7 +193,7 @@ async def test_a_partition_that_is_placed_anew_meanwhile_begins_anew(tmp_path: P
 
 
 async def test_a_volume_without_partitions_is_not_ready(tmp_path: Path) -> None:
-    """It would look healthy, and do nothing for ever."""
+    """It would look healthy and never do anything."""
     other = "11111111-2222-4333-8444-555555555555"
     rig = Rig(tmp_path, MemoryPlacements(*(placed(p, other) for p in range(4))))
     work = asyncio.create_task(rig.coordinator.run())
@@ -260,7 +260,7 @@ async def test_the_disks_room_is_shown_also_while_nothing_runs(tmp_path: Path, m
 
 
 async def test_a_disk_that_hangs_is_shown(tmp_path: Path) -> None:
-    """What other partitions have reached is still told."""
+    """What other partitions have reached is still reported."""
     rig = Rig(tmp_path, MemoryPlacements())
     work = await begun(rig)
     rig.runners[2].disk.clear()
@@ -276,13 +276,13 @@ async def test_a_disk_that_hangs_is_shown(tmp_path: Path) -> None:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put progress whenever there is some."""
+    """Report progress whenever there is some."""
     monkeypatch.setattr("services.persister.coordinator.PROGRESS_SECONDS", 0.01)
     monkeypatch.setattr("services.persister.coordinator.REPORT_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_progress_is_put_when_it_changed_and_only_of_what_is_followed(tmp_path: Path) -> None:
+async def test_progress_is_reported_when_it_changed_and_only_of_followed_partitions(tmp_path: Path) -> None:
     """A log that was set back must not lower what another one's trim goes by."""
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
@@ -299,7 +299,7 @@ async def test_progress_is_put_when_it_changed_and_only_of_what_is_followed(tmp_
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_nothing_is_put_while_a_follower_is_in_doubt(tmp_path: Path) -> None:
+async def test_nothing_is_reported_while_a_follower_is_in_doubt(tmp_path: Path) -> None:
     """The log may have been set back, and trim would go by what another one's file has; at the end, too."""
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
@@ -314,10 +314,8 @@ async def test_nothing_is_put_while_a_follower_is_in_doubt(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_a_partition_whose_progress_the_bucket_refuses_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when the bucket was set back: its place reads as before, so nothing else would stop it."""
+async def test_a_partition_whose_progress_is_refused_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the bucket was set back: its record reads as before, so nothing else would stop it."""
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
     work = asyncio.create_task(rig.coordinator.run())
@@ -333,8 +331,8 @@ async def test_a_partition_whose_progress_the_bucket_refuses_stops(
     await ended(work, rig)
 
 
-async def test_progress_is_put_now_and_then_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But at once where the key says more than the file has: nothing that it lacks may be trimmed."""
+async def test_progress_is_reported_every_few_seconds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But at once where the record is ahead of the file: nothing that it lacks may be trimmed."""
     monkeypatch.setattr("services.persister.coordinator.PROGRESS_SECONDS", 0.01)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
@@ -345,14 +343,14 @@ async def test_progress_is_put_now_and_then_only(tmp_path: Path, monkeypatch: py
     await eventually(lambda: log.placed[1].committed == 6)
     assert 7 == log.placed[0].committed
     await ended(work, rig)
-    assert 8 == log.placed[0].committed  # an orderly stop puts the last of it
+    assert 8 == log.placed[0].committed  # an orderly stop reports the last of it
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_whoever_was_placed_anew_finds_out_when_it_puts_its_progress(
+async def test_a_process_learns_that_its_partition_was_placed_again_when_it_reports_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is the fence: its runner stops at once, and not at the next look."""
+    """That is the fence: its runner stops at once, before the records are read again."""
     monkeypatch.setattr("services.persister.coordinator.CLAIMED_SECONDS", 1000)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
@@ -366,7 +364,7 @@ async def test_whoever_was_placed_anew_finds_out_when_it_puts_its_progress(
     await ended(work, rig)
 
 
-async def test_news_of_the_bucket_and_a_reconnect_are_looked_at(
+async def test_records_are_read_again_after_a_change_and_after_a_reconnect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.persister.coordinator.CLAIMED_SECONDS", 1000)
@@ -382,7 +380,7 @@ async def test_news_of_the_bucket_and_a_reconnect_are_looked_at(
     await ended(work, rig)
 
 
-async def test_a_partition_whose_key_is_deleted_is_released_and_told(tmp_path: Path) -> None:
+async def test_a_partition_whose_key_is_deleted_is_released_and_shown(tmp_path: Path) -> None:
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
     work = await begun(rig)

@@ -118,17 +118,17 @@ def test_without_a_limit_everything_may_be_set_aside() -> None:
 
 
 async def test_events_under_used_keys_are_listed_in_letters_that_fit() -> None:
-    """By consultation: where each stands in the log, and where the first event under its key."""
+    """By consultation: the sequence of each, and that of the first event under its key."""
     recorder = Recorder()
     letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"))
     await letters.list_conflicts([(f"c{number % 2}", number, number - 10) for number in range(20, 60)])
-    told: list[tuple[str, int, int]] = []
+    listed: list[tuple[str, int, int]] = []
     for _, body, headers in recorder.sent:
         assert len(body) + sum(len(name) + len(value) + 4 for name, value in headers.items()) < 10_000
         lines = [orjson.loads(line) for line in body.splitlines()]
         assert int(headers["Fi-Listed"]) == sum(len(line["conflicts"]) for line in lines)
-        told += [(line["consultation_id"], *pair) for line in lines for pair in line["conflicts"]]
-    assert sorted(told) == sorted((f"c{number % 2}", number, number - 10) for number in range(20, 60))
+        listed += [(line["consultation_id"], *pair) for line in lines for pair in line["conflicts"]]
+    assert sorted(listed) == sorted((f"c{number % 2}", number, number - 10) for number in range(20, 60))
     assert len(recorder.sent) == 2
     _, _, first = recorder.sent[0]
     assert ("fi-events/2026-11-23T10:00:00Z/20-42", "20") == (first["Nats-Msg-Id"], first["Fi-Stream-Sequence"])

@@ -56,7 +56,7 @@ def test_a_rate_is_the_mean_over_the_window(clock: Clock) -> None:
 
 
 def test_the_ack_rate_outlasts_observations(clock: Clock) -> None:
-    """The broker's numbers are noted every two seconds; that must not start the window anew."""
+    """Other numbers are updated every two seconds; that must not restart the window."""
     metrics = PersisterMetrics()
     metrics.of(3).state("following")
     metrics.of(3).batch(batch(40, persisted=40))

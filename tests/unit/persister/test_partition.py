@@ -59,7 +59,7 @@ class FullDisk(StorageIO):
 async def test_an_event_is_written_as_soon_as_it_is_there(
     part: Rig, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No timer stands between an idle partition's event and its commit: not one more event is waited for."""
+    """No timer delays the event of an idle partition, and no further event is waited for."""
     part.runner.start()
     await part.be(RunnerState.FOLLOWING)
     loop = asyncio.get_running_loop()
@@ -182,7 +182,7 @@ async def test_a_message_that_breaks_its_batch_is_found_and_set_aside(part: Rig,
     assert {"c1": [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]} == contents(part.path)
 
 
-async def test_a_lack_of_memory_condemns_no_event(part: Rig, stream: Stream) -> None:
+async def test_a_lack_of_memory_makes_no_event_poison(part: Rig, stream: Stream) -> None:
     """The machine's trouble is no fault of the message: it waits."""
     left = 5
 
@@ -208,7 +208,7 @@ async def test_a_lack_of_memory_condemns_no_event(part: Rig, stream: Stream) -> 
 
 
 async def test_poison_is_stored_away_before_its_batch_is_acknowledged(part: Rig, stream: Stream) -> None:
-    """Its neighbours are written; the reason and the position stand in the dead letter."""
+    """Its neighbours are written; the dead letter has the reason and the position."""
     part.dead.gate = asyncio.Event()
     stream.add(delivery(1), poison(2), delivery(3))
     part.runner.start()
@@ -238,7 +238,7 @@ async def test_a_batch_with_poison_waits_for_the_dead_letter_stream(part: Rig, s
     assert {"c1": [1, 3]} == contents(part.path)
 
 
-async def test_an_event_under_a_used_id_is_kept_beside_the_others_in_the_same_commit(part: Rig, stream: Stream) -> None:
+async def test_an_event_under_a_used_id_is_kept_under_conflicts_in_the_same_commit(part: Rig, stream: Stream) -> None:
     """The first one stays the consultation's own; the second is as safe, and ``fi-dead`` says where it is."""
     body = reusing(2, of=1).body
     stream.add(delivery(1), reusing(2, of=1), delivery(3, of=1), delivery(4))
@@ -269,7 +269,7 @@ async def test_a_conflict_that_is_posted_again_is_kept_once(part: Rig, stream: S
 
 
 async def test_a_flood_of_used_ids_stops_nothing_and_loses_nothing(tmp_path: Path, stream: Stream) -> None:
-    """One client's mistake must not stand in the way of others, even while `fi-dead` is full."""
+    """One client's mistake must not block others, even while `fi-dead` is full."""
     stream.add(delivery(1), *(reusing(n, of=1, body=b'{"event_type":"%d"}' % n) for n in range(2, 300)), delivery(300))
     async with rig(tmp_path, stream, limit=PoisonLimit(streak=5, ratio=0.01, window=10)) as part:
         part.dead.down = True
@@ -298,7 +298,7 @@ async def test_a_batch_that_fails_keeps_no_conflict_either(part: Rig, stream: St
 
 
 async def test_a_flood_of_poison_stops_the_partition(tmp_path: Path, stream: Stream) -> None:
-    """A bad release must not empty the stream into the dead letters; nothing behind it is acknowledged."""
+    """A bad release must not empty the stream into the dead letters; nothing after it is acknowledged."""
     stream.add(delivery(1), *(poison(sequence) for sequence in range(2, 50)))
     async with rig(tmp_path, stream, limit=PoisonLimit(streak=5)) as part:
         part.runner.start()
@@ -361,7 +361,7 @@ async def test_a_stop_ends_although_the_batch_in_hand_fails(part: Rig, stream: S
     EventStore.open(part.path, expected=None).close()
 
 
-async def test_a_stop_while_the_file_is_being_opened_leaves_no_lock_behind(part: Rig, stream: Stream) -> None:
+async def test_a_stop_while_the_file_is_being_opened_releases_the_lock(part: Rig, stream: Stream) -> None:
     """The opening goes on in its thread; another process must get the file all the same."""
     entered, go_on = threading.Event(), threading.Event()
 
@@ -398,7 +398,7 @@ async def test_a_stop_whose_caller_is_cancelled_still_releases(part: Rig, stream
     EventStore.open(part.path, expected=None).close()
 
 
-async def test_a_partition_that_another_process_holds_is_taken_when_it_lets_go(part: Rig, stream: Stream) -> None:
+async def test_a_partition_that_another_process_holds_is_taken_when_it_is_released(part: Rig, stream: Stream) -> None:
     """A handover is no failure: no backoff, no alarm."""
     stream.add(delivery(1))
     async with rig(part.path.parent, stream) as other:
@@ -414,10 +414,10 @@ async def test_a_partition_that_another_process_holds_is_taken_when_it_lets_go(p
     assert {"c1": [1, 2]} == contents(part.path)
 
 
-async def test_a_partition_that_another_process_does_not_let_go_is_told(
+async def test_a_partition_that_another_process_does_not_release_is_reported(
     part: Rig, stream: Stream, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It waits as long as it takes, but its events wait too: an operator must read of it, and who holds the file."""
+    """It waits as long as necessary, but so do its events: the log must show it and name the file."""
     monkeypatch.setattr("services.persister.partition.HANDOVER_SECONDS", 0.05)
     async with rig(part.path.parent, stream) as other:
         other.runner.start()
@@ -481,7 +481,7 @@ async def test_files_that_are_deleted_stop_the_partition(part: Rig, stream: Stre
 
 
 async def test_an_idle_partition_notices_that_its_directory_is_gone(part: Rig, stream: Stream) -> None:
-    """Somebody removed the volume under it."""
+    """The volume was removed while it ran."""
     stream.add(delivery(1))
     part.runner.start()
     await part.reach(1)
@@ -504,7 +504,7 @@ async def test_no_log_line_quotes_an_event(part: Rig, stream: Stream, capsys: py
 
 
 async def test_a_call_on_the_file_that_does_not_come_back_is_counted(part: Rig, stream: Stream) -> None:
-    """A disk that hangs raises no error, so only the time tells."""
+    """A disk that hangs raises no error; only the waiting time shows it."""
     stream.add(delivery(1))
     part.runner.start()
     await part.reach(1)
@@ -520,7 +520,7 @@ async def test_a_call_on_the_file_that_does_not_come_back_is_counted(part: Rig, 
 async def test_what_fails_in_the_thread_after_a_cancellation_is_not_quoted(
     part: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """asyncio logs an exception that nobody asked for, with its text."""
+    """asyncio logs an exception that was never retrieved, with its text."""
     gate = threading.Event()
 
     def fail() -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -68,52 +65,12 @@ def test_a_file_without_its_journal_stops(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("volume", OTHER), ("epoch", 7), ("partition", 3), ("store", "second")])
 def test_another_ones_file_stops(tmp_path: Path, field: str, value: object) -> None:
-    """Whoever copied it here, it is not written."""
+    """It is not written, however it got here."""
     here = context(tmp_path)
     found = dataclasses.replace(here.expected(2, 1), **{field: value})  # type: ignore[arg-type]
     EventStore.create(here.volume.file(2), found).close()
     with pytest.raises(IdentityMismatchError, match=field):
         open_store(here, placed(2, here.volume.uuid), StoreOptions())
-
-
-_OPEN = """
-import sys, time
-from pathlib import Path
-from fiq.corpus import CorpusLockedError, StoreOptions
-from tests.support.placements import placed
-from services.persister.placement import open_store
-import importlib.util
-spec = importlib.util.spec_from_file_location('helpers', sys.argv[3])
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
-context = helpers.context
-here = context(Path(sys.argv[1]))
-while time.time() < float(sys.argv[2]):
-    pass
-while True:
-    try:
-        store = open_store(here, placed(2, here.volume.uuid), StoreOptions())
-    except CorpusLockedError:
-        continue
-    store.commit(store.committed + 1)
-    store.close()
-    break
-"""
-
-
-def test_processes_that_open_a_fresh_file_take_turns(tmp_path: Path) -> None:
-    """None fails, none begins the file anew."""
-    here = context(tmp_path)
-    fill(here, 2)
-    command = [sys.executable, "-c", _OPEN, str(tmp_path), str(time.time() + 2), __file__]
-    root = Path(__file__).parents[3]
-    processes = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE) for _ in range(3)]
-    for process in processes:
-        _, errors = process.communicate(timeout=30)
-        assert (0, b"") == (process.returncode, errors)
-    store = EventStore.open(here.volume.file(2), expected=here.expected(2, 1))
-    assert store.committed == 3
-    store.close()
 
 
 # -- placing ----------------------------------------------------------------------------------------------------------
@@ -221,7 +178,7 @@ async def test_a_file_of_a_claim_without_an_outcome_comes_first(tmp_path: Path) 
 
 
 async def test_a_file_with_commits_and_without_a_key_is_not_claimed(tmp_path: Path) -> None:
-    """It was placed before: somebody deleted its key, and only an operator knows whether this is the newest file."""
+    """It was placed before and its key was deleted; only an operator knows whether this is the newest file."""
     here = context(tmp_path)
     fill(here, 2, committed=9)
     got = await claim_partitions(here, MemoryPlacements())
@@ -230,7 +187,7 @@ async def test_a_file_with_commits_and_without_a_key_is_not_claimed(tmp_path: Pa
 
 
 @pytest.mark.parametrize("deleted", [True, False])
-async def test_a_key_of_a_formed_store_that_is_gone_is_claimed_by_nobody(tmp_path: Path, deleted: bool) -> None:
+async def test_a_partition_of_a_formed_store_without_a_key_is_not_claimed(tmp_path: Path, deleted: bool) -> None:
     """With two volumes the other one made an empty file once, and wrote everything twice."""
     log = MemoryPlacements()
     one, two = (context(tmp_path / name, volumes=2) for name in ("one", "two"))
@@ -278,8 +235,8 @@ async def test_a_store_whose_partitions_were_placed_by_an_operator_is_formed_aga
     assert log.formed
 
 
-async def test_a_stale_copy_of_a_volume_claims_nothing(tmp_path: Path) -> None:
-    """Its twin has the same name, so the broker would let both of them win."""
+async def test_an_outdated_copy_of_a_volume_claims_nothing(tmp_path: Path) -> None:
+    """The current one has the same UUID, so the log would let both of them win."""
     here = context(tmp_path)
     fill(here, 0)
     log = MemoryPlacements(placed(0, here.volume.uuid, 2))

@@ -112,7 +112,7 @@ async def test_a_busy_partition_leaves_the_others_their_part_of_a_round(process:
 async def test_a_partition_that_fails_leaves_the_round_and_comes_back(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others are committed in the same round; it opens its file anew and loses nothing."""
+    """The others are committed in the same round; it opens its file again and loses nothing."""
     monkeypatch.setattr("services.persister.partition.BACKOFF_SECONDS", (0.01,))
     failures = [OSError(5, "no"), None]
 
@@ -180,10 +180,10 @@ async def test_a_full_round_is_followed_by_the_next_at_once(process: Process, mo
         await process.reach(1, 100)
 
 
-async def test_a_job_that_cannot_be_made_stops_nobody_for_good(
+async def test_a_job_that_cannot_be_started_stops_no_partition_for_good(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its batches count as failed: the partitions open their files anew, and a stop ends."""
+    """Its batches count as failed: the partitions open their files again, and a stop ends."""
     monkeypatch.setattr("services.persister.partition.BACKOFF_SECONDS", (0.01,))
     await process.start()
     run, failures = process.rounds.hdf5.run, [MemoryError()]

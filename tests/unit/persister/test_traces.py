@@ -86,7 +86,7 @@ async def test_events_of_one_trace_are_one_line(part: Rig) -> None:
 
 
 @pytest.mark.parametrize("header", [None, parent(1, "00"), "00-nonsense"])
-async def test_what_nobody_recorded_is_no_line(part: Rig, header: str | None) -> None:
+async def test_a_trace_that_was_not_sampled_gets_no_line(part: Rig, header: str | None) -> None:
     """Without a trace, with one that is not sampled, and with one that is none; the event is persisted anyway."""
     made = delivery(1) if header is None else traced(delivery(1), header)
     entries = await persist(part, [made])
@@ -94,7 +94,7 @@ async def test_what_nobody_recorded_is_no_line(part: Rig, header: str | None) ->
 
 
 async def test_the_lines_of_a_batch_are_bounded(part: Rig) -> None:
-    """Thousands of events may be committed at once; how many traces were left out is told."""
+    """Thousands of events may be committed at once; the number of omitted traces is logged."""
     entries = await persist(part, [traced(delivery(n), parent(n)) for n in range(1, MAX_TRACE_LINES + 6)])
     lines = named(entries, "EVENT_TRACED")
     assert [trace_id(n) for n in range(1, MAX_TRACE_LINES + 1)] == [line["trace_id"] for line in lines]
@@ -102,7 +102,7 @@ async def test_the_lines_of_a_batch_are_bounded(part: Rig) -> None:
 
 
 async def test_what_is_set_aside_is_found_by_its_trace_there(part: Rig) -> None:
-    """It is not in HDF5, so no line says that it were."""
+    """It is not in HDF5, so no line claims that."""
     bad = [traced(poison(2, {}), parent(2)), traced(reusing(3, of=1, body=b'{"event_type":"X"}'), parent(3))]
     entries = await persist(part, [traced(delivery(1), parent(1)), *bad])
     assert [trace_id(1)] == [entry["trace_id"] for entry in named(entries, "EVENT_TRACED")]

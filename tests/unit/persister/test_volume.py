@@ -90,7 +90,7 @@ async def test_only_one_process_claims_at_a_time(tmp_path: Path, monkeypatch: py
         pass
 
 
-def test_open_leaves_no_descriptor_behind(tmp_path: Path) -> None:
+def test_open_leaves_no_descriptor_open(tmp_path: Path) -> None:
     """Volumes are opened at each start of each process."""
     Volume.open(tmp_path, "main")
     before = len(list(Path("/proc/self/fd").iterdir()))

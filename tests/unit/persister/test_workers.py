@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from services.persister.placement import Workers, owners
-from tests.support.polling import eventually_sync
-
-_JOIN_AND_WAIT = """
-import sys, time
-from pathlib import Path
-
-import pytest
-from services.persister.placement import Workers
-Workers(Path(sys.argv[1]), sys.argv[2]).join()
-print("joined", flush=True)
-time.sleep(60)
-"""
 
 
 def test_members_see_each_other_until_they_leave(tmp_path: Path) -> None:
@@ -33,22 +19,6 @@ def test_members_see_each_other_until_they_leave(tmp_path: Path) -> None:
     second.leave()
     assert first.alive() == ["a"]
     first.leave()
-
-
-def test_a_killed_process_is_no_member_any_more_and_its_file_goes(tmp_path: Path) -> None:
-    """The kernel lets the lock go with the process."""
-    workers = tmp_path / "workers"
-    us = Workers(workers, "us")
-    us.join()
-    with subprocess.Popen([sys.executable, "-c", _JOIN_AND_WAIT, str(workers), "it"], stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        assert us.alive() == ["it", "us"]
-        other.kill()
-        other.wait()
-    eventually_sync(lambda: us.alive() == ["us"])
-    assert [path.name for path in workers.iterdir()] == ["us.lock"]
-    us.leave()
 
 
 def test_a_member_that_has_not_joined_sees_the_others_and_itself(tmp_path: Path) -> None:
