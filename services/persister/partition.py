@@ -18,7 +18,7 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from structlog.typing import FilteringBoundLogger
 
@@ -39,6 +39,9 @@ from services.persister.dead_letters import DeadLetters, PoisonLimit, Quarantine
 from services.persister.errors import NotNowError, described, reason_of
 from services.persister.metrics import PersisterMetrics
 from services.persister.rounds import OpenPartition, Rounds
+
+if TYPE_CHECKING:
+    from services.persister.answering import QuestionResponder
 
 #: pauses between attempts after transient failures, seconds; the last one repeats
 BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -61,18 +64,6 @@ class RunnerState(StrEnum):
     FOLLOWING = "following"
     RETRYING = "retrying"
     STOPPED = "stopped"
-
-
-class Responder(Protocol):
-    """Answers questions about partitions whose files are open."""
-
-    async def open(self, partition: int, file: PartitionFile) -> None:
-        """Start to answer questions about *partition* from *file*."""
-        ...
-
-    async def close(self, partition: int) -> None:
-        """Stop to answer questions about *partition*. Idempotent."""
-        ...
 
 
 class PartitionRunner:
@@ -105,7 +96,7 @@ class PartitionRunner:
         rounds: Rounds,
         metrics: PersisterMetrics,
         poison_limit: PoisonLimit | None = None,
-        responder: Responder | None = None,
+        responder: QuestionResponder | None = None,
         check_log: Callable[[Position], Awaitable[None]] | None = None,
     ) -> None:
         self.partition = partition
@@ -118,7 +109,8 @@ class PartitionRunner:
         self._metrics = metrics.of(partition)
         self._responder = responder
         self._check_log = check_log
-        self._log = logs.get_logger("runner").bind(partition=partition_name(partition))
+        self._name = partition_name(partition)
+        self._log = logs.get_logger("runner").bind(partition=self._name)
         self._checkpoints = CheckpointWatch(self._log)
         self._quarantine = Quarantine(dead_letters, poison_limit or PoisonLimit(), self._metrics, self._log)
         self._file: PartitionFile | None = None
@@ -248,7 +240,7 @@ class PartitionRunner:
         follower = self._follower = self._make_follower(self._rounds.arrived)
         await follower.start(position)
         joined = self._joined = OpenPartition(
-            *(self.partition, file, follower, self._quarantine, self._metrics, self._log, self.fail),
+            *(self._name, file, follower, self._quarantine, self._metrics, self._log, self.fail),
             busy_at=time.monotonic(),
         )
         self._change(RunnerState.FOLLOWING)

@@ -35,7 +35,6 @@ from fiq.errors import FiqError, PoisonError
 from fiq.event import Event, decode
 from services.core import logs
 from services.core.lifecycle import spawn
-from services.log.partitions import partition_name
 from services.log.protocol import Delivery, Fate, Follower, Outcome, message_id_at
 from services.persister.dead_letters import Quarantine
 from services.persister.errors import described
@@ -105,7 +104,7 @@ class OpenPartition:
     """A partition whose file is open and whose events are followed.
 
     Attributes:
-        partition: its number.
+        name: its number with two digits.
         file: its file.
         follower: delivers its events.
         quarantine: isolates its poison.
@@ -117,7 +116,7 @@ class OpenPartition:
         progressed: whether it has committed anything since it joined the rounds.
     """
 
-    partition: int
+    name: str
     file: PartitionFile
     follower: Follower
     quarantine: Quarantine
@@ -279,7 +278,7 @@ class Rounds:
         self._limits = limits
         self._metrics = metrics
         self._traces = traces or Traces()
-        self._joined: dict[int, OpenPartition] = {}
+        self._joined: dict[str, OpenPartition] = {}
         self._arrived = asyncio.Event()
         self._enough = asyncio.Event()
         self._ready = 0
@@ -289,13 +288,13 @@ class Rounds:
 
     def join(self, one: OpenPartition) -> None:
         """Include the events of *one* in the rounds."""
-        self._joined[one.partition] = one
+        self._joined[one.name] = one
         self.arrived()
 
     async def leave(self, one: OpenPartition) -> None:
         """Take no more events of *one*, and wait until its current batch is acknowledged or has failed."""
-        if self._joined.get(one.partition) is one:
-            del self._joined[one.partition]
+        if self._joined.get(one.name) is one:
+            del self._joined[one.name]
         if one.in_progress is not None:
             await asyncio.wait({one.in_progress})
 
@@ -400,8 +399,8 @@ class Rounds:
             if batch.conflicts:
                 spawn(self._tasks, _announce(batch))
         else:
-            if self._joined.get(one.partition) is one:
-                del self._joined[one.partition]
+            if self._joined.get(one.name) is one:
+                del self._joined[one.name]
             if not isinstance(error, _NOT_THE_MESSAGE):
                 one.quarantine.failed(batch.deliveries, error)
             one.fail(error)
@@ -416,7 +415,7 @@ class Rounds:
             return
         for batch in batches:
             batch.of.metrics.batch(batch)
-            self._traces.show(batch.of.log, partition_name(batch.of.partition), batch, seconds)
+            self._traces.show(batch.of.log, batch.of.name, batch, seconds)
         events = sum(len(batch.deliveries) for batch in batches)
         self._metrics.batch_events.observe(events)
         self._metrics.batch_seconds.observe(seconds)
@@ -426,7 +425,7 @@ class Rounds:
             self._metrics.event_age_seconds.observe(age)
         _log.info(
             logs.EVENT_PERSISTED,
-            partitions=",".join(partition_name(batch.of.partition) for batch in batches),
+            partitions=",".join(batch.of.name for batch in batches),
             last_sequence=max(batch.deliveries[-1].sequence for batch in batches),
             persisted=sum(batch.persisted for batch in batches),
             duplicates=sum(batch.duplicates for batch in batches),

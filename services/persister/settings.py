@@ -27,19 +27,19 @@ _BOUNDS = {
 
 @dataclass(frozen=True, slots=True)
 class PersisterSettings:
-    """Where the corpus lives, how much is taken at once, how long things may take."""
+    """Where the corpus is, and how much a process takes at once and holds."""
 
     data_dir: Path = setting(
         "FI_DATA_DIR",
         Path("corpus"),
         parse=Path,
-        doc="The volume: one directory on a local disk with partition files, shared by the processes of this host.",
+        doc="The volume: a directory on a local disk with partition files, shared by the processes of this host.",
     )
     volumes: int = setting(
         "FI_VOLUMES",
         1,
         parse=integer(1, 100),
-        doc="Volumes that the store is meant to have, the same everywhere; each takes an equal share of partitions.",
+        doc="Number of volumes of the store, the same everywhere; each takes an equal share of the partitions.",
     )
     host: str = setting(
         "FI_PERSISTER_HOST",
@@ -51,31 +51,31 @@ class PersisterSettings:
         "FI_PERSISTER_PORT",
         7002,
         parse=port,
-        doc="TCP port of /healthz, /readyz and /metrics; worker i of `--workers N` takes port + i. 0 takes a free one.",
+        doc="TCP port of /healthz, /readyz and /metrics; worker i of `--workers N` takes port + i. 0: a free port.",
     )
     batch_events: int = setting(
         "FI_BATCH_EVENTS",
         8192,
         parse=integer(1, 65536),
-        doc="Events of all partitions of a process that one round commits, at most.",
+        doc="Most events that one round commits, of all partitions of a process.",
     )
     batch_bytes: int = setting(
         "FI_BATCH_BYTES",
         16 * 2**20,
         parse=size(2**16, 2**28),
-        doc="Bytes of the events of one round, about, at most.",
+        doc="Most bytes of events that one round commits, approximately.",
     )
     buffer_events: int = setting(
         "FI_BUFFER_EVENTS",
         32768,
         parse=integer(64, 2**20),
-        doc="Events that a process fetches and holds in all; a quarter is divided, the rest goes to busy partitions.",
+        doc="Most events that a process holds; a quarter is divided among its partitions, busy ones get the rest.",
     )
     buffer_bytes: int = setting(
         "FI_BUFFER_BYTES",
         64 * 2**20,
         parse=size(2**20, 2**32),
-        doc="The same in bytes; each partition has room for two of the largest messages at least.",
+        doc="The same in bytes; each partition has room for at least two of the largest messages.",
     )
     open_consultations: int = setting(
         "FI_OPEN_CONSULTATIONS",
@@ -93,7 +93,7 @@ class PersisterSettings:
         "FI_POISON_STREAK",
         100,
         parse=integer(0, 10**6),
-        doc="Bad messages in a row that stop a partition, as does a tenth of the last 1,000. 0 sets all of them aside.",
+        doc="Poison messages in a row that stop a partition; a tenth of the last 1,000 does too. 0: no limit.",
     )
     retention: float = setting(
         "FI_RETENTION",

@@ -2,10 +2,10 @@
 
 ::
 
-    <data>/volume.json   who the volume is: a UUID made once, the store it belongs to, and whether that was formed
+    <data>/volume.json   identity: a UUID, the store it belongs to, and whether the store was formed
     <data>/volume.lock   held while one of the volume's processes claims partitions
-    <data>/<pp>.h5       a partition file, with its journal <pp>.h5.wal; made before the partition is claimed
-    <data>/corpus.h5     opens all of them together
+    <data>/<pp>.h5       a partition file, with its journal <pp>.h5.wal; created before the partition is claimed
+    <data>/corpus.h5     links to all of them
     <data>/backup.json   when the newest backup was made
     <data>/workers/      a lock file for each live process
 """
@@ -28,8 +28,8 @@ from typing import Any
 from services.log.partitions import partition_name
 from services.persister.errors import VolumeBusyError, VolumeError
 
-_STATED = "volume.json"
-#: says when the newest backup was made; `fiq backup` writes it
+_IDENTITY = "volume.json"
+#: name of the file with the time of the newest backup; `fiq backup` writes it
 BACKUP_NOTE = "backup.json"
 #: version of ``volume.json``
 FORMAT = 1
@@ -45,7 +45,7 @@ class Volume:
 
     Attributes:
         directory: where it is.
-        uuid: made when the volume was first used; the partitions' keys and files name it.
+        uuid: made when the volume was first used; the partitions' records and files contain it.
         store: the store it belongs to.
     """
 
@@ -55,14 +55,14 @@ class Volume:
 
     @classmethod
     def open(cls, directory: Path, store: str) -> Volume:
-        """Open the volume in *directory*; make the directory and its identity when it is empty.
+        """Open the volume in *directory*; create the directory and its identity if it is empty.
 
         Raises VolumeError: it belongs to another store, has partition files but no identity, or cannot be written.
         """
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o750)
             with _locked(directory / "volume.lock"):
-                return cls(directory, _identity(directory, store), store)
+                return cls(directory, _check_identity(directory, store), store)
         except OSError as error:
             raise VolumeError(f"cannot use the data directory {directory}: {error.strerror}") from error
 
@@ -71,7 +71,7 @@ class Volume:
         return self.directory / f"{partition_name(partition)}.h5"
 
     def room(self) -> tuple[int, int]:
-        """Return how many bytes this process may still write on the volume's file system, and that one's size.
+        """Return the free bytes of the volume's file system for this process, and its size in bytes.
 
         Raises OSError: the directory cannot be reached.
         """
@@ -85,7 +85,7 @@ class Volume:
 
     @asynccontextmanager
     async def claiming(self) -> AsyncIterator[None]:
-        """Be the only process of the volume that claims partitions.
+        """Exclude other processes of the volume from claiming partitions.
 
         Raises VolumeBusyError: another process has been claiming for longer than it can take.
         """
@@ -94,25 +94,25 @@ class Volume:
             yield
 
     def formed_in(self) -> str:
-        """Return the creation time of the stream in which the store was formed; empty while it was not.
+        """Return the creation time of the stream in which the store was formed; empty if it was not.
 
-        The volume remembers it for the case that the bucket gets lost: a formed store must not begin anew.
+        It is kept here in case the log's records get lost: a formed store must not begin again.
 
         Raises VolumeError: ``volume.json`` is gone or damaged.
         """
-        return str(_stated(self.directory / _STATED).get("formed", ""))
+        return str(_read_identity(self.directory / _IDENTITY).get("formed", ""))
 
     def note_formed(self, stream_created: str) -> None:
-        """Remember that the store was formed; the caller holds the claim lock.
+        """Record that the store was formed; the caller holds the claim lock.
 
         Raises VolumeError: ``volume.json`` is gone or damaged.
         """
-        path = self.directory / _STATED
-        _write_durably(path, _document({**_stated(path), "formed": stream_created}))
+        path = self.directory / _IDENTITY
+        _write_durably(path, _document({**_read_identity(path), "formed": stream_created}))
 
 
-def stated(volume: str, store: str) -> str:
-    """Return what the ``volume.json`` of a volume contains."""
+def identity_document(volume: str, store: str) -> str:
+    """Return the content of the ``volume.json`` of a new volume."""
     return _document({"format": FORMAT, "volume": volume, "store": store})
 
 
@@ -120,7 +120,7 @@ def _document(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
-def _stated(path: Path) -> dict[str, Any]:
+def _read_identity(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         uuid.UUID(found["volume"])
@@ -131,16 +131,16 @@ def _stated(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _identity(directory: Path, store: str) -> str:
-    path = directory / _STATED
+def _check_identity(directory: Path, store: str) -> str:
+    path = directory / _IDENTITY
     if not path.exists():
         if any(directory.glob("[0-9][0-9].h5")):
             raise VolumeError(
                 f"{directory} has partition files but no volume.json: put the volume.json that belongs to them back; "
                 "a new identity would orphan them"
             )
-        _write_durably(path, stated(str(uuid.uuid4()), store))
-    found = _stated(path)
+        _write_durably(path, identity_document(str(uuid.uuid4()), store))
+    found = _read_identity(path)
     owner, volume, version = found["store"], str(uuid.UUID(found["volume"])), found["format"]
     if version != FORMAT:
         raise VolumeError(f"{path} has format {version!r}; this version of fiq reads format {FORMAT}")
@@ -185,7 +185,7 @@ def _wait_for_lock(descriptor: int, path: Path) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise VolumeBusyError(
-                    f"another process has held {path} for {LOCK_TIMEOUT_SECONDS:.0f} s: is it stopped or hanging?"
+                    f"another process has held {path} for {LOCK_TIMEOUT_SECONDS:.0f} s: is it stopped or does it hang?"
                 ) from None
             time.sleep(0.02)
         else:
@@ -193,7 +193,7 @@ def _wait_for_lock(descriptor: int, path: Path) -> None:
 
 
 def backed_up_at(directory: Path) -> float:
-    """Return when the newest backup of the volume in *directory* was made, seconds since 1970; 0 for never."""
+    """Return when the newest backup of the volume in *directory* was made, Unix time; 0 for never."""
     try:
         return datetime.fromisoformat(json.loads((directory / BACKUP_NOTE).read_text())["made"]).timestamp()
     except (OSError, ValueError, KeyError, TypeError):
@@ -201,7 +201,7 @@ def backed_up_at(directory: Path) -> float:
 
 
 def note_backup(directory: Path, made: str) -> None:
-    """Note that a backup of the volume in *directory* was *made*, RFC 3339; metrics and ``fiq doctor`` show its age.
+    """Record that a backup of the volume in *directory* was *made*, RFC 3339, for metrics and ``fiq doctor``.
 
     Raises OSError: it cannot be written there.
     """

@@ -49,7 +49,7 @@ from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_name
 from services.log.settings import LogSettings
 from services.log.status import Placement
-from services.persister.volume import stated
+from services.persister.volume import identity_document
 
 _STAGE = ".restore"
 #: what a volume without any partition may consist of
@@ -487,7 +487,7 @@ def write_identity(target: Path, owner: Owner) -> None:
     io = StorageIO()
     io.sync_directory(target)
     temporary = target / "volume.json.new"
-    temporary.write_text(stated(owner.volume, owner.store), encoding="utf-8")
+    temporary.write_text(identity_document(owner.volume, owner.store), encoding="utf-8")
     temporary.chmod(0o640)
     sync_file(temporary, io)
     io.rename(temporary, target / "volume.json")

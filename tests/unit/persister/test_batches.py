@@ -46,7 +46,7 @@ def made(store: EventStore, *deliveries: Delivery, known: Mapping[int, str] | No
     quarantine = Quarantine(DeadLetters(DeadStream(), 0, LOG), PoisonLimit(), metrics, log)
     quarantine.known |= known or {}
     follower = ScriptedFollower(Stream())
-    one = OpenPartition(0, PartitionFile(store), follower, quarantine, metrics, log, fail=lambda _: None)
+    one = OpenPartition("00", PartitionFile(store), follower, quarantine, metrics, log, fail=lambda _: None)
     return Batch(one, list(deliveries))
 
 
