@@ -173,7 +173,7 @@ async def test_what_was_not_exported_is_refused(tmp_path: Path, line: bytes) -> 
     file = tmp_path / "x"
     file.write_bytes(line + b"\n")
     result = await post(file, "--exported", "--url", "http://127.0.0.1:1")
-    assert (1, True) == (result.code, "line 1: it is no line of `fiq export" in result.err)
+    assert (1, True) == (result.code, "line 1: it is not a line of `fiq export" in result.err)
 
 
 @pytest.mark.parametrize("batches", [True, False], ids=["batches", "one by one"])
@@ -226,7 +226,7 @@ async def test_a_file_with_bad_lines_is_not_sent(tmp_path: Path) -> None:
         nameless = await post(written(tmp_path / "y", [event(1)]), "--url", server.url)
     assert (1, "") == (result.code, result.out)
     assert ["2", "4", "5", "6", "7", "8"] == re.findall(r"^line (\d+): ", result.err, re.MULTILINE)
-    assert "6 of 7 lines are no events; nothing was sent" in result.err
+    assert "6 of 7 lines are not events; nothing was sent" in result.err
     assert (1, True) == (nameless.code, "--consultation" in nameless.err)
     assert [] == server.seen
 
@@ -271,7 +271,7 @@ async def test_a_file_on_stdin_has_the_keys_of_the_file(tmp_path: Path, monkeypa
         process = await asyncio.create_subprocess_shell(f"{command} - {options} < x", stderr=asyncio.subprocess.PIPE)
         result = await process.communicate()
     assert b"line 1: too bad" in result[1]
-    assert b"0 lines were accepted in this run; the same command goes on and repeats none" in result[1]
+    assert b"0 lines were accepted in this run; the same command continues and repeats none" in result[1]
     assert 1 == len({request.key for request in server.seen})
     assert ["x"] == names(tmp_path)
 
@@ -288,7 +288,7 @@ async def test_an_open_pipe_is_posted_before_it_ends() -> None:
         process.send_signal(signal.SIGINT)
         result = await ended(process)
         assert (130, [event(1)]) == (result.code, service.bodies("c-1"))
-        told = result.err.rpartition("go on with:  ")[2].strip()
+        told = result.err.rpartition("continue with:  ")[2].strip()
         assert re.fullmatch(rf"fiq post - --url {server.url} --consultation c-1 --key \S+", told)
         again = await post(*shlex.split(told)[2:], stdin=event(1) + b"\n" + event(2))
     assert (0, 1) == (again.code, again.number("duplicates"))
@@ -339,7 +339,7 @@ async def test_a_posting_that_was_stopped_goes_on_and_repeats_nothing(tmp_path: 
         again = await post(file, "--url", server.url)
     assert (128 + number, "") == (stopped.code, stopped.out)
     assert f"{number.name}: 10 lines were accepted in this run; up to line 10 all of them are" in stopped.err
-    assert "the same command goes on" in stopped.err
+    assert "the same command continues" in stopped.err
     assert (0, 30, 10) == (again.code, again.number("accepted"), again.number("duplicates"))
     assert events == service.bodies("c-1")
     assert not state.exists()
@@ -390,7 +390,7 @@ async def test_a_service_that_does_not_answer_is_given_up(tmp_path: Path) -> Non
     assert 1 == result.code
     assert "lines 1 to 3: not done within 1 s: 503 /problems/log-full" in result.err
     assert "0 lines were accepted in this run" in result.err
-    assert "the same command goes on" in result.err
+    assert "the same command continues" in result.err
 
 
 async def test_failures_that_pass_are_counted(tmp_path: Path) -> None:
