@@ -182,7 +182,7 @@ async def test_a_trimmed_stream_is_told_with_what_is_lost_and_force_goes_on_behi
     shutil.rmtree(data)
     await log.api.purge(STREAM, 81)
     reason = await refused(log, "restore", saved, "--to", data)
-    assert "the stream begins at sequence 81" in reason
+    assert "the stream now begins at sequence 81" in reason
     assert "With --force these sequences are given up for good" in reason
     assert not data.exists()
 
@@ -203,8 +203,8 @@ async def test_a_stream_made_anew_is_told_with_what_to_do(log: Log, tmp_path: Pa
     assert "has no stream fi-events" in await refused(log, "restore", saved, "--to", data)
     await provision(log.nc, log.settings)
     reason = await refused(log, "restore", saved, "--to", data)
-    assert "it was deleted and made anew" in reason
-    assert "let persisters begin a new data directory" in reason
+    assert "it was deleted and created again" in reason
+    assert "start a new data directory" in reason
     assert "restored although" in await done(log, "restore", saved, "--to", data, "--force")
     with Persister(tmp_path / "b", log.cluster, data) as persister:
         await persister.not_ready("the stream was deleted and created anew")

@@ -85,7 +85,7 @@ async def test_another_store_that_has_a_copy_is_named(log: Log, tmp_path: Path) 
     with Persister(tmp_path / "other", log.cluster, second, FI_STORE="second") as other:
         await other.ready()
         volume, _ = await lost(log, tmp_path)
-        assert "store second has partitions of its own" in await refused(
+        assert "store second has copies of its own" in await refused(
             log, "give-up", volume, "--to", tmp_path / "data"
         )
         assert 0 == await other.end()
@@ -108,4 +108,4 @@ async def test_a_volume_that_has_nothing_is_a_mistake(log: Log, tmp_path: Path) 
     """Those that have something are named."""
     volume, _ = await lost(log, tmp_path)
     reason = await refused(log, "give-up", uuid4(), "--to", tmp_path / "data", "--yes")
-    assert f"volumes that have some: {volume}" in reason
+    assert f"volumes with partitions: {volume}" in reason
