@@ -1,7 +1,7 @@
 """The cluster's state in one snapshot, and ``fiq status``, which shows it.
 
-:func:`take_snapshot` asks the log once, as the services' monitor does: the streams, the placement of partitions, and
-the persisters that answer. ``fiq doctor``, ``backup``, ``restore``, ``give-up`` and ``place`` read the same snapshot.
+:func:`take_snapshot` asks either log once, as the services do: streams, placement of partitions, and the persisters
+that answer. ``fiq doctor``, ``backup``, ``restore``, ``give-up`` and ``place`` read the same snapshot.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ class ClusterSnapshot:
 
     @property
     def stream(self) -> StreamReport | None:
-        """The stream of events; None when there is none."""
+        """The stream of events; None without one, or without a broker."""
         return self.log.stream
 
     @property
     def partitions(self) -> tuple[PartitionState, ...]:
         """The store's partitions; none while they are not known."""
-        return self.log.partitions(self.store) if self.log.stream is not None else ()
+        return self.log.partitions(self.store) if self.log.stream_exists else ()
 
     @property
     def placed(self) -> Mapping[int, Placement]:
@@ -91,21 +91,36 @@ class ClusterSnapshot:
         return self.log.troubles.get(part, "no answer")
 
 
-async def take_snapshot(connection: Connection, settings: LogSettings, state: State | None = None) -> ClusterSnapshot:
-    """Ask the log once, and again while a leader is being elected.
+async def take_snapshot(
+    connection: Connection | None, settings: LogSettings, state: State | None = None
+) -> ClusterSnapshot:
+    """Ask the log once.
 
     Args:
-        connection: to the cluster.
+        connection: to the cluster; None for a log without a broker.
         settings: of the log; they name the store.
-        state: of the ``fiq up`` that runs the cluster, for the names of its persisters.
+        state: of the ``fiq up`` that runs the log, for the names of its persisters.
 
     Raises LogUnavailableError: no leader of the stream answered.
     """
+    log = await _ask_owners(settings) if connection is None else await _ask_broker(connection, settings)
+    known = {} if state is None else {str(member.pid): member.name for member in state.members}
+    workers = sorted((_worker(one, known) for one in log.processes or ()), key=lambda worker: worker.name)
+    return ClusterSnapshot(settings.store, log, tuple(workers))
+
+
+async def _ask_owners(settings: LogSettings) -> LogState:
+    from services.log.zeromq import log as zeromq  # pyzmq is imported for this log only
+
+    return await zeromq.look_once(settings)
+
+
+async def _ask_broker(connection: Connection, settings: LogSettings) -> LogState:
+    """Ask again for a while if a leader is being elected."""
     deadline = time.monotonic() + _ELECTION
     while True:
         try:
-            log = await look_once(connection, settings)
-            break
+            return await look_once(connection, settings)
         except LogUnavailableError as error:
             if time.monotonic() >= deadline:
                 raise LogUnavailableError(
@@ -113,9 +128,6 @@ async def take_snapshot(connection: Connection, settings: LogSettings, state: St
                     "their logs, or try again"
                 ) from error
         await asyncio.sleep(_PAUSE)
-    known = {} if state is None else {str(member.pid): member.name for member in state.members}
-    workers = sorted((_worker(one, known) for one in log.processes or ()), key=lambda worker: worker.name)
-    return ClusterSnapshot(settings.store, log, tuple(workers))
 
 
 def _worker(process: LiveProcess, known: Mapping[str, str]) -> Worker:
@@ -203,16 +215,19 @@ def status(
 
 async def _read(target: Target, corpus: Path | None) -> Status:
     committed, remarks = _committed(corpus)
-    async with connected(target.settings) as connection:
-        snapshot = await take_snapshot(connection, target.settings, target.state)
+    if target.settings.uses_zeromq:
+        snapshot = await take_snapshot(None, target.settings, target.state)
+    else:
+        async with connected(target.settings) as connection:
+            snapshot = await take_snapshot(connection, target.settings, target.state)
     log = snapshot.log
-    if log.stream is None:
+    if not log.stream_exists:
         remarks.append(f"there is no stream {STREAM}: start a service, or run  fiq provision")
     if log.processes is None:
         remarks.append(f"it is unknown which persisters run: {snapshot.why_unknown(PROCESSES)}")
     elif not snapshot.workers:
         remarks.append("no persister answers: events are kept in the stream until one runs")
-    if log.stream is not None and not snapshot.partitions:
+    if log.stream_exists and not snapshot.partitions:
         remarks.append(f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}")
     now = time.time() - log.clock_offset
     return Status(

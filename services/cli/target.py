@@ -102,8 +102,13 @@ def find_corpus(corpus: Path | None, folder: Path | None, *, env: Mapping[str, s
 async def connected(settings: LogSettings, role: Role = Role.OPS) -> AsyncIterator[Connection]:
     """Connect as long as the body runs.
 
-    Raises LogAccessError: the nodes refuse the login; LogUnavailableError: no node took the connection.
+    Raises CommandError: the log has no nodes; LogAccessError: the nodes refuse the login; LogUnavailableError: none of
+    them took the connection.
     """
+    if settings.uses_zeromq:
+        raise CommandError(
+            "this command needs a NATS cluster, and FI_LOG_URL names a ZeroMQ log: docs/logs.md says what to do instead"
+        )
     connection = await connect(settings, name="fiq", role=role, on_closed=lambda _: None, deadline=_CONNECT_TIMEOUT)
     try:
         yield connection

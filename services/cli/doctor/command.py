@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +18,7 @@ from services.cli import console
 from services.cli.console import bar
 from services.cli.doctor import Finding, Level, cluster, error, host, unknown, warning, worst
 from services.cli.errors import CommandError
+from services.cli.status import ClusterSnapshot, take_snapshot
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
 from services.core.settings import load
 from services.ingest.settings import Settings as IngestSettings
@@ -117,8 +118,29 @@ def _examine(one: Installation, clock_offset: float, held_back: float) -> Iterat
     yield from host.check_memory(persister)
     yield from host.check_secrets(one.env)
 
+    snapshot: ClusterSnapshot | None
+    if settings.uses_zeromq:  # there are no nodes
+        snapshot = asyncio.run(take_snapshot(None, settings, one.target.state))
+    else:
+        seen = yield from _examine_cluster(one, clock_offset, ingest.max_event_bytes, persister.volumes)
+        snapshot = None if seen is None else seen.snapshot
+    if snapshot is not None:
+        yield from host.check_workers(snapshot.workers, one.directory, held_back)
+
+    if one.directory is None:
+        yield unknown("corpus", "there is no data directory here", "run fiq doctor on the host of each volume, too")
+        return
+    yield from host.check_directory(one.directory)
+    yield from host.check_files(one.directory, snapshot)
+    yield from host.check_backup(one.directory, snapshot)
+
+
+def _examine_cluster(
+    one: Installation, clock_offset: float, event_bytes: int, volumes: int
+) -> Generator[Finding, None, cluster.ClusterReport | None]:
+    settings = one.target.settings
     expected, servers = cluster.find_servers(settings.servers)
-    yield from cluster.check_servers(expected, servers, ingest.max_event_bytes)
+    yield from cluster.check_servers(expected, servers, event_bytes)
     yield from cluster.check_certificates(servers, settings.ca_file, time.time() + clock_offset)
 
     seen = None
@@ -141,20 +163,12 @@ def _examine(one: Installation, clock_offset: float, held_back: float) -> Iterat
         yield from cluster.silent_nodes(answered - {node.name for node in nodes})
     yield from cluster.check_nodes(nodes, clock_offset)
 
-    snapshot = None if seen is None else seen.snapshot
-    if seen is not None and snapshot is not None:
+    if seen is not None:
         yield from cluster.check_clocks(seen, clock_offset, [node.name for node in nodes])
         yield from cluster.check_stream(seen, settings)
-        yield from cluster.check_dead_letters(snapshot)
-        yield from cluster.check_placement(snapshot, persister.volumes)
-        yield from host.check_workers(snapshot.workers, one.directory, held_back)
-
-    if one.directory is None:
-        yield unknown("corpus", "there is no data directory here", "run fiq doctor on the host of each volume, too")
-        return
-    yield from host.check_directory(one.directory)
-    yield from host.check_files(one.directory, snapshot)
-    yield from host.check_backup(one.directory, snapshot)
+        yield from cluster.check_dead_letters(seen.snapshot)
+        yield from cluster.check_placement(seen.snapshot, volumes)
+    return seen
 
 
 async def _ask(target: Target) -> tuple[cluster.ClusterReport, list[Finding]]:

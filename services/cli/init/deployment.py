@@ -1,25 +1,37 @@
-"""Makes the secrets of a deployment, completes them, and renews them: what ``fiq init`` does.
+"""``fiq init``: makes the secrets of a deployment, completes them, and renews them.
 
-A second run changes nothing. What is derived (the files for nats-server) is written from what it derives from (seeds,
-certificates), so that a run that was cut short is finished by the next one. The authority is made once: nothing here
-ever replaces it, because every process trusts it.
+A second run changes nothing. Derived files (those for nats-server) are written from what they derive from (seeds,
+certificates), so the next run finishes one that was interrupted. The authority is made once and never replaced,
+because every process trusts it. The permissions of the NATS users are at the end of this module.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets as random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
 import nkeys
+import typer
 
 from services.cli.errors import CommandError
-from services.cli.init.authority import Authority, Pair, belong_together, make_authority, names_in, start_of
+from services.cli.init.authority import (
+    Authority,
+    Pair,
+    belong_together,
+    check_host,
+    make_authority,
+    names_in,
+    start_of,
+)
 from services.cli.init.files import Layout, Owner, Secrets
 from services.core import tokens
 from services.core.tokens import Scope, Token
@@ -39,22 +51,398 @@ from services.log.jetstream.stream import (
 )
 from services.log.questions import Kind
 
-_STREAMS = (STREAM, DEAD_STREAM)
-#: subjects of the keys that say where partitions live
-_KEYS = f"{BUCKET_PREFIX}.>"
+#: user and group of the image's processes
+IMAGE_UID = 10001
+#: nodes of a deployment on one machine
+NODES = 3
 #: the account of the streams
 ACCOUNT = "FI"
-#: the user of the system account: `nats server report`, and nothing that a service needs
+#: the user of the system account, for `nats server report`; no service needs it
 SYSTEM = "system"
-#: what the system account lets the streams' account ask all nodes, and on which subject: no more than the monitoring
-#: port tells at /varz and /healthz
-_QUESTIONS = {"VARZ": NODES_STATE, "HEALTHZ": NODES_HEALTH}
-#: everybody who has a seed
+#: all users with a seed
 USERS = (*Role, SYSTEM)
+_OWNER = re.compile(r"([0-9]{1,9})(?::([0-9]{1,9}))?", re.ASCII)
+#: names of every node on its own machine
+_LOCAL = ("localhost", "127.0.0.1")
+_AUTHORITY = "Free Intelligence event log"
+#: name of the first API token
+_TOKEN = "default"  # noqa: S105 - its name
+_AT_REST_BYTES = 32
+_PASSWORD_BYTES = 18
+_RESTORE_AUTHORITY = "restore the authority from your copy; no process would trust a new one, so fiq makes none"
+_RENEW = "renew all with  --rotate certificates"
 
-_HEADER = "# Written by `fiq init`, which will write it again: a change made here is lost. See docs/security.md.\n"
 
-#: an answer to a request of the service API: one, and soon
+class Rotation(StrEnum):
+    """What can be renewed."""
+
+    CERTIFICATES = "certificates"
+    USERS = "users"
+    USERS_FINISH = "users-finish"
+
+
+#: what to do after each
+_NEXT = {
+    Rotation.CERTIFICATES: "copy secrets/nodes to every host, into the same files "
+    "(rsync -a --inplace --numeric-ids), then reload each node: check with `nats-server -t`, then SIGHUP",
+    Rotation.USERS: "copy secrets/nats to every host (rsync -a --numeric-ids) and reload each node, check with "
+    "`nats-server -t`, then SIGHUP; both seeds are good then, and  fiq init {folder} --rotate users-finish  is the "
+    "second step",
+    Rotation.USERS_FINISH: "copy secrets/users and secrets/nats to every host, into the same files "
+    "(rsync -a --inplace --numeric-ids), then reload each node: the services connect with their new seeds by "
+    "themselves",
+}
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder of the deployment; made if it is missing.")],
+    hosts: Annotated[
+        str,
+        typer.Option(
+            help="Names or addresses of the machines, one node each, separated by commas; n1 is on the first."
+        ),
+    ] = "",
+    owner: Annotated[
+        str,
+        typer.Option(
+            metavar="UID[:GID]",
+            help="Owner of the secrets: the user of the containers. By default the present owner; for a new deployment "
+            "10001 if you are root, else yourself.",
+        ),
+    ] = "",
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="Let the nodes encrypt what they store; only at the first run.")
+    ] = False,
+    rotate: Annotated[
+        Rotation | None,
+        typer.Option(help="Renew the nodes' certificates; or the users' seeds, in two steps: users, users-finish."),
+    ] = None,
+) -> None:
+    """Create the secrets of a deployment.
+
+    Creates what is missing: authority, certificates, users, an API token, a password. A second run changes nothing.
+    Renewing needs no downtime: docs/security.md has the steps.
+    """
+    if rotate is not None and encrypt:
+        raise CommandError("--encrypt cannot be combined with --rotate: it applies to the first run only")
+    names = _hosts(hosts)
+    deployment = Deployment(folder, _owner(owner, Layout(folder)))
+    if rotate is Rotation.CERTIFICATES:
+        deployment.renew_certificates(names)
+    elif rotate is Rotation.USERS:
+        deployment.begin_users()
+    elif rotate is Rotation.USERS_FINISH:
+        deployment.finish_users()
+    else:
+        deployment.complete(names, encrypt=encrypt)
+    for change in deployment.changes:
+        typer.echo(change)
+    if not deployment.changes:
+        typer.echo(f"{folder}: nothing is missing, nothing was changed")
+    if rotate is not None:
+        typer.echo(f"next: {_NEXT[rotate].format(folder=folder)}")
+
+
+def _hosts(value: str) -> list[str]:
+    try:
+        hosts = [check_host(part.strip()) for part in value.split(",") if part.strip()]
+    except ValueError as error:
+        raise CommandError(f"--hosts: {error}") from None
+    if len(set(hosts)) < len(hosts):
+        raise CommandError("--hosts: each host has one node; name it once")
+    if len(hosts) == 2 or len(hosts) > 99:
+        raise CommandError(f"--hosts: {len(hosts)} nodes are not a cluster; name three or five hosts")
+    return hosts
+
+
+def _owner(value: str, layout: Layout) -> Owner:
+    if not value:
+        return _present_owner(layout) or (Owner(IMAGE_UID, IMAGE_UID) if os.geteuid() == 0 else Owner.myself())
+    match = _OWNER.fullmatch(value)
+    if match is None:
+        raise CommandError(f"--owner {value}: give numbers, such as 10001 or 10001:10001")
+    return Owner(int(match[1]), int(match[2] or match[1]))
+
+
+def _present_owner(layout: Layout) -> Owner | None:
+    """Return the present owner of the secrets: processes run as that user, and could not read another one's."""
+    try:
+        return Owner.of(layout.ca_certificate.lstat())
+    except OSError:  # nothing exists yet; or another user's, which is refused later
+        return None
+
+
+# -- The deployment --------------------------------------------------------------------------------------------------
+
+
+class Deployment:
+    """A folder with the secrets of one deployment.
+
+    Args:
+        folder: made if it is missing.
+        owner: of the secrets: the user of the services and the nodes.
+    """
+
+    def __init__(self, folder: Path, owner: Owner) -> None:
+        self.layout = Layout(folder.absolute())
+        self._secrets = Secrets(owner)
+
+    @property
+    def changes(self) -> list[str]:
+        """What has been done, one line each."""
+        return self._secrets.changes
+
+    def complete(self, hosts: Sequence[str] = (), *, encrypt: bool = False) -> None:
+        """Create everything that is missing.
+
+        Args:
+            hosts: machine of each node, in order; without them three nodes, or the existing ones.
+            encrypt: let the nodes encrypt what they store.
+
+        Raises CommandError: an existing file does not fit; it was not changed.
+        """
+        with self._at_work():
+            authority = self._authority()
+            nodes = self._nodes(hosts)
+            for node, names in nodes.items():
+                self._ensure_node(authority, node, names, asked=bool(hosts))
+            for user in USERS:
+                self._ensure_seed(user)
+            self._write_nats(encrypt=encrypt)
+            self._ensure_token()
+            self._ensure_password()
+            self._ensure_environment(dict(zip(nodes, hosts, strict=True)) if hosts else {})
+
+    def renew_certificates(self, hosts: Sequence[str] = ()) -> None:
+        """Give every node a new key and certificate, for *hosts* or the names in the old one."""
+        self._must_exist()
+        with self._at_work():
+            authority = self._authority(may_make=False)
+            known = self.layout.known_nodes()
+            if hosts and len(hosts) < len(known):
+                raise CommandError(f"there are {len(known)} nodes ({', '.join(known)}): name as many --hosts")
+            for node, names in self._nodes(hosts).items():
+                path = self.layout.node_certificate(node)
+                wanted = names if hosts or not path.exists() else self._names(node)
+                self._write_node(node, authority.sign(node, wanted, start=start_of(datetime.now(UTC))))
+
+    def begin_users(self) -> None:
+        """Create the users' next seeds, and let the nodes accept both: step 1 of 2."""
+        self._must_exist()
+        with self._at_work():
+            self._check_users()
+            for user in USERS:
+                if not self.layout.next_seed(user).exists():
+                    self._secrets.create(self.layout.next_seed(user), new_seed())
+            self._write_nats()
+
+    def finish_users(self) -> None:
+        """Replace the seeds by the next ones, and let the nodes accept only these: step 2 of 2.
+
+        Raises CommandError: no rotation has been begun.
+        """
+        self._must_exist()
+        with self._at_work():
+            self._check_users()
+            accounts = self.layout.nats / "accounts.conf"
+            # the last step of an interrupted run may be missing
+            complete = accounts.exists() and accounts.read_bytes() == self._accounts()
+            if complete and not any(self.layout.next_seed(user).exists() for user in USERS):
+                raise CommandError("no rotation of users has been begun: begin one with  --rotate users")
+            for user in USERS:
+                following = self.layout.next_seed(user)
+                if following.exists():
+                    self._secrets.put(self.layout.seed(user), following.read_bytes())
+                    self._secrets.remove(following)
+            self._write_nats()
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _must_exist(self) -> None:
+        if not self.layout.secrets.is_dir():
+            raise CommandError(f"{self.layout.secrets} does not exist: make it with  fiq init {self.layout.folder}")
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        layout = self.layout
+        if not layout.folder.exists():
+            self._secrets.folder(layout.folder, owner=Owner.myself())
+        for folder in (layout.secrets, *layout.folders):
+            self._secrets.folder(folder)
+        with self._secrets.alone(layout.secrets):
+            self._secrets.put(layout.ignore, b"*\n")
+            yield
+
+    def _authority(self, *, may_make: bool = True) -> Authority:
+        certificate, key = self.layout.ca_certificate, self.layout.ca_key
+        if may_make and not certificate.exists() and not key.exists():
+            if self.layout.known_nodes():
+                raise CommandError(
+                    f"{certificate} and {key} are gone, but there are certificates of nodes: {_RESTORE_AUTHORITY}"
+                )
+            pair = make_authority(_AUTHORITY, now=datetime.now(UTC))
+            # the key belongs to the operator, and to no service
+            self._secrets.create(key, pair.key, owner=Owner.myself())
+            self._secrets.create(certificate, pair.certificate)
+        for path in (certificate, key):
+            if not path.exists():
+                raise CommandError(f"{path} is gone: {_RESTORE_AUTHORITY}")
+        self._secrets.mend(certificate)
+        self._secrets.mend(key, owner=self._operator())
+        try:
+            return Authority(Pair(certificate.read_bytes(), key.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"{certificate} and {key} cannot be used ({error}): {_RESTORE_AUTHORITY}") from None
+
+    def _operator(self) -> Owner:
+        """Return the owner of the authority's key: this user, or for root, the one who made the deployment."""
+        made = self.layout.environment
+        return Owner.of(made.lstat()) if os.geteuid() == 0 and made.exists() else Owner.myself()
+
+    def _nodes(self, hosts: Sequence[str]) -> dict[str, list[str]]:
+        """Return the nodes, and for each the names besides its own that its certificate must have."""
+        known = self.layout.known_nodes()
+        names = (
+            [f"n{number + 1}" for number in range(len(hosts))]
+            if hosts
+            else known or [f"n{i + 1}" for i in range(NODES)]
+        )
+        surplus = [node for node in known if node not in names]
+        if surplus:
+            raise CommandError(f"there are nodes without a host: {', '.join(surplus)}; name all --hosts, in order")
+        return {node: [*_LOCAL, *hosts[index : index + 1]] for index, node in enumerate(names)}
+
+    def _names(self, node: str) -> list[str]:
+        try:
+            return [name for name in names_in(self.layout.node_certificate(node).read_bytes()) if name != node]
+        except ValueError:
+            raise CommandError(
+                f"{self.layout.node_certificate(node)} cannot be read: renew it with  --rotate certificates --hosts …"
+            ) from None
+
+    def _ensure_node(self, authority: Authority, node: str, names: Sequence[str], *, asked: bool) -> None:
+        certificate, key = self.layout.node_certificate(node), self.layout.node_key(node)
+        if not certificate.exists() and not key.exists():
+            self._write_node(node, authority.sign(node, names, start=start_of(datetime.now(UTC))))
+            return
+        if not key.exists() or not certificate.exists():
+            raise CommandError(f"{key} or {certificate} is gone: {_RENEW}")
+        pair = Pair(certificate.read_bytes(), key.read_bytes())
+        if not belong_together(pair) or not authority.signed(pair.certificate):
+            raise CommandError(f"{certificate} is not of this deployment, or the key does not belong to it: {_RENEW}")
+        missing = [name for name in names if name not in self._names(node)]
+        if asked and missing:
+            raise CommandError(f"{certificate} is not for {', '.join(missing)}: {_RENEW} and the same --hosts")
+        self._secrets.mend(certificate)
+        self._secrets.mend(key)
+
+    def _write_node(self, node: str, pair: Pair) -> None:
+        self._secrets.put(self.layout.node_key(node), pair.key)
+        self._secrets.put(self.layout.node_certificate(node), pair.certificate)
+
+    def _ensure_seed(self, user: str) -> None:
+        path = self.layout.seed(user)
+        if not path.exists():
+            self._secrets.create(path, new_seed())
+        self._secrets.mend(path)
+        if self.layout.next_seed(user).exists():
+            self._secrets.mend(self.layout.next_seed(user))
+
+    def _check_users(self) -> None:
+        missing = [str(self.layout.seed(user)) for user in USERS if not self.layout.seed(user).exists()]
+        if missing:
+            raise CommandError(f"{', '.join(missing)}: no such file; make the deployment with  fiq init  first")
+
+    def _keys(self, user: str) -> list[str]:
+        keys = []
+        for path in (self.layout.seed(user), self.layout.next_seed(user)):
+            if path.exists():
+                try:
+                    keys.append(public_key(path.read_bytes()))
+                except ValueError as error:
+                    raise CommandError(f"{path} is {error}: restore it, or remove it to get a new one") from None
+        return list(dict.fromkeys(keys))
+
+    def _accounts(self) -> bytes:
+        return accounts({user: self._keys(user) for user in USERS}).encode()
+
+    def _write_nats(self, *, encrypt: bool = False) -> None:
+        nats = self.layout.nats
+        self._secrets.put(nats / "accounts.conf", self._accounts())
+        self._secrets.put(nats / "client-tls.conf", client_tls().encode())
+        self._secrets.put(nats / "route-tls.conf", route_tls().encode())
+        path = nats / "at-rest.conf"
+        if path.exists():  # another key would make what is stored unreadable
+            if encrypt and at_rest("") == path.read_text(encoding="utf-8"):
+                raise CommandError(f"{path} says that the disks are not encrypted: see docs/security.md")
+            self._secrets.mend(path)
+            return
+        key = random.token_urlsafe(_AT_REST_BYTES) if encrypt else ""
+        self._secrets.create(path, at_rest(key).encode())
+
+    def _ensure_token(self) -> None:
+        """Create the first API token: the file for clients has the token, the one for ingest its hash."""
+        if not self.layout.tokens.exists():
+            secret = tokens.new_secret()
+            made = Token(_TOKEN, tokens.digest_of(secret), frozenset({Scope.READ, Scope.WRITE}))
+            self._secrets.put(self.layout.token(_TOKEN), f"{secret}\n".encode())
+            self._secrets.create(self.layout.tokens, tokens.render([made]).encode())
+        for path in (self.layout.tokens, *self.layout.clients.glob("*.token")):
+            self._secrets.mend(path)
+
+    def _ensure_password(self) -> None:
+        path = self.layout.grafana_password
+        if not path.exists():
+            self._secrets.create(path, f"{random.token_urlsafe(_PASSWORD_BYTES)}\n".encode())
+        self._secrets.mend(path)
+
+    def _ensure_environment(self, hosts: dict[str, str]) -> None:
+        if not self.layout.environment.exists():
+            text = dotenv(self._secrets.owner, hosts)
+            self._secrets.create(self.layout.environment, text.encode(), owner=Owner.myself())
+
+
+def new_seed() -> bytes:
+    """Return a new seed of a user: 58 characters and a line end."""
+    return bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)) + b"\n"
+
+
+def dotenv(owner: Owner, hosts: Mapping[str, str]) -> str:
+    """Return the text of ``.env``; *hosts* maps nodes to machines, and is empty for one machine."""
+    text = _template("env").format(uid=owner.uid, gid=owner.gid)
+    if not hosts:
+        return text
+    return text + _template("env-hosts").format(
+        nodes="\n".join(f"#NODE_NAME={node}\n#NODE_HOST={host}" for node, host in hosts.items()),
+        url=",".join(_url(host, 4222) for host in hosts.values()),
+        routes=_list([_url(host, 6222) for host in hosts.values()]),
+    )
+
+
+def _template(name: str) -> str:
+    return (Path(__file__).parent / f"{name}.template").read_text(encoding="utf-8")
+
+
+def _url(host: str, port: int) -> str:
+    return f"nats://[{host}]:{port}" if ":" in host else f"nats://{host}:{port}"
+
+
+def _list(urls: Sequence[str]) -> str:
+    return "'[" + ", ".join(f'"{url}"' for url in urls) + "]'"
+
+
+# -- The files that nats.conf includes -------------------------------------------------------------------------------
+
+_STREAMS = (STREAM, DEAD_STREAM)
+#: subjects of the placement keys
+_KEYS = f"{BUCKET_PREFIX}.>"
+#: what the streams' account may ask all nodes, and on which subject: the same as /varz and /healthz of the monitoring
+#: port
+_QUESTIONS = {"VARZ": NODES_STATE, "HEALTHZ": NODES_HEALTH}
+
+_HEADER = "# Written by `fiq init`, which overwrites changes made here. See docs/security.md.\n"
+
+#: an answer to a request of the service API: one, within 10 s
 _ANSWERS = '{ max: 1, expires: "10s" }'
 
 _TLS = """tls {{
@@ -66,16 +454,6 @@ _TLS = """tls {{
   {last}
 }}
 """
-
-#: nodes of a deployment on one machine
-NODES = 3
-#: how every node can be reached from its own machine
-_LOCAL = ("localhost", "127.0.0.1")
-_AUTHORITY = "Free Intelligence event log"
-#: name of the API token that is made at the beginning
-_TOKEN = "default"  # noqa: S105 - its name
-_AT_REST_BYTES = 32
-_PASSWORD_BYTES = 18
 
 
 def accounts(keys: Mapping[str, Sequence[str]]) -> str:
@@ -101,7 +479,7 @@ def accounts(keys: Mapping[str, Sequence[str]]) -> str:
 
 
 def client_tls() -> str:
-    """Return client-tls.conf: nothing before the handshake, not even the server's INFO."""
+    """Return client-tls.conf: the handshake comes before anything, even the server's INFO."""
     return f"{_HEADER}\n{_TLS.format(last='handshake_first: true')}"
 
 
@@ -111,9 +489,9 @@ def route_tls() -> str:
 
 
 def at_rest(key: str) -> str:
-    """Return at-rest.conf: AES-GCM with a key derived from *key*; an empty one leaves the disk readable."""
+    """Return at-rest.conf: AES-GCM with a key derived from *key*; without one the disk is not encrypted."""
     if not key:
-        return f"{_HEADER}# No encryption on the disk: the deployment was made without --encrypt.\n"
+        return f"{_HEADER}# The disk is not encrypted: the deployment was made without --encrypt.\n"
     return f"{_HEADER}\nkey: {json.dumps(key)}\ncipher: aes\n"
 
 
@@ -136,15 +514,15 @@ def _subjects(subjects: Sequence[str]) -> str:
     return f"[\n{inner}\n      ]"
 
 
-# -- What each NATS user may do: the subjects that its role sends and hears, found by watching it work, and no others
+# -- The permissions of each NATS user: exactly the subjects that its role uses, found by tracing it -----------------
 #
-# Whoever may ask for a message (``STREAM.MSG.GET``, ``DIRECT.GET``), create a consumer or take a snapshot reads events,
-# which are medical data: the services and ``ops`` may, the provisioner not.
+# A user that may ask for a message (``STREAM.MSG.GET``, ``DIRECT.GET``), create a consumer or take a snapshot can read
+# events, which are medical data: the services and ``ops`` may, the provisioner may not.
 
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """Subjects that a user may publish on and subscribe to; *answers*: to a request also on the subject it names."""
+    """Subjects that a user may publish on and subscribe to; with *answers* also on the reply subject of a request."""
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
@@ -163,7 +541,7 @@ def _inbox(role: Role) -> str:
     return f"{inbox_prefix(role)}.>"
 
 
-#: what both services ask to show the log in their metrics: state, backlog, age of what waits, places, living persisters
+#: what both services ask for their metrics: state, backlog, age of the oldest event, placements, live persisters
 _WATCH = (
     *_api(*_each("STREAM.INFO.{}"), f"DIRECT.GET.{STREAM}"),
     *_api(*(f"{verb}.{BUCKET_STREAM}" for verb in ("STREAM.INFO", "STREAM.MSG.GET", "DIRECT.GET"))),
@@ -175,7 +553,7 @@ PERMISSIONS: dict[Role, Permissions] = {
         publish=(
             EVENTS_SUBJECT,
             *_WATCH,
-            # what a client was told is stored must be shown to it: only the stream's leader is sure to have it
+            # a client must see what it was told is stored: only the stream's leader is sure to have it
             *_api(f"STREAM.MSG.GET.{STREAM}"),
             *(f"{CORPUS_PREFIX}.*.*.{kind}" for kind in Kind),
         ),
@@ -187,7 +565,7 @@ PERMISSIONS: dict[Role, Permissions] = {
             *_api(
                 f"STREAM.MSG.GET.{STREAM}",
                 f"STREAM.PURGE.{STREAM}",
-                # <consumer>.fi.events.<partition>.*: the filter stands in the subject, its asterisk as itself
+                # <consumer>.fi.events.<partition>.*: the filter is in the subject, with a literal asterisk
                 f"CONSUMER.CREATE.{STREAM}.*.{EVENTS_PREFIX}.*.*",
                 f"CONSUMER.DELETE.{STREAM}.*",
                 f"CONSUMER.NAMES.{STREAM}",
@@ -201,7 +579,7 @@ PERMISSIONS: dict[Role, Permissions] = {
         subscribe=(
             _inbox(Role.PERSISTER),
             f"{CORPUS_PREFIX}.*.*.*",
-            _KEYS,  # a put is a publish: who hears it reads the bucket again
+            _KEYS,  # a put is a publish: persisters that see one read the bucket again
             *(
                 subject
                 for verb in ("PING", "INFO", "STATS")
@@ -256,277 +634,10 @@ PERMISSIONS: dict[Role, Permissions] = {
             f"$JS.ACK.{DEAD_STREAM}.>",
             *_each("$JS.SNAPSHOT.ACK.{}.>"),
             *(f"$SRV.{verb}{tail}" for verb in ("PING", "INFO", "STATS") for tail in ("", ".>")),
-            # `fiq doctor`: every node, wherever its monitoring port is
+            # `fiq doctor`: every node, without its monitoring port
             NODES_STATE,
             NODES_HEALTH,
         ),
         subscribe=(_inbox(Role.OPS),),
     ),
 }
-
-
-class Deployment:
-    """A folder with the secrets of one deployment.
-
-    Args:
-        folder: made when it is missing.
-        owner: who may read them: whom the services and the nodes run as.
-    """
-
-    def __init__(self, folder: Path, owner: Owner) -> None:
-        self.layout = Layout(folder.absolute())
-        self._secrets = Secrets(owner)
-
-    @property
-    def changes(self) -> list[str]:
-        """What has been done, a line each."""
-        return self._secrets.changes
-
-    def complete(self, hosts: Sequence[str] = (), *, encrypt: bool = False) -> None:
-        """Make whatever is missing.
-
-        Args:
-            hosts: machine of each node, in order; without them three nodes, or those that there are.
-            encrypt: let the nodes encrypt what they store, from the beginning.
-
-        Raises CommandError: something is there that cannot be completed; nothing of it was touched.
-        """
-        with self._at_work():
-            authority = self._authority()
-            nodes = self._nodes(hosts)
-            for node, names in nodes.items():
-                self._ensure_node(authority, node, names, asked=bool(hosts))
-            for user in USERS:
-                self._ensure_seed(user)
-            self._write_nats(encrypt=encrypt)
-            self._ensure_token()
-            self._ensure_password()
-            self._ensure_environment(dict(zip(nodes, hosts, strict=True)) if hosts else {})
-
-    def renew_certificates(self, hosts: Sequence[str] = ()) -> None:
-        """Give every node a new key and certificate by the same authority, for *hosts* or the names of the old one."""
-        self._must_exist()
-        with self._at_work():
-            authority = self._authority(may_make=False)
-            known = self.layout.known_nodes()
-            if hosts and len(hosts) < len(known):
-                raise CommandError(f"there are {len(known)} nodes ({', '.join(known)}): name as many --hosts")
-            for node, names in self._nodes(hosts).items():
-                path = self.layout.node_certificate(node)
-                wanted = names if hosts or not path.exists() else self._names(node)
-                self._write_node(node, authority.sign(node, wanted, start=start_of(datetime.now(UTC))))
-
-    def begin_users(self) -> None:
-        """Make the users' next seeds, and let the nodes take both: step 1 of 2."""
-        self._must_exist()
-        with self._at_work():
-            self._check_users()
-            for user in USERS:
-                if not self.layout.next_seed(user).exists():
-                    self._secrets.create(self.layout.next_seed(user), new_seed())
-            self._write_nats()
-
-    def finish_users(self) -> None:
-        """Put the next seeds into their places, and let the nodes take these alone: step 2 of 2.
-
-        Raises CommandError: no rotation is under way.
-        """
-        self._must_exist()
-        with self._at_work():
-            self._check_users()
-            accounts = self.layout.nats / "accounts.conf"
-            # the last step of a run that was cut short may be missing
-            complete = accounts.exists() and accounts.read_bytes() == self._accounts()
-            if complete and not any(self.layout.next_seed(user).exists() for user in USERS):
-                raise CommandError("no rotation of users is under way: begin one with  --rotate users")
-            for user in USERS:
-                following = self.layout.next_seed(user)
-                if following.exists():
-                    self._secrets.put(self.layout.seed(user), following.read_bytes())
-                    self._secrets.remove(following)
-            self._write_nats()
-
-    # -- parts --------------------------------------------------------------------------------------------------------
-
-    def _must_exist(self) -> None:
-        if not self.layout.secrets.is_dir():
-            raise CommandError(f"{self.layout.secrets} does not exist: make it with  fiq init {self.layout.folder}")
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        layout = self.layout
-        if not layout.folder.exists():
-            self._secrets.folder(layout.folder, owner=Owner.myself())
-        for folder in (layout.secrets, *layout.folders):
-            self._secrets.folder(folder)
-        with self._secrets.alone(layout.secrets):
-            self._secrets.put(layout.ignore, b"*\n")
-            yield
-
-    def _authority(self, *, may_make: bool = True) -> Authority:
-        certificate, key = self.layout.ca_certificate, self.layout.ca_key
-        if may_make and not certificate.exists() and not key.exists():
-            if self.layout.known_nodes():
-                raise CommandError(f"{certificate} and {key} are gone, the nodes' certificates are not: {_PUT_BACK}")
-            pair = make_authority(_AUTHORITY, now=datetime.now(UTC))
-            # the key belongs to whoever runs this, and to no service
-            self._secrets.create(key, pair.key, owner=Owner.myself())
-            self._secrets.create(certificate, pair.certificate)
-        for path in (certificate, key):
-            if not path.exists():
-                raise CommandError(f"{path} is gone: {_PUT_BACK}")
-        self._secrets.mend(certificate)
-        self._secrets.mend(key, owner=self._operator())
-        try:
-            return Authority(Pair(certificate.read_bytes(), key.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise CommandError(f"{certificate} and {key} cannot be used ({error}): {_PUT_BACK}") from None
-
-    def _operator(self) -> Owner:
-        """Return whose the authority's key is: who runs this, or for root, who made the deployment."""
-        made = self.layout.environment
-        return Owner.of(made.lstat()) if os.geteuid() == 0 and made.exists() else Owner.myself()
-
-    def _nodes(self, hosts: Sequence[str]) -> dict[str, list[str]]:
-        """Return the nodes and the names that a certificate of each must have besides the node's own."""
-        known = self.layout.known_nodes()
-        names = (
-            [f"n{number + 1}" for number in range(len(hosts))]
-            if hosts
-            else known or [f"n{i + 1}" for i in range(NODES)]
-        )
-        surplus = [node for node in known if node not in names]
-        if surplus:
-            raise CommandError(
-                f"there are nodes for which no host was named: {', '.join(surplus)}; name all --hosts, in order"
-            )
-        return {node: [*_LOCAL, *hosts[index : index + 1]] for index, node in enumerate(names)}
-
-    def _names(self, node: str) -> list[str]:
-        try:
-            return [name for name in names_in(self.layout.node_certificate(node).read_bytes()) if name != node]
-        except ValueError:
-            raise CommandError(
-                f"{self.layout.node_certificate(node)} cannot be read: renew it with  --rotate certificates --hosts …"
-            ) from None
-
-    def _ensure_node(self, authority: Authority, node: str, names: Sequence[str], *, asked: bool) -> None:
-        certificate, key = self.layout.node_certificate(node), self.layout.node_key(node)
-        if not certificate.exists() and not key.exists():
-            self._write_node(node, authority.sign(node, names, start=start_of(datetime.now(UTC))))
-            return
-        if not key.exists() or not certificate.exists():
-            raise CommandError(f"{key} or {certificate} is gone: {_RENEW}")
-        pair = Pair(certificate.read_bytes(), key.read_bytes())
-        if not belong_together(pair) or not authority.signed(pair.certificate):
-            raise CommandError(f"{certificate} is not of this deployment, or its key is another one's: {_RENEW}")
-        missing = [name for name in names if name not in self._names(node)]
-        if asked and missing:
-            raise CommandError(f"{certificate} is not for {', '.join(missing)}: {_RENEW} and the same --hosts")
-        self._secrets.mend(certificate)
-        self._secrets.mend(key)
-
-    def _write_node(self, node: str, pair: Pair) -> None:
-        self._secrets.put(self.layout.node_key(node), pair.key)
-        self._secrets.put(self.layout.node_certificate(node), pair.certificate)
-
-    def _ensure_seed(self, user: str) -> None:
-        path = self.layout.seed(user)
-        if not path.exists():
-            self._secrets.create(path, new_seed())
-        self._secrets.mend(path)
-        if self.layout.next_seed(user).exists():
-            self._secrets.mend(self.layout.next_seed(user))
-
-    def _check_users(self) -> None:
-        missing = [str(self.layout.seed(user)) for user in USERS if not self.layout.seed(user).exists()]
-        if missing:
-            raise CommandError(
-                f"{', '.join(missing)}: there is no such file; make the deployment with  fiq init  first"
-            )
-
-    def _keys(self, user: str) -> list[str]:
-        keys = []
-        for path in (self.layout.seed(user), self.layout.next_seed(user)):
-            if path.exists():
-                try:
-                    keys.append(public_key(path.read_bytes()))
-                except ValueError as error:
-                    raise CommandError(f"{path} is {error}: put it back, or remove it for a new one") from None
-        return list(dict.fromkeys(keys))
-
-    def _accounts(self) -> bytes:
-        return accounts({user: self._keys(user) for user in USERS}).encode()
-
-    def _write_nats(self, *, encrypt: bool = False) -> None:
-        nats = self.layout.nats
-        self._secrets.put(nats / "accounts.conf", self._accounts())
-        self._secrets.put(nats / "client-tls.conf", client_tls().encode())
-        self._secrets.put(nats / "route-tls.conf", route_tls().encode())
-        path = nats / "at-rest.conf"
-        if path.exists():  # another key would make what is stored unreadable
-            if encrypt and at_rest("") == path.read_text(encoding="utf-8"):
-                raise CommandError(f"{path} says that the disks are not encrypted: see docs/security.md")
-            self._secrets.mend(path)
-            return
-        key = random.token_urlsafe(_AT_REST_BYTES) if encrypt else ""
-        self._secrets.create(path, at_rest(key).encode())
-
-    def _ensure_token(self) -> None:
-        """Make the first API token: the clients' file has it, the service's its hash."""
-        if not self.layout.tokens.exists():
-            secret = tokens.new_secret()
-            made = Token(_TOKEN, tokens.digest_of(secret), frozenset({Scope.READ, Scope.WRITE}))
-            self._secrets.put(self.layout.token(_TOKEN), f"{secret}\n".encode())
-            self._secrets.create(self.layout.tokens, tokens.render([made]).encode())
-        for path in (self.layout.tokens, *self.layout.clients.glob("*.token")):
-            self._secrets.mend(path)
-
-    def _ensure_password(self) -> None:
-        path = self.layout.grafana_password
-        if not path.exists():
-            self._secrets.create(path, f"{random.token_urlsafe(_PASSWORD_BYTES)}\n".encode())
-        self._secrets.mend(path)
-
-    def _ensure_environment(self, hosts: dict[str, str]) -> None:
-        if not self.layout.environment.exists():
-            text = dotenv(self._secrets.owner, hosts)
-            self._secrets.create(self.layout.environment, text.encode(), owner=Owner.myself())
-
-
-_PUT_BACK = "put the authority back from your copy; a new one would be trusted by nobody, so fiq makes none"
-_RENEW = "renew all with  --rotate certificates"
-
-
-def new_seed() -> bytes:
-    """Make the seed of a user: 58 characters, with a line's end."""
-    return bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)) + b"\n"
-
-
-def dotenv(owner: Owner, hosts: Mapping[str, str]) -> str:
-    """Return its text.
-
-    Args:
-        owner: of the secrets.
-        hosts: node -> the machine's name or address; empty when everything runs on one machine.
-    """
-    text = _template("env").format(uid=owner.uid, gid=owner.gid)
-    if not hosts:
-        return text
-    return text + _template("env-hosts").format(
-        nodes="\n".join(f"#NODE_NAME={node}\n#NODE_HOST={host}" for node, host in hosts.items()),
-        url=",".join(_url(host, 4222) for host in hosts.values()),
-        routes=_list([_url(host, 6222) for host in hosts.values()]),
-    )
-
-
-def _template(name: str) -> str:
-    return (Path(__file__).parent / f"{name}.template").read_text(encoding="utf-8")
-
-
-def _url(host: str, port: int) -> str:
-    return f"nats://[{host}]:{port}" if ":" in host else f"nats://{host}:{port}"
-
-
-def _list(urls: Sequence[str]) -> str:
-    return "'[" + ", ".join(f'"{url}"' for url in urls) + "]'"

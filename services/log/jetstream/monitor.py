@@ -562,7 +562,10 @@ async def look_once(nc: Connection, settings: LogSettings) -> LogState:
     """
     monitor = LogMonitor(nc, settings)
     try:
-        await asyncio.gather(monitor.look(), asyncio.sleep(_ANSWER_SECONDS))
+        await monitor.look()
+        # silence means that no process runs only after this long
+        asked = monitor._heard_since
+        await asyncio.sleep(0.0 if asked is None else asked + _ANSWER_SECONDS - time.monotonic())
         if (trouble := monitor.state.troubles.get(STREAMS)) is not None:
             raise LogUnavailableError(trouble)
         return monitor._snapshot()

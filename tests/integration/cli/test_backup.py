@@ -126,7 +126,7 @@ async def test_a_restore_shuts_the_old_directory_out_before_its_long_copy(log: L
         await persisted(data, events)
         await done(log, "backup", saved, "--corpus", data)
         assert 0 == await persister.end()
-    step = "services.cli.backup.restoring._copy_file"
+    step = "services.cli.backup.restore._copy_file"
     code = await asyncio.to_thread(killed_in, step, "restore", saved, "--to", new, "--server", log.cluster.url, after=2)
     assert -signal.SIGKILL == code
     with Persister(tmp_path / "b", log.cluster, data) as old:

@@ -85,9 +85,7 @@ async def test_another_store_that_has_a_copy_is_named(log: Log, tmp_path: Path) 
     with Persister(tmp_path / "other", log.cluster, second, FI_STORE="second") as other:
         await other.ready()
         volume, _ = await lost(log, tmp_path)
-        assert "store second has copies of its own" in await refused(
-            log, "give-up", volume, "--to", tmp_path / "data"
-        )
+        assert "store second has copies of its own" in await refused(log, "give-up", volume, "--to", tmp_path / "data")
         assert 0 == await other.end()
 
 

@@ -13,7 +13,7 @@ from uuid import UUID
 import orjson
 import pytest
 
-from services.cli.export import FIELDS, Format, iso, lines
+from services.cli.corpus import FIELDS, Format, iso, lines
 
 RECEIVED_NS = 1_795_453_297_123_456_789
 EVENT_ID = UUID(int=1)

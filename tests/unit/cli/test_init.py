@@ -131,7 +131,7 @@ def test_a_second_run_changes_nothing_and_says_so(tmp_path: Path) -> None:
 
     done = init(tmp_path)
 
-    assert f"{tmp_path}: everything is there, nothing was changed\n" == done.output
+    assert f"{tmp_path}: nothing is missing, nothing was changed\n" == done.output
     assert before == contents(layout.folder)
 
 
@@ -229,7 +229,7 @@ def test_an_authority_that_is_gone_is_not_replaced(tmp_path: Path, lost: list[st
         done = init(tmp_path, *arguments)
 
         assert 1 == done.exit_code
-        assert "put the authority back" in done.output
+        assert "restore the authority" in done.output
         assert before == contents(layout.secrets)
 
 
@@ -297,7 +297,7 @@ def test_other_hosts_need_a_renewal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hosts", "problem"),
     [
-        ("a,b", "2 nodes make no cluster"),
+        ("a,b", "2 nodes are not a cluster"),
         ("a,b,b", "name it once"),
         ("a,b,c d", "neither a host's name nor an address"),
         ("a,b,-c", "neither a host's name nor an address"),
@@ -353,7 +353,7 @@ def test_users_are_renewed_in_two_steps(tmp_path: Path) -> None:
     new = {user: public_key(layout.next_seed(user).read_bytes()) for user in USERS}
     assert {*old.values(), *new.values()} == set(re.findall(r"nkey: (U\w+)", accounts.read_text()))
     assert old == {user: public_key(layout.seed(user).read_bytes()) for user in USERS}
-    assert f"{tmp_path}: everything is there, nothing was changed" in init(tmp_path, "--rotate", "users").output
+    assert f"{tmp_path}: nothing is missing, nothing was changed" in init(tmp_path, "--rotate", "users").output
 
     made(tmp_path, "--rotate", "users-finish")
     assert new == {user: public_key(layout.seed(user).read_bytes()) for user in USERS}
