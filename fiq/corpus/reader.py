@@ -147,7 +147,7 @@ class Corpus(Mapping[str, Consultation]):
 
         The columns are those of :meth:`Consultation.to_frame`, after ``consultation``. Consultations come partition
         after partition, sorted within each; the events of one in stream order. All that the filters choose is held in
-        memory, some kilobytes an event.
+        memory, about a kilobyte for a short event.
 
         Args:
             prefix: only consultations whose id starts with it.

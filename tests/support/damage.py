@@ -61,7 +61,7 @@ def remove_row(file: h5py.File) -> None:
 
 
 def remove_event(file: h5py.File) -> None:
-    """Take row 5 and its body out, and move what is behind it."""
+    """Take row 5 and its body out, and move what comes after it."""
     events, payload = _datasets(file)
     gone = events[5]
     start, length = int(gone["offset"]), int(gone["length"]) + 1

@@ -139,7 +139,7 @@ def kill_writer(path: Path, commits: int, seconds: float, *, in_checkpoint: bool
 def _told(receiver: Connection) -> int:
     """Return the next sequence that a writer acknowledges, which is alive."""
     if not receiver.poll(_START_SECONDS):
-        raise TimeoutError("the writer stands still")
+        raise TimeoutError("the writer makes no progress")
     try:
         return int(receiver.recv())
     except EOFError:

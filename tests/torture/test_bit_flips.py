@@ -31,7 +31,7 @@ def crashed(tmp_path: Path) -> Path:
 
 
 def test_a_flip_before_the_last_record_never_shortens_the_journal(crashed: Path, tmp_path: Path) -> None:
-    """It is refused by writers and readers, or lies where nothing is read: then nothing is missing."""
+    """It is refused by writers and readers, or is where nothing is read: then nothing is missing."""
     *live, _ = _live(crashed)
     last = _committed(crashed)
     chance = random.Random(1)
@@ -50,7 +50,7 @@ def test_a_flip_before_the_last_record_never_shortens_the_journal(crashed: Path,
 
 
 def test_a_flip_in_the_last_record_drops_it_or_does_nothing(crashed: Path, tmp_path: Path) -> None:
-    """It cannot be told from a torn one; the batches before it are there."""
+    """It looks like a torn one; the batches before it are there."""
     record, last = _live(crashed)[-1], _committed(crashed)
     chance = random.Random(2)
     dropped = 0

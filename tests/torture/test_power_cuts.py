@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 def test_a_power_cut_at_any_moment_leaves_whole_batches(path: Path, recording: int) -> None:
     """What was not synced may be there, missing or torn: recovery gives the acknowledged batches, or one more.
 
-    Checkpoints run beside the commits, the journal turns, and a second session recovers and goes on: all is cut.
+    Checkpoints run while commits go on, the journal wraps, and a second session recovers and goes on: all is cut.
     """
     recorded = _recorded_sessions(path)
     assert len(recorded) > 300

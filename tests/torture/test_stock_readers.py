@@ -1,4 +1,4 @@
-"""Stock h5py beside a busy writer sees a checkpoint, or is told that the file is locked; never a torn state (G4)."""
+"""Stock h5py sees a busy writer's checkpoint, or reports that the file is locked; never a torn state (G4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints beside the commits: what goes on while one runs, and what a failed one does."""
+"""Checkpoints while commits go on: what is possible while one runs, and what a failed one does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.polling import eventually_sync
 
 
 class _SlowIO(StorageIO):
-    """Holds the sync that ends a checkpoint's copy until it is told to go on."""
+    """Holds the sync that ends a checkpoint's copy until the test lets it go on."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
@@ -48,7 +48,7 @@ def _begin_slow_checkpoint(path: Path, slow: _SlowIO, **limits: int) -> EventSto
 
 @pytest.mark.parametrize("cached_pages", [8192, 4])
 def test_commits_go_on_while_a_checkpoint_runs(path: Path, slow: _SlowIO, cached_pages: int) -> None:
-    """They append behind what is copied; nothing waits, whether pages stay in memory or not."""
+    """They append after what is copied; nothing waits, whether pages stay in memory or not."""
     store = _begin_slow_checkpoint(path, slow, cached_pages=cached_pages)
     for start in range(101, 401, 20):
         commit_range(store, range(start, start + 20), consultations=30)
@@ -82,7 +82,7 @@ def test_a_crash_while_a_checkpoint_runs_loses_nothing(path: Path, slow: _SlowIO
 
 
 def test_readers_never_see_a_half_copied_file(path: Path, slow: _SlowIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock h5py is told that the file is locked; open_corpus waits for the checkpoint to end."""
+    """Stock h5py reports that the file is locked; open_corpus waits for the checkpoint to end."""
     monkeypatch.setattr("fiq.corpus.wal.recovery.LOCK_WAIT", 30.0)
     store = _begin_slow_checkpoint(path, slow)
     with pytest.raises(OSError, match="lock"):
@@ -104,7 +104,7 @@ def test_readers_are_let_in_as_soon_as_the_copy_is_made(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pwrite", "fdatasync", "fsync"])
-def test_a_checkpoint_that_fails_is_told_by_the_next_call(path: Path, kind: str) -> None:
+def test_the_next_call_reports_a_checkpoint_that_failed(path: Path, kind: str) -> None:
     """The store is of no use then; opened again it has every commit."""
     io = FailingIO(kind, 10_000, errno.EIO)
     store = EventStore.open(path, expected=IDENTITY, options=StoreOptions(io=io))
@@ -221,7 +221,7 @@ def test_a_compaction_that_cannot_be_installed_leaves_no_lock(path: Path, kind: 
 def test_a_checkpoint_without_a_thread_is_transient_and_lets_readers_in(
     path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Exception
 ) -> None:
-    """Nothing is copied, so nobody needs to be kept out."""
+    """Nothing is copied, so readers are let in."""
     store = EventStore.open(path, expected=IDENTITY)
     commit_range(store, range(1, 101))
     with monkeypatch.context() as broken:

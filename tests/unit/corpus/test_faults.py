@@ -76,7 +76,7 @@ def test_a_checkpoint_without_room_waits_and_changes_nothing(path: Path) -> None
 
 
 def test_a_disk_that_cannot_be_read_is_an_io_error_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HDF5 hides what its file object raised; the store tells it."""
+    """HDF5 hides what its file object raised; the store reports it."""
     with EventStore.open(path, expected=IDENTITY) as store:
         commit_range(store, range(1, 101))
     store = EventStore.open(path, expected=IDENTITY)

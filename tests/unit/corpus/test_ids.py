@@ -104,7 +104,7 @@ def test_files_that_share_the_memory_keep_to_its_limit(tmp_path: Path) -> None:
 
 
 def test_all_hashes_of_a_consultation_are_given_up_to_a_number(tmp_path: Path) -> None:
-    """Whoever has them and the key can tell by itself what is not there."""
+    """A process that has them and the key knows which ids are not there."""
     with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
         append(store, "c", range(1, 1001))
         with store.reading() as lookup:

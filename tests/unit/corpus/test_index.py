@@ -47,7 +47,7 @@ def test_a_new_index_replaces_the_old_one(tmp_path: Path) -> None:
 
 
 def test_an_index_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    """The new one is written beside it and renamed."""
+    """The new one is written to a temporary file and renamed."""
     _partition(tmp_path, 0)
     write_index(tmp_path)
     before = (tmp_path / "corpus.h5").read_bytes()

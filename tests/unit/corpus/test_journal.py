@@ -48,7 +48,7 @@ def test_a_torn_tail_is_dropped(crashed: Path, wal: Path, cut: int) -> None:
 
 
 def test_a_bit_flipped_in_the_last_record_drops_it(crashed: Path, wal: Path) -> None:
-    """A damaged tail cannot be told from a torn one."""
+    """A damaged tail and a torn one look the same."""
     _flip(wal, _last_record(wal) + 700)
     with EventStore.open(crashed, expected=IDENTITY) as store:
         assert (store.committed, store.stats.torn_records) == (20, 1)
@@ -57,7 +57,7 @@ def test_a_bit_flipped_in_the_last_record_drops_it(crashed: Path, wal: Path) -> 
 
 @pytest.mark.parametrize("place", [_FIRST_RECORD, _FIRST_RECORD + 20, _FIRST_RECORD + 80, _FIRST_RECORD + 1500])
 def test_a_bit_flipped_before_the_last_record_is_refused_loudly(crashed: Path, wal: Path, place: int) -> None:
-    """Records behind it were acknowledged: the journal is never shortened silently. Readers refuse it too."""
+    """Records after it were acknowledged: the journal is never shortened silently. Readers refuse it too."""
     _flip(wal, place)
     with pytest.raises(JournalError, match="restore the file and its journal from a backup"):
         EventStore.open(crashed, expected=IDENTITY)
@@ -70,7 +70,7 @@ def test_a_bit_flipped_before_the_last_record_is_refused_loudly(crashed: Path, w
 def test_one_damaged_header_is_survived(path: Path, wal: Path, checkpoints: int, slot: str) -> None:
     """Two headers are written in turn; a power cut may destroy the one that is being written.
 
-    The older one leads to the records of the round before: they stand there until their room is used again.
+    The older one leads to the records of the round before: they are there until their room is used again.
     """
     _checkpoints_and_a_commit(path, checkpoints, each=10)
     _flip(wal, _slots(wal)[slot] + 40)
@@ -243,7 +243,7 @@ def _checkpoints_and_a_commit(path: Path, checkpoints: int, *, each: int) -> Non
 
 
 def _slots(wal: Path) -> dict[str, int]:
-    """Return where the headers lie: the one with the higher generation is the newest."""
+    """Return where the headers are: the one with the higher generation is the newest."""
     content = wal.read_bytes()
     older, newest = sorted((0, 4096), key=lambda place: int.from_bytes(content[place + 32 : place + 40], "little"))
     return {"older": older, "newest": newest}

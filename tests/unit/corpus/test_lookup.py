@@ -1,4 +1,4 @@
-"""Looking into an open store: what is read beside the appends, without HDF5 keeping any of it."""
+"""Reading from an open store between appends, without a stale chunk in HDF5."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_row_and_body_is_what_was_appended(store: EventStore) -> None:
 
 
 def test_a_reader_sees_what_is_appended_to_chunks_that_it_has_read(store: EventStore) -> None:
-    """Nothing of a chunk stays in HDF5, where a later append past it would not be seen."""
+    """HDF5 caches no chunk: it would not show a later append, which goes past HDF5."""
     for last in range(1, 101):
         commit_range(store, range(last, last + 1), consultations=1)
         held = found(store, consultation_of(1, 1))
@@ -80,7 +80,7 @@ def test_a_consultation_that_does_not_exist_is_none(store: EventStore) -> None:
 
 
 def test_what_is_not_committed_is_counted(store: EventStore) -> None:
-    """Whoever answers from the store must not tell it."""
+    """An answer from the store must not contain it."""
     append_range(store, range(1, 4))
     assert 3 == store.uncommitted
     store.commit(3)

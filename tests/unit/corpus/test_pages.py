@@ -156,7 +156,7 @@ def test_the_newest_image_of_a_sector_counts(tmp_path: Path) -> None:
 
 
 def test_neighbours_are_read_at_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The headers and chunks of a consultation lie together; on a cold disk each read of its own waits for it."""
+    """The headers and chunks of a consultation are neighbours; on a cold disk each read of its own waits for it."""
     cache = PageCache(fd, fd, os.fstat(fd).st_size, SectorIndex.of(()))
     reads: list[int] = []
     system = os.preadv

@@ -158,7 +158,7 @@ def test_an_unknown_consultation_is_named(path: Path, name: str) -> None:
 
 
 def test_a_place_without_a_corpus_is_named(tmp_path: Path) -> None:
-    """A missing path and an empty directory are told apart."""
+    """A missing path and an empty directory have messages of their own."""
     with pytest.raises(CorpusNotFoundError, match="there is no corpus at"):
         open_corpus(tmp_path / "missing")
     with pytest.raises(CorpusNotFoundError, match="no partition files"):

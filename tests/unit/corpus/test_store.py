@@ -179,7 +179,7 @@ def test_an_abandoned_store_writes_nothing(path: Path) -> None:
 
 
 def test_a_store_that_failed_refuses_everything_until_it_is_opened_again(path: Path) -> None:
-    """After an error nobody knows what HDF5 holds in memory: the store is of no use any more."""
+    """After an error the state of HDF5's memory is unknown: the store refuses every call."""
     store = EventStore.open(path, expected=IDENTITY)
     commit_range(store, range(1, 11))
     with pytest.raises(AppendRefusedError):
@@ -246,7 +246,7 @@ def test_consultations_that_were_closed_for_others_go_on_where_they_were(path: P
     assert (1200, expected(1200, 60)) == stock_contents(path)
 
 
-def test_large_and_tiny_events_stand_side_by_side(path: Path) -> None:
+def test_large_and_tiny_events_are_neighbours(path: Path) -> None:
     """A body of 1 MiB spans many chunks; its neighbours of a few bytes share one."""
     sizes = [2, 1 << 20, 2, 4095, 4096, 4097, 1 << 20, 3]
     bodies = [b'"' + b"x" * (size - 2) + b'"' for size in sizes]

@@ -123,7 +123,7 @@ def test_damage_is_found_and_named(directory: Path, how: Damage, expected: list[
 
 
 def test_an_event_that_was_taken_out_cleanly_breaks_the_chain(directory: Path) -> None:
-    """Even where whoever did it moved everything behind it, and lowered the number of events."""
+    """Even if everything after it was moved up, and the number of events lowered."""
     damage(directory / "00.h5", damages.remove_event)
     report = verify_corpus(directory)
     assert ("00.h5", "chain", VICTIM, 5) == found(report)[0]
@@ -214,12 +214,12 @@ def test_an_index_that_leads_elsewhere_is_named(directory: Path, change: str) ->
 
 
 def test_a_directory_without_an_index_is_complete(directory: Path) -> None:
-    """It can be made anew."""
+    """It can be written again."""
     (directory / "corpus.h5").unlink()
     assert verify_corpus(directory).clean
 
 
-def test_a_consultation_stands_in_one_partition(directory: Path) -> None:
+def test_a_consultation_is_in_one_partition(directory: Path) -> None:
     """Otherwise its history is split."""
     with EventStore.open(directory / "01.h5", expected=None) as store:
         store.append(VICTIM, [Record(8, 1, b"b" * 16, b"{}")])
@@ -238,7 +238,7 @@ def test_journals_that_are_missing_swapped_or_alone_are_named(directory: Path) -
 
 
 def test_a_journal_that_is_damaged_in_its_middle_is_named(directory: Path) -> None:
-    """Commits behind the damage would be lost; a tail that a crash tore is none."""
+    """Commits after the damage would be lost; a tail that a crash tore is not damage."""
     journal = directory / "01.h5.wal"
     store = EventStore.open(directory / "01.h5", expected=None)
     states = [journal.read_bytes()]
@@ -287,7 +287,7 @@ def test_what_only_the_journal_holds_is_verified(path: Path) -> None:
 
 
 def test_a_long_consultation_is_verified_in_slices(path: Path) -> None:
-    """Damage beside the borders of slices is named with its own row."""
+    """Damage at the borders of slices is named with its own row."""
     with EventStore.open(path, expected=IDENTITY) as store:
         store.append(VICTIM, [Record(n, 0, n.to_bytes(16, "big"), b'{"n":%d}' % n) for n in range(1, 10_001)])
         store.commit(10_000)

@@ -29,15 +29,15 @@ def test_batches_of_any_size_come_out_as_they_went_in(path: Path) -> None:
     assert (start - 1, expected(start - 1, consultations=1)) == stock_contents(path)
 
 
-def test_the_place_of_a_chunk_is_the_one_that_hdf5_tells(path: Path) -> None:
+def test_the_place_of_a_chunk_is_the_one_that_hdf5_states(path: Path) -> None:
     """Its own function for that goes through all chunks of a dataset, so it is only asked here."""
     with EventStore.open(path, expected=IDENTITY) as store:
         commit_range(store, range(1, 301), consultations=2)
         for appender in store._partition.consultations._open.values():
             tail = appender._payload
             first = tail.length - 1 - (tail.length - 1) % 4096
-            told = tail._dataset.get_chunk_info_by_coord((first,)).byte_offset
-            assert told == tail._place
+            stated = tail._dataset.get_chunk_info_by_coord((first,)).byte_offset
+            assert stated == tail._place
 
 
 def test_a_read_is_located_and_returns_what_is_there(file: AtomicFile, path: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_writer_goes_on_from_a_copy(source: Path, target: Path) -> None:
 def test_a_half_of_a_copy_beside_the_other_half_of_the_original_is_refused(
     source: Path, target: Path, keep: str
 ) -> None:
-    """An operator who restores one of the two files only is told: both histories went on since."""
+    """Restoring only one of the two files is refused: both histories went on since."""
     with EventStore.create(source, IDENTITY) as store:
         commit_range(store, range(1, 101))
         copy_pair(source, target)
@@ -102,11 +102,11 @@ def test_progress_rises_to_one(source: Path, target: Path) -> None:
     """The fraction of the file's bytes."""
     with EventStore.create(source, IDENTITY) as store:
         commit_range(store, range(1, 10_001), consultations=1500)
-    told: list[float] = []
-    copy_pair(source, target, on_progress=told.append)
-    assert len(told) > 1
-    assert sorted(told) == told
-    assert 1.0 == told[-1]
+    reported: list[float] = []
+    copy_pair(source, target, on_progress=reported.append)
+    assert len(reported) > 1
+    assert sorted(reported) == reported
+    assert 1.0 == reported[-1]
 
 
 @pytest.mark.parametrize("name", ["00.h5", "00.h5.wal"])
