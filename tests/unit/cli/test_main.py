@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,56 +115,11 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
     assert isinstance(result.exception, RuntimeError)
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    """`fiq … | head -1` ends quietly."""
-    pipeline = f"'{sys.executable}' -m services.cli.main version | true"
-
-    result = subprocess.run(["sh", "-c", pipeline], capture_output=True, text=True, check=False)
-
-    assert result.stderr == ""
-
-
-def test_version_names_fiq_and_the_server(runner: CliRunner) -> None:
-    """`fiq version` says what a report of a fault needs."""
-    result = runner.invoke(app, ["version"])
-
-    assert result.exit_code == 0
-    assert "fiq " in result.output
-    assert "nats-server: v2." in result.output
-
-
 def test_no_command_shows_help(runner: CliRunner) -> None:
     """`fiq` alone is a question."""
     result = runner.invoke(app, [])
 
     assert "Usage:" in result.output
-
-
-def imported_by(*commands: str) -> list[str]:
-    """Return the modules that a process has imported after `fiq` ran each of *commands* with one argument."""
-    code = (
-        "import contextlib, io, sys\nfrom services.cli.main import app\n"
-        "with contextlib.redirect_stdout(io.StringIO()):\n"
-        f"    for arguments in {[command.split() for command in commands]}:\n"
-        "        app(arguments, standalone_mode=False)\nprint(*sys.modules)"
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-
-
-def test_h5py_is_imported_only_when_a_corpus_is_read() -> None:
-    """It takes a while, and most commands do not need it."""
-    modules = imported_by(*(f"{command} --help" for command in ("up", "status", "post", "nats-context", "version")))
-
-    assert "services.cli.status" in modules
-    assert "h5py" not in modules
-
-
-@pytest.mark.parametrize("arguments", ["version", "--help"])
-def test_a_command_imports_none_of_the_others(arguments: str) -> None:
-    """`fiq version` and `fiq --help` would take twice as long."""
-    commands = {f"services.cli.{entry.location.partition(':')[0]}" for entry in COMMANDS.values()}
-
-    assert {"services.cli.main"} == commands & set(imported_by(arguments))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import stat
@@ -16,9 +15,6 @@ from typer.testing import CliRunner
 from services.cli.init.files import Layout
 from services.cli.main import app
 from services.core.tokens import Scope, Token, digest_of, parse
-from services.ingest import app as application
-from tests.support.ingest import running_edge
-from tests.support.polling import eventually
 
 
 def fiq(*arguments: str | Path) -> Any:
@@ -123,26 +119,3 @@ def test_without_a_deployment_it_says_how_to_make_one(tmp_path: Path, command: l
     done = fiq("token", *command, "--deployment", tmp_path)
     assert 1 == done.exit_code
     assert "fiq init" in done.output
-
-
-async def test_a_running_service_follows(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New and revoked tokens count without a restart; the others go on."""
-    monkeypatch.setattr(application, "RELOAD_SECONDS", 0.02)
-    async with running_edge(token_file=str(layout.tokens)) as edge:
-
-        async def status(secret: str) -> int:
-            return (await edge.post(Authorization=f"Bearer {secret}")).status
-
-        async def gets(secret: str, wanted: int) -> None:
-            async def got() -> bool:
-                return await status(secret) == wanted
-
-            await eventually(got)
-
-        first = await asyncio.to_thread(layout.token("default").read_text)
-        assert 202 == await status(first.strip())
-        made = await asyncio.to_thread(fiq, "token", "new", "ward", "--deployment", layout.folder)
-        await gets(made.stdout.strip(), 202)
-        await asyncio.to_thread(fiq, "token", "revoke", "ward", "--deployment", layout.folder)
-        await gets(made.stdout.strip(), 401)
-        assert 202 == await status(first.strip())
