@@ -14,7 +14,6 @@ All problems are reported at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 from fiq.errors import ConfigurationError
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,28 +122,12 @@ def boolean(value: str) -> bool:
     raise ValueError("1/true/yes/on or 0/false/no/off")
 
 
-def integer(low: int, high: int) -> Callable[[str], int]:
-    """Make a parser of whole numbers from *low* to *high*."""
-
-    def parse(value: str) -> int:
-        expected = f"a whole number from {low} to {high}"
+def _in_range(convert: Callable[[str], N], low: N, high: N, expected: str) -> Callable[[str], N]:
+    def parse(value: str) -> N:
         try:
-            number = int(value)
-        except ValueError:
+            found = convert(value)
+        except (ValueError, KeyError, OverflowError):
             raise ValueError(expected) from None
-        if not low <= number <= high:
-            raise ValueError(expected)
-        return number
-
-    return parse
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """Make a parser of numbers (``0.5``, ``250``) from *low* to *high*."""
-
-    def parse(value: str) -> float:
-        expected = f"a number from {low:g} to {high:g}"
-        found = _scaled(value, {"": 1.0}, expected)
         if not low <= found <= high:
             raise ValueError(expected)
         return found
@@ -151,56 +135,36 @@ def number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """Make a parser of whole numbers from *low* to *high*."""
+    return _in_range(int, low, high, f"a whole number from {low} to {high}")
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Make a parser of numbers (``0.5``, ``250``) from *low* to *high*."""
+    return _in_range(lambda value: _scaled(value, {"": 1.0}), low, high, f"a number from {low:g} to {high:g}")
+
+
 #: parser of a TCP port; 0 takes a free one
 port = integer(0, 65535)
 
-_SIZES = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def size(low: int, high: int) -> Callable[[str], int]:
     """Make a parser of bytes (``512KiB``, ``4GiB``, ``1000``) from *low* to *high*."""
-
-    def parse(value: str) -> int:
-        expected = f"bytes such as 1048576, 512KiB or 4GiB, from {low} to {high}"
-        number = int(_scaled(value.lower().removesuffix("b"), _SIZES, expected))
-        if not low <= number <= high:
-            raise ValueError(expected)
-        return number
-
-    return parse
+    expected = f"bytes such as 1048576, 512KiB or 4GiB, from {low} to {high}"
+    return _in_range(lambda value: int(_scaled(value.lower().removesuffix("b"), _SIZES)), low, high, expected)
 
 
 def seconds(low: float, high: float) -> Callable[[str], float]:
     """Make a parser of a time span (``0.5``, ``250ms``, ``24h``), in seconds, from *low* to *high*."""
-
-    def parse(value: str) -> float:
-        expected = f"seconds, or a time such as 250ms, 10m or 24h, from {low:g} to {high:g} seconds"
-        number = _scaled(value.lower(), _TIMES, expected)
-        if not low <= number <= high:
-            raise ValueError(expected)
-        return number
-
-    return parse
+    expected = f"seconds, or a time such as 250ms, 10m or 24h, from {low:g} to {high:g} seconds"
+    return _in_range(lambda value: _scaled(value.lower(), _TIMES), low, high, expected)
 
 
-def _scaled(value: str, units: Mapping[str, float], expected: str) -> float:
+def _scaled(value: str, units: Mapping[str, float]) -> float:
+    """Return a number with one of *units*. Raises ValueError, KeyError: malformed."""
     digits = value.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = value[len(digits) :].strip()
-    try:
-        number = float(digits) * units[unit]
-    except (ValueError, KeyError):
-        raise ValueError(expected) from None
-    if not math.isfinite(number):
-        raise ValueError(expected)
-    return number
+    return float(digits) * units[value[len(digits) :].strip()]
