@@ -61,7 +61,7 @@ class Run:
         return BATCH_EVENTS * len(self.commits_ms) / self.seconds
 
 
-class HDF5Tail:
+class HDF5Dataset:
     """Grows a dataset by HDF5's functions alone: the last chunk, kept in memory, is written again each time."""
 
     def __init__(self, dataset: Any, *, item: int, chunk: int, empty: bool) -> None:
@@ -111,7 +111,7 @@ def plain(path: Path, batches: int, spread: int, warm_up: int) -> Run:
     descriptor = os.open(path, os.O_RDWR)
     with h5py.File(path, "r+", libver=LIBVER, rdcc_nslots=17) as file:
         consultations = OpenConsultations(
-            file.id, CONSULTATIONS, cast("Any", HDF5Tail), _IDENTITY, events=0, limit=2000
+            file.id, CONSULTATIONS, cast("Any", HDF5Dataset), _IDENTITY, events=0, limit=2000
         )
 
         def append(consultation: str, records: Sequence[Record]) -> None:

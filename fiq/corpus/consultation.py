@@ -193,8 +193,8 @@ class Consultation(Sequence[EventRecord]):
         first = index - index % EVENTS_CHUNK
         if self._chunk[0] != first:
             self._chunk = first, self.table(first, first + EVENTS_CHUNK).tobytes()
-        place = (index - first) * EVENT_DTYPE.itemsize
-        sequence, received, offset, length, _, event_id = EVENT_HEAD.unpack_from(self._chunk[1], place)
+        offset_in_chunk = (index - first) * EVENT_DTYPE.itemsize
+        sequence, received, offset, length, _, event_id = EVENT_HEAD.unpack_from(self._chunk[1], offset_in_chunk)
         return StoredRow(sequence, received, offset, length, event_id)
 
     def first_after(self, sequence: int) -> int:

@@ -210,9 +210,9 @@ class _Ids:
         hashes = hashes_of(self._key, b"".join(self._recent))
         rows = np.fromiter(self._recent.values(), np.uint32, len(self._recent))
         order = np.argsort(hashes)
-        places = self._hashes.searchsorted(hashes[order])
-        self._hashes = np.insert(self._hashes, places, hashes[order])
-        self._rows = np.insert(self._rows, places, rows[order])
+        positions = self._hashes.searchsorted(hashes[order])
+        self._hashes = np.insert(self._hashes, positions, hashes[order])
+        self._rows = np.insert(self._rows, positions, rows[order])
         self._recent.clear()
 
 

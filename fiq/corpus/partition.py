@@ -5,7 +5,7 @@
     OpenPartition            the file, its identity and the committed sequence
       OpenConsultations      the groups below /consultations, and those below /conflicts; keeps the last used ones open
         Appender             the two datasets of one consultation: a row and a body for each event, chained and checked
-          ChunkedTail        one dataset, which grows at its end
+          GrowingDataset        one dataset, which grows at its end
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ from fiq.corpus.wal.file import AtomicFile
 _OPEN_CONFLICTS = 16
 _MAX_SIGNED = 2**63 - 1
 _ROW_BYTES = EVENT_HEAD.size + CHAIN_BYTES
-#: makes the tail of a dataset, given as h5py's low-level ``DatasetID`` with its element's and chunk's size
-Tails = Callable[..., "ChunkedTail"]
+#: makes a growing dataset, given as h5py's low-level ``DatasetID`` with its element's and chunk's size
+DatasetFactory = Callable[..., "GrowingDataset"]
 
 
 @contextmanager
@@ -114,7 +114,7 @@ class OpenPartition:
                     OpenConsultations(
                         self._file.id,
                         group,
-                        partial(ChunkedTail, file),
+                        partial(GrowingDataset, file),
                         self.identity,
                         events=int(self._file.attrs[counter]),
                         limit=most,
@@ -167,20 +167,22 @@ class OpenConsultations:
     Args:
         root: low-level id of the root group.
         group: name of the group in it that holds them.
-        tails: makes what grows a dataset.
+        make_dataset: makes a growing dataset of a low-level one.
         identity: what the file states about itself.
         events: how many it holds.
         limit: how many consultations stay open; each takes about 35 KB in HDF5.
     """
 
-    def __init__(self, root: Any, group: str, tails: Tails, identity: Identity, *, events: int, limit: int) -> None:
+    def __init__(
+        self, root: Any, group: str, make_dataset: DatasetFactory, identity: Identity, *, events: int, limit: int
+    ) -> None:
         #: how many events the consultations hold, uncommitted ones included
         self.events = events
         self._group = h5g.open(root, group.encode())
         self._name = group
         # "in" on the group looks a name up twice, in an index that does not stay in HDF5's cache when it is large
         self._links = self._group.links
-        self._tails = tails
+        self._make_dataset = make_dataset
         self._identity = identity
         self._limit = limit
         self._open: OrderedDict[str, Appender] = OrderedDict()
@@ -255,7 +257,7 @@ class OpenConsultations:
             events = h5d.create(created, EVENTS.encode(), self._row_type, self._empty, self._events_plan)
             payload = h5d.create(created, PAYLOAD.encode(), h5t.STD_U8LE, self._empty, self._payload_plan)
         start = chain_start(self._identity, name, of=self._name)
-        appender = Appender(name, events, payload, self._tails, start=start, new=group is None)
+        appender = Appender(name, events, payload, self._make_dataset, start=start, new=group is None)
         self._open[name] = appender
         if len(self._open) > self._limit:
             self._open.popitem(last=False)
@@ -278,18 +280,20 @@ class Appender:
         name: the consultation's id, for messages.
         events: low-level id of its ``events`` dataset.
         payload: low-level id of its ``payload`` dataset.
-        tails: makes what grows the two.
+        make_dataset: makes growing datasets of the two.
         start: what its first event is chained to.
         new: whether both were just created.
     """
 
     __slots__ = ("_chain", "_events", "_last_sequence", "_name", "_payload")
 
-    def __init__(self, name: str, events: Any, payload: Any, tails: Tails, *, start: bytes, new: bool) -> None:
+    def __init__(
+        self, name: str, events: Any, payload: Any, make_dataset: DatasetFactory, *, start: bytes, new: bool
+    ) -> None:
         self._name = name
         self._chain = start
-        self._events = tails(events, item=_ROW_BYTES, chunk=EVENTS_CHUNK, empty=new)
-        self._payload = tails(payload, item=1, chunk=PAYLOAD_CHUNK, empty=new)
+        self._events = make_dataset(events, item=_ROW_BYTES, chunk=EVENTS_CHUNK, empty=new)
+        self._payload = make_dataset(payload, item=1, chunk=PAYLOAD_CHUNK, empty=new)
         self._last_sequence = 0
         if self._events.length:
             self._read_last_row()
@@ -341,7 +345,7 @@ class Appender:
         self._chain = row[-CHAIN_BYTES:]
 
 
-class ChunkedTail:
+class GrowingDataset:
     """Grows a dataset at its end, past most of HDF5.
 
     ``Dataset.resize`` and slicing cost 300 to 590 µs an append, ``set_extent`` and ``write_direct_chunk`` 18 to 28.
@@ -357,7 +361,7 @@ class ChunkedTail:
         empty: whether it was just created.
     """
 
-    __slots__ = ("_chunk", "_dataset", "_file", "_filled", "_item", "_place", "length")
+    __slots__ = ("_chunk", "_dataset", "_file", "_filled", "_item", "_offset", "length")
 
     def __init__(self, file: AtomicFile, dataset: Any, *, item: int, chunk: int, empty: bool) -> None:
         self._file = file
@@ -367,11 +371,11 @@ class ChunkedTail:
         #: elements
         self.length = 0 if empty else int(dataset.shape[0])
         #: bytes in use of the last chunk, and its byte offset
-        self._filled = self._place = 0
+        self._filled = self._offset = 0
         if self.length:
             first = self.length - 1 - (self.length - 1) % chunk
             self._filled = (self.length - first) * item
-            self._place = self._find(first)
+            self._offset = self._find(first)
 
     def append(self, data: bytes) -> None:
         """Append whole elements."""
@@ -379,23 +383,23 @@ class ChunkedTail:
         self._dataset.set_extent((self.length,))
         room = self._chunk - self._filled if self._filled else 0
         if len(data) <= room:
-            self._file.write_at(self._place + self._filled, data)
+            self._file.write_at(self._offset + self._filled, data)
             self._filled += len(data)
             return
         if room:
-            self._file.write_at(self._place + self._filled, data[:room])
+            self._file.write_at(self._offset + self._filled, data[:room])
         for low in range(room, len(data), self._chunk):
             part = data[low : low + self._chunk]
-            self._place, self._filled = self._find(start + low // self._item), len(part)
-            self._file.write_at(self._place, part)
+            self._offset, self._filled = self._find(start + low // self._item), len(part)
+            self._file.write_at(self._offset, part)
 
     def last(self) -> bytes:
         """Return the last element; the dataset is not empty."""
-        return self._file.read_at(self._place + self._filled - self._item, self._item)
+        return self._file.read_at(self._offset + self._filled - self._item, self._item)
 
     def _find(self, element: int) -> int:
         """Return the byte offset of the chunk that begins with *element*.
 
-        HDF5's own function for that goes through all chunks of a dataset; the place of a read is found at once.
+        HDF5's own function for that goes through all chunks of a dataset; the offset of a read is known at once.
         """
         return self._file.locate(lambda: self._dataset.read_direct_chunk((element,)), self._chunk)

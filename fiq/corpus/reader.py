@@ -215,16 +215,16 @@ def open_corpus(path: str | PathLike[str]) -> Corpus:
     Raises:
         CorpusNotFoundError: there is no such path, or no partition file in the directory.
     """
-    place = Path(path)
-    if place.name == INDEX_NAME and place.is_file():
-        place = place.parent
-    if place.is_file():
-        return Corpus([place])
-    if not place.is_dir():
-        raise CorpusNotFoundError(f"there is no corpus at {place}")
-    paths = partition_files(place)
+    found = Path(path)
+    if found.name == INDEX_NAME and found.is_file():
+        found = found.parent
+    if found.is_file():
+        return Corpus([found])
+    if not found.is_dir():
+        raise CorpusNotFoundError(f"there is no corpus at {found}")
+    paths = partition_files(found)
     if not paths:
-        raise CorpusNotFoundError(f"there are no partition files (<pp>.h5) in {place}")
+        raise CorpusNotFoundError(f"there are no partition files (<pp>.h5) in {found}")
     return Corpus(paths)
 
 
@@ -344,7 +344,7 @@ def read_links(path: Path) -> dict[str, tuple[str, str] | str]:
 
 def _is_current(path: Path, partitions: list[Path]) -> bool:
     try:
-        return read_links(path) == {place.stem: (place.name, "/") for place in partitions}
+        return read_links(path) == {file.stem: (file.name, "/") for file in partitions}
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return False
 

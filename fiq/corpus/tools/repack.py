@@ -287,11 +287,11 @@ def _write(
 ) -> None:
     space = h5s.create_simple((length,))
     dataset = h5d.create(group, name.encode(), kind, space, _plan(max(1, min(length, chunk)), shuffle=shuffle))
-    place = 0
+    start = 0
     for piece in pieces:
-        space.select_hyperslab((place,), (len(piece),))
+        space.select_hyperslab((start,), (len(piece),))
         dataset.write(h5s.create_simple((len(piece),)), space, piece, kind)
-        place += len(piece)
+        start += len(piece)
 
 
 def _plan(chunk: int, *, shuffle: bool) -> Any:

@@ -78,12 +78,12 @@ class Problem:
     sequence: int | None = None  #: what that row states as its stream sequence
 
     def __str__(self) -> str:
-        place = self.file
+        where = self.file
         if self.consultation is not None:
-            place += f" {self.consultation}"
+            where += f" {self.consultation}"
         if self.row is not None:
-            place += f" row {self.row} (sequence {self.sequence})"
-        return f"{place}: {self.message}"
+            where += f" row {self.row} (sequence {self.sequence})"
+        return f"{where}: {self.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +162,9 @@ def verify_corpus(path: str | PathLike[str], *, on_progress: Callable[[Progress]
     with open_corpus(path) as corpus:
         paths = corpus.paths
     run = _Run(paths, on_progress)
-    for place in paths:
-        with Corpus([place]) as one:
-            run.verify(place, one)
+    for file in paths:
+        with Corpus([file]) as one:
+            run.verify(file, one)
     if Path(path).is_dir() or Path(path) not in paths:
         run.problems += _check_volume(paths[0].parent, run.infos)
         run.problems += _check_index(paths[0].parent, paths)
@@ -391,10 +391,10 @@ class _ConsultationCheck:
         """The chain fits, and each body is JSON. This loop takes most of the time: some 2 µs an event."""
         width, head, parse = EVENT_DTYPE.itemsize, EVENT_HEAD.size, orjson.loads
         before = chains[low - 1] if low else self._chain
-        place = 0
+        start = 0
         for number, length in enumerate(rows["length"][low:high].tolist(), low):
-            body = lines[place : place + length]
-            place += length + 1
+            body = lines[start : start + length]
+            start += length + 1
             chain = chains[number]
             if chain_next(before, heads[width * number : width * number + head], body) != chain:
                 message = "the chain breaks: it or a row before was changed or moved"
@@ -500,8 +500,8 @@ def _check_index(directory: Path, paths: Sequence[Path]) -> Iterator[Problem]:
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         yield Problem("index", f"it cannot be read: {error}; write_index() makes a new one", INDEX_NAME)
         return
-    before = {place.stem for place in paths}
-    wanted = {place.stem: (place.name, "/") for place in partition_files(directory)}
+    before = {file.stem for file in paths}
+    wanted = {file.stem: (file.name, "/") for file in partition_files(directory)}
     for name in sorted(wanted.keys() | links.keys()):
         found = links.get(name)
         if found is None and name in before:

@@ -98,7 +98,7 @@ class AtomicFile:
         self._cache = PageCache(self._fd, self._wal, pair.size, self._index())
         self._reserved = os.fstat(self._fd).st_size
         self._position = 0
-        #: place and length of the last read, while a chunk is being located
+        #: offset and length of the last read, while a chunk is being located
         self._last_read: tuple[int, int] | None = None
         self._frozen = self._closed = False
         self._checkpoint: tuple[Checkpoint, BackgroundTask[bool]] | None = None
@@ -177,24 +177,24 @@ class AtomicFile:
         self._last_read = 0, 0
         try:
             read()
-            place, found = self._last_read
+            offset, found = self._last_read
         finally:
             self._last_read = None
         if found != length:
             raise CorpusFormatError(f"{self.name}: HDF5 read {found} bytes instead of a chunk of {length}")
-        return place
+        return offset
 
-    def read_at(self, place: int, length: int) -> bytes:
-        """Return *length* bytes at *place*; the position stays."""
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return *length* bytes at *offset*; the position stays."""
         out = bytearray(length)
         with self._remembered(f"read {self.name}"):
-            self._cache.read_into(place, memoryview(out))
+            self._cache.read_into(offset, memoryview(out))
         return bytes(out)
 
-    def write_at(self, place: int, data: Buffer) -> None:
-        """Keep *data*, which belongs at *place*, for the next commit; the position stays."""
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Keep *data*, which belongs at *offset*, for the next commit; the position stays."""
         try:
-            self._cache.write(place, data)
+            self._cache.write(offset, data)
         except OSError as error:
             raise self._remember(f"read {self.name}", error) from error
 

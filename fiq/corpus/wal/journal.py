@@ -335,10 +335,10 @@ class Journal:
         Raises OSError: the system refused; whether the record counts is known only after the journal is read again.
         """
         length = _aligned(_HEADER.size + table.nbytes, SECTOR) + SECTOR * int(table[:, 1].sum())
-        place = self._place(_aligned(length, RECORD_ALIGNMENT))
-        if place != self._next.offset:
+        offset = self._offset_for(_aligned(length, RECORD_ALIGNMENT))
+        if offset != self._next.offset:
             # durable before what comes after it, or a torn record could not be told from a damaged one
-            self._write(file_size, table[:0], (), jump=place)
+            self._write(file_size, table[:0], (), jump=offset)
             self._ceiling = self._find_ceiling()
         return self._write(file_size, table, images)
 
@@ -365,7 +365,7 @@ class Journal:
         self.bytes_live += record.length
         return record
 
-    def _place(self, length: int) -> int:
+    def _offset_for(self, length: int) -> int:
         """Return where a record of *length* bytes goes: next in line, at the front, or after everything live."""
         at = self._next.offset
         if self._ceiling is not None:
@@ -380,7 +380,7 @@ class Journal:
         return max((record.end for record in self.records), default=self._next.offset)
 
     def _find_ceiling(self) -> int | None:
-        """Return the first live byte after the next record's place; None when there is none."""
+        """Return the first live byte after the next record's offset; None when there is none."""
         return min((record.offset for record in self.records if record.offset >= self._next.offset), default=None)
 
 
@@ -464,7 +464,7 @@ def _read_records(fd: int, uuid: UUID, position: Position, name: str) -> tuple[l
             )
     raw = os.pread(fd, _HEADER.size, position.offset)
     header = _parse(raw)
-    # anything else at this place is of an earlier round
+    # anything else at this offset is of an earlier round
     return records, raw[:8] == _RECORD_MAGIC and (header is None or header.number == position.number)
 
 
@@ -524,12 +524,12 @@ def _whole_records(fd: int, uuid: UUID, position: Position) -> Iterator[JournalR
 
 
 def _has_whole_body(fd: int, header: _Header, offset: int, size: int) -> bool:
-    crc, place, end = 0, offset + _HEADER.size, offset + header.length
-    while place < end <= size:
-        piece = os.pread(fd, min(_READ_BYTES, end - place), place)
+    crc, at, end = 0, offset + _HEADER.size, offset + header.length
+    while at < end <= size:
+        piece = os.pread(fd, min(_READ_BYTES, end - at), at)
         if not piece:
             return False
-        crc, place = zlib.crc32(piece, crc), place + len(piece)
+        crc, at = zlib.crc32(piece, crc), at + len(piece)
     return end <= size and crc == header.body_crc
 
 

@@ -41,9 +41,9 @@ _ZEROS = bytes(PAGE)
 class SectorIndex:
     """Sorted sector numbers, each with the byte offset of its newest image in the journal."""
 
-    def __init__(self, sectors: Sectors, places: Sectors) -> None:
+    def __init__(self, sectors: Sectors, offsets: Sectors) -> None:
         self.sectors = sectors
-        self.places = places
+        self.offsets = offsets
 
     @classmethod
     def of(cls, records: Sequence[Extents]) -> Self:
@@ -54,13 +54,13 @@ class SectorIndex:
         """Return the index of this one's sectors and of newer *records*, from the oldest to the newest."""
         if not records:
             return self
-        numbers, places = [self.sectors], [self.places]
+        numbers, offsets = [self.sectors], [self.offsets]
         for record in records:
             numbers.append(record.sectors())
-            places.append(np.arange(len(numbers[-1]), dtype=np.uint64) * np.uint64(SECTOR) + np.uint64(record.images))
+            offsets.append(np.arange(len(numbers[-1]), dtype=np.uint64) * np.uint64(SECTOR) + np.uint64(record.images))
         # unique() keeps the first of equals: newest first. All are sorted in themselves, so they are only merged
         newest, chosen = np.unique(np.concatenate(numbers)[::-1], return_index=True)
-        return type(self)(newest, np.concatenate(places)[::-1][chosen])
+        return type(self)(newest, np.concatenate(offsets)[::-1][chosen])
 
     def __len__(self) -> int:
         return len(self.sectors)
@@ -75,19 +75,19 @@ class SectorIndex:
         # of the same type: else numpy turns the whole index into floats first
         bounds = np.array((offset // SECTOR, -(-end // SECTOR)), np.uint64)
         first, last = self.sectors.searchsorted(bounds).tolist()
-        for sector, place in zip(self.sectors[first:last].tolist(), self.places[first:last].tolist(), strict=True):
+        for sector, image in zip(self.sectors[first:last].tolist(), self.offsets[first:last].tolist(), strict=True):
             start = sector * SECTOR
             low, high = max(start, offset), min(start + SECTOR, end)
-            read_into(journal, out[low - offset : high - offset], place + low - start)
+            read_into(journal, out[low - offset : high - offset], image + low - start)
 
     def runs(self, journal: int) -> Iterator[tuple[int, memoryview]]:
         """Yield (byte offset in the file, content) of every run of neighbouring sectors, in rising order."""
         step = _SLAB_BYTES // SECTOR
         for low in range(0, len(self), step):
-            sectors, places = self.sectors[low : low + step], self.places[low : low + step]
+            sectors, offsets = self.sectors[low : low + step], self.offsets[low : low + step]
             images = memoryview(bytearray(len(sectors) * SECTOR))
-            for first, last in _neighbours(places, SECTOR):
-                read_into(journal, images[first * SECTOR : last * SECTOR], int(places[first]))
+            for first, last in _neighbours(offsets, SECTOR):
+                read_into(journal, images[first * SECTOR : last * SECTOR], int(offsets[first]))
             for first, last in _neighbours(sectors, 1):
                 yield int(sectors[first]) * SECTOR, images[first * SECTOR : last * SECTOR]
 
@@ -318,7 +318,7 @@ class PageCache:
 def _stretches(marks: int) -> list[tuple[int, int]]:
     """Return where in a page the stretches of marked sectors begin and end, bytes."""
     bits = [0, *(marks >> sector & 1 for sector in range(_SECTORS_A_PAGE)), 0]
-    bounds = [SECTOR * place for place in range(_SECTORS_A_PAGE + 1) if bits[place] != bits[place + 1]]
+    bounds = [SECTOR * n for n in range(_SECTORS_A_PAGE + 1) if bits[n] != bits[n + 1]]
     return list(zip(bounds[::2], bounds[1::2], strict=True))
 
 

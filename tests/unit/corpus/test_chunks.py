@@ -37,7 +37,7 @@ def test_the_place_of_a_chunk_is_the_one_that_hdf5_states(path: Path) -> None:
             tail = appender._payload
             first = tail.length - 1 - (tail.length - 1) % 4096
             stated = tail._dataset.get_chunk_info_by_coord((first,)).byte_offset
-            assert stated == tail._place
+            assert stated == tail._offset
 
 
 def test_a_read_is_located_and_returns_what_is_there(file: AtomicFile, path: Path) -> None:

@@ -196,4 +196,4 @@ def test_an_index_grows_by_what_is_newer() -> None:
         grown = grown.with_newer(records[start : start + step])
         start += step
     assert at_once.table().tolist() == grown.table().tolist()
-    assert at_once.places.tolist() == grown.places.tolist()
+    assert at_once.offsets.tolist() == grown.offsets.tolist()
