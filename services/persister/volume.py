@@ -185,7 +185,7 @@ def _wait_for_lock(descriptor: int, path: Path) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise VolumeBusyError(
-                    f"another process has held {path} for {LOCK_TIMEOUT_SECONDS:.0f} s: is it stopped or does it hang?"
+                    f"another process has held {path} for {LOCK_TIMEOUT_SECONDS:.0f} s: is it stopped or hanging?"
                 ) from None
             time.sleep(0.02)
         else:
