@@ -172,7 +172,7 @@ class Quarantine:
         self, dead_letters: DeadLetters, limit: PoisonLimit, metrics: PartitionMetrics, log: FilteringBoundLogger
     ) -> None:
         self.known: dict[int, str] = {}
-        self._dead_letters = dead_letters
+        self.dead_letters = dead_letters
         self._limit = limit
         self._metrics = metrics
         self._log = log
@@ -221,14 +221,10 @@ class Quarantine:
                 self._limit.count(bad=reason is not None)
             if reason is None:
                 continue
-            await self._dead_letters.send(delivery, reason)
+            await self.dead_letters.send(delivery, reason)
             self._metrics.dead_letter()
             trace_id = trace_id_in(delivery.headers)
             self._log.warning("EVENT_SET_ASIDE", sequence=delivery.sequence, reason=reason, **trace_id)
-
-    async def announce(self, conflicts: Sequence[tuple[str, int, int]]) -> None:
-        """List *conflicts* among the dead letters, see :meth:`DeadLetters.list_conflicts`."""
-        await self._dead_letters.list_conflicts(conflicts)
 
 
 def _after(found: Mapping[int, V], sequence: int) -> dict[int, V]:

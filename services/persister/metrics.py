@@ -20,7 +20,6 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from structlog.typing import FilteringBoundLogger
 
 from fiq.corpus import StoreStats
 from fiq.trace import trace_of_message
@@ -260,49 +259,38 @@ class PartitionMetrics:
 # -- traces -----------------------------------------------------------------------------------------------------------
 
 
-class Traces:
-    """Shows which traces a committed batch contained: in the log, and as links of the batch's span.
+def show_traces(batch: Batch, seconds: float, spans: Spans | None) -> None:
+    """Log one line for each sampled trace of a committed *batch*, up to a limit, and make the batch's span.
 
     Args:
-        spans: makes the spans; None when tracing is off.
+        batch: is committed.
+        seconds: that its round took.
+        spans: makes the span; None when tracing is off.
     """
-
-    def __init__(self, spans: Spans | None = None) -> None:
-        self._spans = spans
-
-    def show(self, log: FilteringBoundLogger, partition: str, batch: Batch, seconds: float) -> None:
-        """Log one line for each sampled trace of *batch*, up to a limit, and make the batch's span.
-
-        Args:
-            log: with the partition in each line.
-            partition: its name.
-            batch: is committed.
-            seconds: that its round took.
-        """
-        sampled = [
-            (sequence, event, event.trace)
-            for sequence, event in batch.events
-            if event.trace is not None and event.trace.sampled
-        ]
-        conflicts = {conflict.sequence for conflict in batch.conflicts}
-        lines: dict[str, dict[str, Any]] = {}
-        for sequence, event, trace in sampled:
-            if sequence not in conflicts:
-                first = {
-                    "trace_id": trace.trace_id,
-                    "consultation_id": event.consultation,
-                    "message_id": str(event.event_id),
-                    "sequence": sequence,
-                    "events": 0,
-                }
-                lines.setdefault(trace.trace_id, first)["events"] += 1
-        for line in list(lines.values())[:MAX_TRACE_LINES]:
-            log.info(EVENT_TRACED, **line)
-        if len(lines) > MAX_TRACE_LINES:
-            log.info("TRACES_LEFT_OUT", traces=len(lines) - MAX_TRACE_LINES)
-        if self._spans is not None:
-            traces = [trace for _, _, trace in sampled]
-            self._spans.persisted(EVENT_LOG, partition, traces, events=len(batch.events), seconds=seconds)
+    sampled = [
+        (sequence, event, event.trace)
+        for sequence, event in batch.events
+        if event.trace is not None and event.trace.sampled
+    ]
+    conflicts = {conflict.sequence for conflict in batch.conflicts}
+    lines: dict[str, dict[str, Any]] = {}
+    for sequence, event, trace in sampled:
+        if sequence not in conflicts:
+            first = {
+                "trace_id": trace.trace_id,
+                "consultation_id": event.consultation,
+                "message_id": str(event.event_id),
+                "sequence": sequence,
+                "events": 0,
+            }
+            lines.setdefault(trace.trace_id, first)["events"] += 1
+    for line in list(lines.values())[:MAX_TRACE_LINES]:
+        batch.of.log.info(EVENT_TRACED, **line)
+    if len(lines) > MAX_TRACE_LINES:
+        batch.of.log.info("TRACES_LEFT_OUT", traces=len(lines) - MAX_TRACE_LINES)
+    if spans is not None:
+        traces = [trace for _, _, trace in sampled]
+        spans.persisted(EVENT_LOG, batch.of.name, traces, events=len(batch.events), seconds=seconds)
 
 
 def trace_id_in(headers: Mapping[str, str] | None) -> dict[str, str]:

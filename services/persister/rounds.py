@@ -35,10 +35,11 @@ from fiq.errors import FiqError, PoisonError
 from fiq.event import Event, decode
 from services.core import logs
 from services.core.lifecycle import spawn
+from services.core.tracing import Spans
 from services.log.protocol import Delivery, Fate, Follower, Outcome, message_id_at
 from services.persister.dead_letters import Quarantine
 from services.persister.errors import described
-from services.persister.metrics import PartitionMetrics, PersisterMetrics, Traces, trace_id_in
+from services.persister.metrics import PartitionMetrics, PersisterMetrics, show_traces, trace_id_in
 
 if TYPE_CHECKING:
     from services.persister.partition import PartitionFile
@@ -53,19 +54,6 @@ LONGEST_SECONDS = 0.5
 _NOT_THE_MESSAGE = (FiqError, TransientCorpusError, PermanentCorpusError, StoreFailedError, OSError, MemoryError)
 
 _log = logs.get_logger("rounds")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much a round takes.
-
-    Attributes:
-        events: of all partitions.
-        size: of their bodies, about, bytes.
-    """
-
-    events: int
-    size: int
 
 
 class Hdf5Thread:
@@ -266,18 +254,26 @@ class Rounds:
 
     Args:
         hdf5: the one thread that touches HDF5.
-        limits: how much a round takes.
         metrics: of this process.
-        traces: shows which traces came with a batch.
+        max_events: of one round, all partitions together.
+        max_bytes: of their bodies, approximately.
+        spans: makes spans of the batches; None when tracing is off.
     """
 
     def __init__(
-        self, hdf5: Hdf5Thread, limits: Limits, metrics: PersisterMetrics, traces: Traces | None = None
+        self,
+        hdf5: Hdf5Thread,
+        metrics: PersisterMetrics,
+        *,
+        max_events: int,
+        max_bytes: int,
+        spans: Spans | None = None,
     ) -> None:
         self.hdf5 = hdf5
-        self._limits = limits
         self._metrics = metrics
-        self._traces = traces or Traces()
+        self._max_events = max_events
+        self._max_bytes = max_bytes
+        self._spans = spans
         self._joined: dict[str, OpenPartition] = {}
         self._arrived = asyncio.Event()
         self._enough = asyncio.Event()
@@ -302,7 +298,7 @@ class Rounds:
         """Note that a follower has received an event."""
         self._ready += 1
         self._arrived.set()
-        if self._ready >= self._limits.events:
+        if self._ready >= self._max_events:
             self._enough.set()
 
     async def run(self) -> None:
@@ -337,7 +333,7 @@ class Rounds:
         """Return a batch of each partition that has events, in equal parts, and whether any were left."""
         waiting = [one for one in self._joined.values() if one.in_progress is None and one.follower.ready]
         waiting.sort(key=lambda one: one.follower.ready)
-        events, size, full = self._limits.events, self._limits.size, False
+        events, size, full = self._max_events, self._max_bytes, False
         batches = []
         for left, one in zip(range(len(waiting), 0, -1), waiting, strict=True):
             most = 1 if one.quarantine.one_by_one else max(1, events // left)
@@ -415,7 +411,7 @@ class Rounds:
             return
         for batch in batches:
             batch.of.metrics.batch(batch)
-            self._traces.show(batch.of.log, batch.of.name, batch, seconds)
+            show_traces(batch, seconds, self._spans)
         events = sum(len(batch.deliveries) for batch in batches)
         self._metrics.batch_events.observe(events)
         self._metrics.batch_seconds.observe(seconds)
@@ -451,8 +447,9 @@ async def _each(batches: Sequence[Batch], step: Callable[[Batch], Coroutine[Any,
 async def _announce(batch: Batch) -> None:
     """List committed conflicts in ``fi-dead``; the events are safe in the corpus, so nothing waits for this."""
     one, conflicts = batch.of, batch.conflicts
+    listed = [(conflict.event.consultation, conflict.sequence, conflict.first) for conflict in conflicts]
     try:
-        await one.quarantine.announce([(each.event.consultation, each.sequence, each.first) for each in conflicts])
+        await one.quarantine.dead_letters.list_conflicts(listed)
     except (FiqError, OSError) as error:
         one.log.warning("CONFLICTS_NOT_ANNOUNCED", events=len(conflicts), **described(error))
     first = conflicts[0]

@@ -31,10 +31,10 @@ from services.log.status import Placement
 from services.persister.answering import QuestionResponder
 from services.persister.coordinator import Coordinator
 from services.persister.dead_letters import DeadLetters, PoisonLimit
-from services.persister.metrics import PersisterMetrics, Traces
+from services.persister.metrics import PersisterMetrics
 from services.persister.partition import PartitionRunner
 from services.persister.placement import VolumeContext, Workers, open_store
-from services.persister.rounds import Hdf5Thread, Limits, Rounds
+from services.persister.rounds import Hdf5Thread, Rounds
 from services.persister.settings import PersisterSettings
 from services.persister.volume import Volume
 
@@ -79,7 +79,7 @@ async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None 
             freeze_garbage()
             logger.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
             with ThreadPoolExecutor(1, thread_name_prefix="hdf5") as executor:
-                process = _Process(settings, volume, reached, Hdf5Thread(executor), metrics, Traces(spans))
+                process = _Process(settings, volume, reached, Hdf5Thread(executor), metrics, spans)
                 readiness.coordinator = process.coordinator
                 await process.run(f"{settings.host}:{port}", stop)
     logger.info("PERSISTER_STOPPED", reason=stop.reason)
@@ -112,7 +112,7 @@ class _Process:
         log: PersisterLog,
         hdf5: Hdf5Thread,
         metrics: PersisterMetrics,
-        traces: Traces,
+        spans: Spans | None,
     ) -> None:
         self._settings = settings
         self._volume = volume
@@ -122,7 +122,9 @@ class _Process:
         self._context = VolumeContext(volume, settings.volumes, settings.log, log.identity)
         self._workers = Workers(volume.workers, uuid.uuid4().hex)
         self._responder = QuestionResponder(log.answering, hdf5, metrics)
-        self._rounds = Rounds(hdf5, Limits(settings.batch_events, settings.batch_bytes), metrics, traces)
+        self._rounds = Rounds(
+            hdf5, metrics, max_events=settings.batch_events, max_bytes=settings.batch_bytes, spans=spans
+        )
         self.coordinator = Coordinator(
             self._context,
             workers=self._workers,

@@ -12,12 +12,13 @@ from uuid import UUID
 from fiq.corpus import EventStore, Identity, StorageIO, StoreOptions, open_corpus
 from fiq.errors import TransientError
 from fiq.event import Event
+from services.core.tracing import Spans
 from services.log.protocol import Answering, Delivery, LogIdentity, Outcome, Position
 from services.persister.answering import QuestionResponder
 from services.persister.dead_letters import DeadLetters, PoisonLimit
-from services.persister.metrics import PersisterMetrics, Traces
+from services.persister.metrics import PersisterMetrics
 from services.persister.partition import PartitionRunner, RunnerState
-from services.persister.rounds import Hdf5Thread, Limits, Rounds
+from services.persister.rounds import Hdf5Thread, Rounds
 from tests.support.polling import eventually
 
 LOG = LogIdentity("fi-events", "2026-11-23T10:00:00Z")
@@ -177,7 +178,7 @@ class Rig:
         stream: Stream,
         hdf5: ThreadPoolExecutor,
         limit: PoisonLimit | None,
-        traces: Traces | None,
+        spans: Spans | None,
         answering: Answering | None,
     ) -> None:
         self.path = folder / "00.h5"
@@ -188,7 +189,7 @@ class Rig:
         self.opened = 0
         self.store: EventStore | None = None
         self.wrap: Callable[[EventStore], None] = lambda _: None
-        self.rounds = Rounds(Hdf5Thread(hdf5), Limits(events=100, size=2**20), self.metrics, traces)
+        self.rounds = Rounds(Hdf5Thread(hdf5), self.metrics, max_events=100, max_bytes=2**20, spans=spans)
         self.responder = None if answering is None else QuestionResponder(answering, self.rounds.hdf5, self.metrics)
         self.turning = asyncio.create_task(self.rounds.run())
         self.runner = PartitionRunner(
@@ -247,12 +248,12 @@ async def rig(
     stream: Stream,
     *,
     limit: PoisonLimit | None = None,
-    traces: Traces | None = None,
+    spans: Spans | None = None,
     answering: Answering | None = None,
 ) -> AsyncIterator[Rig]:
     """Make a :class:`Rig`; its runner is the test's to start and stop."""
     with ThreadPoolExecutor(1) as hdf5:
-        made = Rig(folder, stream, hdf5, limit, traces, answering)
+        made = Rig(folder, stream, hdf5, limit, spans, answering)
         try:
             yield made
         finally:

@@ -17,7 +17,7 @@ from services.persister import rounds as module
 from services.persister.dead_letters import DeadLetters
 from services.persister.metrics import PersisterMetrics
 from services.persister.partition import PartitionRunner, RunnerState
-from services.persister.rounds import Hdf5Thread, Limits, Rounds
+from services.persister.rounds import Hdf5Thread, Rounds
 from tests.support.persister import IDENTITY, LOG, DeadStream, Stream, contents, delivery, poison
 from tests.support.polling import eventually
 
@@ -30,7 +30,7 @@ class Process:
     def __init__(self, folder: Path, hdf5: ThreadPoolExecutor) -> None:
         self.folder = folder
         self.metrics = PersisterMetrics()
-        self.rounds = Rounds(Hdf5Thread(hdf5), Limits(events=100, size=2**20), self.metrics)
+        self.rounds = Rounds(Hdf5Thread(hdf5), self.metrics, max_events=100, max_bytes=2**20)
         self.turning = asyncio.create_task(self.rounds.run())
         self.streams = [Stream() for _ in range(PARTITIONS)]
         self.dead = [DeadStream() for _ in range(PARTITIONS)]

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from services.core.tracing import MAX_LINKS, Spans
 from services.log.protocol import Delivery
-from services.persister.metrics import MAX_TRACE_LINES, Traces
+from services.persister.metrics import MAX_TRACE_LINES
 from services.persister.partition import RunnerState
 from tests.support.persister import Rig, Stream, delivery, poison, reusing, rig
 
@@ -49,7 +49,7 @@ async def part(tmp_path: Path, stream: Stream, exporter: InMemorySpanExporter) -
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     spans = Spans(provider)
-    async with rig(tmp_path, stream, traces=Traces(spans)) as made:
+    async with rig(tmp_path, stream, spans=spans) as made:
         yield made
     spans.close()
 
