@@ -47,6 +47,8 @@ def nats_context(
 ) -> None:
     """Write a context file for the `nats` command line."""
     target = find_cluster(server, folder, fallback=user is not None)
+    if target.settings.uses_zeromq:
+        raise CommandError(f"the log at {target.settings.url} has no NATS nodes: there is nothing to look at with nats")
     path = context_path(name)
     access = {} if user is None else access_of(user, deployment)
     write_context(path, ",".join(target.settings.servers), access, force=force)

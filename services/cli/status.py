@@ -86,6 +86,11 @@ class ClusterSnapshot:
         found = (self.log.placements or {}).get(self.store)
         return {} if found is None else found.partitions
 
+    @property
+    def without_owner(self) -> list[str]:
+        """Names of the partitions that no live process runs."""
+        return [partition_name(one.partition) for one in self.partitions if not one.owners]
+
     def why_unknown(self, part: str) -> str:
         """Return why the log could not be asked for *part*."""
         return self.log.troubles.get(part, "no answer")
@@ -221,11 +226,13 @@ async def _read(target: Target, corpus: Path | None) -> Status:
         async with connected(target.settings) as connection:
             snapshot = await take_snapshot(connection, target.settings, target.state)
     log = snapshot.log
+    if not log.has_stream:
+        remarks += _without_broker(snapshot, target.settings)
     if not log.stream_exists:
         remarks.append(f"there is no stream {STREAM}: start a service, or run  fiq provision")
     if log.processes is None:
         remarks.append(f"it is unknown which persisters run: {snapshot.why_unknown(PROCESSES)}")
-    elif not snapshot.workers:
+    elif not snapshot.workers and log.has_stream:
         remarks.append("no persister answers: events are kept in the stream until one runs")
     if log.stream_exists and not snapshot.partitions:
         remarks.append(f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}")
@@ -238,6 +245,13 @@ async def _read(target: Target, corpus: Path | None) -> Status:
         partitions=tuple(_partition(one, snapshot.workers, committed, now) for one in snapshot.partitions),
         remarks=tuple(remarks),
     )
+
+
+def _without_broker(snapshot: ClusterSnapshot, settings: LogSettings) -> list[str]:
+    remarks = [f"the log at {settings.url} has no broker: there are no nodes, no stream and no dead letters"]
+    if without := snapshot.without_owner:
+        remarks.append(f"no persister answers for partitions {', '.join(without)}: clients get 503 until one runs")
+    return remarks
 
 
 def _committed(corpus: Path | None) -> tuple[dict[int, int], list[str]]:

@@ -107,7 +107,7 @@ async def connected(settings: LogSettings, role: Role = Role.OPS) -> AsyncIterat
     """
     if settings.uses_zeromq:
         raise CommandError(
-            "this command needs a NATS cluster, and FI_LOG_URL names a ZeroMQ log: docs/logs.md says what to do instead"
+            f"this command needs NATS nodes, and the log at {settings.url} has none: docs/logs.md has alternatives"
         )
     connection = await connect(settings, name="fiq", role=role, on_closed=lambda _: None, deadline=_CONNECT_TIMEOUT)
     try:

@@ -237,6 +237,7 @@ class LogState:
         at: when the log was last seen, on :func:`time.monotonic`.
         stream: the log of events.
         stream_exists: False when it certainly does not exist.
+        has_stream: False in a log without a broker, which keeps no events.
         dead: the dead letters.
         placements: the records of each store.
         processes: the persisters that answer.
@@ -248,6 +249,7 @@ class LogState:
     at: float = 0.0
     stream: StreamReport | None = None
     stream_exists: bool = True
+    has_stream: bool = True
     dead: StreamReport | None = None
     placements: Mapping[str, StorePlacement] | None = None
     processes: tuple[LiveProcess, ...] | None = None

@@ -76,7 +76,9 @@ def backup(
     source = find_corpus(corpus, folder)
     _, store = read_volume(source / "volume.json")
     seen = None
-    if not offline and (seen := asyncio.run(look(find_cluster(server, folder), store))) is None:
+    target = None if offline else find_cluster(server, folder)
+    without_broker = target is not None and target.settings.uses_zeromq
+    if target is not None and not without_broker and (seen := asyncio.run(look(target, store))) is None:
         raise BackupError("the cluster has no stream of events: is it the right one? Add --offline not to ask it")
     with bar("backing up") as show:
         try:
@@ -87,10 +89,10 @@ def backup(
     size = sum(entry.bytes for entry in manifest.files)
     events = sum(entry.events for entry in manifest.contents)
     needed = min((entry.committed for entry in manifest.contents), default=0) + 1
-    typer.echo(
-        f"{dest}: volume {manifest.volume}, {events} events, {decimal(size)}, verified. To restore it without a loss, "
-        f"the stream must still begin at sequence {needed} or before: see FI_RETENTION"
-    )
+    lost = f"To restore it without a loss, the stream must still begin at sequence {needed} or before: see FI_RETENTION"
+    if without_broker:
+        lost = "Events that are accepted from now on are not in it, and nowhere else but in the volume"
+    typer.echo(f"{dest}: volume {manifest.volume}, {events} events, {decimal(size)}, verified. {lost}")
     try:
         note_backup(source, manifest.made)
     except OSError as error:

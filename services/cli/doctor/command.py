@@ -16,7 +16,7 @@ import typer
 from fiq.errors import FiqError
 from services.cli import console
 from services.cli.console import bar
-from services.cli.doctor import Finding, Level, cluster, error, host, unknown, warning, worst
+from services.cli.doctor import Finding, Level, cluster, error, host, ok, unknown, warning, worst
 from services.cli.errors import CommandError
 from services.cli.status import ClusterSnapshot, take_snapshot
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
@@ -120,7 +120,12 @@ def _examine(one: Installation, clock_offset: float, held_back: float) -> Iterat
 
     snapshot: ClusterSnapshot | None
     if settings.uses_zeromq:  # there are no nodes
-        snapshot = asyncio.run(take_snapshot(None, settings, one.target.state))
+        snapshot = None
+        try:
+            snapshot = asyncio.run(take_snapshot(None, settings, one.target.state))
+            yield _owners(snapshot)
+        except FiqError as problem:
+            yield error("owners", str(problem), "clients get 503", "see the message")
     else:
         seen = yield from _examine_cluster(one, clock_offset, ingest.max_event_bytes, persister.volumes)
         snapshot = None if seen is None else seen.snapshot
@@ -133,6 +138,15 @@ def _examine(one: Installation, clock_offset: float, held_back: float) -> Iterat
     yield from host.check_directory(one.directory)
     yield from host.check_files(one.directory, snapshot)
     yield from host.check_backup(one.directory, snapshot)
+
+
+def _owners(snapshot: ClusterSnapshot) -> Finding:
+    """Check that each partition has an owner that answers, in a log without a broker."""
+    if without := snapshot.without_owner:
+        what = f"no persister answers for partitions {', '.join(without)}"
+        return error("owners", what, "their clients get 503", "start the persisters, or read their log")
+    count = len(snapshot.partitions)
+    return ok("owners", f"{count} partitions have an owner that answers; there are no nodes and no stream to check")
 
 
 def _examine_cluster(

@@ -274,6 +274,7 @@ def check_backup(directory: Path, snapshot: ClusterSnapshot | None) -> Iterator[
     """Check the age of the volume's newest backup: with one store it is the only other copy."""
     made = backed_up_at(directory)
     stores = 1 if snapshot is None else len(snapshot.log.stores or ())
+    in_stream = snapshot is None or snapshot.log.has_stream
     try:
         began = (directory / "volume.json").stat().st_mtime
     except OSError:
@@ -283,7 +284,7 @@ def check_backup(directory: Path, snapshot: ClusterSnapshot | None) -> Iterator[
     if stores > 1 or hours <= BACKUP_HOURS:
         yield ok("backup", f"{what}; {stores} store(s)")
     else:
-        meaning = "events older than FI_RETENTION are on this disk only"
+        meaning = f"{'events older than FI_RETENTION' if in_stream else 'all events'} are on this disk only"
         yield warning("backup", what, meaning, "run `fiq backup` daily, or run a second store: docs/operations.md")
 
 

@@ -32,6 +32,7 @@ from services.cli.init.authority import (
     names_in,
     start_of,
 )
+from services.cli.init.curve import make_curve_keys
 from services.cli.init.files import Layout, Owner, Secrets
 from services.core import tokens
 from services.core.tokens import Scope, Token
@@ -117,6 +118,14 @@ def init(
         Rotation | None,
         typer.Option(help="Renew the nodes' certificates; or the users' seeds, in two steps: users, users-finish."),
     ] = None,
+    curve: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Only make CURVE keys, for a log without a broker: the persisters' pair, and one for each of these "
+            "clients, such as ingest-1,ingest-2.",
+        ),
+    ] = "",
 ) -> None:
     """Create the secrets of a deployment.
 
@@ -125,6 +134,10 @@ def init(
     """
     if rotate is not None and encrypt:
         raise CommandError("--encrypt cannot be combined with --rotate: it applies to the first run only")
+    if curve:
+        names = [name.strip() for name in curve.split(",") if name.strip()]
+        _print_changes(folder, make_curve_keys(folder, _owner(owner, Layout(folder)), names))
+        return
     names = _hosts(hosts)
     deployment = Deployment(folder, _owner(owner, Layout(folder)))
     if rotate is Rotation.CERTIFICATES:
@@ -135,12 +148,16 @@ def init(
         deployment.finish_users()
     else:
         deployment.complete(names, encrypt=encrypt)
-    for change in deployment.changes:
-        typer.echo(change)
-    if not deployment.changes:
-        typer.echo(f"{folder}: nothing is missing, nothing was changed")
+    _print_changes(folder, deployment.changes)
     if rotate is not None:
         typer.echo(f"next: {_NEXT[rotate].format(folder=folder)}")
+
+
+def _print_changes(folder: Path, changes: Sequence[str]) -> None:
+    for change in changes:
+        typer.echo(change)
+    if not changes:
+        typer.echo(f"{folder}: nothing is missing, nothing was changed")
 
 
 def _hosts(value: str) -> list[str]:

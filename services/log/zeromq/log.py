@@ -209,6 +209,7 @@ class ZeroMqStatus:
         placement = StorePlacement(store, formed, volumes, placed, frozenset(), volumes[0] if volumes else "", 1)
         return LogState(
             at=time.monotonic(),
+            has_stream=False,
             placements={store: placement} if placed else {},
             processes=tuple(processes.values()),
             stores={store: tuple(partitions)},
