@@ -331,6 +331,14 @@ class Connection(Client):
                     headers[key] = value.strip().decode("utf-8", "replace")
         return headers
 
+    async def write_block(self, block: bytes, messages: int) -> None:
+        """Write *messages* complete messages as ``publish`` writes one."""
+        self.stats["out_msgs"] += messages
+        self.stats["out_bytes"] += len(block)
+        await self._send_command(block)
+        if self._flush_queue is not None and self._flush_queue.empty():
+            await self._flush_pending()
+
     # -- permissions --------------------------------------------------------------------------------------------------
 
     def listen(self, listener: Callable[[Refusal], None]) -> Callable[[], None]:

@@ -1,24 +1,37 @@
 """Follows one partition through a cursor of its own: in order, without gaps or repeats.
 
-**Position.** The sink holds it; the cursor (:mod:`.cursor`) is disposable. At the start, and whenever anything is in
-doubt, the log is compared with the position (:mod:`.continuity`) and a new cursor is made at what the sink has
-committed. A cursor numbers its deliveries from 1, so a lost, repeated or foreign message shows at once. What was handed
-out before a repair is skipped when it comes again.
+**Position.** The sink holds it; the cursor is disposable. At the start, and whenever anything is in doubt, the log is
+compared with the position and a new cursor is made at what the sink has committed. A cursor numbers its deliveries from
+1, so a lost, repeated or foreign message shows at once. What was handed out before a repair is skipped when it comes
+again.
 
 **Doubt** is a gap or a repeat, an unplanned status, a new connection (all nodes may have been set back meanwhile), or
-silence: a pull that waits says twice a second that it is alive. The first doubt ends the old cursor: its inbox is
-dropped and its messages are ignored, also when its frozen node thaws and delivers again.
+silence: a pull that waits reports twice a second. The first doubt ends the old cursor: its inbox is dropped and its
+messages are ignored, also when its frozen node thaws and delivers again.
 
-**Pulls** are pipelined: the next one is under way before the last is finished. What is *promised* is what was asked for
-and neither arrived nor was declined by the broker. Open requests are served in turn, so messages cannot be told apart
-by request; only the sums are known, and they are all that is needed. The memory for promises, for what waits and for
-what was taken is shared with the other followers of the process (:mod:`.budget`).
+**Cursor.** A pull consumer with one replica, in memory. When it is in doubt, or its node is gone, the owner makes
+another one instead of waiting. Each has a *generation* in its name and an inbox of its own, because a frozen node that
+thaws brings the old one back for a moment. The next generation is one more than the highest that ``CONSUMER.NAMES``
+shows: the meta leader answers that alone, so other cursors and dead nodes delay no partition. Older generations are
+deleted in the background; only the node of a cursor answers its deletion, so one on a dead node runs into the timeout
+and takes effect all the same. ``inactive_threshold`` removes what is left.
 
-**Idle partitions.** Each heartbeat says, in one message of one node, how far the cursor has looked through the stream
-and how much it has sent. When all that has come, nothing of the partition lies between the last delivery and there:
-what a node has applied is final. Two answers cannot prove that: they may be of two nodes, one of them deposed or late,
-however often the leader's name is compared. (Measured: a consumer without anything pending, together with the stream's
-last sequence, as the proof lost 2 of 4,000 events at a failover.)
+**The same log?** A stream that was deleted and created anew has another creation time. One that was set back has not:
+nodes whose disks were restored from an older copy come up with the old stream, and what clients post next gets
+sequences under which the sink has other events. So the sink keeps the message id with the sequence, and the stream's
+leader is asked for it. Only what persists for a while counts: a newly elected leader may not have applied all that its
+predecessor acknowledged, and a deposed one may not know that it is.
+
+**Pulls** are pipelined: the next one is sent before the last is finished. What is *promised* is what was asked for and
+neither arrived nor was declined by the broker. Open requests are served in turn, so messages cannot be told apart by
+request; only the sums are known, and they suffice. The memory for promises, for what waits and for what was taken is
+shared by the followers of the process (:class:`Budget`).
+
+**Idle partitions.** Each heartbeat reports, in one message of one node, how far the cursor has looked through the
+stream and how much it has sent. When all that has come, nothing of the partition lies between the last delivery and
+that sequence: what a node has applied is final. Two answers cannot prove that: they may be of two nodes, one of them
+deposed or late, however often the leader's name is compared. (Measured: a consumer without anything pending, together
+with the stream's last sequence, as the proof lost 2 of 4,000 events at a failover.)
 
 **Undeliverable events.** nats-server 2.15.1 stores a subject with a carriage return, but its routes do not carry it:
 the node that receives it closes the route, the cursor on the other side falls silent, and the next one meets the same
@@ -48,344 +61,6 @@ from services.log.jetstream.stream import STREAM, cursor_config, filter_subject,
 from services.log.partitions import partition_name
 from services.log.protocol import Delivery, LogIdentity, Outcome, Position, message_id_at
 
-# -- budget ------------------------------------------------------------------------------------------------------------
-#
-# Shares the memory for events among the followers of a process: busy ones get more, idle ones keep a small minimum.
-#
-# What a follower *holds* is what it has promised itself to take (its pull requests), what has come and waits, and the
-# batch that is being worked on. Each may always hold its *floor*, so nobody starves, whatever the others do and however
-# long a batch of theirs takes; nobody waits for anybody, so nothing can lock up. What the floors leave is shared by
-# those that have more to fetch than they asked for, in equal parts: one busy partition of sixteen gets nearly all of
-# it. When another one becomes busy the first keeps what it holds until that is written, and is granted no more than its
-# new part.
-
-#: the floors take this part of the whole together
-_FLOORS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a follower holds.
-
-    Attributes:
-        events: asked for, waiting, and being worked on.
-        size: the same in bytes, about.
-        busy: whether the log has more than was asked for.
-    """
-
-    events: int
-    size: int
-    busy: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What a follower may ask for.
-
-    Attributes:
-        events: now.
-        size: now, bytes.
-        all_events: if it held nothing.
-        all_size: if it held nothing, bytes.
-    """
-
-    events: int
-    size: int
-    all_events: int
-    all_size: int
-
-
-class Budget:
-    """The memory of a process for events.
-
-    Args:
-        events: that its followers hold together, at most; for a moment a quarter more when some join.
-        size: the same in bytes; the floors may exceed it when messages may be large.
-    """
-
-    def __init__(self, events: int, size: int) -> None:
-        self._events = events
-        self._size = size
-        self._members: dict[Share, None] = {}
-
-    def join(self, held: Callable[[], Held], *, largest: int) -> Share:
-        """Add a follower.
-
-        Args:
-            held: tells what it holds.
-            largest: bytes of the largest message; the floor has room for two.
-        """
-        share = Share(self, held, largest)
-        self._members[share] = None
-        return share
-
-    def leave(self, share: Share) -> None:
-        """Remove a follower, which holds nothing any more. Idempotent."""
-        self._members.pop(share, None)
-
-    def room(self, share: Share) -> Room:
-        """Return what the follower with *share* may ask for."""
-        held = {one: one.held() for one in self._members}
-        busy = max(1, sum(one.busy for one in held.values()))
-        own = held[share]
-        events, all_events = _room(
-            self._events, [one.events for one in held.values()], own.events, self._floor_events(), busy, own.busy
-        )
-        size, all_size = _room(
-            self._size, [one.size for one in held.values()], own.size, self._floor_size(share), busy, own.busy
-        )
-        return Room(events, size, all_events, all_size)
-
-    def _floor_events(self) -> int:
-        return max(1, self._events // (_FLOORS * len(self._members)))
-
-    def _floor_size(self, share: Share) -> int:
-        return max(2 * share.largest, self._size // (_FLOORS * len(self._members)))
-
-
-class Share:
-    """One follower's part in a :class:`Budget`."""
-
-    __slots__ = ("_budget", "held", "largest")
-
-    def __init__(self, budget: Budget, held: Callable[[], Held], largest: int) -> None:
-        self._budget = budget
-        self.held = held
-        self.largest = largest
-
-    def room(self) -> Room:
-        """Return what the follower may ask for now."""
-        return self._budget.room(self)
-
-    def leave(self) -> None:
-        """Hold nothing any more. Idempotent."""
-        self._budget.leave(self)
-
-
-def _room(total: int, held: list[int], own: int, floor: int, busy: int, is_busy: bool) -> tuple[int, int]:
-    """Return how much one may add to its *own*, and how much it might hold in all."""
-    pool = max(0, total - floor * len(held))
-    part = pool // busy if is_busy else 0
-    free = pool - sum(max(0, one - floor) for one in held)
-    above = max(0, own - floor)
-    return max(0, floor - own) + max(0, min(free, part - above)), floor + part
-
-
-# -- continuity --------------------------------------------------------------------------------------------------------
-#
-# Whether the log is the one that a sink's position belongs to, and holds everything after it.
-#
-# A stream that was deleted and created anew has another creation time. One that was set back has not: nodes whose disks
-# were restored from an older copy come up with the old stream, and what clients post next gets sequences under which
-# the sink has other events. So the sink keeps the message id beside the sequence, and the stream's leader is asked what
-# it has there. Only what stays so for a while counts: a leader that was elected just now may not have applied all that
-# its predecessor had acknowledged, and a deposed one may not know that it is.
-
-#: pause between two looks at a log that cannot be followed, seconds
-PAUSE_SECONDS = 0.5
-#: a log is refused when it cannot be followed for this long, seconds
-PATIENCE_SECONDS = 2.0
-#: the same for one that ends before the file does: a leader may still be applying what it has, after a restart of all
-#: nodes for as long as that takes, seconds
-LAG_SECONDS = 30.0
-
-_WAY_FORWARD = (
-    "The partition stops, so nothing is skipped. To go on without losing an event of either: docs/operations.md, "
-    "`A log that was set back`"
-)
-
-
-async def check_log(api: JetStreamApi, identity: LogIdentity, after: Position, *, trimmable: int | None) -> None:
-    """Refuse a log that cannot be followed from *after*.
-
-    Args:
-        api: of a connection.
-        identity: of the log that the position belongs to.
-        after: what the sink has.
-        trimmable: up to which sequence trim may have deleted the partition's events; None: perhaps every one that the
-            stream does not hold any more.
-
-    Raises:
-        LogMismatchError: the stream is another one, was set back, or events after *after* are gone.
-        LogUnavailableError: no answer.
-    """
-    started = time.monotonic()
-    while True:
-        try:
-            return await _check(api, identity, after, trimmable)
-        except _EndsEarlyError as error:
-            if time.monotonic() - started >= LAG_SECONDS:
-                raise LogMismatchError(str(error)) from None
-        except _NotThereError:
-            if time.monotonic() - started >= PAUSE_SECONDS:  # the second look: trimmed, or deleted by an operator
-                return None
-        except PermanentError:
-            if time.monotonic() - started >= PATIENCE_SECONDS:
-                raise
-        await asyncio.sleep(PAUSE_SECONDS)
-
-
-class _EndsEarlyError(Exception):
-    """The log ends before the position: set back, or not applied yet."""
-
-
-class _NotThereError(Exception):
-    """The log holds no message at the position, although it holds earlier and later ones."""
-
-
-async def _check(api: JetStreamApi, identity: LogIdentity, after: Position, trimmable: int | None) -> None:
-    found = await api.leader_message(STREAM, after.sequence) if after.message_id else None
-    # after the message: what was trimmed in between is then seen as trimmed
-    stream = await api.stream_info(STREAM)
-    if stream is None:
-        raise LogMismatchError(f"stream {STREAM} does not exist: see docs/operations.md, `A lost stream`")
-    if (present := LogIdentity(STREAM, stream["created"])) != identity:
-        raise LogMismatchError(
-            f"stream {STREAM} was created at {present.created}, but this partition's file belongs to the one "
-            f"created at {identity.created}: begin a new corpus in another directory, and keep this one; "
-            "see docs/operations.md, `A lost stream`"
-        )
-    first, last = stream["state"]["first_seq"], stream["state"]["last_seq"]
-    if after.sequence > last:
-        raise _EndsEarlyError(
-            f"stream {STREAM} ends at sequence {last}, but this partition's file holds events up to {after.sequence}: "
-            f"the stream was set back (were disks restored from an older copy?). Those after {last} are only in HDF5, "
-            f"and perhaps some before. {_WAY_FORWARD}"
-        )
-    if _may_lack(after.sequence, trimmable, first, stream["state"].get("num_deleted", 0)):
-        raise LogMismatchError(
-            f"the corpus ends at sequence {after.sequence} but stream {STREAM} begins at {first}: the "
-            "partition file is an old copy, or somebody purged the stream; put the newest copy in its place"
-        )
-    if not after.message_id:
-        return
-    if found is not None and message_id_at(found["headers"]) != after.message_id:
-        raise LogMismatchError(
-            f"sequence {after.sequence} of stream {STREAM} is not the event that this partition's file has there: "
-            "the stream was set back (were disks restored from an older copy?) and has grown since. The last events "
-            f"of the file, up to {after.sequence}, are only in HDF5, and what clients posted since is only in the "
-            f"stream. {_WAY_FORWARD}"
-        )
-    if found is None and first <= after.sequence:
-        raise _NotThereError
-
-
-def _may_lack(sequence: int, trimmable: int | None, first: int, deleted: int) -> bool:
-    """Return whether events of the partition after *sequence* may be gone.
-
-    Trim deletes up to *trimmable*, from the stream's beginning or, around a partition that stands still, in its middle.
-    A new file may begin anywhere.
-    """
-    if sequence == 0 or (trimmable is not None and sequence >= trimmable):
-        return False
-    return sequence < first - 1 or (trimmable is not None and deleted > 0)
-
-
-# -- cursor ------------------------------------------------------------------------------------------------------------
-#
-# A partition's cursor on the broker: a pull consumer with one replica, in memory, that its owner makes and replaces.
-#
-# The sink holds the position, so a cursor need not survive anything. When it is in doubt, or its node is gone, the
-# owner makes another one at the committed position instead of waiting. A frozen node that thaws brings the old one back
-# for a moment, and it answers as if nothing had happened; so each cursor has a *generation* in its name and is asked
-# through an inbox of its own. The next generation is one more than the highest that ``CONSUMER.NAMES`` shows: the meta
-# leader answers that alone, so the cursors of others, or of dead nodes, delay no partition.
-#
-# What is before one's own generation is deleted in the background. Only the node of a cursor answers its deletion, so
-# one on a dead node runs into its timeout and takes effect all the same; whatever is still there is tried again, and
-# ``inactive_threshold`` is the net.
-
-#: how long the making of a cursor may take, by attempt; it takes milliseconds, unless it fell to a dead node, and the
-#: next one may fall to another. The last one repeats: the cluster may only be slow, seconds
-CREATE_SECONDS = (1.0, 1.0, 2.0, 5.0)
-#: pause before what could not be deleted is tried again, seconds; the last one repeats
-_SWEEP_SECONDS, _MAX_SWEEP_SECONDS = 2.0, 60.0
-
-#: refusals after which another attempt may succeed: a consumer of this name exists with another configuration (an
-#: attempt that timed out took effect), no node can hold it now, or the stream is gone, which the next look explains
-_TRY_AGAIN = frozenset({10148, 10005, STREAM_NOT_FOUND})
-
-_log = get_logger("cursor")
-
-
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """One cursor.
-
-    Attributes:
-        name: of the consumer.
-        pending: events of the partition from its start on.
-    """
-
-    name: str
-    pending: int
-
-
-class Cursors:
-    """Makes the cursors of one partition of one store, each under the next generation.
-
-    What is asked during an election is never answered and must be asked again after it, so *api* must not be patient.
-    """
-
-    def __init__(self, api: JetStreamApi, store: str, partition: int) -> None:
-        self._api = api
-        self._store = store
-        self._partition = partition
-        self._generation = 0
-        self._failures = 0  # cursors in a row whose making got no answer
-        self._sweeping: asyncio.Task[None] | None = None
-
-    async def make(self, after: int) -> Cursor:
-        """Make a cursor that delivers what comes after sequence *after*; the previous ones go in the background.
-
-        Raises:
-            LogUnavailableError: no answer in time, or the cluster cannot now. Trying again makes one of another
-                generation: this one may exist.
-            PermanentApiError: the broker refuses.
-        """
-        try:
-            self._generation = max([self._generation, *await self._generations()]) + 1
-            config = cursor_config(self._store, self._partition, self._generation, after + 1)
-            timeout = CREATE_SECONDS[min(self._failures, len(CREATE_SECONDS) - 1)]
-            self._failures += 1
-            info = await self._api.create_consumer(STREAM, config, timeout=timeout)
-            self._failures = 0
-        except PermanentApiError as error:
-            if error.err_code in _TRY_AGAIN:
-                raise LogUnavailableError(str(error)) from error
-            raise
-        self.stop_sweeping()
-        self._sweeping = asyncio.create_task(self._sweep(), name=f"delete old cursors of {self._partition}")
-        return Cursor(config["name"], int(info["num_pending"]))
-
-    def stop_sweeping(self) -> None:
-        """Leave what is not deleted yet to the next owner, or to the broker."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            self._sweeping = None
-
-    async def _generations(self) -> dict[int, str]:
-        found = {}
-        for name in await self._api.consumer_names(STREAM):
-            parsed = parse_cursor_name(name)
-            if parsed is not None and parsed[:2] == (self._store, self._partition):
-                found[parsed[2]] = name
-        return found
-
-    async def _sweep(self) -> None:
-        """Delete every cursor of the partition before the newest one."""
-
-        async def delete() -> None:
-            for number, name in (await self._generations()).items():
-                if number < self._generation:
-                    await self._api.delete_consumer(STREAM, name)
-
-        try:
-            await retry(delete, on=LogUnavailableError, pause=_SWEEP_SECONDS, longest=_MAX_SWEEP_SECONDS)
-        except LogRefusedError as error:  # a permission, mostly: they go by themselves in a day
-            _log.warning("CURSORS_NOT_DELETED", partition=self._partition, reason=str(error))
-
-
 #: how often an idle pull says that it is alive, seconds
 HEARTBEAT_SECONDS = 0.5
 #: without a message or a heartbeat for this long the cursor is in doubt, seconds
@@ -413,9 +88,37 @@ _MISSING_BYTES = "Nats-Pending-Bytes"
 _SENT = "Nats-Last-Consumer"
 _LOOKED = "Nats-Last-Stream"
 
+#: how long the making of a cursor may take, by attempt, seconds: milliseconds unless the broker chose a dead node, and
+#: the next one may be on another. The last value repeats: the cluster may only be slow
+CREATE_SECONDS = (1.0, 1.0, 2.0, 5.0)
+#: pause before another attempt to delete old cursors, doubled each time, and the longest, seconds
+_DELETE_SECONDS, _MAX_DELETE_SECONDS = 2.0, 60.0
+
+#: refusals after which another attempt may succeed: a consumer of this name exists with another configuration (an
+#: attempt that timed out took effect), no node can hold it now, or the stream is gone, which the next look explains
+_TRY_AGAIN = frozenset({10148, 10005, STREAM_NOT_FOUND})
+
+#: pause between two checks of a log that cannot be followed, seconds
+PAUSE_SECONDS = 0.5
+#: a log is refused when it cannot be followed for this long, seconds
+MISMATCH_SECONDS = 2.0
+#: the same for one that ends before the file does, seconds: after a restart of all nodes the leader may still be
+#: applying what it has
+LAG_SECONDS = 30.0
+
+_WAY_FORWARD = (
+    "The partition stops, so nothing is skipped. To go on without losing an event of either: docs/operations.md, "
+    "`A log that was set back`"
+)
+
+#: the floors take this part of the whole together
+_FLOORS = 4
+
+_log = get_logger("cursor")
+
 
 class JetStreamFollower:
-    """One partition of the stream, from a position on.
+    """One partition of the stream, from a position on; see :class:`services.log.protocol.Follower`.
 
     Args:
         nc: a connected client.
@@ -423,7 +126,7 @@ class JetStreamFollower:
         partition: its number.
         identity: the log that the sink's position belongs to.
         budget: the memory for events that the followers of this process share.
-        trimmable: up to which sequence trim may have deleted the partition's events, that is what its placement says is
+        trimmable: up to which sequence trim may have deleted the partition's events: what its placement says is
             committed; None: not known.
         on_events: called when there is something new to take.
         on_repair: called with a short reason at each repair, for a counter.
@@ -478,36 +181,24 @@ class JetStreamFollower:
         self._doubt = ""
         self._progress = True  # something was delivered since the last repair
         self._error: Exception | None = None
-        self._deafen: Callable[[], None] = lambda: None
+        self._stop_listening: Callable[[], None] = lambda: None
 
     # -- what the sink calls ------------------------------------------------------------------------------------------
 
     async def start(self, after: Position) -> None:
-        """Deliver everything after *after*; may be called again to go back.
-
-        Raises:
-            LogMismatchError: the stream is another one, was set back, or lacks events after *after*.
-            LogUnavailableError: the broker did not answer.
-            LogRefusedError: the user of the connection may not follow the partition.
-        """
+        """Deliver everything after *after*."""
         self._error, self._doubt = None, ""
         await self._drop_subscription()
         self._hold_nothing()
         if self._share is None:
             self._share = self._budget.join(self._held, largest=self._largest)
         self._committed, self._seen, self._last = after, after.sequence, None
-        self._deafen()
-        self._deafen = self._nc.listen(self._when_refused)
+        self._stop_listening()
+        self._stop_listening = self._nc.listen(self._when_refused)
         await self._begin()
 
     async def run(self) -> None:
-        """Keep the events coming until cancelled.
-
-        Raises:
-            Exception: of :meth:`interrupt`.
-            LogMismatchError: the stream was made anew, or set back.
-            LogRefusedError: the user of the connection may not follow the partition any more.
-        """
+        """Keep the events coming until cancelled."""
         while True:
             if self._error is not None:
                 raise self._error
@@ -519,10 +210,7 @@ class JetStreamFollower:
             await self._wait()
 
     def take(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
-        """Return what has come: at most *max_events* and about *max_bytes*, perhaps nothing.
-
-        What was taken before is done with: its memory may be used for others.
-        """
+        """Return what has come: at most *max_events* and about *max_bytes*, perhaps nothing."""
         if self._buffer.done():
             self._want_more()
         return self._buffer.take(max_events, max_bytes)
@@ -534,7 +222,7 @@ class JetStreamFollower:
 
     @property
     def waiting(self) -> int:
-        """How many events of the partition the log holds after the acknowledged position, as far as is known."""
+        """How many events of the partition the log holds after the acknowledged position."""
         held = self._buffer.events
         # a new cursor counts as pending what is held here already, until it has delivered it again
         return self._pending + (min(held, self._again) if self._is_repeating else held)
@@ -556,12 +244,12 @@ class JetStreamFollower:
         return lost or self._is_elsewhere or bool(self._doubt)
 
     async def acknowledge(self, delivery: Delivery, outcomes: Mapping[int, Outcome]) -> None:
-        """Tell the broker that everything up to *delivery* is committed; a lost acknowledgement does no harm."""
+        """Tell the broker that everything up to *delivery* is committed; that it may get lost does no harm."""
         self._buffer.done()
         if delivery.sequence > self._committed.sequence:
             self._committed = Position(delivery.sequence, message_id_at(delivery.headers))
         if not delivery.token:  # no cursor could deliver it: go on after it
-            self._doubtful("detour")
+            self._doubtful("undeliverable")
             return
         with contextlib.suppress(nats_errors.Error):
             await self._nc.publish(delivery.token, b"")
@@ -569,10 +257,7 @@ class JetStreamFollower:
             await self._pull_more()
 
     async def empty_up_to(self) -> Position:
-        """Return a position up to which nothing of the partition waits for the sink: the committed one, or a later one.
-
-        Raises LogUnavailableError: no answer.
-        """
+        """Return a position up to which nothing of the partition waits for the sink."""
         reached = self._empty_to
         if self._doubt or reached <= self._committed.sequence or self._seen > self._committed.sequence:
             return self._committed
@@ -582,7 +267,7 @@ class JetStreamFollower:
         return Position(reached, message_id_at(message["headers"]))
 
     def advance(self, position: Position) -> None:
-        """Note that the sink has reached *position*, up to which nothing of the partition waits."""
+        """Note that the sink has reached *position*."""
         if position.sequence > self._committed.sequence:
             self._committed = position
             self._seen = max(self._seen, position.sequence)
@@ -594,8 +279,8 @@ class JetStreamFollower:
 
     async def close(self) -> None:
         """Deliver no more. The cursor stays: operators see in it how much waits."""
-        self._deafen()
-        self._cursors.stop_sweeping()
+        self._stop_listening()
+        self._cursors.stop_deleting()
         await self._drop_subscription()
         self._hold_nothing()
         if self._share is not None:
@@ -603,7 +288,7 @@ class JetStreamFollower:
             self._share = None
 
     def _when_refused(self, refusal: Refusal) -> None:
-        """Give up what would otherwise look like silence: pulls, their answers, acknowledgements."""
+        """End on a refusal of pulls, their answers or acknowledgements, which would otherwise look like silence."""
         is_ack = refusal.verb == "publish" and f".{STREAM}.{self._consumer}.".lower() in refusal.subject
         if is_ack or refusal.hits(self._pull_subject, self._pulls.inbox or "-"):
             self.interrupt(refusal.error())
@@ -615,12 +300,11 @@ class JetStreamFollower:
         return f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{self._consumer}"
 
     async def _begin(self) -> None:
-        """Look whether the log is the right one, and make a cursor at the committed position."""
+        """Check that this is the right log, and make a cursor at the committed position."""
         connects = self._nc.reconnects
         await check_log(self._api, self._identity, self._committed, trimmable=self._trimmable)
         committed = self._committed.sequence
-        cursor = await self._cursors.make(committed)
-        self._consumer, self._pending = cursor.name, cursor.pending
+        self._consumer, self._pending = await self._cursors.make(committed)
         self._connects = connects
         self._next_delivery = 1
         self._again = 0
@@ -647,10 +331,10 @@ class JetStreamFollower:
             self._doubt = reason
             return
         if silent:
-            await self._make_detour()
+            await self._read_undeliverable()
 
-    async def _make_detour(self) -> None:
-        """Read the next event otherwise: two silences in a row, and perhaps it is one that cannot be delivered."""
+    async def _read_undeliverable(self) -> None:
+        """Read the next event through the API: after two silences in a row it may be one that cannot be delivered."""
         with contextlib.suppress(LogUnavailableError):
             found = await self._api.leader_message(STREAM, self._seen + 1, next_of=filter_subject(self._partition))
             if found is not None and found["seq"] > self._seen:
@@ -726,7 +410,7 @@ class JetStreamFollower:
     # -- receiving ----------------------------------------------------------------------------------------------------
 
     def _receiver(self, inbox: str) -> Callable[[Received], None]:
-        """Return the callback of one cursor; it is deaf as soon as another one has taken its place."""
+        """Return the callback of one cursor; it ignores messages once another cursor has taken its place."""
 
         def receive(message: Received) -> None:
             if self._doubt or inbox != self._pulls.inbox:
@@ -743,11 +427,11 @@ class JetStreamFollower:
 
     @property
     def _is_elsewhere(self) -> bool:
-        """Whether the client has connected anew since the log was compared: all nodes may have been set back."""
+        """Whether the client has reconnected since the log was compared: all nodes may have been set back."""
         return self._nc.reconnects != self._connects
 
     def _delivered(self, message: Received) -> bool:
-        """Take a message; say whether it made room: one that is buffered takes the room that it was promised."""
+        """Take a message; return whether it made room: one that is buffered takes the room that it was promised."""
         tokens = message.reply.split(".")
         # $JS.ACK.<stream>.<consumer>.… or, with domain and account, $JS.ACK.<domain>.<account>.<stream>.<consumer>.…
         offset = 5 if len(tokens) == 9 else 7
@@ -790,7 +474,7 @@ class JetStreamFollower:
         self._on_events()
 
     def _status(self, message: Received) -> bool:
-        """Read a message of the broker's own; say whether it makes room for another pull."""
+        """Read a message of the broker's own; return whether it makes room for another pull."""
         headers = message.headers or {}
         status, text = headers.get("Status", ""), headers.get("Description", "")
         if status == "100":
@@ -807,8 +491,8 @@ class JetStreamFollower:
     def _compare(self, sent: int, looked: int) -> None:
         """Compare what a heartbeat says was *sent*, while the cursor *looked* up to a sequence, with what came.
 
-        It overtakes messages that are under way between two nodes. So more sent than come is a gap only when nothing
-        has come until the next heartbeat.
+        It overtakes messages between two nodes. So more sent than come is a gap only when nothing has come until the
+        next heartbeat.
         """
         came = self._next_delivery - 1
         if sent < came or (sent > came and self._behind_at == came):
@@ -832,11 +516,9 @@ class _Buffer:
         self.events = self.size = 0
 
     def __len__(self) -> int:
-        """Return how many wait."""
         return len(self._waiting)
 
     def put(self, delivery: Delivery) -> None:
-        """Add *delivery* after the others."""
         self._waiting.append(delivery)
         self.events += 1
         self.size += len(delivery.body)
@@ -854,7 +536,7 @@ class _Buffer:
         return taken
 
     def done(self) -> bool:
-        """Let go of what was taken last; say whether there was anything."""
+        """Release what was taken last; return whether there was anything."""
         taken = self._taken
         self.events -= taken
         self.size -= self._taken_size
@@ -862,7 +544,6 @@ class _Buffer:
         return taken > 0
 
     def clear(self) -> None:
-        """Let go of everything."""
         self._waiting.clear()
         self._taken = self._taken_size = self.events = self.size = 0
 
@@ -886,18 +567,18 @@ class _Pulls:
         self.promised = self.promised_bytes = 0
 
     def begin(self, inbox: str) -> None:
-        """Ask through *inbox* from now on, with nothing under way."""
+        """Ask through *inbox* from now on, with nothing in flight."""
         self.inbox = inbox
         self.promised = self.promised_bytes = 0
 
     def end(self) -> None:
-        """Forget every request, and whatever answers them."""
+        """Ignore all answers from now on."""
         self.begin("")
 
     def next(self, room: Room) -> tuple[int, int, str] | None:
         """Return events, bytes and inbox of a request to send now; None when *room* makes none worth it."""
         least_events, least_size = 1, self._largest
-        if self.promised:  # without a request under way any is worth it
+        if self.promised:  # without a request in flight any is worth it
             least_events = max(least_events, min(room.all_events // _WORTH, MAX_EVENTS // 2))
             least_size = max(least_size, min(room.all_size // _WORTH, MAX_BYTES // 2))
         if room.events < least_events or room.size < least_size:
@@ -907,7 +588,7 @@ class _Pulls:
         return min(room.events, MAX_EVENTS), min(room.size, most), f"{self.inbox}.{self._number}"
 
     def sent(self, events: int, size: int) -> None:
-        """Note that a request for *events* and *size* bytes is under way."""
+        """Note that a request for *events* and *size* bytes is in flight."""
         self.promised += events
         self.promised_bytes += size
 
@@ -918,7 +599,7 @@ class _Pulls:
     def ended(self, events: int, size: int) -> None:
         """Note that the broker ended a request, of which *events* and *size* bytes will not come.
 
-        That says nothing of what is still under way: it overtakes messages between nodes. (Measured with a replicated
+        That says nothing about messages in flight: it overtakes them between nodes. (Measured with a replicated
         consumer: 14 requests ended before the first of their messages came.)
         """
         self._less(events, size)
@@ -933,3 +614,266 @@ def _wire_size(message: Received) -> int:
     """Return about what the broker counts against ``max_bytes``."""
     headers = sum(len(name) + len(value) + 4 for name, value in (message.headers or {}).items())
     return len(message.data) + headers + len(message.subject) + len(message.reply)
+
+
+# -- the cursor --------------------------------------------------------------------------------------------------------
+
+
+class Cursors:
+    """Makes the cursors of one partition of one store, each with the next generation.
+
+    A request during an election is never answered and must be repeated after it, so *api* has a short timeout.
+    """
+
+    def __init__(self, api: JetStreamApi, store: str, partition: int) -> None:
+        self._api = api
+        self._store = store
+        self._partition = partition
+        self._generation = 0
+        self._failures = 0  # cursors in a row whose making got no answer
+        self._deleting: asyncio.Task[None] | None = None
+
+    async def make(self, after: int) -> tuple[str, int]:
+        """Make a cursor after sequence *after*; return its name, and how many events there are for it.
+
+        Raises LogUnavailableError: no answer in time, or the cluster cannot now; another call makes one of another
+        generation, as this one may exist; PermanentApiError: the broker refuses.
+        """
+        try:
+            self._generation = max([self._generation, *await self._generations()]) + 1
+            config = cursor_config(self._store, self._partition, self._generation, after + 1)
+            timeout = CREATE_SECONDS[min(self._failures, len(CREATE_SECONDS) - 1)]
+            self._failures += 1
+            info = await self._api.create_consumer(STREAM, config, timeout=timeout)
+            self._failures = 0
+        except PermanentApiError as error:
+            if error.err_code in _TRY_AGAIN:
+                raise LogUnavailableError(str(error)) from error
+            raise
+        self.stop_deleting()
+        self._deleting = asyncio.create_task(self._delete_old(), name=f"delete old cursors of {self._partition}")
+        return config["name"], int(info["num_pending"])
+
+    def stop_deleting(self) -> None:
+        if self._deleting is not None:
+            self._deleting.cancel()
+            self._deleting = None
+
+    async def _generations(self) -> dict[int, str]:
+        found = {}
+        for name in await self._api.consumer_names(STREAM):
+            parsed = parse_cursor_name(name)
+            if parsed is not None and parsed[:2] == (self._store, self._partition):
+                found[parsed[2]] = name
+        return found
+
+    async def _delete_old(self) -> None:
+        """Delete every cursor of the partition before the newest one."""
+
+        async def delete() -> None:
+            for number, name in (await self._generations()).items():
+                if number < self._generation:
+                    await self._api.delete_consumer(STREAM, name)
+
+        try:
+            await retry(delete, on=LogUnavailableError, pause=_DELETE_SECONDS, longest=_MAX_DELETE_SECONDS)
+        except LogRefusedError as error:  # a permission, mostly: they go by themselves in a day
+            _log.warning("CURSORS_NOT_DELETED", partition=self._partition, reason=str(error))
+
+
+# -- whether it is the same log ----------------------------------------------------------------------------------------
+
+
+async def check_log(api: JetStreamApi, identity: LogIdentity, after: Position, *, trimmable: int | None) -> None:
+    """Check that the log can be followed from *after*.
+
+    Args:
+        api: of a connection.
+        identity: of the log that the position belongs to.
+        after: what the sink has.
+        trimmable: up to which sequence trim may have deleted the partition's events; None: perhaps every one that the
+            stream no longer holds.
+
+    Raises LogMismatchError: the stream is another one, was set back, or events after *after* are gone;
+    LogUnavailableError: no answer.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            return await _check(api, identity, after, trimmable)
+        except _EndsEarlyError as error:
+            if time.monotonic() - started >= LAG_SECONDS:
+                raise LogMismatchError(str(error)) from None
+        except _NotThereError:
+            if time.monotonic() - started >= PAUSE_SECONDS:  # the second look: trimmed, or deleted by an operator
+                return None
+        except PermanentError:
+            if time.monotonic() - started >= MISMATCH_SECONDS:
+                raise
+        await asyncio.sleep(PAUSE_SECONDS)
+
+
+class _EndsEarlyError(Exception):
+    """The log ends before the position: set back, or not applied yet."""
+
+
+class _NotThereError(Exception):
+    """The log holds no message at the position, although it holds earlier and later ones."""
+
+
+async def _check(api: JetStreamApi, identity: LogIdentity, after: Position, trimmable: int | None) -> None:
+    found = await api.leader_message(STREAM, after.sequence) if after.message_id else None
+    # after the message: what was trimmed in between is then seen as trimmed
+    stream = await api.stream_info(STREAM)
+    if stream is None:
+        raise LogMismatchError(f"stream {STREAM} does not exist: see docs/operations.md, `A lost stream`")
+    if (present := LogIdentity(STREAM, stream["created"])) != identity:
+        raise LogMismatchError(
+            f"stream {STREAM} was created at {present.created}, but this partition's file belongs to the one "
+            f"created at {identity.created}: begin a new corpus in another directory, and keep this one; "
+            "see docs/operations.md, `A lost stream`"
+        )
+    first, last = stream["state"]["first_seq"], stream["state"]["last_seq"]
+    if after.sequence > last:
+        raise _EndsEarlyError(
+            f"stream {STREAM} ends at sequence {last}, but this partition's file holds events up to {after.sequence}: "
+            f"the stream was set back (were disks restored from an older copy?). Those after {last} are only in HDF5, "
+            f"and perhaps some before. {_WAY_FORWARD}"
+        )
+    if _may_lack(after.sequence, trimmable, first, stream["state"].get("num_deleted", 0)):
+        raise LogMismatchError(
+            f"the corpus ends at sequence {after.sequence} but stream {STREAM} begins at {first}: the "
+            "partition file is an old copy, or the stream was purged; put the newest copy in its place"
+        )
+    if not after.message_id:
+        return
+    if found is not None and message_id_at(found["headers"]) != after.message_id:
+        raise LogMismatchError(
+            f"sequence {after.sequence} of stream {STREAM} is not the event that this partition's file has there: "
+            "the stream was set back (were disks restored from an older copy?) and has grown since. The last events "
+            f"of the file, up to {after.sequence}, are only in HDF5, and what clients posted since is only in the "
+            f"stream. {_WAY_FORWARD}"
+        )
+    if found is None and first <= after.sequence:
+        raise _NotThereError
+
+
+def _may_lack(sequence: int, trimmable: int | None, first: int, deleted: int) -> bool:
+    """Return whether events of the partition after *sequence* may be gone.
+
+    Trim deletes up to *trimmable*, from the stream's beginning or, around a partition that stands still, in its middle.
+    A new file may begin anywhere.
+    """
+    if sequence == 0 or (trimmable is not None and sequence >= trimmable):
+        return False
+    return sequence < first - 1 or (trimmable is not None and deleted > 0)
+
+
+# -- the memory for events ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a follower holds.
+
+    Attributes:
+        events: asked for, waiting, and being worked on.
+        size: the same in bytes, about.
+        busy: whether the log has more than was asked for.
+    """
+
+    events: int
+    size: int
+    busy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a follower may ask for.
+
+    Attributes:
+        events: now.
+        size: now, bytes.
+        all_events: if it held nothing.
+        all_size: if it held nothing, bytes.
+    """
+
+    events: int
+    size: int
+    all_events: int
+    all_size: int
+
+
+class Budget:
+    """The memory of a process for events, shared by its followers: busy ones get more, idle ones keep a minimum.
+
+    A follower *holds* what it has promised to take (its pull requests), what has come and waits, and the batch that is
+    being worked on. Each may always hold its *floor*, so none starves, and none waits for another, so nothing can lock
+    up. What the floors leave is shared equally by those that have more to fetch than they asked for: one busy partition
+    of sixteen gets nearly all of it. When another one becomes busy the first keeps what it holds until that is written,
+    and is granted no more than its new part.
+
+    Args:
+        events: that its followers hold together, at most; for a moment a quarter more when some join.
+        size: the same in bytes; the floors may exceed it when messages may be large.
+    """
+
+    def __init__(self, events: int, size: int) -> None:
+        self._events = events
+        self._size = size
+        self._members: dict[Share, None] = {}
+
+    def join(self, held: Callable[[], Held], *, largest: int) -> Share:
+        """Add a follower: *held* returns what it holds; its floor has room for two messages of *largest* bytes."""
+        share = Share(self, held, largest)
+        self._members[share] = None
+        return share
+
+    def leave(self, share: Share) -> None:
+        """Remove a follower, which no longer holds anything. Idempotent."""
+        self._members.pop(share, None)
+
+    def room(self, share: Share) -> Room:
+        """Return what the follower with *share* may ask for."""
+        held = {one: one.held() for one in self._members}
+        busy = max(1, sum(one.busy for one in held.values()))
+        own = held[share]
+        events, all_events = _room(
+            self._events, [one.events for one in held.values()], own.events, self._floor_events(), busy, own.busy
+        )
+        size, all_size = _room(
+            self._size, [one.size for one in held.values()], own.size, self._floor_size(share), busy, own.busy
+        )
+        return Room(events, size, all_events, all_size)
+
+    def _floor_events(self) -> int:
+        return max(1, self._events // (_FLOORS * len(self._members)))
+
+    def _floor_size(self, share: Share) -> int:
+        return max(2 * share.largest, self._size // (_FLOORS * len(self._members)))
+
+
+class Share:
+    """One follower's part in a :class:`Budget`."""
+
+    __slots__ = ("_budget", "held", "largest")
+
+    def __init__(self, budget: Budget, held: Callable[[], Held], largest: int) -> None:
+        self._budget = budget
+        self.held = held
+        self.largest = largest
+
+    def room(self) -> Room:
+        return self._budget.room(self)
+
+    def leave(self) -> None:
+        self._budget.leave(self)
+
+
+def _room(total: int, held: list[int], own: int, floor: int, busy: int, is_busy: bool) -> tuple[int, int]:
+    """Return how much one may add to its *own*, and how much it might hold in all."""
+    pool = max(0, total - floor * len(held))
+    part = pool // busy if is_busy else 0
+    free = pool - sum(max(0, one - floor) for one in held)
+    above = max(0, own - floor)
+    return max(0, floor - own) + max(0, min(free, part - above)), floor + part

@@ -116,7 +116,7 @@ async def test_the_events_of_a_consultation_are_never_on_their_way_at_the_same_t
         finally:
             under_way[name] -= 1
 
-    monkeypatch.setattr(log.publisher._batches._partly_known, "_append", partial(watched, log.publisher))
+    monkeypatch.setattr(log.publisher, "_append_by", partial(watched, log.publisher))
 
     # when
     outcome = await log.publisher.append_batch(events)
@@ -158,7 +158,7 @@ async def test_a_retry_waits_for_no_known_event_and_stores_the_new_ones_at_once(
         finally:
             under_way -= 1
 
-    monkeypatch.setattr(publisher._batches._partly_known, "_append", watched)
+    monkeypatch.setattr(publisher, "_append_by", watched)
 
     # when
     outcome = await publisher.append_batch(events)
@@ -184,7 +184,7 @@ async def test_behind_an_event_that_fails_its_consultation_waits_for_the_retry(
             raise LogUnavailableError("an election")
         return await publish(log.publisher, event, end)
 
-    monkeypatch.setattr(log.publisher._batches._partly_known, "_append", failing)
+    monkeypatch.setattr(log.publisher, "_append_by", failing)
 
     # when
     with pytest.raises(LogUnavailableError, match="an election"):

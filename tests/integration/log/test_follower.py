@@ -12,7 +12,7 @@ import pytest
 
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogMismatchError
-from services.log.jetstream import follower as continuity
+from services.log.jetstream import follower as module
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.follower import Budget, Held
 from services.log.jetstream.publisher import Publisher
@@ -455,7 +455,7 @@ async def test_a_position_whose_message_is_gone_cannot_be_compared(log: Log) -> 
 
 async def test_a_position_beyond_the_stream_is_refused(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker would make a cursor there and deliver nothing until the stream gets there."""
-    monkeypatch.setattr(continuity, "LAG_SECONDS", 0.5)
+    monkeypatch.setattr(module, "LAG_SECONDS", 0.5)
     await log.publish(3)
     with pytest.raises(LogMismatchError, match=r"ends at sequence 3, .* after 3 are only in HDF5.*A log that was set"):
         await sink(log).follower.start(Position(4))
@@ -463,7 +463,7 @@ async def test_a_position_beyond_the_stream_is_refused(log: Log, monkeypatch: py
 
 async def test_a_leader_that_lags_behind_the_file_is_waited_for(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a restart of all nodes it says a smaller last sequence until it has applied what it has."""
-    monkeypatch.setattr(continuity, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "MISMATCH_SECONDS", 0.5)
     await log.publish(3)
     reader = sink(log)
     starting = asyncio.create_task(reader.follower.start(Position(4)))

@@ -13,7 +13,7 @@ import pytest
 
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import LogMismatchError
-from services.log.jetstream import follower as continuity
+from services.log.jetstream import follower as module
 from services.log.protocol import Position
 from tests.support.cluster import set_back, stores_copied
 from tests.support.following import Sink
@@ -32,7 +32,7 @@ async def test_a_stream_that_was_set_back_stops_the_partition(
     log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it ends before the sink's position, and also when it has grown past that; nothing of it is handed out."""
-    monkeypatch.setattr(continuity, "LAG_SECONDS", 1.0)
+    monkeypatch.setattr(module, "LAG_SECONDS", 1.0)
     copy = tmp_path / "copy"
     async with Sink(log.nc, log.identity).following() as reader:
         await log.publish(50)
@@ -61,7 +61,7 @@ async def test_a_follower_that_lives_through_it_stops_too(
     log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All nodes were away for seconds only, and its cursor is made anew: it must not go on with another history."""
-    monkeypatch.setattr(continuity, "LAG_SECONDS", 20.0)
+    monkeypatch.setattr(module, "LAG_SECONDS", 20.0)
     copy = tmp_path / "copy"
     await log.publish(50)
     await asyncio.to_thread(stores_copied, log.cluster, copy)

@@ -7,7 +7,7 @@ import pytest
 
 from fiq.errors import FiqError
 from services.log.errors import LogFullError, LogRefusedError
-from services.log.jetstream.publisher import Again, read_ack, read_batch_ack
+from services.log.jetstream.publisher import TryAgain, read_ack, read_batch_ack
 from services.log.protocol import Appended
 
 
@@ -29,7 +29,7 @@ def test_a_duplicate_gives_the_position_of_the_first_one() -> None:
 
 def test_nobody_there_may_be_tried_again() -> None:
     """Without a leader nobody subscribes to the subject, and the server says 503."""
-    assert isinstance(read_ack(b"", {"Status": "503"}, "fi-events"), Again)
+    assert isinstance(read_ack(b"", {"Status": "503"}, "fi-events"), TryAgain)
 
 
 @pytest.mark.parametrize("err_code", [10008, 10023, 10077, 10158, 10167])
@@ -37,7 +37,7 @@ def test_codes_of_passing_trouble_may_be_tried_again(err_code: int) -> None:
     """DESIGN, section 9."""
     again = read_ack(_error(503, err_code, "raft: something"), None, "fi-events")
 
-    assert again == Again(f"raft: something (err_code {err_code})", err_code)
+    assert again == TryAgain(f"raft: something (err_code {err_code})", err_code)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_answer_to_a_batch_gives_each_message_its_position() -> None:
 @pytest.mark.parametrize("err_code", [10158, 10176, 10201, 10210])
 def test_what_stops_a_batch_may_be_tried_otherwise(err_code: int) -> None:
     """In flight, incomplete after a change of leaders, with a known message, too many batches at once."""
-    assert read_batch_ack(_error(400, err_code, "no"), None, "fi-events", 3) == Again(
+    assert read_batch_ack(_error(400, err_code, "no"), None, "fi-events", 3) == TryAgain(
         f"no (err_code {err_code})", err_code
     )
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from nats.aio.client import Client
 
-from services.log.jetstream.publisher import hpub, write
+from services.log.jetstream.connection import Connection
+from services.log.jetstream.publisher import hpub
+from services.log.settings import LogSettings
 
 HEADERS = {"Nats-Msg-Id": "c-1/x", "Fi-Received-Ns": "17"}
 
 
-class _Recorder(Client):
+class _Recorder(Connection):
     """A client without a connection, which keeps what it would send."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(LogSettings(), pytest.fail)
         self.sent = b""
 
     async def _send_command(self, cmd: bytes, priority: bool = False) -> None:
@@ -27,7 +28,7 @@ async def test_a_message_is_written_as_nats_py_does(reply_to: str) -> None:
     theirs, ours = _Recorder(), _Recorder()
     await theirs._send_publish("fi.events.c-1", reply_to, b'{"a": 1}', 8, dict(HEADERS))
 
-    await write(ours, hpub("fi.events.c-1", reply_to, HEADERS, b'{"a": 1}'), 1)
+    await ours.write_block(hpub("fi.events.c-1", reply_to, HEADERS, b'{"a": 1}'), 1)
 
     assert theirs.sent == ours.sent
     assert ours.stats["out_msgs"] == 1
