@@ -1,20 +1,20 @@
-"""One look at the log a second, and one immutable snapshot of it, from which everything else of the process reads.
+"""Looks at the log once a second and keeps one immutable snapshot, from which everything else in the process reads.
 
-Metrics, readiness, the backlog and its ``Retry-After``, ``fiq status`` and the turn to trim all read :class:`LogState`;
-nothing else polls the broker. A look has four parts, which fail one by one:
+Metrics, readiness, the backlog and its ``Retry-After``, ``fiq status`` and the turn to trim all read the
+:class:`~services.log.status.LogState`; nothing else polls the broker. A look has four parts, which fail one by one:
 
 - *streams*: ``STREAM.INFO`` of the events, each second; *dead letters*: of theirs, each :data:`WHOLE_EVERY` seconds;
-- *processes*: one question to all persisters, each second. Their answers come while the loop sleeps, and count for
-  :data:`LIVE_SECONDS`;
+- *processes*, each second: one question to all persisters in the NATS service API (ADR-32). The broker passes it on to
+  each process that subscribes to it, so a process that is gone is missing at once. The answers come while the loop
+  sleeps, and count for :data:`LIVE_SECONDS`. Each says in the metadata of its service which partitions it runs and how
+  far they are: ``partitions`` "00,03", ``progress`` "00:<committed>:<waiting>,03:…" and ``stream_sequence``;
 - *partitions*, each :data:`WHOLE_EVERY` seconds: the keys of the bucket ``fi-partitions``, and for each partition that
   waits its oldest event. Where no owner says how much waits, or its file stands still, the broker counts: a batched
   direct get of one message says how many follow it (``Nats-Num-Pending``), in 0.1 to 3 ms of one node.
 
-No consumer is ever asked: one whose node is dead answers late or never, and would keep the others from being seen.
-What cannot be asked just now keeps its last value for :data:`KEPT_SECONDS`, and is then unknown: an alert must neither
-flap with one lost answer nor rest on old news.
-
-Measured with 16 partitions (2026-11-27): see docs/adr/0022-one-monitor.md.
+No consumer is ever asked: one whose node is dead answers late or never, and would keep the others from being seen. A
+part that cannot be read keeps its last value for :data:`KEPT_SECONDS` and is then unknown: an alert must neither flap
+with one lost answer nor rest on old values. Measured with 16 partitions (2026-11-27): docs/adr/0022-one-monitor.md.
 """
 
 from __future__ import annotations
@@ -62,126 +62,6 @@ from services.log.status import (
     Waiting,
 )
 
-# -- processes ---------------------------------------------------------------------------------------------------------
-#
-# Which persister processes live just now, and how far they are: their answers in the NATS service API (ADR-32).
-#
-# The broker passes the question on to each process that subscribes to it, so a process that is gone is missing at once;
-# no list is kept that could be wrong. Each process says in the metadata of its service which partitions it runs and
-# what it knows of them: ``partitions`` "00,03", ``progress`` "00:<committed>:<waiting>,03:…" and ``stream_sequence``.
-
-#: how long the first answer is awaited, and how long a further one, seconds
-_FIRST_ANSWER, _NEXT_ANSWER = 1.0, 0.25
-#: the question to all persisters
-PROCESSES_SUBJECT = f"$SRV.INFO.{PERSISTER_SERVICE}"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What one of those who were asked said.
-
-    Attributes:
-        document: the JSON object.
-        after: how long it took, seconds.
-        at: when it came, seconds since 1970.
-    """
-
-    document: dict[str, Any]
-    after: float
-    at: float
-
-
-def show_progress(progress: Mapping[int, Progress]) -> str:
-    """Return *progress* as the metadata of a process hold it, such as ``00:38:2,03:41:0``."""
-    return ",".join(f"{partition_name(p)}:{one.committed}:{one.waiting}" for p, one in sorted(progress.items()))
-
-
-def read_progress(text: str) -> dict[int, Progress]:
-    """Undo :func:`show_progress`; malformed parts are left out."""
-    parts = (part.split(":") for part in text.split(","))
-    return {int(p[0]): Progress(int(p[1]), int(p[2])) for p in parts if len(p) == 3 and all(map(str.isdecimal, p))}
-
-
-def read_process(metadata: Mapping[str, str]) -> LiveProcess:
-    """Return what a process says of itself in the *metadata* of its service."""
-    sequence = metadata.get("stream_sequence", "")
-    return LiveProcess(
-        store=metadata.get("store", ""),
-        volume=metadata.get("volume", ""),
-        partitions=frozenset(int(name) for name in metadata.get("partitions", "").split(",") if name.isdecimal()),
-        progress=read_progress(metadata.get("progress", "")),
-        stream_sequence=int(sequence) if sequence.isdecimal() else 0,
-        metadata=metadata,
-    )
-
-
-async def live_processes(nc: Connection) -> list[LiveProcess]:
-    """Return every persister process that answers.
-
-    Raises:
-        LogUnavailableError: the connection is gone.
-        LogRefusedError: the user of the connection may not ask, so silence means nothing.
-    """
-    infos = await persister_infos(nc)
-    if not infos:
-        check_allowed(nc)
-    return [read_process(metadata) for metadata in infos]
-
-
-def check_allowed(nc: Connection) -> None:
-    """Make sure that silence means that no persister lives.
-
-    Raises LogRefusedError: the user of the connection may not ask.
-    """
-    refused = [text for text in nc.violations if PROCESSES_SUBJECT.lower() in text.lower()]
-    if refused:
-        raise LogRefusedError(f"the NATS user may not ask which persisters live: {refused[0]}")
-
-
-async def persister_infos(nc: Connection) -> list[dict[str, str]]:
-    """Return what every persister process says of itself, in the order in which they answer.
-
-    Raises LogUnavailableError: the connection is gone.
-    """
-    return [answer.document.get("metadata") or {} for answer in await everybody(nc, PROCESSES_SUBJECT)]
-
-
-async def everybody(nc: Connection, subject: str) -> list[Answer]:
-    """Ask all who subscribe to *subject* and return their answers; nothing when there are none.
-
-    Raises LogUnavailableError: the connection is gone.
-    """
-    answers: asyncio.Queue[tuple[Msg, float]] = asyncio.Queue()
-    inbox = nc.new_inbox()
-
-    async def keep(message: Msg) -> None:
-        answers.put_nowait((message, time.time()))
-
-    try:
-        subscription = await nc.subscribe(inbox, cb=keep)
-        try:
-            asked = time.time()
-            await nc.publish(subject, reply=inbox)
-            return await _collected(answers, asked)
-        finally:
-            await subscription.unsubscribe()
-    except (nats.errors.Error, OSError) as error:
-        raise LogUnavailableError(f"{subject}: {type(error).__name__}") from error
-
-
-async def _collected(answers: asyncio.Queue[tuple[Msg, float]], asked: float) -> list[Answer]:
-    found: list[Answer] = []
-    try:
-        while True:
-            async with asyncio.timeout(_NEXT_ANSWER if found else _FIRST_ANSWER):
-                message, at = await answers.get()
-            if not message.data:  # status 503: there is no subscriber
-                return found
-            found.append(Answer(orjson.loads(message.data), at - asked, at))
-    except TimeoutError:
-        return found
-
-
 #: pause between two looks, seconds
 LOOK_SECONDS = 1.0
 #: every n-th look is a whole one
@@ -197,6 +77,11 @@ STILL_SECONDS = 10.0
 #: a single look waits this long for the processes' answers, seconds
 _ANSWER_SECONDS = 0.75
 
+#: how long the first answer of all nodes is awaited, and how long a further one, seconds
+_FIRST_ANSWER, _NEXT_ANSWER = 1.0, 0.25
+#: the question to all persisters
+PROCESSES_SUBJECT = f"$SRV.INFO.{PERSISTER_SERVICE}"
+
 _log = get_logger("eventlog.monitor")
 
 
@@ -211,7 +96,7 @@ class _Found:
 
 
 class LogMonitor:
-    """Watches the log of one connection.
+    """Watches the log of one connection; see :class:`services.log.protocol.Status`.
 
     Args:
         nc: the connection.
@@ -235,17 +120,17 @@ class LogMonitor:
         self._stream_exists = True
         self._dead: StreamReport | None = None
         self._offset = 0.0
-        # processes: the answers by the service's id, and since when questions are heard
+        # processes: the answers by the service's id, and since when questions are asked
         self._answers: dict[str, tuple[LiveProcess, float]] = {}
         self._subscription: Subscription | None = None
-        self._heard_since: float | None = None
+        self._asked_since: float | None = None
         # partitions
         self._placements: Mapping[str, StorePlacement] | None = None
         self._oldest: dict[tuple[str, int], _Found] = {}
         self._moved: dict[tuple[str, int], tuple[int, float]] = {}
 
     async def run(self) -> None:
-        """Look for ever."""
+        """Look until cancelled."""
         while True:
             for turn in range(WHOLE_EVERY):
                 await self.look(whole=turn == 0)
@@ -264,7 +149,7 @@ class LogMonitor:
             self._show(self._metrics)
 
     async def close(self) -> None:
-        """Hear no answers any more. Idempotent."""
+        """Take no more answers. Idempotent."""
         subscription, self._subscription = self._subscription, None
         if subscription is not None and not self._nc.is_closed:
             await subscription.unsubscribe()
@@ -313,7 +198,7 @@ class LogMonitor:
             self._oldest.clear()
         if PROCESSES in old:
             self._answers.clear()
-            self._heard_since = None
+            self._asked_since = None
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -337,20 +222,20 @@ class LogMonitor:
     # -- processes ----------------------------------------------------------------------------------------------------
 
     async def _ask(self) -> None:
-        """Ask all persisters; the answers of the last question are there by now."""
+        """Ask all persisters; the answers to the last question have arrived by now."""
         now = time.monotonic()
         try:
             if self._subscription is None:
                 self._subscription = await self._nc.subscribe(self._nc.new_inbox(), cb=self._hear)
             await self._nc.publish(PROCESSES_SUBJECT, reply=self._subscription.subject)
         except (nats.errors.Error, OSError) as error:
-            self._heard_since = None
+            self._asked_since = None
             raise LogUnavailableError(f"{PROCESSES_SUBJECT}: {type(error).__name__}") from error
-        if self._heard_since is None:
-            self._heard_since = now
+        if self._asked_since is None:
+            self._asked_since = now
         if not self._answers:
-            check_allowed(self._nc)
-        if now - self._heard_since > LIVE_SECONDS:
+            _check_allowed(self._nc)
+        if now - self._asked_since > LIVE_SECONDS:
             self._answers = {name: one for name, one in self._answers.items() if now - one[1] <= LIVE_SECONDS}
 
     async def _hear(self, message: Msg) -> None:
@@ -369,17 +254,17 @@ class LogMonitor:
         self._placements = await read_stores(self._nc)
         state = self._snapshot()
         waiting = [(store, one) for store, found in (state.stores or {}).items() for one in found if _waits(one)]
-        told = self._told()
-        looks = (self._look_at(store, one, state, told.get((store, one.partition))) for store, one in waiting)
+        reporters = self._reporters()
+        looks = (self._look_at(store, one, state, reporters.get((store, one.partition))) for store, one in waiting)
         failed = [error for error in await asyncio.gather(*looks, return_exceptions=True) if error is not None]
         if failed:  # what the others found counts
             raise failed[0]
 
-    async def _look_at(self, store: str, one: PartitionState, state: LogState, told: LiveProcess | None) -> None:
+    async def _look_at(self, store: str, one: PartitionState, state: LogState, reporter: LiveProcess | None) -> None:
         """Find the oldest waiting event of a partition, and how many wait where its owner does not say."""
         key, last = (store, one.partition), 0 if state.stream is None else state.stream.last_sequence
         known = self._oldest.get(key)
-        counted = told is None or one.waiting.still
+        counted = reporter is None or one.waiting.still
         if not counted and known is not None and known.committed == one.committed and known.oldest is not None:
             return
         found, after = await self._next(one.partition, one.committed, counted=counted)
@@ -395,15 +280,15 @@ class LogMonitor:
 
     # -- the snapshot -------------------------------------------------------------------------------------------------
 
-    def _told(self) -> dict[tuple[str, int], LiveProcess]:
-        """Return for each partition the process that says how far it is; the one that is furthest in a handover."""
-        told: dict[tuple[str, int], LiveProcess] = {}
+    def _reporters(self) -> dict[tuple[str, int], LiveProcess]:
+        """Return for each partition the process that reports its progress; in a handover the one that is furthest."""
+        reporters: dict[tuple[str, int], LiveProcess] = {}
         for process, _ in self._answers.values():
             for partition, progress in process.progress.items():
-                other = told.get((process.store, partition))
+                other = reporters.get((process.store, partition))
                 if other is None or other.progress[partition].committed < progress.committed:
-                    told[process.store, partition] = process
-        return told
+                    reporters[process.store, partition] = process
+        return reporters
 
     def _snapshot(self) -> LogState:
         now = time.monotonic()
@@ -413,12 +298,12 @@ class LogMonitor:
             names = {*self._placements, *(process.store for process in processes)}
             if not names or self._metrics is None:
                 names.add(self._settings.store)
-            told = self._told()
+            reporters = self._reporters()
             count = self._stream.partitions if self._stream is not None else 0
             for store in sorted(names):
                 keys = self._placements[store].partitions if store in self._placements else {}
                 stores[store] = tuple(
-                    self._partition(store, p, keys.get(p), processes, told.get((store, p)), now)
+                    self._partition(store, p, keys.get(p), processes, reporters.get((store, p)), now)
                     for p in range(count or self._settings.partitions)
                 )
         return LogState(
@@ -427,7 +312,7 @@ class LogMonitor:
             stream_exists=self._stream_exists,
             dead=self._dead,
             placements=self._placements,
-            processes=processes if processes or self._hears(now) else None,
+            processes=processes if processes or self._knows_processes(now) else None,
             stores=stores or None,
             clock_offset=self._offset,
             troubles=dict(self._troubles),
@@ -439,11 +324,11 @@ class LogMonitor:
         partition: int,
         placement: Placement | None,
         processes: tuple[LiveProcess, ...],
-        told: LiveProcess | None,
+        reporter: LiveProcess | None,
         now: float,
     ) -> PartitionState:
         owners = sum(one.store == store and partition in one.partitions for one in processes)
-        progress = None if told is None else told.progress[partition]
+        progress = None if reporter is None else reporter.progress[partition]
         committed = max(0 if progress is None else progress.committed, 0 if placement is None else placement.committed)
         before, since = self._moved.get((store, partition), (-1, now))
         if before != committed or (progress is not None and not progress.waiting):
@@ -451,8 +336,8 @@ class LogMonitor:
         self._moved[store, partition] = committed, since
         still = not owners or now - since > STILL_SECONDS
         found = self._oldest.get((store, partition))
-        if progress is not None and told is not None and not (still and progress.waiting):
-            events, sequence = progress.waiting, told.stream_sequence or self._last()
+        if progress is not None and reporter is not None and not (still and progress.waiting):
+            events, sequence = progress.waiting, reporter.stream_sequence or self._last()
         elif found is not None and found.waiting is not None and found.committed == committed:
             events, sequence = found.waiting, found.sequence
         else:  # until it is counted: an equal part of what the stream has got since
@@ -460,11 +345,11 @@ class LogMonitor:
         oldest = found.oldest if found is not None and events and found.committed == committed else None
         return PartitionState(partition, placement, owners, committed, Waiting(events, sequence, still), oldest)
 
-    def _hears(self, now: float) -> bool:
-        """Whether silence means that no process lives: questions have been asked for long enough."""
-        if PROCESSES in self._troubles or self._heard_since is None:
+    def _knows_processes(self, now: float) -> bool:
+        """Whether silence means that no process lives: it was asked for long enough."""
+        if PROCESSES in self._troubles or self._asked_since is None:
             return False
-        return now - self._heard_since >= _ANSWER_SECONDS
+        return now - self._asked_since >= _ANSWER_SECONDS
 
     def _last(self) -> int:
         return 0 if self._stream is None else self._stream.last_sequence
@@ -573,19 +458,50 @@ async def look_once(nc: Connection, settings: LogSettings) -> LogState:
         await monitor.close()
 
 
-# -- What each node says of itself: its state, its configuration, its clock, whether it is healthy -------------------
-#
-# The same as on its monitoring port, which is on loopback: the system account exports these two questions, and no
-# others, to the account of the streams (``accounts.conf``). Who is connected to one node hears all of them.
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def show_progress(progress: Mapping[int, Progress]) -> str:
+    """Return *progress* as the metadata of a process hold it, such as ``00:38:2,03:41:0``."""
+    return ",".join(f"{partition_name(p)}:{one.committed}:{one.waiting}" for p, one in sorted(progress.items()))
+
+
+def read_progress(text: str) -> dict[int, Progress]:
+    """Undo :func:`show_progress`; malformed parts are left out."""
+    parts = (part.split(":") for part in text.split(","))
+    return {int(p[0]): Progress(int(p[1]), int(p[2])) for p in parts if len(p) == 3 and all(map(str.isdecimal, p))}
+
+
+def read_process(metadata: Mapping[str, str]) -> LiveProcess:
+    """Return what a process says of itself in the *metadata* of its service."""
+    sequence = metadata.get("stream_sequence", "")
+    return LiveProcess(
+        store=metadata.get("store", ""),
+        volume=metadata.get("volume", ""),
+        partitions=frozenset(int(name) for name in metadata.get("partitions", "").split(",") if name.isdecimal()),
+        progress=read_progress(metadata.get("progress", "")),
+        stream_sequence=int(sequence) if sequence.isdecimal() else 0,
+        metadata=metadata,
+    )
+
+
+def _check_allowed(nc: Connection) -> None:
+    """Raise LogRefusedError when the user of the connection may not ask, so that silence means nothing."""
+    refused = [text for text in nc.violations if PROCESSES_SUBJECT.lower() in text.lower()]
+    if refused:
+        raise LogRefusedError(f"the NATS user may not ask which persisters live: {refused[0]}")
+
+
+# -- nodes -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """One node.
+    """What a node reports: state, configuration, clock and health.
 
     Attributes:
         name: in the cluster.
-        varz: what its monitoring port says at ``/varz``.
+        varz: what its monitoring port returns at ``/varz``.
         trouble: why it is not healthy; empty when it is.
         ahead: how far its clock is ahead of ours, seconds.
         uncertain: how far off that may be, seconds.
@@ -599,13 +515,16 @@ class NodeState:
 
 
 async def ask_nodes(nc: Connection) -> list[NodeState]:
-    """Return every node that answers, by name; none where nobody lets this user ask.
+    """Return every node that answers, by name; none where this user may not ask.
+
+    The same as on each monitoring port, which is on loopback: the system account exports these two questions to the
+    account of the streams (``accounts.conf``), and each node hears those that any connection asks.
 
     Raises LogUnavailableError: the connection is gone.
     """
     found = []
-    if states := await everybody(nc, NODES_STATE):
-        health = {answer.document["server"]["name"]: answer.document for answer in await everybody(nc, NODES_HEALTH)}
+    if states := await _ask_all(nc, NODES_STATE):
+        health = {answer.document["server"]["name"]: answer.document for answer in await _ask_all(nc, NODES_HEALTH)}
         for answer in states:
             varz = answer.document["data"]
             found.append(node_state(varz, _trouble(health.get(varz["server_name"], {})), answer.after, answer.at))
@@ -613,7 +532,7 @@ async def ask_nodes(nc: Connection) -> list[NodeState]:
 
 
 def node_state(varz: Mapping[str, Any], trouble: str, after: float, at: float) -> NodeState:
-    """Judge the clock of a node by its ``/varz``, which came at *at* (s since 1970), *after* so many seconds."""
+    """Compare the clock of a node by its ``/varz``, which came at *at* (s since 1970), *after* so many seconds."""
     said = datetime.fromisoformat(varz["now"]).timestamp()
     return NodeState(str(varz["server_name"]), varz, trouble, said - (at - after / 2), after / 2)
 
@@ -621,3 +540,45 @@ def node_state(varz: Mapping[str, Any], trouble: str, after: float, at: float) -
 def _trouble(answer: Mapping[str, Any]) -> str:
     data = answer.get("data") or {}
     return "" if data.get("status") == "ok" else str(data.get("error") or "no answer")
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A JSON document that came *after* so many seconds, *at* a time in seconds since 1970."""
+
+    document: dict[str, Any]
+    after: float
+    at: float
+
+
+async def _ask_all(nc: Connection, subject: str) -> list[_Answer]:
+    """Return the answers of all who subscribe to *subject*. Raises LogUnavailableError: the connection is gone."""
+    answers: asyncio.Queue[tuple[Msg, float]] = asyncio.Queue()
+    inbox = nc.new_inbox()
+
+    async def keep(message: Msg) -> None:
+        answers.put_nowait((message, time.time()))
+
+    try:
+        subscription = await nc.subscribe(inbox, cb=keep)
+        try:
+            asked = time.time()
+            await nc.publish(subject, reply=inbox)
+            return await _collected(answers, asked)
+        finally:
+            await subscription.unsubscribe()
+    except (nats.errors.Error, OSError) as error:
+        raise LogUnavailableError(f"{subject}: {type(error).__name__}") from error
+
+
+async def _collected(answers: asyncio.Queue[tuple[Msg, float]], asked: float) -> list[_Answer]:
+    found: list[_Answer] = []
+    try:
+        while True:
+            async with asyncio.timeout(_NEXT_ANSWER if found else _FIRST_ANSWER):
+                message, at = await answers.get()
+            if not message.data:  # status 503: there is no subscriber
+                return found
+            found.append(_Answer(orjson.loads(message.data), at - asked, at))
+    except TimeoutError:
+        return found
