@@ -60,7 +60,7 @@ class PermanentApiError(ApiError, LogRefusedError):
 
 
 class NoRespondersError(LogUnavailableError):
-    """Raised when nobody serves the JetStream API: it is off, or the user may not call it."""
+    """Raised when no server answers for the JetStream API: it is off, or the user may not call it."""
 
 
 class StoredMessage(TypedDict):
@@ -89,7 +89,7 @@ class JetStreamApi:
     ) -> dict[str, Any]:
         """Send *body* to ``$JS.API.<suffix>`` and return the answer.
 
-        Raises ApiError: the broker answered with an error; NoRespondersError: nobody serves the API;
+        Raises ApiError: the broker answered with an error; NoRespondersError: no server answers for the API;
         LogUnavailableError: no answer within *timeout* seconds, or no connection; the request may still have taken
         effect (creations with three replicas often do).
         """
@@ -148,9 +148,8 @@ class JetStreamApi:
     async def purge(self, stream: str, sequence: int, *, only: str | None = None) -> int:
         """Delete what is below *sequence* and of the subjects *only*; return how many messages that were.
 
-        Raises:
-            LogUnavailableError: no connection, or no answer. It may have taken effect, but takes none at a later
-                connection: the client keeps what it could not send, and by then less might have to go.
+        Raises LogUnavailableError: no connection, or no answer. It may have taken effect, but never takes effect after
+        a reconnect: the client keeps what it could not send, and by then less may have to go.
         """
         suffix = f"STREAM.PURGE.{stream}"
         wanted = {"seq": sequence} if only is None else {"seq": sequence, "filter": only}
@@ -159,9 +158,7 @@ class JetStreamApi:
         try:
             return int((await self.request(suffix, wanted)).get("purged", 0))
         finally:
-            unsent, command = self._nc._pending, f"PUB $JS.API.{suffix} ".encode()
-            unsent[:] = [one for one in unsent if not one.startswith(command)]
-            self._nc._pending_data_size = sum(map(len, unsent))
+            self._nc.drop_unsent(f"PUB $JS.API.{suffix} ")
 
     async def get_message(
         self, stream: str, sequence: int, *, next_of: str | None = None, counted: bool = False
@@ -231,7 +228,7 @@ class JetStreamApi:
         try:
             return await cancellable(self._nc.request(f"$JS.API.{suffix}", payload, timeout=timeout))
         except nats.errors.NoRespondersError:
-            raise NoRespondersError(f"{suffix}: nobody serves the JetStream API") from None
+            raise NoRespondersError(f"{suffix}: no server answers for the JetStream API") from None
         except TimeoutError:
             raise LogUnavailableError(f"{suffix}: no answer within {timeout:g} s") from None
         except (nats.errors.Error, OSError) as error:
@@ -240,7 +237,7 @@ class JetStreamApi:
 
 @asynccontextmanager
 async def inbox(nc: Connection) -> AsyncIterator[tuple[str, asyncio.Queue[Msg]]]:
-    """Hear many answers to one question: a subject of its own to name as *reply*, and the queue into which they come.
+    """Receive many answers to one request: yield a subject to name as *reply*, and the queue into which they come.
 
     Raises nats.errors.Error, OSError: there is no connection.
     """

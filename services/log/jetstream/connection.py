@@ -339,6 +339,11 @@ class Connection(Client):
         if self._flush_queue is not None and self._flush_queue.empty():
             await self._flush_pending()
 
+    def drop_unsent(self, prefix: str) -> None:
+        """Forget commands that begin with *prefix* and could not be sent: nats-py sends them after a reconnect."""
+        self._pending[:] = [one for one in self._pending if not one.startswith(prefix.encode())]
+        self._pending_data_size = sum(map(len, self._pending))
+
     # -- permissions --------------------------------------------------------------------------------------------------
 
     def listen(self, listener: Callable[[Refusal], None]) -> Callable[[], None]:

@@ -449,7 +449,7 @@ async def look_once(nc: Connection, settings: LogSettings) -> LogState:
     try:
         await monitor.look()
         # silence means that no process runs only after this long
-        asked = monitor._heard_since
+        asked = monitor._asked_since
         await asyncio.sleep(0.0 if asked is None else asked + _ANSWER_SECONDS - time.monotonic())
         if (trouble := monitor.state.troubles.get(STREAMS)) is not None:
             raise LogUnavailableError(trouble)

@@ -1,22 +1,22 @@
-"""Where each partition of each store lives: keys of the bucket ``fi-partitions``, which ``nats kv`` shows.
+"""Which volume has each partition of each store: keys of the bucket ``fi-partitions``, which ``nats kv`` shows.
 
 ::
 
     <store>.<pp>   {"volume": UUID, "epoch": 1, "committed": 0, "message_id": "", "begins": 1, "stream_created": ...}
     <store>        {"formed": true, "volumes": [UUID, ...], "stream_created": ...}; false: it is about to begin
-    _stores        {"stores": [name, ...], "stream_created": ...}: told by an operator after the bucket was lost
+    _stores        {"stores": [name, ...], "stream_created": ...}: set by an operator after the bucket was lost
 
 A volume claims a partition by creating its key: the broker lets exactly one claim win. From then on only the owner
 changes it, each time expecting the revision that it knows. So a persister whose partition was placed anew, by ``fiq
-restore`` or ``fiq give-up``, finds out at its next update. The store's own key says that all of its partitions were
-placed once: after that a partition without a key is an error and never claimed.
+restore`` or ``fiq give-up``, learns that at its next update. The store's own key says that all of its partitions were
+placed once; after that a partition without a key is an error and never claimed.
 
-Sequences count in one stream of events. The values name it by its creation time, and what belongs to another one does
-not count here, as if there were no such key.
+Sequences are of one stream of events. The values name it by its creation time; a value of another stream counts as if
+there were no such key.
 
-Everything that decides is as new as the bucket's leader, or guarded by a revision. A put that is not answered may have
-taken effect, so each one is followed by a look. A put is a plain publish, and everybody who subscribes to the keys'
-subjects sees it, taken or refused: that is the hint to read again (docs/adr/0021).
+Every read that decides is as new as the bucket's leader, or guarded by a revision. A put without an answer may have
+taken effect, so the key is read again. A put is a plain publish: all who subscribe to the keys' subjects see it, taken
+or refused, which is the hint to read again (docs/adr/0021).
 """
 
 from __future__ import annotations
@@ -59,12 +59,11 @@ _REPLICA_SECONDS = 1.0
 KEYS_SECONDS = 2.0
 #: a purge that goes by earlier keys may take effect for so long after they changed, seconds
 FENCE_SECONDS = KEYS_SECONDS + REQUEST_TIMEOUT_SECONDS
-#: how often a put is tried whose outcome is unknown, or that lost to an update of the same owner
+#: attempts of a put whose outcome is unknown, or that lost to an update of the same owner
 _TRIES = 5
-
-#: pause before it, seconds: the update that it lost to may not be readable yet
+#: pause before the next one, seconds: the update that it lost to may not be readable yet
 _PAUSE_SECONDS = 0.05
-#: the same where the bucket's leader does not have what we put: one that was elected just now may still be applying it
+#: the same, seconds, where the bucket's leader lacks what we put: a newly elected one may still be applying it
 _LAG_PAUSE_SECONDS = 0.5
 
 #: the key has another revision than the put expects; the second one: another put of it is under way
@@ -101,7 +100,7 @@ _ABSENT = _Entry(0, None)
 
 
 class Placements:
-    """Reads, claims, updates and renews the places of one store's partitions."""
+    """The placements of one store's partitions; see :class:`services.log.protocol.Placements`."""
 
     def __init__(self, nc: Connection, settings: LogSettings) -> None:
         self._nc = nc
@@ -114,7 +113,7 @@ class Placements:
 
     @property
     def reconnects(self) -> int:
-        """How often the connection was made anew: what was published meanwhile was not seen."""
+        """How often the connection was made again: what was published meanwhile was not seen."""
         return self._nc.reconnects
 
     @property
@@ -127,48 +126,31 @@ class Placements:
         return f"key {placement_key(self._store, partition)} of bucket {BUCKET}"
 
     async def read(self) -> StorePlacement:
-        """Return where the store's partitions live, as new as the bucket's leader has it.
-
-        Raises:
-            LogMismatchError: there is no stream of events.
-            PlacementError: there is no bucket.
-            LogUnavailableError: the broker did not answer.
-        """
+        """Return where the store's partitions are, as new as the bucket's leader has it."""
         created, first, entries, _ = await _read(self._nc, self._store)
         found = _store(self._store, entries, created, first, range(self._partitions))
         self._created, self._known = created, found.partitions
         return found
 
     async def claim(self, partition: int, volume: str, epoch: int, *, begins: int) -> Placement:
-        """Place *partition* on *volume* unless it is placed already; return where it lives now.
-
-        Raises:
-            PlacementError: its key was deleted: only an operator knows where it lives.
-            LogUnavailableError: the outcome is not known; call again.
-        """
+        """Place *partition* on *volume* unless it is placed already; return where it is now."""
         wanted = Placement(partition, volume, epoch, begins - 1, begins, 0)
         return await self._create(wanted, over_deleted=False)
 
     async def place(self, placement: Placement) -> Placement:
-        """Place a partition that has no key, or whose key was deleted, as an operator says; return where it lives now.
+        """Place a partition that has no key, or whose key was deleted, for an operator; return where it is now.
 
         Raises LogUnavailableError: the outcome is not known; call again.
         """
         return await self._create(placement, over_deleted=True)
 
     async def begin(self) -> bool:
-        """Note that the store is about to begin, and return whether others, which trim nothing more, exist.
-
-        Raises LogUnavailableError: the outcome is not known; call again.
-        """
+        """Note that the store is about to begin, and return whether other stores exist, which now trim nothing more."""
         await self._note(self._store, {"formed": False})
         return bool((await read_stores(self._nc)).keys() - {self._store})
 
     async def form(self, volumes: Collection[str]) -> None:
-        """Note that every partition of the store is placed, on *volumes*. Idempotent.
-
-        Raises LogUnavailableError: the outcome is not known; call again.
-        """
+        """Note that every partition of the store is placed, on *volumes*. Idempotent."""
         await self._note(self._store, {"formed": True, "volumes": sorted(volumes)})
 
     async def name_stores(self, others: Collection[str]) -> None:
@@ -195,10 +177,8 @@ class Placements:
     async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
         """Put that the file of *placement* has reached *committed*; return the placement as it is now.
 
-        Raises:
-            PlacementError: the partition was placed anew, its key was deleted, the bucket was set back, or another
-                process has put progress since this one did.
-            LogUnavailableError: the outcome is not known; call again.
+        Raises PlacementError: the partition was placed anew, its key was deleted, the bucket was set back, or another
+        process has put progress since this one did; LogUnavailableError: the outcome is not known; call again.
         """
         wanted = replace(placement, committed=committed, message_id=message_id, writer=self._writer)
         lacking = False
@@ -227,16 +207,15 @@ class Placements:
         raise LogUnavailableError(f"progress of partition {partition_name(placement.partition)} could not be put")
 
     async def renew(self, placement: Placement, *, epoch: int, committed: int) -> Placement:
-        """Place a partition once more where it lives: from now on a file of an older epoch is refused.
+        """Place a partition once more where it is: from now on a file of an older epoch is refused.
 
         Args:
             placement: as it was read; its ``begins`` is written, too.
             epoch: above that of *placement*.
             committed: what the file that is put there has reached; nothing behind it is trimmed.
 
-        Raises:
-            PlacementError: the key has changed since *placement* was read.
-            LogUnavailableError: the outcome is not known; look again.
+        Raises PlacementError: the key has changed since *placement* was read; LogUnavailableError: the outcome is not
+        known; read again.
         """
         message_id = placement.message_id if committed == placement.committed else ""
         wanted = replace(placement, epoch=epoch, committed=committed, message_id=message_id)
@@ -252,7 +231,7 @@ class Placements:
         raise LogUnavailableError(f"partition {partition_name(placement.partition)} could not be placed anew")
 
     async def get(self, partition: int) -> Placement | None:
-        """Return where *partition* lives as the bucket's leader has it; None when no key says so.
+        """Return where *partition* is as the bucket's leader has it; None when no key says so.
 
         Raises LogUnavailableError: the broker did not answer.
         """
@@ -261,7 +240,7 @@ class Placements:
         return None if entry.of_another(created) else entry.placement(partition)
 
     async def history(self, partition: int) -> tuple[Placement, ...]:
-        """Return where the kept history of the partition's key says that it lived, the newest last.
+        """Return where the partition was by the kept history of its key, the newest last.
 
         Raises LogUnavailableError: the broker did not answer.
         """
@@ -275,10 +254,9 @@ class Placements:
 
     @asynccontextmanager
     async def watching(self, on_change: Callable[[], None]) -> AsyncIterator[None]:
-        """Call *on_change* whenever it is worth reading again: not for the owners' progress, which changes no place.
+        """Call *on_change* whenever it is worth reading again, while the body runs: not for progress of the owners.
 
-        The subscription is a plain one: what is published while the connection is away is not seen, so read again after
-        a reconnect, and now and then.
+        What is published while the connection is lost is not seen: read again after a reconnect, and now and then.
         """
 
         async def look(message: Msg) -> None:
@@ -356,16 +334,14 @@ class Placements:
 
 
 async def read_stores(nc: Connection, *, every: bool = False) -> dict[str, StorePlacement]:
-    """Return where the partitions of every store live, as new as the bucket's leader has it.
+    """Return where the partitions of every store are, as new as the bucket's leader has it.
 
     Args:
         nc: a connected client.
         every: refuse a bucket that may lack a store: one that was made over a stream with events.
 
-    Raises:
-        LogMismatchError: there is no stream of events.
-        PlacementError: there is no bucket, or *every* store is asked for and an operator has to name them first.
-        LogUnavailableError: the broker did not answer.
+    Raises LogMismatchError: there is no stream of events; PlacementError: there is no bucket, or *every* store is
+    asked for and an operator has to name them first; LogUnavailableError: the broker did not answer.
     """
     created, first, entries, late = await _read(nc)
     told = entries.get(_STORES, _ABSENT)

@@ -1,9 +1,9 @@
 """Reads events back: what the corpus holds, then what still waits in the stream.
 
-Nothing is skipped, shown twice or out of order, and what a client was told is stored is there at once. The order of
-the questions makes that so. The partition's position is asked, then the stream is read behind it, then the corpus is
-asked *again*: trim deletes nothing that was not committed when it did, so what the stream lost meanwhile lies below the
-second position, in rows that the second answer has, and what the stream showed above it is complete.
+Nothing is skipped, shown twice or out of order, and an event is visible as soon as its client got the 202. The order of
+the questions ensures that. The partition's position is asked, then the stream is read after it, then the corpus is
+asked *again*: trim deletes only what is committed, so what the stream lost meanwhile is below the second position, in
+rows of the second answer, and what the stream showed above it is complete.
 
 The stream may hold an event twice, when it was retried after the broker's window; the corpus holds the first. So an
 event of the stream counts only when neither the corpus nor an earlier message there has its id.
@@ -11,8 +11,8 @@ event of the stream counts only when neither the corpus nor an earlier message t
 A direct get (ADR-31) is answered by any replica, and one that lags does not have the newest messages. So the stream's
 leader is asked first for the last sequence of the subject: it has applied what it acknowledged. Where a direct get ends
 before that, the rest is fetched from the leader, one by one. The answers of a batch are plain messages, which NATS
-delivers at most once: a reconnect or a slow client loses some. Each says which sequence was sent before it, and the end
-says which was the last: behind a hole it is asked again.
+delivers at most once: a reconnect or a slow client loses some. Each names the sequence that was sent before it, and the
+end names the last one; after a gap the rest is asked for again.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ BATCH_MESSAGES, BATCH_BYTES = 256, 1 << 20
 _TRIES = 3
 _DIRECT_GET = f"$JS.API.DIRECT.GET.{STREAM}"
 
-#: position in the stream, and the event there; None for what is none
+#: position in the stream, and the event there; None for poison
 Numbered = tuple[int, Event | None]
 
 
 @dataclass(slots=True)
 class _Tail:
-    """What the stream holds behind a position."""
+    """What the stream holds after a position."""
 
     events: list[tuple[int, Event]]
     reached: int
@@ -115,12 +115,9 @@ class JetStreamReader(EventBrowser):
         return known
 
     async def page(self, consultation: str, after: int, limit: int) -> Page:
-        """Return at most *limit* events of *consultation* behind *after*, and where to go on.
+        """Return at most *limit* events of *consultation* after *after*, and where to go on; bounded in bytes, too.
 
-        A page may be shorter although there are more: it is bounded in bytes, too.
-
-        Raises CorpusAwayError: the partition's persister does not answer, and the stream alone cannot show all;
-        LogUnavailableError: the log does not answer in time; LogRefusedError: an operator must act.
+        Raises CorpusAwayError: the partition's persister does not answer, and the stream alone cannot show all.
         """
         while True:
             page = await self._page(consultation, after, limit)
@@ -129,7 +126,7 @@ class JetStreamReader(EventBrowser):
             after = page.reached  # nothing but copies and poison up to there
 
     async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
-        """Return the event wherever it is, corpus or stream, or None when neither holds it; raises as :meth:`page`."""
+        """Return the event from corpus or stream, or None when neither holds it."""
         partition = self._partition(consultation)
         try:
             found, committed = await self._corpus.find(partition, consultation, [event_id])
@@ -150,12 +147,7 @@ class JetStreamReader(EventBrowser):
         return persisted(consultation, answer.rows[0]) if answer.rows else None
 
     async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
-        """Return the sorted ids of at most *limit* consultations of the corpus, and whether there are more behind them.
-
-        Those whose first event was not persisted yet are not among them.
-
-        Raises CorpusAwayError: a partition's persister does not answer; LogUnavailableError: there is no connection.
-        """
+        """Return the sorted ids of at most *limit* persisted consultations, and whether there are more."""
         question = Consultations(prefix, after, limit)
         asked = [self._corpus.consultations(partition, question) for partition in range(self._partitions)]
         answers = await asyncio.gather(*asked)
@@ -163,7 +155,7 @@ class JetStreamReader(EventBrowser):
         return names[:limit], len(names) > limit or any(answer.more for answer in answers)
 
     async def has_news(self, consultation: str, after: int) -> bool:
-        """Return whether the stream has a message of *consultation* behind *after*; cheap, and perhaps a moment late.
+        """Return whether the stream has a message of *consultation* after *after*; cheap, and perhaps a moment late.
 
         Raises LogUnavailableError: no answer.
         """
@@ -212,7 +204,7 @@ class JetStreamReader(EventBrowser):
         return Page(events, max(reached, position, events[-1].sequence if events else 0), more)
 
     async def _tail(self, consultation: str, base: int, after: int, end: int, limit: int) -> _Tail:
-        """Return the first *limit* new events behind *after* that the stream holds; those from *base* on are known."""
+        """Return the first *limit* new events after *after* that the stream holds; those from *base* on are known."""
         seen: set[UUID] = set()
         found = _Tail([], after, more=False)
         size = 0
@@ -239,7 +231,7 @@ class JetStreamReader(EventBrowser):
         return new
 
     async def _from_stream(self, consultation: str, after: int, limit: int, end: int, away: CorpusAwayError) -> Page:
-        """Return a page of what the stream alone holds, if it has lost nothing behind *after*."""
+        """Return a page of what the stream alone holds, if it has lost nothing after *after*."""
         if await self._stream.lacks(after):
             raise away
         tail = await self._tail(consultation, 0, after, end, limit)
@@ -295,7 +287,7 @@ class StreamReading:
         return 0 if found is None else found["seq"]
 
     async def lacks(self, after: int) -> bool:
-        """Return whether trim may have deleted anything behind *after*: in a full stream also in its middle.
+        """Return whether trim may have deleted anything after *after*: in a full stream also in its middle.
 
         Raises LogUnavailableError: no answer, or no stream.
         """
@@ -314,7 +306,7 @@ class StreamReading:
         return dict(info["state"])
 
     async def at(self, sequence: int) -> Numbered | None:
-        """Return what stands at *sequence*; None when the stream holds nothing there.
+        """Return what is at *sequence*; None when the stream holds nothing there.
 
         Raises LogUnavailableError: no answer.
         """
@@ -324,7 +316,7 @@ class StreamReading:
         return None if message is None else (sequence, _event(message["subject"], message["headers"], message["data"]))
 
     async def has_news(self, partition: int, consultation: str, after: int) -> bool:
-        """Return whether some replica has a message of the consultation behind *after*: cheap, and perhaps late.
+        """Return whether some replica has a message of the consultation after *after*: cheap, and perhaps late.
 
         Raises LogUnavailableError: no answer.
         """
@@ -332,7 +324,7 @@ class StreamReading:
         return await self._api.get_message(STREAM, after + 1, next_of=subject) is not None
 
     async def tail(self, partition: int, consultation: str, after: int, last: int) -> AsyncIterator[Numbered]:
-        """Yield each message of the consultation behind *after* up to *last*, which the leader told.
+        """Yield each message of the consultation after *after* up to *last*, which the leader reported.
 
         Raises LogUnavailableError: no answer.
         """

@@ -1,8 +1,16 @@
-"""Creates the streams, or checks that they are what the settings ask for.
+"""The streams: names, definitions, provisioning, and a report of what one holds.
 
-Idempotent, and safe when several processes do it at once while the cluster still elects its leaders: whatever is
-transient is tried again until a deadline, and every round starts from what the broker holds now, because a creation
-that timed out may have taken effect.
+An event is published on ``fi.events.<consultation>``; the server's subject transform stores it under
+``fi.events.<partition>.<consultation>``. The names come from the users' own documents and are part of the product.
+
+Provisioning creates the streams, or checks that they are what the settings ask for. It is idempotent, and safe when
+several processes do it at the same time while the cluster still elects its leaders: what is transient is tried again
+until a deadline, and every round starts from what the broker holds now, because a creation that timed out may have
+taken effect.
+
+Limits that are higher in the settings than on the stream are raised. ``max_bytes`` is lowered only where what is stored
+leaves a quarter of itself, and at least 8 MiB, free below the new limit: the broker drops the oldest messages of a
+stream that is above its new limit (nats-server #2589), and events may arrive between the check and the change.
 """
 
 from __future__ import annotations
@@ -23,11 +31,6 @@ from services.log.settings import LogSettings
 from services.log.status import ReplicaReport, StreamReport
 
 # -- names -------------------------------------------------------------------------------------------------------------
-#
-# Names on the broker: streams, subjects, consumers, metadata keys.
-#
-# An event is published on ``fi.events.<consultation>``; the server's subject transform files it under
-# ``fi.events.<partition>.<consultation>``. The names come from the users' own documents and are part of the product.
 
 #: the stream of events
 STREAM = EVENT_LOG
@@ -41,7 +44,7 @@ BUCKET_PREFIX = f"$KV.{BUCKET}"
 
 #: prefix of the events' subjects, as published and as stored
 EVENTS_PREFIX = "fi.events"
-#: what clients may publish; one token behind the prefix: the consultation
+#: what may be published; the token after the prefix is the consultation
 EVENTS_SUBJECT = f"{EVENTS_PREFIX}.*"
 #: prefix of the dead letters' subjects
 DEAD_PREFIX = "fi.dead"
@@ -51,12 +54,12 @@ DEAD_SUBJECT = f"{DEAD_PREFIX}.>"
 #: prefix of the subjects on which persisters answer questions about the corpus
 CORPUS_PREFIX = "fi.corpus"
 
-#: prefix of the subjects on which every node tells of itself, as on its monitoring port; `ops` may ask
+#: prefix of the subjects on which every node reports what its monitoring port does; `ops` may ask
 NODES_PREFIX = "fi.nodes"
-#: what it tells there: its state and configuration, and whether it is healthy
+#: its state and configuration, and whether it is healthy
 NODES_STATE, NODES_HEALTH = f"{NODES_PREFIX}.varz", f"{NODES_PREFIX}.healthz"
 
-#: beginning of each persister consumer's name
+#: prefix of the names of the persisters' consumers
 WORKERS_PREFIX = "fi-workers"
 
 #: metadata of the streams: version of these definitions
@@ -137,8 +140,6 @@ def subject_transform(partitions: int) -> dict[str, str]:
 
 
 # -- definitions -------------------------------------------------------------------------------------------------------
-#
-# What the streams and consumers are: bodies of ``STREAM.CREATE`` and ``CONSUMER.CREATE`` (DESIGN, section 5).
 
 Config = Mapping[str, Any]
 
@@ -263,13 +264,6 @@ def _window(settings: LogSettings) -> int:
     return round(settings.duplicate_window * _NANOSECONDS)
 
 
-# -- Compares a stream with what the definitions ask for: what to change, and what must not be changed ---------------
-#
-# Limits that are higher in the settings than on the stream are raised. ``max_bytes`` is lowered only where what is
-# stored leaves a quarter of itself, and at least 8 MiB, free below the new limit: the broker drops the oldest messages
-# of a stream that is above its new limit (nats-server #2589), and events may arrive between the check and the change.
-
-
 def changes(wanted: Config, current: Config, stored_bytes: int) -> dict[str, Any]:
     """Return the fields of *current*, a stream's configuration, that must become those of *wanted*.
 
@@ -344,9 +338,7 @@ def size_setting(stream: str) -> str:
     return "FI_DEAD_MAX_BYTES" if stream == DEAD_STREAM else "FI_STREAM_MAX_BYTES"
 
 
-# -- report ------------------------------------------------------------------------------------------------------------
-#
-# A stream as an operator wants to see it: its replicas, its room, how far it reaches.
+# -- what a stream holds -----------------------------------------------------------------------------------------------
 
 
 def read_stream(info: Mapping[str, Any]) -> StreamReport:
@@ -356,7 +348,6 @@ def read_stream(info: Mapping[str, Any]) -> StreamReport:
     return StreamReport(
         created=info["created"],
         partitions=int(partitions) if partitions.isdigit() else 0,
-        # a server without a cluster has nobody else to lead
         leader=cluster.get("leader", "") if cluster is not None else "(single server)",
         replicas=tuple(_replica(peer) for peer in (cluster or {}).get("replicas") or ()),
         messages=state["messages"],
@@ -409,19 +400,19 @@ async def provision(nc: Connection, settings: LogSettings, *, deadline: float = 
         settings: the wanted state.
         deadline: seconds for everything.
 
-    Raises ProvisionError: the server or an existing stream stands against it; the message says what to do;
-    LogUnavailableError: the cluster was not able to within *deadline*; call again.
+    Raises ProvisionError: the server or an existing stream prevents it; the message says what to do;
+    LogUnavailableError: the cluster was not ready within *deadline*; call again.
     """
     check_version(str(nc.server_info.get("version", "")))
     api = JetStreamApi(nc, timeout=min(ANSWER_SECONDS, deadline))
-    patience = _Patience(deadline)
+    retries = _Retries(deadline)
     try:
-        await patience.retry(lambda: _enabled(nc, api.request("INFO")))
-        info = await patience.retry(lambda: _ensure(api, stream_config(settings), patience))
-        await patience.retry(lambda: _ensure(api, dead_stream_config(settings), patience))
-        # who had keys in an earlier bucket is then not known: nothing is trimmed until an operator has told
+        await retries.retry(lambda: _enabled(nc, api.request("INFO")))
+        info = await retries.retry(lambda: _ensure(api, stream_config(settings), retries))
+        await retries.retry(lambda: _ensure(api, dead_stream_config(settings), retries))
+        # which stores had keys in an earlier bucket is then not known: nothing is trimmed until an operator names them
         late = {LATE_KEY: info["created"]} if info["state"]["last_seq"] else {}
-        await patience.retry(lambda: _ensure(api, bucket_config(settings), patience, at_creation=late))
+        await retries.retry(lambda: _ensure(api, bucket_config(settings), retries, at_creation=late))
     except LogForbiddenError as error:
         raise ProvisionError(
             f"the NATS user may not provision ({error}): run `fiq provision` as one who may, and set "
@@ -439,7 +430,7 @@ async def stream_identity(nc: Connection, settings: LogSettings, *, deadline: fl
     check_version(str(nc.server_info.get("version", "")))
     api = JetStreamApi(nc, timeout=min(ANSWER_SECONDS, deadline))
     # not INFO of the account: a persister that does not provision may have no right to ask for it
-    info = await _Patience(deadline).retry(lambda: _enabled(nc, api.stream_info(STREAM)))
+    info = await _Retries(deadline).retry(lambda: _enabled(nc, api.stream_info(STREAM)))
     if info is None:
         raise ProvisionError(f"stream {STREAM} does not exist: run `fiq provision`, or set FI_PROVISION=true")
     check_ownership(stream_config(settings), info["config"])
@@ -462,7 +453,7 @@ def _identity(info: Mapping[str, Any]) -> LogIdentity:
 
 
 async def _enabled(nc: Connection, request: Awaitable[T]) -> T:
-    """Return the answer to *request*, or say that it can never come because JetStream is off."""
+    """Return the answer to *request*; raise ProvisionError when JetStream is off and none can come."""
     try:
         return await request
     except NoRespondersError:
@@ -483,37 +474,37 @@ def _not_enabled() -> ProvisionError:
 
 
 async def _ensure(
-    api: JetStreamApi, wanted: Config, patience: _Patience, *, at_creation: Mapping[str, str] | None = None
+    api: JetStreamApi, wanted: Config, retries: _Retries, *, at_creation: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Bring one stream to *wanted* and return its info; one round, to be repeated when it says "unavailable"."""
     info = await api.stream_info(wanted["name"])
     if info is None:
         metadata = {**wanted["metadata"], **(at_creation or {})}
-        return await _change(api, "CREATE", {**wanted, "metadata": metadata}, patience)
+        return await _change(api, "CREATE", {**wanted, "metadata": metadata}, retries)
     check_version(_own_version(info["config"]))
     different = changes(wanted, info["config"], info["state"]["bytes"])
     if not different:
         return info
     before = {key: info["config"].get(key) for key in different}
     config = {**info["config"], "metadata": own_metadata(info["config"]), **different}
-    info = await _change(api, "UPDATE", config, patience)
+    info = await _change(api, "UPDATE", config, retries)
     _log.warning("LOG_STREAM_CHANGED", stream=wanted["name"], before=before, after=different)
     return info
 
 
 def _own_version(config: Config) -> str:
-    """Return the version of the server that leads the stream, which need not be the one we are connected to."""
+    """Return the version of the server that leads the stream, which may be another than the connected one."""
     return str((config.get("metadata") or {}).get("_nats.ver", ".".join(map(str, MINIMUM_VERSION))))
 
 
-async def _change(api: JetStreamApi, verb: str, config: Config, patience: _Patience) -> dict[str, Any]:
+async def _change(api: JetStreamApi, verb: str, config: Config, retries: _Retries) -> dict[str, Any]:
     try:
         return await api.request(f"STREAM.{verb}.{config['name']}", config)
     except ApiError as error:
         if isinstance(error, LogUnavailableError):
             raise
-        if error.err_code == _EXISTS_DIFFERENTLY or (error.err_code in _NO_PLACE and patience.elapsed < GRACE_SECONDS):
-            # somebody created it after our look, or the nodes have only just come up: look again
+        if error.err_code == _EXISTS_DIFFERENTLY or (error.err_code in _NO_PLACE and retries.elapsed < GRACE_SECONDS):
+            # another process created it after our look, or the nodes have only just come up: look again
             raise LogUnavailableError(str(error)) from error
         raise ProvisionError(_refusal(error, config)) from error
 
@@ -538,8 +529,8 @@ def _refusal(error: ApiError, config: Config) -> str:
     return f"stream {name} is refused: {error}"
 
 
-class _Patience:
-    """Repeats what is unavailable just now until the time is over."""
+class _Retries:
+    """Repeats what is unavailable until a deadline."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

@@ -1,9 +1,9 @@
 """Deletes from the stream what every store has committed: the broker itself deletes nothing (DESIGN, section 5).
 
 What counts as committed is what the keys of all stores say (:mod:`.placement`), read from the bucket's leader before
-each purge, and nothing more: a partition of a store that has no key has committed nothing. A file that is behind its
-key is an old copy, and only such a file can lack an event that is gone. A key whose message id the stream does not
-have there counts for nothing: the stream was set back, and what clients posted since is in no file.
+each purge. A partition of a store without a key has committed nothing. Only a file that has less than its key says can
+lack an event that is gone; such a file is an old copy. A key whose message id the stream does not have there does not
+count: the stream was set back, and what clients posted since is in no file.
 
 An event goes when it is older than the retention, or when the stream is more than 70 % full: then the oldest go first
 until it is 60 % full. An event is old when it is old both by the clock of the stream's leader and by our own, and no
@@ -11,10 +11,10 @@ event counts as older than one that was stored before it: so no clock that jumps
 
 All purges are slices, with pauses between them: a purge stops publishing while the leader works on it. Measured on
 three nodes: 2,000 events by sequence 6 ms, by filter 40 µs an event. Slices by sequence go up to the lowest committed
-sequence of all partitions. A partition that is stopped or away holds that back; in a full stream the committed events
-of the others then go by filter, partition by partition, so it keeps its own events only.
+sequence of all partitions. A partition that is stopped or not running holds that back; in a full stream the committed
+events of the others then go by filter, partition by partition, so it holds back only its own.
 
-One process trims: the one that runs the lowest partition that is run at all. Several do no harm.
+One process trims: the one that runs the lowest partition of those that are run. Several do no harm.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Trimmer:
     Args:
         nc: a connected client.
         retention: seconds for which committed events stay readable while there is room.
-        on_round: told what each round of :meth:`run` did.
+        on_round: called with what each round of :meth:`run` did.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Trimmer:
         self._compared: dict[tuple[str, int], tuple[int, str, int, bool]] = {}  # what was found of the keys
 
     async def run(self, is_turn: Callable[[], bool]) -> None:
-        """Trim for ever, whenever it *is_turn* of this process; what fails is logged and tried again."""
+        """Trim until cancelled, whenever it *is_turn* of this process; failures are logged and tried again."""
         while True:
             if is_turn():
                 try:
@@ -108,10 +108,8 @@ class Trimmer:
     async def trim(self) -> Trimmed:
         """Delete what may go, slice by slice.
 
-        Raises:
-            LogMismatchError: there is no stream.
-            LogUnavailableError: the broker did not answer.
-            PlacementError: there is no bucket that says where the partitions of all stores live.
+        Raises LogMismatchError: there is no stream; LogUnavailableError: the broker did not answer; PlacementError: the
+        placements of all stores are not known.
         """
         purged = 0
         full = False
@@ -240,6 +238,6 @@ def committed_everywhere(
 
 
 def is_turn(state: LogState, store: str, own: Collection[int]) -> bool:
-    """Tell whether the process that runs partitions *own* of *store* is the one that trims."""
+    """Return whether the process that runs partitions *own* of *store* is the one that trims."""
     owned = [(partition, one.store) for one in state.processes or () for partition in one.partitions]
     return bool(own) and (min(own), store) <= min(owned, default=(min(own), store))
