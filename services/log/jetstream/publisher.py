@@ -73,7 +73,7 @@ MAX_BATCH = 1000
 MAX_BATCHES_UNDER_WAY = 8
 #: a batch takes the cluster longer than one event, and a needless repetition costs all of it: an attempt waits so many
 #: times as long
-_BATCH_PATIENCE = 3.0
+_BATCH_ATTEMPT_FACTOR = 3.0
 #: events of one batch that are published one by one at the same time
 MAX_SINGLES = 64
 #: share of the time that is left in which ingest asks which events are known
@@ -282,7 +282,7 @@ class Publisher(EventWriter):
         send: Callable[[], Awaitable[TryAgain | None]],
         read: Callable[[Received], T | TryAgain],
         what: str = "message",
-        patience: float = 1.0,
+        attempt_factor: float = 1.0,
         unanswered: bool = False,
     ) -> T:
         """Send until an answer says what became of it, or until *end*.
@@ -293,13 +293,13 @@ class Publisher(EventWriter):
             send: sends it, or returns why not.
             read: what an answer says.
             what: it is, for the message of an error.
-            patience: how many times as long as for one event an attempt waits.
+            attempt_factor: how many times as long as for one event an attempt waits.
             unanswered: an earlier attempt of ours may still be in flight: then a duplicate is not another writer's.
         """
         trouble = TryAgain("no answer")
         for seconds, pause in _waits():
             not_sent = await send()
-            answer = await self._exchange.answer(slot, end, patience * seconds if not_sent is None else pause)
+            answer = await self._exchange.answer(slot, end, attempt_factor * seconds if not_sent is None else pause)
             if answer is None:
                 trouble = not_sent or TryAgain(f"no answer within {self._deadline:g} s")
                 unanswered = unanswered or not_sent is None
@@ -384,7 +384,7 @@ class Publisher(EventWriter):
         """
         slot = self._exchange.open(subject_of(events[0].consultation))
         try:
-            seconds = _BATCH_PATIENCE * ATTEMPT_SECONDS
+            seconds = _BATCH_ATTEMPT_FACTOR * ATTEMPT_SECONDS
             end = min(end, self._loop.time() + seconds)
             if await self._send_batch(events, slot, end) is not None:
                 return None
@@ -414,7 +414,7 @@ class Publisher(EventWriter):
                 send=lambda: self._send_batch(events, slot, end),
                 read=read,
                 what="batch",
-                patience=_BATCH_PATIENCE,
+                attempt_factor=_BATCH_ATTEMPT_FACTOR,
             )
         finally:
             self._exchange.release(slot)
