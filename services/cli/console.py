@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.table import Table
 
-from services.cli import console
-
-#: categories of characters that a terminal may obey instead of showing: controls, formats (text direction), surrogates
+#: categories of characters that may control a terminal: controls, formats (text direction), surrogates
 _UNSAFE = frozenset({"Cc", "Cf", "Cs"})
 
 
@@ -36,7 +34,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def printable(text: str) -> str:
-    """Return *text* with each character that a terminal might obey written as its JSON escape."""
+    """Return *text* with each character that may control a terminal written as its JSON escape."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -52,10 +50,7 @@ def _escape(character: str) -> str:
 
 @contextmanager
 def bar(description: str) -> Iterator[Callable[[float, str], None]]:
-    """Show a bar while the block runs; yield what sets its fraction (0 to 1) and the text behind it.
-
-    On stderr, and only where that is a terminal.
-    """
+    """Show a progress bar on stderr, if that is a terminal; yield a function that sets its fraction and text."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -66,7 +61,7 @@ def bar(description: str) -> Iterator[Callable[[float, str], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}"),
     )
-    on = console.err()
+    on = err()
     with Progress(*columns, console=on, transient=True, disable=not on.is_terminal) as progress:
         task = progress.add_task(description, total=1.0, detail="")
         yield lambda fraction, detail: progress.update(task, completed=fraction, detail=detail)

@@ -1,4 +1,4 @@
-"""``fiq nats-context``: a context file for the ``nats`` command line (nats-architecture-and-design, ADR-21)."""
+"""``fiq nats-context`` (a context file for the ``nats`` command line, NATS ADR-21) and ``fiq provision``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import typer
 
 from services.cli.errors import CommandError
 from services.cli.init.files import Layout
-from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
+from services.cli.target import FolderOption, ServerOption, Target, check_is_nats, connected, find_cluster
 from services.log.jetstream import stream as names
 from services.log.jetstream.connection import Role, inbox_prefix
 from services.log.jetstream.stream import provision as provision_log
 from services.log.protocol import LogIdentity
 
-#: how a file of ours is told from a user's own
+#: marks files that fiq wrote
 _MARK = "written by fiq"
 
 
 class User(StrEnum):
-    """Users that a person may be; the services' own are theirs."""
+    """Users for people; the others are for services."""
 
     OPS = "ops"
     PROVISIONER = "provisioner"
@@ -45,10 +45,12 @@ def nats_context(
     select: Annotated[bool, typer.Option("--select", help="Make it the context that `nats` uses by default.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a context that fiq did not write.")] = False,
 ) -> None:
-    """Write a context file for the `nats` command line."""
+    """Write a context file for the `nats` command line.
+
+    Then `nats --context fiq stream info fi-events` works.
+    """
     target = find_cluster(server, folder, fallback=user is not None)
-    if target.settings.uses_zeromq:
-        raise CommandError(f"the log at {target.settings.url} has no NATS nodes: there is nothing to look at with nats")
+    check_is_nats(target.settings)
     path = context_path(name)
     access = {} if user is None else access_of(user, deployment)
     write_context(path, ",".join(target.settings.servers), access, force=force)
@@ -58,7 +60,7 @@ def nats_context(
 
 
 def access_of(user: User, deployment: Path) -> dict[str, object]:
-    """Return what a context needs for *user*: where its seed and the authority are, and how to speak TLS.
+    """Return the fields of a context for *user*: paths of its seed and of the authority, and TLS.
 
     Raises CommandError: there is no such file in the folder *deployment*.
     """
@@ -72,9 +74,9 @@ def access_of(user: User, deployment: Path) -> dict[str, object]:
 
 
 def context_path(name: str, env: Mapping[str, str] = os.environ) -> Path:
-    """Return where the ``nats`` command line looks for the context *name*.
+    """Return the path at which the ``nats`` command line looks for the context *name*.
 
-    Raises CommandError: it would be outside of that folder.
+    Raises CommandError: the name would lead out of that folder.
     """
     if not name or ".." in name or "/" in name or os.sep in name or "\0" in name:
         raise CommandError(f"{name!r} cannot be the name of a context: leave out slashes and double dots")
@@ -83,7 +85,7 @@ def context_path(name: str, env: Mapping[str, str] = os.environ) -> Path:
 
 
 def write_context(path: Path, url: str, access: Mapping[str, object], *, force: bool) -> None:
-    """Write the context file; *access* are the fields that say who one is.
+    """Write the context file; *access* are the fields of the user.
 
     Raises CommandError: there is one that fiq did not write, and *force* is not set.
     """

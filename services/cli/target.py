@@ -98,6 +98,14 @@ def find_corpus(corpus: Path | None, folder: Path | None, *, env: Mapping[str, s
     raise CommandError(f"there is no corpus (looked for {looked}): name its data directory with --corpus")
 
 
+def check_is_nats(settings: LogSettings) -> None:
+    """Raise CommandError unless the log is a NATS cluster."""
+    if settings.uses_zeromq:
+        raise CommandError(
+            f"this command needs NATS nodes, and the log at {settings.url} has none: docs/logs.md has alternatives"
+        )
+
+
 @asynccontextmanager
 async def connected(settings: LogSettings, role: Role = Role.OPS) -> AsyncIterator[Connection]:
     """Connect as long as the body runs.
@@ -105,10 +113,7 @@ async def connected(settings: LogSettings, role: Role = Role.OPS) -> AsyncIterat
     Raises CommandError: the log has no nodes; LogAccessError: the nodes refuse the login; LogUnavailableError: none of
     them took the connection.
     """
-    if settings.uses_zeromq:
-        raise CommandError(
-            f"this command needs NATS nodes, and the log at {settings.url} has none: docs/logs.md has alternatives"
-        )
+    check_is_nats(settings)
     connection = await connect(settings, name="fiq", role=role, on_closed=lambda _: None, deadline=_CONNECT_TIMEOUT)
     try:
         yield connection

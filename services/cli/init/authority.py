@@ -1,7 +1,7 @@
 """The deployment's own certificate authority, and the certificates that it signs.
 
 ECDSA on P-256 throughout: nats-server, OpenSSL and Go read it, and a TLS 1.3 handshake takes a millisecond. A node's
-certificate is good for both sides of a connection, because a route is one between equals.
+certificate is valid for clients and servers, because a node is both on a route.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-#: how long the authority itself is good for; replacing it means to visit every process
+#: validity of the authority; replacing it means to change every process
 CA_LIFETIME = timedelta(days=3650)
-#: how long a node's certificate is good for: renewing it once a year is an exercise, not an emergency
+#: validity of a node's certificate: renewing it once a year is an exercise, not an emergency
 NODE_LIFETIME = timedelta(days=398)
-#: clocks of the machines may differ by this much
+#: the machines' clocks may differ by this much
 _BACKDATED = timedelta(hours=1)
 
 _HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*", re.ASCII)
@@ -37,12 +37,9 @@ class Pair:
 
 
 class Authority:
-    """Signs certificates of nodes.
+    """Signs certificates of nodes with the authority's *pair*.
 
-    Args:
-        pair: the authority's own.
-
-    Raises ValueError: no certificate, no key, or they do not belong together.
+    Raises ValueError: it is not a certificate and its key.
     """
 
     def __init__(self, pair: Pair) -> None:
@@ -54,17 +51,17 @@ class Authority:
 
     @property
     def not_after(self) -> datetime:
-        """When the authority's own certificate ends."""
+        """When the authority's own certificate expires."""
         return self._certificate.not_valid_after_utc
 
     def sign(self, name: str, hosts: Sequence[str], *, start: datetime, lifetime: timedelta = NODE_LIFETIME) -> Pair:
         """Make a key and a certificate for the node *name*.
 
         Args:
-            name: its common name, and the first name that it may be reached by.
+            name: its common name, and the first of its host names.
             hosts: further names and addresses.
-            start: from when on it is good.
-            lifetime: and for how long; never longer than the authority's own.
+            start: of its validity.
+            lifetime: of the certificate; never longer than the authority's own.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         end = min(start + lifetime, self.not_after)
@@ -85,7 +82,7 @@ class Authority:
         return _pair(builder.sign(self._key, hashes.SHA256()), key)
 
     def signed(self, certificate: bytes) -> bool:
-        """Say whether *certificate* (PEM) is one of this authority's."""
+        """Return whether this authority signed *certificate* (PEM)."""
         try:
             x509.load_pem_x509_certificate(certificate).verify_directly_issued_by(self._certificate)
         except (ValueError, TypeError, InvalidSignature):
@@ -94,7 +91,7 @@ class Authority:
 
 
 def make_authority(name: str, *, now: datetime) -> Pair:
-    """Make an authority of its own for one deployment."""
+    """Make the authority of one deployment."""
     key = ec.generate_private_key(ec.SECP256R1())
     start = now - _BACKDATED
     builder = (
@@ -107,24 +104,24 @@ def make_authority(name: str, *, now: datetime) -> Pair:
 
 
 def start_of(now: datetime) -> datetime:
-    """Return from when on a certificate made *now* should be good, for machines whose clocks are behind."""
+    """Return the start of validity of a certificate made *now*, for machines whose clocks are behind."""
     return now - _BACKDATED
 
 
 def names_in(certificate: bytes) -> list[str]:
-    """Return the names and addresses that *certificate* (PEM) is for, in its order."""
+    """Return the names and addresses in *certificate* (PEM), in its order."""
     parsed = x509.load_pem_x509_certificate(certificate)
     names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]
 
 
 def not_after(certificate: bytes) -> datetime:
-    """Return when *certificate* (PEM) ends, in UTC."""
+    """Return when *certificate* (PEM) expires, in UTC."""
     return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
 
 
 def belong_together(pair: Pair) -> bool:
-    """Say whether the key of *pair* is the one of its certificate."""
+    """Return whether key and certificate of *pair* belong together."""
     try:
         key = serialization.load_pem_private_key(pair.key, None)
         return key.public_key() == x509.load_pem_x509_certificate(pair.certificate).public_key()
@@ -133,12 +130,12 @@ def belong_together(pair: Pair) -> bool:
 
 
 def check_host(host: str) -> str:
-    """Return *host* when it is a host's name or an address. Raises ValueError: it is neither."""
+    """Return *host*, an address normalised. Raises ValueError: it is neither a host name nor an address."""
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
         if _HOST.fullmatch(host) is None or len(host) > 253:
-            raise ValueError(f"{host!r} is neither a host's name nor an address") from None
+            raise ValueError(f"{host!r} is neither a host name nor an address") from None
         return host
 
 

@@ -1,8 +1,9 @@
-"""Writes secrets: for their owner alone, whole or not at all, and never another file in the place of an old one.
+"""The files of a deployment: where they are, and how secrets are written.
 
-Containers mount single files, and a mount stays with the file that it found: what is renewed must be written into the
-same file. So a change truncates; whoever reads meanwhile (a node at its reload, a service at a connect) tries again.
-What lies in a folder that is mounted as a whole, the API tokens, is replaced.
+A secret is readable by its owner alone, and whole after a crash. Containers mount single files, and a mount stays with
+the file that it found, so a changed secret is written into the same file (:meth:`Secrets.put`); a reader at that moment
+(a node at its reload, a service at a connect) tries again. API tokens are in a folder that is mounted as a whole, so
+their file is replaced (:meth:`Secrets.replace`).
 """
 
 from __future__ import annotations
@@ -26,81 +27,46 @@ FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 
 
-@dataclass(frozen=True, slots=True)
 class Layout:
-    """Paths of the folder that ``fiq init`` makes."""
+    """Paths in the folder that ``fiq init`` makes.
 
-    folder: Path
+    Attributes:
+        folder: the deployment's folder.
+        environment: variables for compose; no secret among them.
+        secrets: the folder of everything below.
+        ignore: keeps git away from it.
+        ca_certificate: of the authority that every process trusts.
+        ca_key: signs certificates; for the operator only, no process needs it.
+        nodes: folder of the nodes' certificates and keys.
+        users: folder of the NATS users' seeds.
+        nats: folder of the files that nats.conf includes.
+        clients: folder of the API tokens, for clients.
+        api: folder of what ingest needs for its clients; mounted as a whole, so that its files can be replaced.
+        tokens: hashes of the API tokens, for ingest.
+        balancer: folder for the certificate of compose.yaml's balancer, which the operator may put there.
+        grafana_password: first password of Grafana's user admin.
+    """
 
-    @property
-    def environment(self) -> Path:
-        """Variables for compose; no secret among them."""
-        return self.folder / ".env"
-
-    @property
-    def secrets(self) -> Path:
-        """Everything that nobody else may read."""
-        return self.folder / "secrets"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = folder / ".env"
+        self.secrets = secrets = folder / "secrets"
+        self.ignore = secrets / ".gitignore"
+        self.ca_certificate = secrets / "ca.pem"
+        self.ca_key = secrets / "ca.key"
+        self.nodes = secrets / "nodes"
+        self.users = secrets / "users"
+        self.nats = secrets / "nats"
+        self.clients = secrets / "clients"
+        self.api = secrets / "api"
+        self.tokens = self.api / "tokens"
+        self.balancer = secrets / "balancer"
+        self.grafana_password = secrets / "grafana.password"
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Everything in it that is a folder."""
+        """All folders of secrets."""
         return self.nodes, self.users, self.nats, self.api, self.balancer, self.clients
-
-    @property
-    def ignore(self) -> Path:
-        """Keeps git away from the secrets."""
-        return self.secrets / ".gitignore"
-
-    @property
-    def ca_certificate(self) -> Path:
-        """What everybody trusts."""
-        return self.secrets / "ca.pem"
-
-    @property
-    def ca_key(self) -> Path:
-        """What makes certificates; for the operator only, no process ever needs it."""
-        return self.secrets / "ca.key"
-
-    @property
-    def nodes(self) -> Path:
-        """Folder of the nodes' certificates and keys."""
-        return self.secrets / "nodes"
-
-    @property
-    def users(self) -> Path:
-        """Folder of the users' seeds."""
-        return self.secrets / "users"
-
-    @property
-    def nats(self) -> Path:
-        """Folder of the files that nats.conf includes."""
-        return self.secrets / "nats"
-
-    @property
-    def clients(self) -> Path:
-        """Folder of the API tokens as clients send them."""
-        return self.secrets / "clients"
-
-    @property
-    def api(self) -> Path:
-        """Folder of what ingest needs for its clients; mounted as a whole, so that its files can be replaced."""
-        return self.secrets / "api"
-
-    @property
-    def tokens(self) -> Path:
-        """The API tokens as the ingest service knows them: hashes."""
-        return self.api / "tokens"
-
-    @property
-    def balancer(self) -> Path:
-        """Folder of the certificate that compose.yaml's balancer shows to clients, if the operator puts one there."""
-        return self.secrets / "balancer"
-
-    @property
-    def grafana_password(self) -> Path:
-        """The first password of Grafana's user admin."""
-        return self.secrets / "grafana.password"
 
     def node_certificate(self, node: str) -> Path:
         """Return the certificate of *node*."""
@@ -115,7 +81,7 @@ class Layout:
         return self.users / f"{user}.seed"
 
     def next_seed(self, user: str) -> Path:
-        """Return the seed that *user* will have when the rotation that is under way is finished."""
+        """Return the seed of *user* after the current rotation."""
         return self.users / f"{user}.seed.next"
 
     def token(self, name: str) -> Path:
@@ -137,12 +103,12 @@ class Owner:
 
     @classmethod
     def myself(cls) -> Owner:
-        """Return who runs this process."""
+        """Return the user of this process."""
         return cls(os.geteuid(), os.getegid())
 
     @classmethod
     def of(cls, found: os.stat_result) -> Owner:
-        """Return whose a file is, by what stat or lstat said of it."""
+        """Return the owner of a file by its stat result."""
         return cls(found.st_uid, found.st_gid)
 
     def __str__(self) -> str:
@@ -151,18 +117,13 @@ class Owner:
 
 @dataclass
 class Secrets:
-    """Writes files and folders that *owner* alone may read.
-
-    Attributes:
-        owner: whose they are.
-        changes: what was done, a line each.
-    """
+    """Writes files and folders that *owner* alone may read; *changes* has one line for each thing done."""
 
     owner: Owner
     changes: list[str] = field(default_factory=list)
 
     def folder(self, path: Path, *, owner: Owner | None = None) -> None:
-        """Make a folder, or put its owner and mode right."""
+        """Make a folder, or correct its owner and mode."""
         new = not path.exists()
         if new:
             path.mkdir(mode=FOLDER_MODE, parents=True)
@@ -175,38 +136,36 @@ class Secrets:
 
         Raises FileExistsError: it does exist.
         """
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-        try:
-            with open(descriptor, "wb") as file:
-                _fill(file.fileno(), content)
-            self._mend(temporary, FILE_MODE, owner or self.owner, silent=True)
+        with self._temporary(path, content, owner or self.owner) as temporary:
             os.link(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         self.changes.append(f"made {path}")
 
     def replace(self, path: Path, content: bytes) -> None:
-        """Put another file in the place of *path*, at once: whoever reads sees the old or the new one.
+        """Replace a file atomically; a container that mounts the file itself would not see the new one."""
+        with self._temporary(path, content, self.owner) as temporary:
+            temporary.rename(path)
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self.changes.append(f"wrote {path}")
 
-        For files whose folder is mounted; a container that mounts the file itself would not see it.
-        """
+    @contextlib.contextmanager
+    def _temporary(self, path: Path, content: bytes, owner: Owner) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.new")
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
             with open(descriptor, "wb") as file:
                 _fill(file.fileno(), content)
-            self._mend(temporary, FILE_MODE, self.owner, silent=True)
-            temporary.rename(path)
+            self._mend(temporary, FILE_MODE, owner, silent=True)
+            yield temporary
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(path.parent)
-        self.changes.append(f"wrote {path}")
 
     def put(self, path: Path, content: bytes) -> None:
-        """Write a file unless it holds *content* already; one that exists stays the same file."""
+        """Write *content*, into the same file if it exists."""
         if not path.exists():
             self.create(path, content)
             return
@@ -218,7 +177,7 @@ class Secrets:
         self.mend(path)
 
     def mend(self, path: Path, *, owner: Owner | None = None) -> None:
-        """Put owner and mode of a file right."""
+        """Correct owner and mode of a file."""
         self._mend(path, FILE_MODE, owner or self.owner)
 
     def remove(self, path: Path) -> None:
@@ -228,20 +187,20 @@ class Secrets:
 
     @contextlib.contextmanager
     def alone(self, folder: Path) -> Iterator[None]:
-        """Be the only one that writes into *folder*. Raises CommandError: another process does just now."""
+        """Lock *folder* against other processes. Raises CommandError: another one has locked it."""
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         except BlockingIOError:
-            raise CommandError(f"another fiq init or fiq token is at work in {folder}: wait for it") from None
+            raise CommandError(f"another fiq init or fiq token is working in {folder}: wait for it") from None
         finally:
             os.close(descriptor)
 
     def _mend(self, path: Path, mode: int, owner: Owner, *, silent: bool = False) -> None:
         found = path.lstat()
         if stat.S_ISLNK(found.st_mode):
-            raise CommandError(f"{path} is a symbolic link: secrets must be files of their own, replace it")
+            raise CommandError(f"{path} is a symbolic link: replace it by a regular file, secrets must not be links")
         before = len(self.changes)
         if Owner.of(found) != owner:
             try:
@@ -256,14 +215,6 @@ class Secrets:
             self.changes.append(f"took {path} from everybody else")
         if silent:
             del self.changes[before:]
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fill(descriptor: int, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""``fiq token``: the API tokens of a deployment."""
+"""``fiq token``: the API tokens of a deployment, in a file that a running ingest reads again within a second."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from services.core.tokens import (
     parse_scopes,
 )
 
-#: longest life that is given as a span, seconds: a hundred years
+#: longest expiry given as a span, seconds: a hundred years
 _LONGEST = 100 * 365 * 86400
 
 token = typer.Typer(
@@ -41,12 +41,10 @@ token = typer.Typer(
     help="Create, list and revoke API tokens without a restart.",
 )
 
-NameArgument = Annotated[str, typer.Argument(help="What it is called in the file, in logs and here.")]
-DeploymentOption = Annotated[
-    Path, typer.Option(help="Folder of the deployment, as `fiq init` made it; the current one by default.")
-]
+NameArgument = Annotated[str, typer.Argument(help="Its name in the file, in logs and here.")]
+DeploymentOption = Annotated[Path, typer.Option(help="Folder that `fiq init` made; the current one by default.")]
 FileOption = Annotated[
-    Path | None, typer.Option(help="A token file (FI_TOKEN_FILE) instead of a deployment's; made when it is missing.")
+    Path | None, typer.Option(help="A token file (FI_TOKEN_FILE) instead of a deployment's; made if it is missing.")
 ]
 
 
@@ -54,23 +52,21 @@ FileOption = Annotated[
 def new(
     name: NameArgument,
     scopes: Annotated[str, typer.Option(help="read, write or admin, which is both, separated by commas.")] = "write",
-    prefix: Annotated[
-        str, typer.Option(help="What the ids of its consultations begin with; all of them by default.")
-    ] = "",
-    expires: Annotated[str, typer.Option(help="When it ends: 90d, 12h, 2027-01-31 or 2027-01-31T12:00:00Z.")] = "",
+    prefix: Annotated[str, typer.Option(help="Prefix of the ids of its consultations; all of them by default.")] = "",
+    expires: Annotated[str, typer.Option(help="When it expires: 90d, 12h, 2027-01-31 or 2027-01-31T12:00:00Z.")] = "",
     deployment: DeploymentOption = Path(),
     file: FileOption = None,
 ) -> None:
-    """Make a token and print it, this once: the file has its hash only. It is good within a second."""
+    """Create a token and print it once: the file has only its hash. It is valid within a second."""
     try:
         secret = new_secret()
         made = Token(check_name(name), digest_of(secret), parse_scopes(scopes), parse_prefix(f"{prefix}*"))
-        made = replace(made, expires=_end(expires))
+        made = replace(made, expires=_expiry(expires))
     except ValueError as error:
         raise CommandError(str(error)) from None
     tokens = TokenFile(deployment, file)
     tokens.add(made)
-    typer.echo(f"{name} is in {tokens.path}; its token is shown this once:", err=True)
+    typer.echo(f"{name} is in {tokens.path}; its token is shown only this once:", err=True)
     typer.echo(secret)
 
 
@@ -80,7 +76,7 @@ def list_(
     file: FileOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
 ) -> None:
-    """Show the tokens: their names and what they are for. The tokens themselves are nowhere."""
+    """Show names, scopes, prefixes and expiry. The tokens themselves are stored nowhere."""
     found = TokenFile(deployment, file).read()
     if json:
         rows = [
@@ -94,9 +90,9 @@ def list_(
         ]
         typer.echo(orjson.dumps(rows, option=orjson.OPT_INDENT_2))
         return
-    table = console.table("name", "scopes", "consultations", "ends")
+    table = console.table("name", "scopes", "consultations", "expires")
     for one in found:
-        table.add_row(one.name, ", ".join(_scopes(one)), f"{one.prefix}*", _ends(one))
+        table.add_row(one.name, ", ".join(_scopes(one)), f"{one.prefix}*", _shown_expiry(one))
     console.out().print(table)
 
 
@@ -106,23 +102,16 @@ def revoke(
     deployment: DeploymentOption = Path(),
     file: FileOption = None,
 ) -> None:
-    """Take a token away. Whoever sends it is refused within a second."""
-    for change in TokenFile(deployment, file).remove(check_known(name)):
+    """Revoke a token. Requests with it are refused within a second."""
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    for change in TokenFile(deployment, file).remove(name):
         typer.echo(change)
 
 
-def check_known(name: str) -> str:
-    """Return *name* when a token may be called that.
-
-    Raises CommandError: it may not.
-    """
-    try:
-        return check_name(name)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
-
-
-def _end(value: str) -> datetime | None:
+def _expiry(value: str) -> datetime | None:
     if not value:
         return None
     try:
@@ -136,46 +125,30 @@ def _scopes(one: Token) -> list[str]:
     return [scope.value for scope in Scope if scope in one.scopes]
 
 
-def _ends(one: Token) -> str:
+def _shown_expiry(one: Token) -> str:
     if one.expires is None:
         return "never"
-    ended = "ended " if one.expires <= datetime.now(UTC) else ""
+    ended = "expired " if one.expires <= datetime.now(UTC) else ""
     return f"{ended}{one.expires:%Y-%m-%d %H:%M} UTC"
 
 
-# -- Changes a file of API tokens under the eyes of a service that reads it: replaced as a whole, never written over -
-#
-# Compose mounts the folder in which it is, because a mounted file would stay the old one.
+# -- The token file: replaced as a whole, because a running ingest reads it -------------------------------------------
 
 
 class TokenFile:
-    """The file of a deployment, or one of its own.
-
-    Attributes:
-        path: of the file.
-
-    Args:
-        deployment: folder that ``fiq init`` made.
-        file: instead of it.
-    """
+    """The token file of a *deployment*, or *file*."""
 
     def __init__(self, deployment: Path, file: Path | None) -> None:
         self._layout = Layout(deployment.absolute()) if file is None else None
         self.path = self._layout.tokens if self._layout is not None else Path(file or "").absolute()
 
     def read(self) -> list[Token]:
-        """Return the tokens, in their order.
-
-        Raises CommandError: there is no such file, or it is none.
-        """
+        """Return the tokens, in their order. Raises CommandError: there is no such file, or it is malformed."""
         return list(self._parsed(self._text()).values())
 
     def add(self, token: Token) -> None:
-        """Add a line at the end.
-
-        Raises CommandError: the name is taken.
-        """
-        with self._alone() as secrets:
+        """Append a token. Raises CommandError: the name is taken."""
+        with self._locked() as secrets:
             text = f"{HEADER}\n" if self._layout is None and not self.path.exists() else self._text()
             if token.name in {one.name for one in self._parsed(text).values()}:
                 raise CommandError(f"{self.path} has a token called {token.name}: revoke it first, or choose another")
@@ -183,16 +156,16 @@ class TokenFile:
             secrets.replace(self.path, f"{ended}{token.line()}\n".encode())
 
     def remove(self, name: str) -> list[str]:
-        """Take the token called *name* out, also the copy for clients that ``fiq init`` made; return what was done.
+        """Remove the token called *name*, and the copy for clients that ``fiq init`` made; return what was done.
 
-        Raises CommandError: there is none.
+        Raises CommandError: there is no such token.
         """
-        with self._alone() as secrets:
+        with self._locked() as secrets:
             text = self._text()
             if name not in {one.name for one in self._parsed(text).values()}:
                 raise CommandError(f"{self.path} has no token called {name}: see  fiq token list")
             lines = [line for line in text.splitlines() if line.partition("#")[0].split()[:1] != [name]]
-            # a file without any token begins with a comment, or the service would take it for one that was cut off
+            # an empty file would look truncated to the service
             kept = lines if any(line.strip() for line in lines) else [HEADER]
             secrets.replace(self.path, "".join(f"{line}\n" for line in kept).encode())
             if self._layout is not None and self._layout.token(name).exists():
@@ -200,8 +173,8 @@ class TokenFile:
         return secrets.changes
 
     @contextmanager
-    def _alone(self) -> Iterator[Secrets]:
-        """Keep others from changing it meanwhile; what is written belongs to whom the file or its folder does."""
+    def _locked(self) -> Iterator[Secrets]:
+        """Lock the file against other processes; yield a writer that keeps its owner, or its folder's."""
         folder = self.path.parent
         if not folder.is_dir():
             raise CommandError(f"{folder} does not exist: make the deployment with  fiq init, or name a --file")
@@ -216,7 +189,7 @@ class TokenFile:
             hint = "make the deployment with  fiq init, or name it with --deployment or --file"
             raise CommandError(f"{self.path} does not exist: {hint}") from None
         except UnicodeDecodeError:
-            raise CommandError(f"{self.path} is no text in UTF-8") from None
+            raise CommandError(f"{self.path} is not UTF-8 text") from None
 
     def _parsed(self, text: str) -> dict[str, Token]:
         try:

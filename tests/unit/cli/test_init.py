@@ -299,9 +299,9 @@ def test_other_hosts_need_a_renewal(tmp_path: Path) -> None:
     [
         ("a,b", "2 nodes are not a cluster"),
         ("a,b,b", "name it once"),
-        ("a,b,c d", "neither a host's name nor an address"),
-        ("a,b,-c", "neither a host's name nor an address"),
-        ("a,b,c;rm", "neither a host's name nor an address"),
+        ("a,b,c d", "neither a host name nor an address"),
+        ("a,b,-c", "neither a host name nor an address"),
+        ("a,b,c;rm", "neither a host name nor an address"),
     ],
 )
 def test_hosts_that_make_no_cluster_are_refused(tmp_path: Path, hosts: str, problem: str) -> None:
