@@ -23,6 +23,8 @@ from tests.support.polling import eventually_sync
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "nats-cluster"
 PROMETHEUS = DEPLOY / "prometheus"
+#: the files with which promtool tests the rules
+RULE_TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "fiq.json"
 #: a query may take this long on a busy machine, seconds
 _QUERY_TIMEOUT = 10.0

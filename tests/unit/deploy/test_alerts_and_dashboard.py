@@ -1,10 +1,9 @@
-"""The files that Prometheus and Grafana read: valid, tested, documented, and about metrics that exist."""
+"""The rules of Prometheus and the dashboard of Grafana are tested and documented, and use metrics that exist."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.prometheus import DASHBOARD, DEPLOY, PROMETHEUS, dashboard_queries, metric_names, rules, tool
+from tests.support.prometheus import DASHBOARD, DEPLOY, PROMETHEUS, RULE_TESTS, dashboard_queries, metric_names, rules
 
 DOCS = Path(__file__).parents[3] / "docs"
 ALERTS = {rule["alert"]: rule for rule in rules("alerts.yml")}
 RECORDED = {rule["record"]: rule for rule in rules("recording.yml")}
-RULE_TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 #: what a paragraph of the runbook needs to say something
 PARAGRAPH = 150
 
@@ -32,7 +30,7 @@ def documented_metrics() -> set[str]:
 
 
 def expressions() -> dict[str, str]:
-    """Return every expression of the rules and of the dashboard, by where it stands."""
+    """Return every expression of the rules and of the dashboard, by its name or its panel."""
     found = {name: rule["expr"] for name, rule in [*ALERTS.items(), *RECORDED.items()]}
     return found | {f"{title}: {expr}": expr for title, expr in dashboard_queries()}
 
@@ -46,27 +44,6 @@ def cases_of_alerts() -> list[dict[str, Any]]:
         for test in yaml.safe_load(path.read_text())["tests"]
         for case in test["alert_rule_test"]
     ]
-
-
-def promtool(*arguments: str, cwd: Path = PROMETHEUS) -> None:
-    done = subprocess.run([tool("promtool"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
-    assert 0 == done.returncode, done.stdout + done.stderr
-
-
-def test_promtool_accepts_the_configuration() -> None:
-    """Names of services need not resolve where it is checked."""
-    promtool("check", "config", "--syntax-only", "prometheus.yml")
-
-
-def test_promtool_accepts_the_rules() -> None:
-    """All of them, with the linter's opinion."""
-    promtool("check", "rules", "--lint-fatal", *sorted(str(path) for path in (PROMETHEUS / "rules").glob("*.yml")))
-
-
-@pytest.mark.parametrize("path", RULE_TESTS, ids=lambda path: str(path.stem))
-def test_promtool_runs_the_tests_of_the_rules(path: Path) -> None:
-    """What fires each alert, and what does not."""
-    promtool("test", "rules", path.name, cwd=path.parent)
 
 
 @pytest.mark.parametrize("alert", ALERTS)

@@ -1,4 +1,4 @@
-"""What the balancer asks an ingest before it sends requests there."""
+"""The health check of the balancer sends requests to each ingest that can explain a refusal itself."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def question() -> bytes:
 
 
 def good() -> list[bytes]:
-    """Return how the answers of an ingest that gets requests begin."""
+    """Return the status lines that the check accepts."""
     return [f"HTTP/1.0 {status}".encode() for status in found(r"^  http-check expect status (\S+)$").split(",")]
 
 
 def test_the_check_goes_where_the_requests_go() -> None:
-    """The management port is open before an ingest takes requests, and after it has ceased to."""
+    """The management port opens before an ingest takes requests and closes after it."""
     assert "7001" == found(r"^  server-template .* ingest:(\d+)$")
     assert " port " not in found(r"^  default-server (check .*)$")
 
 
 async def test_an_ingest_without_a_quorum_gets_requests_and_says_so_itself(tmp_path: Path) -> None:
-    """It needs no token to be asked, and tells the balancer's log nothing."""
+    """The check needs no token, and is not counted as a refused request."""
     tokens = tmp_path / "tokens"
     tokens.write_text(render([Token("writer", digest_of("secret"), frozenset(Scope))]))
     async with running_edge(MemoryLog(reasons=["no quorum"]), token_file=str(tokens)) as edge:
@@ -49,7 +49,7 @@ async def test_an_ingest_without_a_quorum_gets_requests_and_says_so_itself(tmp_p
 
 
 async def test_an_ingest_that_has_all_its_connections_tells_clients_itself() -> None:
-    """Its 503 says why and when to come back; the balancer's own cannot."""
+    """Its 503 gives the reason and the time to retry; the balancer's own cannot."""
     async with running_edge(max_connections=1) as edge:
         await edge.request("GET", "/docs")  # is kept alive
         answer = await edge.raw(question())

@@ -1,7 +1,7 @@
-"""What rolling-restart asks the nodes before it restarts anything; stand-ins of compose and docker note what it does.
+"""rolling-restart restarts nothing while a node or a copy is missing. Stand-ins of compose and docker record calls.
 
-The answers in monitoring/ are those of three nodes of nats-server 2.15.1 with the product's streams, without what says
-nothing here: n1 leads the metadata and `fi-dead`, n3 leads `fi-events`, n2 leads nothing.
+The answers in monitoring/ were recorded from three nodes of nats-server 2.15.1 with the streams, and shortened:
+n1 leads the metadata and `fi-dead`, n3 leads `fi-events`, n2 leads nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nothing secret is in git, and nothing gets there by accident."""
+"""Git contains no secrets, and its ignore rules keep those that a deployment makes out."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def git(*arguments: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def checkout() -> None:
-    """A checkout with git; there is nothing to ask in a copy of its files."""
+    """Skip where this is no git checkout."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("this is no git checkout, or there is no git")
 
 
-def test_git_does_not_take_what_is_secret() -> None:
-    """Not even with `git add .`: the rule is one of the .gitignore that everybody has."""
+def test_git_ignores_secrets() -> None:
+    """Not even with `git add .`: the rule is in the .gitignore of the repository."""
     found = [line.split("\t") for line in git("check-ignore", "-v", "--no-index", *SECRETS)]
 
     assert dict.fromkeys(SECRETS, ".gitignore") == {path: rule.partition(":")[0] for rule, path in found}
 
 
-def test_git_has_nothing_that_it_would_not_take() -> None:
-    """What was added by force, or before there was a rule."""
+def test_git_has_no_ignored_file() -> None:
+    """None was added by force or before the rule."""
     assert [] == git("ls-files", "--cached", "--ignored", "--exclude-standard")

@@ -1,4 +1,4 @@
-"""The three lines that start everything, as README.md and docs/deploy.md have them."""
+"""The three commands that start a deployment, in README.md and docs/deploy.md, fit the files and `fiq`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import yaml
 from services.cli.main import app
 
 ROOT = Path(__file__).parents[3]
-#: where they stand: a document and its section
-PLACES = {"README.md": "Run it for real", "docs/deploy.md": "Start"}
+#: each document, and the section that has them
+SECTIONS = {"README.md": "Run it for real", "docs/deploy.md": "Start"}
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def lines(document: str) -> list[str]:
     """Return the first commands of the section."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    section = re.search(rf"^## {PLACES[document]}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    section = re.search(rf"^## {SECTIONS[document]}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert section is not None
     block = re.search(r"^```sh\n(.*?)```", section[1], re.MULTILINE | re.DOTALL)
     assert block is not None
@@ -35,14 +35,14 @@ def words() -> list[list[str]]:
     return [shlex.split(line) for line in lines("README.md")]
 
 
-def test_there_are_three_and_both_documents_have_the_same() -> None:
+def test_both_documents_have_the_same_three_commands() -> None:
     """Build, make the secrets, start."""
     found = lines("README.md")
     assert 3 == len(found)
     assert found == lines("docs/deploy.md")
 
 
-def test_they_are_about_files_that_exist_and_one_image(words: list[list[str]]) -> None:
+def test_the_commands_use_existing_files_and_one_image(words: list[list[str]]) -> None:
     """The image that is built is the one that makes the secrets, and the one that compose starts."""
     build, init, up = words
     compose = ROOT / up[up.index("-f") + 1]
@@ -57,8 +57,8 @@ def test_they_are_about_files_that_exist_and_one_image(words: list[list[str]]) -
     assert tag in init
 
 
-def test_fiq_takes_what_they_give_it(words: list[list[str]]) -> None:
-    """A command, its arguments and options that it has; the folder is the one that is mounted."""
+def test_fiq_init_has_the_options_that_are_used(words: list[list[str]]) -> None:
+    """The folder it gets is the one that is mounted."""
     init = words[1]
     name, *rest = init[init.index("fiq") + 1 :]
     arguments = [word for word in rest if not word.startswith("-")]

@@ -1,4 +1,4 @@
-"""What CI asks of the tests of containers."""
+"""The container tests are skipped without Docker, unless FIQ_REQUIRE_DOCKER says that they must run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def docker(folder: Path, **env: str) -> tuple[int, str]:
-    """Run `.ci/docker` where the engine is said to be at a socket that nobody listens on; its code and output."""
-    nowhere = {"DOCKER_HOST": f"unix://{folder / 'nobody.sock'}"}
+    """Run `.ci/docker` with DOCKER_HOST at a socket without a server; return its exit code and output."""
+    nowhere = {"DOCKER_HOST": f"unix://{folder / 'no-server.sock'}"}
     known = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "FIQ_"))}
     done = subprocess.run(
         [ROOT / ".ci" / "docker"], env=known | nowhere | env, capture_output=True, text=True, timeout=60
@@ -22,17 +22,17 @@ def docker(folder: Path, **env: str) -> tuple[int, str]:
 
 
 def test_an_engine_that_does_not_answer_is_no_reason_to_skip(tmp_path: Path) -> None:
-    """Those tests would never run again, and nobody would know."""
+    """CI would otherwise skip the container tests for ever, without a failure."""
     assert (0, "FIQ_REQUIRE_DOCKER=1\n") == docker(tmp_path)
 
 
-def test_who_wants_no_containers_says_so(tmp_path: Path) -> None:
-    """On a machine with a docker command and nothing behind it."""
+def test_no_docker_is_required_with_fiq_no_docker(tmp_path: Path) -> None:
+    """For a machine that has a docker command and no engine."""
     assert (0, "") == docker(tmp_path, FIQ_NO_DOCKER="1")
 
 
 def compose_test(folder: Path, **env: str) -> str:
-    """Run a test of the deployment where there is no docker command; return what pytest says."""
+    """Run a container test with no docker command on the PATH; return pytest's output."""
     known = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "FIQ_", "PYTEST_"))}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/compose/test_files.py", "-k"]
     done = subprocess.run(
@@ -47,14 +47,14 @@ def compose_test(folder: Path, **env: str) -> str:
 
 
 def test_without_docker_the_tests_of_containers_are_skipped_with_the_reason(tmp_path: Path) -> None:
-    """Whoever works on something else need not have it."""
+    """Work on other parts does not need Docker."""
     said = compose_test(tmp_path)
     assert re.search(r"^SKIPPED .*no containers here: there is no docker command$", said, re.MULTILINE), said
     assert "1 skipped" in said
 
 
 def test_where_docker_is_required_they_fail_without_it(tmp_path: Path) -> None:
-    """What is skipped in CI is never run."""
+    """In CI, a skipped test would never run."""
     said = compose_test(tmp_path, FIQ_REQUIRE_DOCKER="1")
     assert "FIQ_REQUIRE_DOCKER=1, but there is no docker command" in said
     assert "1 error" in said
