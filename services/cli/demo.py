@@ -33,7 +33,7 @@ from fiq.corpus import open_corpus
 from services.cli import console, monitoring
 from services.cli.embedded.stack import LogKind, Stack
 from services.cli.errors import CommandError
-from services.log.jetstream.stream import STREAM
+from services.log.protocol import EVENT_LOG
 
 #: what was killed stays dead for this long, seconds
 DOWN_SECONDS = 2.0
@@ -474,7 +474,7 @@ class Chaos:
     async def kill_leader(self) -> None:
         """Kill the node that leads the stream, and start it again after a while."""
         cluster = self.stack.cluster
-        index = await asyncio.to_thread(cluster.wait_stream_leader, STREAM, timeout=LEADER_TIMEOUT)
+        index = await asyncio.to_thread(cluster.wait_stream_leader, EVENT_LOG, timeout=LEADER_TIMEOUT)
         name = f"{cluster.names[index]}, the stream's leader"
         await asyncio.to_thread(cluster.kill, index)
         self._note(name)

@@ -73,19 +73,46 @@ def test_the_write_ahead_log_knows_bytes_and_no_events() -> None:
     assert not any(name.startswith("h5py") for path in modules for name in imported(path))
 
 
+LOGS = ("services.log.jetstream", "services.log.zeromq")
+#: what of the command line is about one log: the nodes and their users, the doctor, placements, files and keys
+KNOWS_ITS_LOG = {
+    "backup/cluster.py", "backup/lost.py", "doctor/cluster.py", "doctor/command.py", "init/deployment.py",
+    "nats_context.py", "status.py", "target.py",
+}  # fmt: skip
+
+
+def logs_named_in(path: Path) -> set[str]:
+    """Return what the file at *path* imports of a certain log."""
+    return {name for name in imported(path) if name.startswith(LOGS)}
+
+
 @pytest.mark.parametrize(
     "path", [path for path in MODULES if path.parts[1] in ("ingest", "persister", "core")], ids=str
 )
 def test_a_service_does_not_know_which_log_it_uses(path: Path) -> None:
     """It goes through `services.log.open_log` and the protocol; what keeps the log is behind that."""
-    assert not [name for name in imported(path) if name.startswith("services.log.jetstream")]
+    assert set() == logs_named_in(path)
 
 
 def test_the_seam_does_not_know_what_is_behind_it() -> None:
     """Only `open_log` names a log, when it opens it."""
     seam = [path for path in MODULES if path.parent == Path("services/log")]
-    found = {path.name for path in seam for name in imported(path) if name.startswith("services.log.jetstream")}
-    assert {"__init__.py"} == found
+    assert {"__init__.py"} == {path.name for path in seam if logs_named_in(path)}
+
+
+def test_one_log_does_not_know_the_other() -> None:
+    """What both need is in `services.log`."""
+    of_each = {log: [path for path in MODULES if path.is_relative_to(log.replace(".", "/"))] for log in LOGS}
+    assert all(of_each.values())
+    named = {log: {name for path in paths for name in logs_named_in(path)} for log, paths in of_each.items()}
+    assert [] == [name for log, names in named.items() for name in names if not name.startswith(log)]
+
+
+def test_few_modules_of_the_command_line_know_a_certain_log() -> None:
+    """A new one needs a decision: most commands work with any log."""
+    cli = Path("services/cli")
+    found = {str(path.relative_to(cli)) for path in MODULES if path.is_relative_to(cli) and logs_named_in(path)}
+    assert KNOWS_ITS_LOG == found
 
 
 def test_every_package_has_its_rule() -> None:

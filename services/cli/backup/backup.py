@@ -31,8 +31,8 @@ from services.cli.console import bar
 from services.cli.errors import BackupError
 from services.cli.target import FolderOption, ServerOption, find_cluster, find_corpus
 from services.core.command import product_version
-from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_name
+from services.log.protocol import EVENT_LOG
 from services.persister.volume import note_backup
 
 MANIFEST_NAME = "manifest.json"
@@ -357,7 +357,7 @@ def _check_identities(infos: tuple[PartitionInfo, ...], volume: str, store: str,
         if found.stream_created != seen.created:
             raise BackupError(
                 f"{info.path.name} was written from the stream created at {found.stream_created}, the cluster's "
-                f"{STREAM} was created at {seen.created}: add --offline to back up the old history"
+                f"{EVENT_LOG} was created at {seen.created}: add --offline to back up the old history"
             )
         placement = seen.placed.get(found.partition)
         if placement is not None and (placement.volume, placement.epoch) != (volume, found.epoch):

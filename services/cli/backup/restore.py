@@ -45,8 +45,8 @@ from services.cli.console import bar, err
 from services.cli.errors import BackupError, CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster
 from services.core.settings import load
-from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_name
+from services.log.protocol import EVENT_LOG
 from services.log.settings import LogSettings
 from services.log.status import Placement
 from services.persister.volume import identity_document
@@ -187,7 +187,7 @@ def compare(manifest: Manifest, seen: StoreView | None) -> Fit:
     """Compare a backup with the store in the cluster; None means that the cluster has no stream."""
     if seen is None:
         problem = (
-            f"the cluster has no stream {STREAM}, so it cannot bring what the backup lacks. Is it the right cluster? "
+            f"the cluster has no stream {EVENT_LOG}, so it cannot bring what the backup lacks. Is this the cluster? "
             "If the stream is lost: docs/operations.md, `A lost stream`"
         )
         return Fit(problems=(problem,))
@@ -222,7 +222,7 @@ def begun_anew(partitions: Sequence[int], seen: StoreView) -> Iterator[Placement
 
 def _another_stream(manifest: Manifest, seen: StoreView) -> str:
     return (
-        f"the backup belongs to the stream created at {manifest.stream_created}, but the cluster's {STREAM} was "
+        f"the backup belongs to the stream created at {manifest.stream_created}, but the cluster's {EVENT_LOG} was "
         f"created at {seen.created}: it was deleted and created again, or restored from its own backup, which makes it "
         "a new one too. Its sequences may mean other events, so persisters refuse these files. Read the backup where "
         "it is (`fiq show ID --corpus BACKUP`), and start a new data directory for the new stream: docs/operations.md, "
@@ -245,7 +245,7 @@ def _ahead(manifest: Manifest, seen: StoreView) -> Iterator[str]:
     most = max((entry.committed for entry in manifest.contents), default=0)
     if most > seen.last:
         yield (
-            f"the backup holds sequence {most} but stream {STREAM} ends at {seen.last}: the stream lost events, or was "
+            f"the backup holds sequence {most} but stream {EVENT_LOG} ends at {seen.last}: it lost events, or was "
             "restored from an older backup than this one. Persisters refuse that; take an older backup of the corpus, "
             "or start a new data directory"
         )
@@ -466,7 +466,7 @@ def make_empty(directory: Path, placement: Placement, owner: Owner) -> None:
         epoch=placement.epoch,
         partition=placement.partition,
         partitions=owner.partitions,
-        stream=STREAM,
+        stream=EVENT_LOG,
         stream_created=owner.stream_created,
     )
     path = directory / f"{partition_name(placement.partition)}.h5"

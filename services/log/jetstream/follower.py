@@ -186,7 +186,6 @@ class JetStreamFollower:
     # -- what the sink calls ------------------------------------------------------------------------------------------
 
     async def start(self, after: Position) -> None:
-        """Deliver everything after *after*."""
         self._error, self._doubt = None, ""
         await self._drop_subscription()
         self._hold_nothing()
@@ -198,7 +197,6 @@ class JetStreamFollower:
         await self._begin()
 
     async def run(self) -> None:
-        """Keep the events coming until cancelled."""
         while True:
             if self._error is not None:
                 raise self._error
@@ -210,26 +208,22 @@ class JetStreamFollower:
             await self._wait()
 
     def take(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
-        """Return what has come: at most *max_events* and about *max_bytes*, perhaps nothing."""
         if self._buffer.done():
             self._want_more()
         return self._buffer.take(max_events, max_bytes)
 
     @property
     def ready(self) -> int:
-        """How many events :meth:`take` could return now."""
         return len(self._buffer)
 
     @property
     def waiting(self) -> int:
-        """How many events of the partition the log holds after the acknowledged position."""
         held = self._buffer.events
         # a new cursor counts as pending what is held here already, until it has delivered it again
         return self._pending + (min(held, self._again) if self._is_repeating else held)
 
     @property
     def delivered(self) -> int:
-        """How many events were delivered and are not acknowledged."""
         return self._buffer.events
 
     @property
@@ -239,12 +233,10 @@ class JetStreamFollower:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether a repair is due or under way: the log may have been set back."""
         lost = not self._nc.is_connected or self._subscription is None
         return lost or self._is_elsewhere or bool(self._doubt)
 
     async def acknowledge(self, delivery: Delivery, outcomes: Mapping[int, Outcome]) -> None:
-        """Tell the broker that everything up to *delivery* is committed; that it may get lost does no harm."""
         self._buffer.done()
         if delivery.sequence > self._committed.sequence:
             self._committed = Position(delivery.sequence, message_id_at(delivery.headers))
@@ -257,7 +249,6 @@ class JetStreamFollower:
             await self._pull_more()
 
     async def empty_up_to(self) -> Position:
-        """Return a position up to which nothing of the partition waits for the sink."""
         reached = self._empty_to
         if self._doubt or reached <= self._committed.sequence or self._seen > self._committed.sequence:
             return self._committed
@@ -267,13 +258,11 @@ class JetStreamFollower:
         return Position(reached, message_id_at(message["headers"]))
 
     def advance(self, position: Position) -> None:
-        """Note that the sink has reached *position*."""
         if position.sequence > self._committed.sequence:
             self._committed = position
             self._seen = max(self._seen, position.sequence)
 
     def interrupt(self, error: Exception) -> None:
-        """Make :meth:`run` raise *error*."""
         self._error = error
         self._wake.set()
 

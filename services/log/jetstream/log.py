@@ -104,11 +104,9 @@ class DeadLetterStream:
 
     @property
     def max_bytes(self) -> int:
-        """How large a dead letter may be, headers included, bytes."""
         return self._nc.max_payload
 
     async def store(self, partition: int, body: bytes, headers: dict[str, str]) -> None:
-        """Store a dead letter of *partition*."""
         await self._publisher.publish(dead_subject(partition), body, headers)
 
 
@@ -142,7 +140,6 @@ class JetStreamPersisterLog:
         on_events: Callable[[], None],
         on_repair: Callable[[str], None],
     ) -> JetStreamFollower:
-        """Return a follower of *partition*, which shares the memory for events with the others."""
         return JetStreamFollower(
             self._nc,
             self._store,
@@ -155,7 +152,6 @@ class JetStreamPersisterLog:
         )
 
     async def check(self, after: Position, *, trimmable: int) -> None:
-        """Check that the stream can be followed from *after*."""
         await check_log(JetStreamApi(self._nc), self.identity, after, trimmable=trimmable)
 
     @asynccontextmanager

@@ -155,11 +155,9 @@ class LogMonitor:
             await subscription.unsubscribe()
 
     def backlog(self) -> Backlog | None:
-        """Return what waits to be committed; None while that is not known."""
         return self.state.backlog()
 
     async def ready(self) -> list[str]:
-        """Return why events cannot be stored and persisted just now; nothing when they can."""
         return problems_of(self.state) if self._nc.is_connected else ["no connection to the log"]
 
     async def _part(self, part: str, look: Callable[[], Awaitable[None]], *, whole: bool) -> None:

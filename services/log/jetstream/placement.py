@@ -113,27 +113,22 @@ class Placements:
 
     @property
     def reconnects(self) -> int:
-        """How often the connection was made again: what was published meanwhile was not seen."""
         return self._nc.reconnects
 
     @property
     def fence_seconds(self) -> float:
-        """For how long after a change of a key a purge may still go by what it said before, seconds."""
         return FENCE_SECONDS
 
     def record_of(self, partition: int) -> str:
-        """Return how an operator finds the key of *partition*, for messages."""
         return f"key {placement_key(self._store, partition)} of bucket {BUCKET}"
 
     async def read(self) -> StorePlacement:
-        """Return where the store's partitions are, as new as the bucket's leader has it."""
         created, first, entries, _ = await _read(self._nc, self._store)
         found = _store(self._store, entries, created, first, range(self._partitions))
         self._created, self._known = created, found.partitions
         return found
 
     async def claim(self, partition: int, volume: str, epoch: int, *, begins: int) -> Placement:
-        """Place *partition* on *volume* unless it is placed already; return where it is now."""
         wanted = Placement(partition, volume, epoch, begins - 1, begins, 0)
         return await self._create(wanted, over_deleted=False)
 
@@ -145,12 +140,10 @@ class Placements:
         return await self._create(placement, over_deleted=True)
 
     async def begin(self) -> bool:
-        """Note that the store is about to begin, and return whether other stores exist, which now trim nothing more."""
         await self._note(self._store, {"formed": False})
         return bool((await read_stores(self._nc)).keys() - {self._store})
 
     async def form(self, volumes: Collection[str]) -> None:
-        """Note that every partition of the store is placed, on *volumes*. Idempotent."""
         await self._note(self._store, {"formed": True, "volumes": sorted(volumes)})
 
     async def name_stores(self, others: Collection[str]) -> None:
@@ -254,10 +247,6 @@ class Placements:
 
     @asynccontextmanager
     async def watching(self, on_change: Callable[[], None]) -> AsyncIterator[None]:
-        """Call *on_change* whenever it is worth reading again, while the body runs: not for progress of the owners.
-
-        What is published while the connection is lost is not seen: read again after a reconnect, and now and then.
-        """
 
         async def look(message: Msg) -> None:
             if self._is_news(message):

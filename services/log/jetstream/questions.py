@@ -97,7 +97,6 @@ class Questions:
         return await self._ask(partition, question, decode_events)
 
     async def consultations(self, partition: int, question: Consultations) -> ConsultationsAnswer:
-        """Return a page of names."""
         return await self._ask(partition, question, decode_consultations)
 
     async def ids(self, partition: int, consultation: str) -> IdSnapshot:
@@ -177,10 +176,6 @@ class Answering:
         self._open: dict[int, Subscription] = {}
 
     async def open(self, partition: int, take: Callable[[AskedQuestion], None]) -> None:
-        """Have *take* called with each question about *partition* from now on.
-
-        Raises LogUnavailableError: there is no connection.
-        """
         subject = corpus_subject(self._store, partition, "*")
 
         async def hear(message: Msg) -> None:
@@ -193,7 +188,6 @@ class Answering:
             raise LogUnavailableError(f"cannot answer on {subject}: {type(error).__name__}") from error
 
     async def close(self, partition: int) -> None:
-        """Take no more questions about *partition*. Idempotent."""
         subscription = self._open.pop(partition, None)
         if subscription is None:
             return
@@ -219,15 +213,12 @@ class _Asked:
 
     @property
     def room(self) -> int:
-        """How large the answer may be, bytes."""
         return self._nc.max_payload - _HEADERS_BYTES
 
     async def answer(self, answer: Answer) -> bool:
-        """Send *answer*; False when it cannot be sent now."""
         return await self._send(encode_answer(answer), None)
 
     async def fail(self, failure: Failure, reason: str) -> bool:
-        """Send that there is no answer, and why."""
         return await self._send(b"", {ERROR_HEADER: reason, ERROR_CODE_HEADER: str(_CODES[failure])})
 
     async def _send(self, data: bytes, headers: dict[str, str] | None) -> bool:

@@ -79,22 +79,18 @@ class JetStreamReader(EventBrowser):
         self._corpus = Questions(nc, settings.store, timeout=timeout)
 
     async def at(self, sequence: int) -> StoredEvent | None:
-        """Return the event at *sequence* of the log, or None when the log holds none there (any more)."""
         found = await self._stream.at(sequence)
         if found is None or found[1] is None:
             return None
         return StoredEvent(sequence, found[1], persisted=False)
 
     async def snapshot(self, consultation: str) -> Snapshot:
-        """Return which ids the corpus holds of *consultation*; see :class:`services.log.protocol.EventReader`."""
         return await self._corpus.ids(self._partition(consultation), consultation)
 
     async def find(self, consultation: str, event_ids: Collection[UUID]) -> Mapping[UUID, Stored]:
-        """Return what the corpus holds under *event_ids*."""
         return (await self._corpus.find(self._partition(consultation), consultation, event_ids))[0]
 
     async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
-        """Return those of *event_ids* that the corpus holds, or the first of the events that wait in the stream."""
         partition, wanted, committed = self._partition(consultation), set(event_ids), 0
         try:
             found, committed = await self._corpus.find(partition, consultation, event_ids)
@@ -126,7 +122,6 @@ class JetStreamReader(EventBrowser):
             after = page.reached  # nothing but copies and poison up to there
 
     async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
-        """Return the event from corpus or stream, or None when neither holds it."""
         partition = self._partition(consultation)
         try:
             found, committed = await self._corpus.find(partition, consultation, [event_id])
@@ -147,7 +142,6 @@ class JetStreamReader(EventBrowser):
         return persisted(consultation, answer.rows[0]) if answer.rows else None
 
     async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
-        """Return the sorted ids of at most *limit* persisted consultations, and whether there are more."""
         question = Consultations(prefix, after, limit)
         asked = [self._corpus.consultations(partition, question) for partition in range(self._partitions)]
         answers = await asyncio.gather(*asked)
@@ -155,10 +149,6 @@ class JetStreamReader(EventBrowser):
         return names[:limit], len(names) > limit or any(answer.more for answer in answers)
 
     async def has_news(self, consultation: str, after: int) -> bool:
-        """Return whether the stream has a message of *consultation* after *after*; cheap, and perhaps a moment late.
-
-        Raises LogUnavailableError: no answer.
-        """
         return await self._stream.has_news(self._partition(consultation), consultation, after)
 
     # -- a page -------------------------------------------------------------------------------------------------------
