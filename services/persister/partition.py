@@ -7,8 +7,8 @@
 An error ends one repetition. A transient error, and one that is not ours, abandons the file and starts again after a
 pause; a permanent one stops the partition until an operator acts. :mod:`services.persister.rounds` writes the events.
 
-Everything in :class:`PartitionFile` runs in the HDF5 thread. Calls wait there in a queue, so a file may have been
-closed when its turn comes: each method checks that.
+Everything in :class:`PartitionFile` runs in the HDF5 thread. Calls wait there in a queue, and a file may be closed
+before their turn: what is called outside of rounds checks that.
 """
 
 from __future__ import annotations

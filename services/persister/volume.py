@@ -25,6 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fiq.corpus import StorageIO
 from services.log.partitions import partition_name
 from services.persister.errors import VolumeBusyError, VolumeError
 
@@ -127,7 +128,7 @@ def _read_identity(path: Path) -> dict[str, Any]:
         return {**found, "store": str(found["store"]), "format": found["format"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VolumeError(
-            f"{path} is gone or damaged: restore it; `nats kv get fi-partitions` names the volume of each partition"
+            f"{path} is gone or damaged: restore it; `fiq status` shows the volume of each partition"
         ) from error
 
 
@@ -156,40 +157,27 @@ def _write_durably(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    StorageIO().sync_directory(path.parent)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
-        _wait_for_lock(descriptor, path)
+        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise VolumeBusyError(
+                        f"another process has held {path} for {LOCK_TIMEOUT_SECONDS:.0f} s: is it stopped or hanging?"
+                    ) from None
+                time.sleep(0.02)
         yield
     finally:
         os.close(descriptor)
-
-
-def _wait_for_lock(descriptor: int, path: Path) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise VolumeBusyError(
-                    f"another process has held {path} for {LOCK_TIMEOUT_SECONDS:.0f} s: is it stopped or hanging?"
-                ) from None
-            time.sleep(0.02)
-        else:
-            return
 
 
 def backed_up_at(directory: Path) -> float:
