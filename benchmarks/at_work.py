@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -26,6 +27,7 @@ from benchmarks.results import (
     OLD_WAY,
     PLAIN_SERVICE,
     PUBLISH,
+    ZEROMQ,
     AtWork,
     middle,
     percentile,
@@ -34,9 +36,9 @@ from services.cli import monitoring
 from services.cli.embedded.processes import ManagedProcess, free_ports
 
 #: all targets, in the order of their turns
-TARGETS = (AT_WORK, NO_PERSISTER, PLAIN_SERVICE, PUBLISH, EMPTY, OLD_WAY)
+TARGETS = (AT_WORK, ZEROMQ, NO_PERSISTER, PLAIN_SERVICE, PUBLISH, EMPTY, OLD_WAY)
 #: those of which there is one for each product
-_OF_PRODUCTS = (AT_WORK, NO_PERSISTER)
+_OF_PRODUCTS = (AT_WORK, ZEROMQ, NO_PERSISTER)
 
 _EVENTS = re.compile(r'^fi_persister_events_total\{.*?partition="(\d+)".*?\} (\S+)$', re.MULTILINE)
 
@@ -195,6 +197,10 @@ def _start(target: str, product: Product, folder: Path) -> Iterator[Running]:
         if target in (EMPTY, OLD_WAY):
             server, port = stack.enter_context(processes.reference("empty" if target == EMPTY else "old", folder))
             yield Running("http", str(port), {"ingest": _pids([server])})
+            return
+        if target == ZEROMQ:
+            sockets = stack.enter_context(TemporaryDirectory(prefix="fiq"))  # paths of sockets are short
+            yield _with_persisters(stack, f"zmq+ipc://{sockets}", product, folder)
             return
         nodes = stack.enter_context(processes.nodes(folder, product))
         starters: dict[str, Callable[[ExitStack, str, Product, Path], Running]] = {

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 # -- what is measured, as the tables call it ----------------------------------------------------------------------
 AT_WORK = "at work"
+ZEROMQ = "at work, ZeroMQ"
 NO_PERSISTER = "no persister"
 PLAIN_SERVICE = "plain service"
 PUBLISH = "bare publish"
