@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import orjson
 from aiohttp import HttpVersion11, web
@@ -50,7 +50,7 @@ from services.ingest.formats import (
     read_batch,
     read_body,
 )
-from services.ingest.idempotency import IdempotencyKeys, KeyLookup
+from services.ingest.idempotency import IdempotencyKeys
 from services.ingest.metrics import METRICS, IngestMetrics
 from services.ingest.problems import REFUSALS, SECONDS_DECIMALS, SERVER, ProblemType, RequestRefusedError
 from services.ingest.settings import SETTINGS
@@ -323,13 +323,13 @@ class IdempotentAppender:
             answer = await self._writer.append(event)
         if not lookup.expected:
             await self._keys.wait(lookups)
-        result = self._resolve(lookup, answer)
+        result = self._keys.resolve(lookup, answer)
         if result is None:
             assert answer is not None
-            result = await self._resolve_duplicate(lookup, answer)
+            result = await self._keys.resolve_duplicate(lookup, answer)
+        self._count((result,))
         if isinstance(result, ProblemType):
             raise RequestRefusedError(result)
-        self._count((result,))
         return result
 
     async def append_batch(self, batch: Sequence[BatchEvent]) -> list[Appended | ProblemType]:
@@ -353,53 +353,31 @@ class IdempotentAppender:
         results: dict[tuple[str, bytes], Appended | ProblemType] = {}
         duplicates = []
         for name in unique:
-            found = self._resolve(lookups[name], appended.get(name)) if name in lookups else appended[name]
+            found = self._keys.resolve(lookups[name], appended.get(name)) if name in lookups else appended[name]
             if found is None:
                 duplicates.append(name)
             else:
                 results[name] = found
-        read = await asyncio.gather(*(self._resolve_duplicate(lookups[name], appended[name]) for name in duplicates))
-        results.update(zip(duplicates, read, strict=True))
-        self._count([result for result in results.values() if isinstance(result, Appended)])
+        reading = (self._keys.resolve_duplicate(lookups[name], appended[name]) for name in duplicates)
+        results.update(zip(duplicates, await asyncio.gather(*reading), strict=True))
+        self._count(results.values())
         if problems.KEY_NOT_COMPARED in results.values():
             raise RequestRefusedError(problems.KEY_NOT_COMPARED, _BATCH_FAILED)
-        return [_result_of_line(one, unique, results) for one in batch]
+        found_of = [results[one.identity] for one in batch]
+        for n, (one, result) in enumerate(zip(batch, found_of, strict=True)):
+            if one is not unique[one.identity] and isinstance(result, Appended):
+                found_of[n] = Appended(result.sequence, duplicate=True)  # the batch has it in an earlier line
+        return found_of
 
-    def _resolve(self, lookup: KeyLookup, appended: Appended | None) -> Appended | ProblemType | None:
-        try:
-            return self._keys.resolve(lookup, appended)
-        except RequestRefusedError as refusal:
-            return self._counted(refusal.problem)
-
-    async def _resolve_duplicate(self, lookup: KeyLookup, appended: Appended) -> Appended | ProblemType:
-        try:
-            return await self._keys.resolve_duplicate(lookup, appended)
-        except RequestRefusedError as refusal:
-            return self._counted(refusal.problem)
-
-    def _counted(self, problem: ProblemType) -> ProblemType:
-        self._metrics.outcomes[_KEY_OUTCOMES[problem]].inc()
-        return problem
-
-    def _count(self, results: Sequence[Appended]) -> None:
-        self._backlog.note(max((result.sequence for result in results), default=0))
-        duplicates = sum(result.duplicate for result in results)
-        self._metrics.outcomes[outcomes.STORED].inc(len(results) - duplicates)
-        if duplicates:
-            self._metrics.outcomes[outcomes.DUPLICATE].inc(duplicates)
-            self._metrics.duplicates.inc(duplicates)
-
-
-def _result_of_line(
-    one: BatchEvent,
-    unique: dict[tuple[str, bytes], BatchEvent],
-    results: dict[tuple[str, bytes], Appended | ProblemType],
-) -> Appended | ProblemType:
-    """Return the result of a line: a duplicate when the batch has its event in an earlier line."""
-    result = results[one.identity]
-    if isinstance(result, Appended) and one is not unique[one.identity]:
-        return Appended(result.sequence, duplicate=True)
-    return result
+    def _count(self, results: Iterable[Appended | ProblemType]) -> None:
+        for result in results:
+            if isinstance(result, ProblemType):
+                self._metrics.outcomes[_KEY_OUTCOMES[result]].inc()
+                continue
+            self._backlog.note(result.sequence)
+            if result.duplicate:
+                self._metrics.duplicates.inc()
+            self._metrics.outcomes[outcomes.DUPLICATE if result.duplicate else outcomes.STORED].inc()
 
 
 APPENDER = web.AppKey("appender", IdempotentAppender)

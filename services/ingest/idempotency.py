@@ -32,7 +32,7 @@ from services.core.lifecycle import spawn
 from services.core.retry import retry
 from services.ingest import problems
 from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, IngestMetrics
-from services.ingest.problems import RequestRefusedError
+from services.ingest.problems import ProblemType
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.log.partitions import partition_of
 from services.log.protocol import Appended, EventReader, Snapshot
@@ -196,14 +196,14 @@ class IdempotencyKeys:
 
     # -- after the log's answer ---------------------------------------------------------------------------------------
 
-    def resolve(self, lookup: KeyLookup, appended: Appended | None) -> Appended | None:
-        """Return where the first event with the key is; None if :meth:`resolve_duplicate` must read it.
+    def resolve(self, lookup: KeyLookup, appended: Appended | None) -> Appended | ProblemType | None:
+        """Return where the first event with the key is, or a problem if that has another body.
 
         Args:
             lookup: of the event.
             appended: the log's answer; None when the event was not published because :attr:`KeyLookup.first` is known.
 
-        Raises RequestRefusedError: the first event has another body.
+        Returns None if :meth:`resolve_duplicate` must read the first event.
         """
         first = lookup.first if appended is None else lookup.first_before(appended)
         if first is not None:
@@ -221,12 +221,17 @@ class IdempotencyKeys:
         self._remember(lookup, Stored(appended.sequence, digest_of(lookup.event.body)))
         return appended
 
-    async def resolve_duplicate(self, lookup: KeyLookup, appended: Appended) -> Appended:
+    async def resolve_duplicate(self, lookup: KeyLookup, appended: Appended) -> Appended | ProblemType:
         """Compare the event with the first one, which the log holds, or held, at the sequence of *appended*.
 
-        Raises RequestRefusedError: the first event has another body, or could not be read within a second.
+        Returns a problem if the first event has another body, or could not be read within a second.
         """
-        stored, source = await self._read_stored(lookup.event, appended.sequence)
+        try:
+            async with asyncio.timeout(COMPARE_SECONDS):
+                stored, source = await self._read_stored(lookup.event, appended.sequence)
+        except TimeoutError:
+            self._checks[NOBODY].inc()
+            return problems.KEY_NOT_COMPARED
         if stored.digest != digest_of(lookup.event.body) and lookup.task is not None and not lookup.task.done():
             # what the log holds may itself be a mistake under a key that only the corpus still knows
             await asyncio.wait({lookup.task}, timeout=COMPARE_SECONDS)
@@ -242,11 +247,10 @@ class IdempotencyKeys:
             if len(self._recent) > RECENT_EVENTS:
                 self._recent.popitem(last=False)
 
-    def _compared(self, lookup: KeyLookup, stored: Stored, source: str, *, duplicate: bool) -> Appended:
+    def _compared(self, lookup: KeyLookup, stored: Stored, source: str, *, duplicate: bool) -> Appended | ProblemType:
         self._checks[source].inc()
-        if stored.digest != digest_of(lookup.event.body):
-            raise RequestRefusedError(problems.IDEMPOTENCY_KEY_REUSED)
-        return Appended(stored.sequence, duplicate)
+        same = stored.digest == digest_of(lookup.event.body)
+        return Appended(stored.sequence, duplicate) if same else problems.IDEMPOTENCY_KEY_REUSED
 
     async def _read_stored(self, event: Event, sequence: int) -> tuple[Stored, str]:
         """Return the event that is stored under the id of *event*, and where it was read."""
@@ -259,12 +263,7 @@ class IdempotencyKeys:
                     return Stored(sequence, digest_of(stored.event.body)), LOG
             return (await self._reader.find(event.consultation, [event.event_id]))[event.event_id], CORPUS
 
-        try:
-            async with asyncio.timeout(COMPARE_SECONDS):
-                return await retry(read, on=(KeyError, *_UNAVAILABLE), pause=_PAUSE_SECONDS)
-        except TimeoutError:
-            self._checks[NOBODY].inc()
-            raise RequestRefusedError(problems.KEY_NOT_COMPARED) from None
+        return await retry(read, on=(KeyError, *_UNAVAILABLE), pause=_PAUSE_SECONDS)
 
 
 def _answer_from(snapshot: Snapshot, lookups: list[KeyLookup]) -> list[KeyLookup]:
