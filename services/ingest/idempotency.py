@@ -35,7 +35,7 @@ from services.ingest.metrics import CORPUS, LOG, MEMORY, NOBODY, IngestMetrics
 from services.ingest.problems import ProblemType
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.log.partitions import partition_of
-from services.log.protocol import Appended, EventReader, Snapshot
+from services.log.protocol import Appended, EventReader, StoredIds
 from services.log.questions import Stored, digest_of
 
 #: a duplicate's stored event is looked for this long: replicas lag, and persisters are restarted, seconds
@@ -103,7 +103,7 @@ class IdempotencyKeys:
         self._snapshots = _SnapshotCache(window / 2, self._loop)
         self._recent: OrderedDict[tuple[str, int], Stored] = OrderedDict()
         self._owners = [_PartitionOwner() for _ in range(partitions)]
-        self._asking: dict[str, asyncio.Task[Snapshot]] = {}
+        self._asking: dict[str, asyncio.Task[StoredIds]] = {}
         self._lookups: set[asyncio.Task[None]] = set()
         self._reads = asyncio.Semaphore(_MAX_READS)
 
@@ -142,7 +142,7 @@ class IdempotencyKeys:
         if tasks:
             await asyncio.wait(tasks, timeout=self._wait)
 
-    def _ask_owner(self, consultation: str, lookups: list[KeyLookup], snapshot: Snapshot | None) -> None:
+    def _ask_owner(self, consultation: str, lookups: list[KeyLookup], snapshot: StoredIds | None) -> None:
         owner = self._owners[partition_of(consultation, self._partitions)]
         silent = owner.silent
         if silent and not owner.is_due(self._loop.time()):
@@ -153,7 +153,7 @@ class IdempotencyKeys:
                 lookup.task = task
 
     async def _find_all(
-        self, owner: _PartitionOwner, consultation: str, lookups: list[KeyLookup], snapshot: Snapshot | None
+        self, owner: _PartitionOwner, consultation: str, lookups: list[KeyLookup], snapshot: StoredIds | None
     ) -> None:
         with contextlib.suppress(*_UNAVAILABLE):
             if snapshot is None:
@@ -164,14 +164,14 @@ class IdempotencyKeys:
                 for lookup in lookups:
                     lookup.first, lookup.answered = found.get(lookup.event.event_id), True
 
-    async def _shared_snapshot(self, owner: _PartitionOwner, consultation: str) -> Snapshot:
+    async def _shared_snapshot(self, owner: _PartitionOwner, consultation: str) -> StoredIds:
         """Ask for a snapshot, once for all that want the same one."""
         asking = self._asking.get(consultation)
         if asking is None:
             asking = self._asking[consultation] = asyncio.create_task(self._new_snapshot(owner, consultation))
         return await asyncio.shield(asking)
 
-    async def _new_snapshot(self, owner: _PartitionOwner, consultation: str) -> Snapshot:
+    async def _new_snapshot(self, owner: _PartitionOwner, consultation: str) -> StoredIds:
         began = self._loop.time()
         try:
             snapshot = await self._answer_of(owner, self._reader.snapshot(consultation))
@@ -266,7 +266,7 @@ class IdempotencyKeys:
         return await retry(read, on=(KeyError, *_UNAVAILABLE), pause=_PAUSE_SECONDS)
 
 
-def _answer_from(snapshot: Snapshot, lookups: list[KeyLookup]) -> list[KeyLookup]:
+def _answer_from(snapshot: StoredIds, lookups: list[KeyLookup]) -> list[KeyLookup]:
     """Answer those of *lookups* whose ids *snapshot* excludes; return the others."""
     rest = []
     for lookup in lookups:
@@ -284,9 +284,9 @@ class _SnapshotCache:
         self._seconds = seconds
         self._loop = loop
         self._size = 0
-        self._kept: OrderedDict[str, tuple[float, Snapshot]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[float, StoredIds]] = OrderedDict()
 
-    def get(self, consultation: str) -> Snapshot | None:
+    def get(self, consultation: str) -> StoredIds | None:
         kept = self._kept.get(consultation)
         if kept is None:
             return None
@@ -297,7 +297,7 @@ class _SnapshotCache:
         self._kept.move_to_end(consultation)
         return snapshot
 
-    def put(self, consultation: str, snapshot: Snapshot, began: float) -> None:
+    def put(self, consultation: str, snapshot: StoredIds, began: float) -> None:
         """Keep a snapshot that was asked for at *began*, on the loop's clock."""
         self._drop(consultation)
         self._kept[consultation] = began + self._seconds, snapshot

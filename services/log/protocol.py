@@ -37,7 +37,7 @@ from uuid import UUID
 
 from fiq.event import MESSAGE_ID_HEADER, Event
 from services.log.questions import Answer, Question, Stored
-from services.log.status import Backlog, LogState, Placement, Progress, StorePlacement
+from services.log.status import Backlog, LogState, PartitionProgress, Placement, StorePlacement
 
 #: name of the log of events: JetStream's stream, and the destination in traces
 EVENT_LOG = "fi-events"
@@ -198,7 +198,7 @@ class EventWriter(Protocol):
         ...
 
 
-class Snapshot(Protocol):
+class StoredIds(Protocol):
     """Which ids the corpus held of a consultation at one moment."""
 
     @property
@@ -226,7 +226,7 @@ class EventReader(Protocol):
         """
         ...
 
-    async def snapshot(self, consultation: str) -> Snapshot:
+    async def snapshot(self, consultation: str) -> StoredIds:
         """Return which ids the corpus holds of *consultation*.
 
         Raises CorpusAwayError: the partition's persister does not answer; LogUnavailableError: there is no connection;
@@ -657,7 +657,7 @@ class PersisterLog(Protocol):
         self,
         about: Mapping[str, str],
         partitions: Callable[[], Collection[int]],
-        progress: Callable[[], Mapping[int, Progress]],
+        progress: Callable[[], Mapping[int, PartitionProgress]],
     ) -> AbstractAsyncContextManager[Callable[[], None]]:
         """Let others see this process while the body runs: operators, and those who read the status.
 

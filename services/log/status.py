@@ -62,7 +62,7 @@ ALIVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PartitionProgress:
     """How far a partition is.
 
     Attributes:
@@ -90,7 +90,7 @@ class LiveProcess:
     store: str
     volume: str
     partitions: frozenset[int]
-    progress: Mapping[int, Progress]
+    progress: Mapping[int, PartitionProgress]
     stream_sequence: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
 

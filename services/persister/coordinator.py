@@ -23,7 +23,7 @@ from services.core.logs import get_logger
 from services.log.errors import LogMismatchError, LogUnavailableError, PlacementError
 from services.log.partitions import partition_name
 from services.log.protocol import Placements, Position
-from services.log.status import Placement, Progress
+from services.log.status import PartitionProgress, Placement
 from services.persister.errors import VolumeError
 from services.persister.metrics import PersisterMetrics
 from services.persister.partition import PartitionRunner, RunnerState
@@ -109,10 +109,10 @@ class Coordinator:
         """The partitions that this process runs, sorted."""
         return sorted(self._running)
 
-    def progress(self) -> dict[int, Progress]:
+    def progress(self) -> dict[int, PartitionProgress]:
         """Return how far each partition is that this process follows."""
         return {
-            partition: Progress(committed, one.runner.waiting)
+            partition: PartitionProgress(committed, one.runner.waiting)
             for partition, one in self._running.items()
             if (committed := one.runner.committed) is not None
         }

@@ -15,7 +15,7 @@ from services.cli.errors import BackupError, RestoreRefusedError
 from services.cli.status import ClusterSnapshot, Worker, take_snapshot
 from services.cli.target import Target, connected
 from services.log.errors import LogRefusedError, LogUnavailableError, PlacementError
-from services.log.jetstream.placement import FENCE_SECONDS, Placements, read_stores
+from services.log.jetstream.placement import FENCE_SECONDS, BucketPlacements, read_stores
 from services.log.jetstream.stream import BUCKET, STREAM
 from services.log.metrics import PARTITIONS, PROCESSES
 from services.log.partitions import partition_name
@@ -84,7 +84,7 @@ async def look(target: Target, store: str) -> StoreView | None:
         if not stream.partitions:
             raise BackupError(f"stream {STREAM} was not made by fiq: its metadata has no number of partitions")
         _check_known(snapshot)
-        placements = Placements(connection, replace(settings, partitions=stream.partitions))
+        placements = BucketPlacements(connection, replace(settings, partitions=stream.partitions))
         every = range(stream.partitions)
         history = await asyncio.gather(*(placements.history(partition) for partition in every))
     first, last = max(1, stream.first_sequence), stream.last_sequence
@@ -130,7 +130,7 @@ async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: S
     Raises RestoreRefusedError: the broker refused one, or it has changed meanwhile; those before it are placed.
     """
     async with connected(target.settings) as connection:
-        placements = Placements(connection, replace(target.settings, store=store))
+        placements = BucketPlacements(connection, replace(target.settings, store=store))
         for one in sorted(wanted, key=lambda placement: placement.partition):
             known = seen.placed.get(one.partition)
             try:

@@ -20,7 +20,7 @@ from services.cli.backup.restore import Owner, begun_anew, make_empty, reserved,
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
 from services.log.errors import PlacementError
-from services.log.jetstream.placement import Placements, parse_key, read_stores
+from services.log.jetstream.placement import BucketPlacements, parse_key, read_stores
 from services.log.jetstream.stream import BUCKET, STREAM, placement_key
 from services.log.partitions import partition_name
 from services.log.status import Placement
@@ -162,7 +162,7 @@ async def _place(
     for partition in sorted(lost & held.keys()):
         _check(seen, store, held[partition], force=force)
     async with connected(target.settings) as connection:
-        placements = Placements(connection, replace(target.settings, partitions=seen.partitions))
+        placements = BucketPlacements(connection, replace(target.settings, partitions=seen.partitions))
         if others is not None:
             await placements.name_stores(others)
         try:

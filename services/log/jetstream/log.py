@@ -21,9 +21,9 @@ from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, Role, check_max_payload, close, connect
 from services.log.jetstream.follower import Budget, JetStreamFollower, check_log
 from services.log.jetstream.monitor import LogMonitor, monitoring, show_progress
-from services.log.jetstream.placement import Placements
+from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.publisher import Publisher
-from services.log.jetstream.questions import Answering
+from services.log.jetstream.questions import NatsAnswering
 from services.log.jetstream.reader import JetStreamReader
 from services.log.jetstream.stream import (
     DEADLINE_SECONDS,
@@ -38,7 +38,7 @@ from services.log.metrics import LogMetrics
 from services.log.partitions import partition_name
 from services.log.protocol import IngestLog, IngestRole, LogIdentity, PersisterRole, Position, Trimmed
 from services.log.settings import LogSettings
-from services.log.status import Progress
+from services.log.status import PartitionProgress
 
 #: one try to reach the cluster, seconds; each that fails is logged
 _TRY_SECONDS = 5.0
@@ -123,8 +123,8 @@ class JetStreamPersisterLog:
         monitor: LogMonitor,
     ) -> None:
         self.identity = identity
-        self.placements = Placements(nc, settings)
-        self.answering = Answering(nc, settings.store)
+        self.placements = BucketPlacements(nc, settings)
+        self.answering = NatsAnswering(nc, settings.store)
         self.dead_letters = DeadLetterStream(nc, publisher)
         self.status = monitor
         self._nc = nc
@@ -159,7 +159,7 @@ class JetStreamPersisterLog:
         self,
         about: Mapping[str, str],
         partitions: Callable[[], Collection[int]],
-        progress: Callable[[], Mapping[int, Progress]],
+        progress: Callable[[], Mapping[int, PartitionProgress]],
     ) -> AsyncIterator[Callable[[], None]]:
         """Answer in the NATS service API (ADR-32), which ``nats micro ls`` shows, while the body runs."""
         questions = corpus_subject(self._store, 0, "*").replace(".0.", ".<partition>.")

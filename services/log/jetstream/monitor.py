@@ -54,9 +54,9 @@ from services.log.status import (
     Backlog,
     LiveProcess,
     LogState,
+    PartitionProgress,
     PartitionState,
     Placement,
-    Progress,
     StorePlacement,
     StreamReport,
     Waiting,
@@ -459,15 +459,17 @@ async def look_once(nc: Connection, settings: LogSettings) -> LogState:
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def show_progress(progress: Mapping[int, Progress]) -> str:
+def show_progress(progress: Mapping[int, PartitionProgress]) -> str:
     """Return *progress* as the metadata of a process hold it, such as ``00:38:2,03:41:0``."""
     return ",".join(f"{partition_name(p)}:{one.committed}:{one.waiting}" for p, one in sorted(progress.items()))
 
 
-def read_progress(text: str) -> dict[int, Progress]:
+def read_progress(text: str) -> dict[int, PartitionProgress]:
     """Undo :func:`show_progress`; malformed parts are left out."""
     parts = (part.split(":") for part in text.split(","))
-    return {int(p[0]): Progress(int(p[1]), int(p[2])) for p in parts if len(p) == 3 and all(map(str.isdecimal, p))}
+    return {
+        int(p[0]): PartitionProgress(int(p[1]), int(p[2])) for p in parts if len(p) == 3 and all(map(str.isdecimal, p))
+    }
 
 
 def read_process(metadata: Mapping[str, str]) -> LiveProcess:

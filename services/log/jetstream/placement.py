@@ -99,7 +99,7 @@ class _Entry:
 _ABSENT = _Entry(0, None)
 
 
-class Placements:
+class BucketPlacements:
     """The placements of one store's partitions; see :class:`services.log.protocol.Placements`."""
 
     def __init__(self, nc: Connection, settings: LogSettings) -> None:

@@ -167,7 +167,7 @@ class Questions:
 # -- answering --------------------------------------------------------------------------------------------------------
 
 
-class Answering:
+class NatsAnswering:
     """Hears the questions about the partitions of one store that this process has open; see the protocol."""
 
     def __init__(self, nc: Connection, store: str) -> None:

@@ -35,7 +35,7 @@ from services.log.jetstream.connection import Connection
 from services.log.jetstream.questions import Questions
 from services.log.jetstream.stream import STREAM, stored_subject
 from services.log.partitions import partition_of
-from services.log.protocol import EventBrowser, Page, Snapshot, StoredEvent
+from services.log.protocol import EventBrowser, Page, StoredEvent, StoredIds
 from services.log.questions import Consultations, Events, EventsAnswer, Row, Stored
 from services.log.settings import LogSettings
 
@@ -84,7 +84,7 @@ class JetStreamReader(EventBrowser):
             return None
         return StoredEvent(sequence, found[1], persisted=False)
 
-    async def snapshot(self, consultation: str) -> Snapshot:
+    async def snapshot(self, consultation: str) -> StoredIds:
         return await self._corpus.ids(self._partition(consultation), consultation)
 
     async def find(self, consultation: str, event_ids: Collection[UUID]) -> Mapping[UUID, Stored]:

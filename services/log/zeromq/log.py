@@ -33,9 +33,9 @@ from services.log.status import (
     Backlog,
     LiveProcess,
     LogState,
+    PartitionProgress,
     PartitionState,
     Placement,
-    Progress,
     StorePlacement,
     Waiting,
 )
@@ -199,7 +199,7 @@ class ZeroMqStatus:
             if last is not None and link.up:
                 key = (last.volume, last.about.get("host", ""), last.about.get("pid", ""))
                 one = processes.get(key) or LiveProcess(store, last.volume, frozenset(), {}, metadata=last.about)
-                progress = {**one.progress, p: Progress(last.committed, last.waiting)}
+                progress = {**one.progress, p: PartitionProgress(last.committed, last.waiting)}
                 processes[key] = replace(one, partitions=one.partitions | {p}, progress=progress)
             committed, events = (0, 0) if last is None else (last.committed, last.waiting)
             waiting = Waiting(events, committed, still=not link.up)
@@ -285,7 +285,7 @@ class ZeroMqPersisterLog:
         self,
         about: Mapping[str, str],
         partitions: Callable[[], Collection[int]],
-        progress: Callable[[], Mapping[int, Progress]],
+        progress: Callable[[], Mapping[int, PartitionProgress]],
     ) -> AsyncIterator[Callable[[], None]]:
         """Tell *about* this process to those who ask for the state of its partitions."""
         self._owner.about = dict(about)

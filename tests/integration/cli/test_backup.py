@@ -13,7 +13,7 @@ import pytest
 
 from fiq.corpus import open_corpus, verify_corpus
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.placement import Placements
+from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import BUCKET, STREAM, placement_key, provision
 from services.log.status import Placement
 from services.persister.volume import Volume
@@ -86,7 +86,7 @@ async def test_the_manifest_has_the_placement_and_the_streams_identity(log: Log,
         await done(log, "backup", saved, "--corpus", data)
         assert 0 == await persister.end()
     manifest = json.loads((saved / "manifest.json").read_text())
-    places = (await Placements(log.nc, log.settings).read()).partitions
+    places = (await BucketPlacements(log.nc, log.settings).read()).partitions
     assert [{"partition": p, "volume": place.volume, "epoch": 1} for p, place in sorted(places.items())] == manifest[
         "placement"
     ]
@@ -113,7 +113,7 @@ async def test_a_restore_keeps_the_stream_from_being_trimmed_before_persisters_s
 
 async def committed_in(log: Log) -> dict[int, int]:
     """Return what the keys say is committed."""
-    places = (await Placements(log.nc, log.settings).read()).partitions
+    places = (await BucketPlacements(log.nc, log.settings).read()).partitions
     return {partition: place.committed for partition, place in places.items()}
 
 
@@ -254,7 +254,7 @@ async def test_a_stale_backup_of_another_placement_is_refused(log: Log, tmp_path
         await kill(persister)
     shutil.rmtree(data)
     other = await asyncio.to_thread(Volume.open, tmp_path / "other", "main")
-    bucket, placements = await log.nc.jetstream().key_value(BUCKET), Placements(log.nc, log.settings)
+    bucket, placements = await log.nc.jetstream().key_value(BUCKET), BucketPlacements(log.nc, log.settings)
     for partition in range(PARTITIONS):
         await bucket.delete(placement_key("main", partition))
         await placements.place(Placement(partition, other.uuid, 1, committed=0, begins=1, revision=0))

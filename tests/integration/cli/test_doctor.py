@@ -21,7 +21,7 @@ from services.cli.embedded.cluster import Cluster
 from services.cli.embedded.processes import LOOPBACK
 from services.cli.main import app
 from services.cli.target import Target
-from services.log.jetstream.placement import Placements
+from services.log.jetstream.placement import BucketPlacements
 from services.log.settings import LogSettings
 from services.persister.volume import note_backup
 from tests.support.cluster import delete_streams, heal
@@ -147,7 +147,7 @@ async def test_an_old_copy_of_a_partition_file_is_an_error(log: Log, tmp_path: P
         await persisted(data, await log.publish(20))
         assert 0 == await persister.end()
     await log.publish(20)
-    placements = Placements(log.nc, log.settings)
+    placements = BucketPlacements(log.nc, log.settings)
     for placement in (await placements.read()).partitions.values():
         await placements.progress(placement, 40)
     found = [one for one in await findings(patient(log, data)) if one.check == "corpus"]

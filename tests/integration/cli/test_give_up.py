@@ -11,7 +11,7 @@ import pytest
 
 from fiq.corpus import verify_corpus
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.placement import Placements
+from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import STREAM
 from services.persister.volume import Volume
 from tests.support.commands import done, kill, refused
@@ -40,7 +40,7 @@ async def lost(log: Log, folder: Path) -> tuple[str, Contents]:
 
 async def keys(log: Log) -> list[tuple[int, int, int]]:
     """Return what the partitions' keys say: epoch, where the file begins, and what is committed."""
-    places = (await Placements(log.nc, log.settings).read()).partitions
+    places = (await BucketPlacements(log.nc, log.settings).read()).partitions
     return [(place.epoch, place.begins, place.committed) for place in places.values()]
 
 

@@ -14,7 +14,7 @@ import pytest
 from fiq.corpus import open_corpus, verify_corpus
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import PlacementError
-from services.log.jetstream.placement import Placements
+from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import STREAM
 from services.persister.volume import Volume
 from tests.support.commands import done, fiq, killed_in, refused
@@ -44,7 +44,7 @@ async def away(log: Log, folder: Path) -> tuple[Path, str, Contents]:
 
 async def epochs(log: Log) -> list[int]:
     """Return the epochs that the cluster has, by partition."""
-    return [place.epoch for place in (await Placements(log.nc, log.settings).read()).partitions.values()]
+    return [place.epoch for place in (await BucketPlacements(log.nc, log.settings).read()).partitions.values()]
 
 
 def epochs_in(data: Path) -> list[int]:
@@ -176,7 +176,7 @@ async def test_a_persister_stops_when_its_partitions_are_placed_anew_under_it(lo
         await persister.ready()
         before = await log.publish(40)
         await persisted(data, before)
-        placements = Placements(log.nc, log.settings)
+        placements = BucketPlacements(log.nc, log.settings)
 
         async def renewed(partition: int) -> bool:
             place = await placements.get(partition)

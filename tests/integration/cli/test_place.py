@@ -11,7 +11,7 @@ import pytest
 from fiq.corpus import EventStore, Identity
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import PlacementError
-from services.log.jetstream.placement import Placements
+from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, placement_key, provision
 from services.log.jetstream.trim import Trimmer
 from services.log.status import Placement
@@ -39,7 +39,7 @@ def files(log: Log, data: Path, *, committed: int, store: str = "main") -> str:
 
 async def reached(log: Log, volume: str, *committed: int, store: str = "main") -> None:
     """Put what the partitions of a volume have reached, one after the other."""
-    placements = Placements(log.nc, replace(log.settings, store=store))
+    placements = BucketPlacements(log.nc, replace(log.settings, store=store))
     for partition in range(PARTITIONS):
         placed = await placements.claim(partition, volume, 1, begins=1)
         for at in committed:
@@ -55,7 +55,7 @@ async def deleted(log: Log, *, store: str = "main") -> None:
 
 async def keys(log: Log, *, store: str = "main") -> list[Placement]:
     """Return the keys of the partitions of a store."""
-    return list((await Placements(log.nc, replace(log.settings, store=store)).read()).partitions.values())
+    return list((await BucketPlacements(log.nc, replace(log.settings, store=store)).read()).partitions.values())
 
 
 async def test_a_file_that_the_stream_does_not_reach_back_to_is_refused(log: Log, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ from services.ingest.settings import Settings
 from services.log.jetstream import monitor as module
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.monitor import LogMonitor, look_once, monitoring, show_progress
-from services.log.jetstream.placement import Placements
+from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import PERSISTER_SERVICE, STREAM
 from services.log.metrics import LogMetrics
 from services.log.settings import LogSettings
-from services.log.status import LogState, Progress, Waiting
+from services.log.status import LogState, PartitionProgress, Waiting
 from tests.support.broker import plain_server
 from tests.support.persisters import Log, provisioned
 from tests.support.polling import eventually
@@ -90,7 +90,7 @@ async def seen(log: Log) -> AsyncIterator[Watched]:
 
 async def _place(log: Log, *partitions: int, store: str = "main", committed: int = 0) -> None:
     settings = LogSettings(servers=log.settings.servers, partitions=2, store=store)
-    placements = Placements(log.nc, settings)
+    placements = BucketPlacements(log.nc, settings)
     for partition in partitions:
         placed = await placements.claim(partition, "v1", 1, begins=1)
         if committed != placed.committed:
@@ -104,7 +104,7 @@ class Persister:
         self.metadata = metadata
         self.service = service
 
-    def says(self, progress: Mapping[int, Progress], sequence: int) -> None:
+    def says(self, progress: Mapping[int, PartitionProgress], sequence: int) -> None:
         """Let it say how far it is."""
         self.metadata["progress"] = show_progress(progress)
         self.metadata["stream_sequence"] = str(sequence)
@@ -222,13 +222,13 @@ async def test_a_partition_with_an_owner_waits_as_its_owner_says(log: Log, seen:
     await _place(log, 0, 1)
     await log.publish(6, consultations=1)
     async with _running(log, [0, 1]) as persister:
-        persister.says({0: Progress(4, 1), 1: Progress(4, 0)}, 5)
+        persister.says({0: PartitionProgress(4, 1), 1: PartitionProgress(4, 0)}, 5)
         await seen.until(lambda: seen.waiting() == [1, 0])
         states = seen.state.partitions("main")
         assert [Waiting(1, 5, still=False), Waiting(0, 5, still=False)] == [one.waiting for one in states]
         assert ([4, 4], [1, 1]) == ([one.committed for one in states], [one.owners for one in states])
         assert {("main", "v1"): 1} == seen.series("fi_volume_processes")
-        persister.says({0: Progress(6, 0), 1: Progress(6, 0)}, 6)
+        persister.says({0: PartitionProgress(6, 0), 1: PartitionProgress(6, 0)}, 6)
         await seen.until(lambda: seen.waiting() == [0, 0])
         assert {("00", "main"): 0.0, ("01", "main"): 0.0} == seen.series("fi_partition_backlog_age_seconds")
 
@@ -241,7 +241,7 @@ async def test_a_partition_whose_file_does_not_move_stands_still_and_is_counted(
     events = await log.publish(6, consultations=1)
     assert 1 == len(events)
     async with _running(log, [0, 1]) as persister:
-        persister.says({0: Progress(0, 1), 1: Progress(0, 1)}, 1)
+        persister.says({0: PartitionProgress(0, 1), 1: PartitionProgress(0, 1)}, 1)
         await seen.until(lambda: seen.waiting() == [1, 1])
         assert [False, False] == [one.waiting.still for one in seen.state.partitions("main")]
         monkeypatch.setattr(module, "STILL_SECONDS", 0.2)
@@ -400,7 +400,7 @@ async def test_ingest_reads_backlog_and_readiness_from_it(log: Log) -> None:
         await _place(log, 0, 1)
         async with AsyncExitStack() as running:
             persister = await running.enter_async_context(_running(log, [0, 1]))
-            persister.says({0: Progress(3, 0), 1: Progress(3, 0)}, 3)
+            persister.says({0: PartitionProgress(3, 0), 1: PartitionProgress(3, 0)}, 3)
             await eventually(lambda: (found := opened.status.backlog()) is not None and found.events == 0)
 
             async def ready() -> bool:

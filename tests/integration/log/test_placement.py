@@ -14,7 +14,7 @@ from services.log.errors import LogMismatchError, LogUnavailableError, Placement
 from services.log.jetstream import placement as module
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, close, connect
-from services.log.jetstream.placement import Placements, read_stores
+from services.log.jetstream.placement import BucketPlacements, read_stores
 from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, provision
 from services.log.settings import LogSettings
 from services.log.status import Placement
@@ -37,8 +37,8 @@ async def nc(fresh_log: Cluster) -> AsyncIterator[Connection]:
 
 
 @pytest.fixture
-def placements(nc: Connection, cluster: Cluster) -> Placements:
-    return Placements(nc, _settings(cluster))
+def placements(nc: Connection, cluster: Cluster) -> BucketPlacements:
+    return BucketPlacements(nc, _settings(cluster))
 
 
 async def test_of_claims_at_three_nodes_at_the_same_moment_exactly_one_wins(nc: Connection, cluster: Cluster) -> None:
@@ -48,14 +48,14 @@ async def test_of_claims_at_three_nodes_at_the_same_moment_exactly_one_wins(nc: 
         for url in cluster.urls
     ]
     try:
-        claimants = {f"volume-{n}": Placements(connections[n % 3], _settings(cluster)) for n in range(9)}
+        claimants = {f"volume-{n}": BucketPlacements(connections[n % 3], _settings(cluster)) for n in range(9)}
         for partition in range(16):
             told = await asyncio.gather(
                 *(one.claim(partition, volume, 1, begins=1) for volume, one in claimants.items())
             )
             assert len(set(told)) == 1
             assert told[0].volume in claimants
-        read = await Placements(nc, _settings(cluster)).read()
+        read = await BucketPlacements(nc, _settings(cluster)).read()
         assert set(range(16)) == set(read.partitions)
         assert all(place.revision for place in read.partitions.values())
     finally:
@@ -63,20 +63,20 @@ async def test_of_claims_at_three_nodes_at_the_same_moment_exactly_one_wins(nc: 
             await close(connection)
 
 
-async def test_a_claim_says_where_the_file_begins_and_that_it_holds_nothing(placements: Placements) -> None:
+async def test_a_claim_says_where_the_file_begins_and_that_it_holds_nothing(placements: BucketPlacements) -> None:
     found = await placements.claim(3, VOLUMES[0], 1, begins=101)
 
     assert Placement(3, VOLUMES[0], 1, committed=100, begins=101, revision=found.revision) == found
     assert {3: found} == (await placements.read()).partitions
 
 
-async def test_another_claim_is_told_who_has_the_partition(placements: Placements) -> None:
+async def test_another_claim_is_told_who_has_the_partition(placements: BucketPlacements) -> None:
     first = await placements.claim(3, VOLUMES[0], 1, begins=1)
 
     assert first == await placements.claim(3, VOLUMES[1], 1, begins=1)
 
 
-async def test_progress_is_put_by_revision(placements: Placements) -> None:
+async def test_progress_is_put_by_revision(placements: BucketPlacements) -> None:
     first = await placements.claim(3, VOLUMES[0], 1, begins=1)
 
     second = await placements.progress(first, 50, "c/1")
@@ -85,7 +85,7 @@ async def test_progress_is_put_by_revision(placements: Placements) -> None:
     assert second == await placements.get(3)
 
 
-async def test_progress_adopts_the_revision_of_another_process_of_the_volume(placements: Placements) -> None:
+async def test_progress_adopts_the_revision_of_another_process_of_the_volume(placements: BucketPlacements) -> None:
     """As after a handover, or when a put took effect whose answer never came."""
     first = await placements.claim(3, VOLUMES[0], 1, begins=1)
     await placements.progress(first, 50)
@@ -97,11 +97,11 @@ async def test_progress_adopts_the_revision_of_another_process_of_the_volume(pla
 
 
 async def test_of_two_processes_that_write_copies_of_a_partition_one_stops(
-    placements: Placements, nc: Connection, cluster: Cluster
+    placements: BucketPlacements, nc: Connection, cluster: Cluster
 ) -> None:
     """A handover moves the key once; whoever finds it moved again after that has a twin, and both say one volume."""
     claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
-    other = Placements(nc, _settings(cluster))
+    other = BucketPlacements(nc, _settings(cluster))
     taken = await other.progress(await placements.progress(claimed, 10), 20)
     taken = await other.progress(taken, 30)
     ours = await placements.progress(claimed, 40)  # as after a handover back: what it had put does not count
@@ -113,11 +113,11 @@ async def test_of_two_processes_that_write_copies_of_a_partition_one_stops(
 
 
 async def test_two_processes_that_keep_step_are_found_out_too(
-    placements: Placements, nc: Connection, cluster: Cluster
+    placements: BucketPlacements, nc: Connection, cluster: Cluster
 ) -> None:
     """Each has what the other one put just now."""
     claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
-    other = Placements(nc, _settings(cluster))
+    other = BucketPlacements(nc, _settings(cluster))
     ours, theirs = await placements.progress(claimed, 10), await other.progress(claimed, 10)
     await placements.progress(ours, 20)
 
@@ -125,7 +125,7 @@ async def test_two_processes_that_keep_step_are_found_out_too(
         await other.progress(theirs, 20)
 
 
-async def test_progress_finds_out_that_the_partition_was_placed_anew(placements: Placements) -> None:
+async def test_progress_finds_out_that_the_partition_was_placed_anew(placements: BucketPlacements) -> None:
     first = await placements.claim(3, VOLUMES[0], 1, begins=1)
     renewed = await placements.renew(replace(first, message_id="c/1"), epoch=2, committed=20)
     assert not renewed.message_id  # of the event at another sequence
@@ -137,7 +137,7 @@ async def test_progress_finds_out_that_the_partition_was_placed_anew(placements:
     assert 20 == renewed.committed
 
 
-async def test_progress_finds_out_that_the_bucket_was_set_back(placements: Placements) -> None:
+async def test_progress_finds_out_that_the_bucket_was_set_back(placements: BucketPlacements) -> None:
     """Its key has an older revision than this process put: what another log's trim goes by must not be raised."""
     first = await placements.claim(3, VOLUMES[0], 1, begins=1)
     later = replace(first, revision=first.revision + 10)
@@ -148,7 +148,7 @@ async def test_progress_finds_out_that_the_bucket_was_set_back(placements: Place
     assert first == await placements.get(3)
 
 
-async def test_renewing_what_changed_since_it_was_read_is_refused(placements: Placements) -> None:
+async def test_renewing_what_changed_since_it_was_read_is_refused(placements: BucketPlacements) -> None:
     first = await placements.claim(3, VOLUMES[0], 1, begins=1)
     await placements.progress(first, 50)
 
@@ -156,7 +156,7 @@ async def test_renewing_what_changed_since_it_was_read_is_refused(placements: Pl
         await placements.renew(first, epoch=2, committed=20)
 
 
-async def test_the_store_is_formed_once(placements: Placements) -> None:
+async def test_the_store_is_formed_once(placements: BucketPlacements) -> None:
     assert not (await placements.read()).formed
 
     await placements.form(VOLUMES)
@@ -168,7 +168,9 @@ async def test_the_store_is_formed_once(placements: Placements) -> None:
 
 
 @pytest.mark.parametrize("verb", ["delete", "purge"])
-async def test_a_deleted_key_is_told_and_cannot_be_claimed(placements: Placements, nc: Connection, verb: str) -> None:
+async def test_a_deleted_key_is_told_and_cannot_be_claimed(
+    placements: BucketPlacements, nc: Connection, verb: str
+) -> None:
     await placements.claim(3, VOLUMES[0], 1, begins=1)
     bucket = await nc.jetstream().key_value(BUCKET)
     await getattr(bucket, verb)("main.03")
@@ -181,7 +183,7 @@ async def test_a_deleted_key_is_told_and_cannot_be_claimed(placements: Placement
     assert {} == read.partitions
 
 
-async def test_an_operator_places_what_has_lost_its_key(placements: Placements, nc: Connection) -> None:
+async def test_an_operator_places_what_has_lost_its_key(placements: BucketPlacements, nc: Connection) -> None:
     lost = await placements.progress(await placements.claim(3, VOLUMES[0], 1, begins=1), 50)
     await (await nc.jetstream().key_value(BUCKET)).delete("main.03")
 
@@ -191,7 +193,7 @@ async def test_an_operator_places_what_has_lost_its_key(placements: Placements, 
     assert {3: found} == (await placements.read()).partitions
 
 
-async def test_a_key_that_cannot_be_read_counts_as_deleted(placements: Placements, nc: Connection) -> None:
+async def test_a_key_that_cannot_be_read_counts_as_deleted(placements: BucketPlacements, nc: Connection) -> None:
     await (await nc.jetstream().key_value(BUCKET)).put("main.03", b'{"volume": 1}')
     bucket = await nc.jetstream().key_value(BUCKET)
     await bucket.put("main.04", b"oops")
@@ -200,7 +202,7 @@ async def test_a_key_that_cannot_be_read_counts_as_deleted(placements: Placement
 
 
 async def test_keys_of_another_stream_of_events_do_not_count(
-    placements: Placements, nc: Connection, cluster: Cluster
+    placements: BucketPlacements, nc: Connection, cluster: Cluster
 ) -> None:
     """After a lost stream its sequences mean other events: nothing of the old one may be trimmed by, or followed."""
     old = await placements.claim(3, VOLUMES[0], 4, begins=1)
@@ -208,7 +210,7 @@ async def test_keys_of_another_stream_of_events_do_not_count(
     await JetStreamApi(nc).request(f"STREAM.DELETE.{STREAM}")
     await provision(nc, _settings(cluster))
 
-    later = Placements(nc, _settings(cluster))
+    later = BucketPlacements(nc, _settings(cluster))
     read, stores = await later.read(), await read_stores(nc)
     claimed = await later.claim(3, VOLUMES[1], 1, begins=1)
 
@@ -218,7 +220,9 @@ async def test_keys_of_another_stream_of_events_do_not_count(
     assert claimed.revision > old.revision
 
 
-async def test_without_the_stream_or_the_bucket_there_is_no_placement(placements: Placements, nc: Connection) -> None:
+async def test_without_the_stream_or_the_bucket_there_is_no_placement(
+    placements: BucketPlacements, nc: Connection
+) -> None:
     await JetStreamApi(nc).request(f"STREAM.DELETE.{BUCKET_STREAM}")
     with pytest.raises(PlacementError, match="there is no bucket fi-partitions: `fiq provision` makes it"):
         await placements.read()
@@ -230,7 +234,7 @@ async def test_without_the_stream_or_the_bucket_there_is_no_placement(placements
 
 async def test_all_stores_are_read_at_once(nc: Connection, cluster: Cluster) -> None:
     for store in ("main", "copy"):
-        one = Placements(nc, _settings(cluster, store=store))
+        one = BucketPlacements(nc, _settings(cluster, store=store))
         await one.claim(0, VOLUMES[0], 1, begins=1)
     await one.form(VOLUMES)
 
@@ -241,7 +245,7 @@ async def test_all_stores_are_read_at_once(nc: Connection, cluster: Cluster) -> 
 
 
 async def test_a_replica_that_lags_decides_nothing(
-    placements: Placements, nc: Connection, monkeypatch: pytest.MonkeyPatch
+    placements: BucketPlacements, nc: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leader says how new the bucket is; where the answer is older, the leader itself is asked for each key."""
     claimed = [await placements.claim(p, VOLUMES[0], 1, begins=1) for p in (0, 1)]
@@ -263,12 +267,12 @@ async def test_a_replica_that_lags_decides_nothing(
 
 
 async def test_places_tell_of_changes_but_not_of_progress(
-    placements: Placements, nc: Connection, cluster: Cluster
+    placements: BucketPlacements, nc: Connection, cluster: Cluster
 ) -> None:
     first = await placements.claim(0, VOLUMES[0], 1, begins=1)
     await placements.read()
     changes: list[None] = []
-    other = Placements(nc, _settings(cluster))
+    other = BucketPlacements(nc, _settings(cluster))
     async with placements.watching(lambda: changes.append(None)):
         second = await other.progress(first, 10)
         await nc.flush()
@@ -282,7 +286,7 @@ async def test_places_tell_of_changes_but_not_of_progress(
 
 async def test_claim_and_progress_outlive_the_loss_of_the_buckets_leader(nc: Connection, cluster: Cluster) -> None:
     """Whatever happens to their answers, what is told in the end is what the bucket says."""
-    placements = Placements(nc, _settings(cluster))
+    placements = BucketPlacements(nc, _settings(cluster))
     claimed = await placements.claim(0, VOLUMES[0], 1, begins=1)
     info = await JetStreamApi(nc).stream_info(BUCKET_STREAM)
     assert info is not None
@@ -307,7 +311,7 @@ async def test_claim_and_progress_outlive_the_loss_of_the_buckets_leader(nc: Con
         await asyncio.to_thread(cluster.wait_ready)
 
 
-async def test_nats_py_reads_the_bucket_like_any_other(placements: Placements, nc: Connection) -> None:
+async def test_nats_py_reads_the_bucket_like_any_other(placements: BucketPlacements, nc: Connection) -> None:
     """So does `nats kv get fi-partitions main.00`."""
     first = await placements.claim(0, VOLUMES[0], 1, begins=1)
     await placements.progress(first, 10)

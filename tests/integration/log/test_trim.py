@@ -15,7 +15,7 @@ from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError
 from services.log.jetstream import trim as module
-from services.log.jetstream.placement import KEYS_SECONDS, Placements
+from services.log.jetstream.placement import KEYS_SECONDS, BucketPlacements
 from services.log.jetstream.reader import JetStreamReader
 from services.log.jetstream.stream import STREAM
 from services.log.jetstream.trim import Trimmer
@@ -48,7 +48,7 @@ class Keys:
 
     def __init__(self, log: Log, store: str = "main", message_ids: Mapping[int, str] | None = None) -> None:
         settings = LogSettings(servers=log.settings.servers, partitions=PARTITIONS, store=store)
-        self._placements = Placements(log.nc, settings)
+        self._placements = BucketPlacements(log.nc, settings)
         self._placed: dict[int, Placement] = {}
         self._message_ids = message_ids or {}
 

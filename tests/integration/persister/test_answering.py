@@ -21,7 +21,7 @@ from nats.aio.msg import Msg
 from fiq.corpus import Consultation, EventStore, KnownIds, Lookup, Record, StoreOptions
 from services.log import questions as wire
 from services.log.jetstream.connection import Connection
-from services.log.jetstream.questions import Answering, Questions
+from services.log.jetstream.questions import NatsAnswering, Questions
 from services.log.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, digest_of
 from services.persister import answering as answering_module
 from services.persister.answering import MAX_PENDING, QuestionResponder
@@ -113,7 +113,7 @@ async def answering(url: str, path: Path, options: StoreOptions | None = None) -
     with ThreadPoolExecutor(1) as executor:
         hdf5 = Hdf5Thread(executor)
         file = PartitionFile(await hdf5.run(lambda: EventStore.create(path, IDENTITY, options)))
-        responder = QuestionResponder(Answering(nc, "main"), hdf5, metrics)
+        responder = QuestionResponder(NatsAnswering(nc, "main"), hdf5, metrics)
         await responder.open(0, file)
         work = asyncio.create_task(responder.run())
         await taken(nc)
@@ -408,7 +408,7 @@ async def test_a_runner_answers_while_its_file_is_open(url: str, tmp_path: Path)
     """From its opening to its release."""
     nc = await connected(url)
     stream = Stream(delivery(1), reusing(2, of=1), delivery(3))
-    async with rig(tmp_path, stream, answering=Answering(nc, "main")) as part:
+    async with rig(tmp_path, stream, answering=NatsAnswering(nc, "main")) as part:
         assert part.responder is not None
         work = asyncio.create_task(part.responder.run())
         part.runner.start()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.connection import Connection
-from services.log.jetstream.placement import Placements, read_stores
+from services.log.jetstream.placement import BucketPlacements, read_stores
 from services.log.jetstream.trim import Trimmer
 from services.persister.placement import VolumeContext, claim_partitions
 from services.persister.volume import Volume
@@ -26,7 +26,7 @@ async def test_a_purge_by_keys_from_before_the_store_began_is_seen(fresh_log: Cl
         context = VolumeContext(Volume.open(tmp_path, "second"), 1, settings, log.identity)
         trimmer = Trimmer(log.nc, retention=0)
         before = await trimmer._look()
-        placing = asyncio.create_task(claim_partitions(context, Placements(log.nc, settings)))
+        placing = asyncio.create_task(claim_partitions(context, BucketPlacements(log.nc, settings)))
         await eventually(lambda: begun(log.nc))
         assert 100 == await trimmer._slice(before, full=False)
         await log.publish(5)

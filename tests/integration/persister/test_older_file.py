@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.placement import Placements
+from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import STREAM
 from tests.support.persisters import Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
@@ -45,7 +45,7 @@ async def test_an_older_file_is_followed_when_its_key_says_so(
 
 async def committed(log: Log) -> list[int]:
     """Return what the keys say."""
-    return [place.committed for place in (await Placements(log.nc, log.settings).read()).partitions.values()]
+    return [place.committed for place in (await BucketPlacements(log.nc, log.settings).read()).partitions.values()]
 
 
 async def lowered(log: Log) -> bool:

@@ -14,7 +14,7 @@ from fiq.corpus import EventStore, Record
 from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError
-from services.log.jetstream.questions import Answering
+from services.log.jetstream.questions import NatsAnswering
 from services.log.jetstream.reader import JetStreamReader, Numbered, StreamReading
 from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
@@ -78,7 +78,7 @@ async def halted(fresh_log: Cluster, tmp_path: Path) -> AsyncIterator[Halted]:
         with ThreadPoolExecutor(1) as executor:
             hdf5 = Hdf5Thread(executor)
             file = PartitionFile(await hdf5.run(lambda: EventStore.create(tmp_path / "00.h5", IDENTITY)))
-            responder = QuestionResponder(Answering(log.nc, "main"), hdf5, PersisterMetrics())
+            responder = QuestionResponder(NatsAnswering(log.nc, "main"), hdf5, PersisterMetrics())
             await responder.open(partition_of("c1", PARTITIONS), file)
             work = asyncio.create_task(responder.run())
             await taken(log.nc)

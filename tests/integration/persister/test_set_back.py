@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.embedded.cluster import Cluster
-from services.log.jetstream.placement import Placements
+from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.trim import Trimmer
 from tests.support.cluster import set_back, stores_copied
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted, provisioned
@@ -98,7 +98,7 @@ async def test_a_log_that_is_set_back_under_living_persisters_is_not_trimmed(log
 
 
 async def _least_committed(log: Log, sequence: int) -> bool:
-    placed = (await Placements(log.nc, log.settings).read()).partitions
+    placed = (await BucketPlacements(log.nc, log.settings).read()).partitions
     return min(one.committed for one in placed.values()) >= sequence
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fiq.errors import TransientError
-from services.log.jetstream.placement import Placements, read_stores
+from services.log.jetstream.placement import BucketPlacements, read_stores
 from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, provision
 from services.log.settings import LogSettings
 from services.persister.placement import VolumeContext, claim_partitions
@@ -28,7 +28,7 @@ async def claim(log: Log, folder: Path, settings: LogSettings) -> set[int]:
     while True:
         with contextlib.suppress(TransientError):
             context = VolumeContext(volume, 2, settings, log.identity)
-            found = await claim_partitions(context, Placements(log.nc, settings))
+            found = await claim_partitions(context, BucketPlacements(log.nc, settings))
             assert {} == found.blocked
             return set(found.placed)
 
@@ -212,7 +212,7 @@ async def test_a_lost_bucket_is_no_fresh_start(log: Log, tmp_path: Path) -> None
 
 async def formed(log: Log) -> bool:
     """Whether the store is."""
-    return (await Placements(log.nc, log.settings).read()).formed
+    return (await BucketPlacements(log.nc, log.settings).read()).formed
 
 
 async def test_a_file_is_made_before_its_claim_whenever_a_process_is_killed(log: Log, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ async def test_a_file_is_made_before_its_claim_whenever_a_process_is_killed(log:
             await eventually(partial(made, data, number % (PARTITIONS + 1)))
             persister.process.kill()
             await asyncio.to_thread(persister.process.wait)
-        for partition in (await Placements(log.nc, log.settings).read()).partitions:
+        for partition in (await BucketPlacements(log.nc, log.settings).read()).partitions:
             assert (data / f"{partition:02d}.h5").exists()
     with Persister(tmp_path / "last", log.cluster, data) as persister:
         await persister.ready()
@@ -279,5 +279,5 @@ async def test_a_store_is_seeded_with_a_backup_of_another_one(log: Log, tmp_path
 
 async def caught_up(log: Log, sequence: int) -> bool:
     """Whether every partition's key has reached *sequence*."""
-    places = (await Placements(log.nc, log.settings).read()).partitions
+    places = (await BucketPlacements(log.nc, log.settings).read()).partitions
     return all(place.committed >= sequence for place in places.values())

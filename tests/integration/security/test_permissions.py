@@ -15,7 +15,7 @@ from services.log.errors import LogForbiddenError, ProvisionError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, Role, close, connect
 from services.log.jetstream.follower import Budget, JetStreamFollower
-from services.log.jetstream.placement import Placements, read_stores
+from services.log.jetstream.placement import BucketPlacements, read_stores
 from services.log.jetstream.publisher import Publisher
 from services.log.jetstream.stream import STREAM, provision
 from services.log.protocol import LogIdentity, Position
@@ -204,21 +204,21 @@ async def test_placement_says_what_is_missing(stranger: Connection, secured: Sec
     """A claim by somebody who may read the bucket and not write it."""
     await _identity(secured)
     with pytest.raises(LogForbiddenError, match=r"may not publish on \$kv\.fi-partitions\.main\.00"):
-        await Placements(stranger, secured.settings(Role.INGEST)).claim(0, "volume", 1, begins=1)
+        await BucketPlacements(stranger, secured.settings(Role.INGEST)).claim(0, "volume", 1, begins=1)
 
 
 async def test_a_persister_places_and_ops_places_anew(secured: Secured) -> None:
     """Each with its own user: claim, progress and the hint of it; then what `fiq restore` does; everybody reads it."""
     await _identity(secured)
     async with secured.connected(Role.PERSISTER) as owner, secured.connected(Role.OPS) as ops:
-        placements = Placements(owner, secured.settings(Role.PERSISTER, store="placing"))
+        placements = BucketPlacements(owner, secured.settings(Role.PERSISTER, store="placing"))
         news: list[None] = []
         async with placements.watching(lambda: news.append(None)):
             claimed = await placements.progress(await placements.claim(0, "volume", 1, begins=1), 10)
             await placements.form({"volume"})
             await placements.read()
             news.clear()
-            renewed = await Placements(ops, secured.settings(Role.OPS, store="placing")).renew(
+            renewed = await BucketPlacements(ops, secured.settings(Role.OPS, store="placing")).renew(
                 claimed, epoch=2, committed=5
             )
             await eventually(lambda: news)

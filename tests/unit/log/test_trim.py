@@ -12,7 +12,7 @@ from services.log.jetstream.monitor import read_process, read_progress, show_pro
 from services.log.jetstream.trim import Trimmer, committed_everywhere, is_turn
 from services.log.protocol import Trimmed
 from services.log.settings import LogSettings
-from services.log.status import LiveProcess, LogState, Placement, Progress, StorePlacement
+from services.log.status import LiveProcess, LogState, PartitionProgress, Placement, StorePlacement
 from tests.support.polling import eventually
 
 
@@ -89,9 +89,9 @@ async def test_trim_goes_on_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_a_process_tells_is_read_as_it_was_shown() -> None:
     """And what another version may tell does no harm."""
-    progress = {3: Progress(41, 0), 0: Progress(38, 2)}
+    progress = {3: PartitionProgress(41, 0), 0: PartitionProgress(38, 2)}
     assert show_progress(progress) == "00:38:2,03:41:0"
     assert read_progress("00:38:2,03:41:0") == progress
     assert read_progress("") == read_progress("x:1:1,2:y:1,3,:,::,4:5") == {}
     said = {"store": "main", "volume": "v", "partitions": "00,03", "progress": "00:1:2", "stream_sequence": "9"}
-    assert LiveProcess("main", "v", frozenset({0, 3}), {0: Progress(1, 2)}, 9, said) == read_process(said)
+    assert LiveProcess("main", "v", frozenset({0, 3}), {0: PartitionProgress(1, 2)}, 9, said) == read_process(said)

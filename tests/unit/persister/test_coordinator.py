@@ -13,7 +13,7 @@ import pytest
 from services.log.errors import PlacementError
 from services.log.protocol import Position
 from services.log.settings import LogSettings
-from services.log.status import Placement, Progress
+from services.log.status import PartitionProgress, Placement
 from services.persister.coordinator import Coordinator
 from services.persister.metrics import PersisterMetrics
 from services.persister.partition import RunnerState
@@ -266,7 +266,7 @@ async def test_a_disk_that_hangs_is_shown(tmp_path: Path) -> None:
     rig.runners[2].disk.clear()
     rig.runners[2].disk_wait = 11.0
     assert ["partition 02 has waited for its file for 11 s: does the disk respond?"] == rig.coordinator.problems()
-    assert Progress(7, 3) == rig.coordinator.progress()[1]
+    assert PartitionProgress(7, 3) == rig.coordinator.progress()[1]
     rig.runners[2].disk.set()
     await ended(work, rig)
 
@@ -288,7 +288,7 @@ async def test_progress_is_reported_when_it_changed_and_only_of_followed_partiti
     rig = Rig(tmp_path, log)
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: [7] * 4 == [one.committed for one in log.placed.values()])
-    assert dict.fromkeys(range(4), Progress(7, 3)) == rig.coordinator.progress()
+    assert dict.fromkeys(range(4), PartitionProgress(7, 3)) == rig.coordinator.progress()
     revisions = [one.revision for one in log.placed.values()]
     rig.runners[2].committed = None
     rig.runners[3].committed = 9
