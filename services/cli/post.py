@@ -197,7 +197,7 @@ def _how_to_continue(progress: PostProgress, key: str, checked: Checked | None) 
         if key not in command and f"--key={key}" not in command:
             command += ["--key", key]
         return f"{far}; with the same input from its beginning, continue with:  {shlex.join(command)}"
-    changed = "" if key != checked.digest else f", after a change of the file with  --key {key}"
+    changed = "" if key != checked.digest else f"; if you change the file, add  --key {key}"
     return f"{far}; the same command continues and repeats none{changed}"
 
 

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 
 from fiq.corpus import EventStore, Identity, Record
-from services.cli.demo import AcceptedPost, LoadResult, Post, compare_corpus, generate
+from services.cli.demo import AcceptedPost, LoadResult, Post, compare_corpus, generate, wait_until_persisted
 
 IDENTITY = Identity("main", "volume", 1, 0, 1, "fi-events", "2026-11-23T10:00:00Z")
 KEYS = [str(UUID(int=number)) for number in range(3)]
@@ -55,6 +55,15 @@ def test_each_deviation_is_named(tmp_path: Path, events: list[tuple[str, int, by
     problems = compare_corpus(corpus(tmp_path, *events), ACCEPTED).problems
     assert any(problem in line for line in problems)
     assert not any('"n"' in line for line in problems)
+
+
+async def test_waiting_ends_when_the_corpus_holds_all_events_or_the_time_is_over(tmp_path: Path) -> None:
+    """And says which of both it was, and how many there are meanwhile."""
+    seen: list[int] = []
+    corpus(tmp_path, *rows(0, 1, 2))
+    assert await wait_until_persisted(tmp_path, 3, timeout=0, on_count=seen.append)
+    assert not await wait_until_persisted(tmp_path, 4, timeout=0, on_count=seen.append)
+    assert [3, 3] == seen
 
 
 def test_a_missing_consultation_is_named(tmp_path: Path) -> None:
