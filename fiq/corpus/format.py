@@ -22,6 +22,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
 from fiq.corpus.errors import CorpusFormatError, IdentityMismatchError
 from fiq.corpus.wal.journal import USER_BLOCK
@@ -48,17 +49,10 @@ CONSULTATIONS = "consultations"
 CONFLICTS = "conflicts"
 EVENTS = "events"
 PAYLOAD = "payload"
-#: first stream sequence that the file may hold: above 1 for a store that began after the stream was trimmed
-BEGINS = "begins_at_sequence"
-COMMITTED = "committed_sequence"
-#: message id of the stream's message at the committed sequence; empty when it had none
-COMMITTED_ID = "committed_message_id"
-COMMITTED_EVENTS = "committed_events"
-COMMITTED_CONFLICTS = "committed_conflicts"
-#: length of the fixed string in which :data:`COMMITTED_ID` is kept, bytes
-MESSAGE_ID_BYTES = 200
-#: attribute that only an archive has: when it was made
-ARCHIVED = "archived"
+#: the attributes that every commit writes: see :func:`commit_values`
+COMMIT_ATTRIBUTES = ("committed_sequence", "committed_message_id", "committed_events", "committed_conflicts")
+#: length of the fixed string in which a message id is kept, bytes
+_MESSAGE_ID_BYTES = 200
 
 #: one row of ``events``; an opaque id keeps all 16 bytes in numpy (a string type would cut trailing zeros)
 EVENT_DTYPE = np.dtype(
@@ -83,7 +77,6 @@ MAX_BODY_BYTES = 2**32 - 1
 
 _CONSULTATION = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 _NUMBERS = ("epoch", "partition", "partitions")
-_COUNTERS = (BEGINS, COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,63 +143,86 @@ def is_consultation_id(value: str) -> bool:
     return _CONSULTATION.fullmatch(value) is not None
 
 
-def write_attributes(root: Any, identity: Identity, journal: str, *, begins: int) -> None:
-    """Write the attributes of a new file.
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """The attributes of a partition file."""
 
-    Args:
-        root: the root group, open in h5py for writing.
-        journal: UUID that the file shares with its journal.
-        begins: first stream sequence that it may hold.
-    """
-    root.attrs["format"] = FORMAT_NAME
-    root.attrs["format_version"] = np.uint32(FORMAT_VERSION)
+    identity: Identity
+    journal: str  #: UUID that the file shares with its journal
+    begins: int  #: first stream sequence that it may hold: above 1 for a store that began after the stream was trimmed
+    committed: int  #: stream sequence of the last commit
+    committed_id: str = ""  #: message id of the stream's message there; empty when it had none
+    events: int = 0  #: in all consultations, as of the last commit
+    conflicts: int = 0  #: events that came under a used id with another body
+    archived: str = ""  #: when ``fiq repack`` made the file; empty for all others
+
+
+def commit_values(sequence: int, message_id: str, events: int, conflicts: int) -> tuple[npt.NDArray[Any], ...]:
+    """Return the values of :data:`COMMIT_ATTRIBUTES`."""
+    identifier = np.array(message_id.encode("ascii"), f"S{_MESSAGE_ID_BYTES}")
+    return np.array(sequence, np.uint64), identifier, np.array(events, np.uint64), np.array(conflicts, np.uint64)
+
+
+def write_attributes(root: Any, attributes: Attributes) -> None:
+    """Write the attributes of a new file into the *root* group, open in h5py."""
+    own, values = attributes, root.attrs
+    values["format"] = FORMAT_NAME
+    values["format_version"] = np.uint32(FORMAT_VERSION)
     for part in fields(Identity):
-        value = getattr(identity, part.name)
-        root.attrs[part.name] = np.uint32(value) if part.name in _NUMBERS else value
-    root.attrs[BEGINS] = np.uint64(begins)
-    root.attrs[COMMITTED] = np.uint64(begins - 1)
-    root.attrs.create(COMMITTED_ID, b"", dtype=f"S{MESSAGE_ID_BYTES}")
-    root.attrs[COMMITTED_EVENTS] = np.uint64(0)
-    root.attrs[COMMITTED_CONFLICTS] = np.uint64(0)
-    root.attrs["journal"] = journal
+        value = getattr(own.identity, part.name)
+        values[part.name] = np.uint32(value) if part.name in _NUMBERS else value
+    values["begins_at_sequence"] = np.uint64(own.begins)
+    committed = commit_values(own.committed, own.committed_id, own.events, own.conflicts)
+    for name, array in zip(COMMIT_ATTRIBUTES, committed, strict=True):
+        values[name] = array
+    values["journal"] = own.journal
+    if own.archived:
+        values["archived"] = own.archived
 
 
-def empty_file(identity: Identity, journal: str, *, begins: int) -> bytes:
-    """Return the whole content of a partition file without events; its user block is empty."""
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
-        write_attributes(file, identity, journal, begins=begins)
-        file.create_group(CONSULTATIONS)
-        file.create_group(CONFLICTS)
-    return buffer.getvalue()
-
-
-def read_identity(root: Any, name: str) -> Identity:
-    """Return the identity that a file states.
-
-    Args:
-        root: the root group, open in h5py.
-        name: the file's name, for messages.
+def read_attributes(root: Any, name: str) -> Attributes:
+    """Return the attributes of the file *name* from its *root* group, open in h5py.
 
     Raises CorpusFormatError: it is no partition file, of another version, or an attribute is missing.
     """
-    if root.attrs.get("format") != FORMAT_NAME:
+    values = root.attrs
+    if values.get("format") != FORMAT_NAME:
         raise CorpusFormatError(f"{name}: the attribute format is not {FORMAT_NAME!r}: it is no partition file")
-    version = int(root.attrs.get("format_version", 0))
+    version = int(values.get("format_version", 0))
     if version != FORMAT_VERSION:
         by = "an earlier" if version < FORMAT_VERSION else "a later"
         raise CorpusFormatError(
             f"{name} has format_version {version}, written by {by} version of fiq; this one reads {FORMAT_VERSION} "
             "only: use that version, or write a new corpus from the stream"
         )
-    expected = [*(part.name for part in fields(Identity)), *_COUNTERS]
-    missing = [attribute for attribute in expected if attribute not in root.attrs]
+    expected = [*(part.name for part in fields(Identity)), "begins_at_sequence", *COMMIT_ATTRIBUTES, "journal"]
+    missing = [attribute for attribute in expected if attribute not in values]
     if missing:
         raise CorpusFormatError(f"{name} lacks the attribute {missing[0]}")
-    values: dict[str, Any] = {
-        part.name: (int if part.name in _NUMBERS else str)(root.attrs[part.name]) for part in fields(Identity)
+    identity: dict[str, Any] = {
+        part.name: (int if part.name in _NUMBERS else str)(values[part.name]) for part in fields(Identity)
     }
-    return Identity(**values)
+    committed, committed_id, events, conflicts = (values[attribute] for attribute in COMMIT_ATTRIBUTES)
+    return Attributes(
+        identity=Identity(**identity),
+        journal=str(values["journal"]),
+        begins=int(values["begins_at_sequence"]),
+        committed=int(committed),
+        committed_id=bytes(committed_id).decode("ascii"),
+        events=int(events),
+        conflicts=int(conflicts),
+        archived=str(values.get("archived", "")),
+    )
+
+
+def empty_file(identity: Identity, journal: str, *, begins: int) -> bytes:
+    """Return the whole content of a partition file without events; its user block is empty."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
+        write_attributes(file, Attributes(identity, journal, begins, committed=begins - 1))
+        file.create_group(CONSULTATIONS)
+        file.create_group(CONFLICTS)
+    return buffer.getvalue()
 
 
 def bound_metadata(file: Any, size: int) -> None:

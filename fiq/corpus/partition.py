@@ -24,12 +24,8 @@ from h5py import h5, h5d, h5g, h5p, h5s, h5t
 from fiq.corpus.consultation import Consultation, open_datasets
 from fiq.corpus.errors import AppendRefusedError, CorpusFormatError
 from fiq.corpus.format import (
-    BEGINS,
     CHAIN_BYTES,
-    COMMITTED,
-    COMMITTED_CONFLICTS,
-    COMMITTED_EVENTS,
-    COMMITTED_ID,
+    COMMIT_ATTRIBUTES,
     CONFLICTS,
     CONSULTATIONS,
     EVENT_DTYPE,
@@ -39,7 +35,6 @@ from fiq.corpus.format import (
     EVENTS_CHUNK,
     LIBVER,
     MAX_BODY_BYTES,
-    MESSAGE_ID_BYTES,
     PAYLOAD,
     PAYLOAD_CHUNK,
     Identity,
@@ -48,8 +43,9 @@ from fiq.corpus.format import (
     chain_next,
     chain_start,
     check_identity,
+    commit_values,
     is_consultation_id,
-    read_identity,
+    read_attributes,
 )
 from fiq.corpus.wal.file import AtomicFile
 
@@ -100,28 +96,26 @@ class OpenPartition:
         try:
             with hdf5_errors(file):
                 bound_metadata(self._file, metadata_cache)
-                self.identity = read_identity(self._file, file.name)
+                stated = read_attributes(self._file, file.name)
+                self.identity, self.begins = stated.identity, stated.begins
+                self.committed, self.committed_id = stated.committed, stated.committed_id
                 if expected is not None:
                     check_identity(file.name, expected, self.identity)
-                if self._file.attrs.get("journal") != str(file.uuid):
+                if stated.journal != str(file.uuid):
                     raise CorpusFormatError(f"{file.name}: its user block and its HDF5 content are of two files")
-                self.begins = int(self._file.attrs[BEGINS])
-                self.committed = int(self._file.attrs[COMMITTED])
-                self.committed_id = bytes(self._file.attrs[COMMITTED_ID]).decode("ascii")
-                counted = (COMMITTED, COMMITTED_ID, COMMITTED_EVENTS, COMMITTED_CONFLICTS)
-                self._attributes = [h5py.h5a.open(self._file.id, name.encode()) for name in counted]
+                self._attributes = [h5py.h5a.open(self._file.id, name.encode()) for name in COMMIT_ATTRIBUTES]
                 self.consultations, self.conflicts = (
                     OpenConsultations(
                         self._file.id,
                         group,
                         partial(GrowingDataset, file),
                         self.identity,
-                        events=int(self._file.attrs[counter]),
+                        events=events,
                         limit=most,
                     )
-                    for group, counter, most in (
-                        (CONSULTATIONS, COMMITTED_EVENTS, limit),
-                        (CONFLICTS, COMMITTED_CONFLICTS, _OPEN_CONFLICTS),
+                    for group, events, most in (
+                        (CONSULTATIONS, stated.events, limit),
+                        (CONFLICTS, stated.conflicts, _OPEN_CONFLICTS),
                     )
                 )
         except BaseException:
@@ -139,12 +133,7 @@ class OpenPartition:
 
     def flush(self, sequence: int, message_id: str) -> None:
         """Write everything into the file under HDF5, with *sequence* and the *message_id* there as committed."""
-        values = (
-            np.array(sequence, np.uint64),
-            np.array(message_id.encode("ascii"), f"S{MESSAGE_ID_BYTES}"),
-            np.array(self.consultations.events, np.uint64),
-            np.array(self.conflicts.events, np.uint64),
-        )
+        values = commit_values(sequence, message_id, self.consultations.events, self.conflicts.events)
         for attribute, value in zip(self._attributes, values, strict=True):
             attribute.write(value)
         self._file.flush()

@@ -29,13 +29,7 @@ from fiq.corpus.errors import (
     system_errors,
 )
 from fiq.corpus.format import (
-    ARCHIVED,
-    BEGINS,
     CHUNK_SLOTS,
-    COMMITTED,
-    COMMITTED_CONFLICTS,
-    COMMITTED_EVENTS,
-    COMMITTED_ID,
     CONFLICTS,
     CONSULTATIONS,
     LIBVER,
@@ -43,7 +37,7 @@ from fiq.corpus.format import (
     Identity,
     bound_metadata,
     is_consultation_id,
-    read_identity,
+    read_attributes,
 )
 from fiq.corpus.wal.recovery import Snapshot
 from fiq.corpus.wal.storage import StorageIO, locked_directory, replace_file
@@ -245,24 +239,25 @@ class _Partition:
             with self._errors():
                 self._file: Any = h5py.File(self._snapshot, "r", rdcc_nslots=CHUNK_SLOTS)
                 bound_metadata(self._file, READER_METADATA_BYTES)
-                self._identity = read_identity(self._file, path.name)
+                self._attributes = read_attributes(self._file, path.name)
                 self._group, self._conflicts = self._file[CONSULTATIONS], self._file[CONFLICTS]
         except BaseException:
             self._snapshot.close()
             raise
 
     def info(self) -> PartitionInfo:
+        stated = self._attributes
         with self._errors():
             return PartitionInfo(
                 path=self._path,
-                identity=self._identity,
-                begins=int(self._file.attrs[BEGINS]),
-                committed=int(self._file.attrs[COMMITTED]),
-                committed_id=bytes(self._file.attrs[COMMITTED_ID]).decode("ascii"),
+                identity=stated.identity,
+                begins=stated.begins,
+                committed=stated.committed,
+                committed_id=stated.committed_id,
                 consultations=len(self._group),
-                events=int(self._file.attrs[COMMITTED_EVENTS]),
-                conflicts=int(self._file.attrs[COMMITTED_CONFLICTS]),
-                archived=ARCHIVED in self._file.attrs,
+                events=stated.events,
+                conflicts=stated.conflicts,
+                archived=bool(stated.archived),
                 has_journal=self._snapshot.has_journal,
                 journal_records=self._snapshot.journal_records,
             )

@@ -26,17 +26,13 @@ from fiq.corpus.errors import (
     system_errors,
 )
 from fiq.corpus.format import (
-    ARCHIVED,
-    COMMITTED,
-    COMMITTED_CONFLICTS,
-    COMMITTED_EVENTS,
-    COMMITTED_ID,
     CONFLICTS,
     CONSULTATIONS,
     EVENT_DTYPE,
     EVENTS,
     LIBVER,
     PAYLOAD,
+    Attributes,
     write_attributes,
 )
 from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
@@ -134,14 +130,19 @@ def _repack_partition(source: Path, target: Path, steps: _Steps) -> Repacked:
 
 def _copy(original: Corpus, info: PartitionInfo, target: Path, steps: _Steps) -> None:
     uuid = uuid4()
+    attributes = Attributes(
+        identity=info.identity,
+        journal=str(uuid),
+        begins=info.begins,
+        committed=info.committed,
+        committed_id=info.committed_id,
+        events=info.events,
+        conflicts=info.conflicts,
+        archived=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
     with h5py.File(target, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
-        write_attributes(file, info.identity, str(uuid), begins=info.begins)
-        file.attrs[COMMITTED] = np.uint64(info.committed)
-        file.attrs.modify(COMMITTED_ID, info.committed_id.encode("ascii"))
-        file.attrs[COMMITTED_EVENTS] = np.uint64(info.events)
-        file.attrs[COMMITTED_CONFLICTS] = np.uint64(info.conflicts)
-        file.attrs[ARCHIVED] = datetime.now(UTC).isoformat(timespec="seconds")
+        write_attributes(file, attributes)
         writer = ArchiveWriter(file.create_group(CONSULTATIONS).id)
         for number, consultation in enumerate(original.values(), 1):
             writer.add(consultation)
