@@ -18,7 +18,7 @@ from pathlib import Path
 
 import orjson
 
-from benchmarks import at_work, dialogues, drains, memory, over_http, page, processes
+from benchmarks import at_work, dialogues, drains, memory, over_http, page, plot, processes
 from benchmarks.bench import FULL, QUICK, Bench, Plan
 from benchmarks.results import About, Results
 from services.cli.embedded.cluster import Cluster
@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> int:
         print(f"```json\n{encoded.decode()}```")
     if options.write is not None:
         page.write(results, options.write)
+        if plot.bars(text := options.write.read_text(encoding="utf-8")):
+            options.write.with_suffix(".svg").write_text(plot.draw(text), encoding="utf-8")
     return 1 if results["about"]["failed"] else 0
 
 
@@ -138,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         help="another checkout, with its own .venv, that is measured at work and draining, too; may be repeated",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there instead of printing them")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="make this Markdown page, docs/benchmarks.md")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write this page, docs/benchmarks.md, and its plot")
     parser.add_argument("--results", type=Path, metavar="FILE", help="measure nothing, take an earlier run's JSON")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with mts-dialog/")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made; its disk is what is measured")

@@ -1,6 +1,7 @@
 """Draws the table *At work* of docs/benchmarks.md: ``python -m benchmarks.plot`` writes docs/benchmarks.svg.
 
-The page is the only source of the numbers, so the plot cannot differ from it; a test compares the two.
+The page is the only source of the numbers, so the plot cannot differ from it; a test compares the two. ``python -m
+benchmarks --write docs/benchmarks.md`` draws it as well; the summary above the tables is written by hand.
 """
 
 from __future__ import annotations
