@@ -10,21 +10,20 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import AT_WORK, OLD_WAY, PLAIN_SERVICE
+from benchmarks.results import AT_WORK, OLD_WAY, PLAIN_SERVICE, ZEROMQ
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 PLOT = PAGE.with_suffix(".svg")
-#: what is drawn, with its colour and its name in the legend
+#: what is drawn if it was measured, with its colour and its name in the legend
 TARGETS = {
     AT_WORK: ("#1f6f8b", "fiq"),
-    PLAIN_SERVICE: ("#99a8b2", "plain NATS service, without the guarantees"),
+    ZEROMQ: ("#6fb1c7", "fiq without a broker"),
+    PLAIN_SERVICE: ("#99a8b2", "plain NATS service, no guarantees"),
     OLD_WAY: ("#d98c5f", "HDF5 in the request"),
 }
-CLIENTS = (1, 20, 50)
-#: of the drawing, pixels
-WIDTH, PANEL, BAR, TOP = 860, 250, 26, 84
-_HEIGHT = TOP + 3 * (3 * BAR + 22) + 10
-_ROW = re.compile(r"^\| (\d+) \| ([\w ]+) \| ([\d,]+) \| [^|]+ \| ([\d.]+) \|", re.MULTILINE)
+#: sizes in the drawing, pixels
+WIDTH, PANEL, BAR, GAP, TOP = 860, 250, 26, 22, 84
+_ROW = re.compile(r"^\| (\d+) \| ([\w ,]+) \| ([\d,]+) \| [^|]+ \| ([\d.]+) \|", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,32 +50,36 @@ def bars(page: str) -> list[Bar]:
 def draw(page: str) -> str:
     """Return the plot of *page*: events a second on the left, median latency on the right."""
     found = bars(page)
+    groups = sorted({bar.clients for bar in found})
+    tops = [TOP + index * BAR + groups.index(bar.clients) * GAP for index, bar in enumerate(found)]
+    height = tops[-1] + BAR + 32
     font = 'font-family="sans-serif" font-size="13"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {_HEIGHT}" {font} role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {font} role="img">',
         "<title>Events a second and median latency of POST, by clients</title>",
-        f'<rect width="{WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
+        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
     ]
     left = 16
-    for colour, name in TARGETS.values():
-        lines.append(f'<rect x="{left}" y="14" width="13" height="13" fill="{colour}"/>')
-        lines.append(f'<text x="{left + 19}" y="25" fill="#222222">{name}</text>')
-        left += 19 + 7 * len(name) + 24
+    for target, (colour, name) in TARGETS.items():
+        if target in {bar.target for bar in found}:
+            lines.append(f'<rect x="{left}" y="14" width="13" height="13" fill="{colour}"/>')
+            lines.append(f'<text x="{left + 19}" y="25" fill="#222222">{name}</text>')
+            left += 19 + 7 * len(name) + 24
     panels = (
         (90, "events a second (more is better)", [bar.events_per_s for bar in found], "{:,.0f}"),
         (500, "p50 of POST, ms (less is better)", [bar.p50_ms for bar in found], "{:.1f}"),
     )
     for x, title, values, form in panels:
         lines.append(f'<text x="{x}" y="62" fill="#222222" font-weight="bold">{title}</text>')
-        for index, (bar, value) in enumerate(zip(found, values, strict=True)):
-            y = TOP + index * BAR + CLIENTS.index(bar.clients) * 22
+        for bar, y, value in zip(found, tops, values, strict=True):
             width = max(1, round(PANEL * value / max(values)))
             colour, _ = TARGETS[bar.target]
             lines.append(f'<rect x="{x}" y="{y}" width="{width}" height="{BAR - 5}" fill="{colour}"/>')
             lines.append(f'<text x="{x + width + 6}" y="{y + 15}" fill="#222222">{form.format(value)}</text>')
-    for index, clients in enumerate(CLIENTS):
-        y = TOP + index * (3 * BAR + 22) + BAR + 15
-        lines.append(f'<text x="12" y="{y}" fill="#222222">{clients} client{"s" if clients > 1 else ""}</text>')
+    for clients in groups:
+        own = [y for bar, y in zip(found, tops, strict=True) if bar.clients == clients]
+        middle = (own[0] + own[-1]) // 2 + 15
+        lines.append(f'<text x="12" y="{middle}" fill="#222222">{clients} client{"s" if clients > 1 else ""}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
