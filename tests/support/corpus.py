@@ -8,7 +8,7 @@ from pathlib import Path
 
 import h5py
 
-from fiq.corpus import EventStore, Identity, Record
+from fiq.corpus import Corpus, EventStore, Identity, Record, open_corpus
 
 IDENTITY = Identity(
     store="main",
@@ -66,6 +66,20 @@ def stock_contents(path: Path) -> tuple[int, Contents]:
     """Read a partition file with stock h5py: the committed sequence, and every event."""
     with h5py.File(path, "r") as file:
         return int(file.attrs["committed_sequence"]), dict(_consultations(file["consultations"]))
+
+
+def contents(corpus: Corpus) -> Contents:
+    """Return every event of *corpus* as our reader shows it."""
+    return {
+        name: [(event.sequence, event.id_bytes, event.raw) for event in consultation]
+        for name, consultation in corpus.items()
+    }
+
+
+def read_contents(path: Path) -> Contents:
+    """Return every event of the corpus at *path*."""
+    with open_corpus(path) as corpus:
+        return contents(corpus)
 
 
 def _consultations(groups: h5py.Group) -> Iterator[tuple[str, list[tuple[int, bytes, bytes]]]]:

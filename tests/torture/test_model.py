@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from fiq.corpus import Corpus, EventStore, Record, StorageIO, open_corpus
 from fiq.corpus.wal.storage import Buffer
-from tests.support.corpus import IDENTITY, Contents, stock_contents
+from tests.support.corpus import IDENTITY, Contents, contents, stock_contents
 from tests.support.torture import LONG, small_options, times
 
 _KNOWN = [f"c-{number}" for number in range(4)]
@@ -142,7 +142,7 @@ class CorpusMachine(RuleBasedStateMachine):
     @rule()
     def let_the_reader_go(self) -> None:
         assert self.reader is not None
-        assert self.reader_holds == _contents(self.reader)
+        assert self.reader_holds == contents(self.reader)
         self._let_the_reader_go()
 
     @invariant()
@@ -175,13 +175,6 @@ class CorpusMachine(RuleBasedStateMachine):
         reader, self.reader = self.reader, None
         if reader is not None:
             reader.close()
-
-
-def _contents(corpus: Corpus) -> Contents:
-    return {
-        name: [(event.sequence, event.id_bytes, event.raw) for event in consultation]
-        for name, consultation in corpus.items()
-    }
 
 
 @pytest.mark.timeout(3600 if LONG else 120)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 from dataclasses import fields, replace
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +97,6 @@ def test_a_creation_on_a_full_disk_is_transient(tmp_path: Path) -> None:
     EventStore.create(path, IDENTITY).close()
 
 
-def test_of_processes_that_create_the_same_file_one_wins(tmp_path: Path) -> None:
-    """The others learn that it exists, or that it is being written."""
-    context = multiprocessing.get_context("spawn")
-    results: Queue[str] = context.Queue()
-    racers = [context.Process(target=_create, args=(tmp_path / "00.h5", results)) for _ in range(3)]
-    for racer in racers:
-        racer.start()
-    outcomes = sorted(results.get(timeout=30) for _ in racers)
-    for racer in racers:
-        racer.join(30)
-        racer.close()
-    results.close()
-    results.join_thread()
-    assert outcomes == ["CorpusExistsError", "CorpusExistsError", "created"]
-    EventStore.open(tmp_path / "00.h5", expected=IDENTITY).close()
-
-
 def test_a_file_or_directory_that_is_missing_is_named(tmp_path: Path) -> None:
     """open() creates nothing."""
     with pytest.raises(CorpusNotFoundError, match=r"there is no partition file 00\.h5"):
@@ -139,11 +120,3 @@ def test_a_file_of_another_identity_is_refused(path: Path, field: str) -> None:
     assert (field, wanted, found) == (raised.value.field, raised.value.expected, raised.value.found)
     assert before == path.read_bytes()
     EventStore.open(path, expected=None).close()
-
-
-def _create(path: Path, results: Queue[str]) -> None:
-    try:
-        EventStore.create(path, IDENTITY).close()
-        results.put("created")
-    except CorpusError as error:
-        results.put(type(error).__name__)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,8 +10,6 @@ import pytest
 
 from fiq.corpus import CorpusLockedError, CorpusUsageError, EventStore, StoreOptions, open_corpus
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, stock_contents
-
-_STOCK = "import h5py, sys; file = h5py.File(sys.argv[1], sys.argv[2]); print(file.attrs['committed_sequence'])"
 
 
 def test_a_second_writer_is_refused(path: Path) -> None:
@@ -30,25 +26,6 @@ def test_a_writer_takes_over_when_the_first_one_is_gone(path: Path) -> None:
     EventStore.open(path, expected=IDENTITY).abandon()
     EventStore.open(path, expected=IDENTITY).close()
     EventStore.open(path, expected=IDENTITY).close()
-
-
-def test_stock_tools_read_the_last_checkpoint_while_the_writer_works(path: Path) -> None:
-    """Another process opens the file with plain h5py at any time: no lock error, no mark of an open writer."""
-    with EventStore.open(path, expected=IDENTITY) as store:
-        commit_range(store, range(1, 11))
-        assert store.checkpoint()
-        commit_range(store, range(11, 21))
-        append_range(store, range(21, 31))
-        assert _stock(path, "r").stdout == "10\n"
-        assert (10, expected(10)) == stock_contents(path)
-
-
-def test_a_stock_writer_is_refused_while_the_writer_lives(path: Path) -> None:
-    """HDF5 itself wants the exclusive lock for `r+`."""
-    with EventStore.open(path, expected=IDENTITY):
-        refused = _stock(path, "r+")
-    assert refused.returncode != 0
-    assert "unable to lock file" in refused.stderr
 
 
 def test_a_stock_reader_holds_back_checkpoints_but_not_commits(path: Path) -> None:
@@ -116,7 +93,3 @@ def test_a_checkpoint_in_the_middle_of_a_batch_is_refused(path: Path) -> None:
     with pytest.raises(CorpusUsageError, match="commit first"):
         store.checkpoint()
     store.abandon()
-
-
-def _stock(path: Path, mode: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", _STOCK, str(path), mode], capture_output=True, text=True, check=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
@@ -25,21 +23,7 @@ from fiq.corpus import (
 )
 from fiq.corpus.wal.journal import State, write_state
 from fiq.corpus.wal.storage import StorageIO
-from tests.support.corpus import IDENTITY, Contents, append_range, commit_range, expected
-
-_WRITER = """
-import sys
-from pathlib import Path
-from fiq.corpus import EventStore, StoreOptions
-from tests.support.corpus import commit_range
-
-with EventStore.open(Path(sys.argv[1]), expected=None, options=StoreOptions(checkpoint_bytes=100_000)) as store:
-    for line in sys.stdin:
-        for _ in range(int(line)):
-            commit_range(store, range(store.committed + 1, store.committed + 21))
-            store.maybe_checkpoint()
-        print(store.committed, flush=True)
-"""
+from tests.support.corpus import IDENTITY, append_range, commit_range, expected, read_contents
 
 
 def test_every_field_of_an_event_comes_back(path: Path) -> None:
@@ -87,7 +71,7 @@ def test_a_reader_sees_what_only_the_journal_holds(path: Path, cached_pages: int
         commit_range(store, range(101, 201))
         append_range(store, range(201, 301))
         with open_corpus(path) as corpus:
-            assert expected(200) == _contents(path)
+            assert expected(200) == read_contents(path)
             [info] = corpus.partitions
             assert (info.committed, info.journal_records, info.has_journal, info.identity) == (200, 1, True, IDENTITY)
 
@@ -105,30 +89,6 @@ def test_a_snapshot_does_not_change_while_it_is_open(path: Path) -> None:
         corpus.refresh()
         assert store.checkpoint()
         assert sum(len(corpus[name]) for name in corpus) == 500
-
-
-def test_a_reader_in_another_process_follows_a_working_writer(path: Path) -> None:
-    """Whatever the writer acknowledged is there at once, through commits and checkpoints."""
-    writer = subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert writer.stdin is not None
-    assert writer.stdout is not None
-    with writer:
-        for commits in (1, 3, 1, 5, 2):
-            writer.stdin.write(f"{commits}\n")
-            writer.stdin.flush()
-            committed = int(writer.stdout.readline())
-            assert expected(committed) == _contents(path)
-            # this one reads while commits and checkpoints go on
-            writer.stdin.write("15\n")
-            writer.stdin.flush()
-            seen = sum(map(len, _contents(path).values()))
-            assert committed <= seen
-            assert seen % 20 == 0
-            writer.stdout.readline()
-        writer.stdin.close()
-        assert writer.wait(30) == 0
 
 
 def test_consultations_are_found_in_any_partition_file(tmp_path: Path) -> None:
@@ -172,7 +132,7 @@ def test_a_copy_without_its_journal_shows_the_last_checkpoint(path: Path, tmp_pa
         assert store.checkpoint()
         commit_range(store, range(21, 41))
         copy = Path(shutil.copy(path, tmp_path / "copy.h5"))
-    assert expected(20) == _contents(copy)
+    assert expected(20) == read_contents(copy)
     with open_corpus(copy) as corpus:
         assert not corpus.partitions[0].has_journal
 
@@ -195,7 +155,7 @@ def test_a_reader_writes_nothing(path: Path) -> None:
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
     for file in (*files, path.parent):
         file.chmod(0o555)
-    assert expected(100) == _contents(path)
+    assert expected(100) == read_contents(path)
     assert before == [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
     path.parent.chmod(0o755)
 
@@ -224,11 +184,3 @@ def test_a_long_consultation_is_read_in_bounded_slices(path: Path) -> None:
     assert list(range(1, 10_005)) == [event.sequence for event in events]
     assert all(event.raw == b"%d" % event.sequence for event in events[:10_000])
     assert [big] * 4 == [event.raw for event in events[10_000:]]
-
-
-def _contents(path: Path) -> Contents:
-    with open_corpus(path) as corpus:
-        return {
-            name: [(event.sequence, event.id_bytes, event.raw) for event in consultation]
-            for name, consultation in corpus.items()
-        }

@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import pytest
 
-from fiq.corpus import CorpusLockedError, EventStore, JournalError, recover_partition, verify_corpus
+from fiq.corpus import CorpusLockedError, EventStore, JournalError, recover_partition
 from tests.support.corpus import IDENTITY, commit_range, expected, stock_contents
-
-_WRITER = """
-import sys
-from pathlib import Path
-from fiq.corpus import EventStore
-from tests.support.corpus import commit_range
-
-with EventStore.open(Path(sys.argv[1]), expected=None) as store:
-    while True:
-        commit_range(store, range(store.committed + 1, store.committed + 21), 40)
-        print(store.committed, flush=True)
-"""
-
-
-def test_what_a_killed_writer_committed_is_in_the_file_afterwards(path: Path) -> None:
-    """After kill -9 stock tools see all of it, and verification finds nothing wrong, before and after."""
-    # given
-    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True)
-    assert writer.stdout is not None
-    acknowledged = [int(writer.stdout.readline()) for _ in range(10)][-1]
-    writer.kill()
-    acknowledged = max([acknowledged, *(int(line) for line in writer.communicate()[0].splitlines())])
-    assert verify_corpus(path).clean
-    # when
-    recovered = recover_partition(path)
-    # then
-    assert recovered.committed in (acknowledged, acknowledged + 20)
-    assert recovered.committed // 20 == recovered.replayed
-    assert "" == recovered.held_back
-    assert (recovered.committed, expected(recovered.committed, 40)) == stock_contents(path)
-    report = verify_corpus(path)
-    assert (True, recovered.committed, 0) == (report.clean, report.events, report.partitions[0].journal_records)
 
 
 def test_a_torn_commit_is_counted_and_dropped(path: Path) -> None:

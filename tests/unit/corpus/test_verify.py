@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,19 +26,6 @@ from fiq.corpus.tools.verify import KINDS
 from tests.support import damage as damages
 from tests.support.corpus import IDENTITY, append_range, commit_range
 from tests.support.damage import VICTIM, Damage, damage
-
-_WRITER = """
-import sys
-from pathlib import Path
-from fiq.corpus import EventStore, StoreOptions
-from tests.support.corpus import commit_range
-
-with EventStore.open(Path(sys.argv[1]), expected=None, options=StoreOptions(checkpoint_bytes=100_000)) as store:
-    while True:
-        commit_range(store, range(store.committed + 1, store.committed + 21), 40)
-        store.maybe_checkpoint()
-        print(store.committed, flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -330,26 +315,6 @@ def test_a_file_that_is_all_wrong_is_given_up(directory: Path, monkeypatch: pyte
     kinds = [problem.kind for problem in verify_corpus(directory).problems]
     assert len(kinds) < 100
     assert "more" == kinds[-1]
-
-
-def test_a_live_corpus_is_verified_while_its_writer_commits(path: Path) -> None:
-    """Each verification sees a whole commit, and more than the one before; the writer is not stopped."""
-    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True)
-    assert writer.stdout is not None
-    try:
-        seen = []
-        for _ in range(15):
-            committed = int(writer.stdout.readline())
-            report = verify_corpus(path)
-            assert () == report.problems
-            assert committed <= report.events == report.partitions[0].committed
-            seen.append(report.events)
-        assert sorted(set(seen)) == seen
-        assert writer.poll() is None
-    finally:
-        writer.kill()
-        writer.communicate()
-    assert verify_corpus(path).clean
 
 
 @pytest.mark.parametrize("state", ["closed", "crashed", "live"])
