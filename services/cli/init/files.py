@@ -212,7 +212,7 @@ class Secrets:
             self.changes.append(f"gave {path} to {owner}")
         if stat.S_IMODE(found.st_mode) != mode:
             path.chmod(mode)
-            self.changes.append(f"took {path} from everybody else")
+            self.changes.append(f"made {path} readable by its owner only")
         if silent:
             del self.changes[before:]
 

@@ -196,7 +196,7 @@ async def test_a_trimmed_stream_is_told_with_what_is_lost_and_force_goes_on_behi
 
 
 async def test_a_stream_made_anew_is_told_with_what_to_do(log: Log, tmp_path: Path) -> None:
-    """Its sequences mean other events; --force puts the files there for whoever knows better, and persisters refuse."""
+    """Its sequences mean other events; --force restores the files nevertheless, and persisters refuse them."""
     data, saved = tmp_path / "data", tmp_path / "saved"
     events = await lost_after_backup(log, data, saved, 20)
     await delete_streams(log.cluster)

@@ -122,7 +122,7 @@ def test_no_persister_takes_a_backup_for_a_volume(saved: Path) -> None:
 
 
 def test_a_backup_is_never_written_over_anything(volume: Path, saved: Path) -> None:
-    """What stands there stays as it is."""
+    """The existing directory stays as it is."""
     before = (saved / "manifest.json").read_bytes()
     refused(run("backup", saved, "--corpus", volume, "--offline"), "exists: a backup is never written over")
     assert before == (saved / "manifest.json").read_bytes()
@@ -182,7 +182,7 @@ def test_what_is_no_whole_volume_is_refused(
 
 
 def test_a_backup_that_cannot_fit_is_refused_before_it_begins(volume: Path, tmp_path: Path) -> None:
-    """Half a copy on a full disk helps nobody."""
+    """Half a copy on a full disk is useless."""
     with small_disk("tmpfs", tmp_path / "disk", size=2) as disk:
         refused(run("backup", disk / "saved", "--corpus", volume, "--offline"), r"free, the backup needs about")
         assert [] == names(disk)
@@ -282,7 +282,9 @@ def test_a_manifest_and_files_that_disagree_are_refused(
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_what_a_restore_killed_with_9_leaves_is_refused_by_everybody(saved: Path, tmp_path: Path, number: int) -> None:
+def test_what_a_restore_killed_with_9_leaves_is_refused_by_every_command(
+    saved: Path, tmp_path: Path, number: int
+) -> None:
     """After any number of the moves: persisters miss the identity, and the next restore says what to do."""
     target = tmp_path / "new"
     move = "fiq.corpus.wal.storage.StorageIO.rename"

@@ -1,4 +1,4 @@
-"""The embedded cluster: real servers that come up, fail, come back and leave nothing behind."""
+"""The embedded cluster: real servers that start, fail, come back and leave no process."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_a_lame_duck_hands_its_leadership_over(stream: Cluster) -> None:
 
 
 def test_data_survive_the_end_of_the_cluster(tmp_path: Path) -> None:
-    """A cluster on the folder of an earlier one goes on with its streams, on other ports."""
+    """A cluster on the folder of an earlier one continues with its streams, on other ports."""
 
     async def publish(urls: list[str]) -> int:
         connection = await nats.connect(urls)

@@ -190,7 +190,7 @@ async def test_settings_that_differ_from_the_stream_are_told(log: Log, tmp_path:
 
 
 async def test_dead_letters_are_a_warning(log: Log, tmp_path: Path) -> None:
-    """Somebody has to look at them."""
+    """An operator has to look at them."""
     with Persister(tmp_path / "a", log.cluster, tmp_path / "data") as persister:
         await persister.ready()
         await log.nc.request("fi.events.c1", b"no event", headers={Header.MSG_ID: "c1/x"})

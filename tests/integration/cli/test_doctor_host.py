@@ -71,7 +71,7 @@ def test_too_little_memory_for_the_settings_is_an_error() -> None:
 
 
 def test_a_secret_that_others_can_read_is_an_error(tmp_path: Path) -> None:
-    """One for its owner only is fine, one that is missing is told."""
+    """One for its owner only is fine, a missing one is an error."""
     seed = tmp_path / "ingest.seed"
     env = {"FI_NATS_SEED_FILE": str(seed)}
     assert "No such file" in only(host.check_secrets(env), Level.ERROR).what
@@ -83,7 +83,7 @@ def test_a_secret_that_others_can_read_is_an_error(tmp_path: Path) -> None:
     assert [] == list(host.check_secrets({}))
 
 
-def test_a_data_directory_that_everybody_can_read_is_an_error(directory: Path) -> None:
+def test_a_data_directory_that_every_user_can_read_is_an_error(directory: Path) -> None:
     """Also where only a file is open; not where a folder above is closed."""
     fine(host.check_directory(directory))
     (directory / "00.h5").write_bytes(b"")
@@ -98,7 +98,7 @@ def test_a_data_directory_that_everybody_can_read_is_an_error(directory: Path) -
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    """And so is one that cannot be written at all; the probe leaves nothing behind."""
+    """And so is one that cannot be written at all; the probe removes its file."""
     with small_disk("tmpfs", tmp_path / "disk", size=8) as disk:
         fine(host.check_directory(disk))
         ballast = fill(disk)
@@ -118,7 +118,7 @@ def test_a_remote_file_system_is_an_error(directory: Path, monkeypatch: pytest.M
     assert "NFS" in only(host.check_directory(directory), Level.ERROR).what
 
 
-def test_a_lock_that_excludes_nobody_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_does_not_exclude_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on some network file systems that do not say what they are."""
     monkeypatch.setattr(host, "_is_excluded", lambda _: False)
     assert "two writers" in only(host.check_directory(directory), Level.ERROR).meaning

@@ -38,7 +38,7 @@ def greeted(url: str) -> cluster.ServerInfo:
 
 
 def test_a_node_that_does_not_answer_is_an_error() -> None:
-    """Nobody listens there, or somebody who is no nats-server."""
+    """No process listens there, or one that is not a nats-server."""
     address = f"{LOOPBACK}:{free_ports(1)[0]}"
     assert cluster.server_info(address) is None
     assert address in only(cluster.check_servers([address], [], 100), Level.ERROR).what
@@ -58,7 +58,7 @@ def test_an_old_server_is_an_error_and_two_versions_are_a_warning() -> None:
 
 
 def test_a_max_payload_below_the_largest_event_is_an_error(tmp_path: Path) -> None:
-    """Ingest would refuse to start; the node says its limit to everybody."""
+    """Ingest would refuse to start; the node shows its limit before a login."""
     with plain_server(tmp_path, "max_payload: 64KB") as url:
         greeting = greeted(url)
     fine(cluster.check_servers([greeting.address], [greeting], 1000))
@@ -80,7 +80,7 @@ def test_a_max_payload_below_the_largest_event_is_an_error(tmp_path: Path) -> No
 def test_a_nodes_certificate_is_judged_by_its_end(
     tmp_path: Path, days: tuple[int, int], level: Level, text: str
 ) -> None:
-    """The one that the running node shows, whatever stands in its folder; nobody has to log in for that."""
+    """The one that the running node shows, whatever is in its folder; this needs no login."""
     _make_certificate(tmp_path, *days)
     tls = f'tls {{ cert_file: "{tmp_path}/cert.pem", key_file: "{tmp_path}/key.pem", min_version: "1.3" }}'
     with plain_server(tmp_path, tls) as url:
@@ -104,7 +104,7 @@ def test_a_certificate_that_ends_is_renewed_by_a_command_and_an_authority_by_han
 
 
 def test_a_node_that_wants_tls_before_anything_is_greeted_too(tmp_path: Path) -> None:
-    """With handshake_first it says nothing to whoever waits for its first word."""
+    """With handshake_first it sends nothing before the handshake."""
     _make_certificate(tmp_path, -1, 400)
     pair = f'cert_file: "{tmp_path}/cert.pem", key_file: "{tmp_path}/key.pem"'
     with plain_server(tmp_path, f"tls {{ {pair}, handshake_first: true, timeout: 5 }}") as url:
@@ -121,7 +121,7 @@ def test_a_missing_or_broken_authority_is_an_error(tmp_path: Path) -> None:
 
 
 def test_plain_text_is_fine_on_loopback_only(tmp_path: Path) -> None:
-    """Beyond it everybody on the way reads along."""
+    """Beyond it anyone on the network path can read along."""
     with plain_server(tmp_path) as url:
         greeting = greeted(url)
     fine(cluster.check_certificates([greeting], "", time.time()))
@@ -201,7 +201,7 @@ def test_a_clock_that_is_off_is_told_with_its_direction(tmp_path: Path, offset: 
 
 @contextmanager
 def _speaker(text: bytes) -> Iterator[str]:
-    """Listen on a port, say *text* to everybody, and yield the address."""
+    """Listen on a port, send *text* to each client, and yield the address."""
     with socket.create_server((LOOPBACK, 0)) as listener:
 
         def speak() -> None:

@@ -49,7 +49,7 @@ async def test_the_stream_brings_everything_that_was_not_trimmed(log: Log, tmp_p
     volume, before = await lost(log, tmp_path)
     data = tmp_path / "data"
     assert "begins anew loses nothing" in await done(log, "give-up", volume, "--to", data, "--yes")
-    assert [(2, 1, 0)] * PARTITIONS == await keys(log)  # so nobody trims what it fetches
+    assert [(2, 1, 0)] * PARTITIONS == await keys(log)  # so that what it fetches is not trimmed
     with Persister(tmp_path / "again", log.cluster, data) as persister:
         await persister.ready()
         after = await log.publish(20)
@@ -60,7 +60,7 @@ async def test_the_stream_brings_everything_that_was_not_trimmed(log: Log, tmp_p
 
 
 async def test_what_was_trimmed_is_told_and_given_up_only_when_asked_to(log: Log, tmp_path: Path) -> None:
-    """Without --yes nothing changes. With it, partitions that nobody could serve any more are served again."""
+    """Without --yes nothing changes. With it, partitions that no persister could serve are served again."""
     volume, _ = await lost(log, tmp_path)
     data = tmp_path / "data"
     kept = await log.publish(10)
@@ -80,7 +80,7 @@ async def test_what_was_trimmed_is_told_and_given_up_only_when_asked_to(log: Log
 
 
 async def test_another_store_that_has_a_copy_is_named(log: Log, tmp_path: Path) -> None:
-    """Whoever misses something may read it there."""
+    """What is missing may be read there."""
     second = tmp_path / "second"
     with Persister(tmp_path / "other", log.cluster, second, FI_STORE="second") as other:
         await other.ready()

@@ -13,7 +13,7 @@ from tests.support.security import make_deployment
 
 
 def configuration(folder: Path, layout: Layout | None) -> Path:
-    """Return nats.conf with the files beside it that it includes: empty ones, or those of a deployment."""
+    """Return nats.conf with the files that it includes: empty ones, or those of a deployment."""
     conf = folder / "nats.conf"
     conf.write_bytes(find_nats_conf().read_bytes())
     (folder / "security").mkdir()

@@ -84,7 +84,7 @@ async def test_a_file_that_is_behind_the_history_of_its_key_is_refused(log: Log,
 
 
 async def test_without_any_history_holes_in_the_stream_are_suspicious(log: Log, tmp_path: Path) -> None:
-    """The bucket was lost: nobody knows how far trim had gone around a partition that stood still."""
+    """The bucket was lost: it is unknown how much trim deleted around a partition that was stopped."""
     await log.publish(100)
     files(log, tmp_path / "data", committed=20)
     await log.api.request(f"STREAM.MSG.DELETE.{STREAM}", {"seq": 50})
@@ -114,7 +114,7 @@ async def test_after_a_lost_bucket_nothing_is_trimmed_before_all_stores_were_pla
     assert 31 == (await log.state())["first_seq"]
 
 
-async def test_a_bucket_that_is_as_old_as_the_stream_lacks_nobody(log: Log, tmp_path: Path) -> None:
+async def test_a_bucket_that_is_as_old_as_the_stream_lacks_no_store(log: Log, tmp_path: Path) -> None:
     """So a single lost key needs no names."""
     await log.publish(4)
     await reached(log, files(log, tmp_path / "data", committed=4), 4)

@@ -20,7 +20,7 @@ def test_chosen_ports_are_different_and_free() -> None:
     assert all(is_free(port) for port in chosen)
 
 
-def test_a_port_that_somebody_listens_on_is_not_free() -> None:
+def test_a_port_with_a_listener_is_not_free() -> None:
     """A listening socket is seen, a closed one is forgotten."""
     with socket.create_server((LOOPBACK, 0)) as server:
         port = server.getsockname()[1]

@@ -43,7 +43,7 @@ class Ended:
     err: str
 
     def number(self, row: str) -> float:
-        """Return what the result says behind *row*."""
+        """Return the number in the result's *row*."""
         found = re.search(rf"^{row} +([\d.]+)$", self.out, re.MULTILINE)
         assert found, self
         return float(found[1])
@@ -120,7 +120,7 @@ async def test_a_terminal_shows_how_far_it_is(tmp_path: Path) -> None:
 def everything(screen: int) -> str:
     """Return what was written to a terminal until its last writer closed it."""
     text = b""
-    with open(screen, "rb", buffering=0) as file, contextlib.suppress(OSError):  # EIO: nobody writes any more
+    with open(screen, "rb", buffering=0) as file, contextlib.suppress(OSError):  # EIO: the writer has closed it
         while piece := file.read(65536):
             text += piece
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
@@ -232,7 +232,7 @@ async def test_a_file_with_bad_lines_is_not_sent(tmp_path: Path) -> None:
 
 
 async def test_a_token_that_is_missing_is_asked_for_by_its_option(tmp_path: Path) -> None:
-    """Whoever runs the command writes no headers."""
+    """The user of the command knows options, not headers."""
     file = written(tmp_path / "x", [event(1, consultation_id="c-1")])
     async with scripted(refused(401, "unauthorized")) as server:
         result = await post(file, "--url", server.url)
@@ -242,7 +242,7 @@ async def test_a_token_that_is_missing_is_asked_for_by_its_option(tmp_path: Path
 
 
 async def test_from_a_pipe_lines_go_as_they_come() -> None:
-    """A bad one ends it; those before it are accepted. The key that is told repeats none of them."""
+    """A bad one ends it; those before it are accepted. The printed key repeats none of them."""
     lines = b"\n".join([event(1), event(2), b"{}", event(4)])
     service = MemoryService()
     async with scripted(service.step) as server:
@@ -259,7 +259,7 @@ async def test_from_a_pipe_lines_go_as_they_come() -> None:
 
 
 async def test_a_file_on_stdin_has_the_keys_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It can be read twice as well; only that nothing is written beside it."""
+    """It can be read twice as well, but there is no file for the progress."""
     monkeypatch.chdir(tmp_path)
     written(Path("x"), [event(1), event(2)])
     service = MemoryService()
@@ -277,7 +277,7 @@ async def test_a_file_on_stdin_has_the_keys_of_the_file(tmp_path: Path, monkeypa
 
 
 async def test_an_open_pipe_is_posted_before_it_ends() -> None:
-    """Whoever follows a log sees each line arrive; the line that is not complete yet waits."""
+    """Each line is posted when it arrives; an incomplete one waits."""
     service = MemoryService()
     async with scripted(service.step) as server:
         process = await started("-", "--url", server.url, "--consultation", "c-1")

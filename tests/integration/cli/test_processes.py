@@ -1,4 +1,4 @@
-"""Child processes: started, watched, stopped, and never left behind."""
+"""Child processes: started, watched, stopped, and never orphaned."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ async def test_a_purge_that_began_before_the_fence_is_over_when_the_stream_is_lo
 async def test_what_was_trimmed_in_the_middle_of_the_stream_is_told_and_given_up_only_when_asked_to(
     log: Log, tmp_path: Path
 ) -> None:
-    """Nobody knows which events of the partition are gone, only up to where; what the stream has is fetched."""
+    """It is unknown which events of the partition are gone, only up to where; what the stream has is fetched."""
     await log.publish(100)
     data, saved, new = tmp_path / "data", tmp_path / "saved", tmp_path / "new"
     volume = files(log, data, committed=20)

@@ -139,7 +139,7 @@ async def _restarted(folder: Path) -> None:
     ]
 
 
-async def test_waiting_tells_what_is_missing(cluster: Cluster) -> None:
+async def test_waiting_says_what_is_missing(cluster: Cluster) -> None:
     """A script must not go on to the next node, and its operator must know why."""
     nodes = [f"http://{LOOPBACK}:{ports.monitoring}" for ports in cluster.ports]
     command = [*FIQ, "wait", "--monitoring", ",".join(nodes)]

@@ -1,4 +1,4 @@
-"""`fiq up` as a user runs it: one command, a whole pipeline, and nothing left behind."""
+"""`fiq up` as a user runs it: one command, a whole pipeline, and no process left at the end."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def running(folder: Path, *options: str) -> Iterator[Up]:
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """One stack for the tests that only look, on another port than the usual one, which is taken."""
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # somebody else has it: as good
+        with contextlib.suppress(OSError):  # another process has it, which serves as well
             held.enter_context(socket.create_server((LOOPBACK, PREFERRED_PORT)))
         yield held.enter_context(running(tmp_path_factory.mktemp("up")))
 
@@ -141,7 +141,7 @@ def test_up_prints_what_to_paste(up: Up) -> None:
 
 
 def test_up_says_that_the_usual_port_is_taken(up: Up) -> None:
-    """Or whoever posts to the usual one wonders who answers."""
+    """Or a client of the usual port would reach another service."""
     port = up.state.ingest_url.rpartition(":")[2]
     assert f"port {PREFERRED_PORT} is taken, using {port}\n" in up.stderr
 
@@ -275,7 +275,7 @@ def test_a_killed_persister_is_started_again(up: Up) -> None:
 
 
 def test_status_outlasts_the_election_of_a_leader(up: Up) -> None:
-    """Whoever asks just after the stream's leader died gets an answer, if later."""
+    """A status just after the death of the stream's leader is answered, if later."""
     document = json.loads(fiq(up.folder, "status", "--json").stdout)
     leader = next(node["name"] for node in document["nodes"] if node["role"] == "leader")
     victim = next(member for member in up.state.members if member.name == leader)
@@ -299,7 +299,7 @@ def test_a_taken_port_is_refused(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_everything_and_the_data_stay(tmp_path: Path) -> None:
-    """Exit code 130, no process left; the next `up` in the folder goes on with the corpus and the stream."""
+    """Exit code 130, no process left; the next `up` in the folder continues with the corpus and the stream."""
     with running(tmp_path) as first:
         post(first, "kept", "first")
         shown(first, "kept", 1)
@@ -322,7 +322,7 @@ def test_ctrl_c_stops_everything_and_the_data_stay(tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
-    """Whoever is in a hurry need not wait for the orderly end."""
+    """A user in a hurry need not wait for the orderly end."""
     with running(tmp_path) as up:
         pids = up.pids
         up.interrupt()

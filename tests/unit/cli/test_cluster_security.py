@@ -1,4 +1,4 @@
-"""What the embedded cluster puts beside its nats.conf: nothing, or the files of a deployment."""
+"""The files that the embedded cluster's nats.conf includes: empty ones, or those of a deployment."""
 
 from __future__ import annotations
 

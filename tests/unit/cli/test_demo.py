@@ -1,4 +1,4 @@
-"""The proof behind `fiq demo` and the acceptance tests: it must find what it is there to find."""
+"""The comparison of `fiq demo` and the acceptance tests finds each deviation."""
 
 from __future__ import annotations
 

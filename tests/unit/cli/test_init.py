@@ -35,7 +35,7 @@ FILES = {
     *(f"users/{user}.seed" for user in ("ingest", "persister", "provisioner", "ops", "system")),
 }
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to somebody else")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to another user")
 
 
 def init(folder: Path, *arguments: str, owner: str = "") -> Any:
@@ -64,7 +64,7 @@ def test_it_makes_everything_that_a_deployment_needs(tmp_path: Path) -> None:
     assert {".env", "secrets"} == {path.name for path in layout.folder.iterdir()}
 
 
-def test_nobody_else_may_read_any_of_it(tmp_path: Path) -> None:
+def test_only_the_owner_may_read_any_of_it(tmp_path: Path) -> None:
     """Files 0600, folders 0700, whatever the umask says."""
     before = os.umask(0)
     try:
@@ -100,7 +100,7 @@ def test_an_owner_can_be_named(tmp_path: Path) -> None:
 @as_root
 @pytest.mark.parametrize("arguments", [(), ("--rotate", "certificates"), ("--rotate", "users")])
 def test_root_leaves_secrets_to_the_user_who_has_them(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Nodes and services run as whom they belong to, and could read nothing that became somebody else's."""
+    """Nodes and services run as the owner, and could not read another user's files."""
     layout = made(tmp_path / "deployment")
     for path in (layout.folder, *layout.folder.rglob("*")):
         os.chown(path, 1234, 5678)
@@ -158,7 +158,7 @@ def test_modes_that_are_too_open_are_mended(tmp_path: Path) -> None:
 
     done = init(tmp_path)
 
-    assert f"took {layout.seed('ops')} from everybody else" in done.output
+    assert f"made {layout.seed('ops')} readable by its owner only" in done.output
     assert 0o600 == stat.S_IMODE(layout.seed("ops").stat().st_mode)
 
 
@@ -219,7 +219,7 @@ def test_openssl_accepts_the_chain_in_its_strictest_mode(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("lost", [["ca.key"], ["ca.pem"], ["ca.key", "ca.pem"]])
 def test_an_authority_that_is_gone_is_not_replaced(tmp_path: Path, lost: list[str]) -> None:
-    """Nobody would trust the new one: the operator puts the old one back."""
+    """No process would trust a new one: the operator restores the old one."""
     layout = made(tmp_path)
     for name in lost:
         (layout.secrets / name).unlink()

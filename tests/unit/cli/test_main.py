@@ -55,7 +55,7 @@ def test_each_command_has_help(runner: CliRunner, command: str) -> None:
     ids=" ".join,
 )
 def test_wrong_usage_exits_with_2(runner: CliRunner, arguments: list[str]) -> None:
-    """Usage errors go to stderr and are told apart from failures by their code."""
+    """Usage errors go to stderr, and have another exit code than failures."""
     result = runner.invoke(app, arguments)
 
     assert result.exit_code == 2
@@ -109,7 +109,7 @@ def test_what_becomes_of_an_exception(failure: BaseException, code: int, message
 
 
 def test_a_fault_of_the_program_keeps_its_traceback() -> None:
-    """An exception that nobody foresaw is a bug, and hidden bugs stay."""
+    """An unforeseen exception is a bug, and hidden bugs stay."""
     result = CliRunner().invoke(failing_app(RuntimeError("bug")), ["fail"])
 
     assert isinstance(result.exception, RuntimeError)

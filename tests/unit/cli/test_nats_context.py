@@ -19,7 +19,7 @@ URL = "nats://127.0.0.1:4222,nats://127.0.0.1:4223"
 
 
 def test_the_file_stands_where_the_nats_command_line_looks(tmp_path: Path) -> None:
-    """XDG_CONFIG_HOME decides; ~/.config stands in for it."""
+    """XDG_CONFIG_HOME decides; ~/.config is the default."""
     assert tmp_path / "nats/context/fiq.json" == context_path("fiq", {"XDG_CONFIG_HOME": str(tmp_path)})
     assert tmp_path / ".config/nats/context/fiq.json" == context_path("fiq", {"HOME": str(tmp_path)})
 

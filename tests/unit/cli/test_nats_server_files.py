@@ -62,7 +62,7 @@ def test_the_configuration_in_the_wheel_comes_first(tmp_path: Path, monkeypatch:
 
 
 def test_a_missing_configuration_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged installation is told apart from a missing server."""
+    """A damaged installation has another message than a missing server."""
     monkeypatch.setattr(processes, "_CONFIGURATIONS", (tmp_path / "a.conf", tmp_path / "b.conf"))
 
     with pytest.raises(MissingServerError, match="reinstall"):

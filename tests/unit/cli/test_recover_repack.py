@@ -53,7 +53,7 @@ def test_export_of_nothing_in_particular_says_what_is_missing(file: Path) -> Non
     assert "--after" in done.stderr
 
 
-def test_recover_tells_what_it_replayed(file: Path) -> None:
+def test_recover_prints_what_it_replayed(file: Path) -> None:
     """For a directory and for one file; the second time there is nothing left."""
     done = run("recover", file.parent)
     assert (0, "") == (done.exit_code, done.stderr)
@@ -91,7 +91,7 @@ def test_recover_of_one_bad_file_recovers_the_others(file: Path) -> None:
     assert "01.h5 has no journal" in done.stderr
 
 
-def test_repack_tells_both_sizes(file: Path) -> None:
+def test_repack_prints_both_sizes(file: Path) -> None:
     """The archive is verified like any corpus."""
     target = file.parent.with_name("archive")
     done = run("repack", file.parent, target)
@@ -104,7 +104,7 @@ def test_repack_tells_both_sizes(file: Path) -> None:
 
 
 def test_repack_refuses_a_damaged_corpus_and_an_existing_target(file: Path) -> None:
-    """One message says why; nothing is left behind."""
+    """One message says why; no file is left."""
     done = run("repack", file.parent, file.parent)
     assert 1 == done.exit_code
     assert "exists" in done.stderr

@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> StackFolder:
 
 
 def test_only_one_process_holds_a_folder(folder: StackFolder) -> None:
-    """The second one is told which process is in its way."""
+    """The second one learns which process holds it."""
     with folder.held(), pytest.raises(AlreadyRunningError, match=f"process {os.getpid()}"), folder.held():
         pass
 

@@ -29,7 +29,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def test_a_new_token_is_printed_once_and_kept_as_a_hash(layout: Layout) -> None:
-    """Beside those that are there; what is printed on stdout is the token alone."""
+    """The other tokens stay; stdout has only the token."""
     done = fiq("token", "new", "ward", "--scopes", "read,write", "--prefix", "ward-", "--deployment", layout.folder)
     assert 0 == done.exit_code
     secret = done.stdout.strip()
@@ -78,14 +78,14 @@ def test_the_list_shows_what_each_is_for_and_no_hash(layout: Layout) -> None:
 
 
 def test_a_revoked_token_is_gone_also_from_the_clients(layout: Layout) -> None:
-    """The last one too: a file without tokens refuses everybody, and is still a file."""
+    """The last one too: with a file without tokens every request is refused."""
     assert 0 == fiq("token", "revoke", "default", "--deployment", layout.folder).exit_code
     assert {} == parse(layout.tokens.read_text())
     assert not layout.token("default").exists()
 
 
 def test_a_file_of_its_own_needs_no_deployment(tmp_path: Path) -> None:
-    """For an ingest that somebody runs by hand."""
+    """For an ingest that runs without a deployment."""
     path = tmp_path / "tokens"
     secret = fiq("token", "new", "me", "--file", path).stdout.strip()
     assert [digest_of(secret)] == list(parse(path.read_text()))
@@ -115,7 +115,7 @@ def test_what_cannot_be_done_is_told_and_changes_nothing(layout: Layout, argumen
 
 @pytest.mark.parametrize("command", [["new", "a"], ["list"], ["revoke", "a"]])
 def test_without_a_deployment_it_says_how_to_make_one(tmp_path: Path, command: list[str]) -> None:
-    """A token in a file that nobody reads would be of no use."""
+    """A token in a file that no service reads is useless."""
     done = fiq("token", *command, "--deployment", tmp_path)
     assert 1 == done.exit_code
     assert "fiq init" in done.output
