@@ -338,7 +338,8 @@ Each client posts one event at a time under a new key, to 200 consultations in t
 warm-up. Every round starts new nodes and services; the median of {rounds} rounds counts.
 
 - *at work*: the whole product: three nodes, one ingest, two persister processes, 16 partitions.
-- *no persister*: the same without persisters and without `FI_MAX_BACKLOG`.
+- *at work, ZeroMQ*: one ingest and two persister processes, 16 partitions, no broker: a 202 comes after the commit.
+- *no persister*: the first one without persisters and without `FI_MAX_BACKLOG`.
 - *plain service* (`benchmarks/peers.py`): an aiohttp handler with `js.publish` and a message id; two workers that fetch
   up to 500, append, flush, fsync and acknowledge each. No order, no duplicates found after the broker's window,
   files that do not survive a crash.

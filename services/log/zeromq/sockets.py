@@ -56,6 +56,9 @@ MAX_FRAME = 65 << 20
 _ZAP = "inproc://zeromq.zap.01"
 _DOMAIN = "fiq"
 
+#: as plain numbers: arithmetic with the enumerations of pyzmq takes microseconds
+_EVENTS, _POLLIN, _POLLOUT, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.NOBLOCK)
+
 _log = get_logger("zeromq")
 _unique = itertools.count(1)
 
@@ -253,11 +256,11 @@ class LoopSocket:
     def send(self, frames: list[bytes]) -> bool:
         """Send one message; False when there is no connection."""
         try:
-            self.socket.send_multipart(frames, zmq.NOBLOCK)
+            self.socket.send_multipart(frames, _NOBLOCK)
         except zmq.ZMQError:  # EAGAIN of a DEALER, EHOSTUNREACH of a ROUTER: nobody is there
             self._schedule()
             return False
-        if self._events & zmq.POLLIN:
+        if self._events & _POLLIN:
             self._schedule()
         return True
 
@@ -272,7 +275,7 @@ class LoopSocket:
 
     @property
     def _events(self) -> int:
-        return int(self.socket.getsockopt(zmq.EVENTS))
+        return int(self.socket.getsockopt(_EVENTS))
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -286,16 +289,16 @@ class LoopSocket:
             return
         for _ in range(_MESSAGES_A_GO):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                frames = socket.recv_multipart(_NOBLOCK)
             except zmq.Again:
                 break
             self._on_message(frames)
             if self._is_closed():
                 return
         events = self._events
-        if events & zmq.POLLIN:
+        if events & _POLLIN:
             self._schedule()
-        writable = bool(events & zmq.POLLOUT)
+        writable = bool(events & _POLLOUT)
         if writable != self.writable:
             self.writable = writable
             self._on_change(writable)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
@@ -92,7 +92,7 @@ class MalformedError(ValueError):
 
 def encode_state(state: State) -> list[bytes]:
     """Return the message that tells *state*."""
-    return [STATE, orjson.dumps(asdict(state))]
+    return [STATE, orjson.dumps(state)]
 
 
 def decode_state(data: bytes) -> State:
