@@ -238,78 +238,73 @@ class AccessControl:
         """
         grant = request[GRANT]
         if not all(grant.may(scope, consultation) for consultation in consultations):
-            self._audit.refused(request, reasons.PREFIX, grant.name)
-            headers = {str(hdrs.WWW_AUTHENTICATE): _insufficient(scope)}
-            raise RequestRefusedError(problems.FORBIDDEN, headers=headers)
+            raise self._refused(request, problems.FORBIDDEN, reasons.PREFIX, _insufficient(scope), grant.name)
 
     def middleware(self) -> Middleware:
         """Return the middleware that every request goes through, also to an unknown path."""
 
         @web.middleware
         async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-            refusal = self._refusal(request)
-            return await handler(request) if refusal is None else refusal
+            try:
+                self._check(request)
+            except RequestRefusedError as refusal:
+                return self._refusals.answer_error(refusal, request)
+            return await handler(request)
 
         return check
 
     def _guarded(self, expect: ExpectHandler) -> ExpectHandler:
         async def guarded(request: web.Request) -> web.StreamResponse | None:
-            refusal = self._refusal(request)
-            return await expect(request) if refusal is None else refusal
+            self._check(request)
+            return await expect(request)
 
         return guarded
 
-    def _refusal(self, request: web.Request) -> web.StreamResponse | None:
+    def _check(self, request: web.Request) -> None:
         if GRANT in request:  # allowed by the handler of Expect
-            return None
+            return
         match = request.match_info
         rule = self._rules.get(match.route)
         if rule is not None and rule.scope is OPEN:
-            return None
-        grant, reason = self._identify(request)
-        if grant is None:
-            challenge = _CHALLENGE if reason == reasons.MISSING else _INVALID
-            return self._refuse(request, problems.UNAUTHORIZED, reason, challenge, None)
+            return
+        grant = self._identify(request)
         if rule is None:
             if match.http_exception is None:
-                return self._refuse(request, problems.FORBIDDEN, reasons.UNSTATED, None, grant)
+                raise self._refused(request, problems.FORBIDDEN, reasons.UNSTATED, name=grant.name)
         elif rule.scope is not None:
             reason = _lacks(grant, rule, rule.scope, match.get("consultation"))
             if reason:
-                return self._refuse(request, problems.FORBIDDEN, reason, _insufficient(rule.scope), grant)
-        return self._over_limit(request, rule, grant)
+                raise self._refused(request, problems.FORBIDDEN, reason, _insufficient(rule.scope), grant.name)
+            if rule.scope is Scope.WRITE:
+                self._check_backlog()
+        grant.count_request()
+        request[GRANT] = grant
 
-    def _identify(self, request: web.Request) -> tuple[Grant | None, str]:
-        """Return the grant of *request*, or None and the reason."""
+    def _identify(self, request: web.Request) -> Grant:
         if not self._tokens.required:
-            return Grant(self._tokens, ANONYMOUS, self._rates), ""
+            return Grant(self._tokens, ANONYMOUS, self._rates)
         values = request.headers.getall(hdrs.AUTHORIZATION, ())
         if not values:
-            return None, reasons.MISSING
+            raise self._refused(request, problems.UNAUTHORIZED, reasons.MISSING, _CHALLENGE)
         scheme, _, secret = values[0].partition(" ")
-        if len(values) > 1 or scheme.lower() != "bearer":
-            return None, reasons.UNKNOWN
-        digest = self._tokens.find(secret.strip())
+        is_bearer = len(values) == 1 and scheme.lower() == "bearer"
+        digest = self._tokens.find(secret.strip()) if is_bearer else None
         if digest is None:
-            return None, reasons.UNKNOWN
-        return Grant(self._tokens, digest, self._rates), ""
+            raise self._refused(request, problems.UNAUTHORIZED, reasons.UNKNOWN, _INVALID)
+        return Grant(self._tokens, digest, self._rates)
 
-    def _over_limit(self, request: web.Request, rule: Rule | None, grant: Grant) -> web.StreamResponse | None:
-        try:
-            if rule is not None and rule.scope is Scope.WRITE:
-                self._check_backlog()
-            grant.count_request()
-        except RequestRefusedError as refusal:
-            return self._refusals.answer_error(refusal, request)
-        request[GRANT] = grant
-        return None
-
-    def _refuse(
-        self, request: web.Request, problem: ProblemType, reason: str, challenge: str | None, grant: Grant | None
-    ) -> web.StreamResponse:
-        self._audit.refused(request, reason, None if grant is None else grant.name)
+    def _refused(
+        self,
+        request: web.Request,
+        problem: ProblemType,
+        reason: str,
+        challenge: str | None = None,
+        name: str | None = None,
+    ) -> RequestRefusedError:
+        """Log and count a refusal; return the error to raise."""
+        self._audit.refused(request, reason, name)
         headers = {} if challenge is None else {str(hdrs.WWW_AUTHENTICATE): challenge}
-        return self._refusals.answer(problem, headers=headers, request=request)
+        return RequestRefusedError(problem, headers=headers)
 
 
 def _insufficient(scope: Scope) -> str:
