@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import orjson
 import typer
@@ -49,7 +49,7 @@ _DIRECTORY_MODE = 0o750
 _COPYING, _VERIFYING, _DIGESTING = 0.35, 0.5, 0.15
 #: what must stay free after the copy, bytes
 SPARE_BYTES = 16 << 20
-PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 4 << 20
 
 #: called with the fraction that is done, and with the current step
 OnProgress = Callable[[float, str], None]
@@ -235,12 +235,17 @@ def print_contents(manifest: Manifest) -> None:
     console.out().print(table)
 
 
-def digest(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
-    """Return the SHA-256 of a file in hexadecimal; *on_bytes* is called with the size of each piece."""
+def digest(path: Path, on_bytes: Callable[[int], None], copy: BinaryIO | None = None) -> str:
+    """Return the SHA-256 of a file in hexadecimal, and write what was read to *copy*.
+
+    *on_bytes* is called with the size of each piece.
+    """
     made = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
+        while piece := file.read(_PIECE_BYTES):
             made.update(piece)
+            if copy is not None:
+                copy.write(piece)
             on_bytes(len(piece))
     return made.hexdigest()
 

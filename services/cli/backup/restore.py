@@ -12,7 +12,6 @@ An interrupted restore leaves a directory that persisters refuse; it can be run 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +28,13 @@ from fiq.corpus.wal.storage import check_file_system, try_lock
 from fiq.errors import ConfigurationError
 from services.cli.backup.backup import (
     MANIFEST_NAME,
-    PIECE_BYTES,
     VOLUME_COPY,
     FileEntry,
     Manifest,
     OfflineOption,
     OnProgress,
     check_room,
+    digest,
     print_contents,
     read_volume,
     sync_file,
@@ -412,16 +411,12 @@ def _copy(source: Path, manifest: Manifest, stage: Path, on_progress: OnProgress
 
 
 def _copy_file(source: Path, target: Path, entry: FileEntry, on_bytes: Callable[[int], None]) -> None:
-    made = hashlib.sha256()
-    with source.open("rb") as file, target.open("xb") as copy:
+    with target.open("xb") as copy:
         os.fchmod(copy.fileno(), 0o640)
-        while piece := file.read(PIECE_BYTES):
-            made.update(piece)
-            copy.write(piece)
-            on_bytes(len(piece))
+        found = digest(source, on_bytes, copy)
         copy.flush()
         os.fsync(copy.fileno())
-    if made.hexdigest() != entry.sha256:
+    if found != entry.sha256:
         raise BackupError(f"{source} differs from the manifest (SHA-256): it is damaged; take another backup")
 
 
