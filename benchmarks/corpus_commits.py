@@ -21,7 +21,7 @@ import h5py
 
 from fiq.corpus import EventStore, Identity, Record
 from fiq.corpus.format import CONSULTATIONS, LIBVER
-from fiq.corpus.partition import OpenConsultations
+from fiq.corpus.partition import ConsultationGroups
 from fiq.corpus.store import create_partition
 from fiq.corpus.wal.storage import StorageIO
 
@@ -110,7 +110,7 @@ def plain(path: Path, batches: int, spread: int, warm_up: int) -> Run:
     create_partition(path, _IDENTITY, StorageIO())
     descriptor = os.open(path, os.O_RDWR)
     with h5py.File(path, "r+", libver=LIBVER, rdcc_nslots=17) as file:
-        consultations = OpenConsultations(
+        consultations = ConsultationGroups(
             file.id, CONSULTATIONS, cast("Any", HDF5Dataset), _IDENTITY, events=0, limit=2000
         )
 

@@ -33,7 +33,7 @@ from fiq.corpus.ids import IdHashes, KnownIds, hashes_of
 from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
 from fiq.corpus.store import EventStore, Lookup, Recovered, StoreOptions, StoreStats, recover_partition
 from fiq.corpus.tools.repack import Repacked, repack
-from fiq.corpus.tools.verify import PartitionReport, Problem, Progress, Report, verify_corpus
+from fiq.corpus.tools.verify import CorpusProblem, PartitionReport, Progress, Report, verify_corpus
 from fiq.corpus.wal.storage import StorageIO
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "CorpusIOError",
     "CorpusLockedError",
     "CorpusNotFoundError",
+    "CorpusProblem",
     "CorpusUsageError",
     "EventRecord",
     "EventStore",
@@ -59,7 +60,6 @@ __all__ = [
     "PartitionInfo",
     "PartitionReport",
     "PermanentCorpusError",
-    "Problem",
     "Progress",
     "Record",
     "Recovered",

@@ -1,11 +1,11 @@
-"""A partition file open in HDF5 for writing: its attributes, its consultations, and what grows their datasets.
+"""A partition file open in HDF5 for writing: its attributes, its consultations, and their growing datasets.
 
 ::
 
-    OpenPartition            the file, its identity and the committed sequence
-      OpenConsultations      the groups below /consultations, and those below /conflicts; keeps the last used ones open
+    WritablePartition        the file, its identity and the committed sequence
+      ConsultationGroups     the groups below /consultations, and those below /conflicts; keeps the last used ones open
         Appender             the two datasets of one consultation: a row and a body for each event, chained and checked
-          GrowingDataset        one dataset, which grows at its end
+          GrowingDataset     one dataset, which grows at its end
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def hdf5_error(file: AtomicFile, error: BaseException) -> BaseException:
     return file.failure or CorpusFormatError(f"{file.name}: HDF5: {error}")
 
 
-class OpenPartition:
+class WritablePartition:
     """A partition file open in HDF5.
 
     Args:
@@ -105,7 +105,7 @@ class OpenPartition:
                     raise CorpusFormatError(f"{file.name}: its user block and its HDF5 content are of two files")
                 self._attributes = [h5py.h5a.open(self._file.id, name.encode()) for name in COMMIT_ATTRIBUTES]
                 self.consultations, self.conflicts = (
-                    OpenConsultations(
+                    ConsultationGroups(
                         self._file.id,
                         group,
                         partial(GrowingDataset, file),
@@ -150,7 +150,7 @@ class OpenPartition:
             return
 
 
-class OpenConsultations:
+class ConsultationGroups:
     """The consultations below one group; keeps a bounded number open, and closes the least recently used one first.
 
     Args:
@@ -293,7 +293,7 @@ class Appender:
         return self._events.length
 
     def append(self, records: Sequence[Record], committed: int) -> None:
-        """Append as :meth:`OpenConsultations.append` does."""
+        """Append as :meth:`ConsultationGroups.append` does."""
         rows: list[bytes] = []
         bodies: list[bytes] = []
         offset, last, chain = self._payload.length, max(self._last_sequence, committed), self._chain

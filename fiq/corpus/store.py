@@ -18,7 +18,7 @@ from fiq.corpus.consultation import Consultation, StoredRow
 from fiq.corpus.errors import AppendRefusedError, StoreFailedError
 from fiq.corpus.format import Identity, Record, empty_file
 from fiq.corpus.ids import IdHashes, KnownIds
-from fiq.corpus.partition import OpenConsultations, OpenPartition, hdf5_error, hdf5_errors
+from fiq.corpus.partition import ConsultationGroups, WritablePartition, hdf5_error, hdf5_errors
 from fiq.corpus.wal.file import AtomicFile
 from fiq.corpus.wal.journal import refuse_archive
 from fiq.corpus.wal.recovery import create_pair
@@ -154,7 +154,7 @@ class Lookup:
         ids: those in memory.
     """
 
-    def __init__(self, consultations: OpenConsultations, ids: KnownIds) -> None:
+    def __init__(self, consultations: ConsultationGroups, ids: KnownIds) -> None:
         self._consultations = consultations
         self._ids = ids
 
@@ -234,7 +234,7 @@ class EventStore:
         self._checkpoints = _CheckpointPolicy(self._file, options)
         try:
             limit, cache = options.open_consultations, options.metadata_cache_bytes
-            self._partition = OpenPartition(self._file, expected, limit=limit, metadata_cache=cache)
+            self._partition = WritablePartition(self._file, expected, limit=limit, metadata_cache=cache)
         except BaseException:
             self._file.close()
             raise
@@ -359,7 +359,7 @@ class EventStore:
         """Append events under ids that the consultation holds with another body to its conflicts, as :meth:`append`."""
         self._append(self._partition.conflicts, consultation, records)
 
-    def _append(self, groups: OpenConsultations, consultation: str, records: Sequence[Record]) -> bool:
+    def _append(self, groups: ConsultationGroups, consultation: str, records: Sequence[Record]) -> bool:
         if not records:
             return False
         with self._guard:

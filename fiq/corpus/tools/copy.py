@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fiq.corpus.errors import CorpusExistsError, CorpusLockedError, system_errors
-from fiq.corpus.wal.journal import State, empty_journal, refuse_archive, write_state
+from fiq.corpus.wal.journal import AbsorbedState, empty_journal, refuse_archive, write_state
 from fiq.corpus.wal.recovery import Snapshot, journal_path, missing_journal
 from fiq.corpus.wal.storage import FILE_MODE, StorageIO, write_all
 
@@ -85,4 +85,4 @@ def _write_file(io: StorageIO, fd: int, snapshot: Snapshot, on_progress: Callabl
         if on_progress is not None:
             on_progress(offset / snapshot.size)
     number = snapshot.end.number
-    write_state(io, fd, State(snapshot.state.generation + 1, number, number, snapshot.end.link))
+    write_state(io, fd, AbsorbedState(snapshot.state.generation + 1, number, number, snapshot.end.link))

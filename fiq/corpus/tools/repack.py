@@ -36,7 +36,7 @@ from fiq.corpus.format import (
     write_attributes,
 )
 from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
-from fiq.corpus.tools.verify import Problem, verify_partition
+from fiq.corpus.tools.verify import CorpusProblem, verify_partition
 from fiq.corpus.wal.journal import USER_BLOCK, new_user_block
 from fiq.corpus.wal.storage import FILE_MODE, StorageIO, write_all
 
@@ -168,7 +168,7 @@ def _writing(target: Path) -> Iterator[None]:
         raise CorpusIOError(f"cannot write {target.name}: {error}") from error
 
 
-def _refuse(problems: list[Problem], what: str) -> None:
+def _refuse(problems: list[CorpusProblem], what: str) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CorpusFormatError(f"{what}: {problems[0]}{more}; `fiq verify` shows all")

@@ -1,7 +1,7 @@
 """Verifies a corpus: every row, every body, every chain; read-only, also while its writers work.
 
-Each partition file is checked as of the moment of its turn. A wrong content becomes a :class:`Problem` of the report,
-and everything else is still checked.
+Each partition file is checked as of the moment of its turn. A wrong content becomes a :class:`CorpusProblem` of the
+report, and everything else is still checked.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class CorpusProblem:
     """One thing that is wrong."""
 
     kind: str  #: one of :data:`KINDS`
@@ -107,7 +107,7 @@ class Report:
 
     path: str
     partitions: tuple[PartitionReport, ...]  #: one for each partition file that could be opened
-    problems: tuple[Problem, ...]  #: in the order of files, consultations and rows
+    problems: tuple[CorpusProblem, ...]  #: in the order of files, consultations and rows
     seconds: float  #: duration
 
     @property
@@ -174,7 +174,7 @@ def verify_corpus(path: str | PathLike[str], *, on_progress: Callable[[Progress]
 
 def verify_partition(
     corpus: Corpus, *, on_progress: Callable[[Progress], None] | None = None
-) -> tuple[PartitionReport | None, list[Problem]]:
+) -> tuple[PartitionReport | None, list[CorpusProblem]]:
     """Verify the only partition file of an open corpus, as of the moment when it was first read."""
     run = _Run(corpus.paths, on_progress)
     run.verify(corpus.paths[0], corpus)
@@ -185,7 +185,7 @@ class _Run:
     """One verification: what it found so far, and how far it is."""
 
     def __init__(self, paths: Iterable[Path], on_progress: Callable[[Progress], None] | None) -> None:
-        self.problems: list[Problem] = []
+        self.problems: list[CorpusProblem] = []
         self.partitions: list[PartitionReport] = []
         self.infos: list[PartitionInfo] = []
         self._sizes = {path: _size(path) for path in paths}
@@ -227,7 +227,7 @@ class _Run:
         self._progress(path, 0.0, now=True)
 
     def _add(self, kind: str, message: str, file: str, consultation: str | None = None) -> None:
-        self.problems.append(Problem(kind, message, file, consultation))
+        self.problems.append(CorpusProblem(kind, message, file, consultation))
 
     def _check_file(self, info: PartitionInfo) -> None:
         name, partition, partitions = info.path.name, info.identity.partition, info.identity.partitions
@@ -336,7 +336,7 @@ class _ConsultationCheck:
         #: rows that were checked so far
         self.done = 0
 
-    def run(self) -> Iterator[list[Problem]]:
+    def run(self) -> Iterator[list[CorpusProblem]]:
         """Check one slice after another, and yield the problems of each.
 
         Raises CorpusError: the datasets cannot be read.
@@ -349,7 +349,7 @@ class _ConsultationCheck:
             yield sorted(found, key=lambda problem: problem.row or 0)
         yield [*self._duplicates(), *self._surplus()]
 
-    def _check_order(self, rows: Table) -> Iterator[Problem]:
+    def _check_order(self, rows: Table) -> Iterator[CorpusProblem]:
         """Sequences rise and are committed; each body starts where the one before ends."""
         sequences, offsets = rows["seq"], rows["offset"]
         ends = offsets + rows["length"] + np.uint64(1)
@@ -362,7 +362,7 @@ class _ConsultationCheck:
         yield from self._at(rows, ahead, "ahead", f"the sequence is above {self._committed}, which is committed")
         yield from self._at(rows, gaps, "gap", "the body does not start where the one before ends")
 
-    def _check_bodies(self, rows: Table) -> Iterator[Problem]:
+    def _check_bodies(self, rows: Table) -> Iterator[CorpusProblem]:
         total = np.uint64(self._consultation.payload_bytes)
         offsets, lengths = rows["offset"], rows["length"]
         inside = (offsets < total) & (lengths < total - np.minimum(offsets, total))
@@ -374,7 +374,7 @@ class _ConsultationCheck:
             yield from self._check_events(rows, low, high, lines.tobytes(), heads, chains)
         self._chain = chains[-1]
 
-    def _check_lines(self, rows: Table, low: int, lines: npt.NDArray[np.uint8]) -> Iterator[Problem]:
+    def _check_lines(self, rows: Table, low: int, lines: npt.NDArray[np.uint8]) -> Iterator[CorpusProblem]:
         """Each body is one line."""
         ends = (rows["offset"] - rows["offset"][0] + rows["length"]).astype(np.int64)
         feeds = lines == _LINE_FEED
@@ -387,7 +387,7 @@ class _ConsultationCheck:
 
     def _check_events(
         self, rows: Table, low: int, high: int, lines: bytes, heads: bytes, chains: list[bytes]
-    ) -> Iterator[Problem]:
+    ) -> Iterator[CorpusProblem]:
         """The chain fits, and each body is JSON. This loop takes most of the time: some 2 µs an event."""
         width, head, parse = EVENT_DTYPE.itemsize, EVENT_HEAD.size, orjson.loads
         before = chains[low - 1] if low else self._chain
@@ -405,7 +405,7 @@ class _ConsultationCheck:
             except orjson.JSONDecodeError:
                 yield self._problem(*_why_no_json(body), self.done + number, rows["seq"][number])
 
-    def _duplicates(self) -> Iterator[Problem]:
+    def _duplicates(self) -> Iterator[CorpusProblem]:
         if not self._ids or not self._unique:
             return
         ids = np.concatenate(self._ids)
@@ -415,17 +415,17 @@ class _ConsultationCheck:
             sequence = self._consultation.row(row).sequence
             yield self._problem("duplicate", f"row {first} has the same event id", row, sequence)
 
-    def _surplus(self) -> Iterator[Problem]:
+    def _surplus(self) -> Iterator[CorpusProblem]:
         surplus = self._consultation.payload_bytes - self._end
         if surplus > 0:
             yield self._problem("payload", f"the payload has {surplus} bytes after the last row: rows are missing")
 
-    def _at(self, rows: Table, mask: _Mask, kind: str, message: str, low: int = 0) -> Iterator[Problem]:
+    def _at(self, rows: Table, mask: _Mask, kind: str, message: str, low: int = 0) -> Iterator[CorpusProblem]:
         for number in np.flatnonzero(mask).tolist():
             yield self._problem(kind, message, self.done + low + number, rows["seq"][number])
 
-    def _problem(self, kind: str, message: str, row: int | None = None, sequence: Any = None) -> Problem:
-        return Problem(kind, message, self._file, self._name, row, None if sequence is None else int(sequence))
+    def _problem(self, kind: str, message: str, row: int | None = None, sequence: Any = None) -> CorpusProblem:
+        return CorpusProblem(kind, message, self._file, self._name, row, None if sequence is None else int(sequence))
 
 
 def _shifted(values: npt.NDArray[np.uint64], first: int) -> npt.NDArray[np.uint64]:
@@ -460,7 +460,7 @@ def _why_no_json(body: bytes) -> tuple[str, str]:
 # -- The directory ----------------------------------------------------------------------------------------------------
 
 
-def _check_volume(directory: Path, infos: Sequence[PartitionInfo]) -> Iterator[Problem]:
+def _check_volume(directory: Path, infos: Sequence[PartitionInfo]) -> Iterator[CorpusProblem]:
     """Compare the identities of the partition files with each other, and with ``volume.json`` where there is one."""
     for info in infos[1:]:
         for field in _SHARED:
@@ -469,7 +469,7 @@ def _check_volume(directory: Path, infos: Sequence[PartitionInfo]) -> Iterator[P
                 message = (
                     f"{field} is {found!r} but {infos[0].path.name} says {wanted!r}: the file is of another corpus"
                 )
-                yield Problem("identity", message, info.path.name)
+                yield CorpusProblem("identity", message, info.path.name)
     path = directory / VOLUME_NAME
     if not path.exists() or any(info.archived for info in infos):
         return
@@ -477,17 +477,17 @@ def _check_volume(directory: Path, infos: Sequence[PartitionInfo]) -> Iterator[P
         stated = json.loads(path.read_bytes())
         wanted = {"volume": str(stated["volume"]), "store": str(stated["store"])}
     except (OSError, ValueError, KeyError, TypeError):
-        yield Problem("volume", "it is no JSON object with volume and store: restore it", VOLUME_NAME)
+        yield CorpusProblem("volume", "it is no JSON object with volume and store: restore it", VOLUME_NAME)
         return
     for info in infos:
         for field, value in wanted.items():
             found = getattr(info.identity, field)
             if found != value:
                 message = f"{field} is {found!r} but {VOLUME_NAME} says {value!r}: the file is of another volume"
-                yield Problem("identity", message, info.path.name)
+                yield CorpusProblem("identity", message, info.path.name)
 
 
-def _check_index(directory: Path, paths: Sequence[Path]) -> Iterator[Problem]:
+def _check_index(directory: Path, paths: Sequence[Path]) -> Iterator[CorpusProblem]:
     """Check that ``corpus.h5`` links exactly the partition files; a directory without one is complete as well.
 
     Partitions may be created meanwhile: only *paths*, found earlier, must have a link; a link may lead to a newer file.
@@ -498,23 +498,27 @@ def _check_index(directory: Path, paths: Sequence[Path]) -> Iterator[Problem]:
     try:
         links = read_links(path)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        yield Problem("index", f"it cannot be read: {error}; write_index() makes a new one", INDEX_NAME)
+        yield CorpusProblem("index", f"it cannot be read: {error}; write_index() makes a new one", INDEX_NAME)
         return
     before = {file.stem for file in paths}
     wanted = {file.stem: (file.name, "/") for file in partition_files(directory)}
     for name in sorted(wanted.keys() | links.keys()):
         found = links.get(name)
         if found is None and name in before:
-            yield Problem("index", f"it has no link to {wanted[name][0]}; write_index() makes a new one", INDEX_NAME)
+            yield CorpusProblem(
+                "index", f"it has no link to {wanted[name][0]}; write_index() makes a new one", INDEX_NAME
+            )
         elif found is not None and found != wanted.get(name):
-            yield Problem("index", f"the link {name!a} leads to no partition file: {found!r}", INDEX_NAME)
+            yield CorpusProblem("index", f"the link {name!a} leads to no partition file: {found!r}", INDEX_NAME)
 
 
-def _check_journals(directory: Path) -> Iterator[Problem]:
+def _check_journals(directory: Path) -> Iterator[CorpusProblem]:
     """Find journals with commits whose partition file is gone."""
     for journal in sorted(directory.glob("*.h5.wal")):
         file = journal.with_suffix("")
         # creation writes the journal first: a crash may leave an empty one alone. One with commits had a file before
         # them, so the file is looked for after the journal
         if journal.stat().st_size > RECORDS_START and not file.exists():
-            yield Problem("journal", f"it holds commits but {file.name} is missing: restore the file", journal.name)
+            yield CorpusProblem(
+                "journal", f"it holds commits but {file.name} is missing: restore the file", journal.name
+            )

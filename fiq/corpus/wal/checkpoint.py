@@ -25,10 +25,10 @@ from uuid import UUID
 from fiq.corpus.errors import CorpusError, CorpusFormatError, CorpusIOError, system_errors
 from fiq.corpus.wal.journal import (
     RECORDS_START,
+    AbsorbedState,
     JournalRecord,
     LiveRecords,
-    Position,
-    State,
+    RecordPosition,
     empty_journal,
     write_record,
     write_start,
@@ -115,14 +115,14 @@ class Checkpoint:
     file: int  #: descriptor of the partition file
     journal: int  #: descriptor of the journal
     records: Sequence[JournalRecord]  #: the records to copy, oldest first, at least one
-    state: State  #: what the partition file says
+    state: AbsorbedState  #: what the partition file says
     generation: int  #: of the journal's valid slot
 
     @property
-    def state_after(self) -> State:
+    def state_after(self) -> AbsorbedState:
         """What the partition file says afterwards."""
         end = self.records[-1].next_position
-        return State(self.state.generation + 2, end.number, end.number, end.link)
+        return AbsorbedState(self.state.generation + 2, end.number, end.number, end.link)
 
     def run(self) -> bool:
         """Copy, and go back to the shared lock; after an error the exclusive one stays, so that no reader sees half a
@@ -143,7 +143,7 @@ class Checkpoint:
         if not self._has_room(size):
             return False
         after, before = self.state_after, self.state
-        write_state(io, fd, State(before.generation + 1, before.absorbed, after.target, before.link))
+        write_state(io, fd, AbsorbedState(before.generation + 1, before.absorbed, after.target, before.link))
         io.fdatasync(fd)
         self._copy_images()
         if os.fstat(fd).st_size != size:
@@ -217,14 +217,16 @@ class Compaction:
         state: what the partition file has absorbed.
     """
 
-    def __init__(self, io: StorageIO, path: Path, old: int, uuid: UUID, *, generation: int, state: State) -> None:
+    def __init__(
+        self, io: StorageIO, path: Path, old: int, uuid: UUID, *, generation: int, state: AbsorbedState
+    ) -> None:
         self._io = io
         self._path = path
         self._old = old
         self._uuid = uuid
         self._temporary = _temporary(path)
         self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
-        start = Position(state.absorbed, state.link, RECORDS_START)
+        start = RecordPosition(state.absorbed, state.link, RECORDS_START)
         # an odd generation: an empty journal has the second slot
         self.live = LiveRecords(generation + 2 - (generation + 1) % 2, start, [])
 

@@ -99,7 +99,7 @@ def _is_sealed(raw: bytes, magic: bytes) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class AbsorbedState:
     """How far the partition file has absorbed its journal."""
 
     generation: int  #: counts the states written; odd ones are in slot B
@@ -116,7 +116,7 @@ def new_user_block(uuid: UUID, *, archive: bool = False) -> bytes:
     block[_NOTE_AT : _NOTE_AT + len(note)] = note
     if archive:
         block[_ARCHIVE_MARK_AT : _ARCHIVE_MARK_AT + len(_ARCHIVE_MARK)] = _ARCHIVE_MARK
-    block[_BLOCK : _BLOCK + _STATE.size] = _packed_state(State(0, 0, 0, 0))
+    block[_BLOCK : _BLOCK + _STATE.size] = _packed_state(AbsorbedState(0, 0, 0, 0))
     return bytes(block)
 
 
@@ -134,25 +134,25 @@ def read_uuid(fd: int, name: str) -> UUID:
     return UUID(bytes=uuid)
 
 
-def read_state(fd: int, name: str) -> State:
+def read_state(fd: int, name: str) -> AbsorbedState:
     """Return the newest state of the file. Raises CorpusFormatError: both slots are damaged."""
     states = []
     for offset in (_BLOCK, 2 * _BLOCK):
         raw = read_exactly(fd, _STATE.size, offset)
         if _is_sealed(raw, _STATE_MAGIC):
             _, _, link, generation, absorbed, target = _STATE.unpack(raw)
-            states.append(State(generation, absorbed, target, link))
+            states.append(AbsorbedState(generation, absorbed, target, link))
     if not states:
         raise CorpusFormatError(f"{name}: both state slots of the user block are damaged; restore the file")
     return max(states, key=lambda state: state.generation)
 
 
-def write_state(io: StorageIO, fd: int, state: State) -> None:
+def write_state(io: StorageIO, fd: int, state: AbsorbedState) -> None:
     """Write *state* into its slot; the caller syncs."""
     write_all(io, fd, _packed_state(state), _BLOCK * (1 + state.generation % 2))
 
 
-def _packed_state(state: State) -> bytes:
+def _packed_state(state: AbsorbedState) -> bytes:
     return _sealed(_STATE.pack(_STATE_MAGIC, 0, state.link, state.generation, state.absorbed, state.target))
 
 
@@ -178,7 +178,7 @@ def refuse_archive(path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class RecordPosition:
     """Where a record belongs."""
 
     number: int  #: of the record
@@ -222,21 +222,21 @@ class JournalRecord:
         return self.end - self.offset
 
     @property
-    def next_position(self) -> Position:
+    def next_position(self) -> RecordPosition:
         """Where the next record belongs."""
-        return Position(self.number + self.count, self.link, self.next)
+        return RecordPosition(self.number + self.count, self.link, self.next)
 
 
 class LiveRecords(NamedTuple):
     """The live part of a journal."""
 
     generation: int  #: of the valid slot
-    start: Position  #: where the records begin
+    start: RecordPosition  #: where the records begin
     records: list[JournalRecord]  #: oldest first
     torn: bool = False  #: whether a record after them was dropped that a crash had cut short
 
     @property
-    def next(self) -> Position:
+    def next(self) -> RecordPosition:
         """Where the next record belongs."""
         return self.records[-1].next_position if self.records else self.start
 
@@ -245,7 +245,7 @@ def write_record(
     io: StorageIO,
     fd: int,
     uuid: UUID,
-    at: Position,
+    at: RecordPosition,
     file_size: int,
     table: Sectors,
     images: Iterable[memoryview],
@@ -291,16 +291,16 @@ def _aligned(length: int, unit: int) -> int:
 
 def empty_journal(uuid: UUID, *, generation: int = 1, number: int = 0, link: int = 0) -> bytes:
     """Return the content of a journal without records, whose first one will have *number*; *generation* is odd."""
-    slot = _packed_slot(uuid, generation, Position(number, link, RECORDS_START))
+    slot = _packed_slot(uuid, generation, RecordPosition(number, link, RECORDS_START))
     return bytes(_BLOCK) + slot.ljust(_BLOCK, b"\0")
 
 
-def write_start(io: StorageIO, fd: int, uuid: UUID, generation: int, start: Position) -> None:
+def write_start(io: StorageIO, fd: int, uuid: UUID, generation: int, start: RecordPosition) -> None:
     """Write the slot of a *generation*: the live records begin at *start*; the caller syncs."""
     write_all(io, fd, _packed_slot(uuid, generation, start), _BLOCK * (generation % 2))
 
 
-def _packed_slot(uuid: UUID, generation: int, start: Position) -> bytes:
+def _packed_slot(uuid: UUID, generation: int, start: RecordPosition) -> bytes:
     where = (start.offset, start.number, start.link)
     return _sealed(_SLOT.pack(_SLOT_MAGIC, 0, PAIR_VERSION, uuid.bytes, generation, *where))
 
@@ -387,7 +387,7 @@ class Journal:
 # -- Reading a journal, and telling a torn tail from damage -----------------------------------------------------------
 
 
-def read_journal(fd: int, uuid: UUID, state: State, name: str) -> LiveRecords:
+def read_journal(fd: int, uuid: UUID, state: AbsorbedState, name: str) -> LiveRecords:
     """Read the live records of a journal and check that they continue the partition file.
 
     Args:
@@ -419,7 +419,7 @@ def read_journal(fd: int, uuid: UUID, state: State, name: str) -> LiveRecords:
     return live
 
 
-def _read_start(fd: int, uuid: UUID, name: str) -> tuple[int, Position]:
+def _read_start(fd: int, uuid: UUID, name: str) -> tuple[int, RecordPosition]:
     found = []
     for offset in (0, _BLOCK):
         raw = read_exactly(fd, _SLOT.size, offset)
@@ -429,7 +429,7 @@ def _read_start(fd: int, uuid: UUID, name: str) -> tuple[int, Position]:
                 raise JournalError(
                     f"{name} has version {version} of the format, this program reads {PAIR_VERSION} only"
                 )
-            found.append((generation, Position(number, link, start), UUID(bytes=owner)))
+            found.append((generation, RecordPosition(number, link, start), UUID(bytes=owner)))
     if not found:
         raise JournalError(
             f"{name} is not a journal, or both its headers are damaged: put back the journal that belongs to the file"
@@ -443,7 +443,7 @@ def _read_start(fd: int, uuid: UUID, name: str) -> tuple[int, Position]:
     return generation, position
 
 
-def _read_records(fd: int, uuid: UUID, position: Position, name: str) -> tuple[list[JournalRecord], bool]:
+def _read_records(fd: int, uuid: UUID, position: RecordPosition, name: str) -> tuple[list[JournalRecord], bool]:
     """Read the whole records from *position* on; return them, and whether a torn one was dropped after them.
 
     A torn record was never acknowledged, so dropping it loses nothing. A damaged one that a whole later one follows is
@@ -498,7 +498,7 @@ def _parse(raw: bytes) -> _Header | None:
     return _Header(*_HEADER.unpack(raw)[1:])
 
 
-def _whole_records(fd: int, uuid: UUID, position: Position) -> Iterator[JournalRecord]:
+def _whole_records(fd: int, uuid: UUID, position: RecordPosition) -> Iterator[JournalRecord]:
     size = os.fstat(fd).st_size
     while True:
         header = _parse(os.pread(fd, _HEADER.size, position.offset))
@@ -533,7 +533,7 @@ def _has_whole_body(fd: int, header: _Header, offset: int, size: int) -> bool:
     return end <= size and crc == header.body_crc
 
 
-def _has_later_record(fd: int, uuid: UUID, position: Position) -> bool:
+def _has_later_record(fd: int, uuid: UUID, position: RecordPosition) -> bool:
     """Return whether a whole record with a number above that of *position* is anywhere in the journal."""
     size = os.fstat(fd).st_size
     for base in range(RECORDS_START, size, _READ_BYTES):

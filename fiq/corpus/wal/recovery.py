@@ -19,9 +19,9 @@ from fiq.corpus.wal.checkpoint import remove_leftover
 from fiq.corpus.wal.journal import (
     RECORDS_START,
     USER_BLOCK,
+    AbsorbedState,
     LiveRecords,
-    Position,
-    State,
+    RecordPosition,
     empty_journal,
     new_user_block,
     read_journal,
@@ -61,7 +61,7 @@ class OpenPair:
     file: int  #: descriptor of the partition file, locked shared
     journal: int  #: descriptor of its journal, locked exclusively
     uuid: UUID  #: of the pair
-    state: State  #: what the file has absorbed
+    state: AbsorbedState  #: what the file has absorbed
     live: LiveRecords  #: the live part of the journal
     size: int  #: size of the content, bytes
 
@@ -153,7 +153,7 @@ class Snapshot:
             lock(self._fd, exclusive=False, timeout=LOCK_WAIT, refusal=refusal)
             self.uuid, self.state = read_uuid(self._fd, path.name), read_state(self._fd, path.name)
             self._wal = self._open_journal(path)
-            live = LiveRecords(0, Position(self.state.absorbed, self.state.link, RECORDS_START), [])
+            live = LiveRecords(0, RecordPosition(self.state.absorbed, self.state.link, RECORDS_START), [])
             if self._wal >= 0:
                 undo.callback(os.close, self._wal)
                 live = read_journal(self._wal, self.uuid, self.state, journal_path(path).name)

@@ -21,7 +21,7 @@ from fiq.corpus import (
     open_corpus,
     write_index,
 )
-from fiq.corpus.wal.journal import State, write_state
+from fiq.corpus.wal.journal import AbsorbedState, write_state
 from fiq.corpus.wal.storage import StorageIO
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, read_contents
 
@@ -140,7 +140,7 @@ def test_a_copy_without_its_journal_shows_the_last_checkpoint(path: Path, tmp_pa
 def test_a_copy_from_the_middle_of_a_checkpoint_needs_its_journal(path: Path) -> None:
     """Such a file is neither the old nor the new checkpoint."""
     with path.open("r+b") as file:
-        write_state(StorageIO(), file.fileno(), State(generation=9, absorbed=0, target=1, link=0))
+        write_state(StorageIO(), file.fileno(), AbsorbedState(generation=9, absorbed=0, target=1, link=0))
     path.with_name("00.h5.wal").unlink()
     with open_corpus(path) as corpus, pytest.raises(JournalError, match="copied in the middle of a checkpoint"):
         len(corpus)
