@@ -12,10 +12,10 @@
         LogRefusedError             the broker refuses for good: configuration, permission, size
             ProvisionError          the stream cannot be what the settings ask for
             LogForbiddenError       the NATS user of this process may not do that
-        LogAccessError              the nodes do not let this process in: certificates, TLS, user
+        LogAccessError              the nodes refuse this process: certificates, TLS, user
         StartupError                the cluster was out of reach for too long at start
         LogMismatchError            the log is not the one that the sink's position belongs to
-        PlacementError              a partition's place is contradictory: key, file and volume disagree
+        PlacementError              record, file and volume disagree about where a partition is
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DuplicateInFlightError(TransientError):
 
 
 class TooManyInFlightError(TransientError):
-    """Raised when this process has its limit of appends under way: nothing was sent."""
+    """Raised when this process has its limit of appends in flight: nothing was sent."""
 
 
 class CorpusAwayError(TransientError):
@@ -52,11 +52,11 @@ class ProvisionError(LogRefusedError):
 
 
 class LogForbiddenError(LogRefusedError):
-    """Raised when the NATS user of this process has no permission for a subject; nothing was sent or heard."""
+    """Raised when the NATS user of this process has no permission for a subject; nothing was sent or received."""
 
 
 class LogAccessError(PermanentError):
-    """Raised when the nodes do not let this process in: their certificates, TLS itself, or its user."""
+    """Raised when the nodes refuse this process, or it refuses them: certificates, TLS, or its user."""
 
 
 class StartupError(PermanentError):
@@ -68,4 +68,4 @@ class LogMismatchError(PermanentError):
 
 
 class PlacementError(PermanentError):
-    """Raised when key, partition file and volume disagree about where a partition lives."""
+    """Raised when record, partition file and volume disagree about where a partition is."""

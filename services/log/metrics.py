@@ -1,7 +1,7 @@
 """Every metric of the log, as one process sees it; both services have them.
 
-All of them come from requests to the broker's API, so no exporter of its own is needed, and whichever process still
-lives can tell what is wrong with the rest. `docs/metrics.md` tells what each means.
+They come from the log's own answers, so no exporter is needed, and any process that runs shows what is wrong with the
+rest. `docs/metrics.md` explains each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from services.log.partitions import partition_name
 from services.log.status import CertificateExpiry, StreamReport
 
-#: what is looked at, one after the other
+#: the parts of a look at the log
 PARTS = STREAMS, DEAD_LETTERS, PARTITIONS, PROCESSES = ("streams", "dead_letters", "partitions", "processes")
 
 _STREAM = ("stream",)
@@ -28,7 +28,7 @@ class LogMetrics:
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        # 0 in one process alone: its network, or its credentials; in all of them: no node runs
+        # 0 in one process: its network, or its credentials; in all: no node runs
         self.connected = Gauge("fi_log_connected", "1 while the process has a connection to a node", registry=registry)
         # 0: events cannot be stored; clients get 503
         self.available = Gauge(
@@ -49,11 +49,11 @@ class LogMetrics:
         # run `fiq init FOLDER --rotate certificates` in time
         self.certificate_expiry = Gauge(
             "fi_certificate_expiry_timestamp_seconds",
-            "End of the certificates behind the connection, Unix time",
+            "End of the connection's certificates, Unix time",
             ("certificate", "name"),
             registry=registry,
         )
-        # fi-dead: any is a message that somebody must look at
+        # fi-dead: an operator must look at each message
         self.messages = Gauge("fi_stream_messages", "Messages that the stream holds", _STREAM, registry=registry)
         self.bytes = Gauge("fi_stream_bytes", "Bytes that the stream holds", _STREAM, registry=registry)
         self.max_bytes = Gauge("fi_stream_max_bytes", "The stream's limit in bytes", _STREAM, registry=registry)
@@ -63,7 +63,7 @@ class LogMetrics:
         self.leader = Gauge("fi_stream_leader", "1 for the node that leads the stream", _NODE, registry=registry)
         # 0: the node is down, or cut off; one more and the stream takes nothing
         self.replica_up = Gauge(
-            "fi_stream_replica_up", "1 when the leader heard of the node lately", _NODE, registry=registry
+            "fi_stream_replica_up", "1 when the leader heard of the node recently", _NODE, registry=registry
         )
         # 0 for minutes: the node's disk or network is slower than the stream grows
         self.replica_current = Gauge(
@@ -78,21 +78,21 @@ class LogMetrics:
             ("store", "partition"),
             registry=registry,
         )
-        # above a minute: look who owns the partition, and at its state
+        # above a minute: check which process owns the partition, and its state
         self.backlog_age = Gauge(
             "fi_partition_backlog_age_seconds",
             "Age of the partition's oldest event that is not committed",
             ("store", "partition"),
             registry=registry,
         )
-        # 0: nobody writes the partition; its events wait in the stream
+        # 0: no process writes the partition; its events wait in the log
         self.owners = Gauge(
             "fi_partition_owners",
             "Live processes that run the partition, with its volume",
             ("store", "partition", "volume"),
             registry=registry,
         )
-        # 0: the host of that volume is away
+        # 0: the host of that volume is down
         self.volume_processes = Gauge(
             "fi_volume_processes",
             "Live processes of a volume that has partitions",
@@ -103,7 +103,7 @@ class LogMetrics:
             self.failures.labels(part)  # shown as 0 from the start: a counter that appears as 1 has no increase
 
     def stream(self, name: str, report: StreamReport) -> None:
-        """Show one stream; :meth:`forget` first, or a node that does not hold it any more stays."""
+        """Show one stream; call :meth:`forget` first, or a node that no longer holds it stays."""
         self.messages.labels(name).set(report.messages)
         self.bytes.labels(name).set(report.bytes)
         self.max_bytes.labels(name).set(report.max_bytes)
@@ -120,7 +120,7 @@ class LogMetrics:
         self.replica_lag.labels(stream, node).set(lag)
 
     def backlog(self, store: str, partition: int, events: int, age: float) -> None:
-        """Show how much of a partition waits, and for how long, seconds."""
+        """Show how much of a partition waits, and for how long (seconds)."""
         self.backlog_events.labels(store, partition_name(partition)).set(events)
         self.backlog_age.labels(store, partition_name(partition)).set(age)
 
@@ -135,7 +135,7 @@ class LogMetrics:
             self.certificate_expiry.labels(one.kind, one.name).set(one.expires)
 
     def forget(self, part: str) -> None:
-        """Show nothing of *part*, one of :data:`PARTS`: it is about to be shown anew, or not known any more."""
+        """Show nothing of *part*, one of :data:`PARTS`: it is about to be renewed, or no longer known."""
         for gauge in self._gauges(part):
             gauge.clear()
 

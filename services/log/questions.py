@@ -51,7 +51,7 @@ class MalformedError(ValueError):
 MAX_ITEMS = 1000
 #: a consultation with more ids than this, or than an answer can hold, is asked about id by id
 MAX_IDS = 100_000
-#: what an answer takes at most besides its rows, and one row besides its body, bytes
+#: what an answer takes at most without its rows, and one row without its body, bytes
 HEAD_BYTES, ROW_BYTES = 512, 160
 
 
@@ -166,13 +166,13 @@ Answer = IdsAnswer | FindAnswer | EventsAnswer | ConsultationsAnswer
 
 
 def encode_question(question: Question, within: float) -> bytes:
-    """Return *question* as it is sent by somebody who waits *within* seconds."""
+    """Return *question* as it is sent when its asker waits *within* seconds."""
     fields = {name: getattr(question, name) for name in question.__slots__}
     return orjson.dumps({"within_ms": max(1, round(within * 1000)), **fields})
 
 
 def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
-    """Return a question and for how many seconds its asker waits. Raises MalformedError: it is none."""
+    """Return a question and for how many seconds its asker waits. Raises MalformedError: it is malformed."""
     try:
         fields = orjson.loads(data)
         within = _number(fields["within_ms"]) / 1000
@@ -213,7 +213,7 @@ def encode_answer(answer: Answer) -> bytes:
 
 
 def decode_ids(data: bytes) -> IdSnapshot:
-    """Read the answer to :class:`Ids`; each ``decode_`` raises MalformedError when it is none."""
+    """Read the answer to :class:`Ids`; each ``decode_`` function raises MalformedError."""
     with _Decoding():
         head, _, hashes = data.partition(b"\n")
         fields = orjson.loads(head)
@@ -256,7 +256,7 @@ def decode_consultations(data: bytes) -> ConsultationsAnswer:
 
 
 class _Decoding:
-    """Calls what goes wrong inside malformed."""
+    """Raises MalformedError for what goes wrong inside."""
 
     def __enter__(self) -> None: ...
 
@@ -290,7 +290,7 @@ class IdSnapshot:
         self.size = len(hashes)
 
     def may_hold(self, event_id: UUID) -> bool:
-        """Return False when *event_id* was not held for certain; True is nearly certain where it is whole."""
+        """Return False only when *event_id* was certainly not held; True is nearly certain where it is whole."""
         if not self.whole:
             return True
         number = event_id.int

@@ -168,7 +168,7 @@ class JetStreamFollower:
         self._next_delivery = 1  # consumer sequence that must come next
         self._again = 0  # deliveries that the one before had brought already
         self._pending = 0  # what the log held after the last delivery
-        self._behind_at = -1  # how many had come when a heartbeat said that more were sent
+        self._missing_at = -1  # how many had come when a heartbeat said that more were sent
         self._empty_to = 0  # up to where the cursor has looked and found nothing after what it delivered
         # pulls
         self._largest = nc.max_payload + MESSAGE_OVERHEAD_BYTES
@@ -298,7 +298,7 @@ class JetStreamFollower:
         self._next_delivery = 1
         self._again = 0
         self._handed_out = self._last if self._seen > committed else None
-        self._behind_at = -1
+        self._missing_at = -1
         inbox = self._nc.new_inbox()
         self._pulls.begin(inbox)
         self._subscription = await self._nc.subscribe_directly(f"{inbox}.*", self._receiver(inbox))
@@ -484,9 +484,9 @@ class JetStreamFollower:
         next heartbeat.
         """
         came = self._next_delivery - 1
-        if sent < came or (sent > came and self._behind_at == came):
+        if sent < came or (sent > came and self._missing_at == came):
             self._doubtful("gap")
-        self._behind_at = came if sent > came else -1
+        self._missing_at = came if sent > came else -1
         if sent == came:
             self._empty_to = looked
 

@@ -90,8 +90,8 @@ class _Entry:
         try:
             found = self.value or {}
             epoch, committed, begins = (int(found[name]) for name in ("epoch", "committed", "begins"))
-            told = str(found.get("message_id", "")), str(found.get("writer", ""))
-            return Placement(partition, str(found["volume"]), epoch, committed, begins, self.revision, *told)
+            rest = str(found.get("message_id", "")), str(found.get("writer", ""))
+            return Placement(partition, str(found["volume"]), epoch, committed, begins, self.revision, *rest)
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -205,7 +205,7 @@ class BucketPlacements:
         Args:
             placement: as it was read; its ``begins`` is written, too.
             epoch: above that of *placement*.
-            committed: what the file that is put there has reached; nothing behind it is trimmed.
+            committed: what the file that is put there has reached; nothing after it is trimmed.
 
         Raises PlacementError: the key has changed since *placement* was read; LogUnavailableError: the outcome is not
         known; read again.
@@ -263,8 +263,8 @@ class BucketPlacements:
         store, partition = parse_key(message.subject.removeprefix(f"{BUCKET_PREFIX}."))
         if store != self._store or partition is None:
             return store == self._store
-        told, known = _Entry(0, _value(message.headers, message.data)).placement(partition), self._known.get(partition)
-        return told is None or known is None or (told.volume, told.epoch) != (known.volume, known.epoch)
+        new, known = _Entry(0, _value(message.headers, message.data)).placement(partition), self._known.get(partition)
+        return new is None or known is None or (new.volume, new.epoch) != (known.volume, known.epoch)
 
     # -- one key ------------------------------------------------------------------------------------------------------
 
@@ -333,8 +333,8 @@ async def read_stores(nc: Connection, *, every: bool = False) -> dict[str, Store
     asked for and an operator has to name them first; LogUnavailableError: the broker did not answer.
     """
     created, first, entries, late = await _read(nc)
-    told = entries.get(_STORES, _ABSENT)
-    if every and late and (told.value is None or told.of_another(created)):
+    named = entries.get(_STORES, _ABSENT)
+    if every and late and (named.value is None or named.of_another(created)):
         raise PlacementError(
             f"bucket {BUCKET} was made when stream {STREAM} had events already, so it may lack stores that had keys in "
             "an earlier one: nothing is trimmed. Name all stores: `fiq place --stores NAME,NAME`; docs/operations.md, "

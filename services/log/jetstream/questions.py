@@ -1,4 +1,4 @@
-"""Questions about the corpus over NATS: how ingest asks a partition's owner, and how the owner hears and answers.
+"""Questions about the corpus over NATS: how ingest asks a partition's owner, and how the owner answers.
 
 A question goes to ``fi.corpus.<store>.<partition>.<kind>``, to which the owner subscribes for as long as it has the
 partition's file open: when no process has, the broker says so at once. The text and code of an error are in the headers
@@ -149,7 +149,7 @@ class Questions:
             raise LogUnavailableError(f"{subject}: {type(error).__name__}") from error
 
     def _check(self, partition: int, code: int) -> None:
-        """Raise what an error *code* stands for, unless asking again may help."""
+        """Raise what an error *code* means, unless asking again may help."""
         if code == NOT_NOW:
             return
         if code == TOO_LARGE:
@@ -168,7 +168,7 @@ class Questions:
 
 
 class NatsAnswering:
-    """Hears the questions about the partitions of one store that this process has open; see the protocol."""
+    """Brings questions about the partitions of one store; see :class:`services.log.protocol.Answering`."""
 
     def __init__(self, nc: Connection, store: str) -> None:
         self._nc = nc
@@ -178,12 +178,12 @@ class NatsAnswering:
     async def open(self, partition: int, take: Callable[[AskedQuestion], None]) -> None:
         subject = corpus_subject(self._store, partition, "*")
 
-        async def hear(message: Msg) -> None:
+        async def take_message(message: Msg) -> None:
             if message.reply and partition in self._open:
                 take(_Asked(self._nc, message))
 
         try:
-            self._open[partition] = await self._nc.subscribe(subject, cb=hear)
+            self._open[partition] = await self._nc.subscribe(subject, cb=take_message)
         except (nats.errors.Error, OSError) as error:
             raise LogUnavailableError(f"cannot answer on {subject}: {type(error).__name__}") from error
 

@@ -172,7 +172,7 @@ class JetStreamReader(EventBrowser):
         return await self._joined(consultation, after, limit, first, end)
 
     async def _joined(self, consultation: str, after: int, limit: int, first: EventsAnswer, end: int) -> Page:
-        """Return *first*, the corpus's answer, with what came behind it, up to *end*."""
+        """Return *first*, the corpus's answer, with what came after it, up to *end*."""
         partition = self._partition(consultation)
         events = [persisted(consultation, row) for row in first.rows]
         position = events[-1].sequence if events else after
@@ -256,12 +256,7 @@ def persisted(consultation: str, row: Row) -> StoredEvent:
 
 
 class StreamReading:
-    """The stream, as readers need it.
-
-    Args:
-        nc: the connection.
-        timeout: seconds for each answer.
-    """
+    """The stream, as readers need it; raises LogUnavailableError when an answer takes longer than *timeout* seconds."""
 
     def __init__(self, nc: Connection, *, timeout: float) -> None:
         self._nc = nc
@@ -269,18 +264,12 @@ class StreamReading:
         self._timeout = timeout
 
     async def last(self, partition: int, consultation: str) -> int:
-        """Return the sequence of the consultation's last message, as the leader knows it; 0 when there is none.
-
-        Raises LogUnavailableError: no answer.
-        """
+        """Return the sequence of the consultation's last message, as the leader knows it; 0 when there is none."""
         found = await self._api.last_message(STREAM, stored_subject(partition, consultation))
         return 0 if found is None else found["seq"]
 
     async def lacks(self, after: int) -> bool:
-        """Return whether trim may have deleted anything after *after*: in a full stream also in its middle.
-
-        Raises LogUnavailableError: no answer, or no stream.
-        """
+        """Return whether trim may have deleted anything after *after*: in a full stream also in its middle."""
         state = await self._state()
         if state["first_seq"] > after + 1 or not state.get("num_deleted"):
             return bool(state["first_seq"] > after + 1)
@@ -296,28 +285,19 @@ class StreamReading:
         return dict(info["state"])
 
     async def at(self, sequence: int) -> Numbered | None:
-        """Return what is at *sequence*; None when the stream holds nothing there.
-
-        Raises LogUnavailableError: no answer.
-        """
+        """Return what is at *sequence*; None when the stream holds nothing there."""
         message = await self._api.get_message(STREAM, sequence)
         if message is None:  # a replica that lags says the same as one that has trimmed it
             message = await self._api.leader_message(STREAM, sequence)
         return None if message is None else (sequence, _event(message["subject"], message["headers"], message["data"]))
 
     async def has_news(self, partition: int, consultation: str, after: int) -> bool:
-        """Return whether some replica has a message of the consultation after *after*: cheap, and perhaps late.
-
-        Raises LogUnavailableError: no answer.
-        """
+        """Return whether some replica has a message of the consultation after *after*: cheap, and perhaps late."""
         subject = stored_subject(partition, consultation)
         return await self._api.get_message(STREAM, after + 1, next_of=subject) is not None
 
     async def tail(self, partition: int, consultation: str, after: int, last: int) -> AsyncIterator[Numbered]:
-        """Yield each message of the consultation after *after* up to *last*, which the leader reported.
-
-        Raises LogUnavailableError: no answer.
-        """
+        """Yield each message of the consultation after *after* up to *last*, which the leader reported."""
         subject, position = stored_subject(partition, consultation), after
         while position < last:
             batch = await self._batch(subject, position + 1)

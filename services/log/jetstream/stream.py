@@ -156,11 +156,11 @@ BUCKET_HISTORY = 8
 #: limit of the bucket; a hundred partitions of a store take a quarter of a megabyte, history included
 BUCKET_MAX_BYTES = 16 << 20
 
-#: an ack-all consumer counts everything behind its floor as pending; the runner bounds what it holds, not the broker
+#: an ack-all consumer counts all after its floor as pending; the follower bounds what it holds, not the broker
 MAX_ACK_PENDING = 1_000_000
-#: longer than any batch may take, seconds: the runner resets when in doubt, so the broker's timer must never redeliver
+#: longer than any batch may take, seconds: the broker must never redeliver, as the follower makes a new cursor instead
 ACK_WAIT_SECONDS = 600
-#: a cursor that nobody uses for this long goes, seconds: its owner deletes those before its own, this is the net
+#: an unused cursor is deleted after this, seconds, if its owner's successor has not deleted it before
 CURSOR_IDLE_SECONDS = 24 * 3600
 
 _NANOSECONDS = 1_000_000_000

@@ -142,16 +142,16 @@ class Trimmer:
         return {(name, one.partition) for (name, one), is_right in zip(keys, right, strict=True) if not is_right}
 
     async def _is_right(self, store: str, one: Placement) -> bool:
-        told = one.committed, one.message_id, self._nc.reconnects  # after one it may be another log
+        marker = one.committed, one.message_id, self._nc.reconnects  # after one it may be another log
         known = self._compared.get((store, one.partition))
-        if known == (*told, True):
+        if known == (*marker, True):
             return True
         found = await self._api.leader_message(STREAM, one.committed)
         if found is None:  # deleted around a partition that stands still
             return True
         is_right = message_id_at(found["headers"]) == one.message_id
-        self._compared[store, one.partition] = *told, is_right
-        if not is_right and known != (*told, False):
+        self._compared[store, one.partition] = *marker, is_right
+        if not is_right and known != (*marker, False):
             _log.error("KEY_OF_ANOTHER_LOG", key=placement_key(store, one.partition), committed=one.committed)
         return is_right
 
