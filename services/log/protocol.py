@@ -185,7 +185,6 @@ class EventWriter(Protocol):
         DuplicateInFlightError: another writer is storing the same message id just now; TooManyInFlightError: this
         process has its limit of appends in flight; nothing was sent; LogRefusedError: an operator must act.
         """
-        ...
 
     async def append_batch(self, events: Sequence[Event]) -> list[Appended]:
         """Store *events*, each with a message id of its own, and return their positions in the same order.
@@ -195,7 +194,6 @@ class EventWriter(Protocol):
 
         Raises Exception: as :meth:`append`; then any of them may be stored, and appending all of them again is safe.
         """
-        ...
 
 
 class StoredIds(Protocol):
@@ -204,16 +202,13 @@ class StoredIds(Protocol):
     @property
     def whole(self) -> bool:
         """Whether all ids are known; otherwise there were too many, and each may be held."""
-        ...
 
     @property
     def size(self) -> int:
         """Memory that it takes, bytes."""
-        ...
 
     def may_hold(self, event_id: UUID) -> bool:
         """Return False only when *event_id* was certainly not held."""
-        ...
 
 
 class EventReader(Protocol):
@@ -224,7 +219,6 @@ class EventReader(Protocol):
 
         Raises LogUnavailableError: no answer in time.
         """
-        ...
 
     async def snapshot(self, consultation: str) -> StoredIds:
         """Return which ids the corpus holds of *consultation*.
@@ -232,18 +226,15 @@ class EventReader(Protocol):
         Raises CorpusAwayError: the partition's persister does not answer; LogUnavailableError: there is no connection;
         LogRefusedError: an operator must act.
         """
-        ...
 
     async def find(self, consultation: str, event_ids: Collection[UUID]) -> Mapping[UUID, Stored]:
         """Return what the corpus holds under *event_ids*; raises as :meth:`snapshot`."""
-        ...
 
     async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
         """Return those of *event_ids* that are certainly stored, in corpus or log; perhaps not all of them.
 
         Raises CorpusAwayError, LogUnavailableError, LogRefusedError: as :meth:`snapshot`.
         """
-        ...
 
 
 class EventBrowser(EventReader, Protocol):
@@ -254,19 +245,15 @@ class EventBrowser(EventReader, Protocol):
 
     async def page(self, consultation: str, after: int, limit: int) -> Page:
         """Return at most *limit* events of *consultation* after *after*, perhaps fewer, and where to go on."""
-        ...
 
     async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
         """Return the event, or None when neither the corpus nor the log holds it."""
-        ...
 
     async def has_news(self, consultation: str, after: int) -> bool:
         """Return whether the log has something of *consultation* after *after*; cheap, and perhaps a moment late."""
-        ...
 
     async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
         """Return sorted ids of persisted consultations that begin with *prefix*, and whether there are more."""
-        ...
 
 
 # -- persister: following ---------------------------------------------------------------------------------------------
@@ -286,7 +273,6 @@ class Follower(Protocol):
         Raises LogMismatchError: it is another log, or this one was set back or lacks events after the position;
         LogUnavailableError: no answer in time; LogRefusedError: an operator must act.
         """
-        ...
 
     async def run(self) -> None:
         """Keep the events coming until cancelled. Gaps, repeats and silence are repaired inside.
@@ -294,29 +280,24 @@ class Follower(Protocol):
         Raises Exception: what :meth:`interrupt` was called with; LogMismatchError or LogRefusedError when the partition
         can no longer be followed.
         """
-        ...
 
     def take(self, *, max_events: int, max_bytes: int) -> list[Delivery]:
         """Return what has come and was not taken: at most *max_events* and about *max_bytes*, perhaps nothing.
 
         What was taken before counts as done: its memory is free for others.
         """
-        ...
 
     @property
     def ready(self) -> int:
         """How many events :meth:`take` could return now."""
-        ...
 
     @property
     def waiting(self) -> int:
         """How many events of the partition the log holds after the acknowledged position, as far as is known."""
-        ...
 
     @property
     def delivered(self) -> int:
         """How many events were delivered and are not acknowledged."""
-        ...
 
     @property
     def writers_wait(self) -> bool:
@@ -324,12 +305,10 @@ class Follower(Protocol):
 
         Rounds then begin at once. An event under a used key is not kept, because its client is told.
         """
-        ...
 
     @property
     def in_doubt(self) -> bool:
         """Whether the log is at present not known to be the one that the position belongs to."""
-        ...
 
     async def acknowledge(self, delivery: Delivery, outcomes: Mapping[int, Outcome]) -> None:
         """Report that everything taken up to *delivery* is committed in the sink.
@@ -339,7 +318,6 @@ class Follower(Protocol):
             outcomes: by sequence, what became of those since the last acknowledgement that were not stored as new
                 events. A log that answers its writers only now needs it; others ignore it.
         """
-        ...
 
     async def empty_up_to(self) -> Position:
         """Return a position up to which it is proven that nothing of the partition waits for the sink.
@@ -348,19 +326,15 @@ class Follower(Protocol):
 
         Raises LogUnavailableError: no answer in time.
         """
-        ...
 
     def advance(self, position: Position) -> None:
         """Note that the sink has reached *position*, which :meth:`empty_up_to` returned."""
-        ...
 
     def interrupt(self, error: Exception) -> None:
         """Make :meth:`run` raise *error*."""
-        ...
 
     async def close(self) -> None:
         """Deliver no more. Operators still see how much waits. Idempotent."""
-        ...
 
 
 # -- persister: placement ---------------------------------------------------------------------------------------------
@@ -376,44 +350,37 @@ class Placements(Protocol):
     @property
     def reconnects(self) -> int:
         """Rises when changes may have been missed by :meth:`watching`."""
-        ...
 
     @property
     def fence_seconds(self) -> float:
         """For how long after a change of a record the log may still trim by what it said before, seconds."""
-        ...
 
     def record_of(self, partition: int) -> str:
         """Return how an operator finds the record of *partition*, for messages."""
-        ...
 
     async def read(self) -> StorePlacement:
         """Return where the partitions are.
 
         Raises LogMismatchError: the log is gone; PlacementError: the records are gone; LogUnavailableError: no answer.
         """
-        ...
 
     async def claim(self, partition: int, volume: str, epoch: int, *, begins: int) -> Placement:
         """Place *partition* on *volume* unless it is placed already; return where it is now.
 
         Raises PlacementError: its record was deleted; LogUnavailableError: the outcome is not known; call again.
         """
-        ...
 
     async def begin(self) -> bool:
         """Note that the store is about to begin, and return whether other stores exist, which now trim nothing more.
 
         Raises LogUnavailableError: the outcome is not known; call again.
         """
-        ...
 
     async def form(self, volumes: Collection[str]) -> None:
         """Note that every partition of the store is placed, on *volumes*. Idempotent.
 
         Raises LogUnavailableError: the outcome is not known; call again.
         """
-        ...
 
     async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
         """Report that the file of *placement* has reached *committed*; return the placement as it is now.
@@ -421,11 +388,9 @@ class Placements(Protocol):
         Raises PlacementError: another process may have the partition; stop writing it; LogUnavailableError: the outcome
         is not known; call again.
         """
-        ...
 
     def watching(self, on_change: Callable[[], None]) -> AbstractAsyncContextManager[None]:
         """Call *on_change* whenever it is worth reading again, while the body runs."""
-        ...
 
 
 # -- persister: questions about the corpus ----------------------------------------------------------------------------
@@ -450,30 +415,24 @@ class AskedQuestion(Protocol):
     @property
     def kind(self) -> str:
         """What is asked: ``ids``, ``find``, ``events`` or ``consultations``; ``unknown`` when it is malformed."""
-        ...
 
     @property
     def question(self) -> Question | None:
         """The question; None when it is malformed."""
-        ...
 
     @property
     def within(self) -> float:
         """For how long after its arrival the asker waits, seconds."""
-        ...
 
     @property
     def room(self) -> int:
         """How large the answer may be, bytes."""
-        ...
 
     async def answer(self, answer: Answer) -> bool:
         """Send *answer*; False when it cannot be sent now: the asker asks again."""
-        ...
 
     async def fail(self, failure: Failure, reason: str) -> bool:
         """Send that there is no answer, and why; False as :meth:`answer`."""
-        ...
 
 
 class Answering(Protocol):
@@ -487,11 +446,9 @@ class Answering(Protocol):
 
         Raises LogUnavailableError: there is no connection.
         """
-        ...
 
     async def close(self, partition: int) -> None:
         """Take no more questions about *partition*. Idempotent; raises nothing."""
-        ...
 
 
 # -- persister: dead letters and trim ---------------------------------------------------------------------------------
@@ -503,14 +460,12 @@ class DeadLetterStore(Protocol):
     @property
     def max_bytes(self) -> int:
         """How large a dead letter may be, headers included, bytes."""
-        ...
 
     async def store(self, partition: int, body: bytes, headers: dict[str, str]) -> None:
         """Store a dead letter of *partition*; the same ``Nats-Msg-Id`` is kept once.
 
         Raises TransientError: it may not be stored; call again.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -537,15 +492,12 @@ class Status(Protocol):
     @property
     def state(self) -> LogState:
         """The newest snapshot."""
-        ...
 
     def backlog(self) -> Backlog | None:
         """Return what waits to be committed; None while that is not known."""
-        ...
 
     async def ready(self) -> list[str]:
         """Return why events cannot be stored and persisted just now; nothing when they can."""
-        ...
 
 
 # -- the log as a whole -----------------------------------------------------------------------------------------------
@@ -606,27 +558,22 @@ class PersisterLog(Protocol):
     @property
     def identity(self) -> LogIdentity:
         """Which log this is; partition files name it."""
-        ...
 
     @property
     def placements(self) -> Placements:
         """Who holds the partitions of the store of the settings."""
-        ...
 
     @property
     def answering(self) -> Answering:
         """Brings the questions of others."""
-        ...
 
     @property
     def dead_letters(self) -> DeadLetterStore:
         """Keeps what cannot be stored as an event."""
-        ...
 
     @property
     def status(self) -> Status:
         """The log as this process sees it."""
-        ...
 
     def follower(
         self,
@@ -644,14 +591,12 @@ class PersisterLog(Protocol):
             on_events: called when there is something new to take.
             on_repair: called with a short reason at each repair, for a counter.
         """
-        ...
 
     async def check(self, after: Position, *, trimmable: int) -> None:
         """Check that the log can be followed from *after*.
 
         Raises LogMismatchError: it cannot, as :meth:`Follower.start` says; LogUnavailableError: no answer.
         """
-        ...
 
     def announced(
         self,
@@ -670,7 +615,6 @@ class PersisterLog(Protocol):
             a context manager that gives a function to call when *partitions* have changed; the rest is renewed about
             twice a second.
         """
-        ...
 
     async def trim(self, own: Callable[[], Collection[int]], on_round: Callable[[Trimmed], None]) -> None:
         """Delete what every store has committed, until cancelled. A log that needs no trim does nothing.
@@ -679,4 +623,3 @@ class PersisterLog(Protocol):
             own: returns the partitions that this process runs; one process of all of them trims.
             on_round: called after each round.
         """
-        ...
