@@ -290,7 +290,7 @@ class JetStreamFollower:
 
     async def _begin(self) -> None:
         """Check that this is the right log, and make a cursor at the committed position."""
-        connects = self._nc.reconnects
+        connects = self._nc.stats["reconnects"]
         await check_log(self._api, self._identity, self._committed, trimmable=self._trimmable)
         committed = self._committed.sequence
         self._consumer, self._pending = await self._cursors.make(committed)
@@ -417,7 +417,7 @@ class JetStreamFollower:
     @property
     def _is_elsewhere(self) -> bool:
         """Whether the client has reconnected since the log was compared: all nodes may have been set back."""
-        return self._nc.reconnects != self._connects
+        return self._nc.stats["reconnects"] != self._connects
 
     def _delivered(self, message: Received) -> bool:
         """Take a message; return whether it made room: one that is buffered takes the room that it was promised."""

@@ -19,7 +19,7 @@ ALL_SIZE = 1000
 
 @pytest.fixture
 def follower() -> JetStreamFollower:
-    nc = cast("Any", SimpleNamespace(max_payload=2**20, reconnects=0))
+    nc = cast("Any", SimpleNamespace(max_payload=2**20, stats={"reconnects": 0}))
     return JetStreamFollower(nc, "main", 0, LogIdentity("fi-events", ""), budget=Budget(64, 0))
 
 
