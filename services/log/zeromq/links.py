@@ -57,6 +57,7 @@ class Link:
         context: of the process.
         address: where the owner is.
         partition: its number.
+        partitions: how many there are.
         keys: of this process; None without encryption.
         watches: only look at its state.
     """
@@ -66,11 +67,15 @@ class Link:
         context: zmq.Context[zmq.Socket[bytes]],
         address: Address,
         partition: int,
+        partitions: int,
         *,
         keys: Keys | None,
         watches: bool,
     ) -> None:
         self.partition = partition
+        #: why the owner is not used, although it answers
+        self.mismatch = ""
+        self._store, self._partitions = address.store, partitions
         #: what the owner said last; None while there is none
         self.state: State | None = None
         #: what an owner said last, also when it is gone
@@ -120,13 +125,10 @@ class Link:
         return answer
 
     def check_up(self) -> None:
-        """Raises LogUnavailableError: there is no owner, or it is silent."""
+        """Raises LogUnavailableError: there is no owner, it is silent, or it is of another deployment."""
         if not self.up:
-            reason = (
-                "no persister has it open"
-                if self.state is None
-                else f"its persister has been silent for {SILENT_SECONDS:g} s"
-            )
+            silent = f"its persister has been silent for {SILENT_SECONDS:g} s"
+            reason = self.mismatch or ("no persister has it open" if self.state is None else silent)
             raise LogUnavailableError(f"partition {partition_name(self.partition)}: {reason}")
 
     def has_room(self, size: int) -> bool:
@@ -193,6 +195,7 @@ class Link:
             self._say_hello()
         else:
             self.state = None
+            self.mismatch = ""
             self._outbox.clear()
             self._forget_questions()
             self._room.set()
@@ -221,11 +224,30 @@ class Link:
             _log.warning("MESSAGE_MALFORMED", partition=partition_name(self.partition), reason=str(error))
 
     def _changed(self, state: State) -> None:
+        if self._differs(state):
+            return
         before, self.state, self.last = self.state, state, state
         if before is None or before.instance != state.instance:
             self._outbox.clear()
             self._send([one.frames for one in self._in_flight.values()])
         self._room.set()
+
+    def _differs(self, state: State) -> bool:
+        """Whether the owner is of another deployment: with another number of partitions events go to wrong ones."""
+        name = partition_name(self.partition)
+        found = ""
+        if (state.store, state.partitions) != (self._store, self._partitions):
+            found = (
+                f"its persister has FI_STORE={state.store} and FI_PARTITIONS={state.partitions}, this process "
+                f"FI_STORE={self._store} and FI_PARTITIONS={self._partitions}"
+            )
+        if found and found != self.mismatch:
+            _log.error("OWNER_REFUSED", partition=name, reason=found)
+        elif self.last is not None and self.last.volume != state.volume and not found:
+            reason = "events that the former volume holds are not known to this one"
+            _log.warning("VOLUME_CHANGED", partition=name, volume=state.volume, before=self.last.volume, reason=reason)
+        self.mismatch = found
+        return bool(found)
 
     def _done(self, number: int, sequence: int, outcome: Done) -> None:
         if outcome is Done.REFUSED:
@@ -291,7 +313,7 @@ class Links:
         keys: Keys | None,
         watches: bool = False,
     ) -> None:
-        self.all = [Link(context, address, p, keys=keys, watches=watches) for p in range(partitions)]
+        self.all = [Link(context, address, p, partitions, keys=keys, watches=watches) for p in range(partitions)]
 
     def __getitem__(self, partition: int) -> Link:
         return self.all[partition]

@@ -129,9 +129,10 @@ def _reserve(address: Address, volume: str) -> None:
     if not address.is_ipc:
         return
     path = address.directory / f"{address.store}.volume"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(volume, "ascii")
     try:
-        with open(path, "x", encoding="ascii") as file:
-            file.write(volume)
+        os.link(temporary, path)
     except FileExistsError:
         found = path.read_text("ascii")
         if found != volume:
@@ -139,6 +140,8 @@ def _reserve(address: Address, volume: str) -> None:
                 f"{path} says that the sockets belong to volume {found}, and FI_DATA_DIR is volume {volume}: set "
                 "FI_DATA_DIR or FI_LOG_URL; if the other volume is gone for good, remove the file"
             ) from None
+    finally:
+        temporary.unlink()
 
 
 @asynccontextmanager
@@ -229,6 +232,9 @@ class ZeroMqStatus:
 
     async def ready(self) -> list[str]:
         """Return why events cannot be stored just now; nothing when they can."""
+        mismatches = {link.mismatch for link in self._links.all if link.mismatch}
+        if mismatches:
+            return sorted(mismatches)
         missing = [partition_name(link.partition) for link in self._links.all if not link.up]
         if not missing:
             return []

@@ -269,6 +269,7 @@ class ZeroMqFollower:
             waiting=self.waiting,
             credit_events=events,
             credit_bytes=size,
+            store=owner.address.store,
             volume=owner.role.volume,
             partitions=owner.partitions,
             about=owner.about,
@@ -289,14 +290,16 @@ class ZeroMqFollower:
                     name, watches = wire.decode_hello(data)
                     client = self._clients[identity] = _Client(name, watches, time.monotonic())
                     self._tell(identity, client)
-                case [wire.EVENTS, *_] if client is not None and not client.watches:
+                case [wire.EVENTS, *_] if client is None or not client.watches:
+                    if client is None:  # forgotten while it was frozen; its next HELLO names it
+                        self._clients[identity] = _Client("", watches=False, heard_at=time.monotonic())
                     self._take_events(identity, message)
-                case [wire.ASK, number, kind, data] if client is not None:
+                case [wire.ASK, number, kind, data]:
                     self._take_question(identity, number, kind, data)
                 case [wire.BYE]:
                     self._clients.pop(identity, None)
                 case _:
-                    raise MalformedError("an unknown kind of message, or one of a process that has not said HELLO")
+                    raise MalformedError("an unknown kind of message, or events of a process that only watches")
         except MalformedError as error:
             _log.warning("MESSAGE_MALFORMED", partition=partition_name(self._partition), reason=str(error))
 

@@ -67,6 +67,7 @@ class State:
         waiting: events that are received and not committed.
         credit_events: events that the process may have sent without an answer; 0: it only watches.
         credit_bytes: bytes of their bodies.
+        store: name of the owner's store.
         volume: UUID of the owner's volume.
         partitions: how many the store has.
         about: what the owner's process says of itself: ``host``, ``pid``, ``address`` and so on.
@@ -77,6 +78,7 @@ class State:
     waiting: int
     credit_events: int
     credit_bytes: int
+    store: str
     volume: str
     partitions: int
     about: Mapping[str, str]

@@ -14,6 +14,7 @@ from services.log.errors import LogAccessError, LogFullError, LogRefusedError, L
 from services.log.protocol import Appended, Fate, Outcome
 from services.log.zeromq import wire
 from services.log.zeromq.links import SILENT_SECONDS, Link, ZeroMqWriter
+from services.log.zeromq.owner import GONE_SECONDS
 from services.log.zeromq.sockets import Address
 from services.log.zeromq.wire import State
 from tests.support.polling import eventually
@@ -99,7 +100,7 @@ async def test_a_silent_owner_gets_nothing_more(tmp_path: Path) -> None:
     """Its connection may be up although its process hangs."""
     address = ipc(tmp_path)
     address.prepare()
-    state = State("i", 0, 0, 10, 1000, "v-1", 2, {})
+    state = State("i", 0, 0, 10, 1000, "main", "v-1", 2, {})
     with zmq.Context() as context, context.socket(zmq.ROUTER) as owner:
         owner.linger = 0
         address.bind(owner, 0)
@@ -111,6 +112,30 @@ async def test_a_silent_owner_gets_nothing_more(tmp_path: Path) -> None:
             await eventually(lambda: not links[0].up, timeout=2 * SILENT_SECONDS)
             with pytest.raises(LogUnavailableError, match="silent"):
                 links[0].append(event(), soon())
+
+
+async def test_an_owner_with_another_number_of_partitions_or_store_gets_nothing(tmp_path: Path) -> None:
+    """It would put the events of a consultation into another partition's file."""
+    address = ipc(tmp_path)
+    address.prepare()
+    for wrong in (State("i", 0, 0, 10, 1000, "main", "v-1", 4, {}), State("i", 0, 0, 10, 1000, "other", "v-1", 2, {})):
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as owner:
+            owner.linger = 0
+            address.bind(owner, 0)
+            async with links_to(address) as links:
+                client, *_ = await asyncio.to_thread(owner.recv_multipart)
+                owner.send_multipart([client, *wire.encode_state(wrong)])
+                await eventually(lambda links=links: links[0].mismatch)  # type: ignore[misc]
+                with pytest.raises(LogUnavailableError, match="FI_PARTITIONS=2"):
+                    links[0].append(event(), soon())
+
+
+async def test_a_process_that_was_frozen_for_long_goes_on(tmp_path: Path) -> None:
+    """The owner has forgotten it, and takes its events all the same."""
+    async with owner_of(ipc(tmp_path)) as owner, links_to(ipc(tmp_path)) as links:
+        await up(links[0])
+        owner.follower.look(time.monotonic() + 2 * GONE_SECONDS)
+        assert Appended(1, False) == await links[0].append(event(), soon())
 
 
 async def test_an_append_without_an_answer_fails_at_its_deadline(tmp_path: Path) -> None:
