@@ -82,11 +82,7 @@ READ_LIMIT = web.AppKey("read_limit", ReadLimit)
 
 async def list_events(request: web.Request) -> web.StreamResponse:
     """Answer with a page of a consultation's events, or follow it."""
-    try:
-        follow = _follow_parameter(request)
-    except RequestRefusedError as refusal:
-        return request.app[REFUSALS].answer(refusal.problem, refusal.detail)
-    return await (_handle(request, _follow) if follow else _answer(request, _events))
+    return await (_handle(request, _follow) if _follow_parameter(request) else _answer(request, _events))
 
 
 async def get_event(request: web.Request) -> web.StreamResponse:
@@ -337,17 +333,14 @@ class Channel:
         consultation: its id.
         position: after which events are new.
         interval: pause between two questions, seconds.
-        throttle: of log lines about failures.
     """
 
-    def __init__(
-        self, reader: EventBrowser, consultation: str, position: int, interval: float, throttle: LogThrottle
-    ) -> None:
+    def __init__(self, reader: EventBrowser, consultation: str, position: int, interval: float) -> None:
         self.followers = 0
         self._reader = reader
         self._consultation = consultation
         self._interval = interval
-        self._throttle = throttle
+        self._throttle = LogThrottle.of_repeated()
         #: all events after ``_base`` up to ``_head``
         self._kept: deque[StoredEvent] = deque()
         self._base = self._head = position
@@ -388,6 +381,7 @@ class Channel:
                 if overdue or await self._reader.has_news(self._consultation, self._head):
                     await self._read()
                     read_at = time.monotonic()
+                self._throttle.reset()
                 continue
             except (TransientError, LogRefusedError) as error:  # an election or a hand-over; nothing is skipped
                 write, event, values = _log.warning, "FOLLOWING_DELAYED", {"reason": str(error)}
@@ -433,7 +427,6 @@ class Followers:
         self._interval = interval
         self._slow = slow
         self._channels: dict[str, Channel] = {}
-        self._throttle = LogThrottle.of_repeated()
         self._present = 0
         self._closing = asyncio.Event()
         self._gone = asyncio.Event()
@@ -490,8 +483,7 @@ class Followers:
     ) -> None:
         channel = self._channels.get(consultation)
         if channel is None:
-            channel = Channel(self._reader, consultation, position, self._interval, self._throttle)
-            self._channels[consultation] = channel
+            channel = self._channels[consultation] = Channel(self._reader, consultation, position, self._interval)
         channel.followers += 1
         sent_at = time.monotonic()
         try:
