@@ -32,6 +32,9 @@ for _name in [name for name in os.environ if name.startswith("FI_")]:
 # no test asks a server that a public authority vouches for: reading their certificates takes a process 0.1 s to start
 os.environ["SSL_CERT_FILE"] = os.devnull
 
+# keep the stacks of this process away from the default port, which a developer's `fiq up` may want
+stack.PREFERRED_PORT = free_ports(1)[0]
+
 
 #: in the order in which workers take them: containers, which wait more than they work and take longest; what is light
 #: beside them; what takes long, so that no worker is left with it at the end
@@ -74,9 +77,3 @@ async def fresh_log(cluster: Cluster) -> Cluster:
     await heal(cluster)
     await delete_streams(cluster)
     return cluster
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _own_port() -> None:
-    """Keep the stacks of this process away from the default port, which a developer's `fiq up` may want."""
-    stack.PREFERRED_PORT = free_ports(1)[0]
