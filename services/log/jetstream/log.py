@@ -36,7 +36,7 @@ from services.log.jetstream.stream import (
 from services.log.jetstream.trim import Trimmer, is_turn
 from services.log.metrics import LogMetrics
 from services.log.partitions import partition_name
-from services.log.protocol import IngestLog, IngestRole, LogIdentity, PersisterRole, Position, Trimmed
+from services.log.protocol import IngestLog, IngestRole, LogIdentity, PersisterLog, PersisterRole, Position, Trimmed
 from services.log.settings import LogSettings
 from services.log.status import PartitionProgress
 
@@ -80,7 +80,7 @@ async def open_for_ingest(
 @asynccontextmanager
 async def open_for_persister(
     settings: LogSettings, role: PersisterRole, *, metrics: LogMetrics, on_closed: Callable[[str], None]
-) -> AsyncIterator[JetStreamPersisterLog]:
+) -> AsyncIterator[PersisterLog]:
     """Open the log for a persister; see :func:`services.log.open_log`."""
     nc, identity = await reach_log(settings, name=role.name, role=Role.PERSISTER, on_closed=on_closed)
     try:

@@ -24,6 +24,7 @@ from services.log.protocol import (
     IngestLog,
     IngestRole,
     LogIdentity,
+    PersisterLog,
     PersisterRole,
     Position,
     Trimmed,
@@ -71,7 +72,7 @@ async def open_for_ingest(
 @asynccontextmanager
 async def open_for_persister(
     settings: LogSettings, role: PersisterRole, *, metrics: LogMetrics, on_closed: Callable[[str], None]
-) -> AsyncIterator[ZeroMqPersisterLog]:
+) -> AsyncIterator[PersisterLog]:
     """Open the log for a persister; see :func:`services.log.open_log`."""
     address = Address(settings.url, settings.store)
     keys = read_keys(settings, owner=True)
