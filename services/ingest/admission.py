@@ -391,7 +391,7 @@ class BacklogLimiter:
 
     def _set_limits(self, backlog: Backlog) -> None:
         count = len(backlog.partitions)
-        stalled = [p for p, one in enumerate(backlog.partitions) if one.still]
+        stalled = [p for p, one in enumerate(backlog.partitions) if one.stalled]
         if len(stalled) == count:  # nothing is drained, so one limit holds for all
             stalled = []
         own = STALLED_SHARE * self._limit / max(1, len(stalled))

@@ -179,12 +179,12 @@ class Waiting:
     Attributes:
         events: that were stored up to *sequence* and are not committed.
         sequence: of the log's newest event that *events* counts.
-        still: nothing of it is being committed: no process runs it, or its file has not moved for a while.
+        stalled: nothing of it is being committed: no process runs it, or its file has not moved for a while.
     """
 
     events: int
     sequence: int
-    still: bool
+    stalled: bool
 
 
 @dataclass(frozen=True, slots=True)

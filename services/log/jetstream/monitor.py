@@ -9,7 +9,7 @@ Metrics, readiness, the backlog and its ``Retry-After``, ``fiq status`` and the 
   sleeps, and count for :data:`LIVE_SECONDS`. Each says in the metadata of its service which partitions it runs and how
   far they are: ``partitions`` "00,03", ``progress`` "00:<committed>:<waiting>,03:…" and ``stream_sequence``;
 - *partitions*, each :data:`WHOLE_EVERY` seconds: the keys of the bucket ``fi-partitions``, and for each partition that
-  waits its oldest event. Where no owner says how much waits, or its file stands still, the broker counts: a batched
+  waits its oldest event. Where no owner says how much waits, or its file is stalled, the broker counts: a batched
   direct get of one message says how many follow it (``Nats-Num-Pending``), in 0.1 to 3 ms of one node.
 
 No consumer is ever asked: one whose node is dead answers late or never, and would keep the others from being seen. A
@@ -72,8 +72,8 @@ PART_SECONDS = 2.0
 KEPT_SECONDS = 20.0
 #: a process that has not answered for this long is gone, seconds
 LIVE_SECONDS = 3.5
-#: a partition with waiting events whose file has not moved for this long stands still, seconds
-STILL_SECONDS = 10.0
+#: a partition with waiting events whose file has not moved for this long is stalled, seconds
+STALLED_SECONDS = 10.0
 #: a single look waits this long for the processes' answers, seconds
 _ANSWER_SECONDS = 0.75
 
@@ -262,7 +262,7 @@ class LogMonitor:
         """Find the oldest waiting event of a partition, and how many wait where its owner does not say."""
         key, last = (store, one.partition), 0 if state.stream is None else state.stream.last_sequence
         known = self._oldest.get(key)
-        counted = reporter is None or one.waiting.still
+        counted = reporter is None or one.waiting.stalled
         if not counted and known is not None and known.committed == one.committed and known.oldest is not None:
             return
         found, after = await self._next(one.partition, one.committed, counted=counted)
@@ -332,16 +332,16 @@ class LogMonitor:
         if before != committed or (progress is not None and not progress.waiting):
             since = now
         self._moved[store, partition] = committed, since
-        still = not owners or now - since > STILL_SECONDS
+        stalled = not owners or now - since > STALLED_SECONDS
         found = self._oldest.get((store, partition))
-        if progress is not None and reporter is not None and not (still and progress.waiting):
+        if progress is not None and reporter is not None and not (stalled and progress.waiting):
             events, sequence = progress.waiting, reporter.stream_sequence or self._last()
         elif found is not None and found.waiting is not None and found.committed == committed:
             events, sequence = found.waiting, found.sequence
         else:  # until it is counted: an equal part of what the stream has got since
             events, sequence = self._share(committed), self._last()
         oldest = found.oldest if found is not None and events and found.committed == committed else None
-        return PartitionState(partition, placement, owners, committed, Waiting(events, sequence, still), oldest)
+        return PartitionState(partition, placement, owners, committed, Waiting(events, sequence, stalled), oldest)
 
     def _knows_processes(self, now: float) -> bool:
         """Whether silence means that no process lives: it was asked for long enough."""

@@ -206,7 +206,7 @@ class ZeroMqStatus:
                 progress = {**one.progress, p: PartitionProgress(last.committed, last.waiting)}
                 processes[key] = replace(one, partitions=one.partitions | {p}, progress=progress)
             committed, events = (0, 0) if last is None else (last.committed, last.waiting)
-            waiting = Waiting(events, committed, still=not link.up)
+            waiting = Waiting(events, committed, stalled=not link.up)
             partitions.append(PartitionState(p, placed.get(p), int(link.up), committed, waiting, None))
         volumes = tuple(sorted({one.volume for one in placed.values()}))
         formed = len(placed) == self._settings.partitions

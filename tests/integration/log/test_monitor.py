@@ -199,7 +199,7 @@ async def test_before_any_persister_came_every_event_waits(log: Log, seen: Watch
     assert {} == seen.series("fi_volume_processes")
     backlog = seen.monitor.backlog()
     assert backlog is not None
-    assert (3, 3, [True, True]) == (backlog.events, backlog.sequence, [one.still for one in backlog.partitions])
+    assert (3, 3, [True, True]) == (backlog.events, backlog.sequence, [one.stalled for one in backlog.partitions])
 
 
 async def test_what_waits_in_a_partition_without_an_owner_is_counted_after_its_key(log: Log, seen: Watched) -> None:
@@ -225,7 +225,7 @@ async def test_a_partition_with_an_owner_waits_as_its_owner_says(log: Log, seen:
         persister.says({0: PartitionProgress(4, 1), 1: PartitionProgress(4, 0)}, 5)
         await seen.until(lambda: seen.waiting() == [1, 0])
         states = seen.state.partitions("main")
-        assert [Waiting(1, 5, still=False), Waiting(0, 5, still=False)] == [one.waiting for one in states]
+        assert [Waiting(1, 5, stalled=False), Waiting(0, 5, stalled=False)] == [one.waiting for one in states]
         assert ([4, 4], [1, 1]) == ([one.committed for one in states], [one.owners for one in states])
         assert {("main", "v1"): 1} == seen.series("fi_volume_processes")
         persister.says({0: PartitionProgress(6, 0), 1: PartitionProgress(6, 0)}, 6)
@@ -243,10 +243,10 @@ async def test_a_partition_whose_file_does_not_move_stands_still_and_is_counted(
     async with _running(log, [0, 1]) as persister:
         persister.says({0: PartitionProgress(0, 1), 1: PartitionProgress(0, 1)}, 1)
         await seen.until(lambda: seen.waiting() == [1, 1])
-        assert [False, False] == [one.waiting.still for one in seen.state.partitions("main")]
-        monkeypatch.setattr(module, "STILL_SECONDS", 0.2)
+        assert [False, False] == [one.waiting.stalled for one in seen.state.partitions("main")]
+        monkeypatch.setattr(module, "STALLED_SECONDS", 0.2)
         await seen.until(lambda: sorted(seen.waiting()) == [0, 6])
-        assert [True, True] == [one.waiting.still for one in seen.state.partitions("main")]
+        assert [True, True] == [one.waiting.stalled for one in seen.state.partitions("main")]
 
 
 #: a process that says of itself that it is a persister

@@ -80,7 +80,7 @@ def test_what_was_stored_since_the_look_counts() -> None:
 def test_what_an_owner_said_a_while_ago_counts_with_its_part_of_what_came_since() -> None:
     """One of two partitions said so at sequence 4000, the other one at 5000."""
     world = World(limit=1000)
-    world.seen = Backlog(world.now, 5000, (Waiting(10, 4000, still=False), Waiting(30, 5000, still=False)))
+    world.seen = Backlog(world.now, 5000, (Waiting(10, 4000, stalled=False), Waiting(30, 5000, stalled=False)))
     world.limiter.update()
     assert 540.0 == world.metric("fi_ingest_backlog_events")
 
