@@ -2,8 +2,8 @@
 
 A file is checked as a whole before the first line is sent. A :class:`Line` gets an idempotency key made of the post's
 key (the file's SHA-256) and its number, so sending it again stores nothing twice. :class:`Sender` distributes the lines
-to queues, all lines of one consultation to the same queue, and sends each queue's lines in order. :class:`Checkpoint`
-keeps in a file up to which line everything is accepted, from where the same command continues.
+to queues, all lines of one consultation to the same queue, and sends each queue's lines in order.
+:class:`PostCheckpoint` keeps in a file up to which line everything is accepted; the same command continues from there.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def post(
 
 
 def _post(source: IO[bytes], options: _Options, key: str, state: Path | None, checked: Checked | None) -> None:
-    checkpoint = Checkpoint(state, Identity(key, options.url, options.consultation))
+    checkpoint = PostCheckpoint(state, PostIdentity(key, options.url, options.consultation))
     progress, stop, started = PostProgress(done=checkpoint.load()), Stop(), time.monotonic()
 
     async def run() -> int | None:
@@ -262,7 +262,7 @@ def _tls(ca_file: Path) -> ssl.SSLContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class PostIdentity:
     """Which post it is: its key, the service's URL, and the consultation of lines that name none."""
 
     key: str
@@ -270,10 +270,10 @@ class Identity:
     consultation: str | None
 
 
-class Checkpoint:
+class PostCheckpoint:
     """The file that says up to which line everything was accepted; without a path it does nothing."""
 
-    def __init__(self, path: Path | None, identity: Identity) -> None:
+    def __init__(self, path: Path | None, identity: PostIdentity) -> None:
         self._path = path
         self._identity = identity
         self._written_at = 0.0
@@ -287,7 +287,7 @@ class Checkpoint:
             return 0
         try:
             found = orjson.loads(self._path.read_bytes())
-            identity, accepted = Identity(found["key"], found["url"], found["consultation"]), int(found["accepted"])
+            identity, accepted = PostIdentity(found["key"], found["url"], found["consultation"]), int(found["accepted"])
         except FileNotFoundError:
             return 0
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -19,7 +19,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from services.cli import console, monitoring
-from services.cli.embedded.stack import State
+from services.cli.embedded.stack import StackState
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.connection import Connection
@@ -97,7 +97,7 @@ class ClusterSnapshot:
 
 
 async def take_snapshot(
-    connection: Connection | None, settings: LogSettings, state: State | None = None
+    connection: Connection | None, settings: LogSettings, state: StackState | None = None
 ) -> ClusterSnapshot:
     """Ask the log once.
 
@@ -188,7 +188,7 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class ClusterStatus:
     """The output of ``fiq status``; *remarks* say what is unknown or needs attention."""
 
     nodes: tuple[Node, ...]
@@ -218,7 +218,7 @@ def status(
         _print(found)
 
 
-async def _read(target: Target, corpus: Path | None) -> Status:
+async def _read(target: Target, corpus: Path | None) -> ClusterStatus:
     committed, remarks = _committed(corpus)
     if target.settings.uses_zeromq:
         snapshot = await take_snapshot(None, target.settings, target.state)
@@ -237,7 +237,7 @@ async def _read(target: Target, corpus: Path | None) -> Status:
     if log.stream_exists and not snapshot.partitions:
         remarks.append(f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}")
     now = time.time() - log.clock_offset
-    return Status(
+    return ClusterStatus(
         nodes=_nodes(log.stream, target.state),
         stream=log.stream,
         dead=log.dead,
@@ -266,7 +266,7 @@ def _committed(corpus: Path | None) -> tuple[dict[int, int], list[str]]:
         return {}, [f"the corpus cannot be read: {error}"]
 
 
-def _nodes(stream: StreamReport | None, state: State | None) -> tuple[Node, ...]:
+def _nodes(stream: StreamReport | None, state: StackState | None) -> tuple[Node, ...]:
     found = {}
     if stream is not None:
         found = {replica.name: ("replica", _condition(replica)) for replica in stream.replicas}
@@ -301,7 +301,7 @@ def _partition(one: PartitionState, workers: tuple[Worker, ...], committed: Mapp
     )
 
 
-def _print(found: Status) -> None:
+def _print(found: ClusterStatus) -> None:
     out = console.out()
     if found.nodes:
         table = console.table("node", "role", "condition", "address")
@@ -325,7 +325,7 @@ def _fill(stream: StreamReport) -> str:
     return f"{stream.messages} messages{sequences}, {decimal(stream.bytes)}{limit}"
 
 
-def _table(found: Status) -> Table:
+def _table(found: ClusterStatus) -> Table:
     pids = {worker.name: worker.pid for worker in found.workers}
     table = console.table("partition", ">committed", ">lag", ">oldest", "owner", "volume")
     for one in found.partitions:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fiq.errors import ConfigurationError
-from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, State
+from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, StackState
 from services.cli.errors import CommandError, NotRunningError
 from services.core.settings import load
 from services.log.jetstream.connection import Connection, Role, close, connect
@@ -40,7 +40,7 @@ class Target:
     """A cluster, and the state of the stack on this machine that it belongs to, if any."""
 
     settings: LogSettings
-    state: State | None
+    state: StackState | None
 
 
 def find_cluster(

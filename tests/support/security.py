@@ -16,7 +16,7 @@ from typing import Any
 from services.cli.embedded.cluster import Cluster
 from services.cli.init.authority import Authority, Pair
 from services.cli.init.deployment import Deployment
-from services.cli.init.files import Layout, Owner
+from services.cli.init.files import FileOwner, Layout
 from services.log.jetstream.connection import Connection, Role, close, connect
 from services.log.settings import LogSettings
 
@@ -25,7 +25,7 @@ _VIOLATION = re.compile(r"Permissions Violation.*")
 
 def make_deployment(folder: Path, *, encrypt: bool = False) -> Layout:
     """Do what ``fiq init`` does, for this process's own user."""
-    deployment = Deployment(folder, Owner.myself())
+    deployment = Deployment(folder, FileOwner.myself())
     deployment.complete(encrypt=encrypt)
     return deployment.layout
 
@@ -40,7 +40,7 @@ class Secured:
     @property
     def deployment(self) -> Deployment:
         """Renews what is in the folder."""
-        return Deployment(self.layout.folder, Owner.myself())
+        return Deployment(self.layout.folder, FileOwner.myself())
 
     def environment(self, role: Role) -> dict[str, str]:
         """Return the variables of a process in *role*."""

@@ -16,7 +16,7 @@ import typer
 from fiq.corpus import CorpusError, open_corpus
 from services.cli.backup.backup import read_volume
 from services.cli.backup.cluster import StoreView, fence, look, other_stores
-from services.cli.backup.restore import Owner, begun_anew, make_empty, reserved, write_identity
+from services.cli.backup.restore import VolumeIdentity, begun_anew, make_empty, reserved, write_identity
 from services.cli.errors import CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
 from services.log.errors import PlacementError
@@ -53,7 +53,7 @@ def give_up(
         raise RestoreRefusedError("nothing was changed; --yes gives these sequences up for good")
     with reserved(to):
         seen, placements = asyncio.run(_fenced(target, volume, seen))
-        owner = Owner(volume, target.settings.store, seen.partitions, seen.created)
+        owner = VolumeIdentity(volume, target.settings.store, seen.partitions, seen.created)
         try:
             for placement in placements:
                 make_empty(to, placement, owner)

@@ -81,7 +81,7 @@ def restore(
         raise RestoreRefusedError("--as-store places the partitions of the other store, so it cannot be --offline")
     target = None if offline else find_cluster(server, folder)
     wanted = manifest if as_store is None else _of_store(manifest, as_store)
-    owner = Owner(wanted.volume, wanted.store, wanted.partitions, wanted.stream_created)
+    owner = VolumeIdentity(wanted.volume, wanted.store, wanted.partitions, wanted.stream_created)
     with reserved(to):
         fit = Fit() if target is None else asyncio.run(_fenced(target, wanted, force=force))
         with bar("restoring") as show:
@@ -285,8 +285,8 @@ def _remarks(manifest: Manifest, seen: StoreView) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
-    """The owner of restored files.
+class VolumeIdentity:
+    """The volume that restored files belong to.
 
     Attributes:
         volume: UUID of the volume.
@@ -364,7 +364,7 @@ def check_source(source: Path, manifest: Manifest) -> None:
 
 
 def put_back(
-    source: Path, manifest: Manifest, target: Path, fit: Fit, *, owner: Owner, on_progress: OnProgress
+    source: Path, manifest: Manifest, target: Path, fit: Fit, *, owner: VolumeIdentity, on_progress: OnProgress
 ) -> None:
     """Copy the backup in *source* to *target*, which :func:`reserved` holds.
 
@@ -440,7 +440,7 @@ def _check_contents(stage: Path, manifest: Manifest) -> None:
         raise BackupError("the manifest does not describe these files: it was changed, or is of another backup")
 
 
-def _adapt(path: Path, partition: int, fit: Fit, owner: Owner) -> None:
+def _adapt(path: Path, partition: int, fit: Fit, owner: VolumeIdentity) -> None:
     """Move the committed sequence past the partition's gap, and write the new epoch and owner into the file."""
     ends = [gap.last for gap in fit.gaps if gap.partition == partition and not gap.partly]
     epoch = next((one.epoch for one in fit.placements if one.partition == partition), None)
@@ -453,7 +453,7 @@ def _adapt(path: Path, partition: int, fit: Fit, owner: Owner) -> None:
             store.place(epoch, store=owner.store, volume=owner.volume)
 
 
-def make_empty(directory: Path, placement: Placement, owner: Owner) -> None:
+def make_empty(directory: Path, placement: Placement, owner: VolumeIdentity) -> None:
     """Create the empty file of a partition that begins anew. Raises OSError, CorpusError: the system refused."""
     identity = Identity(
         store=owner.store,
@@ -468,7 +468,7 @@ def make_empty(directory: Path, placement: Placement, owner: Owner) -> None:
     EventStore.create(path, identity, begins=placement.begins).close()
 
 
-def _move(stage: Path, target: Path, owner: Owner) -> None:
+def _move(stage: Path, target: Path, owner: VolumeIdentity) -> None:
     io = StorageIO()
     (target / "volume.json").unlink(missing_ok=True)  # of an empty volume, whose identity does not apply any more
     (stage / VOLUME_COPY).unlink()
@@ -477,7 +477,7 @@ def _move(stage: Path, target: Path, owner: Owner) -> None:
     write_identity(target, owner)
 
 
-def write_identity(target: Path, owner: Owner) -> None:
+def write_identity(target: Path, owner: VolumeIdentity) -> None:
     """Write ``volume.json``, the last file: from now on persisters accept the directory as the volume."""
     io = StorageIO()
     io.sync_directory(target)

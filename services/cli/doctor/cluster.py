@@ -30,7 +30,7 @@ from rich.filesize import decimal
 
 from services.cli import monitoring
 from services.cli.doctor import Finding, error, ok, unknown, warning
-from services.cli.embedded.stack import State
+from services.cli.embedded.stack import StackState
 from services.cli.status import ClusterSnapshot, Worker, take_snapshot
 from services.log.errors import ProvisionError
 from services.log.jetstream.api import JetStreamApi
@@ -321,7 +321,7 @@ class ClusterReport:
     clocks: dict[str, tuple[float, float]]
 
 
-async def ask_cluster(nc: Connection, settings: LogSettings, state: State | None) -> ClusterReport:
+async def ask_cluster(nc: Connection, settings: LogSettings, state: StackState | None) -> ClusterReport:
     """Ask the broker everything. Raises LogUnavailableError: no answer; LogRefusedError: this user may not ask."""
     asked = time.perf_counter()
     info = await JetStreamApi(nc).stream_info(STREAM)

@@ -149,14 +149,14 @@ class Stack:
         """All processes that were started, nodes first."""
         return [*self.cluster.nodes, *[service.process for service in self.services]]
 
-    def state(self) -> State:
+    def state(self) -> StackState:
         """Return the addresses and process ids of the running stack."""
         nodes = [
             Member(node.name, node.pid or 0, url, f"http://{LOOPBACK}:{ports.monitoring}")
             for node, url, ports in zip(self.cluster.nodes, self.cluster.urls, self.cluster.ports, strict=True)
         ]
         others = [Member(one.name, one.process.pid or 0, one.url, one.management_url) for one in self.services]
-        return State(os.getpid(), self.log_url, self.ingest.url, str(self.data_dir), (*nodes, *others))
+        return StackState(os.getpid(), self.log_url, self.ingest.url, str(self.data_dir), (*nodes, *others))
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -327,7 +327,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class StackState:
     """A running ``fiq up`` (``state.json``): its process id, addresses, data directory, and processes."""
 
     pid: int
@@ -382,7 +382,7 @@ class StackFolder:
         finally:
             os.close(descriptor)
 
-    def write(self, state: State) -> None:
+    def write(self, state: StackState) -> None:
         """Write *state*, atomically."""
         temporary = self._state_path.with_suffix(".tmp")
         temporary.write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2) + b"\n")
@@ -392,7 +392,7 @@ class StackFolder:
         """Remove the state."""
         self._state_path.unlink(missing_ok=True)
 
-    def read(self) -> State:
+    def read(self) -> StackState:
         """Return the state of the stack that runs here. Raises NotRunningError: none runs, or it is not ready yet."""
         if not self._is_held():
             raise NotRunningError(
@@ -401,7 +401,7 @@ class StackFolder:
         try:
             found = orjson.loads(self._state_path.read_bytes())
             members = tuple(Member(**member) for member in found.pop("members"))
-            return State(**found, members=members)
+            return StackState(**found, members=members)
         except FileNotFoundError:
             raise NotRunningError(f"the stack in {self.path} is not ready yet: wait for  fiq up") from None
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.cli.errors import CommandError
-from services.cli.init.files import Layout, Owner, Secrets
+from services.cli.init.files import FileOwner, Layout, Secrets
 
 SERVER = "server"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}", re.ASCII)
 
 
-def make_curve_keys(folder: Path, owner: Owner, names: Sequence[str]) -> list[str]:
+def make_curve_keys(folder: Path, owner: FileOwner, names: Sequence[str]) -> list[str]:
     """Make the keys that are missing in *folder*; return what was done, a line each.
 
     Raises CommandError: a name is malformed, or a public key has lost its file.
@@ -30,7 +30,7 @@ def make_curve_keys(folder: Path, owner: Owner, names: Sequence[str]) -> list[st
     keys = layout.secrets / "zmq"
     clients = keys / "clients"
     for path in (layout.folder, layout.secrets, keys, clients):
-        secrets.folder(path, owner=Owner.myself() if path == layout.folder else None)
+        secrets.folder(path, owner=FileOwner.myself() if path == layout.folder else None)
     with secrets.alone(layout.secrets):
         secrets.put(layout.ignore, b"*\n")
         _ensure_pair(secrets, keys / f"{SERVER}.key_secret", keys / f"{SERVER}.key")

@@ -33,7 +33,7 @@ from services.cli.init.authority import (
     start_of,
 )
 from services.cli.init.curve import make_curve_keys
-from services.cli.init.files import Layout, Owner, Secrets
+from services.cli.init.files import FileOwner, Layout, Secrets
 from services.core import tokens
 from services.core.tokens import Scope, Token
 from services.log.jetstream.connection import Role, inbox_prefix, public_key
@@ -172,19 +172,19 @@ def _hosts(value: str) -> list[str]:
     return hosts
 
 
-def _owner(value: str, layout: Layout) -> Owner:
+def _owner(value: str, layout: Layout) -> FileOwner:
     if not value:
-        return _present_owner(layout) or (Owner(IMAGE_UID, IMAGE_UID) if os.geteuid() == 0 else Owner.myself())
+        return _present_owner(layout) or (FileOwner(IMAGE_UID, IMAGE_UID) if os.geteuid() == 0 else FileOwner.myself())
     match = _OWNER.fullmatch(value)
     if match is None:
         raise CommandError(f"--owner {value}: give numbers, such as 10001 or 10001:10001")
-    return Owner(int(match[1]), int(match[2] or match[1]))
+    return FileOwner(int(match[1]), int(match[2] or match[1]))
 
 
-def _present_owner(layout: Layout) -> Owner | None:
+def _present_owner(layout: Layout) -> FileOwner | None:
     """Return the present owner of the secrets: processes run as that user, and could not read another one's."""
     try:
-        return Owner.of(layout.ca_certificate.lstat())
+        return FileOwner.of(layout.ca_certificate.lstat())
     except OSError:  # nothing exists yet; or another user's, which is refused later
         return None
 
@@ -200,7 +200,7 @@ class Deployment:
         owner: of the secrets: the user of the services and the nodes.
     """
 
-    def __init__(self, folder: Path, owner: Owner) -> None:
+    def __init__(self, folder: Path, owner: FileOwner) -> None:
         self.layout = Layout(folder.absolute())
         self._secrets = Secrets(owner)
 
@@ -283,7 +283,7 @@ class Deployment:
     def _at_work(self) -> Iterator[None]:
         layout = self.layout
         if not layout.folder.exists():
-            self._secrets.folder(layout.folder, owner=Owner.myself())
+            self._secrets.folder(layout.folder, owner=FileOwner.myself())
         for folder in (layout.secrets, *layout.folders):
             self._secrets.folder(folder)
         with self._secrets.alone(layout.secrets):
@@ -299,7 +299,7 @@ class Deployment:
                 )
             pair = make_authority(_AUTHORITY, now=datetime.now(UTC))
             # the key belongs to the operator, and to no service
-            self._secrets.create(key, pair.key, owner=Owner.myself())
+            self._secrets.create(key, pair.key, owner=FileOwner.myself())
             self._secrets.create(certificate, pair.certificate)
         for path in (certificate, key):
             if not path.exists():
@@ -311,10 +311,10 @@ class Deployment:
         except (ValueError, TypeError) as error:
             raise CommandError(f"{certificate} and {key} cannot be used ({error}): {_RESTORE_AUTHORITY}") from None
 
-    def _operator(self) -> Owner:
+    def _operator(self) -> FileOwner:
         """Return the owner of the authority's key: this user, or for root, the one who made the deployment."""
         made = self.layout.environment
-        return Owner.of(made.lstat()) if os.geteuid() == 0 and made.exists() else Owner.myself()
+        return FileOwner.of(made.lstat()) if os.geteuid() == 0 and made.exists() else FileOwner.myself()
 
     def _nodes(self, hosts: Sequence[str]) -> dict[str, list[str]]:
         """Return the nodes, and for each the names besides its own that its certificate must have."""
@@ -416,7 +416,7 @@ class Deployment:
     def _ensure_environment(self, hosts: dict[str, str]) -> None:
         if not self.layout.environment.exists():
             text = dotenv(self._secrets.owner, hosts)
-            self._secrets.create(self.layout.environment, text.encode(), owner=Owner.myself())
+            self._secrets.create(self.layout.environment, text.encode(), owner=FileOwner.myself())
 
 
 def new_seed() -> bytes:
@@ -424,7 +424,7 @@ def new_seed() -> bytes:
     return bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)) + b"\n"
 
 
-def dotenv(owner: Owner, hosts: Mapping[str, str]) -> str:
+def dotenv(owner: FileOwner, hosts: Mapping[str, str]) -> str:
     """Return the text of ``.env``; *hosts* maps nodes to machines, and is empty for one machine."""
     text = _template("env").format(uid=owner.uid, gid=owner.gid)
     if not hosts:

@@ -95,19 +95,19 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
+class FileOwner:
     """A user and a group by their numbers."""
 
     uid: int
     gid: int
 
     @classmethod
-    def myself(cls) -> Owner:
+    def myself(cls) -> FileOwner:
         """Return the user of this process."""
         return cls(os.geteuid(), os.getegid())
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Owner:
+    def of(cls, found: os.stat_result) -> FileOwner:
         """Return the owner of a file by its stat result."""
         return cls(found.st_uid, found.st_gid)
 
@@ -119,10 +119,10 @@ class Owner:
 class Secrets:
     """Writes files and folders that *owner* alone may read; *changes* has one line for each thing done."""
 
-    owner: Owner
+    owner: FileOwner
     changes: list[str] = field(default_factory=list)
 
-    def folder(self, path: Path, *, owner: Owner | None = None) -> None:
+    def folder(self, path: Path, *, owner: FileOwner | None = None) -> None:
         """Make a folder, or correct its owner and mode."""
         new = not path.exists()
         if new:
@@ -131,7 +131,7 @@ class Secrets:
         if new:
             self.changes.append(f"made {path}")
 
-    def create(self, path: Path, content: bytes, *, owner: Owner | None = None) -> None:
+    def create(self, path: Path, content: bytes, *, owner: FileOwner | None = None) -> None:
         """Write a file that must not exist yet; after a crash it is whole or missing.
 
         Raises FileExistsError: it does exist.
@@ -152,7 +152,7 @@ class Secrets:
         self.changes.append(f"wrote {path}")
 
     @contextlib.contextmanager
-    def _temporary(self, path: Path, content: bytes, owner: Owner) -> Iterator[Path]:
+    def _temporary(self, path: Path, content: bytes, owner: FileOwner) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.new")
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
@@ -176,7 +176,7 @@ class Secrets:
             self.changes.append(f"wrote {path}")
         self.mend(path)
 
-    def mend(self, path: Path, *, owner: Owner | None = None) -> None:
+    def mend(self, path: Path, *, owner: FileOwner | None = None) -> None:
         """Correct owner and mode of a file."""
         self._mend(path, FILE_MODE, owner or self.owner)
 
@@ -197,12 +197,12 @@ class Secrets:
         finally:
             os.close(descriptor)
 
-    def _mend(self, path: Path, mode: int, owner: Owner, *, silent: bool = False) -> None:
+    def _mend(self, path: Path, mode: int, owner: FileOwner, *, silent: bool = False) -> None:
         found = path.lstat()
         if stat.S_ISLNK(found.st_mode):
             raise CommandError(f"{path} is a symbolic link: replace it by a regular file, secrets must not be links")
         before = len(self.changes)
-        if Owner.of(found) != owner:
+        if FileOwner.of(found) != owner:
             try:
                 os.chown(path, owner.uid, owner.gid)
             except PermissionError:

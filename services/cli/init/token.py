@@ -15,7 +15,7 @@ import typer
 from fiq.errors import ConfigurationError
 from services.cli import console
 from services.cli.errors import CommandError
-from services.cli.init.files import Layout, Owner, Secrets
+from services.cli.init.files import FileOwner, Layout, Secrets
 from services.core.settings import seconds
 from services.core.tokens import (
     HEADER,
@@ -178,7 +178,7 @@ class TokenFile:
         folder = self.path.parent
         if not folder.is_dir():
             raise CommandError(f"{folder} does not exist: make the deployment with  fiq init, or name a --file")
-        secrets = Secrets(Owner.of((self.path if self.path.exists() else folder).stat()))
+        secrets = Secrets(FileOwner.of((self.path if self.path.exists() else folder).stat()))
         with secrets.alone(self._layout.secrets if self._layout is not None else folder):
             yield secrets
 

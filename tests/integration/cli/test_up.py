@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from services.cli.embedded.processes import LOOPBACK
-from services.cli.embedded.stack import PREFERRED_PORT, StackFolder, State
+from services.cli.embedded.stack import PREFERRED_PORT, StackFolder, StackState
 from tests.support.polling import eventually_sync
 
 START = 90.0
@@ -47,7 +47,7 @@ class Up:
         return self._stderr.read_text()
 
     @property
-    def state(self) -> State:
+    def state(self) -> StackState:
         return StackFolder(self.folder / ".fiq").read()
 
     @property

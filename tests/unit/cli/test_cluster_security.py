@@ -6,7 +6,7 @@ from pathlib import Path
 
 from services.cli.embedded.cluster import Cluster
 from services.cli.init.deployment import Deployment
-from services.cli.init.files import NATS_FILES, Owner
+from services.cli.init.files import NATS_FILES, FileOwner
 
 
 def included(folder: Path) -> dict[str, str]:
@@ -24,7 +24,7 @@ def test_without_security_the_files_are_there_and_empty(tmp_path: Path) -> None:
 
 def test_with_security_they_are_the_deployments_own(tmp_path: Path) -> None:
     """Not copies: what is renewed there is what a reload reads."""
-    deployment = Deployment(tmp_path / "deployment", Owner.myself())
+    deployment = Deployment(tmp_path / "deployment", FileOwner.myself())
     deployment.complete()
     Cluster(tmp_path / "cluster", security=tmp_path / "deployment").write_configuration()
 
@@ -36,7 +36,7 @@ def test_with_security_they_are_the_deployments_own(tmp_path: Path) -> None:
 
 def test_a_folder_can_change_from_one_to_the_other(tmp_path: Path) -> None:
     """The deployment's files stay as they are."""
-    deployment = Deployment(tmp_path / "deployment", Owner.myself())
+    deployment = Deployment(tmp_path / "deployment", FileOwner.myself())
     deployment.complete()
     before = (deployment.layout.nats / "accounts.conf").read_text()
 

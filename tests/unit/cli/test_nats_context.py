@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from services.cli.errors import CommandError
 from services.cli.init.deployment import Deployment
-from services.cli.init.files import Owner
+from services.cli.init.files import FileOwner
 from services.cli.main import app
 from services.cli.nats_context import context_path, write_context
 
@@ -85,7 +85,7 @@ def test_a_user_of_a_deployment_brings_seed_authority_and_inbox(
 ) -> None:
     """What ADR-21 names nkey, ca, tls_first and inbox_prefix; paths are absolute, and no secret is copied."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    Deployment(tmp_path / "deployment", Owner.myself()).complete()
+    Deployment(tmp_path / "deployment", FileOwner.myself()).complete()
     secrets = tmp_path / "deployment/secrets"
     monkeypatch.chdir(tmp_path)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.embedded.stack import Member, StackFolder, State
+from services.cli.embedded.stack import Member, StackFolder, StackState
 from services.cli.errors import AlreadyRunningError, CommandError, NotRunningError
 
-STATE = State(
+STATE = StackState(
     pid=1,
     log_url="nats://127.0.0.1:1",
     ingest_url="http://127.0.0.1:2",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, State
+from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, StackState
 from services.cli.errors import CommandError, NotRunningError
 from services.cli.target import find_cluster, find_corpus
 
-STATE = State(pid=1, log_url="nats://127.0.0.1:10", ingest_url="http://127.0.0.1:2", data_dir="/data", members=())
+STATE = StackState(pid=1, log_url="nats://127.0.0.1:10", ingest_url="http://127.0.0.1:2", data_dir="/data", members=())
 ENV = {"FI_LOG_URL": "nats://127.0.0.1:20", "FI_STORE": "second"}
 SERVER = "nats://127.0.0.1:30"
 
