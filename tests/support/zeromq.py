@@ -99,10 +99,12 @@ async def owner_of(
 
 
 @asynccontextmanager
-async def links_to(address: Address, *, keys: Keys | None = None, watches: bool = False) -> AsyncIterator[Links]:
+async def links_to(
+    address: Address, *, partitions: int = PARTITIONS, keys: Keys | None = None, watches: bool = False
+) -> AsyncIterator[Links]:
     """Run the links of one process."""
     with zmq.Context() as context:
-        links = Links(context, address, PARTITIONS, keys=keys, watches=watches)
+        links = Links(context, address, partitions, keys=keys, watches=watches)
         task = asyncio.create_task(links.run())
         try:
             yield links

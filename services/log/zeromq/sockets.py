@@ -292,7 +292,11 @@ class LoopSocket:
                 frames = socket.recv_multipart(_NOBLOCK)
             except zmq.Again:
                 break
-            self._on_message(frames)
+            try:
+                self._on_message(frames)
+            except BaseException:
+                self._schedule()  # the loop reports the fault; the messages after this one must not wait for the next
+                raise
             if self._is_closed():
                 return
         events = self._events

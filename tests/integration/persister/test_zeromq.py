@@ -11,16 +11,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import pytest
 
+from fiq.event import Event
 from services.cli import monitoring
 from services.cli.embedded.processes import free_ports
+from services.log.errors import LogRefusedError
 from services.log.partitions import partition_of
+from services.log.protocol import Appended
+from services.log.zeromq.sockets import Address
 from tests.support.persisters import PARTITIONS
 from tests.support.pipelines import SMALL, Client, Pipeline, taking_events
 from tests.support.polling import eventually
 from tests.support.service import Service
+from tests.support.zeromq import links_to
 
 PATH = "/consultations/c-1/events"
 BODY = b'{"event_type":"A"}'
@@ -119,6 +125,22 @@ async def test_an_event_larger_than_the_credit_is_accepted_alone(pipeline: Pipel
         for number in range(12):
             await client.accepted(PATH, large, f"k{number}")
         assert 13 == len(await pipeline.holds("c-1", 13))
+
+
+async def test_what_cannot_be_stored_is_refused_and_the_partition_goes_on(pipeline: Pipeline, sockets: Path) -> None:
+    """Ingest lets no such event through; one that comes from elsewhere is answered, not set aside."""
+    address = Address(f"zmq+ipc://{sockets}", "main")
+    good = Event("c-1", uuid4(), 1, BODY)
+    partition = partition_of("c-1", PARTITIONS)
+    async with pipeline.ready_persister() as owner, links_to(address, partitions=PARTITIONS) as links:
+        link = links[partition]
+        await eventually(lambda: link.up)
+        events = [Event("no id!", uuid4(), 1, BODY), good, Event("c-1", uuid4(), 1, b"{")]
+        sent = [link.append(one, time.monotonic() + 10) for one in events]
+        answers = await asyncio.gather(*sent, return_exceptions=True)
+        assert [LogRefusedError, Appended, LogRefusedError] == [type(answer) for answer in answers]
+        await eventually(lambda: 2 == sum(line["event"] == "EVENT_SET_ASIDE" for line in owner.lines))
+        assert [BODY] == [body for _, body in await pipeline.holds("c-1", 1)]
 
 
 async def ends_with(service: Service, reason: str, *, code: int = 1) -> None:
