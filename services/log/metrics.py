@@ -6,12 +6,13 @@ rest. `docs/metrics.md` explains each.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from services.log.partitions import partition_name
-from services.log.status import CertificateExpiry, StreamReport
+from services.log.status import CertificateExpiry, LogState, StreamReport
 
 #: the parts of a look at the log
 PARTS = STREAMS, DEAD_LETTERS, PARTITIONS, PROCESSES = ("streams", "dead_letters", "partitions", "processes")
@@ -119,14 +120,23 @@ class LogMetrics:
         self.replica_current.labels(stream, node).set(current)
         self.replica_lag.labels(stream, node).set(lag)
 
-    def backlog(self, store: str, partition: int, events: int, age: float) -> None:
-        """Show how much of a partition waits, and for how long (seconds)."""
-        self.backlog_events.labels(store, partition_name(partition)).set(events)
-        self.backlog_age.labels(store, partition_name(partition)).set(age)
-
-    def owned(self, store: str, partition: int, volume: str, owners: int) -> None:
-        """Show how many processes run a partition; *volume* is empty while it is not placed."""
-        self.owners.labels(store, partition_name(partition), volume).set(owners)
+    def stores(self, state: LogState) -> None:
+        """Show the partitions and the processes of every store, in place of those shown before."""
+        self.forget(PARTITIONS)
+        self.forget(PROCESSES)
+        now = time.time() - state.clock_offset
+        for store, partitions in (state.stores or {}).items():
+            for one in partitions:
+                name = partition_name(one.partition)
+                self.backlog_events.labels(store, name).set(one.waiting.events)
+                self.backlog_age.labels(store, name).set(0.0 if one.oldest is None else max(0.0, now - one.oldest))
+                if state.processes is not None:
+                    volume = "" if one.placement is None else one.placement.volume
+                    self.owners.labels(store, name, volume).set(one.owners)
+            if state.processes is not None:
+                for volume in {one.placement.volume for one in partitions if one.placement is not None}:
+                    alive = sum(process.volume == volume for process in state.processes)
+                    self.volume_processes.labels(store, volume).set(alive)
 
     def certificates(self, found: Iterable[CertificateExpiry]) -> None:
         """Show the certificates of the connection, in place of those shown before."""

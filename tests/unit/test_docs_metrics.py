@@ -11,7 +11,15 @@ from prometheus_client.metrics_core import Metric
 from fiq.corpus import StoreStats
 from services.ingest.metrics import OUTCOMES, IngestMetrics
 from services.log.metrics import PARTS, LogMetrics
-from services.log.status import CertificateExpiry, ReplicaReport, StreamReport
+from services.log.status import (
+    CertificateExpiry,
+    LogState,
+    PartitionState,
+    Placement,
+    ReplicaReport,
+    StreamReport,
+    Waiting,
+)
 from services.persister.metrics import FAILURE_KINDS, QUESTION_OUTCOMES, PersisterMetrics
 from services.persister.partition import RunnerState
 
@@ -42,9 +50,9 @@ def log_metrics() -> CollectorRegistry:
     replica = ReplicaReport("n2", current=True, offline=False, lag=0, seen_seconds=0.1)
     metrics.stream("fi-events", StreamReport("", 16, "n1", (replica,), 1, 1, 1, 1, 1))
     metrics.certificates([CertificateExpiry("node", "n1", 0.0)])
-    metrics.backlog("main", 0, 1, 1.0)
-    metrics.owned("main", 0, "volume", 1)
-    metrics.volume_processes.labels("main", "volume")
+    placement = Placement(0, "volume", 1, 1, 1, 1)
+    partition = PartitionState(0, placement, 1, 1, Waiting(1, 2, stalled=False), 1.0)
+    metrics.stores(LogState(processes=(), stores={"main": (partition,)}))
     return registry
 
 

@@ -47,7 +47,7 @@ from services.log.jetstream.stream import (
     filter_subject,
     read_stream,
 )
-from services.log.metrics import DEAD_LETTERS, PARTITIONS, PARTS, PROCESSES, STREAMS, LogMetrics
+from services.log.metrics import DEAD_LETTERS, PARTITIONS, PROCESSES, STREAMS, LogMetrics
 from services.log.partitions import partition_name
 from services.log.settings import LogSettings
 from services.log.status import (
@@ -367,23 +367,11 @@ class LogMonitor:
         metrics.available.set(stream is not None and bool(stream.leader) and stream.has_quorum)
         if connected:
             metrics.certificates(self._nc.certificates())
-        for part in PARTS:
-            metrics.forget(part)
+        metrics.forget(STREAMS)
         for name, report in ((STREAM, state.stream), (DEAD_STREAM, state.dead)):
             if report is not None:
                 metrics.stream(name, report)
-        now = time.time() - state.clock_offset
-        for store, partitions in (state.stores or {}).items():
-            for one in partitions:
-                age = 0.0 if one.oldest is None else max(0.0, now - one.oldest)
-                metrics.backlog(store, one.partition, one.waiting.events, age)
-                if state.processes is not None:
-                    volume = "" if one.placement is None else one.placement.volume
-                    metrics.owned(store, one.partition, volume, one.owners)
-            if state.processes is not None:
-                for volume in {one.placement.volume for one in partitions if one.placement is not None}:
-                    alive = sum(process.volume == volume for process in state.processes)
-                    metrics.volume_processes.labels(store, volume).set(alive)
+        metrics.stores(state)
 
 
 def problems_of(state: LogState) -> list[str]:

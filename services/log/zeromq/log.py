@@ -16,7 +16,7 @@ import zmq
 
 from fiq.errors import ConfigurationError
 from services.log.errors import PlacementError
-from services.log.metrics import PARTITIONS, PROCESSES, LogMetrics
+from services.log.metrics import LogMetrics
 from services.log.partitions import partition_name
 from services.log.protocol import (
     EVENT_LOG,
@@ -247,15 +247,7 @@ class ZeroMqStatus:
         up = [link.up for link in self._links.all]
         metrics.connected.set(any(up))
         metrics.available.set(all(up))
-        metrics.forget(PARTITIONS)
-        metrics.forget(PROCESSES)
-        store = self._settings.store
-        for one in state.partitions(store):
-            metrics.backlog(store, one.partition, one.waiting.events, 0.0)
-            metrics.owned(store, one.partition, "" if one.placement is None else one.placement.volume, one.owners)
-        volumes = [process.volume for process in state.processes or ()]
-        for volume in set(volumes):
-            metrics.volume_processes.labels(store, volume).set(volumes.count(volume))
+        metrics.stores(state)
 
 
 # -- persister --------------------------------------------------------------------------------------------------------
