@@ -30,7 +30,7 @@ from services.log.partitions import partition_name
 from services.log.protocol import EVENT_LOG
 
 if TYPE_CHECKING:
-    from services.persister.rounds import Batch
+    from services.persister.rounds import PartitionBatch
 
 #: the acknowledgement rate is averaged over this time, seconds
 RATE_WINDOW_SECONDS = 10.0
@@ -206,7 +206,7 @@ class PartitionMetrics:
         """Record the sequence that the file has reached."""
         self._metrics.committed_sequence.labels(self._name).set(sequence)
 
-    def batch(self, batch: Batch) -> None:
+    def batch(self, batch: PartitionBatch) -> None:
         """Record a *batch* that is committed and acknowledged."""
         metrics, name = self._metrics, self._name
         self.committed(batch.deliveries[-1].sequence)
@@ -259,7 +259,7 @@ class PartitionMetrics:
 # -- traces -----------------------------------------------------------------------------------------------------------
 
 
-def show_traces(batch: Batch, seconds: float, spans: Spans | None) -> None:
+def show_traces(batch: PartitionBatch, seconds: float, spans: Spans | None) -> None:
     """Log one line for each sampled trace of a committed *batch*, up to a limit, and make the batch's span.
 
     Args:

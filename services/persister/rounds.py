@@ -10,12 +10,13 @@ five steps. Their order is the guarantee:
 4. commit: make events, position and message id durable in one step;
 5. acknowledge: report each event's outcome to the log, once a partition.
 
-After a crash at any point the same events are delivered again, and step 2 drops what step 4 has committed. Everything
-that touches HDF5 runs in one thread, as one job for all partitions, but for the commits of a round: these run at the
-same time in threads that the HDF5 thread waits for. Each has a file of its own, h5py's lock lets one at a time into
-HDF5, and the waits for the disk overlap. Eight partitions on a disk whose fdatasync took 3 ms: 40 ms one after the
-other, 8 ms together (2026-11-27). A batch with poison waits for the dead letters
-without the others, and a partition that fails leaves the round: its runner opens the file again.
+After a crash at any point the same events are delivered again, and step 2 drops what step 4 has committed. A batch with
+poison waits for the dead letters without the others, and a partition that fails leaves the round: its runner opens the
+file again.
+
+Everything that touches HDF5 runs in one thread, as one job for all partitions. Only the commits run in threads of their
+own, one a file, while the HDF5 thread waits for them: h5py's lock admits one at a time, and the waits for the disk
+overlap (eight partitions, fdatasync of 3 ms: 8 ms instead of 40, 2026-11-27).
 
 A round starts at once if the last one could not take everything, or if writers wait for the commit
 (:attr:`~services.log.protocol.Follower.writers_wait`). Otherwise it starts when rounds have used less than
@@ -51,7 +52,7 @@ T = TypeVar("T")
 
 #: share of the time that rounds may use while each takes everything that has arrived
 SHARE = 0.05
-#: commits of a round that run at the same time
+#: threads for the commits of a round
 COMMITTERS = 8
 #: longest time between the starts of two rounds, seconds
 LONGEST_SECONDS = 0.5
@@ -137,7 +138,7 @@ class Conflict:
 
 
 @dataclass(slots=True, eq=False)
-class Batch:
+class PartitionBatch:
     """The events of one partition in a round, and what became of them.
 
     Attributes:
@@ -335,7 +336,7 @@ class Rounds:
             except TimeoutError:
                 return
 
-    def _take(self) -> tuple[list[Batch], bool]:
+    def _take(self) -> tuple[list[PartitionBatch], bool]:
         """Return a batch of each partition that has events, in equal parts, and whether any were left."""
         waiting = [one for one in self._joined.values() if one.in_progress is None and one.follower.ready]
         waiting.sort(key=lambda one: one.follower.ready)
@@ -346,35 +347,37 @@ class Rounds:
             deliveries = one.follower.take(max_events=most, max_bytes=max(1, size // left))
             if not deliveries:
                 continue
-            batch = Batch(one, deliveries)
+            batch = PartitionBatch(one, deliveries)
             one.in_progress = asyncio.get_running_loop().create_future()
             events, size = max(1, events - len(deliveries)), max(1, size - batch.size)
             full = full or one.follower.ready > 0
             batches.append(batch)
         return batches, full
 
-    async def _round(self, batches: list[Batch]) -> None:
+    async def _round(self, batches: list[PartitionBatch]) -> None:
         """Decode and append *batches*, then finish them; a batch with poison does not hold up the others."""
         began, self._cost = time.perf_counter(), 0.0
-        await self._in_hdf5(batches, Batch.decode, Batch.append)
+        await self._in_hdf5(batches, PartitionBatch.decode, PartitionBatch.append)
         for batch in batches:
             if batch.poison:
                 spawn(self._tasks, self._finish([batch], began))
         await self._finish([batch for batch in batches if not batch.poison], began)
 
-    async def _finish(self, batches: list[Batch], began: float) -> None:
+    async def _finish(self, batches: list[PartitionBatch], began: float) -> None:
         """Set aside, commit and acknowledge *batches*."""
-        await _each(batches, Batch.set_aside)
-        await self._in_hdf5(batches, Batch.commit, together=True)
-        await _each(batches, Batch.acknowledge)
+        await _each(batches, PartitionBatch.set_aside)
+        await self._in_hdf5(batches, PartitionBatch.commit, parallel=True)
+        await _each(batches, PartitionBatch.acknowledge)
         for batch in batches:
             self._done(batch)
         self._report([batch for batch in batches if batch.error is None], time.perf_counter() - began)
 
-    async def _in_hdf5(self, batches: Sequence[Batch], *steps: Callable[[Batch], None], together: bool = False) -> None:
-        """Do *steps* for each batch that has not failed, in one job of the HDF5 thread; *together*: in parallel."""
+    async def _in_hdf5(
+        self, batches: Sequence[PartitionBatch], *steps: Callable[[PartitionBatch], None], parallel: bool = False
+    ) -> None:
+        """Do *steps* for each batch that has not failed, in one job of the HDF5 thread; *parallel*: a thread each."""
 
-        def do_steps(batch: Batch) -> float:
+        def do_steps(batch: PartitionBatch) -> float:
             started = time.thread_time()
             try:
                 for step in steps:
@@ -385,7 +388,7 @@ class Rounds:
             return time.thread_time() - started
 
         def work() -> float:
-            return sum((self._committers.map if together and len(batches) > 1 else map)(do_steps, batches))
+            return sum((self._committers.map if parallel and len(batches) > 1 else map)(do_steps, batches))
 
         if not batches:
             return
@@ -395,7 +398,7 @@ class Rounds:
             for batch in batches:
                 batch.error = batch.error or error
 
-    def _done(self, batch: Batch) -> None:
+    def _done(self, batch: PartitionBatch) -> None:
         one, error = batch.of, batch.error
         if error is None:
             one.busy_at, one.progressed = time.monotonic(), True
@@ -414,7 +417,7 @@ class Rounds:
         if one.follower.ready:
             self.arrived()  # while the batch was in progress
 
-    def _report(self, batches: Sequence[Batch], seconds: float) -> None:
+    def _report(self, batches: Sequence[PartitionBatch], seconds: float) -> None:
         if not batches:
             return
         for batch in batches:
@@ -442,7 +445,7 @@ class Rounds:
         )
 
 
-async def _each(batches: Sequence[Batch], step: Callable[[Batch], Coroutine[Any, Any, None]]) -> None:
+async def _each(batches: Sequence[PartitionBatch], step: Callable[[PartitionBatch], Coroutine[Any, Any, None]]) -> None:
     """Do *step* for each batch that has not failed."""
     for batch in batches:
         if batch.error is None:
@@ -452,7 +455,7 @@ async def _each(batches: Sequence[Batch], step: Callable[[Batch], Coroutine[Any,
                 batch.error = error
 
 
-async def _announce(batch: Batch) -> None:
+async def _announce(batch: PartitionBatch) -> None:
     """List committed conflicts in ``fi-dead``; the events are safe in the corpus, so nothing waits for this."""
     one, conflicts = batch.of, batch.conflicts
     listed = [(conflict.event.consultation, conflict.sequence, conflict.first) for conflict in conflicts]

@@ -14,7 +14,7 @@ from services.log.protocol import Delivery, Fate, Outcome
 from services.persister.dead_letters import DeadLetters, PoisonLimit, Quarantine
 from services.persister.metrics import PersisterMetrics
 from services.persister.partition import PartitionFile
-from services.persister.rounds import Batch, Conflict, OpenPartition
+from services.persister.rounds import Conflict, OpenPartition, PartitionBatch
 from tests.support.persister import (
     IDENTITY,
     LOG,
@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> Iterator[EventStore]:
     made.abandon()
 
 
-def made(store: EventStore, *deliveries: Delivery, known: Mapping[int, str] | None = None) -> Batch:
+def made(store: EventStore, *deliveries: Delivery, known: Mapping[int, str] | None = None) -> PartitionBatch:
     """Return a batch of *deliveries* for the partition whose file is open in *store*."""
     metrics = PersisterMetrics().of(0)
     log = structlog.get_logger()
@@ -47,23 +47,23 @@ def made(store: EventStore, *deliveries: Delivery, known: Mapping[int, str] | No
     quarantine.known |= known or {}
     follower = ScriptedFollower(Stream())
     one = OpenPartition("00", PartitionFile(store), follower, quarantine, metrics, log, fail=lambda _: None)
-    return Batch(one, list(deliveries))
+    return PartitionBatch(one, list(deliveries))
 
 
-def written(store: EventStore, *deliveries: Delivery) -> Batch:
+def written(store: EventStore, *deliveries: Delivery) -> PartitionBatch:
     """Take the steps of a round in the HDF5 thread."""
     result = made(store, *deliveries)
-    for step in (Batch.decode, Batch.append, Batch.commit):
+    for step in (PartitionBatch.decode, PartitionBatch.append, PartitionBatch.commit):
         step(result)
     return result
 
 
-def reused(found: Batch) -> list[tuple[int, int]]:
+def reused(found: PartitionBatch) -> list[tuple[int, int]]:
     """Return the sequences of the conflicts, and those of the events that hold their ids."""
     return [(one.sequence, one.first) for one in found.conflicts]
 
 
-def counts(found: Batch) -> tuple[int, int, int]:
+def counts(found: PartitionBatch) -> tuple[int, int, int]:
     """Return what is new, what was held, and the consultations touched."""
     return found.persisted, found.duplicates, found.consultations
 

@@ -8,14 +8,14 @@ import pytest
 
 from fiq.corpus import StoreStats
 from services.persister.metrics import PersisterMetrics, RateWindow
-from services.persister.rounds import Batch
+from services.persister.rounds import PartitionBatch
 from tests.support.persister import delivery
 
 
-def batch(count: int, **became: int) -> Batch:
+def batch(count: int, **became: int) -> PartitionBatch:
     """Return a batch of *count* events, and what became of them."""
     one: Any = None
-    return Batch(one, [delivery(n + 1) for n in range(count)], **became)  # type: ignore[arg-type]
+    return PartitionBatch(one, [delivery(n + 1) for n in range(count)], **became)  # type: ignore[arg-type]
 
 
 class Clock:
