@@ -177,7 +177,7 @@ class PartitionBatch:
         """When ingest received the oldest event, nanoseconds since the Unix epoch."""
         return min((event.received_ns for _, event in self.events), default=None)
 
-    # -- the five steps: set_aside and acknowledge run in the event loop, the others in the HDF5 thread ---------------
+    # -- the five steps: decode, append and commit run in threads, the others in the event loop ------------------------
 
     def decode(self) -> None:
         """Separate events from poison."""

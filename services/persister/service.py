@@ -7,7 +7,7 @@
     coordinator ── partition runners ─────────┘── answers to questions
 
 The coordinator (:mod:`services.persister.coordinator`) decides which partitions run here. One thread makes all calls
-of HDF5.
+of HDF5, but for the commits of a round (:mod:`services.persister.rounds`).
 """
 
 from __future__ import annotations
