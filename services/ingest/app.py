@@ -101,7 +101,7 @@ def make_app(
                 metrics,
                 partitions=settings.log.partitions,
                 window=settings.log.duplicate_window,
-                wait=settings.key_lookup_wait,
+                wait=0.0 if opened.remembers_ids else settings.key_lookup_wait,
             )
             writer = opened.writer if spans is None else TracedWriter(opened.writer, spans)
             app[READER] = reader

@@ -545,11 +545,19 @@ class PersisterRole:
 
 @dataclass(frozen=True, slots=True)
 class IngestLog:
-    """The log as ingest uses it."""
+    """The log as ingest uses it.
+
+    Attributes:
+        writer: appends events.
+        reader: reads them back.
+        status: the log as this process sees it.
+        remembers_ids: ``append`` finds every duplicate, however old: ids need not be looked up before.
+    """
 
     writer: EventWriter
     reader: EventBrowser
     status: Status
+    remembers_ids: bool = False
 
 
 class PersisterLog(Protocol):

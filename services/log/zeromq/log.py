@@ -64,7 +64,7 @@ async def open_for_ingest(
             status = ZeroMqStatus(links, settings, metrics)
             async with _running(links.run(), on_closed), _running(status.run(), on_closed):
                 writer = ZeroMqWriter(links, deadline=role.deadline, max_in_flight=role.max_in_flight)
-                yield IngestLog(writer, ZeroMqReader(links, settings), status)
+                yield IngestLog(writer, ZeroMqReader(links, settings), status, remembers_ids=True)
         finally:
             links.close()
 
