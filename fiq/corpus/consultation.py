@@ -100,15 +100,23 @@ class Consultation(Sequence[EventRecord]):
             consultation takes.)
         payload: low-level id of its ``payload`` dataset.
         guard: makes a context for calls of h5py, which turns its errors into the corpus's.
+        plain: whether the table has the writer's chunks, without compression; single rows are found faster then.
     """
 
     def __init__(
-        self, name: str, events: Any, payload: Any, guard: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        name: str,
+        events: Any,
+        payload: Any,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        plain: bool = False,
     ) -> None:
         self.id = name
         self._events = events
         self._payload = payload
         self._guard = guard
+        self._plain = plain
         self._length = int(events.shape[0])
         #: number of the first row that was read last, and these rows
         self._chunk: tuple[int, bytes] = (-1, b"")
@@ -192,7 +200,11 @@ class Consultation(Sequence[EventRecord]):
         """Return the row at *index*, from 0."""
         first = index - index % EVENTS_CHUNK
         if self._chunk[0] != first:
-            self._chunk = first, self.table(first, first + EVENTS_CHUNK).tobytes()
+            if self._plain:
+                with self._guard():
+                    self._chunk = first, self._events.read_direct_chunk((first,))[1]
+            else:
+                self._chunk = first, self.table(first, first + EVENTS_CHUNK).tobytes()
         offset_in_chunk = (index - first) * EVENT_DTYPE.itemsize
         sequence, received, offset, length, _, event_id = EVENT_HEAD.unpack_from(self._chunk[1], offset_in_chunk)
         return StoredRow(sequence, received, offset, length, event_id)

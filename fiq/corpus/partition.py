@@ -213,7 +213,7 @@ class ConsultationGroups:
     def consultation(self, name: str) -> Consultation | None:
         """Return a consultation for reading; None when the file has no such."""
         group = self._group_of(name)
-        return None if group is None else Consultation(name, *open_datasets(group))
+        return None if group is None else Consultation(name, *open_datasets(group), plain=True)
 
     def names(self, start: int, count: int) -> list[str]:
         """Return at most *count* names of groups from the position *start* on, in the order of HDF5's own index."""
