@@ -209,3 +209,13 @@ async def test_the_log_gets_the_outcome_of_each_delivery_that_is_not_a_new_event
     again.decode()
     again.append()
     assert {8: Outcome(Fate.POISON)} == again.outcomes  # 3 was committed before a crash: it is its own event
+
+
+async def test_a_conflict_is_not_kept_when_its_writer_waits_for_the_outcome(
+    store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client gets a 422, so nothing was accepted that could be lost."""
+    monkeypatch.setattr(ScriptedFollower, "writers_wait", True)
+    found = written(store, delivery(1), reusing(2, of=1))
+    assert ({2: Outcome(Fate.CONFLICT, 1)}, []) == (found.outcomes, found.conflicts)
+    assert {} == conflicts(store.path)

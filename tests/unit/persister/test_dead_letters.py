@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import orjson
 import pytest
+import structlog
 
 from services.log.protocol import Delivery, LogIdentity
-from services.persister.dead_letters import DeadLetters, PoisonLimit
+from services.persister.dead_letters import DeadLetters, PoisonLimit, Quarantine
 from services.persister.errors import PoisonFloodError
+from services.persister.metrics import PersisterMetrics
 
 
 class Recorder:
@@ -133,3 +135,19 @@ async def test_events_under_used_keys_are_listed_in_letters_that_fit() -> None:
     _, _, first = recorder.sent[0]
     assert ("fi-events/2026-11-23T10:00:00Z/20-42", "20") == (first["Nats-Msg-Id"], first["Fi-Stream-Sequence"])
     assert "another body" in first["Fi-Reason"]
+
+
+def test_a_batch_that_failed_is_retried_one_by_one_until_its_poison_is_known() -> None:
+    """What fails twice on its own is poison; after its commit nothing of it is remembered."""
+    dead_letters = DeadLetters(Recorder(), 0, LogIdentity("fi-events", "2026-11-23T10:00:00Z"))
+    quarantine = Quarantine(dead_letters, PoisonLimit(), PersisterMetrics().of(0), structlog.get_logger())
+    first, second = (Delivery(n, "c1", None, b"", "token") for n in (1, 2))
+    quarantine.failed([first, second], ValueError("secret"))
+    assert quarantine.one_by_one
+    quarantine.succeeded([first])
+    quarantine.failed([second], ValueError("secret"))
+    assert {} == quarantine.known
+    quarantine.failed([second], ValueError("secret"))
+    assert {2: "could not be written: ValueError"} == quarantine.known
+    quarantine.succeeded([second])
+    assert ({}, False) == (quarantine.known, quarantine.one_by_one)
