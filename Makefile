@@ -37,7 +37,7 @@ test: $(VENV)/.dev ## run every test (ARGS="-k name" to choose, WORKERS=0 for on
 torture: $(VENV)/.dev ## the crash tests in full: 500 kills, 2,000 power cuts, full disks, bit flips, drawn requests
 	FIQ_TORTURE=long $(BIN)/python -m pytest tests/torture $(DRAWN) $(ARGS)
 # tests that draw what they send: more of it
-DRAWN := tests/integration/ingest/test_fuzz.py tests/integration/ingest/test_described.py
+DRAWN := tests/integration/ingest/test_fuzz.py tests/integration/ingest/test_openapi_conformance.py
 
 check: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .

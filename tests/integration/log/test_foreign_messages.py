@@ -1,6 +1,6 @@
-"""Bytes that no client of ours would send: they come through, and stop nothing (DESIGN, G6).
+"""Messages with bytes that our clients never send arrive and stop nothing (DESIGN, G6).
 
-With the stock client each of the subjects below ends its reading task or its connection, again and again.
+In the stock client each of the subjects below ends the reading task or the connection, each time.
 """
 
 from __future__ import annotations

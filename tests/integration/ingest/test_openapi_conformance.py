@@ -1,7 +1,7 @@
-"""The running stack does what its description says: schemathesis draws the requests.
+"""The running stack conforms to its OpenAPI description: schemathesis draws the requests.
 
-Three nodes, a persister and an ingest process with tokens. Who follows is refused here (`FI_MAX_FOLLOWERS=0`, a
-described 429): an answer without an end is nothing for a tool that reads whole answers, test_reading_back.py has those.
+Three nodes, a persister and an ingest process with tokens. Following is refused here with a documented 429
+(`FI_MAX_FOLLOWERS=0`), because schemathesis reads whole responses and these do not end; test_follow.py covers them.
 """
 
 from __future__ import annotations
