@@ -239,11 +239,11 @@ def decode_events(data: bytes) -> EventsAnswer:
     with _Decoding():
         head, _, bodies = data.partition(b"\n")
         fields = orjson.loads(head)
-        rows, place = [], 0
+        rows, offset = [], 0
         for sequence, received, event_id, length in fields["rows"]:
-            rows.append(Row(sequence, received, UUID(event_id), bodies[place : place + length]))
-            place += length
-        if place != len(bodies):
+            rows.append(Row(sequence, received, UUID(event_id), bodies[offset : offset + length]))
+            offset += length
+        if offset != len(bodies):
             raise MalformedError("bodies are missing")
         return EventsAnswer(_number(fields["committed"]), rows, bool(fields["more"]))
 
@@ -298,5 +298,5 @@ class IdSnapshot:
         mixed ^= mixed >> 32
         mixed = (mixed ^ (number & _64_BITS)) * self._factor & _64_BITS
         mixed ^= mixed >> 29
-        place = bisect_left(self._hashes, mixed)
-        return place < len(self._hashes) and self._hashes[place] == mixed
+        index = bisect_left(self._hashes, mixed)
+        return index < len(self._hashes) and self._hashes[index] == mixed

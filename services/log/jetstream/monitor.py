@@ -344,7 +344,7 @@ class LogMonitor:
         return PartitionState(partition, placement, owners, committed, Waiting(events, sequence, stalled), oldest)
 
     def _knows_processes(self, now: float) -> bool:
-        """Whether silence means that no process lives: it was asked for long enough."""
+        """Whether silence means that no process runs: they were asked for long enough."""
         if PROCESSES in self._troubles or self._asked_since is None:
             return False
         return now - self._asked_since >= _ANSWER_SECONDS

@@ -37,7 +37,7 @@ STREAM = EVENT_LOG
 #: the stream of messages that were set aside
 DEAD_STREAM = "fi-dead"
 
-#: the key-value bucket that says where partitions live, and the stream that keeps it
+#: the key-value bucket that says which volume has each partition, and the stream that keeps it
 BUCKET, BUCKET_STREAM = "fi-partitions", "KV_fi-partitions"
 #: prefix of the subjects of its keys
 BUCKET_PREFIX = f"$KV.{BUCKET}"
@@ -102,7 +102,7 @@ def corpus_subject(store: str, partition: int, kind: str) -> str:
 
 
 def placement_key(store: str, partition: int) -> str:
-    """Return the key of the bucket that says where *partition* of *store* lives."""
+    """Return the key of the bucket that says which volume has *partition* of *store*."""
     return f"{store}.{partition_name(partition)}"
 
 
