@@ -22,22 +22,22 @@ settings.register_profile("repeatable", derandomize=True)
 if os.environ.get("FIQ_TORTURE") != "long":
     settings.load_profile("repeatable")
 
-# a shell that starts the tests in the background lets them ignore SIGINT, and so all processes that they start
+# a shell that starts the tests in the background makes them and the processes that they start ignore SIGINT
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# settings of the machine that runs the tests are none of theirs, nor of the processes that they start
+# the tests, and the processes that they start, ignore the settings of the machine
 for _name in [name for name in os.environ if name.startswith("FI_")]:
     del os.environ[_name]
 
-# no test asks a server that a public authority vouches for: reading their certificates takes a process 0.1 s to start
+# no test needs public certificate authorities, and reading their certificates costs each process 0.1 s at its start
 os.environ["SSL_CERT_FILE"] = os.devnull
 
 # keep the stacks of this process away from the default port, which a developer's `fiq up` may want
 stack.PREFERRED_PORT = free_ports(1)[0]
 
 
-#: in the order in which workers take them: containers, which wait more than they work and take longest; what is light
-#: beside them; what takes long, so that no worker is left with it at the end
+#: in the order in which workers take them: containers, which mostly wait and take longest; unit tests, which are light,
+#: at the same time; then what takes long, so that no worker is left with it at the end
 _FIRST = (
     "tests/compose/",
     "tests/unit/",
@@ -48,7 +48,7 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what takes long. Of the containers the three hosts come last: the shared stack makes room for them."""
+    """Put long tests first. Of the container tests, the three hosts come last: the shared stack makes room for them."""
 
     def turn(item: pytest.Item) -> tuple[list[bool], bool]:
         file = item.location[0]

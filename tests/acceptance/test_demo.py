@@ -54,7 +54,7 @@ def test_the_demo_fails_when_an_accepted_event_is_not_in_hdf5(tmp_path: Path, mo
 
 
 def test_an_interrupted_demo_names_what_it_leaves(tmp_path: Path) -> None:
-    """Its folder is a temporary one that nobody knows."""
+    """The operator does not know its temporary folder otherwise."""
     command = [str(Path(sys.executable).parent / "fiq"), "demo"]
     env = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:

@@ -163,7 +163,7 @@ def test_every_panel_of_the_dashboard_has_data(monitored: Monitored) -> None:
 
 
 def test_alerts_fire_when_the_persisters_are_gone_and_stop_when_they_are_back(monitored: Monitored) -> None:
-    """The dead letter's stays: somebody must look at it. Clients notice nothing of it all."""
+    """The alert for dead letters stays until an operator acts. Clients notice nothing."""
     calm = {"FiqDeadLetters"}
     eventually_sync(lambda: _firing(monitored, calm), PATIENCE)
 

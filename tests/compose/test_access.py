@@ -53,15 +53,15 @@ async def test_a_token_is_asked_for_and_a_new_one_needs_no_restart(stack: Deploy
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_a_node_tells_nothing_to_who_speaks_no_tls(stack: Deployment, node: str) -> None:
-    """Neither its version nor whether it would let somebody in: the connection ends."""
+def test_a_node_answers_nothing_without_tls(stack: Deployment, node: str) -> None:
+    """The connection ends before the node sends its version or whether it requires a user."""
     with socket.create_connection(_published(stack, node), timeout=10) as sock:
         answer = _answer(sock)
     assert [] == [word for word in (b"INFO", b"+OK", b"-ERR", b"PONG") if word in answer]
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_a_node_lets_nobody_in_without_a_user(stack: Deployment, node: str) -> None:
+def test_a_node_refuses_clients_without_a_user(stack: Deployment, node: str) -> None:
     """TLS alone is not enough."""
     address = _published(stack, node)
     context = ssl.create_default_context(cafile=str(Layout(stack.folder).ca_certificate))

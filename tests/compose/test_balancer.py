@@ -31,7 +31,7 @@ BROKEN = {
     "long header": b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
 }
 #: the answer where there is no ingest at all
-NOBODY = (503, "application/problem+json", "2", "/problems/log-unavailable")
+NO_INGEST = (503, "application/problem+json", "2", "/problems/log-unavailable")
 
 
 class Balancer:
@@ -56,7 +56,7 @@ class Balancer:
     def answers(self, tls: ssl.SSLContext | None) -> bool:
         """Whether it does already: the engine itself accepts connections before."""
         try:
-            return self.answer(tls) == NOBODY
+            return self.answer(tls) == NO_INGEST
         except (http.client.HTTPException, OSError):
             return False
 
@@ -79,13 +79,13 @@ def balancer(folder: Path, pem: str = "", tls: ssl.SSLContext | None = None) -> 
 
 
 def test_what_is_no_http_is_refused_and_the_connection_closed(image: str, tmp_path: Path) -> None:
-    """Nobody can tell where the next request would begin. The page is HAProxy's own: docs/problems.md."""
+    """The start of the next request is unknown then. The page is HAProxy's own: docs/problems.md."""
     with balancer(tmp_path) as found:
         for what, sent in BROKEN.items():
             with socket.create_connection(("127.0.0.1", found.port), timeout=10) as sock, sock.makefile("rb") as got:
                 sock.sendall(sent)
                 assert got.read().startswith(b"HTTP/1.1 400 "), what  # up to the end of the connection
-        assert NOBODY == found.answer()
+        assert NO_INGEST == found.answer()
 
 
 def test_it_speaks_nothing_but_tls_when_it_has_a_certificate(image: str, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_it_speaks_nothing_but_tls_when_it_has_a_certificate(image: str, tmp_pat
     trusting, old = (ssl.create_default_context(cafile=str(tmp_path / "ca.pem")) for _ in range(2))
     with balancer(tmp_path, "/run/balancer/tls.pem", trusting) as found:
         old.maximum_version = ssl.TLSVersion.TLSv1_2
-        assert NOBODY == found.answer(old)
+        assert NO_INGEST == found.answer(old)
         with pytest.raises((http.client.HTTPException, OSError)):
             found.answer()
         assert first == _shown(found)

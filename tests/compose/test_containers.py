@@ -48,7 +48,7 @@ def lines(found: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("module", ["services.ingest", "services.persister"])
 def test_a_stop_during_the_imports_ends_it_in_order(image: str, module: str) -> None:
-    """Process 1 does not even get a signal that nobody listens for: it would be killed after the grace time."""
+    """The kernel drops a signal to process 1 without a handler; the container would be killed after the grace time."""
     with container(image, *NOWHERE, image, "python3", "-m", module) as found:
         status = Path("/proc", str(inspect(found)["State"]["Pid"]), "status")
         eventually_sync(lambda: _minds_sigterm(status))

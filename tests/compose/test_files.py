@@ -196,7 +196,7 @@ def test_grafana_has_a_password_of_its_own(engine: None, folder: Path) -> None:
 
 @pytest.mark.parametrize("variable", sorted(HOST))
 def test_a_host_without_a_name_is_refused(engine: None, folder: Path, variable: str) -> None:
-    """Compose says which variable is missing, instead of starting a node that nobody finds."""
+    """Compose says which variable is missing, instead of starting a node that cannot be found."""
     text = "".join(f"{name}='{value}'\n" for name, value in HOST.items() if name != variable)
     (folder / ".env").write_text(text)
     command = ["docker", "compose", "-f", "compose.host.yaml", "config"]

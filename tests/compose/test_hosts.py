@@ -33,7 +33,7 @@ class Clients:
         self._posted = 0
 
     async def post(self, host: int) -> None:
-        """Post consultations that nobody posted before to the ingest of *host*."""
+        """Post new consultations to the ingest of *host*."""
         self._posted += 1
         url = f"http://{self.hosts.machines[host].address('ingest', 7001)}"
         load = Load(url, clients=4, repeats=0.05, token=self.hosts.token)
@@ -217,7 +217,7 @@ async def test_a_host_is_gone_for_good(clients: Clients, backups: Path) -> None:
 
 
 async def test_a_host_is_gone_for_good_without_a_backup(clients: Clients) -> None:
-    """Its volume begins anew under its name, when somebody says so twice; the stream brings what it still has: all."""
+    """After the operator confirms twice, a new volume takes its name and gets all events from the stream."""
     hosts = clients.hosts
     lost = hosts.machines[1]
     volume = orjson.loads(await asyncio.to_thread(lost, "exec", "-T", "persister", "cat", "/data/volume.json"))[

@@ -23,7 +23,7 @@ TAKEN = {
     "deploy/nats-cluster/nats.conf",
     ".docker-build/ca.pem",  # for the first stage only
 }
-#: what lies in a folder where somebody works, and what `fiq init` makes
+#: files of a working directory, and those that `fiq init` makes
 HELD_BACK = (
     ".env",
     ".fiq/corpus/00.h5",
@@ -57,7 +57,7 @@ def test_no_process_compiles_what_it_imports(image: str) -> None:
     assert "[]\n" == docker("run", "--rm", image, "python3", "-c", code)
 
 
-def test_the_image_says_what_it_is_and_runs_as_nobody_s_user(image: str) -> None:
+def test_the_image_has_labels_and_runs_as_an_unprivileged_user(image: str) -> None:
     """A number that is the same everywhere, so that the owner of a volume is, too."""
     config = orjson.loads(docker("image", "inspect", image))[0]["Config"]
     assert "10001:10001" == config["User"]

@@ -1,4 +1,4 @@
-"""What operators run in containers of their own, beside the services."""
+"""What operators run in containers of their own while the services run."""
 
 from __future__ import annotations
 

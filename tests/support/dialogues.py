@@ -14,7 +14,7 @@ from pathlib import Path
 
 from services.cli.demo import Post, generate, post
 
-#: where the data lie: beside the checkout
+#: the folder of the data, next to the checkout
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 #: about as many events as the real dialogues have
 STAND_IN_EVENTS = 14_000

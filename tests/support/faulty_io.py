@@ -122,7 +122,7 @@ class RecordingIO(StorageIO):
         self._start = {file.stat().st_ino: file.read_bytes() for file in files}
         self._deaf = self._names.get(deaf, -1)
         self._steps: list[_Step] = []
-        # as long as they are open, their inode numbers are nobody else's
+        # while they are open, no other file gets their inode numbers
         self._held = {number: os.open(file, os.O_RDONLY) for number, file in zip(self._start, files, strict=True)}
         #: the last sequence that a caller was told to be committed; kept by the test
         self.acknowledged = 0

@@ -12,7 +12,7 @@ def only(findings: Iterable[Finding], level: Level) -> Finding:
     found = list(findings)
     assert level == worst(found), found
     (one,) = [finding for finding in found if finding.level is level]
-    assert one.action, "whoever reads it must know what to do"
+    assert one.action, "a finding says what to do"
     return one
 
 

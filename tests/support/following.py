@@ -92,7 +92,7 @@ class Sink:
         return Position(last.sequence, message_id_at(last.headers))
 
     async def cursors(self) -> list[str]:
-        """Return the names of the partition's cursors, whoever made them."""
+        """Return the names of the partition's cursors, of all processes."""
         names = await self._api.consumer_names(STREAM)
         return [name for name in names if (parse_cursor_name(name) or ())[:2] == (self._store, self._partition)]
 

@@ -196,7 +196,7 @@ async def service_infos(nc: Connection) -> list[dict[str, Any]]:
     try:
         while True:
             answer = await subscription.next_msg(timeout=1)
-            if answer.data:  # nobody there: an empty message with a status
+            if answer.data:  # without a subscriber: an empty message with a status
                 found.append(orjson.loads(answer.data))
     except TimeoutError:
         await subscription.unsubscribe()

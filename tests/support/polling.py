@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 #: how long a condition may take, seconds: an election on two busy cores takes up to ten
 TIMEOUT = 30.0
-#: between two looks at what costs next to nothing; whoever starts a process for each look takes a longer one, seconds
+#: between two checks, seconds; a check that starts a process takes a longer one
 INTERVAL = 0.05
 
 

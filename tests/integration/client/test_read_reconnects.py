@@ -155,7 +155,7 @@ async def test_following_outlives_an_outage() -> None:
 
 @pytest.mark.parametrize("failure", [lost, refused(429, "too-many-followers"), silent], ids=["lost", "429", "silent"])
 async def test_following_gives_up_after_the_deadline_without_a_word(failure: Step) -> None:
-    """Somebody must hear that nothing comes any more."""
+    """The caller must learn that no more events come."""
     async with scripted(failure) as server, AsyncClient(server.url, retry=SHORT) as client:
         with pytest.raises(GaveUpError) as caught:
             await taken(client, 1, silence=0.1)

@@ -19,7 +19,7 @@ def test_a_port_that_is_taken_is_one_clear_error() -> None:
 
 
 def test_an_address_of_another_host_is_one_clear_error() -> None:
-    """192.0.2.0/24 is for documentation: nobody has it (RFC 5737)."""
+    """192.0.2.0/24 is for documentation: no host has it (RFC 5737)."""
     with pytest.raises(BindError, match="FI_HOST"):
         bind("192.0.2.1", 0, "FI_HOST, FI_PORT")
 

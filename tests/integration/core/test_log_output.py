@@ -22,7 +22,7 @@ def lines(program: str, *, log_level: str = "info") -> list[dict[str, Any]]:
 
 
 def test_a_line_is_one_json_object_with_service_component_level_and_time() -> None:
-    """What every line has, beside its own keys."""
+    """Each line has these besides its own keys."""
     (line,) = lines("log.info('EVENT_QUEUED', sequence=7)")
     assert line.pop("timestamp").endswith("Z")
     expected = {"event": "EVENT_QUEUED", "component": "unit", "service": "test", "level": "info", "sequence": 7}
@@ -43,7 +43,7 @@ def test_what_libraries_log_comes_as_json_without_the_text_of_exceptions() -> No
     assert "patient" not in str(line)
 
 
-def test_what_asyncio_tells_of_a_task_that_nobody_awaited_is_one_line_without_its_error() -> None:
+def test_asyncios_report_of_a_task_that_was_not_awaited_is_one_line_without_its_error() -> None:
     """Behind the first line stands the exception with its text."""
     (line,) = lines("logging.getLogger('asyncio').error('Task was lost\\nfuture: <ValueError(a patient)>')")
     assert line["message"] == "Task was lost"
@@ -79,7 +79,7 @@ def test_an_error_is_written_at_once_and_other_lines_together(method: str, at_on
 
 
 def test_a_line_waits_only_for_a_moment() -> None:
-    """Whoever follows the log of a quiet service sees each line as it comes."""
+    """In the log of a quiet service, each line appears at once."""
     body = " log.info('A')\n await asyncio.sleep(1)\n os._exit(0)\n"
     program = f"import asyncio, os\nasync def main():\n{body}asyncio.run(main())"
     assert len(lines(program)) == 1

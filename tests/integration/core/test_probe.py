@@ -53,7 +53,7 @@ async def test_one_of_several_is_enough(server: TestServer) -> None:
     assert 0 == code
 
 
-def test_nobody_there_and_no_argument_are_unhealthy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_closed_port_and_a_missing_argument_are_unhealthy(capsys: pytest.CaptureFixture[str]) -> None:
     """One line says why."""
     assert 1 == main(["http://127.0.0.1:1/healthz"])
     assert "refused" in capsys.readouterr().err

@@ -171,7 +171,7 @@ def test_on_a_host_the_node_is_restarted_when_it_sees_all_others(host: Project, 
 
 @pytest.mark.parametrize("name", ["meta", "fi-events", "fi-dead"])
 def test_nothing_is_restarted_during_an_election(host: Project, name: str) -> None:
-    """Nobody knows of the copies then."""
+    """Without a leader the state of the copies is unknown."""
     jsz = answer("n2", "jsz")
     del group(jsz, name)["leader"]
     host.node("node", "n2", jsz=jsz)

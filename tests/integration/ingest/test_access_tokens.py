@@ -59,7 +59,7 @@ def told(reply: Reply) -> tuple[int, str, str]:
 
 
 def test_no_time_tells_how_close_a_token_is_to_one_of_ours(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever comes is compared once, in constant time; what is looked up before that nobody else can compute."""
+    """Each token is compared once, in constant time; a client cannot compute what is looked up before that."""
     known, other = TokenStore(str(file)), TokenStore(str(file))
     compared: list[tuple[str, str]] = []
 
@@ -144,7 +144,7 @@ async def test_strangers_do_not_learn_which_paths_there_are(edge: Edge, method: 
     assert (await edge.request(method, path, headers=bearer("reader"))).status in {404, 405}
 
 
-async def test_what_a_problem_means_is_open_to_everybody(edge: Edge) -> None:
+async def test_the_meaning_of_a_problem_needs_no_token(edge: Edge) -> None:
     """Also that of the refusal."""
     assert 200 == (await edge.request("GET", "/problems/unauthorized")).status
 
@@ -247,8 +247,8 @@ async def extended(token_file: Path | None) -> AsyncIterator[Edge]:
 
 
 @pytest.mark.parametrize("tokens", [True, False])
-async def test_a_route_that_says_nothing_is_refused_to_everybody(file: Path, tokens: bool) -> None:
-    """Locked by default, also where no token is asked for: whoever adds a route finds out at once."""
+async def test_a_route_without_a_scope_is_refused_to_every_client(file: Path, tokens: bool) -> None:
+    """Locked by default, also without tokens: a developer who adds a route notices at once."""
     async with extended(file if tokens else None) as edge:
         assert 403 == (await edge.request("GET", "/silent", headers=bearer("ward"))).status
         assert 1.0 == edge.metric("fi_ingest_access_refused_total", reason="unstated")
@@ -263,7 +263,7 @@ async def test_a_route_without_a_consultation_is_for_tokens_of_all(file: Path) -
         assert {"ward-1": True, "c-1": False, "name": "ward"} == reply.json
 
 
-async def test_without_a_file_everybody_may_everything(file: Path) -> None:
+async def test_without_a_file_every_client_has_every_scope(file: Path) -> None:
     """As it is on loopback."""
     async with extended(None) as edge:
         assert {"ward-1": True, "c-1": True, "name": ""} == (await edge.request("GET", "/each")).json
@@ -313,7 +313,7 @@ async def test_a_changed_file_counts_without_a_restart(edge: Edge, file: Path) -
 async def test_a_broken_file_leaves_the_tokens_as_they_were(
     edge: Edge, file: Path, damage: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An operator's mistake must not lock everybody out; it is told in the log, once, and by a metric."""
+    """An operator's mistake must not lock all clients out; one log line and a metric report it."""
     change(file, damage)
     await eventually(lambda: edge.metric("fi_ingest_token_file_broken") == 1.0)
     assert 202 == (await edge.post(**bearer("writer"))).status
@@ -460,7 +460,7 @@ async def test_a_token_over_its_rate_gets_429_and_the_others_do_not(file: Path) 
 
 
 async def test_a_batch_counts_its_events(file: Path) -> None:
-    """The handler takes them once it knows how many there are; a batch may owe, and whoever owes gets in no more."""
+    """The handler counts them when it knows how many; a batch may exceed the rate, the next request is refused."""
 
     async def handler(request: web.Request) -> web.Response:
         request[GRANT].count_events(int(request.query["more"]))

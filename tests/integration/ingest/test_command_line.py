@@ -68,7 +68,7 @@ def test_without_a_cluster_it_gives_up_after_its_time_with_one_line() -> None:
 
 
 def test_beyond_loopback_it_does_not_start_without_tokens() -> None:
-    """An open door that nobody meant to open; the message says what to do, before the cluster is waited for."""
+    """An unintended open door; the message says what to do, before the process waits for the cluster."""
     done = run(FI_HOST="0.0.0.0", FI_PORT="0", FI_LOG_URL="nats://127.0.0.1:1")
     assert (2, 1) == (done.returncode, len(done.stderr.splitlines()))
     for part in ("FI_TOKEN_FILE", "FI_HOST", "fiq token new", "FI_ALLOW_ANONYMOUS=1"):
@@ -78,7 +78,7 @@ def test_beyond_loopback_it_does_not_start_without_tokens() -> None:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("settings", [{"FI_HOST": "0.0.0.0", "FI_ALLOW_ANONYMOUS": "1"}, {"FI_HOST": "localhost"}])
 def test_without_tokens_it_says_so(settings: dict[str, str]) -> None:
-    """On loopback, and where somebody asked for it."""
+    """On loopback, and where FI_ALLOW_ANONYMOUS asks for it."""
     done = run(FI_PORT="0", FI_LOG_URL="nats://127.0.0.1:1", FI_STARTUP_TIMEOUT="1", **settings)
     assert 1 == done.returncode
     assert "ACCESS_ANONYMOUS" in done.stdout

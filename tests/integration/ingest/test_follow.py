@@ -258,7 +258,7 @@ async def test_what_is_persisted_and_trimmed_between_two_looks_is_shown(
         assert [1, 2] == await stream.take(2)
 
 
-async def test_one_who_begins_beyond_the_end_makes_nobody_else_read_without_a_pause(edge: Edge) -> None:
+async def test_a_follower_that_begins_beyond_the_end_does_not_make_others_read_without_a_pause(edge: Edge) -> None:
     """What is new is shared from where the first of them is; the other asks for what is in between, now and then."""
     await post(edge, 1)
     async with following(edge, "&after=999999"), following(edge) as stream:

@@ -64,7 +64,7 @@ async def test_bytes_that_drip_in_gain_no_time() -> None:
         assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-async def test_whoever_sends_nothing_is_closed_without_an_answer() -> None:
+async def test_a_client_that_sends_nothing_is_closed_without_an_answer() -> None:
     """Browsers and balancers open connections that they may never use: an answer would belong to no request."""
     async with running_edge(header_timeout=LIMIT) as edge, connected(edge) as (reader, _):
         assert b"" == await asyncio.wait_for(reader.read(), SOON)

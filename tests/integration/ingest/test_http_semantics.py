@@ -68,7 +68,7 @@ async def test_the_type_of_a_problem_can_be_looked_up(edge: Edge, problem: Probl
 
 
 async def test_no_answer_names_the_library(edge: Edge) -> None:
-    """Which library in which version is nobody's business."""
+    """Clients need not know the library and its version."""
     replies = [await edge.post(), await edge.post(body=b"{"), await edge.request("GET", "/nope")]
     assert {"fiq"} == {reply.headers["Server"] for reply in replies}
 

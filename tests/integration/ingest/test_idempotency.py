@@ -1,4 +1,4 @@
-"""What a key means: the first event under it, whoever still knows that."""
+"""A key means the first event under it, whether the broker or a persister still knows it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def log_from(sequence: int) -> MemoryLog:
 
 
 async def test_a_key_with_another_body_is_refused_and_the_first_event_stays(edge: Edge) -> None:
-    """422: one of the two would be lost otherwise, and nobody would know."""
+    """422: one of the two would be lost silently otherwise."""
     await edge.post("c-1", BODY, Idempotency_Key="k")
 
     assert outcome(await edge.post("c-1", OTHER, Idempotency_Key="k")) == REUSED
@@ -96,7 +96,7 @@ async def test_what_was_trimmed_from_the_log_is_compared_with_the_corpus(edge: E
     assert edge.metric("fi_ingest_key_checks_total", by="corpus") == 2.0
 
 
-async def test_a_duplicate_that_nobody_can_show_is_503(edge: Edge) -> None:
+async def test_a_duplicate_that_cannot_be_read_is_503(edge: Edge) -> None:
     """202 might be a lie, 422 too. The same key is safe to retry."""
     edge.log.events.append(Event("c-1", event_id_from_key("k"), 1, BODY))
     reader_of(edge).silent = True
@@ -294,7 +294,7 @@ async def test_with_no_wait_the_corpus_is_never_asked_about_new_keys() -> None:
         assert reader_of(edge).asked == []
 
 
-async def test_an_event_without_a_key_asks_nobody(edge: Edge) -> None:
+async def test_an_event_without_a_key_asks_no_persister(edge: Edge) -> None:
     """Its id was made a moment ago."""
     await edge.post("c-1", BODY)
 

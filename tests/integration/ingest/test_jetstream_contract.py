@@ -191,7 +191,7 @@ async def test_a_process_that_remembers_nothing_compares_with_the_stream(fresh_l
         assert (status, problem["type"]) == (422, REUSED)
 
 
-async def test_a_key_whose_event_nobody_can_show_is_503(fresh_log: Cluster, tmp_path: Path) -> None:
+async def test_a_key_whose_event_cannot_be_read_is_503(fresh_log: Cluster, tmp_path: Path) -> None:
     """The broker knows the id, the event has been trimmed, and no persister runs."""
     path = "/consultations/c-1/events"
     async with clients(tmp_path, fresh_log) as (client,), jetstream(fresh_log) as js:

@@ -132,7 +132,7 @@ async def test_one_connection_too_many_is_told_so_and_closed() -> None:
         await eventually(served)
 
 
-async def test_a_flood_of_connections_keeps_nobody_out_who_is_in() -> None:
+async def test_a_flood_of_connections_does_not_end_open_ones() -> None:
     """Silent ones are cut off after a moment, those beyond a hundred at once."""
     async with running_edge(max_connections=1) as edge, connected(edge, 1) as ((reader, writer),):
         flood = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(150)]

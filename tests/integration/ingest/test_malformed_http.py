@@ -51,7 +51,7 @@ def statuses(answer: bytes) -> list[int]:
     ],
 )
 async def test_broken_http_is_400_as_a_problem(edge: Edge, request_bytes: bytes) -> None:
-    """And the connection is closed: where the next request would begin, nobody can tell."""
+    """And the connection is closed: the start of the next request is unknown."""
     answer = await edge.raw(request_bytes)
     assert statuses(answer) == [400]
     assert b"/problems/malformed-request" in answer

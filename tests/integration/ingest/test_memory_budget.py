@@ -1,4 +1,4 @@
-"""How much is taken at a time: bounded in number and in memory, and nobody is kept out by clients that are slow."""
+"""Requests in progress are bounded in number and memory, and slow clients keep no other client out."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_an_event_of_the_largest_size_is_always_taken_alone() -> None:
         assert 202 == (await edge.post(body=body(1000))).status
 
 
-async def test_headers_alone_keep_nobody_out() -> None:
+async def test_headers_alone_keep_no_client_out() -> None:
     """They hold nothing: the limits are of events that are stored, and of bytes that are here."""
     async with running_edge(max_in_flight=2, max_in_flight_bytes=1000, max_event_bytes=1000) as edge:
         async with slow_clients(edge, 50, promised=1000, sent=b""):

@@ -38,7 +38,7 @@ def description() -> Json:
 
 
 async def test_the_served_description_is_openapi_3_1(edge: Edge) -> None:
-    """Everybody gets it, without a token; a kept validator finds no fault in it."""
+    """Every client gets it, without a token; a maintained validator finds no fault in it."""
     reply = await edge.request("GET", "/openapi.json")
     assert (200, "application/json", "no-cache") == (
         reply.status,
@@ -161,8 +161,8 @@ async def test_each_example_of_a_request_is_taken(edge: Edge) -> None:
             assert (202, kind) == (reply.status, kind), reply.json
 
 
-async def test_a_deployment_with_tokens_shows_it_to_everybody(tmp_path: Path) -> None:
-    """It holds no data, and whoever has no token yet wants to know how to send one."""
+async def test_a_deployment_with_tokens_shows_it_without_one(tmp_path: Path) -> None:
+    """It holds no data, and explains how to send a token."""
     (tmp_path / "tokens").write_text("# none\n")
     async with running_edge(token_file=str(tmp_path / "tokens")) as edge:
         assert [200, 200, 401] == [

@@ -181,7 +181,7 @@ async def test_what_is_no_batch_is_refused(edge: Edge, body: bytes, kind: str, e
 
 
 async def test_a_thousand_events_are_a_batch(edge: Edge) -> None:
-    """The broker's limit; also when the body is long enough to be read beside the loop."""
+    """The broker's limit; also when the body is long enough to be read in a thread."""
     reply = await post(edge, b"\n".join(line("x" * 300) for _ in range(1000)))
 
     assert (202, 1000) == (reply.status, len(reply.json["results"]))

@@ -96,7 +96,7 @@ async def test_an_accepted_event_stands_in_the_stream(fresh_log: Cluster, tmp_pa
 
 
 async def test_readiness_waits_for_the_consumers(fresh_log: Cluster, tmp_path: Path) -> None:
-    """Without persisters events are safe but nobody writes them; alive it is all the same."""
+    """Without persisters events are safe but not written; the process is alive."""
     with ingest(tmp_path, fresh_log) as service:
         async with client_of(service) as client:
             status, answer = await client.manage("/readyz")
@@ -222,6 +222,6 @@ def test_an_event_size_that_the_broker_does_not_take_is_refused_at_start(cluster
 
 @pytest.fixture
 def unused_tcp_port() -> int:
-    """A port of loopback that nobody has."""
+    """A free port of loopback."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return int(sock.getsockname()[1])

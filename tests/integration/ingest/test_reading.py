@@ -162,7 +162,7 @@ async def test_one_event_is_shown_with_where_it_is(edge: Edge) -> None:
 
 
 @pytest.mark.parametrize("event_id", ["6f1b1d4e-0000-4000-8000-000000000000", "no-uuid", "%00"])
-async def test_an_event_that_nobody_posted_is_unknown(edge: Edge, event_id: str) -> None:
+async def test_an_event_that_was_not_posted_is_unknown(edge: Edge, event_id: str) -> None:
     """Also one of another consultation, and what cannot be an id."""
     (other,) = await fill(edge, 1, "other")
     for name in (event_id, other):

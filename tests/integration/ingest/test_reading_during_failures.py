@@ -1,4 +1,4 @@
-"""Reading over HTTP with all that is real: ingest, persisters, three nodes; also while some of them die."""
+"""Reading over HTTP from real ingest, persisters and three nodes, also while some of them die."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ async def test_an_event_is_queued_and_then_persisted(fresh_log: Cluster, tmp_pat
             assert (404, "/problems/unknown-event") == (status, problem["type"])
 
 
-async def test_a_follower_misses_and_repeats_nothing_whoever_dies(fresh_log: Cluster, tmp_path: Path) -> None:
+async def test_a_follower_misses_and_repeats_nothing_when_processes_die(fresh_log: Cluster, tmp_path: Path) -> None:
     """The stream's leader, the owner of the partition, and then the very process that it follows through."""
     posted: list[int] = []
     seen: list[int] = []

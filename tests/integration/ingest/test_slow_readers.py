@@ -82,7 +82,7 @@ async def _ask_for_a_page_and_not_read() -> None:
         assert 200 == (await edge.request("GET", EVENTS + "?limit=1")).status
 
 
-async def test_whoever_reads_gets_all_of_it() -> None:
+async def test_a_client_that_reads_gets_all_of_it() -> None:
     """However many buffers it takes."""
     async with running_edge() as edge:
         await fill(edge)

@@ -33,7 +33,7 @@ def unfrozen() -> Iterator[None]:
 
 
 async def test_a_connection_that_is_lost_for_good_ends_the_process_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever supervises the process starts it again; what was opened is closed all the same."""
+    """The supervisor starts the process again; what was opened is closed."""
     log = MemoryLog()
 
     @asynccontextmanager

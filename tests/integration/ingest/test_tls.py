@@ -43,7 +43,7 @@ class Files:
         self.renew("first")
 
     def renew(self, name: str, pair: Pair | None = None) -> None:
-        """Write another pair, as whoever renews certificates does: the key first."""
+        """Write another pair as an operator who renews certificates does: the key first."""
         pair = pair or self._authority.sign(name, ["127.0.0.1"], start=datetime.now(UTC) - HOUR)
         self.key.write_bytes(pair.key)
         self.certificate.write_bytes(pair.certificate)
@@ -109,7 +109,7 @@ async def test_nothing_older_than_1_2_is_spoken(
 
 
 async def test_plain_http_and_garbage_are_not_answered(edge: Edge, files: Files) -> None:
-    """Nobody talks in clear by mistake, and the next client is served."""
+    """No client uses plain text by mistake, and the next client is served."""
     for request in (b"GET / HTTP/1.1\r\nHost: t\r\n\r\n", b"\x00" * 100, b""):
         answer = await edge.raw(request, end=True)
         assert b"HTTP" not in answer
@@ -146,7 +146,7 @@ async def test_a_handshake_that_fails_makes_room(files: Files, monkeypatch: pyte
 
 
 async def test_a_stop_does_not_wait_for_handshakes(files: Files) -> None:
-    """Nobody waits for one who says nothing; who completes one afterwards is cut off."""
+    """It does not wait for a silent client; one that completes its handshake afterwards is disconnected."""
     async with running_edge(**files.settings) as edge:
         _, silent = await asyncio.open_connection("127.0.0.1", edge.port)
         reader, late = await asyncio.open_connection("127.0.0.1", edge.port)

@@ -245,7 +245,7 @@ async def test_a_batch_that_a_full_stream_has_no_room_for_leaves_nothing(fresh_l
 
 
 async def test_a_message_too_large_for_the_server_is_refused_before_anything_is_sent(log: Log) -> None:
-    """The server would end the connection of everybody in this process."""
+    """The server would end the connection that all requests of this process share."""
     events = [*_events(3), new_event(body=b"x" * (log.nc.max_payload - 50))]
 
     with pytest.raises(LogRefusedError, match="exceeds the server's limit"):

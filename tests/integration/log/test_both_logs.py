@@ -45,7 +45,7 @@ def lines(count: int, payload: str = "x") -> bytes:
 
 
 async def test_200_clients_that_race_one_key_with_two_bodies_store_one_event(pipeline: Pipeline) -> None:
-    """At one moment, through two processes: who had the first body gets 202, the others 422, nobody anything else."""
+    """At one moment, through two processes: those with the first body get 202, the others 422."""
     async with pipeline.running(ingests=2) as both:
         for number, key in enumerate(("a", "b", "c"), start=1):
             answers = await race([one.edge for one in both], PATH, key, [BODIES[n // 2 % 2] for n in range(200)])
@@ -166,7 +166,7 @@ async def test_what_was_accepted_is_read_at_once(pipeline: Pipeline) -> None:
         await eventually(both)
 
 
-async def test_a_follower_misses_and_repeats_nothing_whoever_dies(pipeline: Pipeline) -> None:
+async def test_a_follower_misses_and_repeats_nothing_when_processes_die(pipeline: Pipeline) -> None:
     """The owner of the partition, and then the very process that it follows through."""
     posted: list[int] = []
     seen: list[int] = []

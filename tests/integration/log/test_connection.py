@@ -32,7 +32,7 @@ def _user_timeout(nc: Connection) -> int:
     return timeout
 
 
-async def test_a_connect_to_nobody_ends_within_its_deadline_and_names_the_servers() -> None:
+async def test_a_connect_to_a_closed_port_ends_within_its_deadline_and_names_the_servers() -> None:
     """The message says what to do; a password in the URL is not shown."""
     settings = LogSettings(servers=("nats://127.0.0.1:1", "nats://user:secret@127.0.0.1:2"))
     started = time.monotonic()
@@ -46,7 +46,7 @@ async def test_a_connect_to_nobody_ends_within_its_deadline_and_names_the_server
     assert "secret" not in str(caught.value)
 
 
-async def test_a_connect_to_somebody_who_says_nothing_ends_within_its_deadline() -> None:
+async def test_a_connect_to_a_silent_server_ends_within_its_deadline() -> None:
     """A port that accepts and stays silent must not hang a start."""
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -88,7 +88,7 @@ async def test_a_lost_server_is_awaited_and_each_socket_has_the_timeout(single_n
     await close(nc)
 
 
-async def test_an_end_that_nobody_asked_for_is_reported(single_node: Cluster) -> None:
+async def test_an_unexpected_end_is_reported(single_node: Cluster) -> None:
     """The server throws out who sends more than it takes; the process must learn that its connection is gone."""
     reasons: list[str] = []
     nc = await connect(LogSettings(servers=tuple(single_node.urls)), name="test", on_closed=reasons.append)
@@ -163,7 +163,7 @@ class _Moody(threading.Thread):
                 connection.sendall(data.count(b"PING\r\n") * b"PONG\r\n")
 
 
-async def test_a_client_that_nobody_reconnects_any_more_is_reported(
+async def test_a_client_without_its_reconnecting_task_is_reported(
     single_node: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error that nats-py does not expect ends its task in silence; the process must not live on, deaf and mute."""

@@ -159,7 +159,7 @@ async def test_a_subject_that_the_routes_do_not_carry_is_read_otherwise(log: Log
 
 
 async def test_a_foreign_pull_that_steals_messages_is_seen_as_a_gap_and_repaired(log: Log) -> None:
-    """Somebody runs `nats consumer next` on our cursor: what he took is delivered to us all the same."""
+    """An operator runs `nats consumer next` on our cursor: we still receive what that took."""
     await log.publish(100)
     async with sink(log, max_events=8).following() as reader:
         first = await reader.take(5)

@@ -160,7 +160,7 @@ async def test_a_clock_that_is_ahead_of_the_brokers_is_shown(seen: Watched, monk
 async def test_a_node_that_is_down_is_shown_and_so_is_the_loss_of_the_quorum(
     log: Log, seen: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What nobody answers any more is not shown after a while."""
+    """Values without further answers disappear after a while."""
     leader = await asyncio.to_thread(log.cluster.wait_stream_leader, STREAM)
     first, second = (index for index in range(3) if index != leader)
     gone = log.cluster.names[first]
@@ -194,8 +194,8 @@ async def test_before_any_persister_came_every_event_waits(log: Log, seen: Watch
     """Of the settings' store, in partitions that are not placed; the broker counts them."""
     await log.publish(3, consultations=1)
     await seen.until(lambda: sorted(seen.waiting()) == [0, 3])
-    nobody = {("00", "main", ""): 0, ("01", "main", ""): 0}
-    await seen.until(lambda: nobody == seen.series("fi_partition_owners"))  # once silence means something
+    unowned = {("00", "main", ""): 0, ("01", "main", ""): 0}
+    await seen.until(lambda: unowned == seen.series("fi_partition_owners"))  # once silence means something
     assert {} == seen.series("fi_volume_processes")
     backlog = seen.monitor.backlog()
     assert backlog is not None
@@ -315,7 +315,7 @@ async def test_one_lost_answer_is_bridged_and_old_news_is_forgotten(
 
 
 @pytest.mark.parametrize(("denied", "live", "failures"), [('"x"', (), 0), ('"$SRV.>"', None, 1)])
-async def test_a_monitor_that_may_not_ask_takes_nobody_for_dead(
+async def test_a_monitor_that_may_not_ask_takes_no_process_for_dead(
     tmp_path: Path, denied: str, live: tuple[()] | None, failures: int
 ) -> None:
     """No persister is one thing; silence after a refusal means nothing, and is counted."""
@@ -345,7 +345,7 @@ async def test_a_cluster_without_a_log_is_not_ready(fresh_log: Cluster) -> None:
 
 
 async def test_the_log_is_ready_when_every_partition_of_a_store_is_placed(log: Log, seen: Watched) -> None:
-    """Until then nobody would persist what is accepted; a second store may still be on its way."""
+    """Until then no process would persist what is accepted; a second store may still be starting."""
     await _place(log, 0)
     await seen.monitor.look()
     assert ["1 partitions have no owner yet: start the persisters"] == await seen.monitor.ready()

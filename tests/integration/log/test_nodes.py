@@ -1,4 +1,4 @@
-"""What each node says of itself when it is asked through the log: here somebody else answers in their place."""
+"""What each node reports of itself through the log; here a stand-in answers for the nodes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def asked(url: str) -> list[NodeState]:
         await connection.close()
 
 
-async def test_where_nobody_tells_there_are_no_nodes(url: str) -> None:
+async def test_without_answers_there_are_no_nodes(url: str) -> None:
     """The embedded cluster has no accounts; it is known at once, not after a time-out."""
     began = time.monotonic()
     assert [] == await asked(url)

@@ -42,7 +42,7 @@ def placements(nc: Connection, cluster: Cluster) -> BucketPlacements:
 
 
 async def test_of_claims_at_three_nodes_at_the_same_moment_exactly_one_wins(nc: Connection, cluster: Cluster) -> None:
-    """Nine volumes ask through three nodes for each of 16 partitions: everybody is told of the same winner."""
+    """Nine volumes ask through three nodes for each of 16 partitions: all learn of the same winner."""
     connections = [
         await connect(replace(_settings(cluster), servers=(url,)), name="test", on_closed=pytest.fail)
         for url in cluster.urls
@@ -99,7 +99,7 @@ async def test_progress_adopts_the_revision_of_another_process_of_the_volume(pla
 async def test_of_two_processes_that_write_copies_of_a_partition_one_stops(
     placements: BucketPlacements, nc: Connection, cluster: Cluster
 ) -> None:
-    """A handover moves the key once; whoever finds it moved again after that has a twin, and both say one volume."""
+    """A handover moves the key once; a volume whose key moved again has a copy that uses the same identity."""
     claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
     other = BucketPlacements(nc, _settings(cluster))
     taken = await other.progress(await placements.progress(claimed, 10), 20)

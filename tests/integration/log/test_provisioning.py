@@ -82,7 +82,7 @@ async def test_provisioning_twice_changes_nothing(nc: Connection, cluster: Clust
 
 
 async def test_eight_processes_at_once_end_with_one_log(fresh_log: Cluster) -> None:
-    """Two ingests and two persisters start together, and the creation is nobody's in particular."""
+    """Services start together, and any of them may create the log."""
     settings = _settings(fresh_log)
 
     identities = await asyncio.gather(*(_provision_once(settings) for _ in range(8)))
@@ -168,7 +168,7 @@ async def test_a_creation_that_has_no_room_is_refused(
         await provision(nc, _settings(cluster, **different))
 
 
-async def test_a_stream_of_somebody_else_is_left_alone(nc: Connection, cluster: Cluster) -> None:
+async def test_a_stream_of_another_program_is_left_alone(nc: Connection, cluster: Cluster) -> None:
     """It has our name, but not our metadata."""
     await JetStreamApi(nc).request(f"STREAM.CREATE.{STREAM}", {"name": STREAM, "subjects": ["orders"]})
 
@@ -212,7 +212,7 @@ async def test_a_user_who_may_not_provision_is_told_so(tmp_path: Path) -> None:
 
 
 async def test_a_log_that_was_not_provisioned_has_no_identity(nc: Connection, cluster: Cluster) -> None:
-    """Where FI_PROVISION is off, somebody else must have done it."""
+    """With FI_PROVISION off, another process must have created it."""
     with pytest.raises(ProvisionError, match="run `fiq provision`"):
         await stream_identity(nc, _settings(cluster))
 

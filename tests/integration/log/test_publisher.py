@@ -185,7 +185,7 @@ async def test_one_more_than_the_limit_in_flight_fails_at_once(fresh_log: Cluste
 
 
 async def test_a_cancelled_call_leaves_nothing_behind(log: Log) -> None:
-    """A client that hung up frees its slot; the answer that still comes harms nobody."""
+    """A client that hung up frees its slot; the late answer does no harm."""
     calls = [asyncio.create_task(log.publisher.append(new_event())) for _ in range(50)]
     await asyncio.sleep(0)
     assert log.publisher.in_flight == 50
@@ -200,7 +200,7 @@ async def test_a_cancelled_call_leaves_nothing_behind(log: Log) -> None:
 
 
 async def test_a_message_that_the_server_would_not_take_is_refused_here(log: Log) -> None:
-    """The server would end the connection of everybody in this process."""
+    """The server would end the connection that all requests of this process share."""
     body = b"x" * (log.nc.max_payload - 50)
 
     with pytest.raises(LogRefusedError, match="exceeds the server's limit"):

@@ -53,7 +53,7 @@ async def test_passing_trouble_is_retried_with_the_same_id(nc: Connection, singl
     assert publisher.retries == 3
 
 
-async def test_nobody_there_is_retried_until_somebody_is(nc: Connection, single_node: Cluster) -> None:
+async def test_no_responders_is_retried_until_there_is_one(nc: Connection, single_node: Cluster) -> None:
     """Status 503 comes at once while no node leads."""
     publisher = await _publisher(nc, 10)
     call = asyncio.create_task(publisher.append(_event()))
@@ -132,7 +132,7 @@ async def test_a_server_that_is_away_costs_the_deadline_and_no_more(nc: Connecti
 
 
 async def test_a_frozen_server_costs_the_deadline_and_no_more(nc: Connection, single_node: Cluster) -> None:
-    """Its connection stays open and takes megabytes that nobody reads; no call may hang in the socket."""
+    """Its connection stays open and takes megabytes that the server does not read; no call may hang in the socket."""
     publisher = await _publisher(nc, 1)
     large = replace(_event(), body=b"x" * 1_500_000)
     single_node.pause(0)

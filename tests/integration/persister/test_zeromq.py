@@ -46,7 +46,7 @@ def pipeline(tmp_path: Path, sockets: Path) -> Pipeline:
 
 
 async def refused(client: Client, key: str) -> float:
-    """Post what nobody takes, and return how long the answer took, seconds."""
+    """Post an event that no owner takes, and return the time until the answer, seconds."""
     began = time.monotonic()
     status, problem = await client.post(PATH, BODY, key)
     assert (503, UNAVAILABLE) == (status, problem["type"])

@@ -81,7 +81,7 @@ async def test_what_operators_run_needs_no_more_than_ops_may(provisioned: Secure
             ]
             certificates = [one["what"] for one in report["findings"] if one["check"] == "certificates"]
             assert 4 == len(certificates)  # three nodes and the authority
-            # told through the log: nobody but the node itself reaches its monitoring port
+            # reported through the log: the monitoring port is open to the node alone
             looked_at = sorted(one["check"] for one in report["findings"] if one["what"].startswith(("n1", "n2", "n3")))
             assert sorted(["clocks", "nodes", "sync_interval"] * 3) == looked_at
             assert all("is good until" in what for what in certificates)
@@ -149,7 +149,7 @@ async def _all_say(secured: Secured, subject: str, *, let_in: bool) -> None:
 async def _lets_in(secured: Secured, server: str, subject: str) -> bool | None:
     """Say whether the node at *server* lets ops publish on *subject*, for something that does not exist or is empty.
 
-    None: amid a reload, when a node knows nobody for a moment.
+    None: during a reload, when a node knows no user for a moment.
     """
     try:
         async with secured.connected(Role.OPS, servers=(server,)) as nc:

@@ -115,7 +115,7 @@ FORBIDDEN = {
         "$SYS.REQ.SERVER.PING",
     ],
 }
-#: what none of them does: it is for whoever looks after the cluster, and stops or delays the pipeline
+#: what no role may do: administration of the cluster, which can stop or delay the pipeline
 OPERATIONS = [
     "$JS.API.META.LEADER.STEPDOWN",
     "$JS.API.SERVER.REMOVE",
@@ -124,7 +124,7 @@ OPERATIONS = [
     "$JS.API.CONSUMER.LEADER.STEPDOWN.fi-events.fi-workers-main-00",
     "$JS.API.CONSUMER.PAUSE.fi-events.fi-workers-main-00",
 ]
-#: subjects that nobody may listen to besides his own inbox
+#: subjects to which no role may subscribe; its own inbox is allowed
 UNHEARD = ["fi.events.>", "fi.dead.>", ">", "_INBOX.>", "$JS.ACK.>", "$JS.API.>", "$SYS.>"]
 
 
@@ -143,7 +143,7 @@ async def test_a_role_may_not_publish_what_is_not_its_own(secured: Secured, role
 @pytest.mark.parametrize("role", list(Role))
 @pytest.mark.parametrize("subject", [*UNHEARD, "another's inbox"])
 async def test_a_role_may_not_listen_to_others(secured: Secured, role: Role, subject: str) -> None:
-    """Neither to events as they are published nor to answers that are meant for somebody else."""
+    """Neither to events as they are published nor to answers for other clients."""
     if subject == "another's inbox":
         subject = f"_INBOX_{Role.OPS if role is Role.INGEST else Role.INGEST}.>"
     async with secured.connected(role) as nc:
@@ -154,7 +154,7 @@ async def test_a_role_may_not_listen_to_others(secured: Secured, role: Role, sub
 
 @pytest.mark.parametrize("role", [role for role in Role if role is not Role.PERSISTER])
 async def test_only_a_persister_hears_questions_about_the_corpus(secured: Secured, role: Role) -> None:
-    """Whoever heard them could answer them, with events that nobody posted."""
+    """A client that receives them could answer with forged events."""
     async with secured.connected(role) as nc:
         await nc.subscribe("fi.corpus.main.1.*")
         await eventually(lambda: nc.violations)
@@ -201,14 +201,14 @@ async def test_provisioning_says_who_may(stranger: Connection, secured: Secured)
 
 
 async def test_placement_says_what_is_missing(stranger: Connection, secured: Secured) -> None:
-    """A claim by somebody who may read the bucket and not write it."""
+    """A claim by a user who may read the bucket and not write it."""
     await _identity(secured)
     with pytest.raises(LogForbiddenError, match=r"may not publish on \$kv\.fi-partitions\.main\.00"):
         await BucketPlacements(stranger, secured.settings(Role.INGEST)).claim(0, "volume", 1, begins=1)
 
 
 async def test_a_persister_places_and_ops_places_anew(secured: Secured) -> None:
-    """Each with its own user: claim, progress and the hint of it; then what `fiq restore` does; everybody reads it."""
+    """Each with its own user: claim, progress and the hint of it; then what `fiq restore` does; all roles read it."""
     await _identity(secured)
     async with secured.connected(Role.PERSISTER) as owner, secured.connected(Role.OPS) as ops:
         placements = BucketPlacements(owner, secured.settings(Role.PERSISTER, store="placing"))

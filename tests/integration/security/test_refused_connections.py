@@ -1,4 +1,4 @@
-"""Nobody gets in without TLS 1.3 and a key, and whoever stays outside is told why: one line, and an exit code."""
+"""A node refuses clients without TLS 1.3 and a key; the client logs the reason in one line and exits with a code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ports(secured: Secured) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("port", ["client", "route"])
-async def test_a_node_says_nothing_to_somebody_without_tls(secured: Secured, port: str) -> None:
+async def test_a_node_answers_nothing_without_tls(secured: Secured, port: str) -> None:
     """Not even which server it is: the first byte on the wire is a handshake's."""
     reader, writer = await asyncio.open_connection("127.0.0.1", ports(secured)[port])
     writer.write(CONNECT_LINE)

@@ -1,4 +1,4 @@
-"""Renewing certificates and users while clients work: nobody is refused, nothing fails, the old ones end."""
+"""Certificates and users are renewed while clients work: no client is refused, no request fails, the old ones end."""
 
 from __future__ import annotations
 

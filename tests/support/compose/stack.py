@@ -262,7 +262,7 @@ def ops_settings(folder: Path, addresses: list[str]) -> LogSettings:
 
 @asynccontextmanager
 async def reports(settings: Callable[[], LogSettings]) -> AsyncIterator[Callable[[], Awaitable[StreamReport | None]]]:
-    """Yield a function that asks for the stream's state; None while nobody answers."""
+    """Yield a function that asks for the stream's state; None while there is no answer."""
     nc: Connection | None = None
 
     async def asked() -> StreamReport | None:
@@ -299,7 +299,7 @@ async def stream_is_whole(settings: Callable[[], LogSettings]) -> None:
 
 
 def free_port(following: int = 0) -> int:
-    """Return a port of loopback that nobody listens on, nor on so many *following* ones."""
+    """Return a free port of loopback whose *following* ports are free, too."""
     for port in random.sample(_PORTS, len(_PORTS)):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for one in range(port, port + following + 1):

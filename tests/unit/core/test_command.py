@@ -11,7 +11,7 @@ from services.log.settings import LogSettings
 
 
 def test_help_names_every_setting_with_its_default() -> None:
-    """Whoever has the binary has the manual."""
+    """The binary contains its manual."""
     text = parser("p", "d", LogSettings).format_help()
     for variable in variables(LogSettings):
         assert f"{variable.name} (default: {format_default(variable.default)})" in text

@@ -41,7 +41,7 @@ def test_values_come_from_the_mapping_and_reach_nested_classes() -> None:
 
 
 def test_all_problems_are_reported_at_once_with_name_value_and_expectation() -> None:
-    """Nobody wants to restart a service once for each typing error."""
+    """The operator corrects all of them before the next start."""
     with pytest.raises(ConfigurationError) as caught:
         load(Outer, {"T_COUNT": "ten", "T_PIN": "123"})
     assert caught.value.problems == (

@@ -63,7 +63,7 @@ def test_a_line_that_is_none_is_told_by_its_number_alone(line: str, expected: st
 
 
 def test_an_empty_file_is_refused() -> None:
-    """It is what a file looks like that is being written just now; in it everybody would be refused."""
+    """A file that is just being written looks like this; it would refuse every client."""
     with pytest.raises(ConfigurationError, match="empty"):
         parse(" \n")
 

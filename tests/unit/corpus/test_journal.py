@@ -108,7 +108,7 @@ def test_a_missing_journal_is_refused(crashed: Path, wal: Path) -> None:
 
 
 def test_a_missing_file_is_named(crashed: Path, wal: Path) -> None:
-    """A journal alone cannot be opened, and no file is created beside it."""
+    """A journal alone cannot be opened, and no file is created next to it."""
     crashed.unlink()
     with pytest.raises(CorpusNotFoundError, match="though its journal is there"):
         EventStore.open(crashed, expected=IDENTITY)

@@ -1,4 +1,4 @@
-"""The compose files hand every setting on: what is in .env and not in the file would be ignored without a word."""
+"""The compose files pass every setting: one that is in .env and not in the file would be ignored silently."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_each_setting_of_a_service_can_be_set_in_dotenv(file: str, service: str)
 
 @pytest.mark.parametrize("service", READS)
 @pytest.mark.parametrize("file", DECIDED)
-def test_nothing_is_handed_on_that_nobody_reads(file: str, service: str) -> None:
-    """What was renamed or removed must go from here, too."""
+def test_each_variable_that_is_passed_is_a_setting(file: str, service: str) -> None:
+    """A setting that was renamed or removed must go from here, too."""
     known = {variable.name for read in READS.values() for settings in read for variable in variables(settings)}
 
     assert set() == {name for name in environment(file, service) if name.startswith("FI_")} - known

@@ -24,8 +24,8 @@ states = st.text() | st.lists(st.from_regex(r"\A[ \t]*[a-z0-9@_*/-]{1,20}=[ -~]{
 
 
 @pytest.mark.parametrize("flags", ["00", "01", "02", "03", "ff"])
-def test_a_valid_parent_is_handed_on_as_it_came(flags: str) -> None:
-    """Nothing is known of other flags, and nobody here changes them."""
+def test_a_valid_parent_is_handed_on_unchanged(flags: str) -> None:
+    """Also with flags that the specification does not define."""
     trace = read_trace([f"00-{ID}-{SPAN}-{flags}"], [])
     assert trace is not None
     assert (f"00-{ID}-{SPAN}-{flags}", ID, flags in ("01", "03", "ff")) == (trace.parent, trace.trace_id, trace.sampled)
@@ -144,8 +144,8 @@ def test_a_message_carries_its_event_s_trace() -> None:
     assert (event, None) == (spoiled, spoiled.trace)
 
 
-def test_without_a_trace_a_message_has_no_header_more() -> None:
-    """What nobody asked for costs nothing."""
+def test_without_a_trace_a_message_has_no_further_header() -> None:
+    """Messages without a trace stay as small as before."""
     assert {"Nats-Msg-Id", "Fi-Received-Ns"} == EVENT.headers().keys()
 
 

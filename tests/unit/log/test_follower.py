@@ -121,13 +121,13 @@ def test_messages_that_have_not_come_by_the_next_heartbeat_are_lost(follower: Je
 
 
 def test_a_cursor_that_sent_less_than_came_is_another_one(follower: JetStreamFollower) -> None:
-    """Its node came back without its memory, or somebody reset it."""
+    """Its node came back without its memory, or an operator reset it."""
     delivered(follower, 1)
     delivered(follower, 2)
     assert heartbeat(follower, 1) == "gap"
 
 
-def test_a_status_that_nobody_planned_for_is_doubt(follower: JetStreamFollower) -> None:
+def test_an_unknown_status_is_doubt(follower: JetStreamFollower) -> None:
     """A leadership change, a consumer that was deleted; also an end that does not say what is missing."""
     headers = {"Status": "409", "Description": "Leadership Change"}
     follower._status(Received("inbox.1", "", b"", headers))
@@ -169,7 +169,7 @@ def test_little_room_is_not_asked_for_while_a_request_is_under_way() -> None:
 
 
 def test_without_a_request_any_room_is_asked_for() -> None:
-    """Whoever has nothing under way must not wait for others to give room back: they may never do."""
+    """A follower with no request of its own must not wait for others to return room, which may never happen."""
     assert (1, 10, "inbox.1") == pulls().next(room(1, 10))
 
 

@@ -47,7 +47,7 @@ def followers(count: int, events: int = 1600, size: int = 10**6) -> list[Followe
 
 
 def test_a_single_follower_gets_all_of_it() -> None:
-    """Nobody else needs it."""
+    """No other follower needs it."""
     (one,) = followers(1)
     one.backlog = 10**6
     assert 1600 == one.room
@@ -74,8 +74,8 @@ def test_busy_followers_share_equally() -> None:
     assert [25 + 300] * 4 == [one.fetch() for one in all_of_them[:4]]
 
 
-def test_whoever_comes_late_gets_the_minimum_at_once_and_its_part_when_the_others_let_go() -> None:
-    """Nobody starves while a batch of somebody else takes its time."""
+def test_a_late_follower_gets_the_minimum_at_once_and_its_share_when_the_others_release_theirs() -> None:
+    """No follower starves while the batch of another takes long."""
     early, late = followers(2)
     early.backlog = late.backlog = 10**6
     late.backlog = 0
@@ -116,7 +116,7 @@ def test_the_floor_holds_two_of_the_largest_messages() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_followers_never_hold_more_than_there_is(seed: int) -> None:
-    """Whatever comes, is done, and in what order; and everybody who waits is served."""
+    """For any order of arrivals and completions; and each waiting follower is served."""
     chance = random.Random(seed)
     all_of_them = followers(chance.randrange(1, 20), events=chance.randrange(100, 5000))
     for _ in range(2000):

@@ -27,8 +27,8 @@ def test_a_duplicate_gives_the_position_of_the_first_one() -> None:
     assert read_ack(ack, None, "fi-events") == Appended(7, duplicate=True)
 
 
-def test_nobody_there_may_be_tried_again() -> None:
-    """Without a leader nobody subscribes to the subject, and the server says 503."""
+def test_no_responders_may_be_tried_again() -> None:
+    """Without a leader the subject has no subscriber, and the server answers 503."""
     assert isinstance(read_ack(b"", {"Status": "503"}, "fi-events"), TryAgain)
 
 
@@ -63,7 +63,7 @@ def test_fatal_codes_are_refusals(err_code: int) -> None:
 
 
 @pytest.mark.parametrize("answer", [b"", b"+OK", b"[]", b'{"stream":"other","seq":1}', b'{"seq":1}'])
-def test_an_answer_of_somebody_else_is_a_refusal(answer: bytes) -> None:
+def test_an_answer_that_is_not_the_streams_is_a_refusal(answer: bytes) -> None:
     """Another stream or service on our subjects must not count as storage."""
     with pytest.raises(LogRefusedError):
         read_ack(answer, None, "fi-events")

@@ -86,7 +86,7 @@ def test_names_come_back() -> None:
     ],
 )
 def test_what_is_no_question_is_refused(kind: str, data: bytes) -> None:
-    """Whoever may ask might send anything; no text of it comes back."""
+    """A client with permission to ask may send anything; its text is never returned."""
     with pytest.raises(MalformedError):
         wire.decode_question(kind, data)
 

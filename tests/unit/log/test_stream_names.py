@@ -25,7 +25,7 @@ def test_a_cursor_is_named_after_its_store_its_partition_and_its_generation() ->
 
 @pytest.mark.parametrize("name", ["fi-workers-main-03", "fi-workers-main-03-0", "fi-workers-main-3-1", "mine"])
 def test_another_name_is_no_cursor(name: str) -> None:
-    """What somebody else made on the stream is left alone."""
+    """Cursors of other programs on the stream are left alone."""
     assert stream.parse_cursor_name(name) is None
 
 

@@ -50,7 +50,7 @@ def test_a_single_server_leads_itself() -> None:
     assert stream.has_quorum
 
 
-def test_a_stream_of_somebody_else_has_no_partitions() -> None:
+def test_a_stream_of_another_program_has_no_partitions() -> None:
     """`fiq status` must not fail on it."""
     info = _info()
     info["config"]["metadata"] = None

@@ -62,7 +62,7 @@ def test_the_process_with_the_lowest_partition_that_is_run_trims() -> None:
     assert not is_turn(state, "main", [])
 
 
-def test_a_process_that_hears_nobody_trims() -> None:
+def test_a_process_that_hears_no_other_trims() -> None:
     """Several do no harm, none at all would."""
     assert is_turn(LogState(), "main", [7])
 

@@ -49,7 +49,7 @@ def test_a_compaction_is_logged_once(tmp_path: Path) -> None:
 
 
 def test_the_wait_is_a_metric(tmp_path: Path) -> None:
-    """Beside the number of deferrals and the journal's size."""
+    """As are the number of deferrals and the journal's size."""
     metrics = PersisterMetrics()
     metrics.of(0).store(replace(_held_back(tmp_path), checkpoint_waiting_seconds=75.0, compactions=2))
     values = {
