@@ -5,7 +5,7 @@ client's idempotency key if that is a UUID, a UUIDv8 (RFC 9562, section 5.8) der
 (section 5.7) if the client sends no key. The broker's message id is ``<consultation>/<event id>``.
 
 A body is one JSON object with an ``event_type``. It is stored byte for byte, except that raw line breaks between its
-tokens become spaces, so that a payload dataset is NDJSON.
+tokens become spaces, so that a payload dataset is NDJSON. The message of an event carries the trace of its request.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -22,7 +22,6 @@ from uuid import UUID
 import orjson
 
 from fiq.errors import InvalidIdError, PoisonError
-from fiq.trace import Trace, trace_of_message
 
 #: the form of a consultation id
 CONSULTATION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
@@ -30,6 +29,15 @@ CONSULTATION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 MESSAGE_ID_HEADER = "Nats-Msg-Id"
 #: header with the time at which ingest received the event, nanoseconds since the Unix epoch
 RECEIVED_HEADER = "Fi-Received-Ns"
+#: characters of a message id that :func:`message_id_at` returns as it is
+MAX_MESSAGE_ID = 200
+#: headers of requests and of messages
+PARENT_HEADER = "traceparent"
+STATE_HEADER = "tracestate"
+#: a longer tracestate is ignored, characters
+MAX_STATE = 512
+#: a tracestate with more members is ignored
+MAX_MEMBERS = 32
 
 #: an idempotency key
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
@@ -37,6 +45,16 @@ _CANONICAL_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.
 #: largest time that the corpus can hold (a signed 64-bit count of nanoseconds)
 _MAX_NS = 2**63 - 1
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+_PARENT = re.compile(
+    r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<ids>(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16})-[0-9a-f](?P<flags>[0-9a-f])"
+    r"(?P<rest>-\S*)?"
+)
+_MEMBER = re.compile(
+    r"(?P<key>[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
+    r"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
+)
+#: last digits of flags with the lowest bit, ``sampled``
+_SAMPLED = frozenset("13579bdf")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -197,6 +215,81 @@ def deeper_than(raw: bytes, limit: int) -> bool:
     return False
 
 
+# -- The trace of a request (W3C Trace Context, level 1: https://www.w3.org/TR/trace-context-1/) ----------------------
+#
+# Headers of requests are checked, because they go into messages and logs. Invalid values are ignored, as specified.
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The position of a request in a trace.
+
+    Attributes:
+        parent: a valid ``traceparent`` of version 00.
+        state: a valid ``tracestate``, or an empty string.
+    """
+
+    parent: str
+    state: str = ""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+        return self.parent[3:35]
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the caller may have recorded the request."""
+        return self.parent[-1] in _SAMPLED
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers that carry it on."""
+        return {PARENT_HEADER: self.parent, STATE_HEADER: self.state} if self.state else {PARENT_HEADER: self.parent}
+
+
+def read_trace(parents: Sequence[str], states: Sequence[str]) -> Trace | None:
+    """Return the trace of a request; None if it has no valid one.
+
+    Args:
+        parents: values of its ``traceparent`` headers; only a single one is valid.
+        states: values of its ``tracestate`` headers, in their order.
+    """
+    if len(parents) != 1:
+        return None
+    parent = _read_parent(parents[0])
+    return None if parent is None else Trace(parent, _read_state(states) if states else "")
+
+
+def trace_of_message(headers: Mapping[str, str]) -> Trace | None:
+    """Return the trace in a message's *headers*; None if they have no valid one."""
+    parent = headers.get(PARENT_HEADER)
+    if parent is None:
+        return None
+    state = headers.get(STATE_HEADER)
+    return read_trace((parent,), () if state is None else (state,))
+
+
+def _read_parent(value: str) -> str | None:
+    match = _PARENT.fullmatch(value)
+    if match is None:
+        return None
+    version, ids, flags, rest = match.groups()
+    if version == "00":
+        return value if rest is None else None
+    # of a later version only the fields of version 00 are used, and sent on as version 00
+    return f"00-{ids}-{'01' if flags in _SAMPLED else '00'}"
+
+
+def _read_state(values: Sequence[str]) -> str:
+    members = [stripped for value in values for member in value.split(",") if (stripped := member.strip(" \t"))]
+    state = ",".join(members)
+    if len(state) > MAX_STATE or len(members) > MAX_MEMBERS:
+        return ""
+    matches = [_MEMBER.fullmatch(member) for member in members]
+    keys = {match["key"] for match in matches if match is not None}
+    return state if len(keys) == len(members) else ""  # each member is valid, and no key occurs twice
+
+
 # -- Events and messages -----------------------------------------------------------------------------------------------
 
 
@@ -244,3 +337,14 @@ def decode(consultation: str, headers: Mapping[str, str] | None, body: bytes) ->
     if check_body(body) is not body:
         raise InvalidBodyError("the body holds raw line breaks")
     return Event(consultation, event_id, int(received), body, trace_of_message(headers))
+
+
+def message_id_at(headers: Mapping[str, str] | None) -> str:
+    """Return a message's id as the corpus records it with a commit.
+
+    Empty without one; a hash of one that is longer than :data:`MAX_MESSAGE_ID` or not printable ASCII.
+    """
+    found = (headers or {}).get(MESSAGE_ID_HEADER, "")
+    if len(found) <= MAX_MESSAGE_ID and found.isascii() and found.isprintable():
+        return found
+    return "blake2b:" + hashlib.blake2b(found.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()

@@ -24,9 +24,6 @@ No message holds a payload.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 
 class CorpusError(Exception):
     """Anything that this package raises on purpose."""
@@ -108,15 +105,3 @@ class UnknownConsultationError(CorpusError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-@contextmanager
-def system_errors(operation: str) -> Iterator[None]:
-    """Turn an ``OSError`` inside the block into a CorpusIOError that names the *operation*.
-
-    Raises CorpusIOError: the block raised an ``OSError``.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise CorpusIOError(f"cannot {operation}: {error.strerror or error}") from error

@@ -26,7 +26,6 @@ from fiq.corpus.errors import (
     CorpusNotFoundError,
     CorpusUsageError,
     UnknownConsultationError,
-    system_errors,
 )
 from fiq.corpus.format import (
     CHUNK_SLOTS,
@@ -40,7 +39,7 @@ from fiq.corpus.format import (
     read_attributes,
 )
 from fiq.corpus.wal.recovery import Snapshot
-from fiq.corpus.wal.storage import StorageIO, locked_directory, replace_file
+from fiq.corpus.wal.storage import StorageIO, locked_directory, replace_file, system_errors
 
 if TYPE_CHECKING:
     import pandas as pd

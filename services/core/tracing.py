@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aiohttp import web
 
 from fiq.errors import ConfigurationError
-from fiq.trace import PARENT_HEADER, STATE_HEADER, Trace, read_trace
+from fiq.event import PARENT_HEADER, STATE_HEADER, Trace, read_trace
 from services.core.logs import get_logger
 
 if TYPE_CHECKING:

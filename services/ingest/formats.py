@@ -28,6 +28,7 @@ from fiq.event import (
     Event,
     InvalidBodyError,
     NotJsonError,
+    Trace,
     check_consultation_id,
     check_depth,
     event_id_from_key,
@@ -37,7 +38,6 @@ from fiq.event import (
     without_line_breaks,
 )
 from fiq.event import read_body as read_json_object
-from fiq.trace import Trace
 from services.ingest import problems
 from services.ingest.admission import Reservation
 from services.ingest.problems import RequestRefusedError

@@ -26,7 +26,6 @@ The data that pass through the seam are here, in :mod:`services.log.questions` a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import UUID
 
-from fiq.event import MESSAGE_ID_HEADER, Event
+from fiq.event import Event
 from services.log.questions import Answer, Question, Stored
 from services.log.status import Backlog, LogState, PartitionProgress, Placement, StorePlacement
 
@@ -71,10 +70,6 @@ class Appended:
     duplicate: bool
 
 
-#: characters of a message id that a :class:`Position` records as it is
-MAX_MESSAGE_ID = 200
-
-
 @dataclass(frozen=True, slots=True)
 class Position:
     """How far a sink has come.
@@ -87,17 +82,6 @@ class Position:
 
     sequence: int
     message_id: str = ""
-
-
-def message_id_at(headers: Mapping[str, str] | None) -> str:
-    """Return a message's id as a :class:`Position` records it.
-
-    Empty without one; a hash of one that is longer than :data:`MAX_MESSAGE_ID` or not printable ASCII.
-    """
-    found = (headers or {}).get(MESSAGE_ID_HEADER, "")
-    if len(found) <= MAX_MESSAGE_ID and found.isascii() and found.isprintable():
-        return found
-    return "blake2b:" + hashlib.blake2b(found.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from prometheus_client import (
 )
 
 from fiq.corpus import StoreStats
-from fiq.trace import trace_of_message
+from fiq.event import trace_of_message
 from services.core.logs import EVENT_TRACED
 from services.core.tracing import Spans
 from services.log.metrics import LogMetrics

@@ -36,7 +36,7 @@ from fiq.corpus import (
     write_index,
 )
 from fiq.corpus.format import check_identity
-from fiq.corpus.wal.recovery import journal_path
+from fiq.corpus.wal.journal import journal_path
 from services.core.logs import get_logger
 from services.log.errors import LogMismatchError, PlacementError
 from services.log.partitions import partition_name

@@ -36,11 +36,11 @@ from structlog.typing import FilteringBoundLogger
 
 from fiq.corpus import EventStore, PermanentCorpusError, Record, StoredRow, StoreFailedError, TransientCorpusError
 from fiq.errors import FiqError, PoisonError
-from fiq.event import Event, decode
+from fiq.event import Event, decode, message_id_at
 from services.core import logs
 from services.core.lifecycle import spawn
 from services.core.tracing import Spans
-from services.log.protocol import Delivery, Fate, Follower, Outcome, message_id_at
+from services.log.protocol import Delivery, Fate, Follower, Outcome
 from services.persister.dead_letters import Quarantine
 from services.persister.errors import described
 from services.persister.metrics import PartitionMetrics, PersisterMetrics, show_traces, trace_id_in

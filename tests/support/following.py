@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from fiq.event import message_id_at
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection
 from services.log.jetstream.follower import Budget, JetStreamFollower
 from services.log.jetstream.stream import STREAM, parse_cursor_name
-from services.log.protocol import Delivery, LogIdentity, Position, message_id_at
+from services.log.protocol import Delivery, LogIdentity, Position
 from tests.support.polling import eventually
 
 

@@ -19,8 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from fiq.corpus import EventStore, KnownIds, StoreOptions, verify_corpus
-from fiq.corpus.wal.journal import read_journal, read_state, read_uuid
-from fiq.corpus.wal.recovery import journal_path
+from fiq.corpus.wal.journal import journal_path, read_journal, read_state, read_uuid
 from tests.support.corpus import IDENTITY, commit_range, consultation_of, expected, record, stock_contents
 from tests.support.polling import eventually_sync
 

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fiq.corpus.errors import CorpusExistsError, CorpusLockedError, system_errors
-from fiq.corpus.wal.journal import AbsorbedState, empty_journal, refuse_archive, write_state
-from fiq.corpus.wal.recovery import Snapshot, journal_path, missing_journal
-from fiq.corpus.wal.storage import FILE_MODE, StorageIO, write_all
+from fiq.corpus.errors import CorpusExistsError, CorpusLockedError
+from fiq.corpus.wal.journal import AbsorbedState, empty_journal, journal_path, refuse_archive, write_state
+from fiq.corpus.wal.recovery import Snapshot, missing_journal
+from fiq.corpus.wal.storage import FILE_MODE, StorageIO, system_errors, write_all
 
 #: how long a copy waits for the writer's checkpoints, seconds; one takes some 0.1 s
 _CHECKPOINT_WAIT = 60.0

@@ -18,13 +18,7 @@ import numpy.typing as npt
 from h5py import h5d, h5g, h5p, h5s, h5t
 
 from fiq.corpus.consultation import Consultation
-from fiq.corpus.errors import (
-    CorpusExistsError,
-    CorpusFormatError,
-    CorpusIOError,
-    CorpusNotFoundError,
-    system_errors,
-)
+from fiq.corpus.errors import CorpusExistsError, CorpusFormatError, CorpusIOError, CorpusNotFoundError
 from fiq.corpus.format import (
     CONFLICTS,
     CONSULTATIONS,
@@ -38,7 +32,7 @@ from fiq.corpus.format import (
 from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
 from fiq.corpus.tools.verify import CorpusProblem, verify_partition
 from fiq.corpus.wal.journal import USER_BLOCK, new_user_block
-from fiq.corpus.wal.storage import FILE_MODE, StorageIO, write_all
+from fiq.corpus.wal.storage import FILE_MODE, StorageIO, system_errors, write_all
 
 #: largest chunk of ``events``, rows; a shorter consultation is one chunk
 _EVENTS_CHUNK = 2048

@@ -22,7 +22,7 @@ from threading import Thread
 from typing import Generic, TypeVar
 from uuid import UUID
 
-from fiq.corpus.errors import CorpusError, CorpusFormatError, CorpusIOError, system_errors
+from fiq.corpus.errors import CorpusError, CorpusFormatError, CorpusIOError
 from fiq.corpus.wal.journal import (
     RECORDS_START,
     AbsorbedState,
@@ -35,7 +35,7 @@ from fiq.corpus.wal.journal import (
     write_state,
 )
 from fiq.corpus.wal.pages import SectorIndex
-from fiq.corpus.wal.storage import FILE_MODE, LOCK_WAIT, StorageIO, lock, try_lock, unlock, write_all
+from fiq.corpus.wal.storage import FILE_MODE, LOCK_WAIT, StorageIO, lock, system_errors, try_lock, unlock, write_all
 
 #: reasons for which a checkpoint is deferred
 READER = "a reader has the file open"

@@ -16,14 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fiq.corpus.errors import (
-    CorpusError,
-    CorpusFormatError,
-    CorpusIOError,
-    CorpusUsageError,
-    StoreFailedError,
-    system_errors,
-)
+from fiq.corpus.errors import CorpusError, CorpusFormatError, CorpusIOError, CorpusUsageError, StoreFailedError
 from fiq.corpus.wal.checkpoint import (
     NO_ROOM,
     READER,
@@ -33,10 +26,10 @@ from fiq.corpus.wal.checkpoint import (
     leave_exclusive_lock,
     take_exclusive_lock,
 )
-from fiq.corpus.wal.journal import Journal
+from fiq.corpus.wal.journal import Journal, journal_path
 from fiq.corpus.wal.pages import PAGE, PageCache, SectorIndex
-from fiq.corpus.wal.recovery import journal_path, open_pair
-from fiq.corpus.wal.storage import Buffer, StorageIO, unlock
+from fiq.corpus.wal.recovery import open_pair
+from fiq.corpus.wal.storage import Buffer, StorageIO, system_errors, unlock
 
 #: growth of the file that is reserved on the disk ahead of the commits, bytes
 _RESERVE_BYTES = 1 << 20

@@ -45,8 +45,8 @@ from uuid import UUID
 import numpy as np
 import numpy.typing as npt
 
-from fiq.corpus.errors import ArchivedFileError, CorpusFormatError, JournalError, system_errors
-from fiq.corpus.wal.storage import StorageIO, read_exactly, write_all
+from fiq.corpus.errors import ArchivedFileError, CorpusFormatError, JournalError
+from fiq.corpus.wal.storage import StorageIO, read_exactly, system_errors, write_all
 
 #: size of the user block, bytes: three blocks of a disk with large sectors and one to spare (a power of two, as HDF5
 #: wants)
@@ -550,3 +550,8 @@ def _has_later_record(fd: int, uuid: UUID, position: RecordPosition) -> bool:
             ):
                 return True
     return False
+
+
+def journal_path(path: Path) -> Path:
+    """Return the path of the journal of the partition file at *path*."""
+    return path.with_name(path.name + ".wal")

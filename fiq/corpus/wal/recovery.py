@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
-from fiq.corpus.errors import CorpusExistsError, CorpusLockedError, CorpusNotFoundError, JournalError, system_errors
+from fiq.corpus.errors import CorpusExistsError, CorpusLockedError, CorpusNotFoundError, JournalError
 from fiq.corpus.wal.checkpoint import remove_leftover
 from fiq.corpus.wal.journal import (
     RECORDS_START,
@@ -23,6 +23,7 @@ from fiq.corpus.wal.journal import (
     LiveRecords,
     RecordPosition,
     empty_journal,
+    journal_path,
     new_user_block,
     read_journal,
     read_state,
@@ -37,6 +38,7 @@ from fiq.corpus.wal.storage import (
     locked_directory,
     read_into,
     replace_file,
+    system_errors,
     try_lock,
     unlock,
 )
@@ -44,11 +46,6 @@ from fiq.corpus.wal.storage import (
 #: how long an open waits for the lock of the partition file, seconds. With the journal's lock in hand no writer of ours
 #: holds that one: a lock dies with its process, and a store closes the file first. So another program has it.
 _FOREIGN_WAIT = 0.2
-
-
-def journal_path(path: Path) -> Path:
-    """Return the path of the journal of the partition file at *path*."""
-    return path.with_name(path.name + ".wal")
 
 
 # -- Open for writing -------------------------------------------------------------------------------------------------

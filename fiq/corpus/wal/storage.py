@@ -30,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fiq.corpus.errors import CorpusLockedError, CorpusNotFoundError, UnsupportedFileSystemError
+from fiq.corpus.errors import CorpusIOError, CorpusLockedError, CorpusNotFoundError, UnsupportedFileSystemError
 
 #: how long an open waits for a lock that is held only for moments, seconds
 LOCK_WAIT = 5.0
@@ -230,3 +230,15 @@ def locked_directory(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def system_errors(operation: str) -> Iterator[None]:
+    """Turn an ``OSError`` inside the block into a CorpusIOError that names the *operation*.
+
+    Raises CorpusIOError: the block raised an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CorpusIOError(f"cannot {operation}: {error.strerror or error}") from error

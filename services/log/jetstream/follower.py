@@ -52,6 +52,7 @@ from nats import errors as nats_errors
 from nats.aio.subscription import Subscription
 
 from fiq.errors import PermanentError
+from fiq.event import message_id_at
 from services.core.logs import get_logger
 from services.core.retry import retry
 from services.log.errors import LogMismatchError, LogRefusedError, LogUnavailableError
@@ -59,7 +60,7 @@ from services.log.jetstream.api import STREAM_NOT_FOUND, JetStreamApi, Permanent
 from services.log.jetstream.connection import Connection, Received, Refusal
 from services.log.jetstream.stream import STREAM, cursor_config, filter_subject, parse_cursor_name
 from services.log.partitions import partition_name
-from services.log.protocol import Delivery, LogIdentity, Outcome, Position, message_id_at
+from services.log.protocol import Delivery, LogIdentity, Outcome, Position
 
 #: how often an idle pull says that it is alive, seconds
 HEARTBEAT_SECONDS = 0.5

@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fiq.errors import FiqError
+from fiq.event import message_id_at
 from services.core.logs import LogThrottle, get_logger
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection
 from services.log.jetstream.placement import KEYS_SECONDS, read_stores
 from services.log.jetstream.stream import PARTITIONS_KEY, STREAM, filter_subject, placement_key
-from services.log.protocol import Trimmed, message_id_at
+from services.log.protocol import Trimmed
 from services.log.status import LogState, Placement, StorePlacement
 
 #: above this share of ``max_bytes`` committed events go whatever their age, down to that one

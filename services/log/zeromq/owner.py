@@ -21,18 +21,10 @@ from dataclasses import dataclass
 
 import zmq
 
+from fiq.event import message_id_at
 from services.core.logs import get_logger
 from services.log.partitions import partition_name
-from services.log.protocol import (
-    AskedQuestion,
-    Delivery,
-    Failure,
-    Fate,
-    Outcome,
-    PersisterRole,
-    Position,
-    message_id_at,
-)
+from services.log.protocol import AskedQuestion, Delivery, Failure, Fate, Outcome, PersisterRole, Position
 from services.log.questions import Answer, Question, decode_question, encode_answer
 from services.log.questions import MalformedError as MalformedQuestionError
 from services.log.zeromq import wire

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 from structlog.testing import capture_logs
 
-from fiq.trace import Trace
+from fiq.event import Trace
 from services.core.tokens import Scope, Token, digest_of, render
 from services.core.tracing import Spans
 from services.log.errors import LogUnavailableError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fiq.event import Event, new_event_id
+from fiq.event import Event, message_id_at, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.log.errors import CorpusAwayError
 from services.log.jetstream import trim as module
@@ -20,7 +20,7 @@ from services.log.jetstream.reader import JetStreamReader
 from services.log.jetstream.stream import STREAM
 from services.log.jetstream.trim import Trimmer
 from services.log.partitions import partition_of
-from services.log.protocol import Trimmed, message_id_at
+from services.log.protocol import Trimmed
 from services.log.settings import LogSettings
 from services.log.status import Placement
 from tests.support.persisters import PARTITIONS, Log, provisioned

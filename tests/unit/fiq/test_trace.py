@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiq.event import Event, decode
-from fiq.trace import MAX_STATE, Trace, read_trace, trace_of_message
+from fiq.event import MAX_STATE, Event, Trace, decode, read_trace, trace_of_message
 from services.log.jetstream.connection import HEADERS_BYTES
 from services.log.jetstream.publisher import headers_bytes, hpub
 
