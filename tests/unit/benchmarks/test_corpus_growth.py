@@ -25,9 +25,10 @@ def test_the_batches_of_a_step_bring_what_is_missing_to_its_size(series: Series)
         assert (size, {series.events}) == (len(shares), set(shares.values()))
 
 
-def test_a_step_measures_a_sound_file(tmp_path: Path) -> None:
+def test_a_step_measures_a_sound_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small one, through all that a row of the table needs."""
-    series = Series("consultations", sizes=(600, 700), events=2, consultations=0)
+    monkeypatch.setattr("benchmarks.corpus_growth._BATCHES", 3)
+    series = Series("consultations", sizes=(200, 300), events=2, consultations=0)
     path = tmp_path / "growing.h5"
     for size in series.sizes:
         filled = fill(series, path, size)
@@ -35,5 +36,5 @@ def test_a_step_measures_a_sound_file(tmp_path: Path) -> None:
         verified = verify(path)
         assert "| consultations | " in table([("consultations", filled, measured, verified)])
     report = verify_corpus(path)
-    # eleven batches of 500 to known and to new consultations, after each of the two steps
-    assert (True, 2 * 700 + 2 * 22 * 500) == (report.clean, report.events)
+    # three batches of 500 to known and three to new consultations, after each of the two steps
+    assert (True, 2 * 300 + 2 * 6 * 500) == (report.clean, report.events)
