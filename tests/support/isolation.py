@@ -65,7 +65,7 @@ def isolated() -> Iterator[None]:
         try:
             yield
         finally:
-            _running.remove(attempts)
+            _running.pop()
     if attempts:
         raise NotIsolatedError(attempts[0])
 

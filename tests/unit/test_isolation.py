@@ -85,6 +85,21 @@ def test_an_attempt_in_another_thread_is_refused() -> None:
         threads.submit(socket.create_server, ("127.0.0.1", 0)).exception()
 
 
+def test_an_attempt_counts_for_the_innermost_block() -> None:
+    """So the attempts above do not fail the tests that make them."""
+    with pytest.raises(NotIsolatedError, match=r"Popen outer:"), isolated():
+        _attempt_in_nested_blocks()
+
+
+def _attempt_in_nested_blocks() -> None:
+    with isolated():
+        pass
+    with contextlib.suppress(NotIsolatedError), isolated():
+        subprocess.run(["inner"], check=True)
+    with contextlib.suppress(NotIsolatedError):
+        subprocess.run(["outer"], check=True)
+
+
 @pytest.mark.xfail(strict=True, raises=NotIsolatedError, reason="shows that tests/unit/conftest.py fails the test")
 def test_a_test_that_starts_a_process_fails() -> None:
     """The guard holds in each test of tests/unit, without a fixture."""
