@@ -27,7 +27,7 @@ from services.log.partitions import partition_name, partition_of
 from services.log.protocol import Appended
 from services.log.zeromq import wire
 from services.log.zeromq.sockets import Address, Keys, LoopSocket
-from services.log.zeromq.wire import Done, MalformedError, State
+from services.log.zeromq.wire import Done, MalformedMessageError, State
 
 #: an owner that was not heard for this long does not take events, seconds
 SILENT_SECONDS = 1.5
@@ -219,8 +219,8 @@ class Link:
                     if asked is not None and not asked.done():
                         asked.set_result((code, data))
                 case _:
-                    raise MalformedError("an unknown kind of message")
-        except MalformedError as error:
+                    raise MalformedMessageError("an unknown kind of message")
+        except MalformedMessageError as error:
             _log.warning("MESSAGE_MALFORMED", partition=partition_name(self.partition), reason=str(error))
 
     def _changed(self, state: State) -> None:

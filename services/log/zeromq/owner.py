@@ -25,11 +25,10 @@ from fiq.event import message_id_at
 from services.core.logs import get_logger
 from services.log.partitions import partition_name
 from services.log.protocol import AskedQuestion, Delivery, Failure, Fate, Outcome, PersisterRole, Position
-from services.log.questions import Answer, Question, decode_question, encode_answer
-from services.log.questions import MalformedError as MalformedQuestionError
+from services.log.questions import Answer, MalformedError, Question, decode_question, encode_answer
 from services.log.zeromq import wire
 from services.log.zeromq.sockets import Address, Keys, LoopSocket
-from services.log.zeromq.wire import Done, MalformedError, State
+from services.log.zeromq.wire import Done, MalformedMessageError, State
 
 #: a process that was not heard for this long is gone, seconds
 GONE_SECONDS = 5.0
@@ -291,8 +290,8 @@ class ZeroMqFollower:
                 case [wire.BYE]:
                     self._clients.pop(identity, None)
                 case _:
-                    raise MalformedError("an unknown kind of message, or events of a process that only watches")
-        except MalformedError as error:
+                    raise MalformedMessageError("an unknown kind of message, or events of a process that only watches")
+        except MalformedMessageError as error:
             _log.warning("MESSAGE_MALFORMED", partition=partition_name(self._partition), reason=str(error))
 
     def _take_events(self, identity: bytes, message: list[bytes]) -> None:
@@ -329,7 +328,7 @@ class _Asked:
         try:
             self.question, self.within = decode_question(kind, data)
             self.kind = kind
-        except MalformedQuestionError:
+        except MalformedError:
             return
 
     async def answer(self, answer: Answer) -> bool:

@@ -88,7 +88,7 @@ _KINDS = {"str": str, "int": int, "Mapping[str, str]": dict}
 _STATE_FIELDS = {one.name: _KINDS[str(one.type)] for one in fields(State)}
 
 
-class MalformedError(ValueError):
+class MalformedMessageError(ValueError):
     """Raised when a message is not what this module writes."""
 
 
@@ -98,11 +98,11 @@ def encode_state(state: State) -> list[bytes]:
 
 
 def decode_state(data: bytes) -> State:
-    """Return the state in a message. Raises MalformedError: it is none."""
+    """Return the state in a message. Raises MalformedMessageError: it is none."""
     found = _object(data)
     values = {name: found.get(name) for name in _STATE_FIELDS}
     if not all(type(values[name]) is kind for name, kind in _STATE_FIELDS.items()):
-        raise MalformedError("a state lacks a field")
+        raise MalformedMessageError("a state lacks a field")
     return State(**values)  # type: ignore[arg-type]
 
 
@@ -112,7 +112,7 @@ def encode_hello(name: str, *, watches: bool) -> list[bytes]:
 
 
 def decode_hello(data: bytes) -> tuple[str, bool]:
-    """Undo :func:`encode_hello`. Raises MalformedError."""
+    """Undo :func:`encode_hello`. Raises MalformedMessageError."""
     found = _object(data)
     return str(found.get("name", "")), bool(found.get("watches"))
 
@@ -123,18 +123,18 @@ def encode_event(number: int, consultation: str, headers: Mapping[str, str], bod
 
 
 def decode_events(frames: list[bytes]) -> Iterator[tuple[int, str, dict[str, str], bytes]]:
-    """Yield number, consultation, headers and body of each event. Raises MalformedError."""
+    """Yield number, consultation, headers and body of each event. Raises MalformedMessageError."""
     if len(frames) % 3 != 1:
-        raise MalformedError("frames are missing")
+        raise MalformedMessageError("frames are missing")
     try:
         for index in range(1, len(frames), 3):
             (number,) = _NUMBER.unpack(frames[index])
             consultation, headers = orjson.loads(frames[index + 1])
             if type(consultation) is not str or type(headers) is not dict:
-                raise MalformedError("an event's head is malformed")
+                raise MalformedMessageError("an event's head is malformed")
             yield number, consultation, headers, frames[index + 2]
     except (struct.error, orjson.JSONDecodeError, TypeError, ValueError):
-        raise MalformedError("an event's head is malformed") from None
+        raise MalformedMessageError("an event's head is malformed") from None
 
 
 def encode_done(done: Iterable[tuple[int, int, Done]]) -> list[bytes]:
@@ -143,12 +143,12 @@ def encode_done(done: Iterable[tuple[int, int, Done]]) -> list[bytes]:
 
 
 def decode_done(data: bytes) -> Iterator[tuple[int, int, Done]]:
-    """Undo :func:`encode_done`. Raises MalformedError."""
+    """Undo :func:`encode_done`. Raises MalformedMessageError."""
     try:
         for number, sequence, outcome in _DONE.iter_unpack(data):
             yield number, sequence, Done(outcome)
     except (struct.error, ValueError):
-        raise MalformedError("outcomes are malformed") from None
+        raise MalformedMessageError("outcomes are malformed") from None
 
 
 def encode_ask(number: int, kind: str, question: bytes) -> list[bytes]:
@@ -162,12 +162,12 @@ def encode_reply(number: bytes, code: int, data: bytes) -> list[bytes]:
 
 
 def decode_reply(frames: list[bytes]) -> tuple[int, int, bytes]:
-    """Return number, code and data of an answer. Raises MalformedError."""
+    """Return number, code and data of an answer. Raises MalformedMessageError."""
     try:
         _, number, code, data = frames
         return _NUMBER.unpack(number)[0], _CODE.unpack(code)[0], data
     except (struct.error, ValueError):
-        raise MalformedError("an answer is malformed") from None
+        raise MalformedMessageError("an answer is malformed") from None
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -176,5 +176,5 @@ def _object(data: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         found = None
     if not isinstance(found, dict):
-        raise MalformedError("not a JSON object")
+        raise MalformedMessageError("not a JSON object")
     return found

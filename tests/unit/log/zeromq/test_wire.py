@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from services.log.zeromq import wire
-from services.log.zeromq.wire import Done, MalformedError, State
+from services.log.zeromq.wire import Done, MalformedMessageError, State
 
 STATE = State("i", 7, 2, 100, 1 << 20, "main", "v-1", 16, {"host": "h", "pid": "1"})
 
@@ -38,7 +38,7 @@ def test_outcomes_questions_and_answers_are_read_as_they_were_written() -> None:
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b'{"instance":1}', b'{"instance":"i"}'])
 def test_a_malformed_state_is_refused(data: bytes) -> None:
     """A field is missing, or of another type."""
-    with pytest.raises(MalformedError):
+    with pytest.raises(MalformedMessageError):
         wire.decode_state(data)
 
 
@@ -55,12 +55,12 @@ def test_a_malformed_state_is_refused(data: bytes) -> None:
 )
 def test_malformed_events_are_refused(frames: list[bytes]) -> None:
     """Frames are missing, or a head is not what it should be."""
-    with pytest.raises(MalformedError):
+    with pytest.raises(MalformedMessageError):
         list(wire.decode_events(frames))
 
 
 @pytest.mark.parametrize("data", [b"1", struct.pack(">QQB", 1, 1, 9)])
 def test_malformed_outcomes_are_refused(data: bytes) -> None:
     """Cut off, or of an unknown kind."""
-    with pytest.raises(MalformedError):
+    with pytest.raises(MalformedMessageError):
         list(wire.decode_done(data))
