@@ -34,7 +34,7 @@ from services.ingest.metrics import METRICS, IngestMetrics
 from services.ingest.problems import REFUSALS, SERVER, ProblemType, RequestRefusedError
 from services.ingest.server import WriteTimeout, send, set_write_timeout
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError, TooManyInFlightError
-from services.log.protocol import EventBrowser, StoredEvent
+from services.log.protocol import EventBrowser, SequencedEvent
 
 JSON, NDJSON, EVENT_STREAM = "application/json", "application/x-ndjson", "text/event-stream"
 #: most records of a page, and the default
@@ -269,7 +269,7 @@ def _quality(parameters: Sequence[str]) -> float:
 # -- records ----------------------------------------------------------------------------------------------------------
 
 
-def record(stored: StoredEvent, *, consultation: bool = False) -> bytes:
+def record(stored: SequencedEvent, *, consultation: bool = False) -> bytes:
     """Return an event as a JSON object in one line, its body byte for byte; with its *consultation*'s id if wanted."""
     event = stored.event
     seconds, nanoseconds = divmod(event.received_ns, 10**9)
@@ -342,13 +342,13 @@ class Channel:
         self._interval = interval
         self._throttle = LogThrottle.of_repeated()
         #: all events after ``_base`` up to ``_head``
-        self._kept: deque[StoredEvent] = deque()
+        self._kept: deque[SequencedEvent] = deque()
         self._base = self._head = position
         self._size = 0
         self._changed = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name="follow")
 
-    def after(self, position: int) -> list[StoredEvent] | None:
+    def after(self, position: int) -> list[SequencedEvent] | None:
         """Return the events after *position*; None if not all of them are kept."""
         if position < self._base:
             return None
@@ -533,7 +533,7 @@ class Followers:
                 break
         return position
 
-    async def _send(self, response: web.StreamResponse, events: list[StoredEvent], reached: int) -> int:
+    async def _send(self, response: web.StreamResponse, events: list[SequencedEvent], reached: int) -> int:
         for stored in events:
             await response.write(b"id: %d\ndata: %b\n\n" % (stored.sequence, record(stored)))
         self._metrics.followed_events.inc(len(events))

@@ -126,7 +126,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredEvent:
+class SequencedEvent:
     """An event read from the log or from the corpus.
 
     Attributes:
@@ -150,7 +150,7 @@ class Page:
         more: whether there may be further events.
     """
 
-    events: list[StoredEvent]
+    events: list[SequencedEvent]
     reached: int
     more: bool
 
@@ -198,7 +198,7 @@ class StoredIds(Protocol):
 class EventReader(Protocol):
     """Looks up what is stored, to compare a retry with it."""
 
-    async def at(self, sequence: int) -> StoredEvent | None:
+    async def at(self, sequence: int) -> SequencedEvent | None:
         """Return the event at *sequence* of the log, or None when the log no longer holds it.
 
         Raises LogUnavailableError: no answer in time.
@@ -230,7 +230,7 @@ class EventBrowser(EventReader, Protocol):
     async def page(self, consultation: str, after: int, limit: int) -> Page:
         """Return at most *limit* events of *consultation* after *after*, perhaps fewer, and where to go on."""
 
-    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+    async def locate(self, consultation: str, event_id: UUID) -> SequencedEvent | None:
         """Return the event, or None when neither the corpus nor the log holds it."""
 
     async def has_news(self, consultation: str, after: int) -> bool:

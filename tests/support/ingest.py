@@ -24,7 +24,7 @@ from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import SETTINGS, Settings
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.metrics import LogMetrics
-from services.log.protocol import Appended, IngestLog, Page, StoredEvent
+from services.log.protocol import Appended, IngestLog, Page, SequencedEvent
 from services.log.questions import Stored, digest_of
 from services.log.settings import LogSettings
 from services.log.status import Backlog, LogState
@@ -121,20 +121,20 @@ class MemoryReader:
     """
 
     log: MemoryLog
-    corpus: list[StoredEvent] = field(default_factory=list)
+    corpus: list[SequencedEvent] = field(default_factory=list)
     trimmed: set[int] = field(default_factory=set)
     silent: bool = False
     gate: asyncio.Event | None = None
     too_many: bool = False
     asked: list[str] = field(default_factory=list)
 
-    async def at(self, sequence: int) -> StoredEvent | None:
+    async def at(self, sequence: int) -> SequencedEvent | None:
         self.asked.append("at")
         if self.silent:
             raise LogUnavailableError("silent")
         if sequence in self.trimmed or not 0 < sequence <= len(self.log.events):
             return None
-        return StoredEvent(sequence, self.log.events[sequence - 1], persisted=False)
+        return SequencedEvent(sequence, self.log.events[sequence - 1], persisted=False)
 
     async def snapshot(self, consultation: str) -> MemorySnapshot:
         self.asked.append("snapshot")
@@ -169,7 +169,7 @@ class MemoryReader:
         more = len(found) > len(shown)
         return Page(shown, shown[-1].sequence if more else max(after, len(self.log.events)), more)
 
-    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+    async def locate(self, consultation: str, event_id: UUID) -> SequencedEvent | None:
         if self.log.read_error is not None:
             raise self.log.read_error
         found = self._numbered(lambda one: (one.event.consultation, one.event.event_id) == (consultation, event_id))
@@ -188,9 +188,9 @@ class MemoryReader:
         names = [name for name in names if name.startswith(prefix) and name > after]
         return names[:limit], len(names) > limit
 
-    def _numbered(self, wanted: Callable[[StoredEvent], bool]) -> list[StoredEvent]:
+    def _numbered(self, wanted: Callable[[SequencedEvent], bool]) -> list[SequencedEvent]:
         stored = (
-            StoredEvent(sequence, event, persisted=sequence <= self.log.persisted)
+            SequencedEvent(sequence, event, persisted=sequence <= self.log.persisted)
             for sequence, event in enumerate(self.log.events, start=1)
         )
         return [one for one in stored if wanted(one)]

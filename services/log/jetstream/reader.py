@@ -35,7 +35,7 @@ from services.log.jetstream.connection import Connection
 from services.log.jetstream.questions import Questions
 from services.log.jetstream.stream import STREAM, stored_subject
 from services.log.partitions import partition_of
-from services.log.protocol import EventBrowser, Page, StoredEvent, StoredIds
+from services.log.protocol import EventBrowser, Page, SequencedEvent, StoredIds
 from services.log.questions import Consultations, Events, EventsAnswer, Row, Stored
 from services.log.settings import LogSettings
 
@@ -78,11 +78,11 @@ class JetStreamReader(EventBrowser):
         self._stream = StreamReading(nc, timeout=timeout)
         self._corpus = Questions(nc, settings.store, timeout=timeout)
 
-    async def at(self, sequence: int) -> StoredEvent | None:
+    async def at(self, sequence: int) -> SequencedEvent | None:
         found = await self._stream.at(sequence)
         if found is None or found[1] is None:
             return None
-        return StoredEvent(sequence, found[1], persisted=False)
+        return SequencedEvent(sequence, found[1], persisted=False)
 
     async def snapshot(self, consultation: str) -> StoredIds:
         return await self._corpus.ids(self._partition(consultation), consultation)
@@ -121,7 +121,7 @@ class JetStreamReader(EventBrowser):
                 return page
             after = page.reached  # nothing but copies and poison up to there
 
-    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+    async def locate(self, consultation: str, event_id: UUID) -> SequencedEvent | None:
         partition = self._partition(consultation)
         try:
             found, committed = await self._corpus.find(partition, consultation, [event_id])
@@ -210,14 +210,14 @@ class JetStreamReader(EventBrowser):
             found.reached = max(found.reached, sequence)
         return found
 
-    async def _new(self, partition: int, consultation: str, queued: list[tuple[int, Event]]) -> list[StoredEvent]:
+    async def _new(self, partition: int, consultation: str, queued: list[tuple[int, Event]]) -> list[SequencedEvent]:
         """Return those of *queued* whose id the corpus does not hold from an earlier message."""
         found, _ = await self._corpus.find(partition, consultation, [event.event_id for _, event in queued])
         new = []
         for sequence, event in queued:
             first = found.get(event.event_id)
             if first is None or first.sequence == sequence:
-                new.append(StoredEvent(sequence, event, persisted=first is not None))
+                new.append(SequencedEvent(sequence, event, persisted=first is not None))
         return new
 
     async def _from_stream(self, consultation: str, after: int, limit: int, end: int, away: CorpusAwayError) -> Page:
@@ -227,15 +227,15 @@ class JetStreamReader(EventBrowser):
         tail = await self._tail(consultation, 0, after, end, limit)
         if await self._stream.lacks(after):  # trimmed meanwhile: something may be missing
             raise away
-        events = [StoredEvent(sequence, event, persisted=False) for sequence, event in tail.events]
+        events = [SequencedEvent(sequence, event, persisted=False) for sequence, event in tail.events]
         return Page(events, tail.reached, tail.more)
 
-    async def _in_stream(self, consultation: str, event_id: UUID, after: int) -> StoredEvent | None:
+    async def _in_stream(self, consultation: str, event_id: UUID, after: int) -> SequencedEvent | None:
         partition = self._partition(consultation)
         end = await self._stream.last(partition, consultation)
         async for sequence, event in self._stream.tail(partition, consultation, after, end):
             if event is not None and event.event_id == event_id:
-                return StoredEvent(sequence, event, persisted=False)
+                return SequencedEvent(sequence, event, persisted=False)
         return None
 
     def _partition(self, consultation: str) -> int:
@@ -247,9 +247,9 @@ def _corpus_page(consultation: str, after: int, answer: EventsAnswer) -> Page:
     return Page(events, events[-1].sequence if events else after, answer.more)
 
 
-def persisted(consultation: str, row: Row) -> StoredEvent:
+def persisted(consultation: str, row: Row) -> SequencedEvent:
     """Return what the corpus holds in *row*."""
-    return StoredEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
+    return SequencedEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
 
 
 # -- the stream -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from uuid import UUID
 from fiq.event import Event
 from services.log.errors import CorpusAwayError, LogRefusedError
 from services.log.partitions import partition_name, partition_of
-from services.log.protocol import Failure, Page, StoredEvent
+from services.log.protocol import Failure, Page, SequencedEvent
 from services.log.questions import (
     KIND_OF,
     MAX_ITEMS,
@@ -55,7 +55,7 @@ class ZeroMqReader:
         self._links = links
         self._partitions = settings.partitions
 
-    async def at(self, sequence: int) -> StoredEvent | None:
+    async def at(self, sequence: int) -> SequencedEvent | None:
         """Return None: no event waits in the log."""
         return None
 
@@ -88,7 +88,7 @@ class ZeroMqReader:
         last = events[-1].sequence if events else after
         return Page(events, last if answer.more else max(last, answer.committed), answer.more)
 
-    async def locate(self, consultation: str, event_id: UUID) -> StoredEvent | None:
+    async def locate(self, consultation: str, event_id: UUID) -> SequencedEvent | None:
         """Return the event, or None when the corpus does not hold it."""
         found = (await self.find(consultation, [event_id])).get(event_id)
         if found is None:
@@ -143,8 +143,8 @@ class ZeroMqReader:
         return partition_of(consultation, self._partitions)
 
 
-def _stored(consultation: str, row: Row) -> StoredEvent:
-    return StoredEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
+def _stored(consultation: str, row: Row) -> SequencedEvent:
+    return SequencedEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
 
 
 def _away(partition: int, reason: str) -> CorpusAwayError:

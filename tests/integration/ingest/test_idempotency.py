@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from fiq.event import Event, event_id_from_key
-from services.log.protocol import StoredEvent
+from services.log.protocol import SequencedEvent
 from services.log.settings import LogSettings
 from tests.support.ingest import Edge, MemoryLog, MemoryReader, Reply, running_edge
 from tests.support.polling import eventually
@@ -37,8 +37,8 @@ def outcome(reply: Reply) -> tuple[int, str | int, bool]:
 REUSED = (422, "/problems/idempotency-key-reused", False)
 
 
-def persisted(key: str, body: bytes, sequence: int = 7) -> StoredEvent:
-    return StoredEvent(sequence, Event("c-1", event_id_from_key(key), 1, body), persisted=True)
+def persisted(key: str, body: bytes, sequence: int = 7) -> SequencedEvent:
+    return SequencedEvent(sequence, Event("c-1", event_id_from_key(key), 1, body), persisted=True)
 
 
 def log_from(sequence: int) -> MemoryLog:

@@ -21,7 +21,7 @@ from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.reader import JetStreamReader, StreamReading
 from services.log.jetstream.stream import STREAM, parse_cursor_name
 from services.log.partitions import partition_of
-from services.log.protocol import Page, StoredEvent
+from services.log.protocol import Page, SequencedEvent
 from services.log.questions import Stored, digest_of
 from tests.support.persisters import PARTITIONS, Log, Persister, persisted, provisioned
 from tests.support.polling import eventually
@@ -64,13 +64,13 @@ async def reaches(position: Callable[[], Awaitable[int]], wanted: int) -> bool:
     return await position() >= wanted
 
 
-async def read(reader: JetStreamReader, consultation: str, after: int, limit: int) -> list[StoredEvent]:
+async def read(reader: JetStreamReader, consultation: str, after: int, limit: int) -> list[SequencedEvent]:
     return (await reader.page(consultation, after, limit)).events
 
 
-async def in_pages(reader: JetStreamReader, consultation: str = "c1", *, limit: int = 7) -> list[StoredEvent]:
+async def in_pages(reader: JetStreamReader, consultation: str = "c1", *, limit: int = 7) -> list[SequencedEvent]:
     """Read all, page by page."""
-    found: list[StoredEvent] = []
+    found: list[SequencedEvent] = []
     page = Page([], 0, more=True)
     while page.more:
         page = await reader.page(consultation, page.reached, limit)
@@ -79,7 +79,7 @@ async def in_pages(reader: JetStreamReader, consultation: str = "c1", *, limit: 
     return found
 
 
-def sequences(events: list[StoredEvent]) -> list[int]:
+def sequences(events: list[SequencedEvent]) -> list[int]:
     return [one.sequence for one in events]
 
 
@@ -90,7 +90,7 @@ async def test_what_is_persisted_is_read_page_by_page(log: Log, reader: JetStrea
         await persister.ready()
         positions = await append(log, *events)
         await persisted(tmp_path / "data", {"c1": [one.event_id for one in events]})
-        expected = [StoredEvent(s, e, persisted=True) for s, e in zip(positions, events, strict=True)]
+        expected = [SequencedEvent(s, e, persisted=True) for s, e in zip(positions, events, strict=True)]
         assert expected == await in_pages(reader)
         assert expected[5:8] == await read(reader, "c1", positions[4], 3)
         assert [] == await read(reader, "c1", positions[-1], 3)
@@ -159,7 +159,7 @@ async def test_what_waits_is_read_without_a_persister_and_after_trim_it_is_refus
     """The stream has all of it as long as nothing after the requested position was trimmed."""
     events = [event(number) for number in range(1, 21)]
     positions = await append(log, *events)
-    expected = [StoredEvent(s, e, persisted=False) for s, e in zip(positions, events, strict=True)]
+    expected = [SequencedEvent(s, e, persisted=False) for s, e in zip(positions, events, strict=True)]
     assert expected == await in_pages(reader)
     assert expected[7] == await reader.locate("c1", events[7].event_id)
     assert await reader.locate("c1", new_event_id()) is None
