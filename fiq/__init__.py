@@ -29,14 +29,8 @@ def open_corpus(path: str | PathLike[str]) -> Corpus:
         ModuleNotFoundError: h5py or numpy is not installed.
         CorpusNotFoundError: there is no corpus at *path*.
     """
-    try:
-        from fiq import corpus
-    except ModuleNotFoundError as error:
-        if error.name not in ("h5py", "numpy"):
-            raise
-        raise ModuleNotFoundError(
-            f"the corpus needs {error.name}: run  pip install 'fiq[corpus]'", name=error.name
-        ) from None
+    from fiq import corpus
+
     return corpus.open_corpus(path)
 
 

@@ -9,7 +9,14 @@ Analysts::
             print(event.sequence, event.event_type, event.payload)
 """
 
-from fiq.corpus.consultation import Consultation, EventRecord, StoredRow
+try:
+    from fiq.corpus.consultation import Consultation, EventRecord, StoredRow
+except ModuleNotFoundError as error:
+    if error.name not in ("h5py", "numpy"):
+        raise
+    raise ModuleNotFoundError(
+        f"the corpus needs {error.name}: run  pip install 'fiq[corpus]'", name=error.name
+    ) from None
 from fiq.corpus.errors import (
     AppendRefusedError,
     ArchivedFileError,

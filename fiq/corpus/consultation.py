@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -38,7 +38,7 @@ Table = npt.NDArray[np.void]
 RowFilter = Callable[[Table], npt.NDArray[np.bool_]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class EventRecord:
     """One stored event. Its ``repr`` leaves the body out: bodies are medical data."""
 
@@ -46,7 +46,11 @@ class EventRecord:
     sequence: int  #: in the stream
     received_ns: int  #: when it was accepted, nanoseconds since the Unix epoch
     id_bytes: bytes  #: the 16 bytes of its id
-    raw: bytes = field(repr=False)  #: its body byte for byte, without the line feed after it
+    raw: bytes  #: its body byte for byte, without the line feed after it
+
+    def __repr__(self) -> str:
+        where = f"consultation={self.consultation!r}, sequence={self.sequence}"
+        return f"EventRecord({where}, received='{self.received}', event_id='{self.event_id}')"
 
     @property
     def event_id(self) -> UUID:
@@ -125,7 +129,7 @@ class Consultation(Sequence[EventRecord]):
         return self._length
 
     def __repr__(self) -> str:
-        return f"Consultation({self.id!r}, {len(self)} events)"
+        return f"Consultation({self.id!r}, {len(self)} event{'s'[: len(self) != 1]})"
 
     def __iter__(self) -> Iterator[EventRecord]:
         """Yield the events in stream order. Raises CorpusFormatError: a row points outside the payload."""

@@ -90,9 +90,7 @@ class Corpus(Mapping[str, Consultation]):
         self._closed = False
 
     def __repr__(self) -> str:
-        where = str(self.paths[0] if len(self.paths) == 1 else self.paths[0].parent)
-        state = "closed" if self._closed else f"{len(self.paths)} partition file{'s'[: len(self.paths) != 1]}"
-        return f"Corpus({where!r}, {state})"
+        return f"Corpus({self._where()!r}, {'closed' if self._closed else self._files()})"
 
     @property
     def partitions(self) -> tuple[PartitionInfo, ...]:
@@ -113,12 +111,15 @@ class Corpus(Mapping[str, Consultation]):
     def __getitem__(self, consultation: str) -> Consultation:
         """Return a consultation.
 
-        Raises UnknownConsultationError: no partition file holds it; CorpusError: a partition file cannot be read.
+        Raises UnknownConsultationError: no partition file holds it; CorpusError: a partition file cannot be read;
+        TypeError: *consultation* is not a str.
         """
+        if not isinstance(consultation, str):
+            raise TypeError(f"a corpus is indexed by consultation id (str), not by {type(consultation).__name__}")
         for partition in self._partitions():
             if consultation in partition:
                 return partition.consultation(consultation)
-        raise UnknownConsultationError(f"no consultation {consultation!r} in {len(self.paths)} partition file(s)")
+        raise UnknownConsultationError(f"no consultation {consultation!r} in {self._where()} ({self._files()})")
 
     def conflicts(self) -> Iterator[Consultation]:
         """Yield, for each consultation that has any, the events that came under a used id with another body.
@@ -148,7 +149,7 @@ class Corpus(Mapping[str, Consultation]):
             until: only events received before this time; with a time zone.
             expand: False for the whole parsed payloads in one column ``payload``.
 
-        Raises CorpusUsageError: pandas is not installed, or a time has no time zone.
+        Raises CorpusUsageError: pandas is not installed, or a time is not a datetime with a time zone.
         """
         first = -(2**63) if since is None else _nanoseconds("since", since)
         end = 2**63 - 1 if until is None else _nanoseconds("until", until)
@@ -183,10 +184,16 @@ class Corpus(Mapping[str, Consultation]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _where(self) -> str:
+        return str(self.paths[0] if len(self.paths) == 1 else self.paths[0].parent)
+
+    def _files(self) -> str:
+        return f"{len(self.paths)} partition file{'s'[: len(self.paths) != 1]}"
+
     def _partitions(self) -> Iterator[_Partition]:
         for path in self.paths:
             if self._closed:
-                raise CorpusUsageError("the corpus is closed")
+                raise CorpusUsageError("the corpus is closed: open it again with open_corpus()")
             partition = self._open.get(path)
             if partition is None:
                 partition = self._open[path] = _Partition(path)
@@ -194,6 +201,10 @@ class Corpus(Mapping[str, Consultation]):
 
 
 def _nanoseconds(name: str, moment: datetime) -> int:
+    if not isinstance(moment, datetime):
+        raise CorpusUsageError(
+            f"{name} must be a datetime, as in datetime(2026, 11, 27, tzinfo=UTC), not a {type(moment).__name__}"
+        )
     if moment.tzinfo is None:
         raise CorpusUsageError(f"{name} needs a time zone, as in datetime(2026, 11, 27, tzinfo=UTC)")
     return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
@@ -207,18 +218,24 @@ def open_corpus(path: str | PathLike[str]) -> Corpus:
 
     Raises:
         CorpusNotFoundError: there is no such path, or no partition file in the directory.
+        CorpusIOError: the system refused to look there.
     """
     found = Path(path)
-    if found.name == INDEX_NAME and found.is_file():
-        found = found.parent
-    if found.is_file():
-        return Corpus([found])
-    if not found.is_dir():
-        raise CorpusNotFoundError(f"there is no corpus at {found}")
-    paths = partition_files(found)
-    if not paths:
-        raise CorpusNotFoundError(f"there are no partition files (<pp>.h5) in {found}")
-    return Corpus(paths)
+    with system_errors(f"open {found}"):
+        if found.name == INDEX_NAME and found.is_file():
+            found = found.parent
+        if found.is_file():
+            if found.suffix == ".wal":
+                raise CorpusNotFoundError(f"{found} is a journal: open {found.stem}, which is read together with it")
+            return Corpus([found])
+        if not found.is_dir():
+            raise CorpusNotFoundError(f"there is no corpus at {found}")
+        paths = partition_files(found)
+        if not paths:
+            below = found / "corpus"
+            instead = f": open {below}" if below.is_dir() and partition_files(below) else ""
+            raise CorpusNotFoundError(f"there are no partition files (00.h5, 01.h5, ...) in {found}{instead}")
+        return Corpus(paths)
 
 
 def partition_files(directory: Path) -> list[Path]:
@@ -293,7 +310,9 @@ class _Partition:
     def _errors(self) -> Iterator[None]:
         """Distinguish errors of the disk from those of the content: h5py raises the same for both."""
         if self._closed:
-            raise CorpusUsageError(f"{self._path.name} was closed: ask the corpus for the consultation again")
+            raise CorpusUsageError(
+                f"{self._path.name} was closed by refresh() or close(): get the consultation again, from an open corpus"
+            )
         try:
             yield
         except (OSError, RuntimeError, ValueError, KeyError) as error:

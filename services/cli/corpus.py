@@ -75,7 +75,7 @@ def show(
 
 def export(
     consultation: Annotated[
-        str | None, typer.Argument(help="Id of the consultation; all of them, one after the other, with --after.")
+        str | None, typer.Argument(help="Id of the consultation. Without it, --after 0 exports all of them.")
     ] = None,
     form: Annotated[Format, typer.Option("--format", "-f", help="ndjson and json carry each event byte for byte.")] = (
         Format.NDJSON
@@ -103,7 +103,7 @@ def _events(path: Path, consultation: str | None, after: int | None) -> Iterator
             yield (event for event in found if event.sequence > (after or 0))
         return
     if after is None:
-        raise CommandError("name a consultation, or with --after a sequence: then all of them are written")
+        raise CommandError("name a consultation, or export all of them with --after 0")
     with opened_corpus(path) as corpus:
         yield (
             event
@@ -255,7 +255,7 @@ def verify(
 
     Also its index. Changes nothing; writers may work meanwhile. The exit code is 1 if anything is wrong.
     """
-    report = _verified(find_corpus(path, folder))
+    report = _verified(find_corpus(path, folder, how="as PATH"))
     if json:
         typer.echo(orjson.dumps(report.to_dict(), option=orjson.OPT_INDENT_2))
     else:
@@ -281,7 +281,7 @@ def _print(report: Report, limit: int) -> None:
             str(one.consultations),
             str(one.events),
             decimal(one.payload_bytes),
-            "archive" if one.archived else f"{one.journal_records} commits",
+            "archive" if one.archived else _count(one.journal_records, "commit"),
             str(one.problems),
         )
     console.out().print(table)

@@ -78,8 +78,12 @@ def _running(env: Mapping[str, str], folder: Path) -> Target:
     return Target(load(LogSettings, {**env, "FI_LOG_URL": state.log_url}), state)
 
 
-def find_corpus(corpus: Path | None, folder: Path | None, *, env: Mapping[str, str] = os.environ) -> Path:
+def find_corpus(
+    corpus: Path | None, folder: Path | None, *, env: Mapping[str, str] = os.environ, how: str = "with --corpus"
+) -> Path:
     """Return the path of *corpus*, else the one in *folder*, else FI_DATA_DIR, ./.fiq/corpus or ./corpus.
+
+    *how* the command takes the path is part of the message.
 
     Raises CommandError: there is none.
     """
@@ -95,7 +99,7 @@ def find_corpus(corpus: Path | None, folder: Path | None, *, env: Mapping[str, s
         if candidate.exists():
             return candidate
     looked = " and ".join(str(candidate) for candidate in candidates)
-    raise CommandError(f"there is no corpus (looked for {looked}): name its data directory with --corpus")
+    raise CommandError(f"there is no corpus (looked for {looked}): name its data directory {how}")
 
 
 def check_is_nats(settings: LogSettings) -> None:

@@ -128,8 +128,9 @@ def test_the_base_has_the_clients(install: Install, tmp_path: Path) -> None:
     """With aiohttp and orjson; the corpus and the command say what to install."""
     python = install("")
     run(python, "-c", WALK + "assert 'services' not in sys.modules", "fiq", "fiq.corpus")
-    missing = "import fiq, sys\ntry: fiq.open_corpus('.')\nexcept ModuleNotFoundError as error: print(error)\n"
-    assert run(python, "-c", missing).endswith("pip install 'fiq[corpus]'")
+    for statement in ("import fiq; fiq.open_corpus('.')", "import fiq.corpus", "from fiq.corpus import open_corpus"):
+        missing = f"try: {statement}\nexcept ModuleNotFoundError as error: print(error)\n"
+        assert run(python, "-c", missing).endswith("pip install 'fiq[corpus]'")
     done = subprocess.run([python.with_name("fiq"), "up"], capture_output=True, text=True, timeout=60, check=False)
     assert (1, True) == (done.returncode, done.stderr.startswith("fiq: ")), done.stderr
     assert done.stderr.endswith("run  pip install 'fiq[services]'\n")

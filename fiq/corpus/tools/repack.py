@@ -78,7 +78,7 @@ def repack(source: Path, target: Path, *, on_progress: OnStep | None = None) -> 
     with open_corpus(source) as corpus:
         paths = corpus.paths
     if os.path.lexists(target):
-        raise CorpusExistsError(f"{target} exists: an archive is never written over anything")
+        raise CorpusExistsError(f"{target} exists: name a new file or directory for the archive")
     if not target.parent.is_dir():
         raise CorpusNotFoundError(f"there is no directory {target.parent}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
@@ -177,7 +177,7 @@ def _publish(temporary: Path, target: Path) -> None:
         try:
             os.link(temporary, target)  # a rename would replace what appeared there meanwhile
         except FileExistsError:
-            raise CorpusExistsError(f"{target} exists: an archive is never written over anything") from None
+            raise CorpusExistsError(f"{target} exists: name a new file or directory for the archive") from None
     io.sync_directory(target.parent)
 
 

@@ -232,7 +232,11 @@ class _Run:
     def _check_file(self, info: PartitionInfo) -> None:
         name, partition, partitions = info.path.name, info.identity.partition, info.identity.partitions
         if not info.has_journal and not info.archived:
-            self._add("journal", f"its journal {name}.wal is missing: commits that only it held are lost", name)
+            self._add(
+                "journal",
+                f"its journal {name}.wal is missing: commits that only it held are not in the file; copy both files",
+                name,
+            )
         if info.path.stem.isdecimal() and int(info.path.stem) != partition:
             message = f"the file states that it is partition {partition}: it was renamed, or copied over another"
             self._add("identity", message, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -63,7 +63,10 @@ def test_a_corpus_and_its_consultations_show_what_they_are(directory: Path) -> N
         assert f"Corpus({str(directory / '00.h5')!r}, 1 partition file)" == repr(one)
         assert f"Consultation({name!r}, {len(DIALOGUES[0])} events)" == repr(corpus[name])
         assert "text" not in repr(corpus[name][0])
-        assert f"consultation={name!r}" in repr(corpus[name][0])
+        first = corpus[name][0]
+        assert (
+            f"EventRecord(consultation={name!r}, sequence=1, received='{first.received}', event_id='{first.event_id}')"
+        ) == repr(first)
     assert f"Corpus({str(directory)!r}, closed)" == repr(corpus)
 
 
@@ -163,6 +166,14 @@ def test_a_time_without_a_zone_is_refused(directory: Path) -> None:
     pytest.importorskip("pandas")
     with open_corpus(directory) as corpus, pytest.raises(CorpusUsageError, match="since needs a time zone"):
         corpus.to_frame(since=datetime(2026, 11, 27))  # noqa: DTZ001 - that is what is tested
+
+
+def test_a_time_of_another_type_is_refused(directory: Path) -> None:
+    """With an example of what is needed: pandas takes text for a time, and this does not."""
+    pytest.importorskip("pandas")
+    for wrong in ("2026-11-27", date(2026, 11, 27)):
+        with open_corpus(directory) as corpus, pytest.raises(CorpusUsageError, match="until must be a datetime, as in"):
+            corpus.to_frame(until=wrong)  # type: ignore[arg-type]
 
 
 def test_what_is_nested_stays_a_python_object(path: Path) -> None:

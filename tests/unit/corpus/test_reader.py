@@ -11,6 +11,7 @@ import pytest
 
 from fiq.corpus import (
     CorpusFormatError,
+    CorpusIOError,
     CorpusNotFoundError,
     CorpusUsageError,
     EventStore,
@@ -123,6 +124,32 @@ def test_a_place_without_a_corpus_is_named(tmp_path: Path) -> None:
         open_corpus(tmp_path / "missing")
     with pytest.raises(CorpusNotFoundError, match="no partition files"):
         open_corpus(tmp_path)
+
+
+def test_what_to_open_instead_is_named(path: Path) -> None:
+    """A journal, and the folder above a data directory."""
+    directory = path.parent / "corpus"
+    directory.mkdir()
+    shutil.copy(path, directory / "00.h5")
+    journal = path.with_name("00.h5.wal")
+    with pytest.raises(CorpusNotFoundError, match=r"00\.h5\.wal is a journal: open 00\.h5,"):
+        open_corpus(journal)
+    for file in (path, journal):
+        file.unlink()
+    with pytest.raises(CorpusNotFoundError, match=f"there are no partition files .*: open {directory}$"):
+        open_corpus(directory.parent)
+
+
+def test_a_refusal_of_the_system_is_an_error_of_the_corpus(tmp_path: Path) -> None:
+    """Such as a directory without permission; a name that is too long is refused to every user."""
+    with pytest.raises(CorpusIOError, match=r"cannot open .*: File name too long"):
+        open_corpus(tmp_path / ("c" * 300))
+
+
+def test_an_index_that_is_no_id_is_refused(path: Path) -> None:
+    """A corpus is no sequence: its first consultation is not at 0."""
+    with open_corpus(path) as corpus, pytest.raises(TypeError, match=r"by consultation id \(str\), not by int"):
+        corpus[0]  # type: ignore[index]
 
 
 def test_a_copy_without_its_journal_shows_the_last_checkpoint(path: Path, tmp_path: Path) -> None:
