@@ -34,6 +34,10 @@ def open_corpus(path: str | PathLike[str]) -> Corpus:
     return corpus.open_corpus(path)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _OF_CLIENT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

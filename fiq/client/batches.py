@@ -172,6 +172,8 @@ class _Splitter:
 
 def split(events: Iterable[EventBody], numbers: Iterable[int] | None) -> Iterator[Batch]:
     """Yield *events* in batches. Raises InvalidArgumentError: an event or its number is malformed."""
+    if isinstance(events, Mapping | str | bytes):
+        raise InvalidArgumentError("a batch is an iterable of events: use post for one event")
     splitter = _Splitter(numbers)
     for event in events:
         yield from splitter.add(event)

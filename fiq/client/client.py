@@ -461,7 +461,9 @@ def _authorization(token: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def _events_path(consultation: str) -> str:
+def _events_path(consultation: object) -> str:
+    if not isinstance(consultation, str):
+        raise InvalidArgumentError(f"a consultation id is a string, not {type(consultation).__name__}")
     try:
         return f"consultations/{check_consultation_id(consultation)}/events"
     except InvalidIdError as error:
@@ -475,10 +477,12 @@ def _uuid(message_id: UUID | str) -> UUID:
         raise InvalidArgumentError("a message id is a UUID") from None
 
 
-def checked_key(key: str | None) -> str:
+def checked_key(key: object) -> str:
     """Return *key*, or a new one if it is None. Raises InvalidArgumentError: it is malformed."""
     if key is None:
         return str(new_event_id())
+    if not isinstance(key, str):
+        raise InvalidArgumentError(f"an idempotency key is a string, not {type(key).__name__}")
     try:
         bare_key(key)
     except InvalidIdError as error:

@@ -19,6 +19,9 @@ from __future__ import annotations
 from fiq.client.records import Problem
 from fiq.errors import FiqError, PermanentError, TransientError
 
+#: refused events of a batch that a message names
+_SHOWN_LINES = 3
+
 
 class ClientError(FiqError):
     """Every error of a client; never raised itself.
@@ -33,6 +36,14 @@ class ClientError(FiqError):
         super().__init__(message)
         self.problem = problem
         self.may_be_stored = may_be_stored
+
+    def __str__(self) -> str:
+        """Return the message, with the first of a batch's refused events."""
+        lines = self.problem.lines if self.problem else ()
+        shown = [f"event {line.number}: {line.reason}" for line in lines[:_SHOWN_LINES]]
+        if len(lines) > _SHOWN_LINES:
+            shown.append(f"and {len(lines) - _SHOWN_LINES} more")
+        return " ".join([super().__str__(), *(["(" + "; ".join(shown) + ")"] if shown else [])])
 
     @property
     def type(self) -> str | None:

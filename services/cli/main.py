@@ -142,7 +142,7 @@ class _Fiq(FiqGroup):
 app = typer.Typer(
     name="fiq",
     cls=_Fiq,
-    help="Free Intelligence event pipeline: HTTP → three-node JetStream → one HDF5 group a consultation, exactly once.",
+    help="Consultation events over HTTP → three-node JetStream → one HDF5 group per consultation, exactly once.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

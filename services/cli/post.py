@@ -48,6 +48,8 @@ _STOPPED = {"SIGINT": 130, "SIGTERM": 143}
 _SHOWN, _NAMED = 20, 10
 #: the checkpoint is written at most this often, seconds
 _CHECKPOINT_SECONDS = 1.0
+#: after this long without an accepted event, a post that is being retried says so, seconds
+_WAITING_SECONDS = 3.0
 #: bytes of a batch, at most, unless a single event has more
 _BATCH_BYTES = 1 << 20
 #: lines that share a key, and are told apart by their numbers. A batch has lines of one block only
@@ -82,7 +84,9 @@ def post(
     folder: Annotated[Path | None, typer.Option(help="Folder of that `fiq up`; ./.fiq by default.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the token; FI_TOKEN by default.")] = None,
     ca_file: Annotated[Path | None, typer.Option(help="PEM file of the authority of an https URL.")] = None,
-    consultation: Annotated[str | None, typer.Option(help="For lines without a consultation_id.")] = None,
+    consultation: Annotated[
+        str | None, typer.Option(help="Consultation of the lines without a consultation_id.")
+    ] = None,
     key: Annotated[
         str | None, typer.Option(help="Key of the post; by default the file's SHA-256, or a new one for a pipe.")
     ] = None,
@@ -90,7 +94,9 @@ def post(
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Batches in flight.")] = 4,
     batch: Annotated[int, typer.Option(min=1, max=1000, help="Events of a batch.")] = 500,
     patience: Annotated[float, typer.Option(min=1, max=86400, help="How long each batch is tried, seconds.")] = 60,
-    exported: Annotated[bool, typer.Option("--exported", help="A file of `fiq export`: keep its ids.")] = False,
+    exported: Annotated[
+        bool, typer.Option("--exported", help="The file is from `fiq export`: keep the events' ids.")
+    ] = False,
 ) -> None:
     """Post the events of a file; a stopped post can continue.
 
@@ -166,8 +172,26 @@ async def _send(
         sender = Sender(
             client, key, progress, concurrency=options.concurrency, batch=options.batch, on_accepted=on_accepted
         )
-        await sender.run(events)
+        note = asyncio.create_task(_note_waiting(client, options, progress))
+        try:
+            await sender.run(events)
+        finally:
+            note.cancel()
         return client.retries
+
+
+async def _note_waiting(client: AsyncClient, options: _Options, progress: PostProgress) -> None:
+    """Say once that the service accepts nothing, when that has gone on for a while."""
+    while True:
+        accepted, retries = progress.accepted, client.retries
+        await asyncio.sleep(_WAITING_SECONDS)
+        if progress.accepted == accepted and client.retries > retries:
+            typer.echo(
+                f"fiq: {options.url} accepts nothing at the moment: does `fiq up` run? Each batch is tried for "
+                f"{options.patience:g} s (--patience)",
+                err=True,
+            )
+            return
 
 
 def _checked(source: IO[bytes], consultation: str | None, *, exported: bool) -> Checked:
@@ -577,7 +601,9 @@ def read_line(number: int, raw: bytes, consultation: str | None, *, exported: bo
     document = orjson.loads(body)
     named, event_id = (document.get(name) for name in ("consultation_id", "event_id"))
     if named is None and consultation is None:
-        raise InvalidBodyError("it has no consultation_id, and there is no --consultation")
+        if "consultation" in document and "event" in document:
+            raise InvalidBodyError("it has no consultation_id: if the file is from `fiq export`, add --exported")
+        raise InvalidBodyError("it has no consultation_id: name the consultation with --consultation")
     if named is not None and not isinstance(named, str):
         raise InvalidBodyError("consultation_id must be a string")
     if event_id is not None:

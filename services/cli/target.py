@@ -58,10 +58,10 @@ def find_cluster(
         return Target(load(LogSettings, env), None)
     try:
         return _running(env, DEFAULT_FOLDER)
-    except NotRunningError:
+    except NotRunningError as error:
         if fallback:
             return Target(load(LogSettings, env), None)
-        raise
+        raise NotRunningError(f"{error}, or a cluster with --server") from None
 
 
 def _asked_for(env: Mapping[str, str], server: str) -> Target:

@@ -407,7 +407,9 @@ def _key(request: web.Request, body_format: BodyFormat) -> str | None:
     if len(keys) > 1:
         raise RequestRefusedError(problems.INVALID_IDEMPOTENCY_KEY)
     if body_format.takes_no_key:
-        raise RequestRefusedError(problems.INVALID_IDEMPOTENCY_KEY, "The key of a CloudEvent is its source and id.")
+        raise RequestRefusedError(
+            problems.INVALID_IDEMPOTENCY_KEY, "The key of a CloudEvent is its source and id: leave the header out."
+        )
     return key
 
 

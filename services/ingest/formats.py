@@ -96,7 +96,10 @@ class Resource:
         if self.binary and VERSION_HEADER in request.headers and found in (None, BodyFormat.EVENT):
             return BodyFormat.CLOUDEVENT_BINARY
         if found is None:
-            raise RequestRefusedError(problems.UNSUPPORTED_MEDIA_TYPE)
+            accepted = ", ".join(self.formats)
+            raise RequestRefusedError(
+                problems.UNSUPPORTED_MEDIA_TYPE, f"This resource accepts the Content-Type {accepted}, in UTF-8."
+            )
         return found
 
 

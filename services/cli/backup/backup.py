@@ -55,7 +55,7 @@ _PIECE_BYTES = 4 << 20
 OnProgress = Callable[[float, str], None]
 
 OfflineOption = Annotated[
-    bool, typer.Option("--offline", help="Do not ask the cluster; see the manual for what that means.")
+    bool, typer.Option("--offline", help="Do not ask the cluster; docs/cli.md says what that means.")
 ]
 
 

@@ -396,7 +396,7 @@ class StackFolder:
         """Return the state of the stack that runs here. Raises NotRunningError: none runs, or it is not ready yet."""
         if not self._is_held():
             raise NotRunningError(
-                f"no stack runs in {self.path}: start one with  fiq up  or name another: --server, or --url of fiq post"
+                f"no `fiq up` is running in {self.path.absolute()}: start it, or name the folder of one with --folder"
             )
         try:
             found = orjson.loads(self._state_path.read_bytes())

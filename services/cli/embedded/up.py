@@ -159,7 +159,8 @@ def _start_again(process: ManagedProcess, ended: list[float]) -> None:
 def _welcome(stack: Stack) -> str:
     folder, corpus = _shown(stack.folder), _shown(stack.data_dir)
     option = "" if stack.folder == DEFAULT_FOLDER.absolute() else f" --folder {shlex.quote(folder)}"
-    metrics = ", ".join(f"{service.management_url}/metrics" for service in stack.services)
+    metrics = ", ".join(f"{service.name} {service.management_url}/metrics" for service in stack.services)
+    pids = ", ".join(f"{member.name} {member.pid}" for member in stack.state().members)
     if stack.log is LogKind.NATS:
         address, logs = f"NATS      {stack.log_url}", f"{_shown(stack.logs)}, {_shown(stack.cluster.folder)}"
         look = (
@@ -173,7 +174,9 @@ fiq is up; Ctrl-C stops it. The data stay in {folder}
 
   HTTP      {stack.ingest.url}
   {address}
+  ready?    {stack.ingest.management_url}/readyz
   metrics   {metrics}
+  pids      {pids}
   corpus    {corpus}
   logs      {logs}
 
@@ -189,7 +192,7 @@ Read the consultation, here or in Python:
   fiq show c-1{option}
 
   python - <<'END'
-  from fiq.corpus import open_corpus
+  from fiq import open_corpus
   with open_corpus({corpus!r}) as corpus:
       for event in corpus["c-1"]:
           print(event.sequence, event.received, event.payload)

@@ -393,6 +393,22 @@ async def test_a_service_that_does_not_answer_is_given_up(tmp_path: Path) -> Non
     assert "the same command continues" in result.err
 
 
+async def test_a_service_that_does_not_answer_is_reported_while_it_is_tried(tmp_path: Path) -> None:
+    """Once, with the URL and how long it is tried, so that a wrong port shows before --patience is over."""
+    file = written(tmp_path / "x", [event(1, consultation_id="c-1")])
+    result = await post(file, "--url", "http://127.0.0.1:1", "--patience", "6")
+    assert 1 == result.code
+    assert 1 == result.err.count("http://127.0.0.1:1 accepts nothing at the moment")
+
+
+async def test_an_exported_file_without_its_option_is_recognised(tmp_path: Path) -> None:
+    """A file of `fiq export` is no file of events; the message names the option."""
+    file = tmp_path / "x"
+    file.write_bytes(b'{"consultation":"c","event_id":"x","event_type":"A","event":{}}\n')
+    result = await post(file, "--url", "http://127.0.0.1:1")
+    assert (1, True) == (result.code, "add --exported" in result.err)
+
+
 async def test_failures_that_pass_are_counted(tmp_path: Path) -> None:
     """They cost time, nothing else."""
     events = [event(n) for n in range(40)]

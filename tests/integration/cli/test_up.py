@@ -342,4 +342,4 @@ def test_nothing_is_left_when_up_itself_is_killed(tmp_path: Path) -> None:
         up.process.wait(10)
 
         eventually_sync(lambda: alive(pids) == [], timeout=10)
-    assert "no stack runs" in fiq(tmp_path, "status").stderr
+    assert "no `fiq up` is running in" in fiq(tmp_path, "status").stderr

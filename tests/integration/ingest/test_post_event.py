@@ -109,6 +109,12 @@ async def test_another_content_type_or_encoding_is_415(edge: Edge, headers: dict
     assert (415, expected) == (reply.status, slug(reply))
 
 
+async def test_a_wrong_content_type_is_answered_with_the_accepted_ones(edge: Edge) -> None:
+    """The usual mistake is curl without the header."""
+    reply = await edge.post(body=BODY, Content_Type="application/x-www-form-urlencoded")
+    assert "accepts the Content-Type application/json, " in reply.json["detail"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "expected"),
     [

@@ -161,6 +161,13 @@ def test_a_malformed_event_is_named_by_its_number() -> None:
         list(split([*events(2), {"event_type": "A", "n": math.nan}], None))
 
 
+@pytest.mark.parametrize("one", [event(1), b'{"event_type":"A"}', '{"event_type":"A"}'])
+def test_one_event_is_no_batch(one: Any) -> None:
+    """Its members or characters would be sent as events."""
+    with pytest.raises(InvalidArgumentError, match="use post for one event"):
+        list(split(one, None))
+
+
 def test_only_one_batch_of_a_generator_is_held() -> None:
     """A generator may be endless."""
     taken = 0
