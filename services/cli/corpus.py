@@ -63,7 +63,7 @@ def show(
 ) -> None:
     """Print a consultation's events, one per line.
 
-    Sequence, time, type and payload of everything that is committed, also while persisters write.
+    Shows sequence, time (UTC), type and payload of everything that is committed; persisters may keep writing.
     """
     with opened(find_corpus(corpus, folder), consultation) as found:
         typer.echo(f"{found.id}: {len(found)} event{'' if len(found) == 1 else 's'}")
@@ -81,9 +81,10 @@ def export(
         Format.NDJSON
     ),
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write, complete or not at all; stdout otherwise.")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, which appears when it is complete; stdout otherwise."),
     ] = None,
-    after: Annotated[int | None, typer.Option(min=0, help="Only events after this sequence of the stream.")] = None,
+    after: Annotated[int | None, typer.Option(min=0, help="Only events whose sequence is greater than this.")] = None,
     corpus: CorpusOption = None,
     folder: FolderOption = None,
 ) -> None:
@@ -253,7 +254,7 @@ def verify(
 ) -> None:
     """Check every row, body, chain and journal of a corpus.
 
-    Also its index. Changes nothing; writers may work meanwhile. The exit code is 1 if anything is wrong.
+    Checks the index too. Changes nothing; persisters may keep writing. The exit code is 1 if anything is wrong.
     """
     report = _verified(find_corpus(path, folder, how="as PATH"))
     if json:
@@ -352,11 +353,11 @@ def recover(
 
 def repack(
     path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
-    output: Annotated[Path, typer.Argument(help="The directory, or the file, to make; must not exist.")],
+    output: Annotated[Path, typer.Argument(help="Directory or file to create; must not exist.")],
 ) -> None:
     """Write a compact, verified copy of a corpus.
 
-    Every reader opens it, and nothing writes it: it has no journal.
+    Every reader opens the copy. It has no journal and is read-only. Persisters may keep writing the original.
     """
     with bar("repacking") as show:
         try:

@@ -100,7 +100,7 @@ def repack(source: Path, target: Path, *, on_progress: OnStep | None = None) -> 
 def _repack_partition(source: Path, target: Path, steps: _Steps) -> Repacked:
     with Corpus([source]) as original:
         report, problems = verify_partition(original, on_progress=lambda now: steps.report("verifying", now.fraction))
-        _refuse(problems, f"{source.name} is damaged, so nothing was archived")
+        _refuse(problems, f"{source.name} has a problem, so nothing was archived")
         (info,) = original.partitions
         with _writing(target):
             _copy(original, info, target, steps)

@@ -502,7 +502,9 @@ def _check_index(directory: Path, paths: Sequence[Path]) -> Iterator[CorpusProbl
     try:
         links = read_links(path)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        yield CorpusProblem("index", f"it cannot be read: {error}; write_index() makes a new one", INDEX_NAME)
+        yield CorpusProblem(
+            "index", f"it cannot be read: {error}; a persister writes a new one when it starts", INDEX_NAME
+        )
         return
     before = {file.stem for file in paths}
     wanted = {file.stem: (file.name, "/") for file in partition_files(directory)}
@@ -510,7 +512,7 @@ def _check_index(directory: Path, paths: Sequence[Path]) -> Iterator[CorpusProbl
         found = links.get(name)
         if found is None and name in before:
             yield CorpusProblem(
-                "index", f"it has no link to {wanted[name][0]}; write_index() makes a new one", INDEX_NAME
+                "index", f"it has no link to {wanted[name][0]}; a persister writes a new one when it starts", INDEX_NAME
             )
         elif found is not None and found != wanted.get(name):
             yield CorpusProblem("index", f"the link {name!a} leads to no partition file: {found!r}", INDEX_NAME)

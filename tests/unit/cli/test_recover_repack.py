@@ -113,7 +113,7 @@ def test_repack_refuses_a_damaged_corpus_and_an_existing_target(file: Path) -> N
     target = file.parent.with_name("archive")
     done = run("repack", file.parent, target)
     assert (1, "") == (done.exit_code, done.stdout)
-    assert "00.h5 is damaged, so nothing was archived: 00.h5 c-0003 row 5" in done.stderr
+    assert "00.h5 has a problem, so nothing was archived: 00.h5 c-0003 row 5" in done.stderr
     assert not target.exists()
 
 
