@@ -97,6 +97,10 @@ class RetryPolicy:
     initial_backoff: float = 0.1
     max_backoff: float = 5.0
 
+    def __post_init__(self) -> None:
+        if not (self.deadline > 0 and self.attempt_timeout > 0):
+            raise InvalidArgumentError("deadline and attempt_timeout are more than 0 seconds")
+
 
 class AsyncClient:
     """Posts, reads and follows the events of one service; an async context manager.

@@ -235,7 +235,7 @@ async def _read(target: Target, corpus: Path | None) -> ClusterStatus:
     elif not snapshot.workers and log.has_stream:
         remarks.append("no persister answers: events are kept in the stream until one runs")
     if log.stream_exists and not snapshot.partitions:
-        remarks.append(f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}")
+        remarks.append(f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}; run  fiq doctor")
     now = time.time() - log.clock_offset
     return ClusterStatus(
         nodes=_nodes(log.stream, target.state),

@@ -437,7 +437,7 @@ def check_placement(snapshot: ClusterSnapshot, volumes: int) -> Iterator[Finding
     yield from found
     if not found:
         hosts = len({worker.host for worker in workers})
-        yield ok("placement", f"{len(partitions)} partitions, all placed and owned, by {hosts} host(s)")
+        yield ok("placement", f"{len(partitions)} partitions, all placed and owned; hosts with persisters: {hosts}")
 
 
 def _stores(snapshot: ClusterSnapshot) -> Iterator[Finding]:

@@ -282,7 +282,7 @@ def check_backup(directory: Path, snapshot: ClusterSnapshot | None) -> Iterator[
     hours = (time.time() - (made or began)) / 3600
     what = f"the newest backup of this volume is {hours:.0f} hours old" if made else "this volume was never backed up"
     if stores > 1 or hours <= BACKUP_HOURS:
-        yield ok("backup", f"{what}; {stores} store(s)")
+        yield ok("backup", f"{what}; stores: {stores}")
     else:
         meaning = f"{'events older than FI_RETENTION' if in_stream else 'all events'} are on this disk only"
         yield warning("backup", what, meaning, "run `fiq backup` daily, or run a second store: docs/operations.md")

@@ -20,10 +20,12 @@ import psutil
 import pytest
 
 from services.cli.embedded.processes import LOOPBACK
-from services.cli.embedded.stack import PREFERRED_PORT, StackFolder, StackState
+from services.cli.embedded.stack import StackFolder, StackState
 from tests.support.polling import eventually_sync
 
 START = 90.0
+#: of docs/cli.md; tests/conftest.py gives this process another one, but not the commands that it starts
+USUAL_PORT = 7001
 FIQ = [sys.executable, "-m", "services.cli.main"]
 
 
@@ -83,7 +85,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """One stack for the tests that only look, on another port than the usual one, which is taken."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):  # another process has it, which serves as well
-            held.enter_context(socket.create_server((LOOPBACK, PREFERRED_PORT)))
+            held.enter_context(socket.create_server((LOOPBACK, USUAL_PORT)))
         yield held.enter_context(running(tmp_path_factory.mktemp("up")))
 
 
@@ -143,7 +145,7 @@ def test_up_prints_what_to_paste(up: Up) -> None:
 def test_up_says_that_the_usual_port_is_taken(up: Up) -> None:
     """Or a client of the usual port would reach another service."""
     port = up.state.ingest_url.rpartition(":")[2]
-    assert f"port {PREFERRED_PORT} is taken, using {port}\n" in up.stderr
+    assert f"port {USUAL_PORT} is taken, using {port}\n" in up.stderr
 
 
 def test_the_printed_examples_work(up: Up) -> None:

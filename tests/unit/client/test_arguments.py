@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import fiq
-from fiq.client import AsyncClient, BadLine, InvalidArgumentError, Problem, RefusedError
+from fiq.client import AsyncClient, BadLine, InvalidArgumentError, Problem, RefusedError, RetryPolicy
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,13 @@ async def test_a_malformed_id_or_key_is_an_invalid_argument(consultation: Any, k
     async with AsyncClient("http://127.0.0.1:9") as client:
         with pytest.raises(InvalidArgumentError, match=message):
             await client.post(consultation, {"event_type": "A"}, key)
+
+
+@pytest.mark.parametrize("times", [{"deadline": 0}, {"deadline": -1}, {"attempt_timeout": 0}])
+def test_a_policy_has_time_for_an_attempt(times: dict[str, float]) -> None:
+    """Without it every call would fail at once."""
+    with pytest.raises(InvalidArgumentError, match="more than 0 seconds"):
+        RetryPolicy(**times)
 
 
 def test_a_refused_batch_names_its_first_bad_events() -> None:
