@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import nats.errors
 from nats.aio.client import Client
 
 from services.log.jetstream.stream import STREAM
@@ -15,9 +16,17 @@ from tests.support.raw_nats import HEADERS, SUBJECTS, message, publish_raw
 
 
 async def garbage(nc: Client, consultation: str, count: int) -> None:
-    """Publish what is no event, and wait until the stream has it."""
+    """Publish what is no event, and wait until the stream has it, also while a route is made again."""
+
+    async def stored() -> bool:
+        try:
+            await nc.request(f"fi.events.{consultation}", b"garbage", timeout=10)
+        except nats.errors.NoRespondersError:
+            return False
+        return True
+
     for _ in range(count):
-        await nc.request(f"fi.events.{consultation}", b"garbage", timeout=10)
+        await eventually(stored)
 
 
 async def test_each_goes_to_the_dead_letters_and_its_neighbours_into_hdf5(log: Log, tmp_path: Path) -> None:
