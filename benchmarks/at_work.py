@@ -38,7 +38,7 @@ from services.cli.embedded.processes import ManagedProcess, free_ports
 #: all targets, in the order of their turns
 TARGETS = (AT_WORK, ZEROMQ, NO_PERSISTER, PLAIN_SERVICE, PUBLISH, EMPTY, OLD_WAY)
 #: those of which there is one for each product
-_OF_PRODUCTS = (AT_WORK, ZEROMQ, NO_PERSISTER)
+_OF_PRODUCTS = (AT_WORK, NO_PERSISTER)
 
 _EVENTS = re.compile(r'^fi_persister_events_total\{.*?partition="(\d+)".*?\} (\S+)$', re.MULTILINE)
 
