@@ -37,10 +37,11 @@ class Bar:
 
 
 def bars(page: str) -> list[Bar]:
-    """Return the rows of the table in *page* that are drawn, by clients and then as TARGETS has them."""
+    """Return the rows of *page*'s table *At work* that are drawn, by clients and then as TARGETS has them."""
+    section = page.partition("\n## At work\n")[2].partition("\n## ")[0]
     rows = [
         Bar(int(clients), target, float(rate.replace(",", "")), float(p50))
-        for clients, target, rate, p50 in _ROW.findall(page)
+        for clients, target, rate, p50 in _ROW.findall(section)
         if target in TARGETS
     ]
     order = list(TARGETS)
