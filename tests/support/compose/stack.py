@@ -38,8 +38,9 @@ IMAGE = f"{PREFIX}:image"
 NODES = ("n1", "n2", "n3")
 #: services that do their work and end
 ONE_SHOT = {"volumes", "provision"}
-#: where ports are looked for that stay the same over restarts: below those that the kernel and the engine hand out
-_PORTS = range(20_000, 30_000)
+#: where ports are looked for that stay the same over restarts: below those that the kernel, the engine and other tests
+#: choose, since a port is chosen half a minute before the balancer binds it
+_PORTS = range(8_300, 9_000)
 #: settings that make a stack small; an empty port is one that the engine chooses, anew at each start of a container
 SMALL = {
     "FIQ_IMAGE": IMAGE,
