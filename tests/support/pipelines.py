@@ -58,19 +58,32 @@ class Client:
             return response.status, orjson.loads(await response.read())
 
     async def follow(self, consultation: str, seen: list[int]) -> None:
-        """Append the ids of all events to *seen*, for ever, as a browser does it: connect again with the last one."""
-        while True:
-            headers = {"Last-Event-ID": str(seen[-1])} if seen else {}
-            url = f"{self.url}/consultations/{consultation}/events?follow=1"
-            try:
-                async with self._session.get(url, headers=headers, timeout=ClientTimeout(total=None)) as response:
-                    if response.status == 200:
-                        while line := await response.content.readline():
-                            if line.startswith(b"id: "):
-                                seen.append(int(line[4:]))
-            except (ClientError, ConnectionError) as error:
-                self.cuts.append(error)
-            await asyncio.sleep(0.05)
+        """Append the ids of all events to *seen*, as :func:`follow` does."""
+        await follow(self._session, self.url, consultation, seen, self.cuts)
+
+
+async def follow(session: ClientSession, url: str, consultation: str, seen: list[int], cuts: list[Exception]) -> None:
+    """Append the ids of all events to *seen*, for ever, as a browser does it: connect again with the last one.
+
+    Args:
+        session: used for the requests.
+        url: of ingest.
+        consultation: that is followed.
+        seen: ids so far.
+        cuts: gets how connections ended that were not ended in an orderly way.
+    """
+    while True:
+        headers = {"Last-Event-ID": str(seen[-1])} if seen else {}
+        path = f"{url}/consultations/{consultation}/events?follow=1"
+        try:
+            async with session.get(path, headers=headers, timeout=ClientTimeout(total=None)) as response:
+                if response.status == 200:
+                    while line := await response.content.readline():
+                        if line.startswith(b"id: "):
+                            seen.append(int(line[4:]))
+        except (ClientError, ConnectionError) as error:
+            cuts.append(error)
+        await asyncio.sleep(0.05)
 
 
 @dataclass

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout
+from aiohttp import ClientConnectorError, ClientSession
 
 from services.cli.embedded.cluster import Cluster
 from services.log.jetstream.stream import STREAM
 from tests.support.persisters import PARTITIONS, Persister
+from tests.support.pipelines import follow
 from tests.support.polling import eventually
 from tests.support.service import Service
 
@@ -52,19 +53,8 @@ class Reader:
             return response.status, orjson.loads(await response.read())
 
     async def follow(self, consultation: str, seen: list[int]) -> None:
-        """Append the ids of all events to *seen*, for ever, as a browser does it: connect again with the last one."""
-        while True:
-            headers = {"Last-Event-ID": str(seen[-1])} if seen else {}
-            url = f"{self.url}/consultations/{consultation}/events?follow=1"
-            try:
-                async with self._session.get(url, headers=headers, timeout=ClientTimeout(total=None)) as response:
-                    if response.status == 200:
-                        while line := await response.content.readline():
-                            if line.startswith(b"id: "):
-                                seen.append(int(line[4:]))
-            except (ClientError, ConnectionError) as error:
-                self.cuts.append(error)
-            await asyncio.sleep(0.05)
+        """Append the ids of all events to *seen*, for ever."""
+        await follow(self._session, self.url, consultation, seen, self.cuts)
 
 
 @asynccontextmanager
