@@ -88,6 +88,29 @@ async def background_task(work: Coroutine[Any, Any, None], name: str) -> AsyncIt
         raise error from error.__cause__
 
 
+@asynccontextmanager
+async def supervised_task(
+    work: Coroutine[Any, Any, None], name: str, on_failed: Callable[[str], None]
+) -> AsyncIterator[None]:
+    """Run *work* in a task called *name* while the block runs; cancel it at the end, and wait for that.
+
+    Unlike :func:`background_task` the block may be left in another task than the one that entered it, so a failure
+    cannot cancel it: *on_failed* is called with the reason.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            on_failed(f"the {name} failed: {error!r}")
+
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(ended)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
 async def cancellable(work: Awaitable[T]) -> T:
     """Await a library's *work* without losing a cancellation.
 

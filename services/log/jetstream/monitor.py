@@ -33,6 +33,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from fiq.errors import FiqError
+from services.core.lifecycle import supervised_task
 from services.core.logs import get_logger
 from services.log.errors import LogRefusedError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
@@ -409,18 +410,11 @@ async def monitoring(
     The context may be left in another task than the one that entered it.
     """
 
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            on_failed(f"the log monitor failed: {error!r}")
-
     monitor = LogMonitor(nc, settings, metrics)
-    watching = asyncio.create_task(monitor.run(), name="log monitor")
-    watching.add_done_callback(ended)
     try:
-        yield monitor
+        async with supervised_task(monitor.run(), "log monitor", on_failed):
+            yield monitor
     finally:
-        watching.cancel()
-        await asyncio.wait({watching})
         await monitor.close()
 
 

@@ -6,15 +6,15 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import zmq
 
 from fiq.errors import ConfigurationError
+from services.core.lifecycle import supervised_task
 from services.log.errors import PlacementError
 from services.log.metrics import LogMetrics
 from services.log.partitions import partition_name
@@ -62,7 +62,7 @@ async def open_for_ingest(
         links = _links(context, settings, watches=False)
         try:
             status = ZeroMqStatus(links, settings, metrics)
-            async with _running(links.run(), on_closed), _running(status.run(), on_closed):
+            async with supervised_task(links.run(), "log", on_closed), supervised_task(status.run(), "log", on_closed):
                 writer = ZeroMqWriter(links, deadline=role.deadline, max_in_flight=role.max_in_flight)
                 yield IngestLog(writer, ZeroMqReader(links, settings), status, remembers_ids=True)
         finally:
@@ -87,9 +87,9 @@ async def open_for_persister(
         try:
             status = ZeroMqStatus(links, settings, metrics)
             tasks = (
-                _running(links.run(), on_closed),
-                _running(owner.run(), on_closed),
-                _running(status.run(), on_closed),
+                supervised_task(links.run(), "log", on_closed),
+                supervised_task(owner.run(), "log", on_closed),
+                supervised_task(status.run(), "log", on_closed),
             )
             async with tasks[0], tasks[1], tasks[2]:
                 yield ZeroMqPersisterLog(owner, settings, status)
@@ -143,23 +143,6 @@ def _reserve(address: Address, volume: str) -> None:
             ) from None
     finally:
         temporary.unlink()
-
-
-@asynccontextmanager
-async def _running(work: Coroutine[Any, Any, None], on_failed: Callable[[str], None]) -> AsyncIterator[None]:
-    """Run *work* while the body runs; *on_failed* is called if it ends early. May be left in another task."""
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            on_failed(f"the log failed: {error!r}")
-
-    task = asyncio.create_task(work)
-    task.add_done_callback(ended)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
 
 
 # -- status -----------------------------------------------------------------------------------------------------------
