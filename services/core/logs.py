@@ -94,6 +94,12 @@ def get_logger(name: str) -> Any:
     return structlog.get_logger(component=name)
 
 
+def get_audit_logger() -> Any:
+    """Return the logger of the audit log: who was shown or changed what. FI_LOG_LEVEL does not silence it."""
+    every = structlog.make_filtering_bound_logger(logging.INFO)
+    return structlog.wrap_logger(None, wrapper_class=every, component="audit")
+
+
 class LogThrottle:
     """Bounds how many log lines of each kind are written: clients and outages must not fill a disk.
 

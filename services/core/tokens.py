@@ -30,6 +30,8 @@ class Scope(StrEnum):
 
     READ = "read"
     WRITE = "write"
+    #: the state of the pipeline, and the dead letters of all consultations
+    OPS = "ops"
     ADMIN = "admin"
 
 
@@ -86,7 +88,7 @@ def parse_scopes(value: str) -> frozenset[Scope]:
     try:
         return frozenset(Scope(part.strip()) for part in value.split(","))
     except ValueError:
-        raise ValueError("scopes are read, write or admin, separated by commas") from None
+        raise ValueError("scopes are read, write, ops or admin, separated by commas") from None
 
 
 def parse_prefix(value: str) -> str:

@@ -26,7 +26,7 @@ from aiohttp.typedefs import Middleware
 
 from fiq.errors import ConfigurationError
 from services.core import tokens
-from services.core.logs import LogThrottle, get_logger
+from services.core.logs import LogThrottle, get_audit_logger, get_logger
 from services.core.tokens import Scope, Token, digest_of
 from services.ingest import metrics as reasons
 from services.ingest import problems
@@ -42,6 +42,8 @@ _NO_DIGEST = "0" * 64
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 #: as in aiohttp: an answer ends the request, None goes on to the handler
 ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
+
+_audit = get_audit_logger()
 
 #: instead of a scope: no token is needed
 OPEN = None
@@ -360,6 +362,25 @@ def _forwarded(request: web.Request) -> str | None:
         return str(ipaddress.ip_address(values[-1].rpartition(",")[2].strip())) if values else None
     except ValueError:
         return None
+
+
+# -- the audit log -----------------------------------------------------------------------------------------------------
+
+
+def audit(event: str, request: web.Request, **values: object) -> None:
+    """Write a line of the audit log: *event*, who sent *request*, and *values*, which must not hold anything of a body.
+
+    The token is absent where none is configured.
+    """
+    name = request[GRANT].name
+    who: dict[str, object] = {"token": name} if name else {}
+    _audit.info(event, **who, remote=request.remote, **values)
+
+
+def bodies_shown(request: web.Request, events: int, **values: object) -> None:
+    """Write the audit line of a read whose answer has the bodies of *events* events; none for an answer without any."""
+    if events and request.method != hdrs.METH_HEAD:
+        audit("BODIES_SHOWN", request, events=events, **values)
 
 
 ACCESS = web.AppKey("access", AccessControl)

@@ -15,7 +15,7 @@ import contextlib
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from uuid import UUID
@@ -28,7 +28,7 @@ from fiq.event import check_consultation_id
 from services.core.logs import LogThrottle, get_logger
 from services.core.tokens import Scope
 from services.ingest import problems
-from services.ingest.access import GRANT
+from services.ingest.access import GRANT, audit, bodies_shown
 from services.ingest.admission import IN_FLIGHT
 from services.ingest.metrics import METRICS, IngestMetrics
 from services.ingest.problems import REFUSALS, SERVER, ProblemType, RequestRefusedError
@@ -132,6 +132,7 @@ async def _events(request: web.Request, held: ExitStack) -> web.StreamResponse:
     following = f"/consultations/{consultation}/events?after={page.reached}&limit={limit}" if page.more else None
     records = [record(stored) for stored in page.events]
     body = _page(media_type, "events", records, following, consultation_id=consultation)
+    bodies_shown(request, len(records), consultation_id=consultation)
     _log.info("EVENTS_READ", consultation_id=consultation, after=after, events=len(records), bytes=len(body))
     return _response(request, body, media_type, following)
 
@@ -147,6 +148,7 @@ async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
     stored = await request.app[READER].locate(consultation, event_id)
     if stored is None:
         raise RequestRefusedError(problems.UNKNOWN_EVENT)
+    bodies_shown(request, 1, consultation_id=consultation)
     _log.info("EVENT_READ", consultation_id=consultation, message_id=str(event_id), sequence=stored.sequence)
     return _response(request, record(stored, consultation=True), media_type)
 
@@ -315,6 +317,8 @@ PAUSE_SECONDS = 1.0
 _PAGE_EVENTS, _KEPT_EVENTS, _KEPT_BYTES = 100, 256, 1 << 20
 #: for clients to read their last bytes at the end of the process, seconds
 _CLOSE_SECONDS = 1.0
+#: events that were sent to a follower
+_SENT = web.ResponseKey("sent", int)
 
 
 async def _follow(request: web.Request) -> web.StreamResponse:
@@ -455,7 +459,7 @@ class Followers:
             await response.prepare(request)
             if request.method != "HEAD":
                 _log.info("FOLLOW_STARTED", consultation_id=consultation, after=after)
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(ConnectionError), _audited(request, response, consultation_id=consultation):
                     await response.write(b"retry: 2000\n\n")
                     position = await self._send(response, page.events, page.reached)
                     if page.more:
@@ -535,9 +539,20 @@ class Followers:
 
     async def _send(self, response: web.StreamResponse, events: list[SequencedEvent], reached: int) -> int:
         for stored in events:
+            response[_SENT] = response.get(_SENT, 0) + 1
             await response.write(b"id: %d\ndata: %b\n\n" % (stored.sequence, record(stored)))
         self._metrics.followed_events.inc(len(events))
         return reached
+
+
+@contextlib.contextmanager
+def _audited(request: web.Request, response: web.StreamResponse, **values: object) -> Iterator[None]:
+    """Write a line of the audit log when a follower begins, and one with the number of events when it ends."""
+    audit("BODIES_SHOWN", request, follow="started", events=0, **values)
+    try:
+        yield
+    finally:
+        audit("BODIES_SHOWN", request, follow="ended", events=response.get(_SENT, 0), **values)
 
 
 def _check_connected(request: web.Request) -> None:

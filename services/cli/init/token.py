@@ -51,7 +51,7 @@ FileOption = Annotated[
 @token.command()
 def new(
     name: NameArgument,
-    scopes: Annotated[str, typer.Option(help="read, write or admin, which is both, separated by commas.")] = "write",
+    scopes: Annotated[str, typer.Option(help="read, write, ops, or admin for all, separated by commas.")] = "write",
     prefix: Annotated[str, typer.Option(help="Prefix of the ids of its consultations; all of them by default.")] = "",
     expires: Annotated[str, typer.Option(help="When it expires: 90d, 12h, 2027-01-31 or 2027-01-31T12:00:00Z.")] = "",
     deployment: DeploymentOption = Path(),
@@ -62,6 +62,8 @@ def new(
         secret = new_secret()
         made = Token(check_name(name), digest_of(secret), parse_scopes(scopes), parse_prefix(f"{prefix}*"))
         made = replace(made, expires=_expiry(expires))
+        if prefix and Scope.OPS in made.scopes:
+            raise ValueError("the scope ops is about all consultations: leave --prefix out, or name other --scopes")
     except ValueError as error:
         raise CommandError(str(error)) from None
     tokens = TokenFile(deployment, file)

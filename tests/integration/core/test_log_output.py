@@ -34,6 +34,13 @@ def test_lines_below_the_level_are_dropped() -> None:
     assert [line["event"] for line in lines("log.info('A')\nlog.warning('B')", log_level="warning")] == ["B"]
 
 
+def test_the_audit_log_is_written_at_every_level() -> None:
+    """Whoever asks for fewer lines must not lose who was shown what."""
+    program = "audit = logs.get_audit_logger()\nlog.error('A')\naudit.info('BODIES_SHOWN', events=1)"
+    first, second = lines(program, log_level="error")
+    assert ("A", "BODIES_SHOWN", "audit", 1) == (first["event"], second["event"], second["component"], second["events"])
+
+
 def test_what_libraries_log_comes_as_json_without_the_text_of_exceptions() -> None:
     """An exception's text may quote a body."""
     program = "try:\n raise ValueError('a patient')\nexcept ValueError:\n logging.getLogger('lib').exception('oops')"
