@@ -24,6 +24,7 @@ from services.core.command import load_or_exit, memory_limit, parser, product_ve
 from services.core.lifecycle import Stop, freeze_garbage, run_until_stopped, stop_on_signals
 from services.core.management import bind, serve_management
 from services.core.tracing import Spans, open_spans
+from services.core.watchdog import Watchdog
 from services.ingest.app import READY, make_app
 from services.ingest.metrics import METRICS
 from services.ingest.server import MAX_REJECTED, TLS, HttpServer
@@ -104,6 +105,7 @@ async def serve(settings: Settings, stop: Stop, *, version: str, spans: Spans | 
     Raises FiqError: the service could not start; its message says why.
     """
     with (
+        Watchdog(settings.watchdog),
         bind(settings.host, settings.port, "FI_HOST, FI_PORT") as sock,
         bind(settings.management_host, settings.management_port, _MANAGEMENT) as management,
     ):

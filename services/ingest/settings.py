@@ -9,6 +9,7 @@ from aiohttp import web
 from services.core.logs import level
 from services.core.settings import boolean, integer, nested, number, seconds, setting, size, text
 from services.core.settings import port as tcp_port
+from services.core.watchdog import WATCHDOG_SECONDS
 from services.log.settings import LogSettings
 
 
@@ -173,6 +174,12 @@ class Settings:
         10.0,
         parse=seconds(0, 3600),
         doc="How long requests in flight may take after SIGTERM; keep it above FI_PUBLISH_DEADLINE.",
+    )
+    watchdog: float = setting(
+        "FI_WATCHDOG",
+        WATCHDOG_SECONDS,
+        parse=seconds(0, 86400),
+        doc="How long the event loop or a call in a thread may hang before the process ends itself; 0: for ever.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",

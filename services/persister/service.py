@@ -17,7 +17,6 @@ import os
 import socket
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 from fiq.corpus import KnownIds, StoreOptions
@@ -25,6 +24,7 @@ from services.core.lifecycle import Stop, background_task, freeze_garbage, run_u
 from services.core.logs import get_logger
 from services.core.management import bind, serve_management
 from services.core.tracing import Spans
+from services.core.watchdog import Watchdog
 from services.log import PersisterLog, PersisterRole, open_log
 from services.log.protocol import Follower, Position, Trimmed
 from services.log.status import Placement
@@ -56,6 +56,7 @@ async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None 
     sock = bind(settings.host, settings.port, _ADDRESS)
     async with AsyncExitStack() as stack:
         stack.callback(sock.close)
+        watchdog = stack.enter_context(Watchdog(settings.watchdog))
         volume = await asyncio.to_thread(Volume.open, settings.data_dir, settings.log.store)
         metrics = PersisterMetrics()
         metrics.info.labels(volume.store, volume.uuid, socket.gethostname()).set(1)
@@ -78,7 +79,7 @@ async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None 
         if reached is not None:
             freeze_garbage()
             logger.info("PERSISTER_STARTED", port=port, volume=volume.uuid, directory=str(volume.directory))
-            with ThreadPoolExecutor(1, thread_name_prefix="hdf5") as executor:
+            with watchdog.threads(1, "hdf5") as executor:
                 process = _Process(settings, volume, reached, Hdf5Thread(executor), metrics, spans)
                 readiness.coordinator = process.coordinator
                 await process.run(f"{settings.host}:{port}", stop)

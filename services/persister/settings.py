@@ -8,6 +8,7 @@ from pathlib import Path
 
 from services.core.logs import level
 from services.core.settings import integer, nested, port, seconds, setting, size, text
+from services.core.watchdog import WATCHDOG_SECONDS
 from services.log.settings import LogSettings
 
 #: memory of a process with empty buffers: interpreter, libraries, HDF5's own caches, bytes
@@ -100,6 +101,12 @@ class PersisterSettings:
         86400.0,
         parse=seconds(0, 10 * 365 * 86400),
         doc="How long committed events stay readable in the stream while it is less than 70 % full.",
+    )
+    watchdog: float = setting(
+        "FI_WATCHDOG",
+        WATCHDOG_SECONDS,
+        parse=seconds(0, 86400),
+        doc="How long the event loop or a call in a thread may hang before the process ends itself; 0: for ever.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nats
 import pytest
-from aiohttp import ClientConnectionError, ClientSession
+from aiohttp import ClientConnectionError, ClientError, ClientSession, ClientTimeout
 from nats.js import JetStreamContext
 
 from fiq.event import event_id_from_key
 from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import free_ports
 from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
 from tests.support.polling import eventually
@@ -225,3 +229,30 @@ def unused_tcp_port() -> int:
     """A free port of loopback."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return int(sock.getsockname()[1])
+
+
+async def test_an_ingest_whose_event_loop_hangs_ends_itself(fresh_log: Cluster) -> None:
+    """Nothing reads its log, so a write to it blocks the loop; its supervisor starts it again then."""
+    settings = {"FI_LOG_URL": fresh_log.url, "FI_STREAM_MAX_BYTES": "16MiB", "FI_DEAD_MAX_BYTES": "1MiB"}
+    settings |= {"FI_PORT": str(port := free_ports(1)[0]), "FI_MANAGEMENT_PORT": "0", "FI_WATCHDOG": "2"}
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    command = [sys.executable, "-m", "services.ingest"]
+    process = await asyncio.create_subprocess_exec(*command, env=os.environ | settings, stdout=write)
+    try:
+        url = f"http://127.0.0.1:{port}/consultations/c-1/events"
+        async with ClientSession(timeout=ClientTimeout(total=5)) as session:
+
+            async def ended() -> bool:
+                with suppress(ClientError, TimeoutError):
+                    async with session.post(url, json={"event_type": "A"}) as response:
+                        await response.read()
+                return process.returncode is not None
+
+            await eventually(ended)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        os.close(read)
+        os.close(write)
+    assert 1 == await process.wait()

@@ -112,6 +112,49 @@ async def test_a_second_process_takes_over_from_a_killed_one(log: Log, tmp_path:
         assert 0 == await second.end()
 
 
+#: imported by a Python that finds it: a sync hangs as long as there is a pipe that nothing writes to
+_HANGING_DISK = """
+import os
+sync = os.fdatasync
+def fdatasync(descriptor):
+    try:
+        os.close(os.open(os.environ["HANG"], os.O_RDONLY))
+    except FileNotFoundError:
+        sync(descriptor)
+os.fdatasync = fdatasync
+"""
+
+
+async def test_a_process_that_hangs_in_hdf5_ends_itself_and_another_one_takes_over(log: Log, tmp_path: Path) -> None:
+    """A disk that never answers: the call is overdue, the process ends, and nothing is lost."""
+    data, hang = tmp_path / "data", tmp_path / "hang"
+    (tmp_path / "sitecustomize.py").write_text(_HANGING_DISK)
+    settings = {"PYTHONPATH": str(tmp_path), "HANG": str(hang), "FI_WATCHDOG": "2"}
+    with (
+        Persister(tmp_path / "a", log.cluster, data, **settings) as first,
+        Persister(tmp_path / "b", log.cluster, data) as second,
+    ):
+        await first.ready()
+        await second.ready()
+
+        async def shared() -> bool:
+            infos = await service_infos(log.nc)
+            return [2, 2] == [len(info["metadata"]["partitions"].split(",")) for info in infos]
+
+        await eventually(shared)
+        events = [await log.publish(40)]
+        await persisted(data, *events)
+        os.mkfifo(hang)
+        events.append(await log.publish(40))
+        assert 1 == await asyncio.to_thread(first.wait)
+        await persisted(data, *events)
+        line = first.wait_for("PROCESS_HUNG")
+        assert "call in a thread" == line["hung"]
+        assert "fdatasync" in str(line["threads"])
+        assert [] == [other for other in second.lines if other["event"] == "PROCESS_HUNG"]
+        assert 0 == await second.end()
+
+
 async def test_a_process_that_joins_gets_half_without_anything_lost(log: Log, tmp_path: Path) -> None:
     """Partitions are handed over while events flow."""
     data = tmp_path / "data"
