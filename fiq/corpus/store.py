@@ -296,6 +296,11 @@ class EventStore:
         return self._partition.begins
 
     @property
+    def conflicts(self) -> int:
+        """Events under used ids that the file keeps, committed or not yet."""
+        return self._partition.conflicts.events
+
+    @property
     def in_place(self) -> bool:
         """Whether the open file and journal are still those at their paths; commits to deleted ones go nowhere."""
         return self._file.in_place

@@ -37,6 +37,8 @@ from services.cli import console
 from services.cli.console import bar
 from services.cli.errors import CommandError
 from services.cli.target import CorpusOption, FolderOption, find_corpus
+from services.log.status import Verified
+from services.persister.volume import is_volume, note_verified
 
 #: columns of CSV, and members of the objects of the two JSON forms
 FIELDS = ("consultation", "sequence", "event_id", "received", "received_ns", "event_type", "event")
@@ -254,9 +256,12 @@ def verify(
 ) -> None:
     """Check every row, body, chain and journal of a corpus.
 
-    Checks the index too. Changes nothing; persisters may keep writing. The exit code is 1 if anything is wrong.
+    Checks the index too, while persisters keep writing. Changes no data; of a volume it records the result for metrics
+    and GET /pipeline. The exit code is 1 if anything is wrong.
     """
-    report = _verified(find_corpus(path, folder, how="as PATH"))
+    found = find_corpus(path, folder, how="as PATH")
+    report = _verified(found)
+    _record(found, report)
     if json:
         typer.echo(orjson.dumps(report.to_dict(), option=orjson.OPT_INDENT_2))
     else:
@@ -271,6 +276,17 @@ def _verified(path: Path) -> Report:
             return verify_corpus(path, on_progress=lambda now: show(now.fraction, f"{now.events:,} events, {now.file}"))
         except CorpusError as error:
             raise CommandError(str(error)) from error
+
+
+def _record(path: Path, report: Report) -> None:
+    """Write down when the volume at *path* was verified and what was found; a copy or one file is no volume."""
+    if not is_volume(path):
+        return
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        note_verified(path, Verified(at, report.events, len(report.problems)))
+    except OSError as error:
+        typer.echo(f"fiq: the result is not recorded: {error.filename or path}: {error.strerror}", err=True)
 
 
 def _print(report: Report, limit: int) -> None:

@@ -27,6 +27,7 @@ from services.ingest.formats import EVENTS, RESOURCES
 from services.ingest.idempotency import IdempotencyKeys
 from services.ingest.metrics import METRICS, IngestMetrics
 from services.ingest.openapi import DOCS_PATH, OPENAPI_PATH, PAGE_HEADERS, PAGE_TYPE, as_page, describe
+from services.ingest.operations import STATUS, get_pipeline
 from services.ingest.problems import BY_SLUG, REFUSALS, SERVER, TYPE_PREFIX, Refusals
 from services.ingest.reading import (
     FOLLOWERS,
@@ -46,6 +47,7 @@ from services.log.protocol import EVENT_LOG, Appended, EventWriter, IngestLog
 #: returns why the service takes no events at present
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
 CONSULTATIONS_PATH = "/consultations"
+PIPELINE_PATH = "/pipeline"
 EVENT_PATH = EVENTS.path + "/{message_id}"
 #: for which an answer of /readyz is kept: probes of many load balancers must not reach the log, seconds
 READY_SECONDS = 1.0
@@ -105,6 +107,7 @@ def make_app(
             )
             writer = opened.writer if spans is None else TracedWriter(opened.writer, spans)
             app[READER] = reader
+            app[STATUS] = opened.status
             app[FOLLOWERS] = Followers(reader, metrics, limit=settings.max_followers, interval=settings.follow_interval)
             app[APPENDER] = IdempotentAppender(writer, keys, backlog, metrics)
             backlog.read_backlog = opened.status.backlog
@@ -150,6 +153,7 @@ def _add_routes(app: web.Application, version: str) -> None:
     access.add(app, "GET", EVENTS.path, list_events, Scope.READ)
     access.add(app, "GET", EVENT_PATH, get_event, Scope.READ)
     access.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
+    access.add(app, "GET", PIPELINE_PATH, get_pipeline, Scope.OPS)
     access.add(app, "GET", TYPE_PREFIX + "{slug}", _get_problem, OPEN)
     description = describe(app[SETTINGS], version)
     access.add(app, "GET", OPENAPI_PATH, _static(orjson.dumps(description), "application/json"), OPEN)

@@ -82,20 +82,20 @@ READ_LIMIT = web.AppKey("read_limit", ReadLimit)
 
 async def list_events(request: web.Request) -> web.StreamResponse:
     """Answer with a page of a consultation's events, or follow it."""
-    return await (_handle(request, _follow) if _follow_parameter(request) else _answer(request, _events))
+    return await (_handle(request, _follow) if _follow_parameter(request) else answer_read(request, _events))
 
 
 async def get_event(request: web.Request) -> web.StreamResponse:
     """Answer with one event."""
-    return await _answer(request, _event)
+    return await answer_read(request, _event)
 
 
 async def list_consultations(request: web.Request) -> web.StreamResponse:
     """Answer with a page of the ids of persisted consultations."""
-    return await _answer(request, _consultations)
+    return await answer_read(request, _consultations)
 
 
-async def _answer(request: web.Request, handler: ReadHandler) -> web.StreamResponse:
+async def answer_read(request: web.Request, handler: ReadHandler) -> web.StreamResponse:
     """Answer with *handler*; a stop waits, and the limit of reads is held, until the client has read the answer."""
     app, started = request.app, time.perf_counter()
     with app[IN_FLIGHT], ExitStack() as held:
@@ -126,7 +126,7 @@ async def _events(request: web.Request, held: ExitStack) -> web.StreamResponse:
     after = _position(request.query.get("after", "0"), "after")
     _last_event_id(request)  # means nothing for a page, but is refused everywhere when it is malformed
     limit = _limit(request)
-    media_type = _negotiate(request, JSON, NDJSON)
+    media_type = negotiate(request, JSON, NDJSON)
     request.app[READ_LIMIT].enter(held)
     page = await request.app[READER].page(consultation, after, limit)
     following = f"/consultations/{consultation}/events?after={page.reached}&limit={limit}" if page.more else None
@@ -134,12 +134,12 @@ async def _events(request: web.Request, held: ExitStack) -> web.StreamResponse:
     body = _page(media_type, "events", records, following, consultation_id=consultation)
     bodies_shown(request, len(records), consultation_id=consultation)
     _log.info("EVENTS_READ", consultation_id=consultation, after=after, events=len(records), bytes=len(body))
-    return _response(request, body, media_type, following)
+    return response_of(request, body, media_type, following)
 
 
 async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
     consultation = _consultation(request)
-    media_type = _negotiate(request, JSON)
+    media_type = negotiate(request, JSON)
     try:
         event_id = UUID(request.match_info["message_id"])
     except ValueError:
@@ -150,19 +150,19 @@ async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
         raise RequestRefusedError(problems.UNKNOWN_EVENT)
     bodies_shown(request, 1, consultation_id=consultation)
     _log.info("EVENT_READ", consultation_id=consultation, message_id=str(event_id), sequence=stored.sequence)
-    return _response(request, record(stored, consultation=True), media_type)
+    return response_of(request, record(stored, consultation=True), media_type)
 
 
 async def _consultations(request: web.Request, held: ExitStack) -> web.StreamResponse:
     prefix, after = _id_parameter(request, "prefix"), _id_parameter(request, "after")
     limit = _limit(request)
-    media_type = _negotiate(request, JSON, NDJSON)
+    media_type = negotiate(request, JSON, NDJSON)
     request.app[READ_LIMIT].enter(held)
     names, more = await _allowed_consultations(request, prefix, after, limit)
     following = f"/consultations?prefix={prefix}&after={names[-1]}&limit={limit}" if more and names else None
     records = [orjson.dumps({"consultation_id": name}) for name in names]
     _log.info("CONSULTATIONS_READ", consultations=len(names))
-    return _response(request, _page(media_type, "consultations", records, following), media_type, following)
+    return response_of(request, _page(media_type, "consultations", records, following), media_type, following)
 
 
 async def _allowed_consultations(request: web.Request, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
@@ -175,7 +175,7 @@ async def _allowed_consultations(request: web.Request, prefix: str, after: str, 
     return await request.app[READER].consultations(prefix, after, limit)
 
 
-def _response(request: web.Request, body: bytes, media_type: str, following: str | None = None) -> web.Response:
+def response_of(request: web.Request, body: bytes, media_type: str, following: str | None = None) -> web.Response:
     headers = {"Content-Type": media_type, "Server": SERVER, "Cache-Control": "no-store"}
     if following is not None:
         headers["Link"] = f'<{following}>; rel="next"'
@@ -236,7 +236,7 @@ def _id_parameter(request: web.Request, name: str) -> str:
     return text
 
 
-def _negotiate(request: web.Request, *offered: str) -> str:
+def negotiate(request: web.Request, *offered: str) -> str:
     """Return the one of the *offered* media types that ``Accept`` prefers; the first of equals."""
     header = ",".join(request.headers.getall("Accept", ()))
     if not header.strip():
@@ -325,7 +325,7 @@ async def _follow(request: web.Request) -> web.StreamResponse:
     consultation = _consultation(request)
     resumed = _last_event_id(request)
     after = _position(request.query.get("after", "0"), "after") if resumed is None else resumed
-    _negotiate(request, EVENT_STREAM)
+    negotiate(request, EVENT_STREAM)
     return await request.app[FOLLOWERS].serve(request, consultation, after)
 
 

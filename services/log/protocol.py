@@ -40,6 +40,8 @@ from services.log.status import Backlog, LogState, PartitionProgress, Placement,
 
 #: name of the log of events: JetStream's stream, and the destination in traces
 EVENT_LOG = "fi-events"
+#: name of the log of dead letters
+DEAD_LETTER_LOG = "fi-dead"
 
 # -- events and positions ---------------------------------------------------------------------------------------------
 
@@ -599,7 +601,7 @@ class PersisterLog(Protocol):
         """Let others see this process while the body runs: operators, and those who read the status.
 
         Args:
-            about: what it says of itself, such as ``worker``, ``host``, ``pid`` and ``address``.
+            about: what it says of itself, such as ``worker``, ``host``, ``pid`` and ``address``; values may change.
             partitions: returns those that it runs.
             progress: returns how far each is.
 

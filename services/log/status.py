@@ -5,8 +5,10 @@ Metrics, readiness, back-pressure, trim, ``fiq status`` and the doctor all read 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,35 @@ class PartitionProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Verified:
+    """What ``fiq verify`` found in a volume.
+
+    Attributes:
+        at: when it ended, RFC 3339 in UTC.
+        events: how many it checked.
+        problems: how many it found.
+    """
+
+    at: str
+    events: int
+    problems: int
+
+    def show(self) -> str:
+        """Return it as the metadata of a process hold it."""
+        return json.dumps(asdict(self))
+
+
+def read_verified(text: str) -> Verified | None:
+    """Undo :meth:`Verified.show`; None for anything else."""
+    try:
+        found = json.loads(text)
+        at = datetime.fromisoformat(found["at"]).astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return Verified(at, int(found["events"]), int(found["problems"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
 class LiveProcess:
     """A persister process that answered.
 
@@ -84,7 +115,7 @@ class LiveProcess:
         partitions: numbers of those that it runs, whatever state they are in.
         progress: of those that it follows.
         stream_sequence: highest sequence of the log that it had seen when it answered; 0 when it did not say.
-        metadata: all that it says of itself: ``worker``, ``host``, ``pid``, ``address`` and so on.
+        metadata: all that it says of itself: ``worker``, ``host``, ``pid``, ``address``, ``version`` and so on.
     """
 
     store: str
@@ -93,6 +124,17 @@ class LiveProcess:
     progress: Mapping[int, PartitionProgress]
     stream_sequence: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def verified(self) -> Verified | None:
+        """What the last ``fiq verify`` of its volume found; None if there was none, or it does not say."""
+        return read_verified(self.metadata.get("verified", ""))
+
+    @property
+    def conflicts(self) -> int:
+        """Events under used ids in the files that it has open."""
+        text = self.metadata.get("conflicts", "")
+        return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +286,7 @@ class LogState:
         stores: the partitions of each store that has a record or a process.
         clock_offset: own clock minus the clock of the log's leader, seconds.
         troubles: by part (:data:`services.log.metrics.PARTS`), why the last look at it failed.
+        server_version: of the node that this process is connected to; empty without a broker.
     """
 
     at: float = 0.0
@@ -256,6 +299,7 @@ class LogState:
     stores: Mapping[str, tuple[PartitionState, ...]] | None = None
     clock_offset: float = 0.0
     troubles: Mapping[str, str] = field(default_factory=dict)
+    server_version: str = ""
 
     def partitions(self, store: str) -> tuple[PartitionState, ...]:
         """Return the partitions of *store*; none while they are not known."""

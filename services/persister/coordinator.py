@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from fiq.errors import PermanentError, TransientError
 from services.core.logs import get_logger
@@ -28,7 +29,7 @@ from services.persister.errors import VolumeError
 from services.persister.metrics import PersisterMetrics
 from services.persister.partition import PartitionRunner, RunnerState
 from services.persister.placement import Assignment, VolumeContext, Workers, claim_partitions, owners
-from services.persister.volume import backed_up_at
+from services.persister.volume import backed_up_at, verified
 
 #: how often the partitions are divided among the volume's processes, seconds
 SHARE_SECONDS = 0.5
@@ -79,6 +80,7 @@ class Coordinator:
 
     Attributes:
         on_change: called when :attr:`partitions` has changed.
+        facts: what the process says of its volume, renewed every few seconds: ``verified`` and ``conflicts``.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Coordinator:
         metrics: PersisterMetrics,
     ) -> None:
         self.on_change: Callable[[], None] = lambda: None
+        self.facts: dict[str, str] = {}
         self._context = context
         self._workers = workers
         self._placements = placements
@@ -298,12 +301,19 @@ class Coordinator:
         try:
             free, size = await asyncio.to_thread(volume.room)
             backed_up = await asyncio.to_thread(backed_up_at, volume.directory)
+            checked = await asyncio.to_thread(verified, volume.directory)
         except OSError as error:
             self._log.warning("OBSERVATION_FAILED", reason=f"the data directory cannot be measured: {error.strerror}")
             return
         self._metrics.volume_free.labels(volume.uuid).set(free)
         self._metrics.volume_size.labels(volume.uuid).set(size)
         self._metrics.backup.labels(volume.uuid).set(backed_up)
+        self._metrics.verified.labels(volume.uuid).set(
+            0 if checked is None else datetime.fromisoformat(checked.at).timestamp()
+        )
+        self._metrics.verify_problems.labels(volume.uuid).set(0 if checked is None else checked.problems)
+        self.facts["verified"] = "" if checked is None else checked.show()
+        self.facts["conflicts"] = str(sum(one.runner.conflicts for one in self._running.values()))
 
 
 def _same(one: Placement, other: Placement) -> bool:

@@ -96,6 +96,14 @@ class PersisterMetrics:
             "When the newest backup of the volume was made, Unix time; 0 for never",
             ("volume",),
         )
+        # older than a week: run `fiq verify` on the volume's host, also to find a disk that loses data
+        self.verified = gauge(
+            "fi_verify_timestamp_seconds",
+            "When fiq verify last ended on the volume, Unix time; 0 for never",
+            ("volume",),
+        )
+        # any: events were changed, removed or moved outside of fiq, or the disk is faulty
+        self.verify_problems = gauge("fi_verify_problems", "Problems that the last fiq verify found", ("volume",))
         # grows for minutes: persisters are too slow, or a partition is stopped (see fi_persister_partition_state)
         self.queue_length = gauge("fi_queue_length", "Events of the partition that are not committed yet", _PARTITION)
         # stays high while the length is low: acknowledgements do not arrive

@@ -156,6 +156,11 @@ class PartitionRunner:
         return None if position is None else position.sequence
 
     @property
+    def conflicts(self) -> int:
+        """Events under used ids that the file keeps; 0 while the partition is not followed."""
+        return 0 if self._file is None or self.position is None else self._file.store.conflicts
+
+    @property
     def waiting(self) -> int:
         """How many events of the partition are in the log and not in the file, as far as known."""
         if self._follower is not None:

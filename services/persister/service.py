@@ -16,10 +16,12 @@ import asyncio
 import os
 import socket
 import uuid
+from collections import ChainMap
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from fiq.corpus import KnownIds, StoreOptions
+from services.core.command import product_version
 from services.core.lifecycle import Stop, background_task, freeze_garbage, run_until_stopped
 from services.core.logs import get_logger
 from services.core.management import bind, serve_management
@@ -152,10 +154,13 @@ class _Process:
             "host": socket.gethostname(),
             "pid": str(os.getpid()),
             "address": address,
+            "version": product_version(),
         }
         coordinator = self.coordinator
         trimming = self._log.trim(lambda: coordinator.partitions, self._trimmed)
-        announced = self._log.announced(about, lambda: coordinator.partitions, coordinator.progress)
+        announced = self._log.announced(
+            ChainMap(coordinator.facts, about), lambda: coordinator.partitions, coordinator.progress
+        )
         async with background_task(trimming, "trim"), announced as update:
             coordinator.on_change = update
             try:

@@ -7,6 +7,7 @@
     <data>/<pp>.h5       a partition file, with its journal <pp>.h5.wal; created before the partition is claimed
     <data>/corpus.h5     links to all of them
     <data>/backup.json   when the newest backup was made
+    <data>/verified.json  when `fiq verify` ran last, and what it found
     <data>/workers/      a lock file for each live process
 """
 
@@ -20,18 +21,21 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fiq.corpus import StorageIO
 from services.log.partitions import partition_name
+from services.log.status import Verified, read_verified
 from services.persister.errors import VolumeBusyError, VolumeError
 
 _IDENTITY = "volume.json"
 #: name of the file with the time of the newest backup; `fiq backup` writes it
 BACKUP_NOTE = "backup.json"
+#: name of the file with what the last verification found; `fiq verify` writes it
+VERIFY_NOTE = "verified.json"
 #: version of ``volume.json``
 FORMAT = 1
 #: epoch of a partition's first placement
@@ -193,6 +197,28 @@ def note_backup(directory: Path, made: str) -> None:
 
     Raises OSError: it cannot be written there.
     """
-    temporary = directory / f"{BACKUP_NOTE}.new"
-    temporary.write_text(json.dumps({"made": made}))
-    temporary.replace(directory / BACKUP_NOTE)
+    _write_note(directory, BACKUP_NOTE, {"made": made})
+
+
+def verified(directory: Path) -> Verified | None:
+    """Return what the last verification of the volume in *directory* found; None for never."""
+    try:
+        return read_verified((directory / VERIFY_NOTE).read_text())
+    except OSError:
+        return None
+
+
+def note_verified(directory: Path, found: Verified) -> None:
+    """Record what a verification of the volume in *directory* found. Raises OSError: it cannot be written there."""
+    _write_note(directory, VERIFY_NOTE, asdict(found))
+
+
+def is_volume(directory: Path) -> bool:
+    """Return whether *directory* is a volume that a persister has used, and no backup of one."""
+    return (directory / _IDENTITY).exists() and (directory / "workers").is_dir()
+
+
+def _write_note(directory: Path, name: str, values: Mapping[str, object]) -> None:
+    temporary = directory / f"{name}.new"
+    temporary.write_text(json.dumps(values))
+    temporary.replace(directory / name)

@@ -40,6 +40,8 @@ def persister_metrics() -> PersisterMetrics:
     metrics.volume_free.labels("volume")
     metrics.volume_size.labels("volume")
     metrics.backup.labels("volume")
+    metrics.verified.labels("volume")
+    metrics.verify_problems.labels("volume")
     return metrics
 
 

@@ -40,6 +40,9 @@ CONFIGURATIONS = [
         "partitions",
         "address",
         "worker",
+        "version",
+        "verified",
+        "conflicts",
     ],
 )
 def test_each_header_and_each_key_of_metadata_is_explained(name: str) -> None:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
-import math
 import os
 import select
 import shutil
 import socket
 import ssl
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,23 +29,19 @@ from rich.filesize import decimal
 from services.cli import monitoring
 from services.cli.doctor import Finding, error, ok, unknown, warning
 from services.cli.embedded.stack import StackState
-from services.cli.status import ClusterSnapshot, Worker, take_snapshot
+from services.cli.status import ClusterSnapshot, take_snapshot
 from services.log.errors import ProvisionError
+from services.log.findings import check_age, check_events_room, check_placement, check_replicas, no_stream
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import HEADERS_BYTES, Connection
 from services.log.jetstream.monitor import NodeState, ask_nodes, node_state
-from services.log.jetstream.stream import BUCKET, DEAD_STREAM, STREAM, changes, check_version, stream_config
-from services.log.metrics import PARTITIONS
-from services.log.partitions import partition_name
+from services.log.jetstream.stream import STREAM, changes, check_version, stream_config
 from services.log.settings import LogSettings
-from services.log.status import PartitionState, StreamReport
 
 #: clocks may differ by so much, seconds
 CLOCK_OFF, CLOCK_WRONG = 1.0, 10.0
 #: certificates that expire within these times, seconds
 SOON, VERY_SOON = 30 * 86400, 7 * 86400
-#: shares of a stream's limit
-FULL, VERY_FULL = 0.7, 0.95
 #: one answer of a node may take this long, seconds
 TIMEOUT = 3.0
 #: where a node monitors by default
@@ -347,8 +341,7 @@ def check_stream(seen: ClusterReport, settings: LogSettings) -> Iterator[Finding
     """Check that the stream of events matches the settings, its replicas, and its room."""
     stream = seen.snapshot.stream
     if stream is None or seen.info is None:
-        action = "`fiq provision`, or start a service"
-        yield error("stream", f"there is no stream {STREAM}", "clients get 503 for everything", action)
+        yield no_stream()
         return
     try:
         different = changes(stream_config(settings), seen.info["config"], seen.info["state"]["bytes"])
@@ -361,135 +354,12 @@ def check_stream(seen: ClusterReport, settings: LogSettings) -> Iterator[Finding
             yield warning("stream", what, "the next service that provisions changes it", action)
         else:
             yield ok("stream", f"stream {STREAM} matches the settings")
-    yield from _replicas(stream)
-    action = "find the partition that does not commit: `fiq status`"
-    yield _room(STREAM, stream, "clients get 503 when it is full", action)
+    yield from check_replicas(stream)
+    yield check_events_room(stream)
 
 
-def _replicas(stream: StreamReport) -> Iterator[Finding]:
-    check = "replicas"
-    if not stream.leader:
-        meaning = "clients get 503; normal for some seconds after the loss of a node"
-        yield error(check, "the stream has no leader", meaning, "if it stays so, start the nodes that are down")
-    elif not stream.has_quorum:
-        meaning = "most copies are down: nothing can be stored"
-        yield error(check, "the stream has no quorum", meaning, "start the nodes that are down")
-    behind = [replica for replica in stream.replicas if replica.offline or not replica.current]
-    for replica in behind:
-        if replica.offline or not replica.alive:
-            action = f"start {replica.name}; look at its log"
-            meaning = "the loss of one more node stops everything"
-            yield error(check, f"the copy on {replica.name} is offline", meaning, action)
-        else:
-            meaning = "the loss of another node may stop everything until it has caught up"
-            action = "wait; restart no other node meanwhile"
-            yield warning(check, f"the copy on {replica.name} is {replica.lag} entries behind", meaning, action)
-    if stream.copies < 3:
-        meaning = "the loss of one node loses events that clients got a 202 for"
-        yield warning(check, f"the stream has {stream.copies} copies", meaning, "FI_REPLICAS=3 on three nodes")
-    elif not behind and stream.leader:
-        yield ok(check, f"{stream.copies} copies, all current; {stream.leader} leads")
-
-
-def _room(name: str, stream: StreamReport, meaning: str, action: str) -> Finding:
-    share = stream.bytes / stream.max_bytes if stream.max_bytes > 0 else 0.0
-    what = f"{name} holds {stream.messages} messages, {decimal(stream.bytes)}, {share:.0%} of its limit"
-    if share >= FULL:
-        return (error if share >= VERY_FULL else warning)("stream", what, meaning, action)
-    return ok("stream", what)
-
-
-def check_dead_letters(snapshot: ClusterSnapshot) -> Iterator[Finding]:
-    """Check whether there are dead letters."""
-    dead = snapshot.log.dead
-    if dead is None:
-        if snapshot.stream is not None:
-            meaning = "a partition with a bad message waits for it"
-            yield error("dead letters", f"there is no stream {DEAD_STREAM}", meaning, "`fiq provision`")
-    elif dead.messages:
-        yield warning(
-            "dead letters",
-            f"{dead.messages} messages were set aside in {DEAD_STREAM}",
-            "no persister could store them: they are in no HDF5 file",
-            f"`nats stream view {DEAD_STREAM}` shows the reasons; purge it when you are done",
-        )
-        yield _room(DEAD_STREAM, dead, "partitions with bad messages wait when it is full", "purge it")
-    else:
-        yield ok("dead letters", "none")
-
-
-def check_placement(snapshot: ClusterSnapshot, volumes: int) -> Iterator[Finding]:
-    """Check where the partitions are placed and which persisters own them.
-
-    Args:
-        snapshot: of the cluster.
-        volumes: how many volumes the store is meant to have.
-    """
-    if snapshot.stream is None:
-        return
-    partitions, workers = snapshot.partitions, snapshot.workers
-    if not partitions:
-        what = f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}"
-        yield error("placement", what, "nothing is placed", "see the message")
-        return
-    yield from _stores(snapshot)
-    found = [*_unowned(partitions, workers, volumes), *_volumes(partitions, workers, volumes)]
-    yield from found
-    if not found:
-        hosts = len({worker.host for worker in workers})
-        yield ok("placement", f"{len(partitions)} partitions, all placed and owned; hosts with persisters: {hosts}")
-
-
-def _stores(snapshot: ClusterSnapshot) -> Iterator[Finding]:
-    """Report partitions whose key is lost, and stores that lack the beginning of the history."""
-    for store, placed in sorted((snapshot.log.placements or {}).items()):
-        if placed.formed and (lost := set(range(len(snapshot.partitions))) - placed.partitions.keys()):
-            keys = ", ".join(map(partition_name, sorted(lost)))
-            what = f"the key of partition {keys} of store {store} is gone from bucket {BUCKET}"
-            meaning = "no volume may claim it: it could have a file already; its events wait"
-            yield error("placement", what, meaning, "docs/operations.md, `A lost key`")
-        late = [one.begins for one in placed.partitions.values() if one.begins > 1]
-        if late:
-            what = f"store {store} begins at sequence {min(late)}: it is not a full copy"
-            action = "seed it from another store: docs/operations.md, `A second copy`"
-            yield warning("placement", what, "earlier events are in none of its files", action)
-
-
-def _unowned(partitions: Sequence[PartitionState], workers: Sequence[Worker], volumes: int) -> Iterator[Finding]:
-    check = "placement"
-    if not workers:
-        meaning = "events wait in the stream until one runs; when it is full clients get 503"
-        yield error(check, "no persister answers", meaning, "start them, with the same FI_LOG_URL and FI_STORE")
-    if unplaced := [partition_name(one.partition) for one in partitions if one.placement is None]:
-        meaning = "their events wait in the stream; ingest is not ready"
-        action = f"start persisters; FI_VOLUMES must be the number of existing volumes, here it is {volumes}"
-        yield error(check, f"no volume has claimed partition {', '.join(unplaced)}", meaning, action)
-    alive = {worker.volume for worker in workers}
-    owners = Counter(name for worker in workers for name in worker.partitions)
-    for one in partitions:
-        name = partition_name(one.partition)
-        if one.placement is not None and one.placement.volume in alive and not owners[name]:
-            meaning = f"{one.waiting.events} of its events wait"
-            action = "look at /readyz of the volume's persisters"
-            yield error(check, f"no persister owns partition {name}", meaning, action)
-        elif owners[name] > 1:
-            action = "nothing if it passes; else look at their logs"
-            yield warning(check, f"{owners[name]} processes say that they own partition {name}", "a handover", action)
-
-
-def _volumes(partitions: Sequence[PartitionState], workers: Sequence[Worker], volumes: int) -> Iterator[Finding]:
-    check, quota = "placement", math.ceil(len(partitions) / volumes)
-    alive = {worker.volume for worker in workers}
-    placed: dict[str, list[str]] = {}
-    for one in partitions:
-        if one.placement is not None:
-            placed.setdefault(one.placement.volume, []).append(partition_name(one.partition))
-    for volume, here in sorted(placed.items()):
-        if workers and volume not in alive:
-            meaning = "their events wait in the stream; other partitions work"
-            action = "start the persisters of that volume; if its disk is lost: `fiq restore` or `fiq give-up`"
-            yield error(check, f"volume {volume} is away, with partition {', '.join(here)}", meaning, action)
-        if len(here) > quota:
-            meaning = f"a volume is meant to have {quota}: work is shared unevenly"
-            action = "set FI_VOLUMES alike everywhere"
-            yield warning(check, f"volume {volume} has {len(here)} partitions", meaning, action)
+def check_partitions(snapshot: ClusterSnapshot, volumes: int) -> Iterator[Finding]:
+    """Check the placement of the partitions, which *volumes* volumes are meant to have, and the age of what waits."""
+    if snapshot.stream is not None:
+        yield from check_placement(snapshot.log, snapshot.store, volumes)
+        yield from check_age(snapshot.log, snapshot.store, time.time() - snapshot.log.clock_offset)

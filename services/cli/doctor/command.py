@@ -22,6 +22,7 @@ from services.cli.status import ClusterSnapshot, take_snapshot
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
 from services.core.settings import load
 from services.ingest.settings import Settings as IngestSettings
+from services.log.findings import check_dead_letters
 from services.log.jetstream.stream import NODES_PREFIX
 from services.persister.settings import PersisterSettings
 
@@ -180,8 +181,8 @@ def _examine_cluster(
     if seen is not None:
         yield from cluster.check_clocks(seen, clock_offset, [node.name for node in nodes])
         yield from cluster.check_stream(seen, settings)
-        yield from cluster.check_dead_letters(seen.snapshot)
-        yield from cluster.check_placement(seen.snapshot, volumes)
+        yield from check_dead_letters(seen.snapshot.log)
+        yield from cluster.check_partitions(seen.snapshot, volumes)
     return seen
 
 

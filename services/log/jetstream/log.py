@@ -163,10 +163,11 @@ class JetStreamPersisterLog:
     ) -> AsyncIterator[Callable[[], None]]:
         """Answer in the NATS service API (ADR-32), which ``nats micro ls`` shows, while the body runs."""
         questions = corpus_subject(self._store, 0, "*").replace(".0.", ".<partition>.")
-        metadata = {**about, "questions": questions}
+        metadata = {"questions": questions}
 
         def update() -> None:
             stream = self.status.state.stream
+            metadata.update(about)
             metadata["partitions"] = ",".join(partition_name(p) for p in sorted(partitions()))
             metadata["progress"] = show_progress(progress())
             metadata["stream_sequence"] = "" if stream is None else str(stream.last_sequence)

@@ -315,6 +315,7 @@ class LogMonitor:
             stores=stores or None,
             clock_offset=self._offset,
             troubles=dict(self._troubles),
+            server_version=str(self._nc.server_info.get("version", "")),
         )
 
     def _partition(

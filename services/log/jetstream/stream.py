@@ -26,7 +26,7 @@ from services.log.errors import LogForbiddenError, LogUnavailableError, Provisio
 from services.log.jetstream.api import NOT_ENABLED_ERR_CODES, ApiError, JetStreamApi, NoRespondersError
 from services.log.jetstream.connection import Connection
 from services.log.partitions import partition_name
-from services.log.protocol import EVENT_LOG, LogIdentity
+from services.log.protocol import DEAD_LETTER_LOG, EVENT_LOG, LogIdentity
 from services.log.settings import LogSettings
 from services.log.status import ReplicaReport, StreamReport
 
@@ -35,7 +35,7 @@ from services.log.status import ReplicaReport, StreamReport
 #: the stream of events
 STREAM = EVENT_LOG
 #: the stream of messages that were set aside
-DEAD_STREAM = "fi-dead"
+DEAD_STREAM = DEAD_LETTER_LOG
 
 #: the key-value bucket that says which volume has each partition, and the stream that keeps it
 BUCKET, BUCKET_STREAM = "fi-partitions", "KV_fi-partitions"

@@ -270,7 +270,7 @@ class ZeroMqPersisterLog:
         progress: Callable[[], Mapping[int, PartitionProgress]],
     ) -> AsyncIterator[Callable[[], None]]:
         """Tell *about* this process to those who ask for the state of its partitions."""
-        self._owner.about = dict(about)
+        self._owner.about = about
         yield lambda: None
 
     async def trim(self, own: Callable[[], Collection[int]], on_round: Callable[[Trimmed], None]) -> None:

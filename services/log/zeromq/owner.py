@@ -263,7 +263,7 @@ class ZeroMqFollower:
             store=owner.address.store,
             volume=owner.role.volume,
             partitions=owner.partitions,
-            about=owner.about,
+            about=dict(owner.about),
         )
         if self._socket is not None:
             self._socket.send([identity, *wire.encode_state(state)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from fiq.corpus import EventStore
 from services.cli.main import app
+from services.persister.volume import identity_document, verified
 from tests.support import damage as damages
 from tests.support.corpus import IDENTITY, commit_range
 from tests.support.damage import damage
@@ -62,3 +64,39 @@ def test_a_corpus_that_is_not_there_is_named(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert 1 == done.exit_code
     assert "there are no partition files" in done.stderr
+
+
+def test_the_result_is_recorded_in_a_volume(directory: Path) -> None:
+    """When, how many events, and how many problems: the persisters report it, after each run the newest."""
+    (directory / "volume.json").write_text(identity_document(IDENTITY.volume, IDENTITY.store))
+    (directory / "workers").mkdir()
+    assert verified(directory) is None
+    CliRunner().invoke(app, ["verify", str(directory)])
+    first = verified(directory)
+    assert first is not None
+    assert (200, 0) == (first.events, first.problems)
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(first.at)).total_seconds()) < 60
+    damage(directory / "00.h5", damages.swap_rows)
+    CliRunner().invoke(app, ["verify", str(directory)])
+    second = verified(directory)
+    assert second is not None
+    assert 7 == second.problems
+
+
+def test_nothing_is_recorded_in_a_copy(directory: Path) -> None:
+    """A backup, or a folder of files: it is no volume, and stays as it is."""
+    before = sorted(path.name for path in directory.iterdir())
+    assert 0 == CliRunner().invoke(app, ["verify", str(directory)]).exit_code
+    assert before == sorted(path.name for path in directory.iterdir())
+
+
+def test_a_volume_that_cannot_be_written_is_verified_all_the_same(directory: Path) -> None:
+    """An operator who may only read gets the result, and is told that it is not recorded."""
+    (directory / "volume.json").write_text(identity_document(IDENTITY.volume, IDENTITY.store))
+    (directory / "workers").mkdir()
+    (directory / "verified.json.new").mkdir()
+    done = CliRunner().invoke(app, ["verify", str(directory)])
+    assert 0 == done.exit_code
+    assert "clean: 200 events" in done.stdout
+    assert "the result is not recorded" in done.stderr
+    assert verified(directory) is None

@@ -36,6 +36,7 @@ class FakeRunner:
         self.disk_wait = 0.0
         self.committed: int | None = 7
         self.waiting = 3
+        self.conflicts = 2
         self.in_doubt = False
         self.failed: list[Exception] = []
         self.released_at: Position | None = None
