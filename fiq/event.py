@@ -11,9 +11,11 @@ tokens become spaces, so that a payload dataset is NDJSON. The message of an eve
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +59,22 @@ _MEMBER = re.compile(
 _SAMPLED = frozenset("13579bdf")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+#: members of an event that this project reads, here and from HDF5
+OWN_MEMBERS = ("event_type", "payload", "consultation_id", "event_id", "cloudevent", "data_base64")
+_QUOTED_MEMBERS = tuple((name, f'"{name}"'.encode()) for name in OWN_MEMBERS)
+#: an escape of a character that their names have
+_ESCAPED_LETTER = re.compile(rb"\\u00(?:3[0-9]|5[fF]|[67])")
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def _spelled(name: str) -> str:
+    """Return a pattern for *name* in JSON, with any of its characters escaped."""
+    hexadecimal = (re.sub("[a-f]", lambda digit: f"[{digit[0]}{digit[0].upper()}]", f"{ord(one):04x}") for one in name)
+    return "".join(rf"(?:{one}|\\u{digits})" for one, digits in zip(name, hexadecimal, strict=True))
+
+
+#: one of their names, at any level; the number of the group says which
+_MEMBER_NAME = re.compile(f'"(?:{"|".join(f"({_spelled(name)})" for name in OWN_MEMBERS)})"(?=[ \t\r\n]*:)'.encode())
 
 
 # -- Ids ---------------------------------------------------------------------------------------------------------------
@@ -183,7 +200,35 @@ def read_body(raw: bytes) -> tuple[bytes, dict[str, Any]]:
     event_type = document.get("event_type")
     if not isinstance(event_type, str) or not event_type:
         raise InvalidBodyError("event_type is required: a string that is not empty")
+    _check_own_members(raw, document)
     return without_line_breaks(raw), document
+
+
+def _check_own_members(raw: bytes, document: dict[str, Any]) -> None:
+    """Check that each of :data:`OWN_MEMBERS` occurs at most once in *raw*, the text of *document*.
+
+    Of equal names some parsers take the last and others the first, so a reader could see another event than the one
+    that was checked. Most events cost some counts. Where a name occurs twice, perhaps in a nested object, each
+    occurrence gets a number of its own; then the parser finds how many are members of the event itself.
+
+    Raises InvalidBodyError: one occurs more than once.
+    """
+    for name, quoted in _QUOTED_MEMBERS:
+        if name in document and raw.count(quoted) > 1:
+            break
+    else:
+        if b"\\u00" not in raw or _ESCAPED_LETTER.search(raw) is None:
+            return
+    numbers = itertools.count()
+
+    def marked(match: re.Match[bytes]) -> bytes:
+        return b'"%b\\u0000fiq%d"' % (OWN_MEMBERS[(match.lastindex or 1) - 1].encode(), next(numbers))
+
+    names = (name.partition("\0fiq") for name in orjson.loads(_MEMBER_NAME.sub(marked, raw)))
+    found = Counter(name for name, mark, _ in names if mark)
+    for name in OWN_MEMBERS:
+        if found[name] > 1:
+            raise InvalidBodyError(f"{name} occurs more than once: keep one, because readers would not agree on which")
 
 
 def without_line_breaks(raw: bytes) -> bytes:

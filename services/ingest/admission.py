@@ -158,10 +158,12 @@ class Admission:
         size: bytes of bodies that are being read or stored.
         storing: events that are being stored, each by a request of its own.
         batched: events of batches that are being stored.
+        long_batch: held while a long batch is read.
     """
 
     def __init__(self, *, events: int, size: int, batched: int = 0) -> None:
         self.size = self.storing = self.batched = 0
+        self.long_batch = asyncio.Lock()
         self._max_storing = events
         self._max_batched = batched
         self._max_size = size

@@ -12,6 +12,7 @@ the token, its rate and the backlog before (:mod:`services.ingest.access`). The 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 
@@ -40,6 +41,7 @@ from services.ingest import problems
 from services.ingest.access import ACCESS, GRANT
 from services.ingest.admission import ADMISSION, IN_FLIGHT, BacklogLimiter, Reservation
 from services.ingest.formats import (
+    LONG_BYTES,
     BatchContext,
     BatchEvent,
     BodyFormat,
@@ -227,7 +229,9 @@ async def _post_batch(
     key, settings, trace = _key(request, body_format), app[SETTINGS], trace_of(request)
     context = BatchContext(path, key, received_ns, settings.max_event_bytes, settings.max_json_depth, trace)
     raw = await read_body(request, reservation, limit=body_format.limit(settings), timeout=settings.body_timeout)
-    batch = await read_batch(raw, body_format, context)
+    # of long batches one is read at a time: each has its turns, and other requests wait for one turn at most
+    async with app[ADMISSION].long_batch if len(raw) > LONG_BYTES else contextlib.nullcontext():
+        batch = await read_batch(raw, body_format, context)
     del raw  # the events are copies
     if path is None:
         app[ACCESS].require(request, Scope.WRITE, {one.event.consultation for one in batch})

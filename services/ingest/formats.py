@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -45,8 +46,10 @@ from services.ingest.settings import Settings
 
 #: most events of a batch
 MAX_EVENTS = 1000
-#: a longer batch is parsed in a thread, so that other requests go on, bytes
-_LONG_BYTES = 128 * 2**10
+#: of longer batches one is read at a time, bytes
+LONG_BYTES = 128 * 2**10
+#: work on a batch after which other requests go on, seconds
+_TURN_SECONDS = 0.002
 #: the CloudEvents header that every event in the binary mode has
 VERSION_HEADER = "ce-specversion"
 
@@ -268,33 +271,60 @@ class BatchEvent(NamedTuple):
         return self.event.consultation, self.event.event_id.bytes
 
 
+class Slice(NamedTuple):
+    """Where a part of a text is: its number, from 1, and its bytes from *begin* up to *end*."""
+
+    number: int
+    begin: int
+    end: int
+
+
+class _Turns:
+    """Divides a long batch's work into turns, between which other requests go on."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    async def end(self) -> None:
+        """Let others go on if this turn has taken its time."""
+        if time.perf_counter() - self._since > _TURN_SECONDS:
+            await asyncio.sleep(0)
+            self._since = time.perf_counter()
+
+
 async def read_batch(raw: bytes, body_format: BodyFormat, context: BatchContext) -> list[BatchEvent]:
     """Return the events of the batch *raw*, in order.
 
+    The text is cut into events before any of them is parsed, and then one after the other is: so a batch of too many
+    costs little, and what a parser makes of the text is in memory for one event only.
+
     Raises RequestRefusedError: it is empty, too long, or a line is not an event; the members name each such line.
     """
-    if len(raw) > _LONG_BYTES:
-        return await asyncio.to_thread(_read_batch, raw, body_format, context)
-    return _read_batch(raw, body_format, context)
-
-
-def _read_batch(raw: bytes, body_format: BodyFormat, context: BatchContext) -> list[BatchEvent]:
-    split = _split_lines if body_format is BodyFormat.LINES else _split_array
+    turns = _Turns()
+    cuts: list[Slice] = []
+    for cut in _split_lines(raw) if body_format is BodyFormat.LINES else _split_array(raw):
+        if cut is None:
+            await turns.end()
+        elif len(cuts) == MAX_EVENTS:
+            raise RequestRefusedError(problems.TOO_MANY_EVENTS)
+        else:
+            cuts.append(cut)
     parse = parse_cloudevent if body_format is BodyFormat.CLOUDEVENT_BATCH else _parse_event
     found: list[BatchEvent] = []
     invalid: list[dict[str, object]] = []
     seen: dict[tuple[str, bytes], BatchEvent] = {}
-    for line, text in split(raw):
-        if len(found) + len(invalid) >= MAX_EVENTS:
-            raise RequestRefusedError(problems.TOO_MANY_EVENTS)
+    for line, begin, end in cuts:
         try:
-            one = _batch_event(line, text, parse, context)
+            one = _batch_event(line, raw[begin:end], parse, context)
             first = seen.setdefault(one.identity, one)
             if first is not one and first.event.body != one.event.body:
                 raise PoisonError(f"it has the id of line {first.line}, and another body")
             found.append(one)
         except PoisonError as error:
+            if isinstance(error, NotJsonError) and body_format is not BodyFormat.LINES:
+                raise RequestRefusedError(problems.INVALID_JSON) from None  # the array is not JSON either
             invalid.append({"line": line, "reason": str(error)})
+        await turns.end()
     if invalid:
         raise RequestRefusedError(problems.INVALID_BATCH, members={"lines": invalid})
     if not found:
@@ -339,69 +369,127 @@ def _optional_string(document: dict[str, Any], name: str) -> str | None:
     return value
 
 
-def _split_lines(raw: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of NDJSON that are not empty, with their numbers; they end with LF or CR LF."""
-    for number, line in enumerate(io.BytesIO(raw), start=1):
-        if text := line.rstrip(b"\r\n"):
-            yield number, text
+def _split_lines(raw: bytes) -> Iterator[Slice | None]:
+    """Yield the lines of NDJSON that are not empty, with their numbers; None after empty ones. LF or CR LF ends one."""
+    number, position = 1, 0
+    while position < len(raw):
+        begin = _end(_LINE_ENDS, raw, position, position + _PAUSE_BYTES)
+        if begin > position:
+            number += raw.count(b"\n", position, begin)
+            position = begin
+            yield None
+        else:
+            end = raw.find(b"\n", begin)
+            position = len(raw) if end < 0 else end
+            yield Slice(number, begin, begin + len(raw[begin:position].rstrip(b"\r")))
 
 
-def _split_array(raw: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the elements of a JSON array byte for byte, with their numbers."""
-    try:
-        document = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        raise RequestRefusedError(problems.INVALID_JSON) from None
-    if not isinstance(document, list):
+def _split_array(raw: bytes) -> Iterator[Slice | None]:
+    """Yield the elements of a JSON array with their numbers; None as :func:`slices` does.
+
+    Raises RequestRefusedError: it is not an array, or does not end as one. If each element is valid JSON, it is.
+    """
+    if raw.lstrip(_SPACE)[:1] not in (b"[", b""):
         raise RequestRefusedError(problems.INVALID_BATCH, "The body is not a JSON array.")
-    return enumerate(slice_array(raw), start=1)
+    try:
+        yield from slices(raw)
+    except ValueError:
+        raise RequestRefusedError(problems.INVALID_JSON) from None
 
 
 # -- slices of JSON text ----------------------------------------------------------------------------------------------
 #
-# They find where the parts of an array or object begin and end, so that these can be kept byte for byte. The text must
-# have been parsed before: only then is it enough to look for brackets, commas and strings.
+# They find where the parts of an array or object begin and end, so that these can be kept byte for byte. Only strings,
+# brackets and commas are looked at; whether the parts are JSON shows when they are parsed.
 
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
-#: the next token outside strings: at the top level a comma counts, deeper only brackets
-_AT_TOP = re.compile(rb'[^"\[\]{},]*+(?:' + _STRING + rb'[^"\[\]{},]*+)*+([\[\]{},])', re.DOTALL)
-_INSIDE = re.compile(rb'[^"\[\]{}]*+(?:' + _STRING + rb'[^"\[\]{}]*+)*+([\[\]{}])', re.DOTALL)
+#: a string without very many escapes; what follows a string's first quote, until its end or so many escapes
+_SHORT_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+){0,200}+"'
+_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+){0,200}+', re.DOTALL)
+#: an array or object without others in it
+_FLAT = rb'[\[{][^"\[\]{}]*+(?:%b[^"\[\]{}]*+){0,20}+[\]}]' % _SHORT_STRING
+#: the next token outside strings: at the top level a comma counts, deeper only brackets; a quote after many strings
+_AT_TOP, _INSIDE = (
+    re.compile(rb"[^%b]*+(?:(?:%b|%b)[^%b]*+){0,50}+([%b]?)" % (stop, _SHORT_STRING, _FLAT, stop, stop), re.DOTALL)
+    for stop in (rb'"\[\]{},', rb'"\[\]{}')
+)
 _NAME = re.compile(rb"[ \t\r\n]*+(" + _STRING + rb")[ \t\r\n]*+:", re.DOTALL)
 _SPACE = b" \t\r\n"
+_SPACES, _LINE_ENDS = re.compile(rb"[ \t\r\n]*+"), re.compile(rb"[\r\n]*+")
+_CLOSING = {b"[": b"]", b"{": b"}"}
+#: a step of :func:`slices` takes at most some milliseconds; after so many steps or bytes it lets its caller pause
+_PAUSE_STEPS, _PAUSE_BYTES = 1000, 2**16
 
 
 def slice_array(raw: bytes) -> Iterator[bytes]:
     """Yield the text of each element of the JSON array *raw*, without the white space around it."""
-    return _slices(raw)
+    return (raw[one.begin : one.end] for one in slices(raw) if one is not None)
 
 
-def slice_object(raw: bytes) -> dict[str, bytes]:
-    """Return the text of each value of the JSON object *raw* by name; of equal names the last."""
-    found: dict[str, bytes] = {}
-    for part in _slices(raw):
+def slice_object(raw: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield the name of each member of the JSON object *raw* and the text of its value."""
+    for part in slice_array(raw):
         name = _NAME.match(part)
         assert name is not None
-        found[orjson.loads(name[1])] = part[name.end() :].strip(_SPACE)
-    return found
+        yield orjson.loads(name[1]), part[name.end() :].strip(_SPACE)
 
 
-def _slices(raw: bytes) -> Iterator[bytes]:
-    """Yield the text between the commas of the outermost array or object."""
-    begin = position = raw.index(raw.strip(_SPACE)[:1]) + 1
-    depth = 1
+def slices(raw: bytes) -> Iterator[Slice | None]:
+    """Yield where the parts between the commas of the array or object *raw* are; None after some work.
+
+    Raises ValueError: *raw* is neither, or it does not end where its last bracket closes.
+    """
+    position = _end(_SPACES, raw, 0) + 1
+    closing = _CLOSING.get(raw[position - 1 : position])
+    if closing is None:
+        raise ValueError("it is neither an array nor an object")
+    begin, number, depth, in_string = position, 1, 1, False
+    steps, paused = 0, position
     while depth:
+        steps += 1
+        if steps > _PAUSE_STEPS or position - paused > _PAUSE_BYTES:
+            yield None
+            steps, paused = 0, position
+        if in_string:
+            position = _end(_IN_STRING, raw, position) + 1
+            in_string = raw[position - 1 : position] != b'"'
+            if in_string and position >= len(raw):
+                raise ValueError("a string does not end")
+            position -= in_string
+            continue
         found = (_AT_TOP if depth == 1 else _INSIDE).match(raw, position)
         assert found is not None
-        position = found.end()
-        if found[1] in b"[{":
+        position, token = found.end(), found[1]
+        if token == b'"':
+            in_string = True
+        elif token in _CLOSING:
             depth += 1
-        elif found[1] == b",":
-            yield raw[begin : position - 1].strip(_SPACE)
+        elif token == b",":
+            yield _trimmed(raw, number, begin, position - 1)
             begin = position
-        else:
+            number += 1
+        elif token:
             depth -= 1
-    if last := raw[begin : position - 1].strip(_SPACE):
+        else:
+            raise ValueError("a bracket is not closed")
+    if token != closing or _end(_SPACES, raw, position) != len(raw):
+        raise ValueError("its last bracket is another one, or is not the end")
+    last = _trimmed(raw, number, begin, position - 1)
+    if number > 1 or last.begin < last.end:
         yield last
+
+
+def _end(pattern: re.Pattern[bytes], raw: bytes, position: int, until: int = sys.maxsize) -> int:
+    """Return where *pattern*, which always matches, ends."""
+    found = pattern.match(raw, position, until)
+    assert found is not None
+    return found.end()
+
+
+def _trimmed(raw: bytes, number: int, begin: int, end: int) -> Slice:
+    """Return the slice without the white space around it."""
+    begin = min(_end(_SPACES, raw, begin), end)
+    return Slice(number, begin, begin + len(raw[begin:end].rstrip(_SPACE)))
 
 
 # -- CloudEvents 1.0 over HTTP (docs/http.md) -------------------------------------------------------------------------
@@ -415,6 +503,8 @@ _VERSION = "1.0"
 _REQUIRED = ("id", "source", "specversion", "type")
 #: members of the JSON format that are not attributes
 _DATA, _DATA_BASE64 = "data", "data_base64"
+#: names that are CloudEvents' own, not the client's
+_OWN_NAMES = frozenset({*_REQUIRED, "subject", "time", "datacontenttype", "dataschema", _DATA, _DATA_BASE64})
 _ATTRIBUTE = re.compile(r"[a-z0-9]{1,64}", re.ASCII)
 _JSON_TYPE = re.compile(r"[^/]+/(?:[^+]+\+)?json", re.IGNORECASE)
 
@@ -430,12 +520,17 @@ def parse_cloudevent(raw: bytes) -> ParsedEvent:
         raise NotJsonError("a CloudEvent is a JSON object in UTF-8") from None
     if not isinstance(document, dict):
         raise InvalidBodyError("a CloudEvent is a JSON object")
+    members: dict[str, bytes] = {}
+    for name, text in slice_object(raw):
+        if name in members:
+            raise _twice(name)
+        members[name] = text
     attributes = {name: value for name, value in document.items() if name not in (_DATA, _DATA_BASE64)}
     if _DATA in document and document.get(_DATA_BASE64) is not None:
         raise InvalidBodyError("a CloudEvent has data or data_base64, not both")
     if document.get(_DATA_BASE64) is not None:
         return _assemble(attributes, _from_base64(document[_DATA_BASE64], attributes))
-    return _assemble(attributes, {"payload": slice_object(raw)[_DATA]} if _DATA in document else {})
+    return _assemble(attributes, {"payload": members[_DATA]} if _DATA in members else {})
 
 
 def parse_binary_cloudevent(headers: CIMultiDictProxy[str], body: bytes) -> ParsedEvent:
@@ -447,14 +542,20 @@ def parse_binary_cloudevent(headers: CIMultiDictProxy[str], body: bytes) -> Pars
     for header, value in headers.items():
         name = header.lower()
         if name.startswith(_HEADER_PREFIX):
-            if name[len(_HEADER_PREFIX) :] in attributes:
-                raise InvalidBodyError("a CloudEvents attribute is there twice")
-            attributes[name[len(_HEADER_PREFIX) :]] = _decoded(value)
+            name = name.removeprefix(_HEADER_PREFIX)
+            if name in attributes:
+                raise _twice(name)
+            attributes[name] = _decoded(value)
     if "datacontenttype" in attributes:
         raise InvalidBodyError("datacontenttype is the Content-Type header")
     if kind := headers.get("Content-Type", "").strip():
         attributes["datacontenttype"] = _decoded(kind)
     return _assemble(attributes, _from_bytes(body, attributes) if body else {})
+
+
+def _twice(name: str) -> InvalidBodyError:
+    shown = name if name in _OWN_NAMES else "an extension attribute"
+    return InvalidBodyError(f"{shown} occurs more than once: keep one, because readers would not agree on which")
 
 
 def _assemble(attributes: dict[str, Any], data: Mapping[str, bytes]) -> ParsedEvent:
@@ -503,7 +604,10 @@ def _from_base64(value: Any, attributes: Mapping[str, Any]) -> dict[str, bytes]:
         data = None
     if data is None:
         raise InvalidBodyError("data_base64 must be a string in Base64")
-    return _from_bytes(data, attributes)
+    try:
+        return _from_bytes(data, attributes)
+    except NotJsonError as error:  # the data, not the body
+        raise InvalidBodyError(str(error)) from None
 
 
 def _from_bytes(data: bytes, attributes: Mapping[str, Any]) -> dict[str, bytes]:

@@ -241,3 +241,44 @@ async def test_in_flight_counts_what_waits_for_the_log(edge: Edge) -> None:
     edge.log.gate.set()
     assert [reply.status for reply in await asyncio.gather(*posts)] == [202] * 5
     assert edge.metric("fi_ingest_requests_in_flight") == 0.0
+
+
+TWICE = b'{"event_type":"A","NAME":"c-1","NAME":"sxcrxt"}'
+CLOUDEVENT = b'{"specversion":"1.0","id":"1","source":"/s","type":"T","subject":"c-1","NAME":"c-1","NAME":"sxcrxt"}'
+BATCH = "/consultations/c-1/events/batch"
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "kind", "path"),
+    [
+        (TWICE, "consultation_id", "application/json", "/consultations/c-1/events"),
+        (TWICE, "payload", "application/json", "/consultations/c-1/events"),
+        (TWICE, "consultation_id", "application/x-ndjson", BATCH),
+        (TWICE, "event_id", "application/x-ndjson", "/events/batch"),
+        (b"[" + TWICE + b"]", "consultation_id", "application/json", "/events/batch"),
+        (CLOUDEVENT, "subject", "application/cloudevents+json", "/events"),
+        (CLOUDEVENT, "data", "application/cloudevents+json", "/consultations/c-1/events"),
+        (b"[" + CLOUDEVENT + b"]", "id", "application/cloudevents-batch+json", "/events/batch"),
+    ],
+)
+async def test_a_name_that_occurs_twice_is_refused(edge: Edge, body: bytes, name: str, kind: str, path: str) -> None:
+    """The token was checked for one of the values, and a reader could take the other one."""
+    raw = body.replace(b"NAME", name.encode())
+    reply = await edge.request("POST", path, data=raw, headers={"Content-Type": kind})
+
+    assert (422, []) == (reply.status, edge.log.events)
+    reason = reply.json["lines"][0]["reason"] if "lines" in reply.json else reply.json["detail"]
+    assert f"{name} occurs more than once" in reason
+    assert "sxcrxt" not in reply.content.decode()
+
+
+async def test_an_attribute_in_two_headers_is_refused_by_its_name(edge: Edge) -> None:
+    """The same of a CloudEvent in the binary mode; the name of an extension is content."""
+    headers = [("ce-specversion", "1.0"), ("ce-id", "1"), ("ce-source", "/s"), ("ce-type", "T"), ("ce-subject", "c-1")]
+    twice = await edge.request("POST", "/events", data=b"1", headers=[*headers, ("ce-subject", "c-2")])
+    extension = await edge.request("POST", "/events", data=b"1", headers=[*headers, ("ce-sxc", "1"), ("ce-sxc", "2")])
+
+    assert [422, 422] == [twice.status, extension.status]
+    assert "subject occurs more than once" in twice.json["detail"]
+    assert "an extension attribute occurs more than once" in extension.json["detail"]
+    assert "sxc" not in extension.json["detail"]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fiq.errors import PoisonError
 from fiq.event import (
     MESSAGE_ID_HEADER,
+    OWN_MEMBERS,
     RECEIVED_HEADER,
     Event,
     InvalidBodyError,
@@ -98,6 +99,40 @@ def test_json_without_an_event_type_is_no_event(body: bytes) -> None:
     with pytest.raises(InvalidBodyError) as caught:
         check_body(body)
     assert not isinstance(caught.value, NotJsonError)
+
+
+@pytest.mark.parametrize("name", OWN_MEMBERS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"event_type":"A","NAME":"B","NAME":"C"}',
+        b'{"NAME":"B","event_type":"A","payload":{"secret":["NAME",1]},"ESCAPED" : "C"}',
+        b'{"event_type":"A","ESCAPED":"B","x":{"NAME":1},"ESCAPED":"C\\u00e9"}',
+    ],
+)
+def test_a_member_that_is_read_occurs_once(body: bytes, name: str) -> None:
+    """Of equal names parsers take the first or the last: a reader must not see another event than was authorised."""
+    escaped = "".join(f"\\u{ord(one):04X}" if n % 2 else one for n, one in enumerate(name))
+    raw = body.replace(b"NAME", name.encode()).replace(b"ESCAPED", escaped.encode())
+    with pytest.raises(InvalidBodyError, match=f"^{'(event_type|' + name + ')'} occurs more than once") as caught:
+        check_body(raw)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"event_type":"A","payload":{"payload":1,"payload":2,"event_type":"B","event_type":"C"}}',
+        b'{"event_type":"A","Payload":1,"payload":2,"PAYLOAD":3,"pay\\u006Coad2":4}',
+        b'{"event_type":"payload","payload":["payload","payload"],"other":"\\"payload\\":"}',
+        b'{"event_type":"A","x\\"payload":1,"payload":2,"x":{"payload":"\\u0070"}}',
+        b'{"event_type":"A","other":1,"other":2}',
+        b'{"event_type":"A","payload\\u0000fiq1":1,"payload":{"payload":2}}',
+    ],
+)
+def test_names_within_the_payload_and_of_the_client_are_its_own(body: bytes) -> None:
+    """What is not read by name is not looked at."""
+    assert body == check_body(body)
 
 
 def test_an_error_about_json_holds_no_trace_of_the_body() -> None:

@@ -1,0 +1,119 @@
+"""The largest batches, on the real process: what they take of its memory, and how long others wait meanwhile."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.cli.embedded.cluster import Cluster
+from tests.support.service import Service
+
+#: the default of FI_MAX_BATCH_BYTES
+SIZE = 8 * 2**20
+#: bytes of memory for each byte of a body: as it comes, joined, and as events; one parsed event is small
+MOST_MEMORY = 4
+#: another request waits no longer, seconds: some turns, on a busy machine. Parsed whole, a body took 0.4 to 1.6
+LONGEST_WAIT = 0.5
+JSON, NDJSON, CLOUDEVENTS = "application/json", "application/x-ndjson", "application/cloudevents-batch+json"
+
+
+@pytest.fixture(scope="module")
+def ingest(single_node: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    settings = {"FI_LOG_URL": single_node.url, "FI_REPLICAS": "1", "FI_PORT": "0", "FI_STREAM_MAX_BYTES": "128MiB"}
+    with Service(tmp_path_factory.mktemp("ingest"), "services.ingest", **settings) as service:
+        service.wait_for("INGEST_STARTED")
+        yield service
+
+
+def repeated(part: bytes, start: bytes = b"[", separator: bytes = b",", end: bytes = b"]", size: int = SIZE) -> bytes:
+    """Return *part* as often as it fits into *size* bytes."""
+    room = size - len(start) - len(end)
+    return start + separator.join([part] * (room // (len(part) + len(separator)))) + end
+
+
+LEGAL = b'{"event_type":"A","payload":{"speaker":"doctor","text":"' + b"Good morning \\u00e9. " * 400 + b'"}}'
+CLOUDEVENT = b'{"specversion":"1.0","id":"%d","source":"/s","type":"T","subject":"c","data":' + LEGAL + b"}"
+CLOUDEVENT_BATCH = b",".join(CLOUDEVENT % n for n in range(SIZE // (len(CLOUDEVENT) + 3)))
+#: of the largest size, with as many objects as fit
+LARGE = repeated(b'{"":0}', b'{"event_type":"A","payload":[', b",", b"]}", 2**20 - 64)
+BODIES = {
+    "empty objects": (repeated(b'{"":0}'), JSON, 413),
+    "arrays of a number": (repeated(b"[0]"), JSON, 413),
+    "one array of arrays": (repeated(b"[0]", b"[[", b",", b"]]"), JSON, 422),
+    "one long string": (b'["' + b'\\"' * (SIZE // 2 - 2) + b'"]', JSON, 422),
+    "empty lines": (b"\n" * SIZE, NDJSON, 422),
+    "lines of a number": (repeated(b"0", b"", b"\n", b""), NDJSON, 413),
+    "no cloudevents": (repeated(b'{"":0}'), CLOUDEVENTS, 413),
+    "legal array": (repeated(LEGAL), JSON, 202),
+    "legal lines": (repeated(LEGAL, b"", b"\n", b""), NDJSON, 202),
+    "legal cloudevents": (b"[" + CLOUDEVENT_BATCH + b"]", CLOUDEVENTS, 202),
+    "large events": (repeated(LARGE), JSON, 202),
+}
+#: what a parser makes of one event of FI_MAX_EVENT_BYTES, and the time it takes: the same when it is posted singly
+ONE_EVENT = {"large events": (48 * 2**20, 1.0)}
+
+
+class Probe(threading.Thread):
+    """Asks the process for something small, again and again, and measures the longest answer."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        self._end = threading.Event()
+        self.longest = 0.0
+
+    def run(self) -> None:
+        while not self._end.wait(0.002):
+            started = time.perf_counter()
+            self._connection.request("GET", "/problems/not-found")
+            self._connection.getresponse().read()
+            self.longest = max(self.longest, time.perf_counter() - started)
+        self._connection.close()
+
+    def stop(self) -> float:
+        self._end.set()
+        self.join()
+        return self.longest
+
+
+def most_memory(pid: int) -> int:
+    """Return the most bytes that the process has had since :func:`forget`."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def forget(pid: int) -> None:
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def post(port: int, body: bytes, kind: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/consultations/c/events/batch", body, {"Content-Type": kind})
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+@pytest.mark.parametrize("what", BODIES)
+def test_a_large_batch_takes_little_memory_and_stops_no_other_request(ingest: Service, what: str) -> None:
+    """Whatever it is of: it is cut up before it is parsed, and what a parser makes of it is in memory for one event."""
+    body, kind, expected = BODIES[what]
+    port, pid = ingest.wait_for("INGEST_STARTED")["port"], ingest.process.pid
+    forget(pid)
+    before = most_memory(pid)
+    probe = Probe(port)
+    probe.start()
+    started = time.perf_counter()
+    status = post(port, body, kind)
+    took, waited = time.perf_counter() - started, probe.stop()
+    grown = most_memory(pid) - before
+
+    more_memory, more_time = ONE_EVENT.get(what, (0, 0.0))
+    assert expected == status
+    assert grown <= MOST_MEMORY * len(body) + more_memory, f"{grown / len(body):.1f} times the body"
+    assert waited <= LONGEST_WAIT + more_time, f"{waited:.2f} s of {took:.2f} s"
