@@ -23,6 +23,7 @@ from services.core.tracing import REQUEST_TRACE, Spans, trace_of
 from services.ingest.access import ACCESS, OPEN, VARIABLE, AccessControl, TokenStore
 from services.ingest.admission import ADMISSION, IN_FLIGHT, Admission, BacklogLimiter, InFlight, RateLimiter
 from services.ingest.events import APPENDER, IdempotentAppender, expect_handler, post_handler
+from services.ingest.following import FOLLOWERS, Followers
 from services.ingest.formats import EVENTS, RESOURCES
 from services.ingest.idempotency import IdempotencyKeys
 from services.ingest.metrics import METRICS, IngestMetrics
@@ -30,11 +31,11 @@ from services.ingest.openapi import DOCS_PATH, OPENAPI_PATH, PAGE_HEADERS, PAGE_
 from services.ingest.operations import STATUS, get_pipeline
 from services.ingest.problems import BY_SLUG, REFUSALS, SERVER, TYPE_PREFIX, Refusals
 from services.ingest.reading import (
-    FOLLOWERS,
+    FEED,
     READ_LIMIT,
     READER,
-    Followers,
     ReadLimit,
+    follow_all,
     get_event,
     list_consultations,
     list_events,
@@ -48,6 +49,7 @@ from services.log.protocol import EVENT_LOG, Appended, EventWriter, IngestLog
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
 CONSULTATIONS_PATH = "/consultations"
 PIPELINE_PATH = "/pipeline"
+FEED_PATH = "/events"
 EVENT_PATH = EVENTS.path + "/{message_id}"
 #: for which an answer of /readyz is kept: probes of many load balancers must not reach the log, seconds
 READY_SECONDS = 1.0
@@ -106,9 +108,9 @@ def make_app(
                 wait=0.0 if opened.remembers_ids else settings.key_lookup_wait,
             )
             writer = opened.writer if spans is None else TracedWriter(opened.writer, spans)
-            app[READER] = reader
             app[STATUS] = opened.status
-            app[FOLLOWERS] = Followers(reader, metrics, limit=settings.max_followers, interval=settings.follow_interval)
+            app[READER], app[FEED] = reader, opened.feed
+            app[FOLLOWERS] = Followers(metrics, limit=settings.max_followers, interval=settings.follow_interval)
             app[APPENDER] = IdempotentAppender(writer, keys, backlog, metrics)
             backlog.read_backlog = opened.status.backlog
             check = CachedCheck(opened.status.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
@@ -152,6 +154,7 @@ def _add_routes(app: web.Application, version: str) -> None:
         access.add(app, "POST", resource.path, post, Scope.WRITE, each=each, expect=expect)
     access.add(app, "GET", EVENTS.path, list_events, Scope.READ)
     access.add(app, "GET", EVENT_PATH, get_event, Scope.READ)
+    access.add(app, "GET", FEED_PATH, follow_all, Scope.READ, each=True)
     access.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
     access.add(app, "GET", PIPELINE_PATH, get_pipeline, Scope.OPS)
     access.add(app, "GET", TYPE_PREFIX + "{slug}", _get_problem, OPEN)

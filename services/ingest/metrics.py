@@ -130,7 +130,7 @@ class IngestMetrics:
             buckets=_SECONDS,
         )
         # Near FI_MAX_FOLLOWERS: clients will soon get 429.
-        self.followers = gauge("fi_ingest_followers", "Clients that are following a consultation.")
+        self.followers = gauge("fi_ingest_followers", "Clients that are following a consultation, or all of them.")
         self.followed_events = counter("fi_ingest_followed_events_total", "Events sent to followers.")
         # any: clients or proxies do not read; they come back with Last-Event-ID
         self.followers_dropped = counter(

@@ -16,7 +16,8 @@ import orjson
 from aiohttp import web
 
 from services.core.command import product_version
-from services.ingest.reading import JSON, answer_read, negotiate, response_of
+from services.ingest.reading import answer_read, negotiate, response_of
+from services.ingest.records import JSON
 from services.ingest.settings import SETTINGS, Settings
 from services.log.findings import conditions
 from services.log.metrics import STREAMS

@@ -141,6 +141,12 @@ BODY_TIMEOUT = ProblemType(
 HEADER_TIMEOUT = ProblemType(
     "header-timeout", 408, "Header timeout", "The request's headers did not arrive in time.", close=True
 )
+POSITION_GONE = ProblemType(
+    "position-gone",
+    410,
+    "Position gone",
+    "The log no longer holds all events after this position. Read the consultations, and follow without after.",
+)
 DUPLICATE_IN_FLIGHT = ProblemType(
     "duplicate-in-flight",
     409,
@@ -208,6 +214,12 @@ INTERNAL_ERROR = ProblemType(
     500,
     "Internal error",
     "The service failed. The event may or may not be stored: retry with the same Idempotency-Key.",
+)
+NO_FEED = ProblemType(
+    "no-feed",
+    501,
+    "No feed of all consultations",
+    "This log has no order over all consultations: follow them one by one. NATS JetStream (FI_LOG_URL) has one.",
 )
 TOO_MANY_CONNECTIONS = ProblemType(
     "too-many-connections",

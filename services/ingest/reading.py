@@ -1,44 +1,49 @@
-"""GET: pages of events, one event, the consultations, and following a consultation as Server-Sent Events.
+"""GET: pages of events, one event, the consultations, and what a client follows (:mod:`services.ingest.following`).
 
 The log's reader joins corpus and log. A page holds its share of the process's reads until its client has read it.
-
-A follower first reads by itself until it has caught up. From then on all followers of a consultation share what is new
-(:class:`Channel`): one cheap question each interval, and one read when there is something. A follower that falls behind
-what is kept of that reads by itself again. So no events are buffered for a client but the page that is being sent. A
-client that does not read in time is cut off; it comes back with ``Last-Event-ID``.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import re
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from urllib.parse import urlencode
 from uuid import UUID
 
 import orjson
 from aiohttp import web
 
-from fiq.errors import FiqError, InvalidIdError, TransientError
-from fiq.event import check_consultation_id
-from services.core.logs import LogThrottle, get_logger
+from fiq.errors import FiqError, InvalidIdError
+from fiq.event import check_consultation_id, event_id_from_key
+from services.core.logs import get_logger
 from services.core.tokens import Scope
 from services.ingest import problems
-from services.ingest.access import GRANT, audit, bodies_shown
+from services.ingest.access import GRANT, bodies_shown
 from services.ingest.admission import IN_FLIGHT
-from services.ingest.metrics import METRICS, IngestMetrics
+from services.ingest.following import FOLLOWERS, Source
+from services.ingest.metrics import METRICS
 from services.ingest.problems import REFUSALS, SERVER, ProblemType, RequestRefusedError
-from services.ingest.server import WriteTimeout, send, set_write_timeout
-from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError, TooManyInFlightError
-from services.log.protocol import EventBrowser, SequencedEvent
+from services.ingest.records import EVENT_STREAM, JSON, NDJSON, document_of, page_body, record
+from services.ingest.server import send
+from services.log.errors import (
+    CorpusAwayError,
+    LogRefusedError,
+    LogUnavailableError,
+    PositionGoneError,
+    TooManyInFlightError,
+)
+from services.log.protocol import EventBrowser, Feed, Page, SequencedEvent
 
-JSON, NDJSON, EVENT_STREAM = "application/json", "application/x-ndjson", "text/event-stream"
 #: most records of a page, and the default
 MAX_LIMIT, DEFAULT_LIMIT = 1000, 100
+#: records of a page take this at most, but for a single one, bytes
+PAGE_BYTES = 1 << 20
+#: what is looked at for a page of events that are filtered, about: events, and bytes of their bodies
+LOOKED_EVENTS, LOOKED_BYTES = 10_000, 8 << 20
 #: reads that one process answers at a time; a page takes some 2 MiB at most
 MAX_READS = 64
 #: the problem, and its detail, for each error of a read
@@ -74,6 +79,7 @@ class ReadLimit:
 
 
 READER = web.AppKey("reader", EventBrowser)
+FEED: web.AppKey[Feed | None] = web.AppKey("feed")
 READ_LIMIT = web.AppKey("read_limit", ReadLimit)
 
 
@@ -82,7 +88,7 @@ READ_LIMIT = web.AppKey("read_limit", ReadLimit)
 
 async def list_events(request: web.Request) -> web.StreamResponse:
     """Answer with a page of a consultation's events, or follow it."""
-    return await (_handle(request, _follow) if _follow_parameter(request) else answer_read(request, _events))
+    return await (_handle(request, _follow) if _flag(request, "follow", "0") else answer_read(request, _events))
 
 
 async def get_event(request: web.Request) -> web.StreamResponse:
@@ -112,6 +118,8 @@ async def _handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     except RequestRefusedError as refusal:
         return refusals.answer(refusal.problem, refusal.detail, headers=refusal.headers)
+    except PositionGoneError as error:
+        return refusals.answer(problems.POSITION_GONE, str(error))
     except tuple(_READ_ERRORS) as error:
         problem, detail = next(found for kind, found in _READ_ERRORS.items() if isinstance(error, kind))
         if problem is problems.LOG_REFUSED:
@@ -123,18 +131,23 @@ async def _handle(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def _events(request: web.Request, held: ExitStack) -> web.StreamResponse:
     consultation = _consultation(request)
-    after = _position(request.query.get("after", "0"), "after")
+    wanted = _wanted(request)
     _last_event_id(request)  # means nothing for a page, but is refused everywhere when it is malformed
-    limit = _limit(request)
     media_type = negotiate(request, JSON, NDJSON)
     request.app[READ_LIMIT].enter(held)
-    page = await request.app[READER].page(consultation, after, limit)
-    following = f"/consultations/{consultation}/events?after={page.reached}&limit={limit}" if page.more else None
-    records = [record(stored) for stored in page.events]
-    body = _page(media_type, "events", records, following, consultation_id=consultation)
-    bodies_shown(request, len(records), consultation_id=consultation)
-    _log.info("EVENTS_READ", consultation_id=consultation, after=after, events=len(records), bytes=len(body))
-    return response_of(request, body, media_type, following)
+    page = await _select(request.app[READER], consultation, wanted)
+    link = None
+    if page.more:
+        reached = {"before" if wanted.backward else "after": page.reached}
+        link = _link(request, f"/consultations/{consultation}/events", limit=wanted.limit, **reached)
+    if wanted.backward:
+        page.records.reverse()
+    name, relation = ("previous", "prev") if wanted.backward else ("next", "next")
+    body = page_body(media_type, "events", page.records, {name: link}, consultation_id=consultation)
+    if wanted.bodies:
+        bodies_shown(request, len(page.records), consultation_id=consultation)
+    _log.info("EVENTS_READ", consultation_id=consultation, events=len(page.records), bytes=len(body))
+    return response_of(request, body, media_type, link, relation=relation)
 
 
 async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
@@ -162,7 +175,8 @@ async def _consultations(request: web.Request, held: ExitStack) -> web.StreamRes
     following = f"/consultations?prefix={prefix}&after={names[-1]}&limit={limit}" if more and names else None
     records = [orjson.dumps({"consultation_id": name}) for name in names]
     _log.info("CONSULTATIONS_READ", consultations=len(names))
-    return response_of(request, _page(media_type, "consultations", records, following), media_type, following)
+    body = page_body(media_type, "consultations", records, {"next": following})
+    return response_of(request, body, media_type, following)
 
 
 async def _allowed_consultations(request: web.Request, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
@@ -175,12 +189,125 @@ async def _allowed_consultations(request: web.Request, prefix: str, after: str, 
     return await request.app[READER].consultations(prefix, after, limit)
 
 
-def response_of(request: web.Request, body: bytes, media_type: str, following: str | None = None) -> web.Response:
+def response_of(
+    request: web.Request, body: bytes, media_type: str, link: str | None = None, *, relation: str = "next"
+) -> web.Response:
+    """Return the answer; *link* is the URL of the page that *relation* names."""
     headers = {"Content-Type": media_type, "Server": SERVER, "Cache-Control": "no-store"}
-    if following is not None:
-        headers["Link"] = f'<{following}>; rel="next"'
+    if link is not None:
+        headers["Link"] = f'<{link}>; rel="{relation}"'
     request.app[METRICS].requests.labels("200", "").inc()
     return web.Response(body=body, headers=headers)
+
+
+# -- choosing events --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which events of a consultation are asked for, and how.
+
+    Attributes:
+        after: their sequences are above it.
+        before: their sequences are below it; None for no bound.
+        limit: most events of the page.
+        event_type: of each; None for any.
+        since_ns: they were received at this time or later, nanoseconds since the Unix epoch; None for any.
+        event_id: of the only one; None for all.
+        bodies: whether their bodies are shown.
+        backward: the page ends below *before*, rather than beginning after *after*.
+    """
+
+    after: int
+    before: int | None
+    limit: int
+    event_type: str | None
+    since_ns: int | None
+    event_id: UUID | None
+    bodies: bool
+    backward: bool
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some events in the range are not wanted."""
+        return self.event_type is not None or self.since_ns is not None
+
+    @property
+    def start(self) -> int:
+        """Position at which the page begins, or, read backwards, ends."""
+        return self.before if self.backward and self.before is not None else self.after
+
+    def matches(self, stored: SequencedEvent) -> bool:
+        """Return whether *stored* is one of them, its place apart."""
+        if self.since_ns is not None and stored.event.received_ns < self.since_ns:
+            return False
+        return self.event_type is None or document_of(stored).get("event_type") == self.event_type
+
+    def within(self, stored: SequencedEvent) -> bool:
+        """Return whether *stored* is in the range of sequences."""
+        return self.after < stored.sequence and (self.before is None or stored.sequence < self.before)
+
+    def show(self, stored: SequencedEvent) -> bytes | None:
+        """Return the record of *stored*; None if it is not one of them."""
+        return record(stored, bodies=self.bodies) if self.matches(stored) else None
+
+
+@dataclass(slots=True)
+class _Selected:
+    """Records of a page; where it ends, or, read backwards, begins; and whether there may be more after, or before."""
+
+    records: list[bytes]
+    reached: int
+    more: bool
+
+
+async def _select(reader: EventBrowser, consultation: str, wanted: Wanted) -> _Selected:
+    """Return a page of the events that are wanted.
+
+    If they are filtered, the log is read until the page is full or as much as :data:`LOOKED_EVENTS` or
+    :data:`LOOKED_BYTES` was looked at: the page may be empty although there are more.
+    """
+    if wanted.event_id is not None:
+        stored = await reader.locate(consultation, wanted.event_id)
+        shown = None if stored is None or not wanted.within(stored) else wanted.show(stored)
+        return _Selected([] if shown is None else [shown], 0, more=False)
+    found = _Selected([], wanted.start, more=True)
+    events = size = 0
+    while found.more and events < LOOKED_EVENTS and size < LOOKED_BYTES:
+        read = reader.page_before if wanted.backward else reader.page
+        limit = MAX_LIMIT if wanted.filtered else wanted.limit - len(found.records)
+        page = await read(consultation, found.reached, limit)
+        found.reached, found.more = _take(page, wanted, found)
+        if len(found.records) == wanted.limit or (wanted.bodies and not wanted.filtered):
+            break
+        events += len(page.events)
+        size += sum(len(stored.event.body) for stored in page.events)
+    return found
+
+
+def _take(page: Page, wanted: Wanted, found: _Selected) -> tuple[int, bool]:
+    """Add the records of *page* that are wanted; return where to go on, and whether there may be more."""
+    size, reached = sum(map(len, found.records)), found.reached
+    events = page.events[::-1] if wanted.backward else page.events
+    for left, stored in enumerate(events, start=1 - len(events)):
+        if not wanted.within(stored):
+            return reached, False
+        shown = wanted.show(stored)
+        if shown is not None:
+            if found.records and size + len(shown) > PAGE_BYTES:
+                return reached, True
+            found.records.append(shown)
+            size += len(shown)
+            if len(found.records) == wanted.limit and (left or page.more):
+                return stored.sequence, True
+        reached = stored.sequence
+    return page.reached, page.more
+
+
+def _link(request: web.Request, path: str, **changed: object) -> str:
+    """Return the URL of another page of the same request; parameters that are None are left out."""
+    query = {name: value for name, value in ({**request.query, **changed}).items() if value is not None}
+    return f"{path}?{urlencode(query)}"
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------
@@ -221,11 +348,68 @@ def _limit(request: web.Request) -> int:
     return int(text)
 
 
-def _follow_parameter(request: web.Request) -> bool:
-    text = request.query.get("follow", "0")
+def _flag(request: web.Request, name: str, default: str) -> bool:
+    text = request.query.get(name, default)
     if text not in {"0", "1"}:
-        raise _invalid("follow must be 0 or 1.")
+        raise _invalid(f"{name} must be 0 or 1.")
     return text == "1"
+
+
+def _wanted(request: web.Request) -> Wanted:
+    query = request.query
+    before = _position(query["before"], "before") if "before" in query else None
+    return Wanted(
+        after=_position(query.get("after", "0"), "after"),
+        before=before,
+        limit=_limit(request),
+        event_type=_event_type(request),
+        since_ns=_since(request),
+        event_id=_key(request),
+        bodies=_flag(request, "bodies", "1"),
+        backward=before is not None and "after" not in query,
+    )
+
+
+def _event_type(request: web.Request) -> str | None:
+    event_type = request.query.get("type")
+    if event_type == "":
+        raise _invalid("type must not be empty.")
+    return event_type
+
+
+def _key(request: web.Request) -> UUID | None:
+    """Return the id of the event whose Idempotency-Key is asked for."""
+    key = request.query.get("key")
+    try:
+        return None if key is None else event_id_from_key(key)
+    except InvalidIdError:
+        raise _invalid("key must be an Idempotency-Key: 1 to 255 visible ASCII characters, quoted or not.") from None
+
+
+_TIME = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:[Zz]|([+ -])([01]\d|2[0-3]):([0-5]\d))", re.ASCII
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _since(request: web.Request) -> int | None:
+    text = request.query.get("since")
+    if text is None:
+        return None
+    match = _TIME.fullmatch(text)
+    try:
+        if match is None:
+            raise ValueError
+        *fields, second = map(int, match.groups()[:6])
+        whole = datetime(*fields, min(second, 59), tzinfo=UTC) - _EPOCH  # type: ignore[arg-type,misc]
+    except ValueError:
+        raise _invalid("since must be a time with its zone (RFC 3339), such as 2026-03-01T08:00:00Z.") from None
+    if second > 60:
+        raise _invalid("since has more than 60 seconds.")
+    fraction, sign, hours, minutes = match.groups()[6:]
+    offset = 60 * (60 * int(hours) + int(minutes)) if sign else 0
+    seconds = whole.days * 86400 + whole.seconds + (second == 60) - (-offset if sign == "-" else offset)
+    return seconds * 10**9 + int((fraction or "").ljust(9, "0")[:9])
 
 
 def _id_parameter(request: web.Request, name: str) -> str:
@@ -268,297 +452,46 @@ def _quality(parameters: Sequence[str]) -> float:
     return 1.0
 
 
-# -- records ----------------------------------------------------------------------------------------------------------
-
-
-def record(stored: SequencedEvent, *, consultation: bool = False) -> bytes:
-    """Return an event as a JSON object in one line, its body byte for byte; with its *consultation*'s id if wanted."""
-    event = stored.event
-    seconds, nanoseconds = divmod(event.received_ns, 10**9)
-    received = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
-    status = "persisted" if stored.persisted else "queued"
-    owner = f'"consultation_id":"{event.consultation}",' if consultation else ""
-    head = (
-        f'{{{owner}"sequence":{stored.sequence},"message_id":"{event.event_id}",'
-        f'"received":"{received}","status":"{status}","event":'
-    )
-    return b"".join([head.encode(), event.body, b"}"])
-
-
-def _page(media_type: str, name: str, records: Sequence[bytes], following: str | None, **members: str) -> bytes:
-    """Return a page of *records*.
-
-    Args:
-        media_type: JSON or NDJSON.
-        name: of the member that holds them, in JSON.
-        records: JSON texts.
-        following: URL of the next page, or None.
-        members: further members, in JSON.
-    """
-    if media_type == NDJSON:
-        return b"".join(line + b"\n" for line in records)
-    head = b"".join(orjson.dumps(key) + b":" + orjson.dumps(value) + b"," for key, value in members.items())
-    return b'{%b"%b":[%b],"next":%b}' % (head, name.encode(), b",".join(records), orjson.dumps(following))
-
-
 # -- following --------------------------------------------------------------------------------------------------------
-
-#: a client that has not read what was sent after this is cut off, seconds
-SLOW_SECONDS = 10.0
-#: a comment is sent after this silence, because proxies close silent connections, seconds
-KEEP_ALIVE_SECONDS = 15.0
-#: between two looks whether the client is still there while there is nothing to send, seconds
-GONE_SECONDS = 0.5
-#: a consultation is read although the log shows nothing new: what is trimmed at once is in the corpus only, seconds
-READ_ANYWAY_SECONDS = 10.0
-#: pause after a failed read, seconds
-PAUSE_SECONDS = 1.0
-#: events of a page; events and bytes that are kept of each consultation
-_PAGE_EVENTS, _KEPT_EVENTS, _KEPT_BYTES = 100, 256, 1 << 20
-#: for clients to read their last bytes at the end of the process, seconds
-_CLOSE_SECONDS = 1.0
-#: events that were sent to a follower
-_SENT = web.ResponseKey("sent", int)
 
 
 async def _follow(request: web.Request) -> web.StreamResponse:
-    consultation = _consultation(request)
-    resumed = _last_event_id(request)
-    after = _position(request.query.get("after", "0"), "after") if resumed is None else resumed
+    consultation, reader, grant = _consultation(request), request.app[READER], request[GRANT]
+    if {"before", "key"} & request.query.keys():
+        raise _invalid("before and key do not go with follow=1.")
+    resumed, wanted = _last_event_id(request), _wanted(request)
     negotiate(request, EVENT_STREAM)
-    return await request.app[FOLLOWERS].serve(request, consultation, after)
+    source = Source(
+        consultation,
+        page=lambda after, limit: reader.page(consultation, after, limit),
+        has_news=lambda after: reader.has_news(consultation, after),
+    )
+    after = wanted.after if resumed is None else resumed
+    allowed = lambda: grant.may(Scope.READ, consultation)  # noqa: E731
+    return await request.app[FOLLOWERS].serve(request, source, after, wanted.show, allowed, bodies=wanted.bodies)
 
 
-class Channel:
-    """The new events of one consultation, for all of its followers.
+async def follow_all(request: web.Request) -> web.StreamResponse:
+    """Send the events of all consultations that the token is for."""
+    return await _handle(request, _follow_all)
 
-    Args:
-        reader: of the log.
-        consultation: its id.
-        position: after which events are new.
-        interval: pause between two questions, seconds.
-    """
 
-    def __init__(self, reader: EventBrowser, consultation: str, position: int, interval: float) -> None:
-        self.followers = 0
-        self._reader = reader
-        self._consultation = consultation
-        self._interval = interval
-        self._throttle = LogThrottle.of_repeated()
-        #: all events after ``_base`` up to ``_head``
-        self._kept: deque[SequencedEvent] = deque()
-        self._base = self._head = position
-        self._size = 0
-        self._changed = asyncio.Event()
-        self._task = asyncio.create_task(self._run(), name="follow")
+async def _follow_all(request: web.Request) -> web.StreamResponse:
+    grant, wanted, after = request[GRANT], _wanted(request), _last_event_id(request)
+    if not _flag(request, "follow", "0"):
+        raise _invalid("follow=1 is required: the events of all consultations are a stream.")
+    negotiate(request, EVENT_STREAM)
+    feed = request.app[FEED]
+    if feed is None:
+        raise RequestRefusedError(problems.NO_FEED)
+    if after is None:
+        after = wanted.after if "after" in request.query else await feed.last()
 
-    def after(self, position: int) -> list[SequencedEvent] | None:
-        """Return the events after *position*; None if not all of them are kept."""
-        if position < self._base:
+    def show(stored: SequencedEvent) -> bytes | None:
+        if not grant.may(Scope.READ, stored.event.consultation) or not wanted.matches(stored):
             return None
-        return [stored for stored in self._kept if stored.sequence > position][:_PAGE_EVENTS]
+        return record(stored, bodies=wanted.bodies, consultation=True, status=False)
 
-    async def wait(self, seconds: float) -> None:
-        """Wait for new events, at most *seconds*."""
-        changed = self._changed
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await changed.wait()
-
-    def wake(self) -> None:
-        """End all waits."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def close(self) -> None:
-        """Stop reading."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-
-    async def _run(self) -> None:
-        read_at = time.monotonic()
-        while True:
-            await asyncio.sleep(self._interval)
-            try:
-                overdue = time.monotonic() - read_at > READ_ANYWAY_SECONDS
-                if overdue or await self._reader.has_news(self._consultation, self._head):
-                    await self._read()
-                    read_at = time.monotonic()
-                self._throttle.reset()
-                continue
-            except (TransientError, LogRefusedError) as error:  # an election or a hand-over; nothing is skipped
-                write, event, values = _log.warning, "FOLLOWING_DELAYED", {"reason": str(error)}
-            except Exception as error:  # noqa: BLE001 - a bug here must not make followers wait for ever
-                write, event, values = _log.error, "FOLLOWING_FAILED", {"error": type(error).__name__}
-            allowed = self._throttle.allow(str(values))
-            if allowed is not None:
-                write(event, **values, **allowed)
-            await asyncio.sleep(PAUSE_SECONDS)
-
-    async def _read(self) -> None:
-        more = True
-        while more:
-            page = await self._reader.page(self._consultation, self._head, _PAGE_EVENTS)
-            self._head, more = page.reached, page.more
-            self._kept.extend(page.events)
-            self._size += sum(len(stored.event.body) for stored in page.events)
-            while len(self._kept) > _KEPT_EVENTS or (self._size > _KEPT_BYTES and len(self._kept) > 1):
-                oldest = self._kept.popleft()
-                self._base = oldest.sequence
-                self._size -= len(oldest.event.body)
-            if page.events:
-                self.wake()
-
-
-class Followers:
-    """The followers of one process.
-
-    Args:
-        reader: of the log.
-        metrics: of the process.
-        limit: most followers.
-        interval: pause between two questions about a consultation, seconds.
-        slow: a client that has not read what was sent after this is cut off, seconds.
-    """
-
-    def __init__(
-        self, reader: EventBrowser, metrics: IngestMetrics, *, limit: int, interval: float, slow: float = SLOW_SECONDS
-    ) -> None:
-        self._reader = reader
-        self._metrics = metrics
-        self._limit = limit
-        self._interval = interval
-        self._slow = slow
-        self._channels: dict[str, Channel] = {}
-        self._present = 0
-        self._closing = asyncio.Event()
-        self._gone = asyncio.Event()
-        metrics.followers.set_function(lambda: self._present)
-
-    async def serve(self, request: web.Request, consultation: str, after: int) -> web.StreamResponse:
-        """Send the events of *consultation* after *after* to the client of *request* until it goes.
-
-        Raises RequestRefusedError: the limit of followers is reached; FiqError: the first page cannot be read.
-        """
-        if self._present >= self._limit or self._closing.is_set():
-            raise RequestRefusedError(problems.TOO_MANY_FOLLOWERS)
-        self._present += 1
-        try:
-            page = await self._reader.page(consultation, after, _PAGE_EVENTS)
-            response = web.StreamResponse(
-                headers={
-                    "Content-Type": EVENT_STREAM,
-                    "Cache-Control": "no-store",
-                    "Server": SERVER,
-                    "X-Accel-Buffering": "no",
-                }
-            )
-            self._metrics.requests.labels("200", "").inc()
-            set_write_timeout(request, WriteTimeout(self._slow, self._metrics.followers_dropped))
-            await response.prepare(request)
-            if request.method != "HEAD":
-                _log.info("FOLLOW_STARTED", consultation_id=consultation, after=after)
-                with contextlib.suppress(ConnectionError), _audited(request, response, consultation_id=consultation):
-                    await response.write(b"retry: 2000\n\n")
-                    position = await self._send(response, page.events, page.reached)
-                    if page.more:
-                        position = await self._catch_up(request, response, consultation, position)
-                    await self._follow(request, response, consultation, position)
-            return response
-        finally:
-            self._present -= 1
-            if not self._present:
-                self._gone.set()
-
-    async def close(self) -> None:
-        """End all streams, and wait a moment for that. Their clients connect to another process."""
-        self._closing.set()
-        for channel in self._channels.values():
-            channel.wake()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_SECONDS):
-                while self._present:
-                    self._gone.clear()
-                    await self._gone.wait()
-
-    async def _follow(
-        self, request: web.Request, response: web.StreamResponse, consultation: str, position: int
-    ) -> None:
-        channel = self._channels.get(consultation)
-        if channel is None:
-            channel = self._channels[consultation] = Channel(self._reader, consultation, position, self._interval)
-        channel.followers += 1
-        sent_at = time.monotonic()
-        try:
-            while self._may_continue(request, consultation):
-                events = channel.after(position)
-                if events:
-                    position = await self._send(response, events, events[-1].sequence)
-                    sent_at = time.monotonic()
-                    continue
-                before = position
-                if events is None:
-                    position = await self._catch_up(request, response, consultation, position)
-                if position > before:
-                    sent_at = time.monotonic()
-                    continue
-                # events is None: the channel was started by a client with a position after the newest event
-                await channel.wait(self._interval if events is None else min(GONE_SECONDS, KEEP_ALIVE_SECONDS))
-                _check_connected(request)
-                if time.monotonic() - sent_at >= KEEP_ALIVE_SECONDS:
-                    await response.write(b": nothing new\n\n")
-                    sent_at = time.monotonic()
-        finally:
-            channel.followers -= 1
-            if not channel.followers:
-                del self._channels[consultation]
-                await channel.close()
-
-    def _may_continue(self, request: web.Request, consultation: str) -> bool:
-        """Return whether the client may get more: its token can be revoked or expire meanwhile."""
-        return not self._closing.is_set() and request[GRANT].may(Scope.READ, consultation)
-
-    async def _catch_up(
-        self, request: web.Request, response: web.StreamResponse, consultation: str, position: int
-    ) -> int:
-        """Send all that there is after *position*; return the position that is reached."""
-        while self._may_continue(request, consultation):
-            try:
-                page = await self._reader.page(consultation, position, _PAGE_EVENTS)
-            except (TransientError, LogRefusedError):
-                await response.write(b": waiting\n\n")
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(PAUSE_SECONDS):
-                        await self._closing.wait()
-                continue
-            position = await self._send(response, page.events, page.reached)
-            if not page.more:
-                break
-        return position
-
-    async def _send(self, response: web.StreamResponse, events: list[SequencedEvent], reached: int) -> int:
-        for stored in events:
-            response[_SENT] = response.get(_SENT, 0) + 1
-            await response.write(b"id: %d\ndata: %b\n\n" % (stored.sequence, record(stored)))
-        self._metrics.followed_events.inc(len(events))
-        return reached
-
-
-@contextlib.contextmanager
-def _audited(request: web.Request, response: web.StreamResponse, **values: object) -> Iterator[None]:
-    """Write a line of the audit log when a follower begins, and one with the number of events when it ends."""
-    audit("BODIES_SHOWN", request, follow="started", events=0, **values)
-    try:
-        yield
-    finally:
-        audit("BODIES_SHOWN", request, follow="ended", events=response.get(_SENT, 0), **values)
-
-
-def _check_connected(request: web.Request) -> None:
-    """Raise ConnectionResetError if the client has gone: aiohttp does not tell the handler."""
-    if request.transport is None or request.transport.is_closing():
-        raise ConnectionResetError("the client has gone")
-
-
-FOLLOWERS = web.AppKey("followers", Followers)
+    source = Source(None, lambda after, _: feed.page(after), feed.has_news)
+    allowed = lambda: grant.may(Scope.READ)  # noqa: E731
+    return await request.app[FOLLOWERS].serve(request, source, after, show, allowed, bodies=wanted.bodies)

@@ -15,6 +15,7 @@
         LogAccessError              the nodes refuse this process: certificates, TLS, user
         StartupError                the cluster was out of reach for too long at start
         LogMismatchError            the log is not the one that the sink's position belongs to
+        PositionGoneError           the log does not hold what comes after a position of the feed
         PlacementError              record, file and volume disagree about where a partition is
 """
 
@@ -65,6 +66,13 @@ class StartupError(PermanentError):
 
 class LogMismatchError(PermanentError):
     """Raised when the log is not the one that the sink's position belongs to (re-created, restored, trimmed)."""
+
+
+class PositionGoneError(PermanentError):
+    """Raised when the log does not hold all events after a position of the feed: some were trimmed, or it is another.
+
+    Its message says what the client should do.
+    """
 
 
 class PlacementError(PermanentError):

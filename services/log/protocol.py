@@ -148,7 +148,8 @@ class Page:
 
     Attributes:
         events: in log order.
-        reached: position up to which they are complete; the next page comes after it.
+        reached: position up to which they are complete, and after which the next page comes; of a page that was read
+            backwards, position from which they are complete.
         more: whether there may be further events.
     """
 
@@ -232,6 +233,12 @@ class EventBrowser(EventReader, Protocol):
     async def page(self, consultation: str, after: int, limit: int) -> Page:
         """Return at most *limit* events of *consultation* after *after*, perhaps fewer, and where to go on."""
 
+    async def page_before(self, consultation: str, before: int, limit: int) -> Page:
+        """Return the last events of *consultation* below *before*, at most *limit*, perhaps fewer, in log order.
+
+        ``reached`` is where the page begins: the one before it ends below that.
+        """
+
     async def locate(self, consultation: str, event_id: UUID) -> SequencedEvent | None:
         """Return the event, or None when neither the corpus nor the log holds it."""
 
@@ -240,6 +247,25 @@ class EventBrowser(EventReader, Protocol):
 
     async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
         """Return sorted ids of persisted consultations that begin with *prefix*, and whether there are more."""
+
+
+class Feed(Protocol):
+    """The events of all consultations in the log's one order. Each method raises as :meth:`EventReader.snapshot` does.
+
+    A copy of an event that the log holds twice, because it was retried when its id had been forgotten, is shown twice.
+    """
+
+    async def last(self) -> int:
+        """Return the position of the newest event."""
+
+    async def page(self, after: int) -> Page:
+        """Return some events after *after*, about 1 MiB at most, and where to go on.
+
+        Raises PositionGoneError: the log does not hold all of them.
+        """
+
+    async def has_news(self, after: int) -> bool:
+        """Return whether the log has something after *after*; cheap, and perhaps a moment late."""
 
 
 # -- persister: following ---------------------------------------------------------------------------------------------
@@ -537,12 +563,14 @@ class IngestLog:
         writer: appends events.
         reader: reads them back.
         status: the log as this process sees it.
+        feed: reads those of all consultations; None for a log whose partitions share no order.
         remembers_ids: ``append`` finds every duplicate, however old: ids need not be looked up before.
     """
 
     writer: EventWriter
     reader: EventBrowser
     status: Status
+    feed: Feed | None = None
     remembers_ids: bool = False
 
 

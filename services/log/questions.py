@@ -5,7 +5,7 @@ kind            asks                                                answer
 ==============  ==================================================  =================================================
 ids             which ids does this consultation hold?              8-byte hashes of all, or that there are too many
 find            which of these ids does it hold?                    sequence and 8-byte digest of the body of each
-events          what comes after this position?                     a page of events with their bodies
+events          what comes after, or before, this position?         a page of events with their bodies
 consultations   which consultations begin with this prefix?         a page of names
 ==============  ==================================================  =================================================
 
@@ -72,11 +72,16 @@ class Find:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """What does *consultation* hold after the position *after*? At most *limit* events; 0 asks for the position."""
+    """What does *consultation* hold after the position *after*? At most *limit* events; 0 asks for the position.
+
+    With *before*, the last ones whose sequences are below it, in their order; then ``more`` says that there are earlier
+    ones.
+    """
 
     consultation: str
     after: int
     limit: int
+    before: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +192,8 @@ def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
         if limit > MAX_ITEMS:
             raise MalformedError(f"limit is at most {MAX_ITEMS}")
         if kind == Kind.EVENTS:
-            return Events(check_consultation_id(fields["consultation"]), _number(fields["after"]), limit), within
+            name, before = check_consultation_id(fields["consultation"]), fields["before"]
+            return Events(name, _number(fields["after"]), limit, None if before is None else _number(before)), within
         if kind == Kind.CONSULTATIONS:
             return Consultations(str(fields["prefix"]), str(fields["after"]), limit), within
     except (orjson.JSONDecodeError, InvalidIdError, KeyError, TypeError, AttributeError, ValueError):

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
 
-from fiq.corpus import Consultation, CorpusError, Lookup, StoredRow
+from fiq.corpus import CorpusError, Lookup, StoredRow
 from fiq.errors import PermanentError, TransientError
 from services.core.lifecycle import spawn
 from services.core.logs import get_logger
@@ -216,22 +216,28 @@ def _events(lookup: Lookup, committed: int, question: Events, room: int) -> Even
     if stored is None:
         return EventsAnswer(committed, [], more=False)
     index = stored.first_after(question.after)
-    rows = _page(stored, index, question.limit, room)
+    if question.before is None:
+        rows = _fitting(map(stored.row, range(index, min(index + question.limit, len(stored)))), room)
+        more = index + len(rows) < len(stored)
+    else:
+        end = stored.first_after(question.before - 1)
+        rows = _fitting(map(stored.row, range(end - 1, max(index, end - question.limit) - 1, -1)), room)[::-1]
+        more = end - len(rows) > index
     events = [
         Row(row.sequence, row.received_ns, UUID(bytes=row.event_id), body)
         for row, body in zip(rows, stored.bodies(rows), strict=True)
     ]
-    return EventsAnswer(committed, events, more=index + len(rows) < len(stored))
+    return EventsAnswer(committed, events, more)
 
 
-def _page(stored: Consultation, index: int, limit: int, room: int) -> list[StoredRow]:
-    """Return at most *limit* rows from *index* on whose bodies fit into an answer of *room* bytes.
+def _fitting(found: Iterable[StoredRow], room: int) -> list[StoredRow]:
+    """Return the first rows of *found* whose bodies fit into an answer of *room* bytes.
 
     Raises _TooLargeError: the first one does not.
     """
     rows: list[StoredRow] = []
     size = HEAD_BYTES
-    for row in map(stored.row, range(index, min(index + limit, len(stored)))):
+    for row in found:
         size += ROW_BYTES + row.length
         if size > room and not rows:
             raise _TooLargeError("an event is larger than an answer may be")

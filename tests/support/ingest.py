@@ -22,7 +22,7 @@ from services.ingest.metrics import METRICS
 from services.ingest.openapi import describe
 from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import SETTINGS, Settings
-from services.log.errors import CorpusAwayError, LogUnavailableError
+from services.log.errors import CorpusAwayError, LogUnavailableError, PositionGoneError
 from services.log.metrics import LogMetrics
 from services.log.protocol import Appended, IngestLog, Page, SequencedEvent
 from services.log.questions import Stored, digest_of
@@ -42,6 +42,8 @@ class MemoryLog:
         reads: pages that were read.
         looks: questions for news.
         backlog: what waits in a log that has persisters.
+        has_feed: whether its partitions share an order.
+        trimmed: how many of the first events the feed no longer has.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -59,6 +61,8 @@ class MemoryLog:
     reads: int = 0
     looks: int = 0
     backlog: Backlog | None = None
+    has_feed: bool = True
+    trimmed: int = 0
 
     def __post_init__(self) -> None:
         self.reader = MemoryReader(self)
@@ -89,7 +93,7 @@ class MemoryLog:
 
     @property
     def opened(self) -> IngestLog:
-        return IngestLog(self, self.reader, MemoryStatus(self))
+        return IngestLog(self, self.reader, MemoryStatus(self), MemoryFeed(self) if self.has_feed else None)
 
 
 @dataclass
@@ -169,6 +173,14 @@ class MemoryReader:
         more = len(found) > len(shown)
         return Page(shown, shown[-1].sequence if more else max(after, len(self.log.events)), more)
 
+    async def page_before(self, consultation: str, before: int, limit: int) -> Page:
+        self.log.reads += 1
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        found = self._numbered(lambda one: one.event.consultation == consultation and one.sequence < before)
+        shown = found[-min(limit, self.log.page_events) :]
+        return Page(shown, shown[0].sequence if shown else before, len(found) > len(shown))
+
     async def locate(self, consultation: str, event_id: UUID) -> SequencedEvent | None:
         if self.log.read_error is not None:
             raise self.log.read_error
@@ -194,6 +206,32 @@ class MemoryReader:
             for sequence, event in enumerate(self.log.events, start=1)
         )
         return [one for one in stored if wanted(one)]
+
+
+@dataclass
+class MemoryFeed:
+    """A Feed over a log in memory."""
+
+    log: MemoryLog
+
+    async def last(self) -> int:
+        return len(self.log.events)
+
+    async def page(self, after: int) -> Page:
+        self.log.reads += 1
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        if after < self.log.trimmed:
+            raise PositionGoneError(f"gone: after={self.log.trimmed}")
+        found = [SequencedEvent(n, event, persisted=False) for n, event in enumerate(self.log.events, start=1)]
+        shown = found[after : after + self.log.page_events]
+        return Page(shown, after + len(shown), after + len(shown) < len(found))
+
+    async def has_news(self, after: int) -> bool:
+        self.log.looks += 1
+        if self.log.read_error is not None:
+            raise self.log.read_error
+        return len(self.log.events) > after
 
 
 @dataclass

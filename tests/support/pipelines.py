@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
-from aiohttp import ClientError, ClientSession, ClientTimeout
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout
 
 from fiq.corpus import CorpusError, open_corpus
 from services.cli import monitoring
@@ -56,6 +56,10 @@ class Client:
     async def get(self, path: str) -> tuple[int, dict[str, Any]]:
         async with self._session.get(self.url + path) as response:
             return response.status, orjson.loads(await response.read())
+
+    def get_stream(self, path: str) -> AbstractAsyncContextManager[ClientResponse]:
+        """Ask for an answer without an end."""
+        return self._session.get(self.url + path, timeout=ClientTimeout(total=None))
 
     async def follow(self, consultation: str, seen: list[int]) -> None:
         """Append the ids of all events to *seen*, as :func:`follow` does."""

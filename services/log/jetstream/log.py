@@ -24,7 +24,7 @@ from services.log.jetstream.monitor import LogMonitor, monitoring, show_progress
 from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.publisher import Publisher
 from services.log.jetstream.questions import NatsAnswering
-from services.log.jetstream.reader import JetStreamReader
+from services.log.jetstream.reader import JetStreamFeed, JetStreamReader
 from services.log.jetstream.stream import (
     DEADLINE_SECONDS,
     PERSISTER_SERVICE,
@@ -70,7 +70,7 @@ async def open_for_ingest(
         await publisher.start()
         try:
             async with monitoring(nc, settings, metrics, on_closed) as monitor:
-                yield IngestLog(publisher, reader, monitor)
+                yield IngestLog(publisher, reader, monitor, JetStreamFeed(nc))
         finally:
             await publisher.close()
     finally:

@@ -18,6 +18,7 @@ end names the last one; after a gap the rest is asked for again.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +30,13 @@ from nats.aio.msg import Msg
 
 from fiq.errors import PoisonError
 from fiq.event import Event, decode
-from services.log.errors import CorpusAwayError, LogUnavailableError
+from services.log.errors import CorpusAwayError, LogUnavailableError, PositionGoneError
 from services.log.jetstream.api import JetStreamApi, inbox
 from services.log.jetstream.connection import Connection
 from services.log.jetstream.questions import Questions
 from services.log.jetstream.stream import STREAM, stored_subject
 from services.log.partitions import partition_of
-from services.log.protocol import EventBrowser, Page, SequencedEvent, StoredIds
+from services.log.protocol import EventBrowser, Feed, Page, SequencedEvent, StoredIds
 from services.log.questions import Consultations, Events, EventsAnswer, Row, Stored
 from services.log.settings import LogSettings
 
@@ -50,6 +51,10 @@ BATCH_MESSAGES, BATCH_BYTES = 256, 1 << 20
 #: how often a batch is asked for of which not even the first message arrives
 _TRIES = 3
 _DIRECT_GET = f"$JS.API.DIRECT.GET.{STREAM}"
+#: every subject of the stream
+_ALL = ">"
+#: pauses after which a leader that lacks a position is asked again, seconds
+_LEADER_PAUSES = (0.2, 0.5, 1.0)
 
 #: position in the stream, and the event there; None for poison
 Numbered = tuple[int, Event | None]
@@ -120,6 +125,14 @@ class JetStreamReader(EventBrowser):
             if page.events or not page.more:
                 return page
             after = page.reached  # nothing but copies and poison up to there
+
+    async def page_before(self, consultation: str, before: int, limit: int) -> Page:
+        """Return the last events of *consultation* below *before*; raises as :meth:`page`."""
+        while True:
+            page = await self._page_before(consultation, before, limit)
+            if page.events or not page.more:
+                return page
+            before = page.reached  # nothing but copies and poison from there on
 
     async def locate(self, consultation: str, event_id: UUID) -> SequencedEvent | None:
         partition = self._partition(consultation)
@@ -210,6 +223,60 @@ class JetStreamReader(EventBrowser):
             found.reached = max(found.reached, sequence)
         return found
 
+    async def _page_before(self, consultation: str, before: int, limit: int) -> Page:
+        partition, question = self._partition(consultation), Events(consultation, 0, limit, before)
+        try:
+            answer = await self._corpus.events(partition, question)
+        except CorpusAwayError as away:
+            return await self._from_end_of_stream(consultation, before, limit, away)
+        end = before - 1
+        if end > answer.committed:
+            end = min(end, await self._stream.last(partition, consultation))
+        if end <= answer.committed:
+            return _backward(before, limit, [persisted(consultation, row) for row in answer.rows], more=answer.more)
+        queued, more = await self._end_of_stream(consultation, answer.committed, end, limit)
+        answer = await self._corpus.events(partition, question)
+        waiting = [one for one in queued if one[0] > answer.committed]
+        new = await self._new(partition, consultation, waiting)
+        if more and len(waiting) == len(queued):  # the corpus ends before what was left out
+            return _backward(queued[0][0], limit, new, more=True)
+        events = [*(persisted(consultation, row) for row in answer.rows), *new]
+        return _backward(before, limit, events, more=answer.more)
+
+    async def _from_end_of_stream(self, consultation: str, before: int, limit: int, away: CorpusAwayError) -> Page:
+        """Return what the stream alone holds below *before*, if it has lost nothing."""
+        if await self._stream.lacks(0):
+            raise away
+        end = min(before - 1, await self._stream.last(self._partition(consultation), consultation))
+        queued, more = await self._end_of_stream(consultation, 0, end, limit)
+        if await self._stream.lacks(0):  # trimmed meanwhile: something may be missing
+            raise away
+        events = [SequencedEvent(sequence, event, persisted=False) for sequence, event in queued]
+        return _backward(before, limit, events, more=more)
+
+    async def _end_of_stream(
+        self, consultation: str, base: int, end: int, limit: int
+    ) -> tuple[list[tuple[int, Event]], bool]:
+        """Return the last *limit* events in the stream after *base* up to *end*, and whether there are earlier ones.
+
+        All of them are read, because a subject can be read in one direction only.
+        """
+        seen: set[UUID] = set()
+        kept: deque[tuple[int, Event]] = deque()
+        size, more = 0, False
+        async for sequence, event in self._stream.tail(self._partition(consultation), consultation, base, end):
+            if sequence > end:  # a batch may go beyond
+                break
+            if event is None or event.event_id in seen:
+                continue
+            seen.add(event.event_id)
+            kept.append((sequence, event))
+            size += len(event.body)
+            while len(kept) > limit or (size > PAGE_BYTES and len(kept) > 1):
+                size -= len(kept.popleft()[1].body)
+                more = True
+        return list(kept), more
+
     async def _new(self, partition: int, consultation: str, queued: list[tuple[int, Event]]) -> list[SequencedEvent]:
         """Return those of *queued* whose id the corpus does not hold from an earlier message."""
         found, _ = await self._corpus.find(partition, consultation, [event.event_id for _, event in queued])
@@ -247,9 +314,69 @@ def _corpus_page(consultation: str, after: int, answer: EventsAnswer) -> Page:
     return Page(events, events[-1].sequence if events else after, answer.more)
 
 
+def _backward(before: int, limit: int, events: list[SequencedEvent], *, more: bool) -> Page:
+    """Return the last *limit* of *events*, which lie below *before*; *more*: there are earlier ones."""
+    shown = events[-limit:]
+    return Page(shown, shown[0].sequence if shown else before, more or len(shown) < len(events))
+
+
 def persisted(consultation: str, row: Row) -> SequencedEvent:
     """Return what the corpus holds in *row*."""
     return SequencedEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
+
+
+class JetStreamFeed(Feed):
+    """The stream as it is; see :class:`services.log.protocol.Feed`.
+
+    Its sequences follow each other without gaps, unless trim has deleted some: after a gap the position is gone.
+
+    Args:
+        nc: the connection; it stays the caller's to close.
+        timeout: seconds for each answer.
+    """
+
+    def __init__(self, nc: Connection, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        self._stream = StreamReading(nc, timeout=timeout)
+
+    async def last(self) -> int:
+        return await self._stream.end()
+
+    async def page(self, after: int) -> Page:
+        events: list[SequencedEvent] = []
+        reached = after
+        batch, more = await self._stream.all_after(after)
+        for sequence, event in batch:
+            if sequence != reached + 1:
+                break
+            reached = sequence
+            if event is not None:
+                events.append(SequencedEvent(sequence, event, persisted=False))
+        if reached == after:
+            await self._check(after)
+        return Page(events, reached, more=reached > after and (more or reached < batch[-1][0]))
+
+    async def has_news(self, after: int) -> bool:
+        return await self._stream.has_any(after)
+
+    async def _check(self, after: int) -> None:
+        """Raise PositionGoneError unless the stream's leader has the event after *after*, or ends at *after*."""
+        end = await self._stream.end()
+        for pause in _LEADER_PAUSES:
+            if after <= end:
+                break
+            await asyncio.sleep(pause)  # a leader that was elected just now may not have applied all of it
+            end = await self._stream.end()
+        if after > end:
+            raise PositionGoneError(
+                f"The log ends at position {end}: it is not the log that was followed before. Follow without after."
+            )
+        if after < end:
+            held = await self._stream.next_held(after) or end + 1
+            if held > after + 1:
+                raise PositionGoneError(
+                    "The log no longer holds all events after this position. "
+                    f"Read the consultations, and follow with after={held - 1}."
+                )
 
 
 # -- the stream -------------------------------------------------------------------------------------------------------
@@ -290,6 +417,29 @@ class StreamReading:
         if message is None:  # a replica that lags says the same as one that has trimmed it
             message = await self._api.leader_message(STREAM, sequence)
         return None if message is None else (sequence, _event(message["subject"], message["headers"], message["data"]))
+
+    async def end(self) -> int:
+        """Return the sequence of the last message, as the leader knows it; 0 when there never was one."""
+        return int((await self._state())["last_seq"])
+
+    async def all_after(self, after: int) -> tuple[list[Numbered], bool]:
+        """Return some messages after *after*, of all subjects, as one replica has them, and whether it has more."""
+        batch = await self._batch(_ALL, after + 1)
+        headers = [message.headers or {} for message in batch]
+        numbered = [
+            (int(own["Nats-Sequence"]), _event(own["Nats-Subject"], own, message.data))
+            for own, message in zip(headers, batch, strict=True)
+        ]
+        return numbered, bool(headers) and headers[-1]["Nats-Num-Pending"] != "0"
+
+    async def has_any(self, after: int) -> bool:
+        """Return whether some replica has a message after *after*: cheap, and perhaps late."""
+        return await self._api.get_message(STREAM, after + 1, next_of=_ALL) is not None
+
+    async def next_held(self, after: int) -> int | None:
+        """Return the sequence of the first message after *after*, as the leader knows it; None without one."""
+        found = await self._api.leader_message(STREAM, after + 1, next_of=_ALL)
+        return None if found is None else found["seq"]
 
     async def has_news(self, partition: int, consultation: str, after: int) -> bool:
         """Return whether some replica has a message of the consultation after *after*: cheap, and perhaps late."""

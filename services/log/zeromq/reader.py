@@ -88,6 +88,13 @@ class ZeroMqReader:
         last = events[-1].sequence if events else after
         return Page(events, last if answer.more else max(last, answer.committed), answer.more)
 
+    async def page_before(self, consultation: str, before: int, limit: int) -> Page:
+        """Return the last events of *consultation* below *before*."""
+        question = Events(consultation, 0, limit, before)
+        answer = await self._ask(self._partition(consultation), question, decode_events)
+        events = [_stored(consultation, row) for row in answer.rows]
+        return Page(events, events[0].sequence if events else before, answer.more)
+
     async def locate(self, consultation: str, event_id: UUID) -> SequencedEvent | None:
         """Return the event, or None when the corpus does not hold it."""
         found = (await self.find(consultation, [event_id])).get(event_id)

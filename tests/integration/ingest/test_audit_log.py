@@ -53,7 +53,7 @@ async def test_each_read_that_shows_bodies_is_one_line(file: Path) -> None:
 
 
 async def test_an_answer_without_bodies_is_no_line(file: Path) -> None:
-    """An empty page, HEAD, what was refused, and a list of names."""
+    """An empty page, HEAD, what was refused, a list of names, and events without their bodies."""
     with capture_logs() as entries:
         async with running_edge(token_file=str(file)) as edge:
             path = await post(edge, 1)
@@ -62,6 +62,7 @@ async def test_an_answer_without_bodies_is_no_line(file: Path) -> None:
             await edge.request("HEAD", path, headers=BEARER)
             await edge.request("GET", EVENTS)
             await edge.request("GET", "/consultations", headers=BEARER)
+            await edge.request("GET", EVENTS + "?bodies=0", headers=BEARER)
     assert [] == shown(entries)
 
 
@@ -77,6 +78,22 @@ async def test_a_follower_is_a_line_when_it_begins_and_one_with_the_number_when_
             await eventually(lambda: len(shown(entries)) == 2)
     line = {"event": "BODIES_SHOWN", "token": "night", "remote": "127.0.0.1", "consultation_id": "c-1"}
     assert [line | {"follow": "started", "events": 0}, line | {"follow": "ended", "events": 3}] == shown(entries)
+
+
+async def test_a_follower_of_all_is_a_line_too(file: Path) -> None:
+    """With the number of events that it was shown."""
+    with capture_logs() as entries:
+        async with running_edge(token_file=str(file), follow_interval=0.01) as edge:
+            await post(edge, 2)
+            for query in ("", "&bodies=0"):
+                path = f"{edge.url}/events?follow=1&after=0{query}"
+                async with edge.client.get(path, headers=BEARER) as response:
+                    while b"id: 2" not in await response.content.readline():
+                        pass
+            await eventually(lambda: len(shown(entries)) == 2)
+            await eventually(lambda: edge.metric("fi_ingest_followers") == 0.0)
+    line = {"event": "BODIES_SHOWN", "token": "night", "remote": "127.0.0.1"}
+    assert [line | {"follow": "started", "events": 0}, line | {"follow": "ended", "events": 2}] == shown(entries)
 
 
 async def test_without_tokens_the_line_has_the_address_alone() -> None:

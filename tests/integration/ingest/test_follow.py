@@ -11,8 +11,8 @@ import orjson
 import pytest
 from aiohttp import ClientResponse
 
-from services.ingest import reading
-from services.ingest.reading import FOLLOWERS
+from services.ingest import following as module
+from services.ingest.following import FOLLOWERS
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from tests.support.description import check_answer
 from tests.support.ingest import Edge, running_edge
@@ -29,7 +29,7 @@ async def edge() -> AsyncIterator[Edge]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.01)
 
 
 class Stream:
@@ -108,6 +108,30 @@ async def test_a_client_goes_on_where_it_was(edge: Edge) -> None:
         assert [6] == await stream.take(1)
 
 
+async def test_a_follower_may_choose_by_type_and_leave_bodies_out(edge: Edge) -> None:
+    """What it does not get moves its position on all the same, which a comment tells from time to time."""
+    await edge.post(body=b'{"event_type":"A"}')
+    async with following(edge, "&type=B&bodies=0") as stream:
+        await edge.post(body=b'{"event_type":"B"}')
+        await edge.post(body=b'{"event_type":"A"}')
+        await edge.post(body=b'{"event_type":"B","n":1}')
+        assert [2, 4] == await stream.take(2)
+        await stream.line()
+        assert [("B", 18), ("B", 24)] == [(one["event_type"], one["bytes"]) for one in stream.records]
+    assert 2.0 == edge.metric("fi_ingest_followed_events_total")
+
+
+async def test_a_comment_names_the_position(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a client which is shown nothing does not begin anew when it reconnects."""
+    monkeypatch.setattr(module, "KEEP_ALIVE_SECONDS", 0.02)
+    async with following(edge, "&type=B") as stream:
+        await post(edge, 3)
+        async with asyncio.timeout(30):
+            while 3 not in stream.ids:
+                await stream.line()
+    assert [] == stream.records
+
+
 async def test_a_consultation_may_be_followed_before_its_first_event(edge: Edge) -> None:
     """A display is opened, then the visit begins."""
     async with following(edge) as stream:
@@ -135,7 +159,7 @@ async def test_followers_of_one_consultation_share_the_looks_and_the_reads(edge:
 
 async def test_who_falls_behind_what_is_kept_reads_by_himself(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is skipped, whatever is kept for others."""
-    monkeypatch.setattr(reading, "_KEPT_EVENTS", 4)
+    monkeypatch.setattr(module, "_KEPT_EVENTS", 4)
     edge.log.page_events = 7
     async with following(edge) as stream:
         await post(edge, 60)
@@ -167,7 +191,7 @@ async def test_an_outage_at_the_start_is_a_problem(edge: Edge) -> None:
 
 async def test_silence_is_broken_by_comments(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proxies close what is silent for long."""
-    monkeypatch.setattr(reading, "KEEP_ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(module, "KEEP_ALIVE_SECONDS", 0.02)
     async with following(edge) as stream:
         async with asyncio.timeout(30):
             while len(stream.comments) < 3:
@@ -197,7 +221,7 @@ async def test_a_client_that_goes_makes_room_at_once(edge: Edge) -> None:
     await post(edge, 1)
     async with following(edge) as stream:
         assert [1] == await stream.take(1)
-    await eventually(lambda: edge.metric("fi_ingest_followers") == 0.0, timeout=reading.KEEP_ALIVE_SECONDS / 2)
+    await eventually(lambda: edge.metric("fi_ingest_followers") == 0.0, timeout=module.KEEP_ALIVE_SECONDS / 2)
 
 
 async def test_a_client_that_does_not_read_is_let_go(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +271,7 @@ async def test_what_is_persisted_and_trimmed_between_two_looks_is_shown(
     edge: Edge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log shows nothing new then; now and then the corpus is asked all the same."""
-    monkeypatch.setattr(reading, "READ_ANYWAY_SECONDS", 0.05)
+    monkeypatch.setattr(module, "READ_ANYWAY_SECONDS", 0.05)
 
     async def nothing(consultation: str, after: int) -> bool:
         return False

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import orjson
 import pytest
 
+from services.ingest import reading
 from services.ingest.reading import MAX_READS
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.log.protocol import Page
@@ -86,6 +88,153 @@ async def test_after_is_where_a_page_begins(edge: Edge) -> None:
     for after, expected in ((0, [1, 2, 3, 4, 5]), (3, [4, 5]), (5, []), (2**63 - 1, [])):
         reply = await edge.request("GET", f"{EVENTS}?after={after}")
         assert expected == [one["sequence"] for one in reply.json["events"]]
+
+
+async def test_pages_lead_back_from_before_through_all_events(edge: Edge) -> None:
+    """Each ends where the one that was read before it begins; its events are in order."""
+    await fill(edge, 25)
+    await fill(edge, 3, "other")
+    found: list[int] = []
+    path: str | None = f"{EVENTS}?limit=10&before={2**63 - 1}"
+    while path:
+        reply = await edge.request("GET", path)
+        found = [one["sequence"] for one in reply.json["events"]] + found
+        assert "next" not in reply.json
+        path = reply.json["previous"]
+        assert reply.headers.get("Link", "") == (f'<{path}>; rel="prev"' if path else "")
+    assert list(range(1, 26)) == found
+
+
+@pytest.mark.parametrize(
+    ("query", "expected", "link"),
+    [
+        ("before=4", [1, 2, 3], None),
+        ("before=4&limit=2", [2, 3], "before=2"),
+        ("before=0", [], None),
+        ("before=5&after=2", [3, 4], None),
+        ("before=5&after=1&limit=2", [2, 3], "after=3"),
+        ("before=2&after=4", [], None),
+    ],
+)
+async def test_before_is_where_a_page_ends(edge: Edge, query: str, expected: list[int], link: str | None) -> None:
+    """With after it is a bound of all pages; without it the page holds the last events below it."""
+    await fill(edge, 6)
+    reply = await edge.request("GET", f"{EVENTS}?{query}")
+    assert expected == [one["sequence"] for one in reply.json["events"]]
+    found = reply.json["next" if "after" in query else "previous"]
+    assert (link is None) == (found is None)
+    assert link is None or link in found.split("?")[1].split("&")
+
+
+async def test_events_are_chosen_by_type_and_time(edge: Edge) -> None:
+    """Together, in either direction; pages go on with the same choice."""
+    for number in range(12):
+        await edge.post(body=b'{"event_type":"%b","n":%d}' % (b"A" if number % 3 else b"B\\u00e9", number))
+    edge.log.events = [replace(event, received_ns=(1000 + n) * 10**9) for n, event in enumerate(edge.log.events)]
+    for query, expected in (
+        ("type=A", [1, 2, 4, 5, 7, 8, 10, 11]),
+        ("type=B%C3%A9", [0, 3, 6, 9]),
+        ("type=C", []),
+        ("since=1970-01-01T00:16:45Z", [5, 6, 7, 8, 9, 10, 11]),
+        ("since=1970-01-01T01:16:44.5%2B01:00&type=A", [5, 7, 8, 10, 11]),
+        ("since=1969-12-31T23:16:49.000000001-01:00&type=A", [10, 11]),
+        ("since=1970-01-01t00:16:51.0z&type=A", [11]),
+        ("since=1970-01-01 00:15:60Z&type=A&before=4", [1, 2]),
+        ("since=0001-01-01T00:00:00Z&type=A&before=9", [1, 2, 4, 5, 7]),
+    ):
+        for limit in (2, 100):
+            found: list[int] = []
+            path: str | None = f"{EVENTS}?limit={limit}&{query}"
+            while path:
+                page = (await edge.request("GET", path)).json
+                numbers = [one["event"]["n"] for one in page["events"]]
+                assert len(numbers) <= limit
+                found = numbers + found if "previous" in page else found + numbers
+                path = page["previous"] if "previous" in page else page["next"]
+            assert (query, expected) == (query, found)
+
+
+async def test_a_page_of_few_among_many_says_where_to_go_on(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request looks at so much and no more: the page may be empty although there are more."""
+    monkeypatch.setattr(reading, "LOOKED_EVENTS", 10)
+    edge.log.page_events = 5
+    await fill(edge, 25)
+    await edge.post(body=b'{"event_type":"rare"}')
+    first = (await edge.request("GET", f"{EVENTS}?type=rare")).json
+    assert ([], "type=rare&limit=100&after=10") == (first["events"], first["next"].partition("?")[2])
+    second = (await edge.request("GET", first["next"])).json
+    third = (await edge.request("GET", second["next"])).json
+    assert ([26], None) == ([one["sequence"] for one in third["events"]], third["next"])
+
+
+async def test_an_event_is_found_by_its_key(edge: Edge) -> None:
+    """That of a request, and that of a line of a batch; a page with one event or none."""
+    await edge.post(Idempotency_Key="k-1")
+    body, kind = b'{"event_type":"A"}\n{"event_type":"B","event_id":"own"}', {"Content-Type": "application/x-ndjson"}
+    await edge.request("POST", EVENTS + "/batch", data=body, headers=kind | {"Idempotency-Key": "part"})
+    for query, expected in (
+        ("key=k-1", [1]),
+        ("key=%22k-1%22", [1]),
+        ("key=part:1", [2]),
+        ("key=own", [3]),
+        ("key=never", []),
+        ("key=own&type=B", [3]),
+        ("key=own&type=A", []),
+        ("key=own&before=3", []),
+        ("key=own&since=9999-12-31T23:59:59Z", []),
+    ):
+        page = (await edge.request("GET", f"{EVENTS}?{query}")).json
+        assert (query, expected) == (query, [one["sequence"] for one in page["events"]])
+
+
+async def test_bodies_can_be_left_out(edge: Edge) -> None:
+    """Then a record has the event's type and length instead; pages may be as long as is asked for."""
+    edge.log.page_events = 2
+    for number in range(5):
+        await edge.post(body=b'{"event_type":"T\\"","n":%d}' % number)
+    reply = await edge.request("GET", EVENTS + "?bodies=0&limit=4")
+    first, *_ = records = reply.json["events"]
+    assert ["sequence", "message_id", "received", "status", "event_type", "bytes"] == list(first)
+    assert ('T"', len(edge.log.events[0].body)) == (first["event_type"], first["bytes"])
+    assert [1, 2, 3, 4] == [one["sequence"] for one in records]
+    last = await edge.request("GET", reply.json["next"])
+    assert ([5], None) == ([one["sequence"] for one in last.json["events"]], last.json["next"])
+    assert "event" not in last.json["events"][0]
+    assert "bytes" in orjson.loads(
+        (await edge.request("GET", EVENTS + "?bodies=0&limit=1", headers={"Accept": "application/x-ndjson"})).content
+    )
+
+
+async def test_a_page_that_looks_at_many_events_stays_small(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is that of a page, whatever limit says."""
+    monkeypatch.setattr(reading, "PAGE_BYTES", 300)
+    await fill(edge, 10)
+    page = (await edge.request("GET", EVENTS + "?type=T")).json
+    assert 1 <= len(page["events"]) <= 2
+    assert page["next"].endswith(f"after={page['events'][-1]['sequence']}")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *(
+            "before=x",
+            "before=-1",
+            "type=",
+            "bodies=2",
+            "key=",
+            "key=a%20b",
+            "since=yesterday",
+            "since=2026-02-30T00:00:00Z",
+        ),
+        *("since=2026-01-01", "since=2026-01-01T00:00:00", "since=2026-01-01T24:00:00Z", "since=2026-01-01T00:00:61Z"),
+        *("since=2026-01-01T00:00:00%2B24:00", "follow=1&before=3", "follow=1&key=k", "follow=1&type=", "follow=2"),
+    ],
+)
+async def test_a_malformed_choice_is_refused(edge: Edge, query: str) -> None:
+    """Rather than answered with other events than were meant."""
+    reply = await edge.request("GET", f"{EVENTS}?{query}")
+    assert (400, "/problems/invalid-parameter") == (reply.status, reply.json["type"])
 
 
 async def test_a_consultation_without_events_is_an_empty_page(edge: Edge) -> None:

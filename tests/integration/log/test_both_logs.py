@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import ClientConnectorError, ClientSession
@@ -152,6 +153,14 @@ async def test_what_was_accepted_is_read_at_once(pipeline: Pipeline) -> None:
             found += [event["event"]["n"] for event in page["events"]]
             url = page["next"] or ""
         assert list(range(30)) == found
+        found, url = [], f"{PATH}?limit=7&before={2**63 - 1}"
+        while url:
+            _, page = await reader.get(url)
+            found = [event["event"]["n"] for event in page["events"]] + found
+            url = page["previous"] or ""
+        assert list(range(30)) == found
+        _, page = await reader.get(f"{PATH}?key=k3&bodies=0")
+        assert [(accepted[3]["sequence"], "A")] == [(one["sequence"], one["event_type"]) for one in page["events"]]
         _, one = await reader.get(f"{PATH}/{accepted[3]['message_id']}")
         assert (accepted[3]["sequence"], {"event_type": "A", "n": 3}) == (one["sequence"], one["event"])
         status, problem = await reader.get(f"{PATH}/6f1b1d4e-0000-4000-8000-000000000000")
@@ -199,6 +208,25 @@ async def test_a_follower_misses_and_repeats_nothing_when_processes_die(pipeline
             _, page = await client.get(f"{PATH}?limit=1000")
             assert posted == [event["sequence"] for event in page["events"]]
     assert not [line for line in service.lines if line["event"] in ("REQUEST_FAILED", "FOLLOWING_FAILED")]
+
+
+async def test_all_consultations_are_followed_where_the_log_has_one_order(pipeline: Pipeline) -> None:
+    """Across processes, from a position on; the log without a broker says that it has none."""
+    async with pipeline.running(ingests=2) as (writer, reader):
+        posted = [await writer.accepted(f"/consultations/c-{n % 3}/events", BODIES[0], f"k{n}") for n in range(9)]
+        async with reader.get_stream(f"/events?follow=1&after={posted[3]['sequence']}") as response:
+            if pipeline.settings["FI_LOG_URL"].startswith("zmq"):
+                assert (501, "/problems/no-feed") == (response.status, (await response.json())["type"])
+                return
+            posted.append(await writer.accepted("/consultations/other/events", BODIES[0], "k"))
+            found: list[dict[str, Any]] = []
+            async with asyncio.timeout(30):
+                while len(found) < 6:
+                    line = await response.content.readline()
+                    if line.startswith(b"data: "):
+                        found.append(json.loads(line[6:]))
+        of_posted = [(one["consultation_id"], one["sequence"]) for one in posted[4:]]
+        assert of_posted == [(one["consultation_id"], one["sequence"]) for one in found]
 
 
 async def test_a_stop_ends_followers_at_once(pipeline: Pipeline) -> None:

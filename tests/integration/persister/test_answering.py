@@ -70,8 +70,10 @@ class Asker:
         subject = f"fi.corpus.main.{partition}.{wire.KIND_OF[type(question)]}"
         return await self.nc.request(subject, wire.encode_question(question, within), timeout=patience or within)
 
-    async def events(self, consultation: str = "c1", after: int = 0, limit: int = 100) -> wire.EventsAnswer:
-        return wire.decode_events((await self.ask(Events(consultation, after, limit))).data)
+    async def events(
+        self, consultation: str = "c1", after: int = 0, limit: int = 100, before: int | None = None
+    ) -> wire.EventsAnswer:
+        return wire.decode_events((await self.ask(Events(consultation, after, limit, before))).data)
 
     async def find(self, consultation: str, *numbers: int) -> wire.FindAnswer:
         question = Find(consultation, [UUID(int=number) for number in numbers])
@@ -164,6 +166,21 @@ async def test_events_come_in_pages_with_the_position_that_the_partition_has_rea
     assert wire.EventsAnswer(12, [], more=False) == await asker.events(limit=0)
 
 
+async def test_a_page_may_end_before_a_position(asker: Asker) -> None:
+    """The last rows below it, in their order, and whether there are earlier ones."""
+    await fill(asker, "c1", range(1, 11))
+    for before, after, expected in (
+        (8, 0, [5, 6, 7]),
+        (3, 0, [1, 2]),
+        (4, 0, [1, 2, 3]),
+        (10**6, 8, [9, 10]),
+        (0, 0, []),
+    ):
+        page = await asker.events(after=after, limit=3, before=before)
+        assert (expected, expected[:1] == [5]) == ([row.sequence for row in page.rows], page.more)
+        assert [b'{"event_type":"%d"}' % sequence for sequence in expected] == [row.body for row in page.rows]
+
+
 async def test_ids_are_found_with_the_sequence_and_the_digest_of_the_first_body(asker: Asker) -> None:
     """Bodies do not travel to be compared."""
     await fill(asker, "c1", range(1, 101))
@@ -219,6 +236,8 @@ async def test_an_answer_is_bounded_and_says_where_it_ends(asker: Asker) -> None
     await asker.in_thread(work)
     page = await asker.events()
     assert ([1, 2], True) == ([row.sequence for row in page.rows], page.more)
+    page = await asker.events(before=6)
+    assert ([4, 5], True) == ([row.sequence for row in page.rows], page.more)
     assert [largest] == [row.body for row in (await asker.events(after=5)).rows]
 
 

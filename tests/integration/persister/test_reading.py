@@ -79,6 +79,17 @@ async def in_pages(reader: JetStreamReader, consultation: str = "c1", *, limit: 
     return found
 
 
+async def backwards(reader: JetStreamReader, consultation: str = "c1", *, limit: int = 7) -> list[SequencedEvent]:
+    """Read all, page by page, from the end."""
+    found: list[SequencedEvent] = []
+    page = Page([], 2**63 - 1, more=True)
+    while page.more:
+        page = await reader.page_before(consultation, page.reached, limit)
+        assert len(page.events) <= limit
+        found = page.events + found
+    return found
+
+
 def sequences(events: list[SequencedEvent]) -> list[int]:
     return [one.sequence for one in events]
 
@@ -92,6 +103,8 @@ async def test_what_is_persisted_is_read_page_by_page(log: Log, reader: JetStrea
         await persisted(tmp_path / "data", {"c1": [one.event_id for one in events]})
         expected = [SequencedEvent(s, e, persisted=True) for s, e in zip(positions, events, strict=True)]
         assert expected == await in_pages(reader)
+        assert expected == await backwards(reader)
+        assert expected[2:5] == (await reader.page_before("c1", positions[5], 3)).events
         assert expected[5:8] == await read(reader, "c1", positions[4], 3)
         assert [] == await read(reader, "c1", positions[-1], 3)
         assert [] == await read(reader, "never", 0, 3)
@@ -161,6 +174,7 @@ async def test_what_waits_is_read_without_a_persister_and_after_trim_it_is_refus
     positions = await append(log, *events)
     expected = [SequencedEvent(s, e, persisted=False) for s, e in zip(positions, events, strict=True)]
     assert expected == await in_pages(reader)
+    assert expected == await backwards(reader)
     assert expected[7] == await reader.locate("c1", events[7].event_id)
     assert await reader.locate("c1", new_event_id()) is None
     started = time.monotonic()
@@ -174,6 +188,8 @@ async def test_what_waits_is_read_without_a_persister_and_after_trim_it_is_refus
     assert expected[10:] == await read(reader, "c1", positions[9], 100)
     with pytest.raises(CorpusAwayError):
         await read(reader, "c1", positions[8], 100)
+    with pytest.raises(CorpusAwayError):
+        await backwards(reader)
     with pytest.raises(CorpusAwayError):
         await reader.locate("c1", new_event_id())
     assert expected[12] == await reader.locate("c1", events[12].event_id)
@@ -255,6 +271,9 @@ async def test_large_and_many_events_of_the_stream_come_in_bounded_pages(log: Lo
     page = await reader.page("c1", 0, 100)
     assert (positions[:2], True) == (sequences(page.events), page.more)
     assert positions == sequences(await in_pages(reader))
+    page = await reader.page_before("c1", positions[-1] + 1, 100)
+    assert (positions[-2:], True) == (sequences(page.events), page.more)
+    assert positions == sequences(await backwards(reader))
     positions = await append(log, *(event(number, "c2") for number in range(600)))
     assert positions == sequences(await in_pages(reader, "c2", limit=500))
 

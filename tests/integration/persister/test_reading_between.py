@@ -63,12 +63,15 @@ class Halted:
 
         await self._hdf5.run(work)
 
-    async def shown(self, limit: int) -> list[tuple[int, bool]]:
+    async def shown(self, limit: int, *, backward: bool = False) -> list[tuple[int, bool]]:
+        """Read all, page by page, from the first event on or from the last one back."""
         found: list[tuple[int, bool]] = []
-        page = Page([], 0, more=True)
+        read = self.reader.page_before if backward else self.reader.page
+        page = Page([], 2**63 - 1 if backward else 0, more=True)
         while page.more:
-            page = await self.reader.page("c1", page.reached, limit)
-            found += [(one.sequence, one.persisted) for one in page.events]
+            page = await read("c1", page.reached, limit)
+            shown = [(one.sequence, one.persisted) for one in page.events]
+            found = shown + found if backward else found + shown
         return found
 
 
@@ -104,10 +107,14 @@ async def test_a_copy_in_the_stream_of_what_the_corpus_holds_is_not_shown(halted
     expected = [(s, True) for s in positions[:3]] + [(s, False) for s in (*positions[3:], last)]
     for limit in (1, 2, 3, 100):
         assert expected == await halted.shown(limit)
+        assert expected == await halted.shown(limit, backward=True)
+    page = await halted.reader.page_before("c1", positions[4], 3)
+    assert (positions[1:4], True) == ([one.sequence for one in page.events], page.more)
 
 
+@pytest.mark.parametrize(("backward", "limit"), [(False, 100), (True, 100), (True, 3)])
 async def test_what_is_committed_and_trimmed_between_the_questions_is_not_skipped(
-    halted: Halted, monkeypatch: pytest.MonkeyPatch
+    halted: Halted, monkeypatch: pytest.MonkeyPatch, backward: bool, limit: int
 ) -> None:
     """The stream is read after its beginning is gone: the corpus is asked again, and has it."""
     events = [event(number) for number in range(1, 8)]
@@ -128,7 +135,8 @@ async def test_what_is_committed_and_trimmed_between_the_questions_is_not_skippe
             yield one
 
     monkeypatch.setattr(StreamReading, "tail", trimmed)
-    assert [(s, True) for s in positions[:5]] + [(s, False) for s in positions[5:]] == await halted.shown(100)
+    expected = [(s, True) for s in positions[:5]] + [(s, False) for s in positions[5:]]
+    assert expected == await halted.shown(limit, backward=backward)
     assert moved
 
 

@@ -19,10 +19,12 @@ IDS = st.uuids()
 ROWS = st.lists(st.builds(Row, NUMBERS, NUMBERS, IDS, st.binary(max_size=200)), max_size=20)
 
 
-@given(st.lists(IDS, min_size=1, max_size=20), NAMES, NUMBERS, st.integers(0, wire.MAX_ITEMS))
-def test_a_question_is_read_as_it_was_asked(ids: list[UUID], name: str, after: int, limit: int) -> None:
+@given(st.lists(IDS, min_size=1, max_size=20), NAMES, NUMBERS, st.integers(0, wire.MAX_ITEMS), st.none() | NUMBERS)
+def test_a_question_is_read_as_it_was_asked(
+    ids: list[UUID], name: str, after: int, limit: int, before: int | None
+) -> None:
     """With the time for which its asker waits."""
-    for question in (Ids(name), Find(name, ids), Events(name, after, limit), Consultations(name, name, limit)):
+    for question in (Ids(name), Find(name, ids), Events(name, after, limit, before), Consultations(name, name, limit)):
         kind = wire.KIND_OF[type(question)]
         assert (question, 1.5) == wire.decode_question(kind, wire.encode_question(question, 1.5))
 

@@ -1,0 +1,66 @@
+"""How stored events are shown: as records, one JSON object each, in pages and in streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from services.log.protocol import SequencedEvent
+
+JSON, NDJSON, EVENT_STREAM = "application/json", "application/x-ndjson", "text/event-stream"
+
+
+def record(stored: SequencedEvent, *, bodies: bool = True, consultation: bool = False, status: bool = True) -> bytes:
+    """Return an event as a JSON object in one line.
+
+    Args:
+        stored: the event.
+        bodies: with its body, byte for byte; otherwise with its type and length.
+        consultation: with the id of its consultation.
+        status: with whether it is persisted.
+    """
+    event = stored.event
+    owner = f'"consultation_id":"{event.consultation}",' if consultation else ""
+    shown_status = f',"status":"{"persisted" if stored.persisted else "queued"}"' if status else ""
+    head = (
+        f'{{{owner}"sequence":{stored.sequence},"message_id":"{event.event_id}",'
+        f'"received":"{rfc3339(event.received_ns)}"{shown_status}'
+    )
+    if bodies:
+        return b"".join([head.encode(), b',"event":', event.body, b"}"])
+    kind = orjson.dumps(document_of(stored).get("event_type"))
+    return b'%b,"event_type":%b,"bytes":%d}' % (head.encode(), kind, len(event.body))
+
+
+def rfc3339(nanoseconds: int) -> str:
+    """Return a time since the Unix epoch in UTC, to the nanosecond."""
+    seconds, fraction = divmod(nanoseconds, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"
+
+
+def document_of(stored: SequencedEvent) -> dict[str, Any]:
+    """Return the parsed body; ingest and persister have checked that it is an object."""
+    document: dict[str, Any] = orjson.loads(stored.event.body)
+    return document
+
+
+def page_body(
+    media_type: str, name: str, records: Sequence[bytes], links: Mapping[str, str | None], **members: str
+) -> bytes:
+    """Return a page of *records*.
+
+    Args:
+        media_type: JSON or NDJSON.
+        name: of the member that holds them, in JSON.
+        records: JSON texts.
+        links: URLs of other pages, or None, by the names of their members in JSON.
+        members: further members, in JSON.
+    """
+    if media_type == NDJSON:
+        return b"".join(line + b"\n" for line in records)
+    head = b"".join(b"%b:%b," % (orjson.dumps(key), orjson.dumps(value)) for key, value in members.items())
+    tail = b"".join(b",%b:%b" % (orjson.dumps(key), orjson.dumps(value)) for key, value in links.items())
+    return b'{%b"%b":[%b]%b}' % (head, name.encode(), b",".join(records), tail)
