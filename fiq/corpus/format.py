@@ -8,6 +8,8 @@
     /consultations/<id>/events       table of EVENT_DTYPE, one row an event, in stream order
     /consultations/<id>/payload      u1: the events' bodies, each followed by a line feed
     /conflicts/<id>/{events,payload} the same, for events that came under a used id with another body
+    /names                           the sorted ids of /consultations, see :mod:`fiq.corpus.names`
+    /active                          table of ACTIVE_DTYPE: the consultations with the newest events
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fiq.corpus.errors import CorpusFormatError, IdentityMismatchError
+from fiq.corpus.names import create_names
 from fiq.corpus.wal.journal import USER_BLOCK
 
 #: bytes of an event id
@@ -41,7 +44,7 @@ READER_METADATA_BYTES = 2 << 20
 #: what the attribute ``format`` says
 FORMAT_NAME = "fiq-corpus"
 #: rises when a program that knows only the older layout would misread the newer
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 #: oldest HDF5 release whose tools must read the files; ``latest`` would shut out h5dump 1.10
 LIBVER = ("v110", "v110")
 
@@ -49,6 +52,8 @@ CONSULTATIONS = "consultations"
 CONFLICTS = "conflicts"
 EVENTS = "events"
 PAYLOAD = "payload"
+NAMES = "names"
+ACTIVE = "active"
 #: the attributes that every commit writes: see :func:`commit_values`
 COMMIT_ATTRIBUTES = ("committed_sequence", "committed_message_id", "committed_events", "committed_conflicts")
 #: length of the fixed string in which a message id is kept, bytes
@@ -70,6 +75,10 @@ EVENT_DTYPE = np.dtype(
 EVENT_HEAD = struct.Struct("<QqQII16s")
 #: rows a chunk of ``events``
 EVENTS_CHUNK = 32
+#: one row of ``active``: when the last event of a consultation was accepted, and its id
+ACTIVE_DTYPE = np.dtype([("received_ns", "<i8"), ("consultation", "S128")])
+#: rows of ``active``, at most, and rows of its chunks
+MOST_ACTIVE, ACTIVE_CHUNK = 1000, 50
 #: bytes a chunk of ``payload``
 PAYLOAD_CHUNK = 4096
 #: largest body, since ``length`` has 32 bits
@@ -222,6 +231,8 @@ def empty_file(identity: Identity, journal: str, *, begins: int) -> bytes:
         write_attributes(file, Attributes(identity, journal, begins, committed=begins - 1))
         file.create_group(CONSULTATIONS)
         file.create_group(CONFLICTS)
+        create_names(file.id, NAMES.encode())
+        file.create_dataset(ACTIVE, (0,), ACTIVE_DTYPE, chunks=(ACTIVE_CHUNK,), maxshape=(MOST_ACTIVE,))
     return buffer.getvalue()
 
 

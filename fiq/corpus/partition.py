@@ -6,6 +6,8 @@
       ConsultationGroups     the groups below /consultations, and those below /conflicts; keeps the last used ones open
         Appender             the two datasets of one consultation: a row and a body for each event, chained and checked
           GrowingDataset     one dataset, which grows at its end
+      NamePages              the pages of /names, which list the consultations in order
+      ActiveConsultations    the table /active: the consultations with the newest events
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5, h5d, h5g, h5p, h5s, h5t
+from h5py import h5d, h5g, h5p, h5s, h5t
 
 from fiq.corpus.consultation import Consultation, open_datasets
 from fiq.corpus.errors import AppendRefusedError, CorpusFormatError
 from fiq.corpus.format import (
+    ACTIVE,
+    ACTIVE_DTYPE,
     CHAIN_BYTES,
     COMMIT_ATTRIBUTES,
     CONFLICTS,
@@ -35,6 +39,8 @@ from fiq.corpus.format import (
     EVENTS_CHUNK,
     LIBVER,
     MAX_BODY_BYTES,
+    MOST_ACTIVE,
+    NAMES,
     PAYLOAD,
     PAYLOAD_CHUNK,
     Identity,
@@ -47,6 +53,7 @@ from fiq.corpus.format import (
     is_consultation_id,
     read_attributes,
 )
+from fiq.corpus.names import CHUNK_PAGES, PAGE_BYTES, NameTree
 from fiq.corpus.wal.file import AtomicFile
 
 #: consultations whose conflicts stay open: they are rare
@@ -104,19 +111,24 @@ class WritablePartition:
                 if stated.journal != str(file.uuid):
                     raise CorpusFormatError(f"{file.name}: its user block and its HDF5 content are of two files")
                 self._attributes = [h5py.h5a.open(self._file.id, name.encode()) for name in COMMIT_ATTRIBUTES]
-                self.consultations, self.conflicts = (
-                    ConsultationGroups(
-                        self._file.id,
-                        group,
-                        partial(GrowingDataset, file),
-                        self.identity,
-                        events=events,
-                        limit=most,
-                    )
-                    for group, events, most in (
-                        (CONSULTATIONS, stated.events, limit),
-                        (CONFLICTS, stated.conflicts, _OPEN_CONFLICTS),
-                    )
+                make_dataset = partial(GrowingDataset, file)
+                #: the sorted ids of the consultations
+                self._name_pages = NamePages(file, h5d.open(self._file.id, NAMES.encode()), make_dataset)
+                self.names = NameTree(self._name_pages)
+                self.active = ActiveConsultations(h5d.open(self._file.id, ACTIVE.encode()))
+                root, own = self._file.id, self.identity
+                self.consultations = ConsultationGroups(
+                    root,
+                    CONSULTATIONS,
+                    make_dataset,
+                    own,
+                    events=stated.events,
+                    limit=limit,
+                    names=self.names,
+                    active=self.active,
+                )
+                self.conflicts = ConsultationGroups(
+                    root, CONFLICTS, make_dataset, own, events=stated.conflicts, limit=_OPEN_CONFLICTS
                 )
         except BaseException:
             file.discard()
@@ -130,6 +142,12 @@ class WritablePartition:
                 self._file.attrs[name] = value
         h5py.h5a.open(self._file.id, b"epoch").write(np.array(epoch, np.uint32))
         self.identity = replace(self.identity, store=store, volume=volume, epoch=epoch)
+
+    def rebuild_names(self) -> None:
+        """Write the index of names anew, from the groups."""
+        self._name_pages.clear()
+        for name in self.consultations.group_names():
+            self.names.insert(name)
 
     def flush(self, sequence: int, message_id: str) -> None:
         """Write everything into the file under HDF5, with *sequence* and the *message_id* there as committed."""
@@ -160,10 +178,21 @@ class ConsultationGroups:
         identity: what the file states about itself.
         events: how many it holds.
         limit: how many consultations stay open; each takes about 35 KB in HDF5.
+        names: gets the name of each new one; None for none.
+        active: is told of each append; None for none.
     """
 
     def __init__(
-        self, root: Any, group: str, make_dataset: DatasetFactory, identity: Identity, *, events: int, limit: int
+        self,
+        root: Any,
+        group: str,
+        make_dataset: DatasetFactory,
+        identity: Identity,
+        *,
+        events: int,
+        limit: int,
+        names: NameTree | None = None,
+        active: ActiveConsultations | None = None,
     ) -> None:
         #: how many events the consultations hold, uncommitted ones included
         self.events = events
@@ -174,6 +203,8 @@ class ConsultationGroups:
         self._make_dataset = make_dataset
         self._identity = identity
         self._limit = limit
+        self._names = names
+        self._active = active
         self._open: OrderedDict[str, Appender] = OrderedDict()
         self._events_plan, self._payload_plan = _chunked(EVENTS_CHUNK), _chunked(PAYLOAD_CHUNK)
         self._empty = h5s.create_simple((0,), (h5s.UNLIMITED,))
@@ -208,6 +239,8 @@ class ConsultationGroups:
         first = appender.length
         appender.append(records, committed)
         self.events += len(records)
+        if self._active is not None:
+            self._active.note(consultation, records[-1].received_ns)
         return first
 
     def consultation(self, name: str) -> Consultation | None:
@@ -215,17 +248,11 @@ class ConsultationGroups:
         group = self._group_of(name)
         return None if group is None else Consultation(name, *open_datasets(group), plain=True)
 
-    def names(self, start: int, count: int) -> list[str]:
-        """Return at most *count* names of groups from the position *start* on, in the order of HDF5's own index."""
-        found: list[str] = []
-
-        def take(name: bytes) -> bool | None:
-            found.append(name.decode())
-            return True if len(found) == count else None
-
-        if start < len(self):
-            self._group.links.iterate(take, idx_type=h5.INDEX_NAME, order=h5.ITER_NATIVE, idx=start)
-        return found
+    def group_names(self) -> list[bytes]:
+        """Return the sorted names of the groups that can be consultations; all in memory."""
+        found: list[bytes] = []
+        self._links.iterate(found.append)
+        return sorted(name for name in found if is_consultation_id(name.decode()))
 
     def clear(self) -> None:
         """Close all."""
@@ -245,6 +272,8 @@ class ConsultationGroups:
             created = h5g.create(self._group, name.encode())
             events = h5d.create(created, EVENTS.encode(), self._row_type, self._empty, self._events_plan)
             payload = h5d.create(created, PAYLOAD.encode(), h5t.STD_U8LE, self._empty, self._payload_plan)
+            if self._names is not None:
+                self._names.insert(name.encode())
         start = chain_start(self._identity, name, of=self._name)
         appender = Appender(name, events, payload, self._make_dataset, start=start, new=group is None)
         self._open[name] = appender
@@ -364,7 +393,7 @@ class GrowingDataset:
         if self.length:
             first = self.length - 1 - (self.length - 1) % chunk
             self._filled = (self.length - first) * item
-            self._offset = self._find(first)
+            self._offset = self.find(first)
 
     def append(self, data: bytes) -> None:
         """Append whole elements."""
@@ -379,16 +408,110 @@ class GrowingDataset:
             self._file.write_at(self._offset + self._filled, data[:room])
         for low in range(room, len(data), self._chunk):
             part = data[low : low + self._chunk]
-            self._offset, self._filled = self._find(start + low // self._item), len(part)
+            self._offset, self._filled = self.find(start + low // self._item), len(part)
             self._file.write_at(self._offset, part)
+
+    def clear(self) -> None:
+        """Remove all elements."""
+        self._dataset.set_extent((0,))
+        self.length = self._filled = self._offset = 0
 
     def last(self) -> bytes:
         """Return the last element; the dataset is not empty."""
         return self._file.read_at(self._offset + self._filled - self._item, self._item)
 
-    def _find(self, element: int) -> int:
+    def find(self, element: int) -> int:
         """Return the byte offset of the chunk that begins with *element*.
 
         HDF5's own function for that goes through all chunks of a dataset; the offset of a read is known at once.
         """
         return self._file.locate(lambda: self._dataset.read_direct_chunk((element,)), self._chunk)
+
+
+class NamePages:
+    """The pages of :mod:`fiq.corpus.names` in a partition file.
+
+    Args:
+        file: the file under HDF5.
+        dataset: low-level id of ``/names``.
+        make_dataset: makes a growing dataset of it.
+    """
+
+    def __init__(self, file: AtomicFile, dataset: Any, make_dataset: DatasetFactory) -> None:
+        self._file = file
+        self._pages = make_dataset(dataset, item=PAGE_BYTES, chunk=CHUNK_PAGES, empty=False)
+        #: byte offsets of the chunks that were used
+        self._offsets: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return self._pages.length
+
+    def read(self, number: int) -> bytes:
+        return self._file.read_at(self._offset(number), PAGE_BYTES).rstrip(b"\0")
+
+    def write(self, number: int, at: int, data: bytes) -> None:
+        self._file.write_at(self._offset(number) + at, data)
+
+    def add(self, content: bytes) -> int:
+        self._pages.append(content.ljust(PAGE_BYTES, b"\0"))
+        return self._pages.length - 1
+
+    def clear(self) -> None:
+        """Remove all pages."""
+        self._pages.clear()
+        self._offsets.clear()
+
+    def _offset(self, number: int) -> int:
+        first = number - number % CHUNK_PAGES
+        offset = self._offsets.get(first)
+        if offset is None:
+            offset = self._offsets[first] = self._pages.find(first)
+        return offset + PAGE_BYTES * (number - first)
+
+
+class ActiveConsultations:
+    """The consultations with the newest events; written into the file with a checkpoint, not with each commit.
+
+    After a crash it lacks what was appended since. A consultation keeps its row, so that a checkpoint copies little.
+
+    Args:
+        dataset: low-level id of ``/active``.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._type = h5t.py_create(ACTIVE_DTYPE)
+        rows = np.empty(int(dataset.shape[0]), ACTIVE_DTYPE)
+        dataset.read(h5s.ALL, h5s.ALL, rows, self._type)
+        entries = [(bytes(one["consultation"]).decode(), int(one["received_ns"]), row) for row, one in enumerate(rows)]
+        #: when the last event of each was accepted, nanoseconds since the Unix epoch, and its row; oldest append first
+        self._entries = {name: (received, row) for name, received, row in sorted(entries, key=lambda entry: entry[1])}
+        self._changed = False
+
+    def note(self, consultation: str, received_ns: int) -> None:
+        """Note an append, whose last event was accepted at *received_ns*."""
+        before = self._entries.pop(consultation, None)
+        if before is not None:
+            row = before[1]
+        elif len(self._entries) < MOST_ACTIVE:
+            row = len(self._entries)
+        else:
+            _, row = self._entries.pop(next(iter(self._entries)))
+        self._entries[consultation] = received_ns, row
+        self._changed = True
+
+    def newest(self) -> list[tuple[int, str]]:
+        """Return when the last event of each was accepted, and its name; newest first."""
+        return sorted(((received, name) for name, (received, _) in self._entries.items()), reverse=True)
+
+    def save(self) -> bool:
+        """Write the table into HDF5; return False if nothing has changed."""
+        if not self._changed:
+            return False
+        rows = np.empty(len(self._entries), ACTIVE_DTYPE)
+        for name, (received, row) in self._entries.items():
+            rows[row] = received, name
+        self._dataset.set_extent((len(rows),))
+        self._dataset.write(h5s.ALL, h5s.ALL, rows, self._type)
+        self._changed = False
+        return True

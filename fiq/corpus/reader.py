@@ -32,12 +32,14 @@ from fiq.corpus.format import (
     CONFLICTS,
     CONSULTATIONS,
     LIBVER,
+    NAMES,
     READER_METADATA_BYTES,
     Identity,
     bound_metadata,
     is_consultation_id,
     read_attributes,
 )
+from fiq.corpus.names import DatasetPages, NameTree
 from fiq.corpus.wal.recovery import Snapshot
 from fiq.corpus.wal.storage import StorageIO, locked_directory, replace_file, system_errors
 
@@ -99,8 +101,15 @@ class Corpus(Mapping[str, Consultation]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield the ids of all consultations, partition after partition, sorted within each."""
+        return self.ids()
+
+    def ids(self, prefix: str = "", *, after: str = "") -> Iterator[str]:
+        """Yield the ids that begin with *prefix* and sort after *after*, partition after partition, sorted within each.
+
+        They are read from the index of each file as they are needed, in bounded memory.
+        """
         for partition in self._partitions():
-            yield from partition.names()
+            yield from partition.names(prefix, after)
 
     def __len__(self) -> int:
         return sum(partition.count() for partition in self._partitions())
@@ -158,12 +167,7 @@ class Corpus(Mapping[str, Consultation]):
             return (rows["received_ns"] >= first) & (rows["received_ns"] < end)
 
         keep = None if since is None and until is None else in_time
-        chosen = (
-            partition.consultation(name)
-            for partition in self._partitions()
-            for name in partition.names()
-            if name.startswith(prefix)
-        )
+        chosen = (partition.consultation(name) for partition in self._partitions() for name in partition.names(prefix))
         events = (event for consultation in chosen for event in consultation.records(keep=keep))
         return to_frame(events, expand=expand, consultation=True)
 
@@ -244,6 +248,11 @@ def partition_files(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: (int(path.stem), path.name))
 
 
+def group_names(corpus: Corpus) -> list[str]:
+    """Return the sorted names of all groups of consultations, whatever the index of names says; all in memory."""
+    return sorted(name for partition in corpus._partitions() for name in partition.group_names())
+
+
 class _Partition:
     """One partition file, open for reading."""
 
@@ -257,6 +266,7 @@ class _Partition:
                 bound_metadata(self._file, READER_METADATA_BYTES)
                 self._attributes = read_attributes(self._file, path.name)
                 self._group, self._conflicts = self._file[CONSULTATIONS], self._file[CONFLICTS]
+                self._names = NameTree(DatasetPages(h5py.h5d.open(self._file.id, NAMES.encode())))
         except BaseException:
             self._snapshot.close()
             raise
@@ -278,9 +288,19 @@ class _Partition:
                 journal_records=self._snapshot.journal_records,
             )
 
-    def names(self) -> list[str]:
+    def names(self, prefix: str = "", after: str = "") -> Iterator[str]:
+        names = self._names.scan(max(prefix, after).encode())
+        while True:
+            with self._errors():
+                name = next(names, None)
+            if name is None or not name.startswith(prefix.encode()):
+                return
+            if name > after.encode():
+                yield name.decode()
+
+    def group_names(self) -> list[str]:
         with self._errors():
-            return sorted(self._group)
+            return list(self._group)
 
     def conflicts(self) -> Iterator[Consultation]:
         with self._errors():

@@ -110,14 +110,15 @@ class _CheckpointPolicy:
         """Begin one in a thread when it is due, or *now*; return whether one was begun."""
         self._file.collect()
         self._note_deferrals()
-        if (now or self._is_due()) and self._file.start_checkpoint():
+        if (now or self.is_due()) and self._file.start_checkpoint():
             self._oldest_in_journal = None
             return True
         self._note_deferrals()
         self._bound_journal()
         return False
 
-    def _is_due(self) -> bool:
+    def is_due(self) -> bool:
+        """Return whether the journal is long or old enough."""
         if not self._file.journal_bytes or self._file.busy:
             return False
         moment = time.monotonic()
@@ -150,11 +151,13 @@ class Lookup:
     """What an open store holds, uncommitted events included.
 
     Args:
-        consultations: of the store.
+        partition: the store's file.
+        consultations: its groups, those of consultations or of conflicts.
         ids: those in memory.
     """
 
-    def __init__(self, consultations: ConsultationGroups, ids: KnownIds) -> None:
+    def __init__(self, partition: WritablePartition, consultations: ConsultationGroups, ids: KnownIds) -> None:
+        self._partition = partition
         self._consultations = consultations
         self._ids = ids
 
@@ -170,13 +173,18 @@ class Lookup:
         """Return the hashes of a consultation's ids, none when it does not exist; None when there are over *most*."""
         return self._ids.hashes(self._consultations, name, most, lambda: self.consultation(name))
 
-    def names(self, start: int, count: int) -> list[str]:
-        """Return at most *count* ids of consultations from the position *start* on, in HDF5's own order.
+    def names(self, start: str = "") -> Iterator[str]:
+        """Yield the ids of the consultations from *start* on, sorted; use it before the next append."""
+        for name in self._partition.names.scan(start.encode()):
+            yield name.decode()
 
-        One that is created later may take a place before *start* and move the others up: the next call then repeats
-        some names, and leaves out none of those that were there before.
+    def newest(self) -> list[tuple[int, str]]:
+        """Return at most 1,000 consultations with the newest events, newest first.
+
+        Each has the time when its last event was accepted, nanoseconds since the Unix epoch, and its id. After a crash
+        those are missing that got their last events in the last seconds before it.
         """
-        return self._consultations.names(start, count)
+        return self._partition.active.newest()
 
     def __len__(self) -> int:
         return len(self._consultations)
@@ -239,8 +247,8 @@ class EventStore:
             self._file.close()
             raise
         self._ids = options.ids
-        self._lookup = Lookup(self._partition.consultations, self._ids)
-        self._conflicts = Lookup(self._partition.conflicts, self._ids)
+        self._lookup = Lookup(self._partition, self._partition.consultations, self._ids)
+        self._conflicts = Lookup(self._partition, self._partition.conflicts, self._ids)
         #: stream sequence that the last commit reached, and the message id there; 0 and empty when there is none
         self.committed, self.committed_id = self._partition.committed, self._partition.committed_id
         try:
@@ -389,14 +397,22 @@ class EventStore:
             if sequence < self.committed or sequence < self._highest:
                 lowest = max(self.committed, self._highest)
                 raise AppendRefusedError(f"{self.path.name}: cannot commit {sequence}, below {lowest}")
-            started = time.monotonic()
-            self._partition.flush(sequence, message_id)
-            self._file.commit()
-            self._commit_seconds = time.monotonic() - started
-            self.committed, self.committed_id = sequence, message_id
-            self._events += self.uncommitted
-            self.uncommitted = 0
-            self._checkpoints.note_commit(started)
+            self._commit(sequence, message_id)
+
+    def _commit(self, sequence: int, message_id: str) -> None:
+        started = time.monotonic()
+        self._partition.flush(sequence, message_id)
+        self._file.commit()
+        self._commit_seconds = time.monotonic() - started
+        self.committed, self.committed_id = sequence, message_id
+        self._events += self.uncommitted
+        self.uncommitted = 0
+        self._checkpoints.note_commit(started)
+
+    def _save_active(self) -> None:
+        """Commit which consultations are active; without events in between."""
+        if self._partition.active.save():
+            self._commit(self.committed, self.committed_id)
 
     def place(self, epoch: int, *, store: str | None = None, volume: str | None = None) -> None:
         """Make durable that the file belongs to the partition's placement *epoch*, and to *store* and *volume*.
@@ -406,6 +422,15 @@ class EventStore:
         with self._guard:
             own = self.identity
             self._partition.place(store or own.store, volume or own.volume, epoch)
+        self.commit(self.committed, self.committed_id)
+
+    def rebuild_names(self) -> None:
+        """Write the index of names anew, from the groups of the consultations.
+
+        Raises CorpusIOError: the system refused; abandon the store.
+        """
+        with self._guard:
+            self._partition.rebuild_names()
         self.commit(self.committed, self.committed_id)
 
     def checkpoint(self) -> bool:
@@ -432,7 +457,11 @@ class EventStore:
             Whether one was begun.
         """
         with self._guard:
-            return not self.uncommitted and self._checkpoints.begin(now=now)
+            if self.uncommitted:
+                return False
+            if now or self._checkpoints.is_due():
+                self._save_active()
+            return self._checkpoints.begin(now=now)
 
     def abandon(self) -> None:
         """Drop what is not committed and release everything; writes nothing to the disk."""
@@ -451,10 +480,13 @@ class EventStore:
         if self._guard.failure is not None:
             self.abandon()
             return
-        # what HDF5 writes when it closes is not needed: the last commit is complete without it
-        self._file.discard()
-        self._partition.close()
         try:
+            if not self.uncommitted:
+                with self._guard:
+                    self._save_active()
+            # what HDF5 writes when it closes is not needed: the last commit is complete without it
+            self._file.discard()
+            self._partition.close()
             self._file.rollback()
             self._file.checkpoint()
         finally:
@@ -486,15 +518,21 @@ class Recovered:
     held_back: str  #: why the journal could not be copied into the file yet; empty when it was. Nothing is lost
 
 
-def recover_partition(path: Path) -> Recovered:
+def recover_partition(path: Path, *, names: bool = False) -> Recovered:
     """Open a partition file as its writer does, copy what its journal holds into it, and close it.
 
     Stock tools see everything that was committed afterwards. A persister does the same when it opens the file.
+
+    Args:
+        path: the file.
+        names: write its index of names anew, which ``fiq verify`` has found damaged.
 
     Raises CorpusLockedError: a writer has it open; and has recovered it; CorpusError: it cannot be
     recovered; the message says what to do.
     """
     with EventStore.open(path, expected=None) as store:
+        if names:
+            store.rebuild_names()
         done = store.checkpoint()
         stats = store.stats
         return Recovered(

@@ -332,6 +332,7 @@ def _count(number: int, what: str) -> str:
 
 def recover(
     path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
+    names: Annotated[bool, typer.Option("--names", help="Write the indexes of names anew.")] = False,
 ) -> None:
     """Apply journals to their partition files.
 
@@ -348,7 +349,7 @@ def recover(
         for number, file in enumerate(paths):
             show(number / len(paths), file.name)
             try:
-                done = recover_partition(file)
+                done = recover_partition(file, names=names)
             except CorpusLockedError as error:
                 locked.setdefault(str(error).replace(file.name, ""), []).append((file.name, str(error)))
             except CorpusError as error:

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from urllib.parse import urlencode
 from uuid import UUID
 
-import orjson
 from aiohttp import web
 
 from fiq.errors import FiqError, InvalidIdError
@@ -27,7 +26,7 @@ from services.ingest.admission import IN_FLIGHT
 from services.ingest.following import FOLLOWERS, Source
 from services.ingest.metrics import METRICS
 from services.ingest.problems import REFUSALS, SERVER, ProblemType, RequestRefusedError
-from services.ingest.records import EVENT_STREAM, JSON, NDJSON, document_of, page_body, record
+from services.ingest.records import EVENT_STREAM, JSON, NDJSON, document_of, page_body, record, summary_record
 from services.ingest.server import send
 from services.log.errors import (
     CorpusAwayError,
@@ -36,7 +35,9 @@ from services.log.errors import (
     PositionGoneError,
     TooManyInFlightError,
 )
+from services.log.listing import NEWEST
 from services.log.protocol import EventBrowser, Feed, Page, SequencedEvent
+from services.log.questions import ConsultationSummary
 
 #: most records of a page, and the default
 MAX_LIMIT, DEFAULT_LIMIT = 1000, 100
@@ -97,7 +98,7 @@ async def get_event(request: web.Request) -> web.StreamResponse:
 
 
 async def list_consultations(request: web.Request) -> web.StreamResponse:
-    """Answer with a page of the ids of persisted consultations."""
+    """Answer with a page of persisted consultations."""
     return await answer_read(request, _consultations)
 
 
@@ -167,26 +168,61 @@ async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
 
 
 async def _consultations(request: web.Request, held: ExitStack) -> web.StreamResponse:
-    prefix, after = _id_parameter(request, "prefix"), _id_parameter(request, "after")
-    limit = _limit(request)
+    prefix, limit, order = _id_parameter(request, "prefix"), _limit(request), request.query.get("order", "name")
+    if order not in {"name", "activity"}:
+        raise _invalid("order must be name or activity.")
+    place, after = _place_parameter(request)
     media_type = negotiate(request, JSON, NDJSON)
     request.app[READ_LIMIT].enter(held)
-    names, more = await _allowed_consultations(request, prefix, after, limit)
-    following = f"/consultations?prefix={prefix}&after={names[-1]}&limit={limit}" if more and names else None
-    records = [orjson.dumps({"consultation_id": name}) for name in names]
-    _log.info("CONSULTATIONS_READ", consultations=len(names))
+    if order == "name":
+        found, position = await _by_name(request, prefix, after, limit)
+    else:
+        found, position = await _by_activity(request, prefix, after, place, limit)
+    following = None
+    if position is not None:
+        ordered = "" if order == "name" else "&order=activity"
+        following = f"/consultations?prefix={prefix}&after={position}&limit={limit}{ordered}"
+    records = [summary_record(one) for one in found]
+    _log.info("CONSULTATIONS_READ", consultations=len(found))
     body = page_body(media_type, "consultations", records, {"next": following})
     return response_of(request, body, media_type, following)
 
 
-async def _allowed_consultations(request: web.Request, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
-    """Return the consultations with *prefix* that the token is for, and whether there are more."""
+async def _by_name(
+    request: web.Request, prefix: str, after: str, limit: int
+) -> tuple[list[ConsultationSummary], str | None]:
+    """Return the consultations that the token is for, and the position to go on at; None at the end."""
+    allowed = _allowed_prefix(request, prefix)
+    if allowed is None:
+        return [], None
+    found, more = await request.app[READER].consultations(allowed, after, limit)
+    return found, found[-1].consultation if more and found else None
+
+
+async def _by_activity(
+    request: web.Request, prefix: str, after: str, time_ns: int | None, limit: int
+) -> tuple[list[ConsultationSummary], str | None]:
+    """Do the same in the order of activity, after the consultation *after*, or where it was at *time_ns*."""
+    allowed, reader, place = _allowed_prefix(request, prefix), request.app[READER], NEWEST
+    if after:
+        if time_ns is None and request[GRANT].prefix == after[: len(request[GRANT].prefix)]:
+            named, _ = await reader.consultations(after, "", 1)
+            time_ns = next((one.last_received_ns for one in named if one.consultation == after), None)
+        if time_ns is None:
+            return [], None
+        place = time_ns, after
+    if allowed is None:
+        return [], None
+    found, reached = await reader.active_consultations(allowed, place, limit)
+    return found, None if reached is None else f"{reached[0]}.{reached[1]}"
+
+
+def _allowed_prefix(request: web.Request, prefix: str) -> str | None:
+    """Return the longer one of *prefix* and that of the token; None if no id begins with both."""
     own = request[GRANT].prefix
     if own.startswith(prefix):
-        prefix = own
-    elif not prefix.startswith(own):
-        return [], False
-    return await request.app[READER].consultations(prefix, after, limit)
+        return own
+    return prefix if prefix.startswith(own) else None
 
 
 def response_of(
@@ -314,6 +350,7 @@ def _link(request: web.Request, path: str, **changed: object) -> str:
 
 _NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
 _ID_PART = re.compile(r"[A-Za-z0-9_-]{0,128}", re.ASCII)
+_PLACE = re.compile(r"(?:([0-9]{1,19})\.)?([A-Za-z0-9_-]{0,128})", re.ASCII)
 #: largest position in log and corpus
 _MAX_POSITION = 2**63 - 1
 
@@ -418,6 +455,14 @@ def _id_parameter(request: web.Request, name: str) -> str:
     if _ID_PART.fullmatch(text) is None:
         raise _invalid(f"{name} must be at most 128 characters of A-Z a-z 0-9 _ -.")
     return text
+
+
+def _place_parameter(request: web.Request) -> tuple[int | None, str]:
+    """Return the id in ``after``, and the time before it, which the URL of a page by activity has."""
+    match = _PLACE.fullmatch(request.query.get("after", ""))
+    if match is None or int(match[1] or 0) > _MAX_POSITION:
+        raise _invalid("after must be a consultation id, or that of the URL in next.")
+    return None if match[1] is None else int(match[1]), match[2]
 
 
 def negotiate(request: web.Request, *offered: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from services.log.protocol import SequencedEvent
+from services.log.questions import ConsultationSummary
 
 JSON, NDJSON, EVENT_STREAM = "application/json", "application/x-ndjson", "text/event-stream"
 
@@ -33,6 +34,18 @@ def record(stored: SequencedEvent, *, bodies: bool = True, consultation: bool = 
         return b"".join([head.encode(), b',"event":', event.body, b"}"])
     kind = orjson.dumps(document_of(stored).get("event_type"))
     return b'%b,"event_type":%b,"bytes":%d}' % (head.encode(), kind, len(event.body))
+
+
+def summary_record(found: ConsultationSummary) -> bytes:
+    """Return a consultation of a list as a JSON object in one line."""
+    return orjson.dumps(
+        {
+            "consultation_id": found.consultation,
+            "events": found.events,
+            "first_received": rfc3339(found.first_received_ns),
+            "last_received": rfc3339(found.last_received_ns),
+        }
+    )
 
 
 def rfc3339(nanoseconds: int) -> str:

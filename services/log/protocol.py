@@ -35,7 +35,7 @@ from typing import Protocol
 from uuid import UUID
 
 from fiq.event import Event
-from services.log.questions import Answer, Question, Stored
+from services.log.questions import Answer, ConsultationSummary, Question, Stored
 from services.log.status import Backlog, LogState, PartitionProgress, Placement, StorePlacement
 
 #: name of the log of events: JetStream's stream, and the destination in traces
@@ -245,8 +245,28 @@ class EventBrowser(EventReader, Protocol):
     async def has_news(self, consultation: str, after: int) -> bool:
         """Return whether the log has something of *consultation* after *after*; cheap, and perhaps a moment late."""
 
-    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
-        """Return sorted ids of persisted consultations that begin with *prefix*, and whether there are more."""
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+        """Return persisted consultations, sorted by id, and whether there are more.
+
+        Args:
+            prefix: their ids begin with it.
+            after: their ids sort after it.
+            limit: most of them.
+        """
+
+    async def active_consultations(
+        self, prefix: str, before: tuple[int, str], limit: int
+    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+        """Return the persisted consultations with the newest events, newest first, and the place to go on at.
+
+        Only the newest 1,000 or so of each partition are known. A consultation's place is when its last event was
+        accepted, nanoseconds since the Unix epoch, and its id.
+
+        Args:
+            prefix: their ids begin with it.
+            before: their places are below it; :data:`services.log.listing.NEWEST` begins.
+            limit: most of them.
+        """
 
 
 class Feed(Protocol):

@@ -6,7 +6,9 @@ kind            asks                                                answer
 ids             which ids does this consultation hold?              8-byte hashes of all, or that there are too many
 find            which of these ids does it hold?                    sequence and 8-byte digest of the body of each
 events          what comes after, or before, this position?         a page of events with their bodies
-consultations   which consultations begin with this prefix?         a page of names
+consultations   which consultations begin with this prefix?         a page of names, sorted
+active          which of them had events last?                      a page of times and names, newest first
+summaries       what do these consultations hold?                   number of events, first and last time of each
 ==============  ==================================================  =================================================
 
 A question is a JSON object. ``within_ms`` says for how long its asker waits, counted from its arrival: no clocks of two
@@ -41,6 +43,8 @@ class Kind(StrEnum):
     FIND = "find"
     EVENTS = "events"
     CONSULTATIONS = "consultations"
+    ACTIVE = "active"
+    SUMMARIES = "summaries"
 
 
 class MalformedError(ValueError):
@@ -93,12 +97,33 @@ class Consultations:
     limit: int
 
 
-Question = Ids | Find | Events | Consultations
+@dataclass(frozen=True, slots=True)
+class Active:
+    """Which consultations that begin with *prefix* had their last event before *before*? At most *limit*, newest first.
+
+    A consultation's place is the pair of its last event's time, nanoseconds since the Unix epoch, and its id.
+    """
+
+    prefix: str
+    before: tuple[int, str]
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summaries:
+    """What do *consultations* hold?"""
+
+    consultations: Sequence[str]
+
+
+Question = Ids | Find | Events | Consultations | Active | Summaries
 KIND_OF: Mapping[type[Question], Kind] = {
     Ids: Kind.IDS,
     Find: Kind.FIND,
     Events: Kind.EVENTS,
     Consultations: Kind.CONSULTATIONS,
+    Active: Kind.ACTIVE,
+    Summaries: Kind.SUMMARIES,
 }
 
 
@@ -164,7 +189,33 @@ class ConsultationsAnswer:
     more: bool
 
 
-Answer = IdsAnswer | FindAnswer | EventsAnswer | ConsultationsAnswer
+@dataclass(frozen=True, slots=True)
+class ActiveAnswer:
+    """The places of consultations, and whether there are *more* after them."""
+
+    places: Sequence[tuple[int, str]]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ConsultationSummary:
+    """What a consultation holds; times are nanoseconds since the Unix epoch."""
+
+    consultation: str
+    events: int
+    first_received_ns: int
+    last_received_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SummariesAnswer:
+    """What is *found*; *rest* was not looked up, and is to be asked again."""
+
+    found: Sequence[ConsultationSummary]
+    rest: Sequence[str] = ()
+
+
+Answer = IdsAnswer | FindAnswer | EventsAnswer | ConsultationsAnswer | ActiveAnswer | SummariesAnswer
 
 
 # -- as bytes ----------------------------------------------------------------------------------------------------------
@@ -188,6 +239,11 @@ def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
             if not 0 < len(ids) <= MAX_ITEMS:
                 raise MalformedError(f"1 to {MAX_ITEMS} ids")
             return Find(check_consultation_id(fields["consultation"]), ids), within
+        if kind == Kind.SUMMARIES:
+            names = [check_consultation_id(name) for name in fields["consultations"]]
+            if not 0 < len(names) <= MAX_ITEMS:
+                raise MalformedError(f"1 to {MAX_ITEMS} consultations")
+            return Summaries(names), within
         limit = _number(fields["limit"])
         if limit > MAX_ITEMS:
             raise MalformedError(f"limit is at most {MAX_ITEMS}")
@@ -196,6 +252,9 @@ def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
             return Events(name, _number(fields["after"]), limit, None if before is None else _number(before)), within
         if kind == Kind.CONSULTATIONS:
             return Consultations(str(fields["prefix"]), str(fields["after"]), limit), within
+        if kind == Kind.ACTIVE:
+            received, name = fields["before"]
+            return Active(str(fields["prefix"]), (_number(received), str(name)), limit), within
     except (orjson.JSONDecodeError, InvalidIdError, KeyError, TypeError, AttributeError, ValueError):
         raise MalformedError("the question is malformed") from None
     raise MalformedError("there is no such question")
@@ -216,6 +275,11 @@ def encode_answer(answer: Answer) -> bytes:
             return b"".join([orjson.dumps(head), b"\n", *(row.body for row in rows)])
         case ConsultationsAnswer(names, more):
             return orjson.dumps({"names": names, "more": more})
+        case ActiveAnswer(places, more):
+            return orjson.dumps({"places": places, "more": more})
+        case SummariesAnswer(found_ones, left_ones):
+            lists = [[o.consultation, o.events, o.first_received_ns, o.last_received_ns] for o in found_ones]
+            return orjson.dumps({"found": lists, "rest": left_ones})
 
 
 def decode_ids(data: bytes) -> IdSnapshot:
@@ -259,6 +323,25 @@ def decode_consultations(data: bytes) -> ConsultationsAnswer:
     with _Decoding():
         fields = orjson.loads(data)
         return ConsultationsAnswer([str(name) for name in fields["names"]], bool(fields["more"]))
+
+
+def decode_active(data: bytes) -> ActiveAnswer:
+    """Read the answer to :class:`Active`."""
+    with _Decoding():
+        fields = orjson.loads(data)
+        places = [(_number(received), str(name)) for received, name in fields["places"]]
+        return ActiveAnswer(places, bool(fields["more"]))
+
+
+def decode_summaries(data: bytes) -> SummariesAnswer:
+    """Read the answer to :class:`Summaries`."""
+    with _Decoding():
+        fields = orjson.loads(data)
+        found = [
+            ConsultationSummary(str(name), _number(events), int(first), int(last))
+            for name, events, first, last in fields["found"]
+        ]
+        return SummariesAnswer(found, [str(name) for name in fields["rest"]])
 
 
 class _Decoding:

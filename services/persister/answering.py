@@ -24,9 +24,12 @@ from services.log.questions import (
     HEAD_BYTES,
     MAX_IDS,
     ROW_BYTES,
+    Active,
+    ActiveAnswer,
     Answer,
     Consultations,
     ConsultationsAnswer,
+    ConsultationSummary,
     Events,
     EventsAnswer,
     Find,
@@ -36,6 +39,8 @@ from services.log.questions import (
     Question,
     Row,
     Stored,
+    Summaries,
+    SummariesAnswer,
     digest_of,
 )
 from services.persister.errors import NotNowError, described
@@ -51,8 +56,8 @@ JOB_SECONDS = 0.005
 ANSWER_BYTES = 512 << 10
 #: bodies that are digested for one question, bytes
 DIGESTED_BYTES = 4 << 20
-#: ids of consultations that are loaded into the index for one question
-INDEX_SLICE = 5000
+#: consultations are looked at for one question for this long, seconds
+SUMMARY_SECONDS = 0.02
 
 _log = get_logger("answering")
 
@@ -190,7 +195,11 @@ def _answer(question: Question, file: PartitionFile, lookup: Lookup, room: int) 
         case Events():
             return _events(lookup, file.store.committed, question, room)
         case Consultations():
-            return _consultations(lookup, file, question)
+            return _consultations(lookup, question)
+        case Active():
+            return _active(lookup, question)
+        case Summaries():
+            return _summaries(lookup, question)
 
 
 def _find(lookup: Lookup, committed: int, question: Find) -> FindAnswer:
@@ -247,12 +256,30 @@ def _fitting(found: Iterable[StoredRow], room: int) -> list[StoredRow]:
     return rows
 
 
-def _consultations(lookup: Lookup, file: PartitionFile, question: Consultations) -> ConsultationsAnswer:
-    index = file.index
-    if not index.complete:
-        index.load(lookup.names(index.position, INDEX_SLICE))
-        if index.position < len(lookup):
-            raise NotNowError("the index of consultations is being loaded")
-        index.load([])
-    found = index.select(question.prefix, question.after, question.limit + 1)
+def _consultations(lookup: Lookup, question: Consultations) -> ConsultationsAnswer:
+    prefix, after = question.prefix, question.after
+    found: list[str] = []
+    for name in lookup.names(max(prefix, after)):
+        if not name.startswith(prefix) or len(found) > question.limit:
+            break
+        if name > after:
+            found.append(name)
     return ConsultationsAnswer(found[: question.limit], more=len(found) > question.limit)
+
+
+def _active(lookup: Lookup, question: Active) -> ActiveAnswer:
+    found = [place for place in lookup.newest() if place < question.before and place[1].startswith(question.prefix)]
+    return ActiveAnswer(found[: question.limit], more=len(found) > question.limit)
+
+
+def _summaries(lookup: Lookup, question: Summaries) -> SummariesAnswer:
+    end = time.perf_counter() + SUMMARY_SECONDS
+    found: list[ConsultationSummary] = []
+    for number, name in enumerate(question.consultations):
+        if number and time.perf_counter() > end:
+            return SummariesAnswer(found, question.consultations[number:])
+        stored = lookup.consultation(name)
+        if stored:
+            first, last = stored.row(0), stored.row(len(stored) - 1)
+            found.append(ConsultationSummary(name, len(stored), first.received_ns, last.received_ns))
+    return SummariesAnswer(found)

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -53,8 +52,6 @@ HANDOVER_PAUSE_SECONDS = 0.1
 HANDOVER_SECONDS = 10.0
 #: the first warning comes when checkpoints have waited this long, the next at twice the time and so on, seconds
 WARN_SECONDS = 60.0
-#: the ids of all consultations stay in memory this long after the last question about them, seconds
-INDEX_SECONDS = 600.0
 
 
 class RunnerState(StrEnum):
@@ -322,7 +319,6 @@ class PartitionFile:
     def __init__(self, store: EventStore) -> None:
         self.store = store
         self._closed = False
-        self._index: ConsultationIndex | None = None
 
     def close(self, *, abandon: bool) -> list[Exception]:
         """Release the file and return the errors of that; what is committed is safe all the same.
@@ -331,7 +327,6 @@ class PartitionFile:
             abandon: make no last checkpoint.
         """
         self._closed = True
-        self._index = None
         failures: list[Exception] = []
         for release in (self.store.abandon,) if abandon else (self.store.close, self.store.abandon):
             try:
@@ -339,18 +334,6 @@ class PartitionFile:
             except Exception as error:  # noqa: BLE001 - the lock must be released in any case
                 failures.append(error)
         return failures
-
-    @property
-    def index(self) -> ConsultationIndex:
-        """The ids of the file's consultations; not loaded at first."""
-        if self._index is None:
-            self._index = ConsultationIndex()
-        return self._index
-
-    def created(self, consultations: Sequence[str]) -> None:
-        """Add *consultations*, which the last commit created, to the index."""
-        if self._index is not None and consultations:
-            self._index.add(consultations)
 
     def check_readable(self) -> None:
         """Check that the file may be read to answer a question.
@@ -380,7 +363,7 @@ class PartitionFile:
         return True
 
     def checkpoint(self) -> None:
-        """Make a checkpoint if one is due, unless the file was closed; forget an index that is not used any more.
+        """Make a checkpoint if one is due, unless the file was closed.
 
         Raises:
             PlacementError: it was deleted or replaced.
@@ -390,8 +373,6 @@ class PartitionFile:
             return
         self.check_in_place()
         self.store.maybe_checkpoint()
-        if self._index is not None and time.monotonic() - self._index.used > INDEX_SECONDS:
-            self._index = None
 
     def check_in_place(self) -> None:
         """Check that the open files are still those in the directory: a commit to a deleted file would be lost.
@@ -403,53 +384,6 @@ class PartitionFile:
                 f"{self.store.path} or its journal was deleted or replaced while it was written: put both back, then "
                 "restart the persister; the stream still has the events that they lack"
             )
-
-
-class ConsultationIndex:
-    """The sorted ids of a file's consultations, about 100 bytes each.
-
-    A question that needs it loads it from the file, one slice at a time; from then on each commit adds to it.
-
-    Attributes:
-        position: how many ids were loaded from the file.
-        complete: whether all were.
-        used: time of the last question, on :func:`time.monotonic`.
-    """
-
-    def __init__(self) -> None:
-        self.position = 0
-        self.complete = False
-        self.used = time.monotonic()
-        self._unsorted: set[str] = set()
-        self._sorted: list[str] = []
-
-    def load(self, ids: Sequence[str]) -> None:
-        """Take the slice of the file that begins at :attr:`position`; an empty slice is the end."""
-        self._unsorted.update(ids)
-        self.position += len(ids)
-        if not ids:
-            self._sorted = sorted(self._unsorted)
-            self._unsorted.clear()
-            self.complete = True
-
-    def add(self, ids: Sequence[str]) -> None:
-        """Add consultations that are new in the file."""
-        if not self.complete:
-            self._unsorted.update(ids)
-            return
-        for one in ids:
-            insort(self._sorted, one)
-
-    def select(self, prefix: str, after: str, limit: int) -> list[str]:
-        """Return at most *limit* ids that begin with *prefix* and sort after *after*."""
-        self.used = time.monotonic()
-        start = bisect_left(self._sorted, prefix) if prefix > after else bisect_right(self._sorted, after)
-        found = []
-        for one in self._sorted[start : start + limit]:
-            if not one.startswith(prefix):
-                break
-            found.append(one)
-        return found
 
 
 class CheckpointWatch:

@@ -150,7 +150,6 @@ class PartitionBatch:
         duplicates: number of events that it held already, body included.
         conflicts: events that are kept under /conflicts.
         consultations: number of consultations with new events.
-        created: consultations that are new in the corpus.
         outcomes: by sequence, of each delivery that is not a new event.
         error: why the partition left the round.
     """
@@ -163,7 +162,6 @@ class PartitionBatch:
     duplicates: int = 0
     conflicts: list[Conflict] = field(default_factory=list)
     consultations: int = 0
-    created: list[str] = field(default_factory=list)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     error: Exception | None = None
 
@@ -218,7 +216,6 @@ class PartitionBatch:
         """
         last = self.deliveries[-1]
         self.of.file.store.commit(last.sequence, message_id_at(last.headers))
-        self.of.file.created(self.created)
 
     async def acknowledge(self) -> None:
         """Report to the log that everything up to here is safe, and what became of it."""
@@ -247,8 +244,7 @@ class PartitionBatch:
                 self.duplicates += 1
             else:
                 conflicts.append(Conflict(sequence, event, first))
-        if store.append(consultation, list(new.values())):
-            self.created.append(consultation)
+        store.append(consultation, list(new.values()))
         store.append_conflicts(consultation, [_record(one.sequence, one.event) for one in conflicts])
         self.conflicts += conflicts
         self.persisted += len(new)

@@ -114,6 +114,21 @@ def misname_consultation(file: h5py.File) -> None:
     file.create_group("consultations/no id")
 
 
+def forget_name(file: h5py.File) -> None:
+    """Leave the consultation out of the index of names."""
+    file["names"][0] = file["names"][0].replace(f"{VICTIM}\n".encode(), b"")
+
+
+def repeat_name(file: h5py.File) -> None:
+    """List the consultation twice."""
+    file["names"][0] += f"{VICTIM}\n".encode()
+
+
+def cut_names(file: h5py.File) -> None:
+    """Cut the index of names in the middle of a line."""
+    file["names"][0] = file["names"][0][:-2]
+
+
 def remove_payload(file: h5py.File) -> None:
     """Remove one dataset."""
     del file[f"consultations/{VICTIM}/payload"]

@@ -25,7 +25,7 @@ from services.ingest.settings import SETTINGS, Settings
 from services.log.errors import CorpusAwayError, LogUnavailableError, PositionGoneError
 from services.log.metrics import LogMetrics
 from services.log.protocol import Appended, IngestLog, Page, SequencedEvent
-from services.log.questions import Stored, digest_of
+from services.log.questions import ConsultationSummary, Stored, digest_of
 from services.log.settings import LogSettings
 from services.log.status import Backlog, LogState
 from tests.support.description import check_answer
@@ -193,12 +193,28 @@ class MemoryReader:
             raise self.log.read_error
         return bool(self._numbered(lambda one: one.event.consultation == consultation and one.sequence > after))
 
-    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+        found = sorted(self._summaries(prefix), key=lambda one: one.consultation)
+        found = [one for one in found if one.consultation > after]
+        return found[:limit], len(found) > limit
+
+    async def active_consultations(
+        self, prefix: str, before: tuple[int, str], limit: int
+    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+        places = sorted(
+            ((one.last_received_ns, one.consultation, one) for one in self._summaries(prefix)), reverse=True
+        )
+        found = [place for place in places if place[:2] < before]
+        return [one for _, _, one in found[:limit]], found[limit - 1][:2] if len(found) > limit else None
+
+    def _summaries(self, prefix: str) -> list[ConsultationSummary]:
         if self.log.read_error is not None:
             raise self.log.read_error
-        names = sorted({event.consultation for event in self.log.events[: self.log.persisted]})
-        names = [name for name in names if name.startswith(prefix) and name > after]
-        return names[:limit], len(names) > limit
+        times: dict[str, list[int]] = {}
+        for event in self.log.events[: self.log.persisted]:
+            if event.consultation.startswith(prefix):
+                times.setdefault(event.consultation, []).append(event.received_ns)
+        return [ConsultationSummary(name, len(found), found[0], found[-1]) for name, found in times.items()]
 
     def _numbered(self, wanted: Callable[[SequencedEvent], bool]) -> list[SequencedEvent]:
         stored = (

@@ -25,10 +25,12 @@ from fiq.corpus.format import (
     EVENT_DTYPE,
     EVENTS,
     LIBVER,
+    NAMES,
     PAYLOAD,
     Attributes,
     write_attributes,
 )
+from fiq.corpus.names import DatasetPages, NameTree, create_names
 from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
 from fiq.corpus.tools.verify import CorpusProblem, verify_partition
 from fiq.corpus.wal.journal import USER_BLOCK, new_user_block
@@ -138,8 +140,10 @@ def _copy(original: Corpus, info: PartitionInfo, target: Path, steps: _Steps) ->
     with h5py.File(target, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
         write_attributes(file, attributes)
         writer = ArchiveWriter(file.create_group(CONSULTATIONS).id)
+        names = NameTree(DatasetPages(create_names(file.id, NAMES.encode())))
         for number, consultation in enumerate(original.values(), 1):
             writer.add(consultation)
+            names.insert(consultation.id.encode())
             steps.report("copying", number / info.consultations)
         kept = ArchiveWriter(file.create_group(CONFLICTS).id)
         for consultation in original.conflicts():

@@ -21,7 +21,15 @@ import orjson
 from fiq.corpus.consultation import Consultation, Table
 from fiq.corpus.errors import CorpusError, CorpusFormatError, JournalError
 from fiq.corpus.format import CONFLICTS, EVENT_DTYPE, EVENT_HEAD, chain_next, chain_start, is_consultation_id
-from fiq.corpus.reader import INDEX_NAME, Corpus, PartitionInfo, open_corpus, partition_files, read_links
+from fiq.corpus.reader import (
+    INDEX_NAME,
+    Corpus,
+    PartitionInfo,
+    group_names,
+    open_corpus,
+    partition_files,
+    read_links,
+)
 from fiq.corpus.wal.journal import RECORDS_START
 
 #: the kinds of problems, words that a program can compare
@@ -32,6 +40,7 @@ KINDS = {
     "volume": "`volume.json` is damaged",
     "index": "`corpus.h5` does not link exactly the partition files",
     "count": "the file holds more or fewer events than were committed",
+    "names": "`/names` does not list exactly the consultations",
     "name": "a group's name cannot be a consultation's id",
     "elsewhere": "another partition file has the consultation too",
     "unreadable": "HDF5 cannot read a consultation",
@@ -247,7 +256,7 @@ class _Run:
         """Return how many consultations were checked, and the bytes of their payloads."""
         first, consultations, payload = self._events, 0, 0
         most = len(self.problems) + MOST_PROBLEMS
-        for name in corpus:
+        for name in self._names(info, corpus):
             payload += self._check_consultation(info, corpus, name, first)
             consultations += 1
             if len(self.problems) >= most:
@@ -260,6 +269,24 @@ class _Run:
             message = f"the consultations hold {found} events but {info.events} were committed"
             self._add("count", message, info.path.name)
         return consultations, payload
+
+    def _names(self, info: PartitionInfo, corpus: Corpus) -> Iterable[str]:
+        """Return the names of all groups: from the index, if it lists exactly these; it is read in bounded memory."""
+        count, last = 0, ""
+        try:
+            for name in corpus:
+                if name <= last or name not in corpus:
+                    break
+                count, last = count + 1, name
+            else:
+                if count == info.consultations:
+                    return corpus
+            wrong = f"it is wrong after {last!a}, its name number {count}, of {info.consultations}"
+        except CorpusFormatError as error:
+            wrong = str(error)
+        message = f"the index of names does not list exactly the consultations ({wrong}): run `fiq recover --names`"
+        self._add("names", message, info.path.name)
+        return group_names(corpus)
 
     def _check_consultation(self, info: PartitionInfo, corpus: Corpus, name: str, first: int) -> int:
         file = info.path.name

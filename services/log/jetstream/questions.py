@@ -32,8 +32,6 @@ from services.log.questions import (
     KIND_OF,
     MAX_ITEMS,
     Answer,
-    Consultations,
-    ConsultationsAnswer,
     Events,
     EventsAnswer,
     Find,
@@ -42,7 +40,6 @@ from services.log.questions import (
     MalformedError,
     Question,
     Stored,
-    decode_consultations,
     decode_events,
     decode_found,
     decode_ids,
@@ -94,14 +91,11 @@ class Questions:
         Raises CorpusAwayError: no persister answers, or not in time; LogUnavailableError: there is no connection;
         LogRefusedError: an event is larger than the broker takes, or the user may not ask.
         """
-        return await self._ask(partition, question, decode_events)
-
-    async def consultations(self, partition: int, question: Consultations) -> ConsultationsAnswer:
-        return await self._ask(partition, question, decode_consultations)
+        return await self.ask(partition, question, decode_events)
 
     async def ids(self, partition: int, consultation: str) -> IdSnapshot:
         """Return the ids that a consultation holds."""
-        return await self._ask(partition, Ids(consultation), decode_ids)
+        return await self.ask(partition, Ids(consultation), decode_ids)
 
     async def find(
         self, partition: int, consultation: str, event_ids: Collection[UUID]
@@ -112,7 +106,7 @@ class Questions:
         left = list(dict.fromkeys(event_ids))
         while left:
             asked, left = left[:MAX_ITEMS], left[MAX_ITEMS:]
-            answer = await self._ask(partition, Find(consultation, asked), decode_found)
+            answer = await self.ask(partition, Find(consultation, asked), decode_found)
             if len(answer.rest) >= len(asked):
                 raise self._away(partition, "it answers nothing")
             found.update(answer.found)
@@ -120,7 +114,8 @@ class Questions:
             left += answer.rest
         return found, committed
 
-    async def _ask(self, partition: int, question: Question, decode: Callable[[bytes], T]) -> T:
+    async def ask(self, partition: int, question: Question, decode: Callable[[bytes], T]) -> T:
+        """Return what *decode* makes of the answer to *question*."""
         subject = corpus_subject(self._store, partition, KIND_OF[type(question)])
         end = time.monotonic() + self._timeout
         for pause in backoff(*_PAUSE_SECONDS):

@@ -35,9 +35,10 @@ from services.log.jetstream.api import JetStreamApi, inbox
 from services.log.jetstream.connection import Connection
 from services.log.jetstream.questions import Questions
 from services.log.jetstream.stream import STREAM, stored_subject
+from services.log.listing import ConsultationLister
 from services.log.partitions import partition_of
 from services.log.protocol import EventBrowser, Feed, Page, SequencedEvent, StoredIds
-from services.log.questions import Consultations, Events, EventsAnswer, Row, Stored
+from services.log.questions import ConsultationSummary, Events, EventsAnswer, Row, Stored
 from services.log.settings import LogSettings
 
 #: how long one answer of a persister or of the broker may take, seconds
@@ -82,6 +83,7 @@ class JetStreamReader(EventBrowser):
         self._partitions = settings.partitions
         self._stream = StreamReading(nc, timeout=timeout)
         self._corpus = Questions(nc, settings.store, timeout=timeout)
+        self._listing = ConsultationLister(self._corpus.ask, settings.partitions)
 
     async def at(self, sequence: int) -> SequencedEvent | None:
         found = await self._stream.at(sequence)
@@ -154,12 +156,13 @@ class JetStreamReader(EventBrowser):
         answer = await self._corpus.events(partition, Events(consultation, found[event_id].sequence - 1, 1))
         return persisted(consultation, answer.rows[0]) if answer.rows else None
 
-    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
-        question = Consultations(prefix, after, limit)
-        asked = [self._corpus.consultations(partition, question) for partition in range(self._partitions)]
-        answers = await asyncio.gather(*asked)
-        names = sorted(name for answer in answers for name in answer.names)
-        return names[:limit], len(names) > limit or any(answer.more for answer in answers)
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+        return await self._listing.by_name(prefix, after, limit)
+
+    async def active_consultations(
+        self, prefix: str, before: tuple[int, str], limit: int
+    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+        return await self._listing.by_activity(prefix, before, limit)
 
     async def has_news(self, consultation: str, after: int) -> bool:
         return await self._stream.has_news(self._partition(consultation), consultation, after)

@@ -10,12 +10,13 @@ from uuid import UUID
 
 from fiq.event import Event
 from services.log.errors import CorpusAwayError, LogRefusedError
+from services.log.listing import ConsultationLister
 from services.log.partitions import partition_name, partition_of
 from services.log.protocol import Failure, Page, SequencedEvent
 from services.log.questions import (
     KIND_OF,
     MAX_ITEMS,
-    Consultations,
+    ConsultationSummary,
     Events,
     EventsAnswer,
     Find,
@@ -25,7 +26,6 @@ from services.log.questions import (
     Question,
     Row,
     Stored,
-    decode_consultations,
     decode_events,
     decode_found,
     decode_ids,
@@ -54,6 +54,7 @@ class ZeroMqReader:
     def __init__(self, links: Links, settings: LogSettings) -> None:
         self._links = links
         self._partitions = settings.partitions
+        self._listing = ConsultationLister(self._ask, settings.partitions)
 
     async def at(self, sequence: int) -> SequencedEvent | None:
         """Return None: no event waits in the log."""
@@ -110,13 +111,15 @@ class ZeroMqReader:
             return False
         return bool((await self._events(consultation, after, 1)).rows)
 
-    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
-        """Return sorted ids of consultations that begin with *prefix*, and whether there are more."""
-        question = Consultations(prefix, after, limit)
-        asked = [self._ask(partition, question, decode_consultations) for partition in range(self._partitions)]
-        answers = await asyncio.gather(*asked)
-        names = sorted(name for answer in answers for name in answer.names)
-        return names[:limit], len(names) > limit or any(answer.more for answer in answers)
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+        """Return consultations that begin with *prefix*, sorted by id, and whether there are more."""
+        return await self._listing.by_name(prefix, after, limit)
+
+    async def active_consultations(
+        self, prefix: str, before: tuple[int, str], limit: int
+    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+        """Return the consultations with the newest events, newest first, and the place to go on at."""
+        return await self._listing.by_activity(prefix, before, limit)
 
     async def _events(self, consultation: str, after: int, limit: int) -> EventsAnswer:
         return await self._ask(self._partition(consultation), Events(consultation, after, limit), decode_events)

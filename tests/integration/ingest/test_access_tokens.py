@@ -194,7 +194,7 @@ async def test_a_list_shows_only_what_the_token_is_for(edge: Edge, prefix: str, 
         assert 202 == (await edge.post(name, **bearer("ward" if name.startswith("ward") else "writer"))).status
     edge.log.persisted = 3
     reply = await edge.request("GET", f"/consultations?prefix={prefix}", headers=bearer("ward"))
-    assert [{"consultation_id": name} for name in shown] == reply.json["consultations"]
+    assert shown == [one["consultation_id"] for one in reply.json["consultations"]]
 
 
 @pytest.mark.usefixtures("quick")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import orjson
 import pytest
@@ -325,15 +326,41 @@ async def test_consultations_are_listed_by_prefix_page_by_page(edge: Edge) -> No
         await fill(edge, 1, name)
     edge.log.persisted = 4
     reply = await edge.request("GET", "/consultations?prefix=b-&limit=2")
-    assert [{"consultation_id": "b-1"}, {"consultation_id": "b-2"}] == reply.json["consultations"]
+    assert ["b-1", "b-2"] == [one["consultation_id"] for one in reply.json["consultations"]]
     reply = await edge.request("GET", reply.json["next"], headers={"Accept": "application/x-ndjson"})
-    assert b'{"consultation_id":"b-3"}\n' == reply.content
+    (time,) = {event.received_ns for event in edge.log.events if event.consultation == "b-3"}
+    shown = f"{datetime.fromtimestamp(time // 10**9, UTC):%Y-%m-%dT%H:%M:%S}.{time % 10**9:09d}Z"
+    assert {"consultation_id": "b-3", "events": 1, "first_received": shown, "last_received": shown} == orjson.loads(
+        reply.content
+    )
     assert ["a-1", "b-1", "b-2", "b-3"] == [
         one["consultation_id"] for one in (await edge.request("GET", "/consultations")).json["consultations"]
     ]
 
 
-@pytest.mark.parametrize("query", ["prefix=a%20b", "after=%2F", "limit=0", "prefix=" + "x" * 129])
+async def test_consultations_are_listed_by_activity_page_by_page(edge: Edge) -> None:
+    """The newest first; the next page begins where the URL says."""
+    for name in ("b-2", "a-1", "b-1", "b-3", "b-2"):
+        await fill(edge, 1, name)
+    edge.log.persisted = 5
+    reply = await edge.request("GET", "/consultations?prefix=b-&limit=2&order=activity")
+    assert [("b-2", 2), ("b-3", 1)] == [(one["consultation_id"], one["events"]) for one in reply.json["consultations"]]
+    reply = await edge.request("GET", reply.json["next"])
+    assert ["b-1"] == [one["consultation_id"] for one in reply.json["consultations"]]
+    assert reply.json["next"] is None
+    reply = await edge.request("GET", "/consultations?order=activity&after=b-3")
+    assert ["b-1", "a-1"] == [one["consultation_id"] for one in reply.json["consultations"]]
+    reply = await edge.request("GET", "/consultations?order=activity&after=none")
+    assert ([], None) == (reply.json["consultations"], reply.json["next"])
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("prefix=a%20b", "after=%2F", "limit=0", "prefix=" + "x" * 129),
+        *("order=size", "order=activity&after=1.%2F", "after=99999999999999999999.a"),
+    ],
+)
 async def test_a_malformed_parameter_of_the_list_is_refused(edge: Edge, query: str) -> None:
     """No id could begin like that."""
     reply = await edge.request("GET", f"/consultations?{query}")

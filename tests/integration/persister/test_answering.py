@@ -22,7 +22,20 @@ from fiq.corpus import Consultation, EventStore, KnownIds, Lookup, Record, Store
 from services.log import questions as wire
 from services.log.jetstream.connection import Connection
 from services.log.jetstream.questions import NatsAnswering, Questions
-from services.log.questions import Consultations, Events, Find, Ids, IdSnapshot, Question, digest_of
+from services.log.listing import NEWEST
+from services.log.questions import (
+    Active,
+    ActiveAnswer,
+    Consultations,
+    ConsultationSummary,
+    Events,
+    Find,
+    Ids,
+    IdSnapshot,
+    Question,
+    Summaries,
+    digest_of,
+)
 from services.persister import answering as answering_module
 from services.persister.answering import MAX_PENDING, QuestionResponder
 from services.persister.metrics import PersisterMetrics
@@ -262,26 +275,52 @@ async def test_bodies_digested_for_one_question_are_bounded(asker: Asker, monkey
 
 
 async def test_consultations_are_sorted_and_new_ones_appear(asker: Asker) -> None:
-    """Names are read once and kept up to date by the commits."""
+    """A page begins after the last id, and ends with the prefix."""
     await fill(asker, "c-3", range(10, 11))
     await fill(asker, "c-1", range(11, 12))
     await fill(asker, "b", range(12, 13))
     assert (["b", "c-1"], True) == await asker.names(limit=2)
     assert (["c-1", "c-3"], False) == await asker.names(prefix="c-")
     assert (["c-3"], False) == await asker.names(prefix="c-", after="c-1")
+    assert ([], True) == await asker.names(limit=0)
+    assert ([], False) == await asker.names(prefix="c-", after="d")
+    assert ([], False) == await asker.names(prefix="zz")
     await fill(asker, "c-2", range(20, 21))
-    await asker.in_thread(asker.file.created, ["c-2"])
     assert (["c-1", "c-2", "c-3"], False) == await asker.names(prefix="c-")
 
 
-async def test_the_index_is_loaded_in_several_slices(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them says to ask again, until all are there."""
-    monkeypatch.setattr(answering_module, "INDEX_SLICE", 7)
-    await asker.in_thread(lambda: [asker.store.append(f"c{n}", [record(n)]) for n in range(1, 51)])
-    await asker.in_thread(asker.store.commit, 50)
-    answer = await Questions(asker.nc, "main", timeout=10).consultations(0, Consultations("", "", 100))
-    assert (sorted(f"c{n}" for n in range(1, 51)), False) == (answer.names, answer.more)
-    assert asker.count("consultations", "away") >= 7.0
+async def test_summaries_are_read_for_some_time_only(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are asked for again; one that does not exist is left out."""
+    await fill(asker, "c-1", range(1, 101))
+    await fill(asker, "c-2", range(101, 102))
+    monkeypatch.setattr(answering_module, "SUMMARY_SECONDS", 0.0)
+    names = ["c-2", "none", "c-1"]
+    first = wire.decode_summaries((await asker.ask(Summaries(names))).data)
+    assert (["c-2"], names[1:]) == ([one.consultation for one in first.found], first.rest)
+    ((_, received), *_) = [(one.consultation, one.first_received_ns) for one in first.found]
+    assert first.found == [ConsultationSummary("c-2", 1, received, received)]
+    monkeypatch.setattr(answering_module, "SUMMARY_SECONDS", 60.0)
+    rest = wire.decode_summaries((await asker.ask(Summaries(first.rest))).data)
+    assert [("c-1", 100)] == [(one.consultation, one.events) for one in rest.found]
+    assert rest.found[0].first_received_ns < rest.found[0].last_received_ns
+    assert [] == rest.rest
+
+
+async def test_the_consultations_with_the_newest_events_come_first(asker: Asker) -> None:
+    """Page by page, by prefix."""
+    for name, sequence in (("c-1", 1), ("c-2", 2), ("b", 3), ("c-3", 4), ("c-1", 5)):
+        await fill(asker, name, range(sequence, sequence + 1))
+
+    async def active(prefix: str, before: tuple[int, str], limit: int) -> ActiveAnswer:
+        return wire.decode_active((await asker.ask(Active(prefix, before, limit))).data)
+
+    first = await active("", NEWEST, 2)
+    assert (["c-1", "c-3"], True) == ([name for _, name in first.places], first.more)
+    rest = await active("", first.places[-1], 10)
+    assert (["b", "c-2"], False) == ([name for _, name in rest.places], rest.more)
+    assert ["c-1", "c-3", "c-2"] == [name for _, name in (await active("c-", NEWEST, 10)).places]
+    await asker.reopen()
+    assert ["c-1", "c-3", "b", "c-2"] == [name for _, name in (await active("", NEWEST, 10)).places]
 
 
 async def test_what_is_not_committed_is_not_told(asker: Asker) -> None:

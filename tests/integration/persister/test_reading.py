@@ -20,6 +20,7 @@ from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.reader import JetStreamReader, StreamReading
 from services.log.jetstream.stream import STREAM, parse_cursor_name
+from services.log.listing import NEWEST
 from services.log.partitions import partition_of
 from services.log.protocol import Page, SequencedEvent
 from services.log.questions import Stored, digest_of
@@ -300,15 +301,34 @@ async def test_consultations_of_all_partitions_are_listed_in_order(
         await append(log, *(event(1, name) for name in names))
 
         async def all_listed() -> bool:
-            return names == (await reader.consultations("", "", 100))[0]
+            return names == [one.consultation for one in (await reader.consultations("", "", 100))[0]]
+
+        async def listed(after: str) -> tuple[list[str], bool]:
+            found, more = await reader.consultations("visit-", after, 15)
+            return [one.consultation for one in found], more
 
         await eventually(all_listed)
-        assert (names[:15], True) == await reader.consultations("visit-", "", 15)
-        assert (names[15:30], True) == await reader.consultations("visit-", names[14], 15)
-        assert (names[30:40], False) == await reader.consultations("visit-", names[29], 15)
+        assert (names[:15], True) == await listed("")
+        assert (names[15:30], True) == await listed(names[14])
+        assert (names[30:40], False) == await listed(names[29])
+        await append(log, *(event(number, "visit-007") for number in range(2, 5)), event(2, "visit-030"))
+
+        async def active() -> list[tuple[str, int]]:
+            found, place = await reader.active_consultations("visit-", NEWEST, 2)
+            assert place is not None
+            assert (found[-1].last_received_ns, found[-1].consultation) == place
+            older, _ = await reader.active_consultations("visit-", place, 100)
+            assert set(names[:40]) == {one.consultation for one in [*found, *older]}
+            return [(one.consultation, one.events) for one in found]
+
+        await eventually(lambda: _is(active, [("visit-007", 4), ("visit-030", 2)]))
         assert 0 == await persister.end()
     with pytest.raises(CorpusAwayError):
         await reader.consultations("", "", 100)
+
+
+async def _is(read: Callable[[], Awaitable[object]], wanted: object) -> bool:
+    return await read() == wanted
 
 
 @pytest.fixture

@@ -71,12 +71,12 @@ def test_the_number_of_events_is_committed_with_them(path: Path) -> None:
         assert 90 == file.attrs["committed_events"]
 
 
-@pytest.mark.parametrize(("version", "by"), [(2, "an earlier"), (4, "a later")])
+@pytest.mark.parametrize(("version", "by"), [(3, "an earlier"), (5, "a later")])
 def test_a_file_of_another_format_version_is_refused(path: Path, version: int, by: str) -> None:
     """By readers and writers; the message says which version to use."""
     with h5py.File(path, "r+") as file:
         file.attrs["format_version"] = np.uint32(version)
     with pytest.raises(CorpusFormatError, match=f"format_version {version}, written by {by} version of fiq"):
         EventStore.open(path, expected=None)
-    with open_corpus(path) as corpus, pytest.raises(CorpusFormatError, match="this one reads 3 only"):
+    with open_corpus(path) as corpus, pytest.raises(CorpusFormatError, match="this one reads 4 only"):
         list(corpus)

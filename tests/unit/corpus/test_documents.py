@@ -46,7 +46,7 @@ def test_an_example_runs(example: str) -> None:
     pytest.importorskip("pandas")
     variables: dict[str, object] = {}
     exec(compile(example, "docs", "exec"), variables)
-    assert {"frame", "chain", "corpus"} & variables.keys()
+    assert {"frame", "chain", "corpus", "ids"} & variables.keys()
 
 
 def test_the_documents_have_examples() -> None:

@@ -38,7 +38,7 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
         assert (np.uint8, (4096,), (None,)) == (payload.dtype, payload.chunks, payload.maxshape)
         assert {
             "format": "fiq-corpus",
-            "format_version": 3,
+            "format_version": 4,
             "store": "main",
             "volume": IDENTITY.volume,
             "epoch": 1,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fiq.corpus import Consultation, CorpusFormatError, EventStore, Record, StoreOptions
+from fiq.corpus.format import MOST_ACTIVE
 from tests.support.corpus import IDENTITY, append_range, commit_range, consultation_of, expected, record
 
 
@@ -53,30 +54,64 @@ def test_a_position_is_found_between_sequences_too(store: EventStore) -> None:
     assert [0, 0, 1, 1, 199, 200] == [held.first_after(sequence) for sequence in (0, 9, 10, 19, 1999, 2000)]
 
 
-def test_names_come_in_slices_and_none_is_left_out_when_others_are_created(tmp_path: Path) -> None:
-    """HDF5's own order is kept without sorting them all for each slice."""
+def test_names_are_sorted_from_anywhere_on(tmp_path: Path) -> None:
+    """New ones appear with their first append; those of conflicts do not."""
     options = StoreOptions(open_consultations=16)
     with EventStore.create(tmp_path / "00.h5", IDENTITY, options) as store:
         for sequence in range(1, 501):
-            store.append(f"old-{sequence}", [record(sequence)])
+            store.append(f"c{sequence * 7919 % 1009}", [record(sequence)])
         store.commit(500)
-        names: list[str] = []
-        sequence = 500
+        store.append_conflicts("b", [record(501)])
+        names = sorted(f"c{sequence * 7919 % 1009}" for sequence in range(1, 501))
         with store.reading() as lookup:
-            while part := lookup.names(len(names), 60):
-                names += part
-                sequence += 1
-                if sequence <= 520:
-                    store.append(f"new-{sequence}", [record(sequence)])
-            assert 520 == len(lookup)
-        assert {f"old-{number}" for number in range(1, 501)} <= set(names)
+            assert names == list(lookup.names())
+            assert names[77:] == list(lookup.names(names[77]))
+            assert names[77:] == list(lookup.names(names[76] + "-"))
+            assert [] == list(lookup.names("d"))
+            store.append("a", [record(502)])
+            assert ["a", *names] == list(lookup.names())
+
+
+def test_the_newest_activity_comes_first_and_is_kept_by_a_close(tmp_path: Path) -> None:
+    """A file that was not closed knows it as of its last checkpoint."""
+    path = tmp_path / "00.h5"
+    with EventStore.create(path, IDENTITY) as store:
+        for sequence, name in enumerate(["a", "b", "c", "a"], 1):
+            store.append(name, [record(sequence)])
+        store.commit(4)
+    expected = [(record(4).received_ns, "a"), (record(3).received_ns, "c"), (record(2).received_ns, "b")]
+    store = EventStore.open(path, expected=IDENTITY)
+    with store.reading() as lookup:
+        assert expected == lookup.newest()
+    store.append("d", [record(5)])
+    store.commit(5)
+    assert store.maybe_checkpoint(now=True)
+    store.append("e", [record(6)])
+    store.commit(6)
+    with store.reading() as lookup:
+        assert ["e", "d", "a", "c", "b"] == [name for _, name in lookup.newest()]
+    store.abandon()
+    with EventStore.open(path, expected=IDENTITY) as store, store.reading() as lookup:
+        assert ["d", "a", "c", "b"] == [name for _, name in lookup.newest()]
+
+
+def test_activity_is_bounded(tmp_path: Path) -> None:
+    """Those whose last events are oldest are dropped first."""
+    with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
+        for sequence in range(1, MOST_ACTIVE + 11):
+            store.append(f"c{sequence}", [record(sequence)])
+        store.append("c11", [record(MOST_ACTIVE + 11)])
+        store.commit(MOST_ACTIVE + 11)
+    with EventStore.open(tmp_path / "00.h5", expected=IDENTITY) as store, store.reading() as lookup:
+        names = [name for _, name in lookup.newest()]
+    assert ["c11", *(f"c{number}" for number in range(MOST_ACTIVE + 10, 11, -1))] == names
 
 
 def test_a_consultation_that_does_not_exist_is_none(store: EventStore) -> None:
     """Also one that could not."""
     with store.reading() as lookup:
         assert [None, None, None] == [lookup.consultation(name) for name in ("c", "", "a/b")]
-        assert [] == lookup.names(0, 10)
+        assert [] == list(lookup.names())
 
 
 def test_what_is_not_committed_is_counted(store: EventStore) -> None:

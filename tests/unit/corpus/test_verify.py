@@ -18,13 +18,14 @@ from fiq.corpus import (
     Record,
     Report,
     open_corpus,
+    recover_partition,
     verify_corpus,
     write_index,
 )
 from fiq.corpus.tools import verify
 from fiq.corpus.tools.verify import KINDS
 from tests.support import damage as damages
-from tests.support.corpus import IDENTITY, append_range, commit_range
+from tests.support.corpus import IDENTITY, append_range, commit_range, record
 from tests.support.damage import VICTIM, Damage, damage
 
 
@@ -86,8 +87,11 @@ def test_a_clean_corpus_has_no_problems(pristine: Path) -> None:
         (damages.cut_payload, [("outside", 28)]),
         (damages.cut_rows, [("payload", None), ("count", None)]),
         (damages.cut_events, [("count", None)]),
-        (damages.remove_consultation, [("count", None)]),
-        (damages.misname_consultation, [("name", None)]),
+        (damages.remove_consultation, [("names", None), ("count", None)]),
+        (damages.misname_consultation, [("names", None), ("name", None)]),
+        (damages.forget_name, [("names", None)]),
+        (damages.repeat_name, [("names", None)]),
+        (damages.cut_names, [("names", None)]),
         (damages.remove_payload, [("unreadable", None), ("count", None)]),
         (damages.retype_events, [("unreadable", None), ("count", None)]),
         (damages.flatten_group, [("unreadable", None), ("count", None)]),
@@ -118,7 +122,20 @@ def test_an_event_that_was_taken_out_cleanly_breaks_the_chain(directory: Path) -
 def test_a_consultation_under_another_id_does_not_fit_its_chain(directory: Path) -> None:
     """The first row is chained to the id."""
     damage(directory / "00.h5", damages.rename_consultation)
-    assert [("00.h5", "chain", "other", 0)] == found(verify_corpus(directory))
+    assert [("00.h5", "names", None, None), ("00.h5", "chain", "other", 0)] == found(verify_corpus(directory))
+
+
+@pytest.mark.parametrize("how", [damages.forget_name, damages.repeat_name, damages.cut_names])
+def test_an_index_of_names_can_be_written_anew(directory: Path, how: Damage) -> None:
+    """It repeats what the groups say."""
+    damage(directory / "00.h5", how)
+    assert ["names"] == [problem.kind for problem in verify_corpus(directory).problems]
+    recover_partition(directory / "00.h5", names=True)
+    assert verify_corpus(directory).clean
+    with EventStore.open(directory / "00.h5", expected=None) as store:
+        store.append("new", [record(1000)])
+        store.commit(1000)
+    assert verify_corpus(directory).clean
 
 
 def test_events_above_what_is_committed_are_named(directory: Path) -> None:

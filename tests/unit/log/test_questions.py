@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from fiq.corpus import hashes_of
 from services.log import questions as wire
-from services.log.questions import Consultations, Events, Find, Ids, MalformedError, Row, Stored
+from services.log.questions import (
+    Active,
+    Consultations,
+    ConsultationSummary,
+    Events,
+    Find,
+    Ids,
+    MalformedError,
+    Question,
+    Row,
+    Stored,
+    Summaries,
+)
 
 NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,128}", fullmatch=True)
 NUMBERS = st.integers(0, 2**63 - 1)
@@ -24,7 +36,9 @@ def test_a_question_is_read_as_it_was_asked(
     ids: list[UUID], name: str, after: int, limit: int, before: int | None
 ) -> None:
     """With the time for which its asker waits."""
-    for question in (Ids(name), Find(name, ids), Events(name, after, limit, before), Consultations(name, name, limit)):
+    questions: list[Question] = [Ids(name), Find(name, ids), Events(name, after, limit, before)]
+    questions += [Consultations(name, name, limit), Active(name, (after, name), limit), Summaries([name, "c"])]
+    for question in questions:
         kind = wire.KIND_OF[type(question)]
         assert (question, 1.5) == wire.decode_question(kind, wire.encode_question(question, 1.5))
 
@@ -64,6 +78,14 @@ def test_names_come_back() -> None:
     """In their order."""
     answer = wire.ConsultationsAnswer(["a", "b"], more=True)
     assert answer == wire.decode_consultations(wire.encode_answer(answer))
+
+
+def test_places_and_summaries_come_back() -> None:
+    """With times before 1970 too: clocks have been wrong."""
+    answer = wire.ActiveAnswer([(5, "b"), (5, "a")], more=True)
+    assert answer == wire.decode_active(wire.encode_answer(answer))
+    summaries = wire.SummariesAnswer([ConsultationSummary("a", 3, -7, 9)], ["b"])
+    assert summaries == wire.decode_summaries(wire.encode_answer(summaries))
 
 
 @pytest.mark.parametrize(
