@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import os
 import shlex
-import ssl
 import stat
 import sys
 import time
@@ -33,11 +32,10 @@ from fiq.client import Accepted, AsyncClient, ClientError, RefusedError, RetryPo
 from fiq.errors import InvalidIdError, PoisonError
 from fiq.event import InvalidBodyError, check_body, check_consultation_id, event_id_from_key, new_event_id
 from services.cli.console import bar
-from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder
-from services.cli.errors import CommandError, NotRunningError
+from services.cli.errors import CommandError
+from services.cli.target import CaFileOption, ServiceTarget, TokenFileOption, UrlOption, find_service, trusting
 from services.core.lifecycle import Stop, run_until_stopped, stop_on_signals
 
-_DEFAULT_URL = "http://127.0.0.1:7001"
 #: longest --key: the number of a line is appended to it
 _LONGEST_KEY = 200
 #: one try of a batch, seconds
@@ -66,8 +64,7 @@ _NO_BATCHES = frozenset({"/problems/not-found", "/problems/method-not-allowed"})
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    url: str
-    token: str | None
+    service: ServiceTarget
     ca_file: Path | None
     consultation: str | None
     concurrency: int
@@ -78,12 +75,10 @@ class _Options:
 
 def post(
     file: Annotated[Path, typer.Argument(help="NDJSON, one event per line; - for stdin.")],
-    url: Annotated[
-        str | None, typer.Option(help="URL of the service; by default of a running `fiq up`, else 127.0.0.1:7001.")
-    ] = None,
+    url: UrlOption = None,
     folder: Annotated[Path | None, typer.Option(help="Folder of that `fiq up`; ./.fiq by default.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with the token; FI_TOKEN by default.")] = None,
-    ca_file: Annotated[Path | None, typer.Option(help="PEM file of the authority of an https URL.")] = None,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
     consultation: Annotated[
         str | None, typer.Option(help="Consultation of the lines without a consultation_id.")
     ] = None,
@@ -105,9 +100,8 @@ def post(
     _check_ids(consultation, key)
     # the ids of exported events are not in their bodies, where a batch would look for them
     batch = 1 if exported else batch
-    options = _Options(
-        _url(url, folder), _token(token_file), ca_file, consultation, concurrency, batch, patience, exported
-    )
+    service = find_service(url, folder, token_file)
+    options = _Options(service, ca_file, consultation, concurrency, batch, patience, exported)
     with _opened(file) as source:
         if not _is_regular(source):
             _post(source, options, key or _new_key(), state, None)
@@ -119,7 +113,7 @@ def post(
 
 
 def _post(source: IO[bytes], options: _Options, key: str, state: Path | None, checked: Checked | None) -> None:
-    checkpoint = PostCheckpoint(state, PostIdentity(key, options.url, options.consultation))
+    checkpoint = PostCheckpoint(state, PostIdentity(key, options.service.url, options.consultation))
     progress, stop, started = PostProgress(done=checkpoint.load()), Stop(), time.monotonic()
 
     async def run() -> int | None:
@@ -158,17 +152,18 @@ async def _send(
     on_accepted: Callable[[], None],
 ) -> int:
     """Send everything and return the number of retries."""
-    context = None if options.ca_file is None else _tls(options.ca_file)
+    context, service = trusting(options.ca_file), options.service
     retry = RetryPolicy(deadline=options.patience, attempt_timeout=min(_ATTEMPT, options.patience))
     size = None if checked is None else checked.size
     async with (
         AsyncClient(
-            options.url, options.token, retry=retry, connections=options.concurrency, context=context
+            service.url, service.token, retry=retry, connections=options.concurrency, context=context
         ) as client,
         aclosing(
             lines(source, options.consultation, exported=options.exported, after=progress.done, size=size)
         ) as events,
     ):
+        typer.echo(f"fiq: posting to {service}", err=True)
         sender = Sender(
             client, key, progress, concurrency=options.concurrency, batch=options.batch, on_accepted=on_accepted
         )
@@ -187,7 +182,7 @@ async def _note_waiting(client: AsyncClient, options: _Options, progress: PostPr
         await asyncio.sleep(_WAITING_SECONDS)
         if progress.accepted == accepted and client.retries > retries:
             typer.echo(
-                f"fiq: {options.url} accepts nothing at the moment: does `fiq up` run? Each batch is tried for "
+                f"fiq: {options.service.url} accepts nothing at the moment: does `fiq up` run? Each batch is tried for "
                 f"{options.patience:g} s (--patience)",
                 err=True,
             )
@@ -251,35 +246,6 @@ def _check_ids(consultation: str | None, key: str | None) -> None:
         raise CommandError(str(error)) from None
     if key is not None and (len(key) > _LONGEST_KEY or '"' in key):
         raise CommandError(f"--key is at most {_LONGEST_KEY} characters, without quotes")
-
-
-def _url(url: str | None, folder: Path | None) -> str:
-    if url is not None:
-        return url
-    try:
-        return StackFolder(folder or DEFAULT_FOLDER).read().ingest_url
-    except NotRunningError:
-        if folder is not None:
-            raise
-        return _DEFAULT_URL
-
-
-def _token(file: Path | None) -> str | None:
-    if file is None:
-        return os.environ.get("FI_TOKEN", "").strip() or None
-    try:
-        return file.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise CommandError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise CommandError(f"{file} does not contain a token") from None
-
-
-def _tls(ca_file: Path) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except OSError as error:  # SSLError is one too
-        raise CommandError(f"cannot read certificates from {ca_file}: {error.strerror or error}") from error
 
 
 # -- The checkpoint --------------------------------------------------------------------------------------------------

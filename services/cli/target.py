@@ -1,8 +1,9 @@
-"""Which cluster, and which corpus, a command is about."""
+"""Which cluster, which service, and which corpus a command is about."""
 
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ FolderOption = Annotated[
     Path | None,
     typer.Option(help="Folder of a running `fiq up`; ./.fiq if nothing else names a cluster."),
 ]
+UrlOption = Annotated[str | None, typer.Option(help="URL of the service; else of a running `fiq up`, else FI_URL.")]
+TokenFileOption = Annotated[Path | None, typer.Option(help="File with the token; FI_TOKEN by default.")]
+CaFileOption = Annotated[Path | None, typer.Option(help="PEM file of the authority of an https URL.")]
 CorpusOption = Annotated[
     Path | None,
     typer.Option(help="Data directory, or one partition file; else FI_DATA_DIR, ./.fiq/corpus or ./corpus."),
@@ -76,6 +80,65 @@ def _asked_for(env: Mapping[str, str], server: str) -> Target:
 def _running(env: Mapping[str, str], folder: Path) -> Target:
     state = StackFolder(folder).read()
     return Target(load(LogSettings, {**env, "FI_LOG_URL": state.log_url}), state)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTarget:
+    """A service: its URL, the token for it, and what named it."""
+
+    url: str
+    token: str | None
+    named_by: str
+
+    def __str__(self) -> str:
+        return f"{self.url} ({self.named_by})"
+
+
+def find_service(
+    url: str | None, folder: Path | None, token_file: Path | None, *, env: Mapping[str, str] = os.environ
+) -> ServiceTarget:
+    """Return the service at *url*, else of the stack in *folder*, else at FI_URL, else of the stack in ./.fiq.
+
+    There is no default address: whatever listens there would get the events.
+
+    Raises NotRunningError: none of them names one; CommandError: the token cannot be read.
+    """
+    token = _token(token_file, env)
+    if url is not None:
+        return ServiceTarget(url, token, "--url")
+    if folder is None and (named := env.get("FI_URL", "").strip()):
+        return ServiceTarget(named, token, "FI_URL")
+    home = DEFAULT_FOLDER if folder is None else folder
+    try:
+        return ServiceTarget(StackFolder(home).read().ingest_url, token, f"`fiq up` in {home}")
+    except NotRunningError as error:
+        if folder is not None:
+            raise
+        raise NotRunningError(f"{error}, or name the service with --url or FI_URL") from None
+
+
+def _token(file: Path | None, env: Mapping[str, str]) -> str | None:
+    if file is None:
+        return env.get("FI_TOKEN", "").strip() or None
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise CommandError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise CommandError(f"{file} does not contain a token") from None
+
+
+def trusting(ca_file: Path | None) -> ssl.SSLContext | None:
+    """Return a context that trusts the authority in *ca_file*, or None, which is the machine's authorities.
+
+    Raises CommandError: it cannot be read.
+    """
+    if ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # SSLError is one too
+        raise CommandError(f"cannot read certificates from {ca_file}: {error.strerror or error}") from error
 
 
 def find_corpus(

@@ -67,6 +67,11 @@ async def post(*arguments: str | Path, stdin: bytes | None = None) -> Ended:
     return await ended(await started(*arguments), stdin)
 
 
+def posting_to(url: str) -> str:
+    """Return what is written to stderr when all is well."""
+    return f"fiq: posting to {url} (--url)\n"
+
+
 def event(number: int, **members: Any) -> bytes:
     return orjson.dumps({"event_type": "A", "n": number, "payload": SECRET, **members})
 
@@ -88,7 +93,7 @@ async def test_every_line_is_an_event_of_the_consultation_that_it_names(tmp_path
     service = MemoryService()
     async with scripted(service.step) as server:
         result = await post(file, "--url", server.url, "--batch", "20")
-    assert (0, "") == (result.code, result.err)
+    assert (0, posting_to(server.url)) == (result.code, result.err)
     assert (300, 0, 0) == (result.number("accepted"), result.number("duplicates"), result.number("retried"))
     for consultation in range(7):
         assert events[consultation::7] == service.bodies(f"c-{consultation}")
@@ -161,7 +166,7 @@ async def test_exported_events_are_posted_byte_for_byte_under_their_own_ids(tmp_
     service = MemoryService()
     async with scripted(service.step) as server:
         result = await post(file, "--exported", "--url", server.url)
-    assert (0, "") == (result.code, result.err)
+    assert (0, posting_to(server.url)) == (result.code, result.err)
     assert {(f"c-{n}", UUID(int=n + 1)): body for n, body in enumerate(bodies)} == service.events
 
 
@@ -309,7 +314,7 @@ async def test_a_pipe_that_was_killed_goes_on_under_the_key_that_was_told_first(
         found = re.search(r"--key (\S+)", (await ended(process)).err)
         assert found is not None
         again = await post(*arguments, "--key", found[1], stdin=event(1) + b"\n" + event(2))
-    assert (0, 1, "") == (again.code, again.number("duplicates"), again.err)
+    assert (0, 1, posting_to(server.url)) == (again.code, again.number("duplicates"), again.err)
     assert [event(1), event(2)] == service.bodies("c-1")
 
 
@@ -434,6 +439,26 @@ async def test_consultations_are_sent_side_by_side(tmp_path: Path) -> None:
     assert 3 == service.most_at_once
 
 
+async def test_where_it_posts_to_is_said_before_the_first_event(tmp_path: Path) -> None:
+    """An address from the environment, too: whoever listens there gets the events."""
+    service, said = MemoryService(), asyncio.Event()
+
+    async def step(request: Any) -> Any:
+        await said.wait()
+        return await service.step(request)
+
+    async with scripted(step) as server:
+        file = written(tmp_path / "x", [event(1, consultation_id="c-1")])
+        process = await started(file, cwd=Path.cwd(), env=os.environ | {"FI_URL": server.url})
+        assert process.stderr is not None
+        line = await asyncio.wait_for(process.stderr.readline(), 20)
+        assert [] == service.bodies("c-1")
+        said.set()
+        result = await ended(process)
+    assert f"fiq: posting to {server.url} (FI_URL)\n" == line.decode()
+    assert (0, 1) == (result.code, result.number("accepted"))
+
+
 @pytest.mark.parametrize("way", ["file", "environment"])
 async def test_the_token_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """From a file, or from FI_TOKEN; it is in no argument, where other users of the machine would see it."""
@@ -454,6 +479,7 @@ async def test_the_token_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["x", "--consultation", "a/b"], "a consultation id is"),
         (["x", "--key", "two words"], "an idempotency key is"),
         (["x", "--key", "k" * 201], "--key is at most"),
+        (["x"], "name the service with --url or FI_URL"),
         (["x", "--folder", "nowhere"], "fiq up"),
         (["x", "--url", "nonsense", "--consultation", "c-1"], "http://host:port"),
         (["x", "--ca-file", "nowhere", "--consultation", "c-1"], "cannot read certificates from nowhere"),

@@ -1,4 +1,4 @@
-"""Which cluster, and which corpus, a command is about."""
+"""Which cluster, which service, and which corpus a command is about."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, StackState
 from services.cli.errors import CommandError, NotRunningError
-from services.cli.target import find_cluster, find_corpus
+from services.cli.target import find_cluster, find_corpus, find_service
 
 STATE = StackState(pid=1, log_url="nats://127.0.0.1:10", ingest_url="http://127.0.0.1:2", data_dir="/data", members=())
 ENV = {"FI_LOG_URL": "nats://127.0.0.1:20", "FI_STORE": "second"}
@@ -78,3 +78,24 @@ def test_a_missing_corpus_names_the_places() -> None:
     """The error says where it looked and how to name another place."""
     with pytest.raises(CommandError, match=r"\.fiq/corpus and corpus.*--corpus"):
         find_corpus(None, None, env={})
+
+
+def test_a_service_is_named_and_never_guessed() -> None:
+    """By --url, --folder, FI_URL or ./.fiq, in this order; events go to no address that nobody named."""
+    env = {"FI_URL": "http://127.0.0.1:3", "FI_TOKEN": "t"}
+    with pytest.raises(NotRunningError, match="--url or FI_URL"):
+        find_service(None, None, None, env={})
+    folder = StackFolder(DEFAULT_FOLDER)
+    with folder.held():
+        folder.write(STATE)
+
+        assert "http://127.0.0.1:4 (--url)" == str(find_service("http://127.0.0.1:4", DEFAULT_FOLDER, None, env=env))
+        assert f"{STATE.ingest_url} (`fiq up` in .fiq)" == str(find_service(None, DEFAULT_FOLDER, None, env=env))
+        assert "http://127.0.0.1:3 (FI_URL)" == str(find_service(None, None, None, env=env))
+        assert STATE.ingest_url == find_service(None, None, None, env={}).url
+
+
+def test_a_folder_that_was_named_is_not_replaced() -> None:
+    """Nothing runs there: FI_URL is another service."""
+    with pytest.raises(NotRunningError, match="elsewhere"):
+        find_service(None, Path("elsewhere"), None, env={"FI_URL": "http://127.0.0.1:3"})
