@@ -16,7 +16,7 @@ _UNSAFE = frozenset({"Cc", "Cf", "Cs"})
 
 def out() -> Console:
     """Return a console on the current stdout; wide enough for tables when that is no terminal."""
-    return Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    return Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 
 def err() -> Console:
@@ -29,8 +29,22 @@ def table(*columns: str, title: str | None = None) -> Table:
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         name = column.removeprefix(">")
-        made.add_column(name, justify="right" if column.startswith(">") else "left", no_wrap=True)
+        number = column.startswith(">")
+        made.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return made
+
+
+def show(table: Table) -> None:
+    """Print *table* to stdout. In a narrow terminal texts wrap; numbers are never cut."""
+    for column in table.columns:
+        if column.justify == "right":
+            column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
+    out().print(table)
+
+
+def count(number: int, what: str) -> str:
+    """Return *number* and *what* it counts, in the plural unless it is one."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def printable(text: str) -> str:

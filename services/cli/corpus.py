@@ -34,7 +34,7 @@ from fiq.corpus import (
 from fiq.errors import InvalidIdError
 from fiq.event import check_consultation_id
 from services.cli import console
-from services.cli.console import bar
+from services.cli.console import bar, count
 from services.cli.errors import CommandError
 from services.cli.target import CorpusOption, FolderOption, find_corpus
 from services.log.status import Verified
@@ -298,10 +298,10 @@ def _print(report: Report, limit: int) -> None:
             str(one.consultations),
             str(one.events),
             decimal(one.payload_bytes),
-            "archive" if one.archived else _count(one.journal_records, "commit"),
+            "archive" if one.archived else count(one.journal_records, "commit"),
             str(one.problems),
         )
-    console.out().print(table)
+    console.show(table)
     for begins, files in _late(report):
         typer.echo(f"{files} begins at sequence {begins}: {_SEED}")
     for problem in report.problems[:limit]:
@@ -309,10 +309,10 @@ def _print(report: Report, limit: int) -> None:
     more = len(report.problems) - limit
     if more > 0 and limit:
         typer.echo(f"and {more} more; --json has all")
-    verdict = "clean" if report.clean else _count(len(report.problems), "problem")
+    verdict = "clean" if report.clean else count(len(report.problems), "problem")
+    events, consultations = count(report.events, "event"), count(report.consultations, "consultation")
     typer.echo(
-        f"{verdict}: {_count(report.events, 'event')} of {_count(report.consultations, 'consultation')} in "
-        f"{_count(len(report.partitions), 'file')}, "
+        f"{verdict}: {events} of {consultations} in {count(len(report.partitions), 'file')}, "
         f"{report.seconds:.1f} s, {report.events_per_second:,.0f} events/s"
     )
 
@@ -324,10 +324,6 @@ def _late(report: Report) -> list[tuple[int, str]]:
         if one.begins > 1:
             found.setdefault(one.begins, []).append(one.file)
     return [(begins, ", ".join(files)) for begins, files in sorted(found.items())]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def recover(
@@ -360,7 +356,7 @@ def recover(
                 if done.held_back:
                     failures.append(f"{done.file}: {done.held_back}; nothing is lost, try again later")
     if table.row_count:
-        console.out().print(table)
+        console.show(table)
     for (_, reason), *others in locked.values():
         too = f" (and so for {', '.join(name for name, _ in others)})" if others else ""
         failures.append(f"{reason}{too}; its writer has recovered it, there is nothing to do")
@@ -385,6 +381,6 @@ def repack(
     for one in done:
         sizes = decimal(one.bytes_before), decimal(one.bytes_after)
         table.add_row(one.file, str(one.consultations), str(one.events), *sizes)
-    console.out().print(table)
+    console.show(table)
     before, after = sum(one.bytes_before for one in done), sum(one.bytes_after for one in done)
     typer.echo(f"{output}: {decimal(after)} instead of {decimal(before)} ({after / before:.0%}), equal to the original")

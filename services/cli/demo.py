@@ -204,8 +204,8 @@ def _print(result: _Result, stack: Stack) -> None:
     )
     for row in rows:
         table.add_row(*row)
+    console.show(table)
     out = console.out()
-    out.print(table)
     out.print(f"\ncorpus: {stack.data_dir}", soft_wrap=True)
     out.print(f"read it: {sys.argv[0]} show demo-00000 --corpus {stack.data_dir}", soft_wrap=True)
 

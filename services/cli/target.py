@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -181,8 +182,32 @@ async def connected(settings: LogSettings, role: Role = Role.OPS) -> AsyncIterat
     them took the connection.
     """
     check_is_nats(settings)
-    connection = await connect(settings, name="fiq", role=role, on_closed=lambda _: None, deadline=_CONNECT_TIMEOUT)
+    # all nodes at the same time: a frozen one takes connections and says nothing. The first attempt may use any of
+    # them; its error names them all
+    choices = [settings, *(replace(settings, servers=(server,)) for server in settings.servers)]
+    attempts = [asyncio.create_task(_connect(choice, role)) for choice in choices]
     try:
-        yield connection
+        yield await _first(attempts)
     finally:
-        await close(connection)
+        for attempt in attempts:
+            attempt.cancel()
+        for made in await asyncio.gather(*attempts, return_exceptions=True):
+            if isinstance(made, Connection):
+                await close(made)
+
+
+async def _connect(settings: LogSettings, role: Role) -> Connection:
+    return await connect(settings, name="fiq", role=role, on_closed=lambda _: None, deadline=_CONNECT_TIMEOUT)
+
+
+async def _first(attempts: Sequence[asyncio.Task[Connection]]) -> Connection:
+    """Return the first connection that is made. Raises what the first attempt raised: none was made."""
+    pending = set(attempts)
+    while pending:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for attempt in done:
+            if attempt.exception() is None:
+                for loser in pending:
+                    loser.cancel()
+                return attempt.result()
+    return attempts[0].result()

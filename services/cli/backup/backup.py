@@ -232,7 +232,7 @@ def print_contents(manifest: Manifest) -> None:
     for entry in manifest.contents:
         numbers = str(entry.committed), str(entry.consultations), str(entry.events)
         table.add_row(entry.file, *numbers, decimal(sizes[entry.file]))
-    console.out().print(table)
+    console.show(table)
 
 
 def digest(path: Path, on_bytes: Callable[[int], None], copy: BinaryIO | None = None) -> str:

@@ -95,7 +95,7 @@ def list_(
     table = console.table("name", "scopes", "consultations", "expires")
     for one in found:
         table.add_row(one.name, ", ".join(_scopes(one)), f"{one.prefix}*", _shown_expiry(one))
-    console.out().print(table)
+    console.show(table)
 
 
 @token.command()

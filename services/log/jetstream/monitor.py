@@ -103,17 +103,26 @@ class LogMonitor:
         nc: the connection.
         settings: the store that is shown while no store has a key or a process.
         metrics: where it is shown; None for a look by itself.
+        part_seconds: how long a part of a look may take.
 
     Attributes:
         state: the newest snapshot.
     """
 
-    def __init__(self, nc: Connection, settings: LogSettings, metrics: LogMetrics | None = None) -> None:
+    def __init__(
+        self,
+        nc: Connection,
+        settings: LogSettings,
+        metrics: LogMetrics | None = None,
+        *,
+        part_seconds: float = PART_SECONDS,
+    ) -> None:
         self.state = LogState()
         self._nc = nc
         self._settings = settings
         self._metrics = metrics
-        self._api = JetStreamApi(nc, timeout=PART_SECONDS)
+        self._part_seconds = part_seconds
+        self._api = JetStreamApi(nc, timeout=part_seconds)
         self._seen: dict[str, float] = {}
         self._troubles: dict[str, str] = {}
         # streams
@@ -166,10 +175,10 @@ class LogMonitor:
             self._troubles[part] = "no connection"
             return
         try:
-            async with asyncio.timeout(PART_SECONDS):
+            async with asyncio.timeout(self._part_seconds):
                 await look()
         except TimeoutError:
-            reason = f"no answer within {PART_SECONDS:g} s"
+            reason = f"no answer within {self._part_seconds:g} s"
         except FiqError as error:
             reason = str(error)
         except Exception as error:  # noqa: BLE001 - a fault in here must not end the service, nor the monitor
@@ -419,21 +428,20 @@ async def monitoring(
         await monitor.close()
 
 
-async def look_once(nc: Connection, settings: LogSettings) -> LogState:
+async def look_once(nc: Connection, settings: LogSettings, *, part_seconds: float = PART_SECONDS) -> LogState:
     """Return the log as it is now, the settings' store included.
 
-    Takes :data:`_ANSWER_SECONDS`, or :data:`PART_SECONDS` while a node is frozen that leads something.
-
-    Raises LogUnavailableError: the stream's leader does not answer.
+    Takes :data:`_ANSWER_SECONDS`, or *part_seconds* while a node is frozen that leads something. If that is the
+    stream's leader, the streams and the placements are among the ``troubles``, and the processes are known.
     """
-    monitor = LogMonitor(nc, settings)
+    monitor = LogMonitor(nc, settings, part_seconds=part_seconds)
     try:
-        await monitor.look()
+        await monitor.look(whole=False)
+        if STREAMS not in monitor.state.troubles:
+            await monitor.look()
         # silence means that no process runs only after this long
         asked = monitor._asked_since
         await asyncio.sleep(0.0 if asked is None else asked + _ANSWER_SECONDS - time.monotonic())
-        if (trouble := monitor.state.troubles.get(STREAMS)) is not None:
-            raise LogUnavailableError(trouble)
         return monitor._snapshot()
     finally:
         await monitor.close()

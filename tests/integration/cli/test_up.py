@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +19,18 @@ from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from services.cli.embedded.processes import LOOPBACK
 from services.cli.embedded.stack import StackFolder, StackState
+from services.cli.main import app
 from tests.support.polling import eventually_sync
 
 START = 90.0
 #: of docs/cli.md; tests/conftest.py gives this process another one, but not the commands that it starts
 USUAL_PORT = 7001
 FIQ = [sys.executable, "-m", "services.cli.main"]
+UNBUFFERED = os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
 class Up:
@@ -237,6 +241,64 @@ def test_status_prints_tables(up: Up) -> None:
     assert len(re.findall(r"^\d\d .*persister-[12] \(pid \d+\)", result.stdout, re.MULTILINE)) == 16
 
 
+@contextmanager
+def frozen(up: Up, role: str) -> Iterator[str]:
+    """Freeze a node that has *role* in the stream; thaw it afterwards, and wait until the cluster has it back."""
+
+    def nodes() -> list[dict[str, str]]:
+        result = fiq(up.folder, "status", "--json")
+        assert result.returncode == 0, result.stderr
+        found: list[dict[str, str]] = json.loads(result.stdout)["nodes"]
+        assert ["current"] * 3 == [node["condition"] for node in found], found
+        assert ["leader", "replica", "replica"] == sorted(node["role"] for node in found)
+        return found
+
+    name = next(node["name"] for node in eventually_sync(nodes) if node["role"] == role)
+    pid = next(member.pid for member in up.state.members if member.name == name)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield name
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        eventually_sync(nodes, 60)
+
+
+@pytest.mark.parametrize("role", ["leader", "replica"])
+def test_status_answers_within_3_seconds_whichever_node_is_frozen(
+    up: Up, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """It names the node. Without the stream's leader it shows what is known by then, and says how to go on."""
+    monkeypatch.chdir(up.folder)
+    with frozen(up, role) as name:
+        began = time.monotonic()
+        result = CliRunner().invoke(app, ["status"])
+        took = time.monotonic() - began
+        assert took < 3.0, took
+        assert re.search(rf"^{name} .*does not answer", result.stdout, re.MULTILINE), result.output
+        assert 16 == len(re.findall(r"^\d\d ", result.stdout, re.MULTILINE))
+        if role == "leader":
+            assert 1 == result.exit_code
+            assert "fiq status --watch" in result.stderr
+        else:
+            assert 0 == result.exit_code, result.output
+
+
+def test_status_is_watched_until_ctrl_c(up: Up) -> None:
+    """Again and again, each time with the time of day; what cannot be asked now is tried again."""
+    command = [*FIQ, "status", "--watch"]
+    process = subprocess.Popen(command, cwd=up.folder, stdout=subprocess.PIPE, text=True, env=UNBUFFERED)
+    assert process.stdout is not None
+    times: list[str] = []
+    while len(times) < 2:
+        line = process.stdout.readline()
+        assert line, "it ended"
+        times += re.findall(r"^(\d\d:\d\d:\d\d) UTC$", line)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert 130 == process.returncode
+    assert times[0] != times[1]
+
+
 def test_nats_context_leads_to_the_running_cluster(up: Up, tmp_path: Path) -> None:
     """Without options the context is that of ./.fiq."""
     result = fiq(up.folder, "nats-context", env={"XDG_CONFIG_HOME": str(tmp_path)})
@@ -277,16 +339,20 @@ def test_a_killed_persister_is_started_again(up: Up) -> None:
 
 
 def test_status_outlasts_the_election_of_a_leader(up: Up) -> None:
-    """A status just after the death of the stream's leader is answered, if later."""
+    """Just after the death of the stream's leader the others are asked again."""
     document = json.loads(fiq(up.folder, "status", "--json").stdout)
     leader = next(node["name"] for node in document["nodes"] if node["role"] == "leader")
     victim = next(member for member in up.state.members if member.name == leader)
 
     os.kill(victim.pid, signal.SIGKILL)
-    result = fiq(up.folder, "status")
 
-    assert result.returncode == 0, result.stderr
-    assert "fi-events:" in result.stdout
+    def answered() -> str:
+        result = fiq(up.folder, "status")
+        assert result.returncode == 0, result.stderr
+        assert "fi-events:" in result.stdout
+        return result.stdout
+
+    eventually_sync(answered)
     eventually_sync(lambda: f"{leader} ended with code -9; starting it again" in up.stderr)
 
 

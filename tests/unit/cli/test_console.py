@@ -26,6 +26,31 @@ def test_a_terminal_is_never_commanded_by_data(text: str, expected: str) -> None
     assert expected == console.printable(text)
 
 
+class Terminal(io.StringIO):
+    """What a terminal shows."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", ["80", "40", "24"])
+def test_numbers_keep_all_of_their_digits_however_narrow_the_terminal_is(
+    monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    """Texts wrap instead, and lose nothing either."""
+    stdout = Terminal()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", "dumb")
+    table = console.table("name", ">lag", "owner")
+    table.add_row("N" * 30, "1234567890123", "O" * 60)
+
+    console.show(table)
+
+    assert "1234567890123" in stdout.getvalue()
+    assert (30, 60) == (stdout.getvalue().count("N"), stdout.getvalue().count("O"))
+
+
 def test_tables_are_not_cut_when_stdout_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """`fiq status | grep` sees whole columns, without colours."""
     stdout = io.StringIO()
