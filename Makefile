@@ -27,6 +27,10 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	@touch $@
 
 install: $(VENV)/.run ## install fiq into .venv
+	@echo 'installed; for the command "fiq":  export PATH="$(abspath $(BIN)):$$PATH"'
+
+up: $(VENV)/.run ## run the whole pipeline on this machine until Ctrl-C (ARGS="--port 7009")
+	$(BIN)/fiq up $(ARGS)
 
 demo: $(VENV)/.run ## run the pipeline on an embedded cluster, kill parts of it, verify the corpus
 	$(BIN)/fiq demo $(ARGS)
@@ -68,4 +72,4 @@ LOCK := -q --universal --python-version 3.11 --generate-hashes --no-emit-index-u
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
-.PHONY: help install demo test torture check format bench bench-corpus bench-soak lock clean
+.PHONY: help install up demo test torture check format bench bench-corpus bench-soak lock clean

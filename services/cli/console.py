@@ -6,9 +6,11 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:  # rich takes a while to import, and many commands print plain lines
+    from rich.console import Console
+    from rich.table import Table
 
 #: categories of characters that may control a terminal: controls, formats (text direction), surrogates
 _UNSAFE = frozenset({"Cc", "Cf", "Cs"})
@@ -16,16 +18,22 @@ _UNSAFE = frozenset({"Cc", "Cf", "Cs"})
 
 def out() -> Console:
     """Return a console on the current stdout; wide enough for tables when that is no terminal."""
+    from rich.console import Console
+
     return Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 
 def err() -> Console:
     """Return a console on the current stderr."""
+    from rich.console import Console
+
     return Console(file=sys.stderr, highlight=False, markup=False)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
     """Return an empty table; a column whose name starts with ``>`` holds numbers."""
+    from rich.table import Table
+
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         name = column.removeprefix(">")

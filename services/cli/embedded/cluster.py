@@ -23,6 +23,7 @@ from services.cli.embedded.processes import (
     ManagedProcess,
     find_nats_conf,
     find_nats_server,
+    free_block,
     free_ports,
     stop_together,
 )
@@ -58,6 +59,7 @@ class Cluster:
         nodes: 3 or more, 1 for a single server without raft, or 0 for none, of a stack without a broker.
         max_file_store: what streams may reserve on each node, in nats.conf's notation.
         client_ports: fixed ports for clients, one per node; free ones are chosen otherwise.
+        usual_port: of the first node for clients, the others follow; the next free ports if one of them is taken.
         security: a folder that ``fiq init`` made, for TLS and users. Without it any client on loopback may do anything.
     """
 
@@ -68,6 +70,7 @@ class Cluster:
         nodes: int = 3,
         max_file_store: str = "6GB",
         client_ports: tuple[int, ...] = (),
+        usual_port: int | None = None,
         security: Path | None = None,
     ) -> None:
         if client_ports and len(client_ports) != nodes:
@@ -75,7 +78,8 @@ class Cluster:
         self.folder = folder.absolute()
         self.size = nodes
         self._max_file_store = max_file_store
-        self._client_ports = client_ports
+        self.client_ports = client_ports
+        self._usual_port = usual_port
         self._security = None if security is None else Layout(security.absolute())
         self._server = find_nats_server() if nodes else Path()
         self.ports: list[NodePorts] = []
@@ -109,7 +113,7 @@ class Cluster:
                 self.wait_ready(timeout)
             except PortTakenError:
                 self.stop_all(grace=1.0)
-                if attempt == _PORT_TRIES or self._client_ports:
+                if attempt == _PORT_TRIES or self.client_ports:
                     raise
             except BaseException:
                 self.stop_all(grace=1.0)
@@ -121,7 +125,8 @@ class Cluster:
         """Choose ports and start all nodes, without waiting."""
         self.write_configuration()
         free = iter(free_ports(3 * self.size))
-        fixed = dict(enumerate(self._client_ports))
+        usual = [] if self._usual_port is None else free_block(self._usual_port, self.size)
+        fixed = dict(enumerate(self.client_ports or usual))
         self.ports = [NodePorts(fixed.get(index, next(free)), next(free), next(free)) for index in range(self.size)]
         self.nodes = [self._process(index) for index in range(self.size)]
         for node in self.nodes:

@@ -71,6 +71,18 @@ def free_ports(count: int) -> list[int]:
     return chosen
 
 
+def free_block(first: int, count: int) -> list[int]:
+    """Choose *count* consecutive ports from *first* on, or from ten, twenty … ports further on: the first free ones.
+
+    Raises CommandError: none of a hundred such blocks is free.
+    """
+    for start in range(first, first + 1000, 10):
+        block = list(range(start, start + count))
+        if all(map(is_free, block)):
+            return block
+    raise CommandError(f"no {count} free TCP ports from {first} on: stop something first, or choose other ports")
+
+
 def _first_ephemeral() -> int:
     try:
         first = int(_EPHEMERAL_RANGE.read_text().split()[0])

@@ -35,6 +35,8 @@ from services.log.settings import FORMED_FILE
 
 #: where ingest listens unless another port is asked for or this one is taken
 PREFERRED_PORT = 7001
+#: where the first node of `fiq up` listens for clients, the others on the ports after it
+PREFERRED_NATS_PORT = 4222
 #: how long a service may take until it is ready, seconds
 START_TIMEOUT = 60.0
 #: how long a service gets to stop, seconds: FI_SHUTDOWN_GRACE and a margin
@@ -93,6 +95,8 @@ class Stack:
     Args:
         folder: for everything that is written.
         port: of ingest; by default 7001, or a free one when that is taken.
+        nats_port: of the first node for clients, the others follow; free ones are chosen otherwise.
+        usual_nats_ports: choose 4222 and the ports after it, or the next free ones, unless *nats_port* is given.
         persisters: number of persister processes.
         nodes: of the cluster: 3, or 1 for cheap tests.
         log: which log; ZeroMQ needs no cluster.
@@ -104,6 +108,8 @@ class Stack:
         folder: Path,
         *,
         port: int | None = None,
+        nats_port: int | None = None,
+        usual_nats_ports: bool = False,
         persisters: int = 2,
         nodes: int = 3,
         log: LogKind = LogKind.NATS,
@@ -113,7 +119,13 @@ class Stack:
         self.data_dir = self.folder / "corpus"
         self.logs = self.folder / "logs"
         self.log = log
-        self.cluster = Cluster(self.folder / "cluster", nodes=nodes if log is LogKind.NATS else 0)
+        size = nodes if log is LogKind.NATS else 0
+        self.cluster = Cluster(
+            self.folder / "cluster",
+            nodes=size,
+            client_ports=() if nats_port is None else tuple(range(nats_port, nats_port + size)),
+            usual_port=PREFERRED_NATS_PORT if usual_nats_ports and nats_port is None else None,
+        )
         self._fixed_port = port
         self._count = persisters
         self._env = {**os.environ, **(env or {})}
@@ -138,6 +150,18 @@ class Stack:
     def usual_port_taken(self) -> bool:
         """Whether ingest has another port than 7001, although none was asked for."""
         return self._fixed_port is None and self.ingest.port != PREFERRED_PORT
+
+    @property
+    def usual_nats_port_taken(self) -> bool:
+        """Whether the nodes have other ports than 4222 and those after it, although none were asked for."""
+        ports = self.cluster.ports
+        return not self.cluster.client_ports and bool(ports) and ports[0].client != PREFERRED_NATS_PORT
+
+    @property
+    def token_file(self) -> Path | None:
+        """File with the API tokens; None if requests need none."""
+        name = self._env.get("FI_TOKEN_FILE", "").strip()
+        return Path(name) if name else None
 
     @property
     def parts(self) -> list[str]:
@@ -167,7 +191,10 @@ class Stack:
         the other log; ChildFailedError: a process ended, or was not ready in time; everything is stopped again.
         """
         if self._fixed_port is not None and not is_free(self._fixed_port):
-            raise PortTakenError(f"port {self._fixed_port} is taken: choose another one")
+            raise PortTakenError(f"port {self._fixed_port} is taken: choose another one with --port")
+        for port in self.cluster.client_ports:
+            if not is_free(port):
+                raise PortTakenError(f"port {port} is taken: choose others for the nodes with --nats-port")
         self._check_log()
         try:
             if self.cluster.size:
@@ -180,6 +207,14 @@ class Stack:
         except BaseException:
             self.stop(grace=2.0)
             raise
+
+    def is_ready(self, name: str) -> bool:
+        """Whether the part *name* is: a service by its ``/readyz``, a node by its ``/healthz``."""
+        for service in self.services:
+            if service.name == name:
+                return service.is_ready()
+        ports = self.cluster.ports[self.cluster.names.index(name)]
+        return monitoring.get(ports.monitoring, "/healthz")[0] == 200
 
     def restart(self, service: Service) -> None:
         """Start a service that ended, on its port, without waiting."""

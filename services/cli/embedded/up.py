@@ -9,6 +9,7 @@ import contextlib
 import os
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +17,23 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from services.cli import console
 from services.cli.embedded.processes import ManagedProcess
-from services.cli.embedded.stack import DEFAULT_FOLDER, PREFERRED_PORT, LogKind, Stack, StackFolder
+from services.cli.embedded.stack import (
+    DEFAULT_FOLDER,
+    PREFERRED_NATS_PORT,
+    PREFERRED_PORT,
+    LogKind,
+    Stack,
+    StackFolder,
+)
 from services.cli.errors import ChildFailedError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: how often the processes are checked, seconds
-_CHECK_SECONDS = 0.5
-#: a process that ended is started again after this, seconds
+_CHECK_SECONDS = 0.1
+#: pause before a process that ended more than once within _RESTART_WINDOW is started again, seconds
 _RESTART_PAUSE = 1.0
 #: after more ends than this within _RESTART_WINDOW seconds everything is stopped
 _RESTARTS = 5
@@ -49,6 +56,12 @@ def up(
             min=1, max=65535, help="Port of the HTTP interface; 7001 by default, or a free one if that is taken."
         ),
     ] = None,
+    nats_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65533, help="First of the nodes' three ports; 4222 by default, or the next free ones if taken."
+        ),
+    ] = None,
     log: Annotated[
         LogKind, typer.Option(help="The log: three NATS nodes, or ZeroMQ, which has no broker (docs/logs.md).")
     ] = LogKind.NATS,
@@ -61,7 +74,10 @@ def up(
     """
     home = StackFolder(folder)
     with home.held():
-        stack = Stack(folder, port=port, log=log)
+        stack = Stack(folder, port=port, nats_port=nats_port, usual_nats_ports=True, log=log)
+        typer.echo(
+            f"starting {len(stack.parts)} processes in {_shown(stack.folder)}: {', '.join(stack.parts)}", err=True
+        )
         try:
             with _signals(stack):
                 _run(stack, home)
@@ -75,6 +91,13 @@ def _run(stack: Stack, home: StackFolder) -> None:
         home.write(stack.state())
         if stack.usual_port_taken:
             typer.echo(f"port {PREFERRED_PORT} is taken, using {stack.ingest.port}", err=True)
+        if stack.usual_nats_port_taken:
+            first, *_, last = (ports.client for ports in stack.cluster.ports)
+            typer.echo(
+                f"a port from {PREFERRED_NATS_PORT} on is taken, the nodes use {first} to {last}: a context of the "
+                "`nats` command line needs  fiq nats-context  again",
+                err=True,
+            )
         typer.echo(_welcome(stack))
         _watch(stack, home)
     except _StopRequested as request:
@@ -86,6 +109,12 @@ def _run(stack: Stack, home: StackFolder) -> None:
 
 
 def _start(stack: Stack) -> None:
+    if not sys.stderr.isatty():
+        stack.start(lambda name: typer.echo(f"{name} is ready", err=True))
+        return
+    # it takes a while to import, which the first line must not wait for
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console.err(), transient=True) as progress:
         waiting = list(stack.parts)
@@ -134,30 +163,48 @@ def _signals(stack: Stack) -> Iterator[None]:
 
 def _watch(stack: Stack, home: StackFolder) -> None:
     ended: dict[str, list[float]] = {}
+    away: dict[str, float] = {}  # when those that are not ready again ended
     while True:
         time.sleep(_CHECK_SECONDS)
         for process in stack.processes:
             if not process.running:
+                away.setdefault(process.name, time.monotonic())
                 _start_again(process, ended.setdefault(process.name, []))
                 home.write(stack.state())
+        for name in [name for name in away if stack.is_ready(name)]:
+            typer.echo(f"{name} is back after {time.monotonic() - away.pop(name):.1f} s", err=True)
 
 
 def _start_again(process: ManagedProcess, ended: list[float]) -> None:
     now = time.monotonic()
     ended[:] = [moment for moment in ended if now - moment < _RESTART_WINDOW]
     ended.append(now)
+    how = _how_it_ended(process.exit_code or 0)
     if len(ended) > _RESTARTS:
         raise ChildFailedError(
-            f"{process.name} ended {len(ended)} times within a minute, last with code {process.exit_code}; all was "
-            f"stopped. The end of its log, {process.log}:\n{process.log_tail()}"
+            f"{process.name} ended {len(ended)} times within a minute, at last it {how}; all was stopped. The end of "
+            f"its log, {process.log}:\n{process.log_tail()}"
         )
-    typer.echo(f"{process.name} ended with code {process.exit_code}; starting it again", err=True)
-    time.sleep(_RESTART_PAUSE)
+    typer.echo(f"{process.name} (pid {process.pid}) {how}; starting it again", err=True)
+    if len(ended) > 1:
+        time.sleep(_RESTART_PAUSE)
     process.start()
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with code {code}"
+    try:
+        return f"was killed ({signal.Signals(-code).name})"
+    except ValueError:  # a real-time signal
+        return f"was killed (signal {-code})"
 
 
 def _welcome(stack: Stack) -> str:
     folder, corpus = _shown(stack.folder), _shown(stack.data_dir)
+    token, header = "", ""
+    if stack.token_file is not None:
+        token, header = _token_note(stack.token_file), ' \\\n    -H "Authorization: Bearer $FI_TOKEN"'
     option = "" if stack.folder == DEFAULT_FOLDER.absolute() else f" --folder {shlex.quote(folder)}"
     metrics = ", ".join(f"{service.name} {service.management_url}/metrics" for service in stack.services)
     pids = ", ".join(f"{member.name} {member.pid}" for member in stack.state().members)
@@ -173,6 +220,7 @@ def _welcome(stack: Stack) -> str:
 fiq is up; Ctrl-C stops it. The data stay in {folder}
 
   HTTP      {stack.ingest.url}
+  API       {stack.ingest.url}/docs
   {address}
   ready?    {stack.ingest.management_url}/readyz
   metrics   {metrics}
@@ -180,9 +228,9 @@ fiq is up; Ctrl-C stops it. The data stay in {folder}
   corpus    {corpus}
   logs      {logs}
 
-Post an event:
+{token}Post an event:
 
-  curl -i {stack.ingest.url}/consultations/c-1/events -H 'Content-Type: application/json' \\
+  curl -i {stack.ingest.url}/consultations/c-1/events -H 'Content-Type: application/json'{header} \\
     -d '{{"event_type": "MESSAGE_RECEIVED", "payload": {{"text": "hello"}}}}'
 
 {look}
@@ -198,6 +246,17 @@ Read the consultation, here or in Python:
           print(event.sequence, event.received, event.payload)
   END
 """
+
+
+def _token_note(tokens: Path) -> str:
+    """Say how a token gets into FI_TOKEN: from the deployment that the file *tokens* is of, or a new one."""
+    made = sorted((tokens.parent.parent / "clients").glob("*.token"))
+    if made:
+        command = f"export FI_TOKEN=$(cat {shlex.quote(_shown(made[0]))})"
+    else:
+        scopes = "--scopes read,write"
+        command = f"export FI_TOKEN=$(fiq token new my-token {scopes} --file {shlex.quote(str(tokens))})"
+    return f"Requests need a token of {tokens}:\n\n  {command}\n\n"
 
 
 def _shown(path: Path) -> str:

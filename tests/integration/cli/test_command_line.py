@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from services.cli.main import COMMANDS, app
 
+ROOT = Path(__file__).parents[3]
+
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
@@ -54,6 +56,22 @@ def test_h5py_is_imported_only_when_a_corpus_is_read() -> None:
 
     assert "services.cli.status" in modules
     assert "h5py" not in modules
+
+
+def test_the_first_line_of_up_waits_for_no_slow_import() -> None:
+    """It is to come within half a second; each of these takes 0.05 to 0.2 s."""
+    modules = set(imported_by("up --help"))
+
+    assert "services.cli.embedded.up" in modules
+    assert set() == modules & {"rich.console", "structlog", "aiohttp", "nats", "h5py", "numpy", "cryptography"}
+
+
+def test_make_up_runs_the_pipeline() -> None:
+    """For those who have just read the README."""
+    command = ["make", "-n", "up", "ARGS=--port 7009"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert ".venv/bin/fiq up --port 7009" == result.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("arguments", ["version", "--help"])

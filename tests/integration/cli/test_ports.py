@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.embedded import processes
-from services.cli.embedded.processes import LOOPBACK, free_ports, is_free
+from services.cli.embedded.processes import LOOPBACK, free_block, free_ports, is_free
 from services.cli.errors import CommandError
 
 
@@ -58,3 +58,20 @@ def test_a_machine_without_free_ports_is_a_clear_error(monkeypatch: pytest.Monke
 
     with pytest.raises(CommandError, match="stop something"):
         free_ports(1)
+
+
+def test_a_block_of_ports_with_a_listener_is_left_for_the_next_free_one() -> None:
+    """Ten ports further on, and the same one again when it is free."""
+    first = free_block(free_ports(1)[0], 3)[0]
+    with socket.create_server((LOOPBACK, first + 1)):
+        assert first < free_block(first, 3)[0]
+        assert 0 == (free_block(first, 3)[0] - first) % 10
+    assert [first, first + 1, first + 2] == free_block(first, 3)
+
+
+def test_a_hundred_taken_blocks_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something else is wrong then."""
+    monkeypatch.setattr(processes, "is_free", lambda _: False)
+
+    with pytest.raises(CommandError, match="from 4222 on"):
+        free_block(4222, 3)

@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.embedded.processes import LOOPBACK
+from services.cli.embedded.processes import LOOPBACK, free_block, free_ports
 from services.cli.embedded.stack import StackFolder, StackState
 from services.cli.main import app
 from tests.support.polling import eventually_sync
 
 START = 90.0
 #: of docs/cli.md; tests/conftest.py gives this process another one, but not the commands that it starts
-USUAL_PORT = 7001
+USUAL_PORT, USUAL_NATS_PORT = 7001, 4222
 FIQ = [sys.executable, "-m", "services.cli.main"]
 UNBUFFERED = os.environ | {"PYTHONUNBUFFERED": "1"}
 
@@ -36,12 +37,18 @@ UNBUFFERED = os.environ | {"PYTHONUNBUFFERED": "1"}
 class Up:
     """A `fiq up` that runs in a folder."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, env: Mapping[str, str] = {}) -> None:
         self.folder = folder
         self._stdout, self._stderr = folder / "stdout", folder / "stderr"
         with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
             self.process = subprocess.Popen(
-                [*FIQ, "up", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0
+                [*FIQ, "up", *options],
+                cwd=folder,
+                env=os.environ | env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                process_group=0,
             )
 
     @property
@@ -73,8 +80,8 @@ class Up:
 
 
 @contextmanager
-def running(folder: Path, *options: str) -> Iterator[Up]:
-    up = Up(folder, *options)
+def running(folder: Path, *options: str, env: Mapping[str, str] = {}) -> Iterator[Up]:
+    up = Up(folder, *options, env=env)
     try:
         up.wait_ready()
         yield up
@@ -143,13 +150,34 @@ def test_up_prints_what_to_paste(up: Up) -> None:
     """The first screen has the addresses and an example for each way in."""
     assert up.state.ingest_url in up.stdout
     assert up.state.log_url in up.stdout
+    assert f"{up.state.ingest_url}/docs\n" in up.stdout
     assert [word for word in ("curl", "nats --server", "open_corpus", "fiq show") if word not in up.stdout] == []
+    assert "FI_TOKEN" not in up.stdout
+
+
+def test_up_says_at_once_what_it_starts_and_then_what_is_ready(up: Up) -> None:
+    """Also where no bar can be drawn; test_command_line.py has what may be imported before the first line."""
+    parts = ["n1", "n2", "n3", "ingest", "persister-1", "persister-2"]
+    lines = up.stderr.splitlines()
+    assert f"starting {', '.join(parts)} in .fiq" == lines[0]
+    assert sorted(f"{part} is ready" for part in parts) == sorted(lines[1:7])
 
 
 def test_up_says_that_the_usual_port_is_taken(up: Up) -> None:
     """Or a client of the usual port would reach another service."""
     port = up.state.ingest_url.rpartition(":")[2]
     assert f"port {USUAL_PORT} is taken, using {port}\n" in up.stderr
+
+
+def test_the_nodes_have_the_usual_ports_or_the_next_free_ones(up: Up) -> None:
+    """So that a context of the `nats` command line stays valid from one `fiq up` to the next; else it is said."""
+    ports = [int(member.url.rpartition(":")[2]) for member in up.state.nodes]
+    assert list(range(ports[0], ports[0] + 3)) == ports
+    assert 0 == (ports[0] - USUAL_NATS_PORT) % 10
+    said = (
+        f"the nodes use {ports[0]} to {ports[2]}: a context of the `nats` command line needs  fiq nats-context  again"
+    )
+    assert (ports[0] != USUAL_NATS_PORT) == (said in up.stderr)
 
 
 def test_the_printed_examples_work(up: Up) -> None:
@@ -333,7 +361,8 @@ def test_a_killed_persister_is_started_again(up: Up) -> None:
     os.kill(victim.pid, signal.SIGKILL)
 
     eventually_sync(lambda: up.state != before)
-    assert "persister-1 ended with code -9; starting it again" in up.stderr
+    assert f"persister-1 (pid {victim.pid}) was killed (SIGKILL); starting it again\n" in up.stderr
+    eventually_sync(lambda: re.search(r"^persister-1 is back after \d+\.\d s$", up.stderr, re.MULTILINE))
     post(up, "after-the-kill", 1)
     shown(up, "after-the-kill", 1)
 
@@ -353,7 +382,8 @@ def test_status_outlasts_the_election_of_a_leader(up: Up) -> None:
         return result.stdout
 
     eventually_sync(answered)
-    eventually_sync(lambda: f"{leader} ended with code -9; starting it again" in up.stderr)
+    assert f"{leader} (pid {victim.pid}) was killed (SIGKILL); starting it again\n" in up.stderr
+    eventually_sync(lambda: f"\n{leader} is back after " in up.stderr, 60)
 
 
 def test_a_taken_port_is_refused(tmp_path: Path) -> None:
@@ -364,6 +394,33 @@ def test_a_taken_port_is_refused(tmp_path: Path) -> None:
 
     assert result.returncode == 1
     assert f"port {port} is taken" in result.stderr
+    assert "--port" in result.stderr
+
+
+def test_a_taken_port_of_the_nodes_is_refused(tmp_path: Path) -> None:
+    """If it was asked for: a context of the `nats` command line may have it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = fiq(tmp_path, "up", "--nats-port", str(port - 2))
+
+    assert result.returncode == 1
+    assert "is taken: choose others for the nodes with --nats-port" in result.stderr
+
+
+def test_a_stack_on_chosen_ports_and_with_tokens(tmp_path: Path) -> None:
+    """The nodes have the ports that were asked for, and what is printed to paste has a token."""
+    tokens = tmp_path / "tokens"
+    first = free_block(max(free_ports(1)), 3)[0]
+    assert 0 == fiq(tmp_path, "token", "new", "first", "--file", str(tokens)).returncode
+    with running(tmp_path, "--nats-port", str(first), env={"FI_TOKEN_FILE": str(tokens)}) as up:
+        assert ",".join(f"nats://{LOOPBACK}:{first + node}" for node in range(3)) == up.state.log_url
+        export = re.search(r"^  (export FI_TOKEN=.*)$", up.stdout, re.MULTILINE)
+        curl = re.search(r"^  (curl .*?'$)", up.stdout, re.MULTILINE | re.DOTALL)
+        assert export is not None
+        assert curl is not None
+        script = f'fiq() {{ {shlex.join(FIQ)} "$@"; }}\n{export[1]}\n{curl[1]}'
+        result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.stdout.startswith("HTTP/1.1 202"), result
 
 
 def test_ctrl_c_stops_everything_and_the_data_stay(tmp_path: Path) -> None:
