@@ -100,9 +100,9 @@ def post(
     _check_ids(consultation, key)
     # the ids of exported events are not in their bodies, where a batch would look for them
     batch = 1 if exported else batch
-    service = find_service(url, folder, token_file)
-    options = _Options(service, ca_file, consultation, concurrency, batch, patience, exported)
     with _opened(file) as source:
+        service = find_service(url, folder, token_file)
+        options = _Options(service, ca_file, consultation, concurrency, batch, patience, exported)
         if not _is_regular(source):
             _post(source, options, key or _new_key(), state, None)
             return

@@ -235,7 +235,7 @@ class ClusterStatus:
     """The output of ``fiq status``; *remarks* say what is unknown or needs attention.
 
     Attributes:
-        complete: False if the stream's leader did not answer in time.
+        complete: False if the leader of the stream, or of the bucket with the placements, did not answer in time.
     """
 
     nodes: tuple[Node, ...]
@@ -288,13 +288,15 @@ def _look(server: str | None, folder: Path | None, corpus: Path | None) -> Clust
 
 async def _read(target: Target, corpus: Path | None) -> ClusterStatus:
     members = () if target.state is None else target.state.nodes
+    # in threads, while the log is asked, which is mostly waiting
     healths = asyncio.gather(*(asyncio.to_thread(_health, member) for member in members))
+    files = asyncio.create_task(asyncio.to_thread(_committed, corpus))
     if target.settings.uses_zeromq:
         snapshot = await take_snapshot(None, target.settings, target.state)
     else:
         async with connected(target.settings) as connection:
             snapshot = await take_snapshot(connection, target.settings, target.state, patience=_STATUS_PATIENCE)
-    committed, remarks = _committed(corpus)
+    committed, remarks = await files
     log = snapshot.log
     if not log.has_stream:
         remarks += _without_broker(snapshot, target.settings)
@@ -309,7 +311,8 @@ async def _read(target: Target, corpus: Path | None) -> ClusterStatus:
         remarks.append(f"it is unknown which persisters run: {snapshot.why_unknown(PROCESSES)}")
     elif not snapshot.workers and log.has_stream:
         remarks.append("no persister answers: events are kept in the stream until one runs")
-    if log.stream_exists and log.has_stream and log.stores is None and trouble is None:
+    unplaced = log.stream_exists and log.has_stream and log.stores is None
+    if unplaced and trouble is None:
         remarks.append(f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}; run  fiq doctor")
     now = time.time() - log.clock_offset
     return ClusterStatus(
@@ -319,7 +322,7 @@ async def _read(target: Target, corpus: Path | None) -> ClusterStatus:
         workers=snapshot.workers,
         partitions=tuple(_partition(one, snapshot.workers, committed, now) for one in snapshot.partitions),
         remarks=tuple(remarks),
-        complete=trouble is None,
+        complete=trouble is None and not unplaced,
     )
 
 

@@ -75,9 +75,7 @@ def up(
     home = StackFolder(folder)
     with home.held():
         stack = Stack(folder, port=port, nats_port=nats_port, usual_nats_ports=True, log=log)
-        typer.echo(
-            f"starting {len(stack.parts)} processes in {_shown(stack.folder)}: {', '.join(stack.parts)}", err=True
-        )
+        typer.echo(f"starting {', '.join(stack.parts)} in {_shown(stack.folder)}", err=True)
         try:
             with _signals(stack):
                 _run(stack, home)

@@ -482,7 +482,7 @@ async def test_the_token_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["x"], "name the service with --url or FI_URL"),
         (["x", "--folder", "nowhere"], "fiq up"),
         (["x", "--url", "nonsense", "--consultation", "c-1"], "http://host:port"),
-        (["x", "--ca-file", "nowhere", "--consultation", "c-1"], "cannot read certificates from nowhere"),
+        (["x", "--url", "https://x", "--ca-file", "nowhere", "--consultation", "c"], "cannot read certificates"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -303,12 +303,12 @@ def test_status_answers_within_3_seconds_whichever_node_is_frozen(
         took = time.monotonic() - began
         assert took < 3.0, took
         assert re.search(rf"^{name} .*does not answer", result.stdout, re.MULTILINE), result.output
-        assert 16 == len(re.findall(r"^\d\d ", result.stdout, re.MULTILINE))
+        # a persister that is connected to that node does not answer either
+        assert re.search(r"^\d\d .*persister-", result.stdout, re.MULTILINE), result.output
         if role == "leader":
-            assert 1 == result.exit_code
-            assert "fiq status --watch" in result.stderr
-        else:
-            assert 0 == result.exit_code, result.output
+            assert (1, True) == (result.exit_code, "fiq status --watch" in result.stderr)
+        else:  # it may lead the placements
+            assert result.exit_code == 0 or "placement of partitions is unknown" in result.stderr
 
 
 def test_status_is_watched_until_ctrl_c(up: Up) -> None:
@@ -418,9 +418,14 @@ def test_a_stack_on_chosen_ports_and_with_tokens(tmp_path: Path) -> None:
         curl = re.search(r"^  (curl .*?'$)", up.stdout, re.MULTILINE | re.DOTALL)
         assert export is not None
         assert curl is not None
-        script = f'fiq() {{ {shlex.join(FIQ)} "$@"; }}\n{export[1]}\n{curl[1]}'
-        result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert result.stdout.startswith("HTTP/1.1 202"), result
+        script = f'fiq() {{ {shlex.join(FIQ)} "$@"; }}\n{export[1]}\nprintf %s $FI_TOKEN'
+        token = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+        def posted() -> bool:  # the token is valid within a second
+            env = os.environ | {"FI_TOKEN": token}
+            return subprocess.check_output(["bash", "-c", curl[1]], env=env, text=True).startswith("HTTP/1.1 202")
+
+        eventually_sync(posted)
 
 
 def test_ctrl_c_stops_everything_and_the_data_stay(tmp_path: Path) -> None:
