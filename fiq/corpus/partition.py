@@ -24,7 +24,7 @@ import numpy as np
 from h5py import h5d, h5g, h5p, h5s, h5t
 
 from fiq.corpus.consultation import Consultation, open_datasets
-from fiq.corpus.errors import AppendRefusedError, CorpusFormatError
+from fiq.corpus.errors import AppendRefusedError, CorpusFormatError, CorpusIOError
 from fiq.corpus.format import (
     ACTIVE,
     ACTIVE_DTYPE,
@@ -59,6 +59,10 @@ from fiq.corpus.wal.file import AtomicFile
 #: consultations whose conflicts stay open: they are rare
 _OPEN_CONFLICTS = 16
 _MAX_SIGNED = 2**63 - 1
+#: what h5py raises; the last one when it overlooks that a method of the file has raised (h5py 3.16)
+HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, MemoryError, SystemError)
+#: what HDF5 says when malloc(3) fails
+_NO_MEMORY = "memory allocation failed"
 _ROW_BYTES = EVENT_HEAD.size + CHAIN_BYTES
 #: makes a growing dataset, given as h5py's low-level ``DatasetID`` with its element's and chunk's size
 DatasetFactory = Callable[..., "GrowingDataset"]
@@ -72,12 +76,16 @@ def hdf5_errors(file: AtomicFile) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except HDF5_ERRORS as error:
         raise hdf5_error(file, error) from error
 
 
 def hdf5_error(file: AtomicFile, error: BaseException) -> BaseException:
     """Return the corpus's error for one of h5py, which hides what its *file* raised."""
+    if isinstance(error, SystemError) and file.failure is None:
+        return error
+    if file.failure is None and (isinstance(error, MemoryError) or _NO_MEMORY in str(error)):
+        return CorpusIOError(f"{file.name}: out of memory")
     return file.failure or CorpusFormatError(f"{file.name}: HDF5: {error}")
 
 

@@ -41,7 +41,7 @@ from fiq.corpus.format import (
 )
 from fiq.corpus.names import DatasetPages, NameTree
 from fiq.corpus.wal.recovery import Snapshot
-from fiq.corpus.wal.storage import StorageIO, locked_directory, replace_file, system_errors
+from fiq.corpus.wal.storage import StorageIO, locked_directory, reason_of, replace_file, system_errors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -335,9 +335,10 @@ class _Partition:
             )
         try:
             yield
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            if self._snapshot.failure is not None:
-                raise CorpusIOError(f"cannot read {self._path.name}: {self._snapshot.failure}") from error
+        except (OSError, RuntimeError, ValueError, KeyError, MemoryError) as error:
+            failure = error if isinstance(error, MemoryError) else self._snapshot.failure
+            if failure is not None:
+                raise CorpusIOError(f"cannot read {self._path.name}: {reason_of(failure)}") from error
             raise CorpusFormatError(f"{self._path.name}: HDF5: {error}") from error
 
 

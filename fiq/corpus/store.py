@@ -18,7 +18,7 @@ from fiq.corpus.consultation import Consultation, StoredRow
 from fiq.corpus.errors import AppendRefusedError, StoreFailedError
 from fiq.corpus.format import Identity, Record, empty_file
 from fiq.corpus.ids import IdHashes, KnownIds
-from fiq.corpus.partition import ConsultationGroups, WritablePartition, hdf5_error, hdf5_errors
+from fiq.corpus.partition import HDF5_ERRORS, ConsultationGroups, WritablePartition, hdf5_error, hdf5_errors
 from fiq.corpus.wal.file import AtomicFile
 from fiq.corpus.wal.journal import refuse_archive
 from fiq.corpus.wal.recovery import create_pair
@@ -215,7 +215,7 @@ class _Guard:
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         if error is None:
             return
-        is_hdf5 = isinstance(error, (OSError, RuntimeError, ValueError, KeyError))
+        is_hdf5 = isinstance(error, HDF5_ERRORS)
         self.failure = hdf5_error(self._file, error) if is_hdf5 else error
         if is_hdf5:
             raise self.failure from error

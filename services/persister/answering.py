@@ -171,7 +171,7 @@ class QuestionResponder:
                 raise NotNowError("the partition was released")
             file.check_readable()
             with file.store.reading() as lookup:
-                answer = _answer(one.question, file, lookup, one.asked.room)
+                answer = answer_to(one.question, file, lookup, one.asked.room)
             return _Result("answered", answer, time.perf_counter() - started)
         except _TooLargeError as error:
             return _Result("away", failure=Failure.TOO_LARGE, reason=str(error))
@@ -185,7 +185,12 @@ class QuestionResponder:
             return _Result("failed", failure=Failure.FAULT, reason="a fault of the persister")
 
 
-def _answer(question: Question, file: PartitionFile, lookup: Lookup, room: int) -> Answer:
+def answer_to(question: Question, file: PartitionFile, lookup: Lookup, room: int) -> Answer:
+    """Return the answer to *question* about *file*, whose content *lookup* reads, in at most *room* bytes.
+
+    Raises TransientError: it cannot be answered now, or an event is larger than *room*; CorpusError: the file is
+    damaged.
+    """
     match question:
         case Ids():
             found = lookup.id_hashes(question.consultation, min(MAX_IDS, (room - HEAD_BYTES) // 8))

@@ -29,7 +29,7 @@ from fiq.corpus.wal.checkpoint import (
 from fiq.corpus.wal.journal import Journal, journal_path
 from fiq.corpus.wal.pages import PAGE, PageCache, SectorIndex
 from fiq.corpus.wal.recovery import open_pair
-from fiq.corpus.wal.storage import Buffer, StorageIO, system_errors, unlock
+from fiq.corpus.wal.storage import Buffer, StorageIO, reason_of, system_errors, unlock
 
 #: growth of the file that is reserved on the disk ahead of the commits, bytes
 _RESERVE_BYTES = 1 << 20
@@ -127,7 +127,7 @@ class AtomicFile:
             self._last_read = self._position, len(view)
         try:
             self._cache.read_into(self._position, view)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             raise self._remember(f"read {self.name}", error) from error
         self._position += len(view)
         return len(view)
@@ -144,7 +144,7 @@ class AtomicFile:
         if not self._frozen:
             try:
                 self._cache.write(self._position, data)
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 raise self._remember(f"read {self.name}", error) from error
         self._position += size
         return size
@@ -188,7 +188,7 @@ class AtomicFile:
         """Keep *data*, which belongs at *offset*, for the next commit; the position stays."""
         try:
             self._cache.write(offset, data)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             raise self._remember(f"read {self.name}", error) from error
 
     # -- Commits ------------------------------------------------------------------------------------------------------
@@ -442,9 +442,9 @@ class AtomicFile:
         if self.failure is not None:
             raise StoreFailedError(f"{self.name} failed before ({self.failure}); open it again")
 
-    def _remember(self, operation: str, error: OSError) -> CorpusIOError:
+    def _remember(self, operation: str, error: OSError | MemoryError) -> CorpusIOError:
         """Remember an error: h5py hides those that its callbacks raise."""
-        told = CorpusIOError(f"cannot {operation}: {error.strerror or error}")
+        told = CorpusIOError(f"cannot {operation}: {reason_of(error)}")
         self.failure = self.failure or told
         return told
 
@@ -453,7 +453,7 @@ class AtomicFile:
         """Remember the error of the block."""
         try:
             yield
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             raise self._remember(operation, error) from error
         except CorpusError as error:
             self.failure = self.failure or error

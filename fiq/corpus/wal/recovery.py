@@ -139,7 +139,7 @@ class Snapshot:
         self._position = 0
         self._closed = False
         #: the error that a read met, which HDF5 hides
-        self.failure: Exception | None = None
+        self.failure: OSError | MemoryError | None = None
         with ExitStack() as undo, system_errors(f"open {path.name}"):
             try:
                 self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -181,8 +181,8 @@ class Snapshot:
         view = memoryview(buffer).cast("B")
         try:
             self._fill(view)
-        except OSError as error:
-            self.failure = error
+        except (OSError, MemoryError) as error:
+            self.failure = error  # h5py hides it
             raise
         self._position += len(view)
         return len(view)

@@ -234,11 +234,16 @@ def locked_directory(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def system_errors(operation: str) -> Iterator[None]:
-    """Turn an ``OSError`` inside the block into a CorpusIOError that names the *operation*.
+    """Turn an ``OSError`` or ``MemoryError`` inside the block into a CorpusIOError that names the *operation*.
 
-    Raises CorpusIOError: the block raised an ``OSError``.
+    Raises CorpusIOError: the block raised one of them.
     """
     try:
         yield
-    except OSError as error:
-        raise CorpusIOError(f"cannot {operation}: {error.strerror or error}") from error
+    except (OSError, MemoryError) as error:
+        raise CorpusIOError(f"cannot {operation}: {reason_of(error)}") from error
+
+
+def reason_of(error: OSError | MemoryError) -> str:
+    """Return what the system said."""
+    return "out of memory" if isinstance(error, MemoryError) else error.strerror or str(error)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fiq.corpus import CorpusIOError, EventStore, StoreFailedError, StoreOptions
+from fiq.corpus import CorpusIOError, EventStore, StoreFailedError, StoreOptions, open_corpus
+from fiq.corpus.partition import ConsultationGroups
 from fiq.corpus.wal.pages import PageCache
+from fiq.corpus.wal.recovery import Snapshot
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, stock_contents
 from tests.support.faulty_io import FailingIO
 
@@ -133,3 +136,74 @@ def _work_until_a_failure(path: Path, io: FailingIO) -> int:
     except CorpusIOError:
         store.abandon()
     return acknowledged
+
+
+@pytest.mark.parametrize("call", ["read_into", "write", "truncate"])
+def test_a_lack_of_memory_in_a_call_of_hdf5_is_transient(
+    path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HDF5 reports only that its file failed; that must not look like a damaged file, which stops a partition."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 101))
+    store = EventStore.open(path, expected=IDENTITY, options=StoreOptions(open_consultations=1))
+    original, calls = getattr(PageCache, call), 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return original(*args)
+
+    def work() -> None:
+        for start in range(101, 1000, 25):
+            commit_range(store, range(start, start + 25))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PageCache, call, failing)
+        with pytest.raises(CorpusIOError, match="out of memory"):
+            work()
+    assert calls >= 2
+    committed = store.committed
+    store.abandon()
+    with EventStore.open(path, expected=IDENTITY) as store:
+        assert store.committed == committed
+        commit_range(store, range(committed + 1, committed + 26))
+    assert (committed + 25, expected(committed + 25)) == stock_contents(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("Unable to open (memory allocation failed for block)")])
+def test_a_lack_of_memory_in_hdf5_itself_is_transient(
+    path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In appends, in commits, and in what is read between them."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    store = EventStore.open(path, expected=IDENTITY)
+    monkeypatch.setattr(ConsultationGroups, "consultation", fail)
+    with pytest.raises(CorpusIOError, match="out of memory"), store.reading() as lookup:
+        lookup.consultation("c-0001")
+    commit_range(store, range(1, 11))
+    monkeypatch.setattr(ConsultationGroups, "append", fail)
+    with pytest.raises(CorpusIOError, match="out of memory"):
+        commit_range(store, range(11, 21))
+    store.abandon()
+
+
+def test_a_reader_without_memory_does_not_take_the_file_for_damaged(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its calls come from HDF5 as well."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 101))
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with open_corpus(path) as corpus:
+        assert 7 == len(corpus)
+        monkeypatch.setattr(Snapshot, "_fill", fail)
+        with pytest.raises(CorpusIOError, match=r"cannot read 00\.h5: out of memory"):
+            list(corpus["c-0001"])
