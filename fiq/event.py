@@ -176,7 +176,24 @@ class InvalidBodyError(PoisonError):
 
 
 class NotJsonError(InvalidBodyError):
-    """Raised when a body is not JSON in UTF-8 (RFC 8259)."""
+    """Raised when a body is not JSON in UTF-8 (RFC 8259).
+
+    Attributes:
+        offset: of the first byte that is wrong.
+    """
+
+    def __init__(self, message: str, offset: int) -> None:
+        super().__init__(message)
+        self.offset = offset
+
+    @classmethod
+    def of(cls, message: str, raw: bytes, error: orjson.JSONDecodeError) -> NotJsonError:
+        """Make one from the parser's *error* about *raw*, which holds the document and must not be kept."""
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as invalid:
+            return cls(message, invalid.start)
+        return cls(message, len(text[: error.pos].encode()))
 
 
 def check_body(raw: bytes) -> bytes:
@@ -192,9 +209,9 @@ def read_body(raw: bytes) -> tuple[bytes, dict[str, Any]]:
     """Return *raw* as :func:`check_body` does, and the object that it holds; raises the same errors."""
     try:
         document = orjson.loads(raw)
-    except orjson.JSONDecodeError:
+    except orjson.JSONDecodeError as error:
         # the parser's own message may quote the body; `from None` keeps its document out of tracebacks
-        raise NotJsonError("the body is not valid JSON in UTF-8") from None
+        raise NotJsonError.of("the body is not valid JSON in UTF-8", raw, error) from None
     if not isinstance(document, dict):
         raise InvalidBodyError("an event is a JSON object")
     event_type = document.get("event_type")

@@ -240,7 +240,7 @@ class AccessControl:
         """
         grant = request[GRANT]
         if not all(grant.may(scope, consultation) for consultation in consultations):
-            raise self._refused(request, problems.FORBIDDEN, reasons.PREFIX, _insufficient(scope), grant.name)
+            raise self._forbidden(request, reasons.PREFIX, scope, grant)
 
     def middleware(self) -> Middleware:
         """Return the middleware that every request goes through, also to an unknown path."""
@@ -276,7 +276,7 @@ class AccessControl:
         elif rule.scope is not None:
             reason = _lacks(grant, rule, rule.scope, match.get("consultation"))
             if reason:
-                raise self._refused(request, problems.FORBIDDEN, reason, _insufficient(rule.scope), grant.name)
+                raise self._forbidden(request, reason, rule.scope, grant)
             if rule.scope is Scope.WRITE:
                 self._check_backlog()
         grant.count_request()
@@ -295,6 +295,18 @@ class AccessControl:
             raise self._refused(request, problems.UNAUTHORIZED, reasons.UNKNOWN, _INVALID)
         return Grant(self._tokens, digest, self._rates)
 
+    def _forbidden(self, request: web.Request, reason: str, scope: Scope, grant: Grant) -> RequestRefusedError:
+        """Log and count that the token lacks something; return the error to raise, which says what."""
+        if reason == reasons.SCOPE:
+            detail = f"The token lacks the scope {scope}."
+        elif "consultation" in request.match_info or self._rules[request.match_info.route].each:
+            detail = f"The token is for consultations with the prefix {grant.prefix} only."
+        else:
+            detail = (
+                f"The token is for consultations with the prefix {grant.prefix}; this needs a token for all of them."
+            )
+        return self._refused(request, problems.FORBIDDEN, reason, _insufficient(scope), grant.name, detail)
+
     def _refused(
         self,
         request: web.Request,
@@ -302,11 +314,12 @@ class AccessControl:
         reason: str,
         challenge: str | None = None,
         name: str | None = None,
+        detail: str | None = None,
     ) -> RequestRefusedError:
         """Log and count a refusal; return the error to raise."""
         self._audit.refused(request, reason, name)
         headers = {} if challenge is None else {str(hdrs.WWW_AUTHENTICATE): challenge}
-        return RequestRefusedError(problem, headers=headers)
+        return RequestRefusedError(problem, detail, headers=headers)
 
 
 def _insufficient(scope: Scope) -> str:

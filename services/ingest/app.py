@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from services.core.logs import LogThrottle, get_logger
 from services.core.management import CachedCheck, ReadinessCheck
 from services.core.tokens import Scope
 from services.core.tracing import REQUEST_TRACE, Spans, trace_of
+from services.ingest import problems
 from services.ingest.access import ACCESS, OPEN, VARIABLE, AccessControl, TokenStore
 from services.ingest.admission import ADMISSION, IN_FLIGHT, Admission, BacklogLimiter, InFlight, RateLimiter
 from services.ingest.events import APPENDER, IdempotentAppender, expect_handler, post_handler
@@ -27,9 +29,19 @@ from services.ingest.following import FOLLOWERS, Followers
 from services.ingest.formats import EVENTS, RESOURCES
 from services.ingest.idempotency import IdempotencyKeys
 from services.ingest.metrics import METRICS, IngestMetrics
-from services.ingest.openapi import DOCS_PATH, OPENAPI_PATH, PAGE_HEADERS, PAGE_TYPE, as_page, describe
+from services.ingest.openapi import (
+    DOCS_PATH,
+    OPENAPI_PATH,
+    PAGE_HEADERS,
+    PAGE_TYPE,
+    Json,
+    as_page,
+    describe,
+    own_url,
+    query_parameters,
+)
 from services.ingest.operations import STATUS, get_pipeline
-from services.ingest.problems import BY_SLUG, REFUSALS, SERVER, TYPE_PREFIX, Refusals
+from services.ingest.problems import BY_SLUG, REFUSALS, SERVER, TYPE_PREFIX, Refusals, RequestRefusedError
 from services.ingest.reading import (
     FEED,
     READ_LIMIT,
@@ -39,7 +51,9 @@ from services.ingest.reading import (
     get_event,
     list_consultations,
     list_events,
+    negotiate,
 )
+from services.ingest.records import HTML, JSON
 from services.ingest.server import CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS, Certificate, check_both
 from services.ingest.settings import SETTINGS, Settings
 from services.log.metrics import LogMetrics
@@ -47,10 +61,23 @@ from services.log.protocol import EVENT_LOG, Appended, EventWriter, IngestLog
 
 #: returns why the service takes no events at present
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
+INDEX_PATH, PROBLEMS_PATH, UI_PATH = "/", "/problems", "/ui"
 CONSULTATIONS_PATH = "/consultations"
 PIPELINE_PATH = "/pipeline"
 FEED_PATH = "/events"
 EVENT_PATH = EVENTS.path + "/{message_id}"
+#: what ``GET /`` answers, as URI templates
+LINKS = {
+    "consultations": CONSULTATIONS_PATH + "{?prefix,after,limit}",
+    "events": EVENTS.path + "{?after,before,limit,type,since,key,bodies}",
+    "event": EVENT_PATH,
+    "follow": EVENTS.path + "?follow=1{&after,type,since,bodies}",
+    "follow_all": FEED_PATH + "?follow=1{&after,type,since,bodies}",
+    "pipeline": PIPELINE_PATH,
+    "problems": PROBLEMS_PATH,
+    "description": OPENAPI_PATH,
+    "documentation": DOCS_PATH,
+}
 #: for which an answer of /readyz is kept: probes of many load balancers must not reach the log, seconds
 READY_SECONDS = 1.0
 #: for the log to answer /readyz: most probes wait no longer, seconds
@@ -90,7 +117,10 @@ def make_app(
     metrics.in_flight.set_function(lambda: in_flight.count)
     metrics.bytes_in_flight.set_function(lambda: admission.size)
 
-    middlewares = [access.middleware()] if spans is None else [_serving_spans(spans), access.middleware()]
+    description = describe(settings, version)
+    middlewares = [access.middleware(), _checked_parameters(refusals, query_parameters(description))]
+    if spans is not None:
+        middlewares.insert(0, _serving_spans(spans))
     app = web.Application(client_max_size=settings.max_event_bytes, middlewares=middlewares)
     app[SETTINGS], app[METRICS], app[REFUSALS], app[ACCESS] = settings, metrics, refusals, access
     app[IN_FLIGHT], app[ADMISSION], app[READ_LIMIT] = in_flight, admission, ReadLimit()
@@ -139,14 +169,14 @@ def make_app(
     _load_tokens(app, tokens, rates)
     if check_both(settings.tls_cert, settings.tls_key):
         _load_certificate(app, Certificate(settings.tls_cert, settings.tls_key))
-    _add_routes(app, version)
+    _add_routes(app, description)
     return app
 
 
 # -- routes -----------------------------------------------------------------------------------------------------------
 
 
-def _add_routes(app: web.Application, version: str) -> None:
+def _add_routes(app: web.Application, description: Json) -> None:
     access = app[ACCESS]
     for resource in RESOURCES:
         post, expect = post_handler(resource), expect_handler(resource)
@@ -157,10 +187,11 @@ def _add_routes(app: web.Application, version: str) -> None:
     access.add(app, "GET", FEED_PATH, follow_all, Scope.READ, each=True)
     access.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
     access.add(app, "GET", PIPELINE_PATH, get_pipeline, Scope.OPS)
+    access.add(app, "GET", INDEX_PATH, _get_index, OPEN)
+    access.add(app, "GET", PROBLEMS_PATH, _static(_problem_list(), JSON), OPEN)
     access.add(app, "GET", TYPE_PREFIX + "{slug}", _get_problem, OPEN)
-    description = describe(app[SETTINGS], version)
-    access.add(app, "GET", OPENAPI_PATH, _static(orjson.dumps(description), "application/json"), OPEN)
-    access.add(app, "GET", DOCS_PATH, _static(as_page(description), PAGE_TYPE, PAGE_HEADERS), OPEN)
+    access.add(app, "GET", OPENAPI_PATH, _static(orjson.dumps(description), JSON), OPEN)
+    access.add(app, "GET", DOCS_PATH, _docs(description), OPEN)
     methods: dict[str, set[str]] = {}
     for route in app.router.routes():
         if route.resource is not None:
@@ -173,16 +204,44 @@ async def _get_problem(request: web.Request) -> web.Response:
     problem = BY_SLUG.get(request.match_info["slug"])
     if problem is None:
         raise web.HTTPNotFound
-    document = {"type": problem.type, "title": problem.title, "status": problem.status, "detail": problem.detail}
-    return web.Response(body=orjson.dumps(document), content_type="application/json", headers={"Server": SERVER})
+    return web.Response(body=problem.render(), content_type=JSON, headers={"Server": SERVER})
 
 
-def _static(body: bytes, content_type: str, headers: Mapping[str, str] | None = None) -> Handler:
+def _problem_list() -> bytes:
+    return orjson.dumps({"problems": [problem.document() for problem in BY_SLUG.values()]})
+
+
+async def _get_index(request: web.Request) -> web.Response:
+    """Answer with links; send a browser to the page for people."""
+    headers = {"Server": SERVER, "Cache-Control": "no-cache", "Vary": "Accept"}
+    try:
+        wanted = negotiate(request, JSON, HTML)
+    except RequestRefusedError:
+        wanted = JSON  # better than nothing for a client that is looking around
+    if wanted == HTML:
+        paths = {resource.canonical for resource in request.app.router.resources()}
+        page = UI_PATH if UI_PATH in paths else DOCS_PATH
+        note = f'<a href="{page}">{page}</a>'
+        return web.Response(status=303, text=note, content_type=HTML, headers=headers | {"Location": page})
+    return web.Response(body=orjson.dumps({"name": "fiq", "links": LINKS}), content_type=JSON, headers=headers)
+
+
+def _static(body: bytes, content_type: str) -> Handler:
     # it changes with the version, so caches must ask again
-    shown = {"Content-Type": content_type, "Server": SERVER, "Cache-Control": "no-cache", **(headers or {})}
+    headers = {"Content-Type": content_type, "Server": SERVER, "Cache-Control": "no-cache"}
 
     async def get(_: web.Request) -> web.StreamResponse:
-        return web.Response(body=body, headers=shown)
+        return web.Response(body=body, headers=headers)
+
+    return get
+
+
+def _docs(description: Json) -> Handler:
+    page = lru_cache(maxsize=16)(partial(as_page, description))
+    headers = {"Content-Type": PAGE_TYPE, "Server": SERVER, "Cache-Control": "no-cache", "Vary": "Host", **PAGE_HEADERS}
+
+    async def get(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=page(own_url(request)), headers=headers)
 
     return get
 
@@ -192,6 +251,32 @@ def _options(methods: str) -> Handler:
         return web.Response(status=204, headers={"Allow": methods, "Server": SERVER})
 
     return answer
+
+
+def _checked_parameters(refusals: Refusals, known: Mapping[tuple[str, str], frozenset[str]]) -> Middleware:
+    """Return a middleware that refuses query parameters which the description does not have, and those sent twice."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not request.rel_url.raw_query_string:
+            return await handler(request)
+        resource = request.match_info.route.resource
+        method = hdrs.METH_GET if request.method == hdrs.METH_HEAD else request.method
+        names = None if resource is None else known.get((method, resource.canonical))
+        if names is None:
+            return await handler(request)
+        sent = set(request.query)
+        if sent <= names and len(sent) == len(request.query):
+            return await handler(request)
+        if sent <= names:
+            detail = "A query parameter may be sent once only."
+        elif names:
+            detail = f"The query parameters of this resource are {', '.join(sorted(names))}; another one was sent."
+        else:
+            detail = "This resource has no query parameters: leave them out."
+        return refusals.answer(problems.INVALID_PARAMETER, detail, request=request)
+
+    return check
 
 
 # -- spans ------------------------------------------------------------------------------------------------------------

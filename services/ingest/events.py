@@ -47,6 +47,7 @@ from services.ingest.formats import (
     BodyFormat,
     Resource,
     check_content,
+    not_json,
     parse_binary_cloudevent,
     parse_cloudevent,
     read_batch,
@@ -177,8 +178,8 @@ async def _parse_event(
             event = Event(parsed.consultation_in(path), event_id, received_ns, parsed.body, trace)
         check_depth(event.body, settings.max_json_depth)
         return event, body_format is not BodyFormat.EVENT or key is not None
-    except NotJsonError:
-        raise RequestRefusedError(problems.INVALID_JSON) from None
+    except NotJsonError as error:
+        raise not_json(raw, error.offset) from None
     except PoisonError as error:
         raise RequestRefusedError(problems.INVALID_EVENT, f"Invalid: {error}.") from None
 

@@ -99,11 +99,15 @@ class Resource:
         if self.binary and VERSION_HEADER in request.headers and found in (None, BodyFormat.EVENT):
             return BodyFormat.CLOUDEVENT_BINARY
         if found is None:
-            accepted = ", ".join(self.formats)
-            raise RequestRefusedError(
-                problems.UNSUPPORTED_MEDIA_TYPE, f"This resource accepts the Content-Type {accepted}, in UTF-8."
-            )
+            raise RequestRefusedError(problems.UNSUPPORTED_MEDIA_TYPE, self._takes(request.headers))
         return found
+
+    def _takes(self, headers: CIMultiDictProxy[str]) -> str:
+        """Say what the resource takes, and what *headers* lack for it."""
+        taken = f"This resource takes the Content-Type {', '.join(self.formats)}, in UTF-8."
+        if not self.binary:
+            return taken
+        return f"{taken} For a CloudEvent in the binary mode these headers are missing: {', '.join(_missing(headers))}."
 
 
 _JSON = "application/json"
@@ -210,11 +214,13 @@ class ParsedEvent(NamedTuple):
         body: as it is stored.
         consultation: that it names, or None.
         event_id: from the id or key that it holds, or None.
+        member: that names its consultation.
     """
 
     body: bytes
     consultation: str | None
     event_id: UUID | None
+    member: str = "consultation_id"
 
     def consultation_in(self, path: str | None) -> str:
         """Return the event's consultation.
@@ -225,9 +231,9 @@ class ParsedEvent(NamedTuple):
         Raises PoisonError: neither event nor path names one, or they name two.
         """
         if path is None and self.consultation is None:
-            raise PoisonError("the event names no consultation")
+            raise PoisonError(f"{self.member} is missing: it names the consultation")
         if path is not None and self.consultation not in (None, path):
-            raise PoisonError("the event names another consultation than the path")
+            raise PoisonError(f"{self.member} names another consultation than the path")
         return path or self.consultation or ""
 
 
@@ -322,8 +328,11 @@ async def read_batch(raw: bytes, body_format: BodyFormat, context: BatchContext)
             found.append(one)
         except PoisonError as error:
             if isinstance(error, NotJsonError) and body_format is not BodyFormat.LINES:
-                raise RequestRefusedError(problems.INVALID_JSON) from None  # the array is not JSON either
-            invalid.append({"line": line, "reason": str(error)})
+                raise not_json(raw, begin + error.offset) from None  # the array is not JSON either
+            place = (
+                f", from its column {_column(raw, begin + error.offset)} on" if isinstance(error, NotJsonError) else ""
+            )
+            invalid.append({"line": line, "reason": f"{error}{place}"})
         await turns.end()
     if invalid:
         raise RequestRefusedError(problems.INVALID_BATCH, members={"lines": invalid})
@@ -393,8 +402,24 @@ def _split_array(raw: bytes) -> Iterator[Slice | None]:
         raise RequestRefusedError(problems.INVALID_BATCH, "The body is not a JSON array.")
     try:
         yield from slices(raw)
-    except ValueError:
-        raise RequestRefusedError(problems.INVALID_JSON) from None
+    except ValueError as error:
+        raise RequestRefusedError(problems.INVALID_JSON, f"The body is not one JSON array: {error}.") from None
+
+
+def not_json(raw: bytes, offset: int) -> RequestRefusedError:
+    """Return what the client gets whose body *raw* is not JSON from *offset* on: where, and nothing of the body."""
+    if not raw.strip(_SPACE):
+        return RequestRefusedError(problems.INVALID_JSON, "The body is empty.")
+    line = raw.count(b"\n", 0, offset) + 1
+    return RequestRefusedError(
+        problems.INVALID_JSON, f"The body is not JSON in UTF-8: see line {line}, column {_column(raw, offset)}."
+    )
+
+
+def _column(raw: bytes, offset: int) -> int:
+    """Return the number of the character at *offset* in its line, from 1."""
+    begin = raw.rfind(b"\n", 0, offset) + 1
+    return len(raw[begin:offset].decode("utf-8", "replace")) + 1
 
 
 # -- slices of JSON text ----------------------------------------------------------------------------------------------
@@ -516,8 +541,8 @@ def parse_cloudevent(raw: bytes) -> ParsedEvent:
     """
     try:
         document = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        raise NotJsonError("a CloudEvent is a JSON object in UTF-8") from None
+    except orjson.JSONDecodeError as error:
+        raise NotJsonError.of("a CloudEvent is a JSON object in UTF-8", raw, error) from None
     if not isinstance(document, dict):
         raise InvalidBodyError("a CloudEvent is a JSON object")
     members: dict[str, bytes] = {}
@@ -546,11 +571,18 @@ def parse_binary_cloudevent(headers: CIMultiDictProxy[str], body: bytes) -> Pars
             if name in attributes:
                 raise _twice(name)
             attributes[name] = _decoded(value)
+    if missing := _missing(headers):
+        raise InvalidBodyError(f"a CloudEvent in the binary mode has these headers, too: {', '.join(missing)}")
     if "datacontenttype" in attributes:
         raise InvalidBodyError("datacontenttype is the Content-Type header")
     if kind := headers.get("Content-Type", "").strip():
         attributes["datacontenttype"] = _decoded(kind)
     return _assemble(attributes, _from_bytes(body, attributes) if body else {})
+
+
+def _missing(headers: CIMultiDictProxy[str]) -> list[str]:
+    """Return those of the headers of every CloudEvent in the binary mode that are not in *headers*."""
+    return [_HEADER_PREFIX + name for name in _REQUIRED if _HEADER_PREFIX + name not in headers]
 
 
 def _twice(name: str) -> InvalidBodyError:
@@ -571,7 +603,9 @@ def _assemble(attributes: dict[str, Any], data: Mapping[str, bytes]) -> ParsedEv
     }
     body = b"{" + b",".join(b'"%b":%b' % (name.encode(), value) for name, value in parts.items()) + b"}"
     event_id = event_id_of_cloudevent(attributes["source"], attributes["id"])
-    return ParsedEvent(without_line_breaks(body), attributes.get("subject"), event_id)
+    return ParsedEvent(
+        without_line_breaks(body), attributes.get("subject"), event_id, "subject (in the binary mode ce-subject)"
+    )
 
 
 def _check_attributes(attributes: Mapping[str, Any]) -> None:
@@ -616,8 +650,8 @@ def _from_bytes(data: bytes, attributes: Mapping[str, Any]) -> dict[str, bytes]:
     if _JSON_TYPE.fullmatch(kind):
         try:
             orjson.loads(data)
-        except orjson.JSONDecodeError:
-            raise NotJsonError("the data is not JSON, as its content type says") from None
+        except orjson.JSONDecodeError as error:
+            raise NotJsonError.of("the data is not JSON, as its content type says", data, error) from None
         return {"payload": data}
     if kind.startswith("text/"):
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from aiohttp import web
 
 from services.ingest.formats import MAX_EVENTS, BodyFormat
 from services.ingest.problems import BY_SLUG, CONTENT_TYPE, ProblemType
@@ -32,6 +34,8 @@ PAGE_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+#: a host name, or an address, with or without a port
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?", re.ASCII)
 _LIMITS = {
     "x-max-event-bytes": "bytes of an event",
     "x-max-batch-bytes": "bytes of a batch",
@@ -67,6 +71,16 @@ def describe(settings: Settings, version: str) -> Json:
     return described
 
 
+def query_parameters(description: Json) -> dict[tuple[str, str], frozenset[str]]:
+    """Return the names of the query parameters of each operation, by method and path."""
+    return {
+        (method.upper(), path): frozenset(
+            one["name"] for one in _parameters(description, operation) if one["in"] == "query"
+        )
+        for path, method, operation in _operations(description)
+    }
+
+
 def _refusal(status: int, problems: list[ProblemType]) -> Json:
     """Return the response *status* with one of *problems*."""
     first, types = problems[0], [problem.type for problem in problems]
@@ -84,8 +98,17 @@ def _refusal(status: int, problems: list[ProblemType]) -> Json:
 # -- the page for people: plain HTML that loads nothing ---------------------------------------------------------------
 
 
-def as_page(description: Json) -> bytes:
-    """Return the page that shows *description*."""
+def own_url(request: web.BaseRequest) -> str:
+    """Return the URL of this service as the client of *request* names it; behind a proxy, the proxy's."""
+    host = request.headers.get("Host", "")
+    if _HOST.fullmatch(host) is None:
+        host = "127.0.0.1:7001"
+    scheme = request.headers.get("X-Forwarded-Proto", request.scheme)
+    return f"{'https' if scheme == 'https' else 'http'}://{host}"
+
+
+def as_page(description: Json, url: str) -> bytes:
+    """Return the page that shows *description* of the service at *url*."""
     info = description["info"]
     found = list(_operations(description))
     parts = [
@@ -100,15 +123,15 @@ def as_page(description: Json) -> bytes:
     ]
     for tag in description["tags"]:
         parts.append(f"<h2>{escape(tag['name'])}</h2>")
-        parts += [_section(description, *one) for one in found if tag["name"] in one[2]["tags"]]
+        parts += [_section(description, url, *one) for one in found if tag["name"] in one[2]["tags"]]
     parts.append("<h2>Any request</h2><p>Any request can be answered with these problems.</p>")
     parts.append(_list(_problem(kind) for kind in description["x-general-problems"]))
     parts.append("</body></html>\n")
     return "\n".join(parts).encode()
 
 
-def curl(description: Json, path: str, method: str, operation: Json) -> str:
-    """Return a curl command for *operation*, with its examples."""
+def curl(description: Json, url: str, path: str, method: str, operation: Json) -> str:
+    """Return a curl command for *operation* of the service at *url*, with its examples."""
     query = [
         f"{one['name']}={one['example']}"
         for one in _parameters(description, operation)
@@ -117,7 +140,7 @@ def curl(description: Json, path: str, method: str, operation: Json) -> str:
     for one in _parameters(description, operation):
         if one["in"] == "path":
             path = path.replace("{" + one["name"] + "}", str(one["example"]))
-    url = "http://127.0.0.1:7001" + path + ("?" + "&".join(query) if query else "")
+    url += path + ("?" + "&".join(query) if query else "")
     words = ["curl", *(["-X", method.upper()] if method not in ("get", "post") else []), url]
     if operation["security"]:
         words += ["-H", "Authorization: Bearer …"]
@@ -139,7 +162,7 @@ def _operations(description: Json) -> Iterator[tuple[str, str, Json]]:
             yield path, method, operation
 
 
-def _section(description: Json, path: str, method: str, operation: Json) -> str:
+def _section(description: Json, url: str, path: str, method: str, operation: Json) -> str:
     parts = [
         f'<section id="{name(operation)}"><h3>{_title(path, method)}</h3>',
         f"<p><b>{escape(operation['summary'])}.</b> {escape(operation['description'])}</p>",
@@ -152,7 +175,7 @@ def _section(description: Json, path: str, method: str, operation: Json) -> str:
         parts.append("<p>Takes " + ", ".join(f"<code>{escape(kind)}</code>" for kind in kinds) + ".</p>")
         parts.append(_list(f"at most {operation[key]:,} {text}" for key, text in _LIMITS.items() if key in operation))
     parts.append(_table(("answer", "", ""), [_answer(*one) for one in operation["responses"].items()]))
-    parts.append(f"<pre>{escape(curl(description, path, method, operation))}</pre>")
+    parts.append(f"<pre>{escape(curl(description, url, path, method, operation))}</pre>")
     for content in operation["responses"].values():
         example = next((kind["example"] for kind in content["content"].values() if "example" in kind), None)
         if example is not None:

@@ -54,16 +54,14 @@ class ProblemType:
         """The problem's type, a URI reference."""
         return TYPE_PREFIX + self.slug
 
+    def document(self) -> dict[str, object]:
+        """Return its entry: type, title, status, and what to do."""
+        return {"type": self.type, "title": self.title, "status": self.status, "detail": self.detail}
+
     def render(self, detail: str | None = None, members: Mapping[str, object] | None = None) -> bytes:
         """Return the JSON body of an answer, with further *members* (RFC 9457, section 3.2)."""
-        document = {
-            "type": self.type,
-            "title": self.title,
-            "status": self.status,
-            "detail": self.detail if detail is None else detail,
-            **(members or {}),
-        }
-        return orjson.dumps(document)
+        own = {} if detail is None else {"detail": detail}
+        return orjson.dumps(self.document() | own | dict(members or {}))
 
 
 class RequestRefusedError(FiqError):

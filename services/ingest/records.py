@@ -11,7 +11,8 @@ import orjson
 from services.log.protocol import SequencedEvent
 from services.log.questions import ConsultationSummary
 
-JSON, NDJSON, EVENT_STREAM = "application/json", "application/x-ndjson", "text/event-stream"
+JSON, NDJSON = "application/json", "application/x-ndjson"
+EVENT_STREAM, HTML = "text/event-stream", "text/html"
 
 
 def record(stored: SequencedEvent, *, bodies: bool = True, consultation: bool = False, status: bool = True) -> bytes:

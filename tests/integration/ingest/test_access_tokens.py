@@ -126,6 +126,22 @@ async def test_a_token_is_for_consultations_with_its_prefix(edge: Edge) -> None:
         assert 403 == (await edge.post(other, **bearer("ward"))).status
 
 
+async def test_a_403_names_the_one_reason(edge: Edge) -> None:
+    """The scope, the prefix, or that the resource is for tokens of all consultations."""
+    batch = b'{"event_type":"A","consultation_id":"c-1"}'
+    headers = bearer("ward") | {"Content_Type": "application/x-ndjson"}
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    for reply, detail in (
+        (await edge.post(**bearer("reader")), "The token lacks the scope write."),
+        (await edge.post("c-1", **bearer("ward")), "The token is for consultations with the prefix ward- only."),
+        (
+            await edge.request("POST", "/events/batch", data=batch, headers=headers),
+            "The token is for consultations with the prefix ward- only.",
+        ),
+    ):
+        assert (403, detail) == (reply.status, reply.json["detail"])
+
+
 async def test_a_refused_client_is_not_asked_for_its_body(edge: Edge) -> None:
     """Expect: 100-continue is answered by the refusal itself."""
     head = b"POST /consultations/c-1/events HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
@@ -158,7 +174,7 @@ def test_every_route_says_what_it_takes() -> None:
     assert [] == [route for route, rule in rules.items() if rule is None]
     opened = {route for route, rule in rules.items() if rule is not None and rule.scope is OPEN}
     options = {("OPTIONS", path) for _, path in rules}
-    without_data = ("/problems/{slug}", "/openapi.json", "/docs")
+    without_data = ("/", "/problems", "/problems/{slug}", "/openapi.json", "/docs")
     assert options | {(method, path) for method in ("GET", "HEAD") for path in without_data} == opened
 
 

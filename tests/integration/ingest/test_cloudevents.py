@@ -195,6 +195,24 @@ async def test_a_structured_event_that_breaks_the_rules_is_refused(
     assert [] == edge.log.events
 
 
+async def test_an_event_without_a_subject_is_told_what_names_the_consultation(edge: Edge) -> None:
+    """Where the path names none: the attribute, and its header."""
+    for message in (to_binary_event(event({"a": 1})), to_structured_event(event({"a": 1}))):
+        headers = {name: value for name, value in message.headers.items() if name != "ce-subject"}
+        reply = await post(edge, HTTPMessage(headers, message.body.replace(b'"subject"', b'"other"')), "/events")
+        assert (422, "invalid-event") == slug(reply)
+        expected = "Invalid: subject (in the binary mode ce-subject) is missing: it names the consultation."
+        assert expected == reply.json["detail"]
+
+
+async def test_a_binary_event_is_told_which_headers_are_missing(edge: Edge) -> None:
+    """All at once."""
+    headers = {"ce-specversion": "1.0", "ce-subject": "c-1", "Content-Type": "application/json"}
+    reply = await post(edge, HTTPMessage(headers, b"{}"), "/events")
+    expected = "Invalid: a CloudEvent in the binary mode has these headers, too: ce-id, ce-source, ce-type."
+    assert (422, expected) == (reply.status, reply.json["detail"])
+
+
 async def test_plain_json_belongs_to_a_consultation(edge: Edge) -> None:
     """POST /events takes CloudEvents only: a plain event names no consultation there."""
     reply = await post(edge, HTTPMessage({"Content-Type": "application/json"}, b'{"event_type":"A"}'), "/events")

@@ -15,6 +15,7 @@ from services.ingest.problems import registry
 from services.ingest.settings import Settings
 from tests.support.ingest import running_edge
 
+URL = "http://fiq.example:7001"
 #: elements that have no end
 _VOID = {"meta"}
 
@@ -86,16 +87,31 @@ async def test_every_link_of_the_page_leads_somewhere_on_this_service() -> None:
                 assert 200 == (await edge.request("GET", link)).status
 
 
+async def test_commands_on_the_page_name_the_service_as_its_reader_does() -> None:
+    """Each can be copied as it is; what cannot be a host is not repeated."""
+    async with running_edge() as edge:
+        for headers, expected in (
+            ({}, f"http://127.0.0.1:{edge.port}"),
+            ({"Host": "fiq.clinic.example"}, "http://fiq.clinic.example"),
+            ({"Host": "fiq.clinic.example", "X-Forwarded-Proto": "https"}, "https://fiq.clinic.example"),
+            ({"Host": "[::1]:7001"}, "http://[::1]:7001"),
+            ({"Host": "a b;<script>"}, "http://127.0.0.1:7001"),
+        ):
+            page = read((await edge.request("GET", "/docs", headers=headers)).content)
+            assert f"{expected}/consultations/c-1/events" in page.text
+            assert "<script>" not in page.text
+
+
 def test_the_page_is_well_formed_and_shows_each_operation(description: dict[str, Any]) -> None:
     """Its parameters, its answers, and a command; no script, no image, no form."""
-    page = read(as_page(description))
+    page = read(as_page(description, URL))
     assert [] == page.open
     assert set() == page.tags & {"script", "img", "link", "form", "iframe", "object"}
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
             assert operation["operationId"] in page.ids
             assert operation["summary"] in page.text
-            assert curl(description, path, method, operation) in page.text
+            assert curl(description, URL, path, method, operation) in page.text
 
 
 def test_everything_of_the_description_is_escaped(description: dict[str, Any]) -> None:
@@ -105,6 +121,6 @@ def test_everything_of_the_description_is_escaped(description: dict[str, Any]) -
     operation = description["paths"]["/consultations"]["get"]
     operation["summary"] = operation["description"] = mark
     description["components"]["parameters"]["prefix"]["description"] = mark
-    page = read(as_page(description))
+    page = read(as_page(description, URL))
     assert [] == page.open
     assert page.text.count(mark) >= 5

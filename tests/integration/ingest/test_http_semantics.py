@@ -51,7 +51,7 @@ async def test_options_lists_the_methods(edge: Edge, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/nope", "/consultations/", "/consultations//events", EVENTS + "/", "/problems/x"]
+    "path", ["//", "/nope", "/consultations/", "/consultations//events", EVENTS + "/", "/problems/x"]
 )
 async def test_an_unknown_path_is_404(edge: Edge, path: str) -> None:
     """As a problem document, not as aiohttp's text."""

@@ -180,6 +180,24 @@ async def test_what_is_no_batch_is_refused(edge: Edge, body: bytes, kind: str, e
     assert [] == edge.log.events
 
 
+async def test_invalid_json_in_a_batch_is_answered_with_the_place(edge: Edge) -> None:
+    """In NDJSON each line is a text of its own; an array is one text."""
+    reply = await post(edge, b'{"event_type":"A"}\n\n{"event_type":"\xc3\xa9", secret}')
+    expected = [{"line": 3, "reason": "the body is not valid JSON in UTF-8, from its column 20 on"}]
+    assert expected == reply.json["lines"]
+    reply = await post(edge, b'[{"event_type":"A"},\n  {"event_type":"\xc3\xa9",\n "x": secret}]', JSON)
+    assert "The body is not JSON in UTF-8: see line 3, column 7." == reply.json["detail"]
+    reply = await post(edge, b'[{"event_type":"A"}', JSON)
+    assert "The body is not one JSON array: a bracket is not closed." == reply.json["detail"]
+
+
+async def test_an_event_without_a_consultation_is_told_which_member_names_it(edge: Edge) -> None:
+    """Where the path names none."""
+    reply = await edge.request("POST", "/events/batch", data=line(), headers={"Content-Type": NDJSON})
+    expected = [{"line": 1, "reason": "consultation_id is missing: it names the consultation"}]
+    assert expected == reply.json["lines"]
+
+
 async def test_a_thousand_events_are_a_batch(edge: Edge) -> None:
     """The broker's limit; also when the body is long enough to be read in a thread."""
     reply = await post(edge, b"\n".join(line("x" * 300) for _ in range(1000)))

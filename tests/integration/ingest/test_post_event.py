@@ -112,7 +112,10 @@ async def test_another_content_type_or_encoding_is_415(edge: Edge, headers: dict
 async def test_a_wrong_content_type_is_answered_with_the_accepted_ones(edge: Edge) -> None:
     """The usual mistake is curl without the header."""
     reply = await edge.post(body=BODY, Content_Type="application/x-www-form-urlencoded")
-    assert "accepts the Content-Type application/json, " in reply.json["detail"]
+    assert "takes the Content-Type application/json, application/cloudevents+json, " in reply.json["detail"]
+    assert reply.json["detail"].endswith("these headers are missing: ce-id, ce-source, ce-specversion, ce-type.")
+    reply = await edge.post(body=BODY, Content_Type="text/csv", ce_id="1", CE_Type="A", ce_time="x")
+    assert reply.json["detail"].endswith("these headers are missing: ce-source, ce-specversion.")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,29 @@ async def test_a_body_that_is_no_event_is_refused(edge: Edge, body: bytes, statu
     reply = await edge.post(body=body)
     assert (status, expected) == (reply.status, slug(reply))
     assert edge.log.events == []
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b'{"event_type": "A",\n "name": secret}', "line 2, column 10"),
+        (b'{"\xc3\xa9\xf0\x9f\x98\x80": secret}', "line 1, column 8"),
+        (b'{"event_type":\r\n"A",\r\n "name": "\xc3\xa9\xffsecret"}', "line 3, column 12"),
+        (b'{"event_type": "A", "name": "secret', "line 1, column 36"),
+        (b'{"event_type": "A"}\n{"secret": 1}', "line 2, column 1"),
+    ],
+)
+async def test_invalid_json_is_answered_with_the_place_and_no_content(edge: Edge, body: bytes, place: str) -> None:
+    """The first character that is wrong, counted as an editor counts."""
+    for headers in ({}, {"Content_Type": "application/cloudevents+json"}):
+        reply = await edge.post(body=body, **headers)
+        assert f"The body is not JSON in UTF-8: see {place}." == reply.json["detail"]
+
+
+async def test_an_empty_body_is_called_empty(edge: Edge) -> None:
+    """There is no place in it."""
+    for body in (b"", b" \n"):
+        assert "The body is empty." == (await edge.post(body=body)).json["detail"]
 
 
 @pytest.mark.parametrize("consultation", ["a.b", "a%20b", "%3E", "a" * 129, "%C3%A9", "a%2Fb", "%FF", "a%00"])
