@@ -40,7 +40,7 @@ ENOUGH_FILES = 4096
 #: a sync that takes longer makes commits slow, seconds
 SLOW_SYNC = 0.1
 #: variables that name files with secrets
-SECRETS = ("FI_NATS_SEED_FILE",)
+SECRETS = ("FI_NATS_SEED_FILE", "FI_TOKEN_FILE", "FI_TLS_KEY", "FI_ZMQ_KEY_FILE")
 #: checkpoints that wait for so long are held back, seconds
 HELD_BACK = 60.0
 #: an older backup is a warning, hours
@@ -108,7 +108,7 @@ def check_secrets(env: Mapping[str, str]) -> Iterator[Finding]:
             mode = path.stat().st_mode & 0o777
             path.open("rb").close()
         except OSError as problem:
-            meaning = "the process that needs it cannot log in to the cluster"
+            meaning = "the process that needs it does not start"
             action = "put the file there, readable by the user of the services"
             yield error("permissions", f"{name}={path}: {problem.strerror}", meaning, action)
             continue

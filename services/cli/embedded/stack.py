@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -402,6 +403,8 @@ class StackFolder:
         try:
             # medical data: for the owner only, and in no repository
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if stat.S_IMODE(self.path.stat().st_mode) & 0o077:  # it was made by another program
+                self.path.chmod(0o700)
             if not (ignore := self.path / ".gitignore").exists():
                 ignore.write_text("*\n", encoding="ascii")
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -26,7 +26,7 @@ def make_curve_keys(folder: Path, owner: FileOwner, names: Sequence[str]) -> lis
         if _NAME.fullmatch(name) is None or name == SERVER:
             raise CommandError(f"--curve {name}: names are lower-case letters, digits and hyphens, but not {SERVER}")
     layout = Layout(folder.absolute())
-    secrets = Secrets(owner)
+    secrets = Secrets(layout.folder, owner)
     keys = layout.secrets / "zmq"
     clients = keys / "clients"
     for path in (layout.folder, layout.secrets, keys, clients):

@@ -202,7 +202,7 @@ class Deployment:
 
     def __init__(self, folder: Path, owner: FileOwner) -> None:
         self.layout = Layout(folder.absolute())
-        self._secrets = Secrets(owner)
+        self._secrets = Secrets(self.layout.folder, owner)
 
     @property
     def changes(self) -> list[str]:

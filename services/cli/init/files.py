@@ -4,11 +4,16 @@ A secret is readable by its owner alone, and whole after a crash. Containers mou
 the file that it found, so a changed secret is written into the same file (:meth:`Secrets.put`); a reader at that moment
 (a node at its reload, a service at a connect) tries again. API tokens are in a folder that is mounted as a whole, so
 their file is replaced (:meth:`Secrets.replace`).
+
+The folders belong to the user of the containers, and root works in them. That user may put a link in place of a file or
+a folder at any moment, so everything is opened without following links, from the deployment's folder down, and checked
+and changed through the descriptor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -117,16 +122,26 @@ class FileOwner:
 
 @dataclass
 class Secrets:
-    """Writes files and folders that *owner* alone may read; *changes* has one line for each thing done."""
+    """Writes files and folders that *owner* alone may read; *changes* has one line for each thing done.
 
+    Attributes:
+        root: the folder above all of them; links on the way to it are the caller's own.
+    """
+
+    root: Path
     owner: FileOwner
     changes: list[str] = field(default_factory=list)
 
     def folder(self, path: Path, *, owner: FileOwner | None = None) -> None:
         """Make a folder, or correct its owner and mode."""
-        new = not path.exists()
-        if new:
-            path.mkdir(mode=FOLDER_MODE, parents=True)
+        new = False
+        if path == self.root:
+            new = not path.exists()
+            path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        else:
+            with self._parent(path) as parent, contextlib.suppress(FileExistsError):
+                os.mkdir(path.name, FOLDER_MODE, dir_fd=parent)
+                new = True
         self._mend(path, FOLDER_MODE, owner or self.owner, silent=new)
         if new:
             self.changes.append(f"made {path}")
@@ -136,85 +151,145 @@ class Secrets:
 
         Raises FileExistsError: it does exist.
         """
-        with self._temporary(path, content, owner or self.owner) as temporary:
-            os.link(temporary, path)
+        with self._temporary(path, content, owner or self.owner) as (parent, temporary):
+            os.link(temporary, path.name, src_dir_fd=parent, dst_dir_fd=parent)
         self.changes.append(f"made {path}")
 
     def replace(self, path: Path, content: bytes) -> None:
         """Replace a file atomically; a container that mounts the file itself would not see the new one."""
-        with self._temporary(path, content, self.owner) as temporary:
-            temporary.rename(path)
-        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with self._temporary(path, content, self.owner) as (parent, temporary):
+            os.rename(temporary, path.name, src_dir_fd=parent, dst_dir_fd=parent)
+            os.fsync(parent)
         self.changes.append(f"wrote {path}")
 
     @contextlib.contextmanager
-    def _temporary(self, path: Path, content: bytes, owner: FileOwner) -> Iterator[Path]:
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-        try:
-            with open(descriptor, "wb") as file:
-                _fill(file.fileno(), content)
-            self._mend(temporary, FILE_MODE, owner, silent=True)
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+    def _temporary(self, path: Path, content: bytes, owner: FileOwner) -> Iterator[tuple[int, str]]:
+        """Yield the descriptor of *path*'s folder, and the name in it of a file with *content*."""
+        temporary = path.with_name(_temporary_name(path))
+        with self._parent(path) as parent:
+            _remove(temporary.name, parent)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            descriptor = os.open(temporary.name, flags, FILE_MODE, dir_fd=parent)
+            try:
+                with open(descriptor, "wb") as file:
+                    _fill(file.fileno(), content)
+                self._mend(temporary, FILE_MODE, owner, silent=True)
+                yield parent, temporary.name
+            finally:
+                _remove(temporary.name, parent)
 
     def put(self, path: Path, content: bytes) -> None:
         """Write *content*, into the same file if it exists."""
-        if not path.exists():
+        if not os.path.lexists(path):
             self.create(path, content)
             return
-        if path.read_bytes() != content:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            with open(descriptor, "wb") as file:
-                _fill(file.fileno(), content)
-            self.changes.append(f"wrote {path}")
         self.mend(path)
+        with self._opened(path, os.O_RDWR) as descriptor:
+            if _content(descriptor) != content:
+                _fill(descriptor, content)
+                self.changes.append(f"wrote {path}")
 
     def mend(self, path: Path, *, owner: FileOwner | None = None) -> None:
         """Correct owner and mode of a file."""
+        with self._parent(path) as parent:  # after a crash in `create` the file still has this second name
+            _remove(_temporary_name(path), parent)
         self._mend(path, FILE_MODE, owner or self.owner)
 
     def remove(self, path: Path) -> None:
         """Remove a file."""
-        path.unlink()
+        with self._parent(path) as parent:
+            os.unlink(path.name, dir_fd=parent)
         self.changes.append(f"removed {path}")
 
     @contextlib.contextmanager
     def alone(self, folder: Path) -> Iterator[None]:
         """Lock *folder* against other processes. Raises CommandError: another one has locked it."""
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with self._opened(folder) as descriptor:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CommandError(f"another fiq init or fiq token is working in {folder}: wait for it") from None
             yield
-        except BlockingIOError:
-            raise CommandError(f"another fiq init or fiq token is working in {folder}: wait for it") from None
+
+    def _mend(self, path: Path, mode: int, owner: FileOwner, *, silent: bool = False) -> None:
+        before = len(self.changes)
+        with self._opened(path) as descriptor:
+            found = os.fstat(descriptor)
+            if FileOwner.of(found) != owner:
+                try:
+                    os.fchown(descriptor, owner.uid, owner.gid)
+                except PermissionError:
+                    raise CommandError(
+                        f"{path} cannot be given to {owner}: run as root, or name yourself with --owner"
+                    ) from None
+                self.changes.append(f"gave {path} to {owner}")
+            if stat.S_IMODE(found.st_mode) != mode:
+                os.fchmod(descriptor, mode)
+                self.changes.append(f"made {path} readable by its owner only")
+        if silent:
+            del self.changes[before:]
+
+    @contextlib.contextmanager
+    def _parent(self, path: Path) -> Iterator[int]:
+        """Yield a descriptor of the folder of *path*, which is below the root."""
+        with self._opened(path.parent) as descriptor:
+            yield descriptor
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+        """Yield a descriptor of *path*: the root, or what is below it.
+
+        Raises CommandError: it, or a folder between, is a link, or a file with a second name; this user may not open
+        it.
+        """
+        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            at = self.root
+            for name in path.relative_to(self.root).parts:
+                at /= name
+                below = _open(at, descriptor, flags if at == path else os.O_RDONLY | os.O_DIRECTORY)
+                os.close(descriptor)
+                descriptor = below
+            if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                _check_one_name(path, descriptor)
+            yield descriptor
         finally:
             os.close(descriptor)
 
-    def _mend(self, path: Path, mode: int, owner: FileOwner, *, silent: bool = False) -> None:
-        found = path.lstat()
-        if stat.S_ISLNK(found.st_mode):
-            raise CommandError(f"{path} is a symbolic link: replace it by a regular file, secrets must not be links")
-        before = len(self.changes)
-        if FileOwner.of(found) != owner:
-            try:
-                os.chown(path, owner.uid, owner.gid)
-            except PermissionError:
-                raise CommandError(
-                    f"{path} cannot be given to {owner}: run as root, or name yourself with --owner"
-                ) from None
-            self.changes.append(f"gave {path} to {owner}")
-        if stat.S_IMODE(found.st_mode) != mode:
-            path.chmod(mode)
-            self.changes.append(f"made {path} readable by its owner only")
-        if silent:
-            del self.changes[before:]
+
+def _open(path: Path, parent: int, flags: int) -> int:
+    try:
+        # a pipe in place of a file must not block
+        return os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    except PermissionError:
+        raise CommandError(f"{path} cannot be opened: run as root, or as the owner of the secrets") from None
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENOTDIR}:
+            raise CommandError(
+                f"{path} is a symbolic link: replace it by a regular file or folder, secrets must not be links"
+            ) from None
+        raise
+
+
+def _check_one_name(path: Path, descriptor: int) -> None:
+    """Raise CommandError unless *path* is a regular file without a second name elsewhere, that of a hard link."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise CommandError(f"{path} is a link, or no regular file: replace it by one, secrets must not be links")
+
+
+def _temporary_name(path: Path) -> str:
+    return f".{path.name}.new"
+
+
+def _remove(name: str, parent: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=parent)
+
+
+def _content(descriptor: int) -> bytes:
+    with open(os.dup(descriptor), "rb") as file:
+        return file.read()
 
 
 def _fill(descriptor: int, content: bytes) -> None:

@@ -180,7 +180,8 @@ class TokenFile:
         folder = self.path.parent
         if not folder.is_dir():
             raise CommandError(f"{folder} does not exist: make the deployment with  fiq init, or name a --file")
-        secrets = Secrets(FileOwner.of((self.path if self.path.exists() else folder).stat()))
+        root = self._layout.folder if self._layout is not None else folder
+        secrets = Secrets(root, FileOwner.of((self.path if self.path.exists() else folder).stat()))
         with secrets.alone(self._layout.secrets if self._layout is not None else folder):
             yield secrets
 

@@ -70,10 +70,11 @@ def test_too_little_memory_for_the_settings_is_an_error() -> None:
     assert only(host.check_memory(PersisterSettings(buffer_bytes=2**32), 4 << 30), Level.ERROR).meaning
 
 
-def test_a_secret_that_others_can_read_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", ["FI_NATS_SEED_FILE", "FI_TOKEN_FILE", "FI_TLS_KEY", "FI_ZMQ_KEY_FILE"])
+def test_a_secret_that_others_can_read_is_an_error(tmp_path: Path, variable: str) -> None:
     """One for its owner only is fine, a missing one is an error."""
-    seed = tmp_path / "ingest.seed"
-    env = {"FI_NATS_SEED_FILE": str(seed)}
+    seed = tmp_path / "secret"
+    env = {variable: str(seed)}
     assert "No such file" in only(host.check_secrets(env), Level.ERROR).what
     seed.write_text("SU…")
     seed.chmod(0o640)

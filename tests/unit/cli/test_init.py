@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from services.cli.init import deployment
 from services.cli.init.authority import NODE_LIFETIME, names_in, not_after
 from services.cli.init.deployment import USERS
-from services.cli.init.files import NATS_FILES, Layout
+from services.cli.init.files import NATS_FILES, Layout, Secrets
 from services.cli.main import app
 from services.log.jetstream.connection import Role, public_key
 
@@ -175,6 +175,57 @@ def test_a_secret_that_is_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     assert 1 == done.exit_code
     assert "symbolic link" in done.output
     assert "mine" == victim.read_text()
+
+
+def test_a_second_name_of_another_file_is_refused(tmp_path: Path) -> None:
+    """A hard link is as good as a symbolic one; what a crash of an earlier run left is none."""
+    layout = made(tmp_path / "deployment")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    accounts = layout.nats / "accounts.conf"
+    os.link(accounts, accounts.with_name(".accounts.conf.new"))
+    assert 0 == init(tmp_path / "deployment").exit_code
+    assert not accounts.with_name(".accounts.conf.new").exists()
+    accounts.unlink()
+    accounts.hardlink_to(victim)
+
+    done = init(tmp_path / "deployment")
+
+    assert 1 == done.exit_code
+    assert "is a link, or no regular file" in done.output
+    assert ("mine", 0o644) == (victim.read_text(), stat.S_IMODE(victim.stat().st_mode))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_that_appears_between_a_look_and_the_change_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The user of the containers owns the folders, and may exchange what is in them while root works there."""
+    layout = made(tmp_path / "deployment")
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o755)
+    victim = outside / "ops.seed"
+    victim.write_bytes(layout.seed("ops").read_bytes())
+    victim.chmod(0o644)
+    genuine = Secrets.mend
+
+    def exchange(secrets: Secrets, path: Path, **others: Any) -> None:
+        if path == layout.seed("ops"):
+            if kind == "file":
+                path.unlink()
+                path.symlink_to(victim)
+            else:
+                layout.users.rename(tmp_path / "users")
+                layout.users.symlink_to(outside)
+        genuine(secrets, path, **others)
+
+    monkeypatch.setattr(Secrets, "mend", exchange)
+
+    done = init(tmp_path / "deployment")
+
+    assert 1 == done.exit_code
+    assert "symbolic link" in done.output
+    assert 0o644 == stat.S_IMODE(victim.stat().st_mode)
 
 
 # -- the authority ----------------------------------------------------------------------------------------------------

@@ -47,6 +47,14 @@ def test_the_folder_is_private_and_in_no_repository(folder: StackFolder) -> None
         assert (folder.path / ".gitignore").read_text() == "*\n"
 
 
+def test_a_folder_that_others_can_read_is_closed(folder: StackFolder) -> None:
+    """Another program made it, or an older copy of it lost its mode."""
+    folder.path.mkdir()
+    folder.path.chmod(0o755)
+    with folder.held():
+        assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+
+
 def test_the_state_is_read_while_the_holder_lives(folder: StackFolder) -> None:
     """What one process writes the others read."""
     with folder.held():
