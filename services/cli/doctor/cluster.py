@@ -35,7 +35,17 @@ from services.log.findings import check_age, check_events_room, check_placement,
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import HEADERS_BYTES, Connection
 from services.log.jetstream.monitor import NodeState, ask_nodes, node_state
-from services.log.jetstream.stream import STREAM, changes, check_version, stream_config
+from services.log.jetstream.stream import (
+    BUCKET_STREAM,
+    DEAD_STREAM,
+    SETTINGS_FIELDS,
+    STREAM,
+    bucket_config,
+    changes,
+    check_version,
+    dead_stream_config,
+    stream_config,
+)
 from services.log.settings import LogSettings
 
 #: clocks may differ by so much, seconds
@@ -303,29 +313,32 @@ class ClusterReport:
 
     Attributes:
         snapshot: the log as services see it.
-        info: STREAM.INFO of the stream of events; None when there is none.
+        infos: STREAM.INFO of each of our streams that exists, by name.
         nodes: the nodes' own states; empty where this user may not ask.
         clocks: without *nodes*, how far the clock of the stream's leader is ahead of ours, and how uncertain that is,
             both in seconds.
     """
 
     snapshot: ClusterSnapshot
-    info: dict[str, Any] | None
+    infos: dict[str, dict[str, Any]]
     nodes: tuple[NodeState, ...]
     clocks: dict[str, tuple[float, float]]
 
 
 async def ask_cluster(nc: Connection, settings: LogSettings, state: StackState | None) -> ClusterReport:
     """Ask the broker everything. Raises LogUnavailableError: no answer; LogRefusedError: this user may not ask."""
+    api = JetStreamApi(nc)
     asked = time.perf_counter()
-    info = await JetStreamApi(nc).stream_info(STREAM)
+    answers = {STREAM: await api.stream_info(STREAM)}
     uncertain = (time.perf_counter() - asked) / 2
+    answers |= {name: await api.stream_info(name) for name in (DEAD_STREAM, BUCKET_STREAM)}
+    infos = {name: info for name, info in answers.items() if info is not None}
     snapshot = await take_snapshot(nc, settings, state)
     nodes = await ask_nodes(nc)
     stream = snapshot.stream
     leader = stream.leader if stream is not None and not nodes else ""
     clocks = {leader: (-snapshot.log.clock_offset, uncertain)} if leader else {}
-    return ClusterReport(snapshot, info, tuple(nodes), clocks)
+    return ClusterReport(snapshot, infos, tuple(nodes), clocks)
 
 
 def check_clocks(seen: ClusterReport, offset: float, known: Collection[str]) -> Iterator[Finding]:
@@ -338,24 +351,37 @@ def check_clocks(seen: ClusterReport, offset: float, known: Collection[str]) -> 
 
 
 def check_stream(seen: ClusterReport, settings: LogSettings) -> Iterator[Finding]:
-    """Check that the stream of events matches the settings, its replicas, and its room."""
+    """Check that our streams match the settings, and the replicas and the room of the stream of events."""
     stream = seen.snapshot.stream
-    if stream is None or seen.info is None:
+    if stream is None or STREAM not in seen.infos:
         yield no_stream()
         return
-    try:
-        different = changes(stream_config(settings), seen.info["config"], seen.info["state"]["bytes"])
-    except ProvisionError as problem:
-        yield error("stream", str(problem), "services with these settings refuse to start", "see the message")
-    else:
-        if different:
-            what = f"stream {STREAM} differs from the settings: {', '.join(sorted(different))}"
-            action = "set the same FI_ variables everywhere; `fiq provision` changes the stream now"
-            yield warning("stream", what, "the next service that provisions changes it", action)
-        else:
-            yield ok("stream", f"stream {STREAM} matches the settings")
+    for config in (stream_config(settings), dead_stream_config(settings), bucket_config(settings)):
+        if config["name"] in seen.infos:
+            yield from _drift(config, seen.infos[config["name"]])
     yield from check_replicas(stream)
     yield check_events_room(stream)
+
+
+def _drift(wanted: dict[str, Any], info: dict[str, Any]) -> Iterator[Finding]:
+    """Compare a stream with its definition: a field that follows no setting was changed by hand."""
+    name = wanted["name"]
+    try:
+        different = changes(wanted, info["config"], info["state"]["bytes"])
+    except ProvisionError as problem:
+        yield error("stream", str(problem), "services with these settings refuse to start", "see the message")
+        return
+    if by_hand := sorted(different.keys() - SETTINGS_FIELDS):
+        values = ", ".join(f"{key} is {orjson.dumps(info['config'].get(key)).decode()[:200]}" for key in by_hand)
+        meaning = "someone with the provisioner's seed can copy each event elsewhere, or have events deleted"
+        action = "`fiq provision` undoes it; find out who did it, and renew the seeds: `fiq init --rotate users`"
+        yield error("stream", f"stream {name} was changed by hand: {values}", meaning, action)
+    if by_settings := sorted(different.keys() & SETTINGS_FIELDS):
+        what = f"stream {name} differs from the settings: {', '.join(by_settings)}"
+        action = "set the same FI_ variables everywhere; `fiq provision` changes the stream now"
+        yield warning("stream", what, "the next service that provisions changes it", action)
+    if not different:
+        yield ok("stream", f"stream {name} matches the settings")
 
 
 def check_partitions(snapshot: ClusterSnapshot, volumes: int) -> Iterator[Finding]:

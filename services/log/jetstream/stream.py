@@ -11,6 +11,10 @@ taken effect.
 Limits that are higher in the settings than on the stream are raised. ``max_bytes`` is lowered only where what is stored
 leaves a quarter of itself, and at least 8 MiB, free below the new limit: the broker drops the oldest messages of a
 stream that is above its new limit (nats-server #2589), and events may arrive between the check and the change.
+
+Whatever else a stream's configuration says is undone: the user that provisions may update streams, so whoever has its
+seed can have each event copied elsewhere (``republish``, ``sources``) or deleted (``max_age``), and no permission of
+nats-server distinguishes one update from another. :func:`changes` finds it, for the doctor too.
 """
 
 from __future__ import annotations
@@ -68,6 +72,9 @@ FORMAT_KEY = "fi_format"
 LATE_KEY = "fi_made_after_events"
 #: metadata of the stream of events: number of partitions, fixed at creation
 PARTITIONS_KEY = "fi_partitions"
+
+#: prefix of the metadata from which `nats server check stream` and `consumer` and `nats audit` take their thresholds
+MONITOR_PREFIX = "io.nats.monitor."
 
 #: name of the persisters in the NATS service API (ADR-32): what `nats micro ls` and `fiq status` show
 PERSISTER_SERVICE = "fi-persister"
@@ -146,8 +153,13 @@ Config = Mapping[str, Any]
 #: room that a lowered ``max_bytes`` must leave above what is stored, bytes
 MINIMUM_HEADROOM_BYTES = 8 * 2**20
 
-#: what cannot be changed on an existing stream, or not without losing its sense
+#: what decides where an event is stored and how long it stays; a service that may not provision stops when it differs
 _FIXED = ("subjects", "retention", "storage", "subject_transform")
+#: fields that follow the settings, so a difference may come from settings that are not the same everywhere; any other
+#: difference was made by hand
+SETTINGS_FIELDS = frozenset({"description", "max_bytes", "num_replicas", "duplicate_window", "metadata"})
+#: values of fields that the definitions leave out; a field that is missing here must be empty, false or zero
+_DEFAULTS = {"max_consumers": -1, "compression": "none", "persist_mode": "default"}
 #: version of these definitions, kept in the streams' metadata
 FORMAT = 1
 
@@ -162,6 +174,14 @@ MAX_ACK_PENDING = 1_000_000
 ACK_WAIT_SECONDS = 600
 #: an unused cursor is deleted after this, seconds, if its owner's successor has not deleted it before
 CURSOR_IDLE_SECONDS = 24 * 3600
+
+#: `nats server check stream` is critical when a replica is this many raft entries behind, or was last seen so long ago
+REPLICA_LAG, REPLICA_SEEN = 1000, "10s"
+#: `nats server check consumer` is critical when this many events of a partition wait or are unacknowledged: half of
+#: FI_MAX_BACKLOG, and more than FI_BUFFER_EVENTS, both at their defaults
+CURSOR_BEHIND = 50_000
+#: of messages in the bucket and ids of the dead letters, seconds; what nats-server uses when none is asked for
+_BUCKET_WINDOW = 120
 
 _NANOSECONDS = 1_000_000_000
 
@@ -181,7 +201,7 @@ def stream_config(settings: LogSettings) -> dict[str, Any]:
         "duplicate_window": _window(settings),
         "allow_atomic": True,
         "allow_direct": True,
-        "metadata": {FORMAT_KEY: str(FORMAT), PARTITIONS_KEY: str(settings.partitions)},
+        "metadata": {PARTITIONS_KEY: str(settings.partitions), **_metadata(settings)},
     }
 
 
@@ -201,7 +221,8 @@ def dead_stream_config(settings: LogSettings) -> dict[str, Any]:
         "max_bytes": settings.dead_max_bytes,
         "duplicate_window": _window(settings),
         "allow_direct": True,
-        "metadata": {FORMAT_KEY: str(FORMAT)},
+        # one subject a partition: warning with the first dead letter, critical when every partition has some
+        "metadata": _metadata(settings, subjects_warn=1, subjects_critical=max(2, settings.partitions)),
     }
 
 
@@ -214,10 +235,11 @@ def bucket_config(settings: LogSettings) -> dict[str, Any]:
         "subjects": [f"{BUCKET_PREFIX}.>"],
         "max_bytes": BUCKET_MAX_BYTES,
         "max_msgs_per_subject": BUCKET_HISTORY,
+        "duplicate_window": _BUCKET_WINDOW * _NANOSECONDS,
         "allow_rollup_hdrs": True,
         "deny_delete": True,
         "allow_direct": True,
-        "metadata": {FORMAT_KEY: str(FORMAT)},
+        "metadata": _metadata(settings),
     }
 
 
@@ -243,6 +265,10 @@ def cursor_config(store: str, partition: int, generation: int, start: int) -> di
         "num_replicas": 1,
         "mem_storage": True,
         "inactive_threshold": CURSOR_IDLE_SECONDS * _NANOSECONDS,
+        # a persister makes another cursor rather than letting the broker deliver again
+        "metadata": _watched(
+            outstanding_ack_critical=CURSOR_BEHIND, unprocessed_critical=CURSOR_BEHIND, redelivery_critical=1
+        ),
     }
 
 
@@ -259,6 +285,27 @@ def _common(settings: LogSettings) -> dict[str, Any]:
     }
 
 
+def _metadata(settings: LogSettings, **thresholds: object) -> dict[str, str]:
+    """Return the metadata of a stream: its format, and thresholds for its replicas besides *thresholds*.
+
+    ``nats server check`` counts replicas only where the metadata says how many there should be; one copy is no cluster.
+    """
+    replicas: dict[str, object] = {}
+    if settings.replicas > 1:
+        replicas = {
+            "peer_expect": settings.replicas,
+            "peer_lag_critical": REPLICA_LAG,
+            "peer_seen_critical": REPLICA_SEEN,
+        }
+    return {FORMAT_KEY: str(FORMAT), **_watched(**replicas, **thresholds)}
+
+
+def _watched(**thresholds: object) -> dict[str, str]:
+    """Return *thresholds* as the NATS command line reads them from metadata."""
+    named = {"enabled": "true", **{name.replace("_", "-"): str(value) for name, value in thresholds.items()}}
+    return {f"{MONITOR_PREFIX}{name}": value for name, value in named.items()}
+
+
 def _window(settings: LogSettings) -> int:
     """Return the duplicate window in nanoseconds, as the broker counts it."""
     return round(settings.duplicate_window * _NANOSECONDS)
@@ -266,6 +313,8 @@ def _window(settings: LogSettings) -> int:
 
 def changes(wanted: Config, current: Config, stored_bytes: int) -> dict[str, Any]:
     """Return the fields of *current*, a stream's configuration, that must become those of *wanted*.
+
+    Includes fields that *wanted* does not have: nobody asked for them, so they must go (None).
 
     Args:
         wanted: what the definitions say.
@@ -276,11 +325,21 @@ def changes(wanted: Config, current: Config, stored_bytes: int) -> dict[str, Any
     """
     check_ownership(wanted, current)
     _check_limits(wanted, current, stored_bytes)
-    metadata = {**own_metadata(current), **wanted["metadata"]}
     different = {key: value for key, value in wanted.items() if key != "metadata" and current.get(key) != value}
+    different |= {key: None for key in current.keys() - wanted.keys() if not _is_default(key, current[key])}
+    metadata = _merged_metadata(wanted, current)
     if metadata != own_metadata(current):
         different["metadata"] = metadata
     return different
+
+
+def _is_default(field: str, value: Any) -> bool:
+    return not value or value == _DEFAULTS.get(field)
+
+
+def _merged_metadata(wanted: Config, current: Config) -> dict[str, str]:
+    """Return *wanted*'s metadata with the notes that others left in it."""
+    return {**own_metadata(current), **wanted["metadata"]}
 
 
 def check_ownership(wanted: Config, current: Config) -> None:
@@ -304,11 +363,15 @@ def check_ownership(wanted: Config, current: Config) -> None:
             f"stream {name} has {have} partitions, FI_PARTITIONS is {want}: the number is fixed when the stream is "
             f"created, because it decides where a consultation lives. Set FI_PARTITIONS={have}"
         )
+
+
+def _check_storing(wanted: Config, current: Config) -> None:
+    """Check what decides where an event is stored. Raises ProvisionError: it was changed by hand."""
     for key in _FIXED:
         if current.get(key) != wanted.get(key):
             raise ProvisionError(
-                f"stream {name} was changed by hand: {key} is {current.get(key)!r}, fiq needs {wanted.get(key)!r}: "
-                "change it back, or move that stream away"
+                f"stream {wanted['name']} was changed by hand: {key} is {current.get(key)!r}, fiq needs "
+                f"{wanted.get(key)!r}: run `fiq provision`"
             )
 
 
@@ -433,7 +496,9 @@ async def stream_identity(nc: Connection, settings: LogSettings, *, deadline: fl
     info = await _Retries(deadline).retry(lambda: _enabled(nc, api.stream_info(STREAM)))
     if info is None:
         raise ProvisionError(f"stream {STREAM} does not exist: run `fiq provision`, or set FI_PROVISION=true")
-    check_ownership(stream_config(settings), info["config"])
+    wanted = stream_config(settings)
+    check_ownership(wanted, info["config"])
+    _check_storing(wanted, info["config"])
     return _identity(info)
 
 
@@ -486,8 +551,8 @@ async def _ensure(
     if not different:
         return info
     before = {key: info["config"].get(key) for key in different}
-    config = {**info["config"], "metadata": own_metadata(info["config"]), **different}
-    info = await _change(api, "UPDATE", config, retries)
+    # nothing but what is wanted: the server takes its defaults for the rest
+    info = await _change(api, "UPDATE", {**wanted, "metadata": _merged_metadata(wanted, info["config"])}, retries)
     _log.warning("LOG_STREAM_CHANGED", stream=wanted["name"], before=before, after=different)
     return info
 
@@ -506,10 +571,10 @@ async def _change(api: JetStreamApi, verb: str, config: Config, retries: _Retrie
         if error.err_code == _EXISTS_DIFFERENTLY or (error.err_code in _NO_PLACE and retries.elapsed < GRACE_SECONDS):
             # another process created it after our look, or the nodes have only just come up: look again
             raise LogUnavailableError(str(error)) from error
-        raise ProvisionError(_refusal(error, config)) from error
+        raise ProvisionError(_refusal(error, verb, config)) from error
 
 
-def _refusal(error: ApiError, config: Config) -> str:
+def _refusal(error: ApiError, verb: str, config: Config) -> str:
     name, replicas = config["name"], config["num_replicas"]
     if error.err_code == _NO_STORAGE or "insufficient storage" in error.description:
         return (
@@ -526,6 +591,8 @@ def _refusal(error: ApiError, config: Config) -> str:
             f"another stream takes subjects of {name} already ({error.description}): `nats stream ls` shows it; remove "
             "its subjects under fi.events and fi.dead, or use another NATS account"
         )
+    if verb == "UPDATE":
+        return f"stream {name} was changed by hand in a way that nats-server does not undo ({error}): move it away"
     return f"stream {name} is refused: {error}"
 
 

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from services.cli.main import app
 from services.log.errors import LogAccessError, LogForbiddenError
-from services.log.jetstream.connection import Role
+from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.connection import Connection, Role
 from services.log.jetstream.publisher import Publisher
-from services.log.jetstream.stream import provision
+from services.log.jetstream.stream import BUCKET_STREAM, DEAD_STREAM, STREAM, provision
 from services.persister.volume import Volume
 from tests.support.cluster import reload
 from tests.support.persisters import Log, Persister, persisted
@@ -116,6 +117,58 @@ async def test_a_user_that_may_not_ask_is_told_instead_of_a_sound_cluster(provis
         one["what"].partition(":")[0] for one in found if (one["check"], one["level"]) == ("permissions", "error")
     ]
     assert {"ok"} == {one["level"] for one in found if one["check"] == "certificates"}
+
+
+async def test_a_stream_that_the_provisioners_user_changed_is_an_error_until_it_is_provisioned_again(
+    provisioned: Secured,
+) -> None:
+    """That user can have each event copied to itself, which no permission prevents: it is found, and undone."""
+    secured, copied = provisioned, "_INBOX_provisioner.copied"
+    own = secured.environment(Role.PROVISIONER) | LOG
+    async with secured.connected(Role.PROVISIONER) as thief, secured.connected(Role.INGEST) as ingest:
+        # given
+        heard = await thief.subscribe(f"{copied}.>")
+        await _edit(thief, STREAM, republish={"src": ">", "dest": f"{copied}.>"}, placement={"tags": ["az:1"]})
+        await _edit(thief, DEAD_STREAM, sources=[{"name": STREAM}])
+        await _edit(thief, BUCKET_STREAM, max_age=3600 * 10**9)
+        await ingest.request("fi.events.c1", b'{"event_type":"secret"}', timeout=10)
+        assert b'{"event_type":"secret"}' == (await heard.next_msg(timeout=10)).data
+
+        # when
+        done = await ops(secured, "doctor", "--json")
+
+        # then
+        assert 1 == done.code
+        errors = [
+            one for one in orjson.loads(done.out)["findings"] if (one["check"], one["level"]) == ("stream", "error")
+        ]
+        assert [f"stream {name} was changed by hand" for name in (STREAM, DEAD_STREAM, BUCKET_STREAM)] == [
+            one["what"].partition(":")[0] for one in errors
+        ]
+        assert 'republish is {"src":">","dest":"_INBOX_provisioner.copied.>"}' in errors[0]["what"]
+        assert "placement is" in errors[0]["what"]
+        assert "sources is" in errors[1]["what"]
+        assert "max_age is 3600000000000" in errors[2]["what"]
+        assert all("`fiq provision` undoes it" in one["action"] for one in errors)
+
+        # when
+        done = await asyncio.to_thread(fiq, own, "provision")
+
+        # then
+        assert (0, []) == (done.code, [line for line in done.errors if "LOG_STREAM_CHANGED" not in line])
+        await ingest.request("fi.events.c1", b"unheard", timeout=10)
+        with pytest.raises(nats.errors.TimeoutError):
+            await heard.next_msg(timeout=0.5)
+        found = orjson.loads((await ops(secured, "doctor", "--json")).out)["findings"]
+        assert {"ok"} == {one["level"] for one in found if one["check"] == "stream"}
+
+
+async def _edit(nc: Connection, stream: str, **fields: object) -> None:
+    """Do what `nats stream edit` does."""
+    api = JetStreamApi(nc)
+    info = await eventually(lambda: api.stream_info(stream))
+    assert info is not None
+    await api.request(f"STREAM.UPDATE.{stream}", {**info["config"], **fields})
 
 
 @pytest.mark.parametrize("subject", list(lent_subjects()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from services.log.jetstream.stream import bucket_config, cursor_config, dead_stream_config, stream_config
 from services.log.settings import LogSettings
 
@@ -28,7 +30,38 @@ def test_the_partition_count_stands_in_transform_and_metadata() -> None:
     config = stream_config(LogSettings(partitions=8))
 
     assert config["subject_transform"]["dest"] == "fi.events.{{partition(8,1)}}.{{wildcard(1)}}"
-    assert config["metadata"] == {"fi_format": "1", "fi_partitions": "8"}
+    assert {"fi_format": "1", "fi_partitions": "8"}.items() <= config["metadata"].items()
+
+
+def test_a_stream_says_when_the_nats_command_line_shall_call_it_critical() -> None:
+    """`nats server check stream` expects no replicas unless the metadata names their number."""
+    expected = {"enabled": "true", "peer-expect": "3", "peer-lag-critical": "1000", "peer-seen-critical": "10s"}
+    assert expected == _monitored(stream_config(LogSettings(replicas=3)))
+    assert expected == _monitored(bucket_config(LogSettings(replicas=3)))
+
+
+def test_a_dead_letter_makes_the_nats_command_line_warn() -> None:
+    """One subject a partition. The check inverts when the first limit is not below the second."""
+    found = _monitored(dead_stream_config(LogSettings(replicas=3, partitions=16)))
+    assert ("1", "16") == (found["subjects-warn"], found["subjects-critical"])
+    found = _monitored(dead_stream_config(LogSettings(replicas=3, partitions=1)))
+    assert ("1", "2") == (found["subjects-warn"], found["subjects-critical"])
+
+
+def test_one_copy_expects_no_peers() -> None:
+    """To the command line a stream with one replica is no cluster, and a number that is expected of it is an error."""
+    assert {"enabled": "true"} == _monitored(stream_config(LogSettings(replicas=1)))
+
+
+def test_a_cursor_says_when_it_is_behind() -> None:
+    """`nats server check consumer`: what waits, what is unacknowledged, and what was delivered again."""
+    limits = {"outstanding-ack-critical": "50000", "unprocessed-critical": "50000", "redelivery-critical": "1"}
+    assert {"enabled": "true", **limits} == _monitored(cursor_config("main", 3, 1, 1))
+
+
+def _monitored(config: dict[str, Any]) -> dict[str, str]:
+    prefix = "io.nats.monitor."
+    return {key.removeprefix(prefix): value for key, value in config["metadata"].items() if key.startswith(prefix)}
 
 
 def test_dead_letters_are_as_safe_as_events() -> None:
