@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -28,8 +29,18 @@ class User(StrEnum):
     """Users for people; the others are for services."""
 
     OPS = "ops"
+    PLACEMENT = "placement"
     PROVISIONER = "provisioner"
     SYSTEM = "system"
+
+
+#: a command that each user may run
+_TRY = {
+    User.OPS: f"stream info {names.STREAM}",
+    User.PLACEMENT: f"kv get {names.BUCKET} main.00",
+    User.PROVISIONER: f"stream info {names.STREAM}",
+    User.SYSTEM: "server report jetstream",
+}
 
 
 def nats_context(
@@ -56,7 +67,8 @@ def nats_context(
     write_context(path, ",".join(target.settings.servers), access, force=force)
     if select:
         _replace(path.parent.parent / "context.txt", name)
-    typer.echo(f"wrote {path}; try  nats {'' if select else f'--context {name} '}stream info fi-events")
+    chosen = "" if select else f"--context {name} "
+    typer.echo(f"wrote {path}; try  nats {chosen}{_TRY[user or User.OPS]}")
 
 
 def access_of(user: User, deployment: Path) -> dict[str, object]:
@@ -76,12 +88,21 @@ def access_of(user: User, deployment: Path) -> dict[str, object]:
 def context_path(name: str, env: Mapping[str, str] = os.environ) -> Path:
     """Return the path at which the ``nats`` command line looks for the context *name*.
 
+    Its home is that of the password database, whatever HOME says.
+
     Raises CommandError: the name would lead out of that folder.
     """
     if not name or ".." in name or "/" in name or os.sep in name or "\0" in name:
         raise CommandError(f"{name!r} cannot be the name of a context: leave out slashes and double dots")
-    base = env.get("XDG_CONFIG_HOME") or str(Path(env.get("HOME") or Path.home()) / ".config")
-    return Path(base) / "nats" / "context" / f"{name}.json"
+    base = Path(xdg) if (xdg := env.get("XDG_CONFIG_HOME")) else _home(env) / ".config"
+    return base / "nats" / "context" / f"{name}.json"
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:  # a user without an entry, as in a container
+        return Path(env.get("HOME") or "/")
 
 
 def write_context(path: Path, url: str, access: Mapping[str, object], *, force: bool) -> None:

@@ -42,19 +42,31 @@ _CONNECT_TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A cluster, and the state of the stack on this machine that it belongs to, if any."""
+    """A cluster, the state of the stack on this machine that it belongs to, if any, and as whom to ask it."""
 
     settings: LogSettings
     state: StackState | None
+    role: Role = Role.OPS
 
 
 def find_cluster(
-    server: str | None, folder: Path | None, *, env: Mapping[str, str] = os.environ, fallback: bool = False
+    server: str | None,
+    folder: Path | None,
+    *,
+    env: Mapping[str, str] = os.environ,
+    fallback: bool = False,
+    role: Role = Role.OPS,
 ) -> Target:
     """Return the cluster of *server*, else *folder*, else FI_LOG_URL, else ./.fiq, else with *fallback* the default.
 
+    *role* is that of the NATS user that the command needs.
+
     Raises ConfigurationError: a setting is malformed; NotRunningError: none of them names one.
     """
+    return replace(_found(server, folder, env, fallback=fallback), role=role)
+
+
+def _found(server: str | None, folder: Path | None, env: Mapping[str, str], *, fallback: bool) -> Target:
     if server is not None:
         return _asked_for(env, server)
     if folder is not None:

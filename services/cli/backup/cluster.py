@@ -76,7 +76,7 @@ async def look(target: Target, store: str) -> StoreView | None:
         BackupError: the stream was not created by fiq.
     """
     settings = replace(target.settings, store=store)
-    async with connected(settings) as connection:
+    async with connected(settings, target.role) as connection:
         snapshot = await take_snapshot(connection, settings, target.state)
         stream = snapshot.stream
         if stream is None:
@@ -112,7 +112,7 @@ async def other_stores(target: Target) -> tuple[str, ...]:
 
     Raises LogUnavailableError: no node answered.
     """
-    async with connected(target.settings) as connection:
+    async with connected(target.settings, target.role) as connection:
         return tuple(name for name in await read_stores(connection) if name != target.settings.store)
 
 
@@ -129,7 +129,7 @@ async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: S
 
     Raises RestoreRefusedError: the broker refused one, or it has changed meanwhile; those before it are placed.
     """
-    async with connected(target.settings) as connection:
+    async with connected(target.settings, target.role) as connection:
         placements = BucketPlacements(connection, replace(target.settings, store=store))
         for one in sorted(wanted, key=lambda placement: placement.partition):
             known = seen.placed.get(one.partition)
@@ -143,6 +143,6 @@ async def fence(target: Target, store: str, wanted: Iterable[Placement], seen: S
                 raise RestoreRefusedError(
                     f"partition {partition_name(one.partition)} could not be placed again in bucket {BUCKET} "
                     f"({error}). The old directory might run at the same time as the new one, and events that the new "
-                    "one lacks might be trimmed, so no file was restored. Use the NATS user `ops`, and try again"
+                    "one lacks might be trimmed, so no file was restored. Use the NATS user `placement`, and try again"
                 ) from error
     await asyncio.sleep(FENCE_SECONDS)

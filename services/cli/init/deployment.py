@@ -563,6 +563,8 @@ _WATCH = (
     *_api(*_each("STREAM.INFO.{}"), f"DIRECT.GET.{STREAM}"),
     *_api(*(f"{verb}.{BUCKET_STREAM}" for verb in ("STREAM.INFO", "STREAM.MSG.GET", "DIRECT.GET"))),
     f"$SRV.INFO.{PERSISTER_SERVICE}",
+    # memory and storage of every node
+    NODES_STATE,
 )
 
 PERMISSIONS: dict[Role, Permissions] = {
@@ -646,15 +648,22 @@ PERMISSIONS: dict[Role, Permissions] = {
                 f"CONSUMER.DELETE.{DEAD_STREAM}.*",
             ),
             f"$JS.FC.{BUCKET_STREAM}.>",
-            # `fiq restore`, `fiq give-up` and `fiq place`
-            _KEYS,
             f"$JS.ACK.{DEAD_STREAM}.>",
             *_each("$JS.SNAPSHOT.ACK.{}.>"),
             *(f"$SRV.{verb}{tail}" for verb in ("PING", "INFO", "STATS") for tail in ("", ".>")),
             # `fiq doctor`: every node, without its monitoring port
             NODES_STATE,
             NODES_HEALTH,
+            # `nats account info`: who this connection is and what it may; `nats server check connection`: a message to
+            # itself
+            "$SYS.REQ.USER.INFO",
+            _inbox(Role.OPS),
         ),
         subscribe=(_inbox(Role.OPS),),
+    ),
+    Role.PLACEMENT: Permissions(
+        # with `nats kv get` and `nats kv del`
+        publish=(*_WATCH, *_api(f"DIRECT.GET.{BUCKET_STREAM}.>"), _KEYS),
+        subscribe=(_inbox(Role.PLACEMENT),),
     ),
 }

@@ -95,6 +95,8 @@ class Role(StrEnum):
     PERSISTER = "persister"
     PROVISIONER = "provisioner"
     OPS = "ops"
+    #: writes the keys of the placement: ``fiq restore``, ``fiq give-up`` and ``fiq place``
+    PLACEMENT = "placement"
 
 
 def inbox_prefix(role: Role) -> str:

@@ -57,7 +57,12 @@ async def ops(secured: Secured, *arguments: object) -> Outcome:
     return await asyncio.to_thread(fiq, environment, *map(str, arguments))
 
 
-async def test_what_operators_run_needs_no_more_than_ops_may(provisioned: Secured, tmp_path: Path) -> None:
+async def placing(secured: Secured, *arguments: object) -> Outcome:
+    environment = secured.environment(Role.PLACEMENT) | LOG
+    return await asyncio.to_thread(fiq, environment, *map(str, arguments))
+
+
+async def test_what_operators_run_needs_no_more_than_their_users_may(provisioned: Secured, tmp_path: Path) -> None:
     """A lost volume comes back, twice, and the doctor finds certificates, and nothing wrong that it can see."""
     secured, data, saved = provisioned, tmp_path / "data", tmp_path / "saved"
     own = {**secured.environment(Role.PERSISTER), **LOG}
@@ -90,6 +95,8 @@ async def test_what_operators_run_needs_no_more_than_ops_may(provisioned: Secure
             await asyncio.to_thread(persister.process.wait)
         shutil.rmtree(data)
         done = await ops(secured, "restore", saved, "--to", data)
+        assert (1, True) == (done.code, "may not subscribe to _inbox_placement" in done.errors[0])
+        done = await placing(secured, "restore", saved, "--to", data)
         assert 0 == done.code, done.errors
         with Persister(tmp_path / "b", secured.cluster, data, **own) as persister:
             await persister.ready()
@@ -97,7 +104,7 @@ async def test_what_operators_run_needs_no_more_than_ops_may(provisioned: Secure
             assert 0 == await persister.end()
         volume = Volume.open(data, "main").uuid
         shutil.rmtree(data)
-        done = await ops(secured, "give-up", volume, "--to", data, "--yes")
+        done = await placing(secured, "give-up", volume, "--to", data, "--yes")
         assert 0 == done.code, done.errors
         with Persister(tmp_path / "c", secured.cluster, data, **own) as persister:
             await persister.ready()
@@ -128,7 +135,7 @@ async def test_a_stream_that_the_provisioners_user_changed_is_an_error_until_it_
     async with secured.connected(Role.PROVISIONER) as thief, secured.connected(Role.INGEST) as ingest:
         # given
         heard = await thief.subscribe(f"{copied}.>")
-        await _edit(thief, STREAM, republish={"src": ">", "dest": f"{copied}.>"}, placement={"tags": ["az:1"]})
+        await _edit(thief, STREAM, republish={"src": ">", "dest": f"{copied}.>"}, placement={"cluster": "fiq"})
         await _edit(thief, DEAD_STREAM, sources=[{"name": STREAM}])
         await _edit(thief, BUCKET_STREAM, max_age=3600 * 10**9)
         await ingest.request("fi.events.c1", b'{"event_type":"secret"}', timeout=10)

@@ -28,7 +28,7 @@ QUICK = 20.0
 #: role -> subjects that its user must not publish on
 FORBIDDEN = {
     Role.INGEST: [
-        "fi.nodes.varz",
+        "fi.nodes.healthz",
         "fi.dead.0",
         "fi.events",
         "fi.events.1.c1",
@@ -52,7 +52,7 @@ FORBIDDEN = {
         "$SYS.REQ.SERVER.PING",
     ],
     Role.PERSISTER: [
-        "fi.nodes.varz",
+        "fi.nodes.healthz",
         "fi.events.c1",
         "fi.corpus.main.1.events",
         "fi.events.1.c1",
@@ -112,6 +112,25 @@ FORBIDDEN = {
         "$JS.API.CONSUMER.DELETE.fi-events.fi-workers-main-00",
         "$JS.API.CONSUMER.MSG.NEXT.fi-events.fi-workers-main-00",
         "$JS.ACK.fi-events.fi-workers-main-00.1.1.1.1.0",
+        "$KV.fi-partitions.main.00",
+        "_INBOX_placement.x",
+        "$SYS.REQ.SERVER.PING",
+    ],
+    Role.PLACEMENT: [
+        "fi.nodes.healthz",
+        "fi.events.c1",
+        "fi.corpus.main.1.find",
+        "fi.dead.0",
+        "$JS.API.INFO",
+        "$JS.API.STREAM.UPDATE.KV_fi-partitions",
+        "$JS.API.STREAM.PURGE.KV_fi-partitions",
+        "$JS.API.STREAM.MSG.DELETE.KV_fi-partitions",
+        "$JS.API.STREAM.MSG.GET.fi-events",
+        "$JS.API.CONSUMER.CREATE.KV_fi-partitions.mine.$KV.fi-partitions.>",
+        "$JS.API.CONSUMER.CREATE.fi-events.mine",
+        "_INBOX_placement.x",
+        "_INBOX_ops.x",
+        "$SYS.REQ.USER.INFO",
         "$SYS.REQ.SERVER.PING",
     ],
 }
@@ -207,10 +226,10 @@ async def test_placement_says_what_is_missing(stranger: Connection, secured: Sec
         await BucketPlacements(stranger, secured.settings(Role.INGEST)).claim(0, "volume", 1, begins=1)
 
 
-async def test_a_persister_places_and_ops_places_anew(secured: Secured) -> None:
+async def test_a_persister_places_and_placement_places_anew(secured: Secured) -> None:
     """Each with its own user: claim, progress and the hint of it; then what `fiq restore` does; all roles read it."""
     await _identity(secured)
-    async with secured.connected(Role.PERSISTER) as owner, secured.connected(Role.OPS) as ops:
+    async with secured.connected(Role.PERSISTER) as owner, secured.connected(Role.PLACEMENT) as placing:
         placements = BucketPlacements(owner, secured.settings(Role.PERSISTER, store="placing"))
         news: list[None] = []
         async with placements.watching(lambda: news.append(None)):
@@ -218,15 +237,16 @@ async def test_a_persister_places_and_ops_places_anew(secured: Secured) -> None:
             await placements.form({"volume"})
             await placements.read()
             news.clear()
-            renewed = await BucketPlacements(ops, secured.settings(Role.OPS, store="placing")).renew(
-                claimed, epoch=2, committed=5
-            )
+            anew = BucketPlacements(placing, secured.settings(Role.PLACEMENT, store="placing"))
+            renewed = await anew.renew(claimed, epoch=2, committed=5)
             await eventually(lambda: news)
         assert renewed == await placements.get(0)
+        assert not owner.violations
+        assert not placing.violations
+    async with secured.connected(Role.OPS) as ops:
         bucket = await ops.jetstream().key_value("fi-partitions")
         assert {"placing", "placing.00"} <= set(await bucket.keys())
         assert 3 == len(await bucket.history("placing.00"))
-        assert not owner.violations
         assert not ops.violations
     async with secured.connected(Role.INGEST) as reader:
         assert {0: renewed} == (await read_stores(reader))["placing"].partitions

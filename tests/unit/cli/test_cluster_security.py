@@ -31,7 +31,7 @@ def test_with_security_they_are_the_deployments_own(tmp_path: Path) -> None:
     accounts = tmp_path / "cluster/security/accounts.conf"
     assert deployment.layout.nats / "accounts.conf" == accounts.resolve()
     deployment.begin_users()
-    assert 2 * 5 == accounts.read_text().count("nkey: U")
+    assert 2 * 6 == accounts.read_text().count("nkey: U")
 
 
 def test_a_folder_can_change_from_one_to_the_other(tmp_path: Path) -> None:

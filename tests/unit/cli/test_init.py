@@ -32,7 +32,7 @@ FILES = {
     "grafana.password",
     *(f"nats/{name}" for name in NATS_FILES),
     *(f"nodes/n{number}.{kind}" for number in (1, 2, 3) for kind in ("pem", "key")),
-    *(f"users/{user}.seed" for user in ("ingest", "persister", "provisioner", "ops", "system")),
+    *(f"users/{user}.seed" for user in ("ingest", "persister", "provisioner", "ops", "placement", "system")),
 }
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to another user")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import stat
 from pathlib import Path
 
@@ -19,8 +21,17 @@ URL = "nats://127.0.0.1:4222,nats://127.0.0.1:4223"
 
 
 def test_the_file_stands_where_the_nats_command_line_looks(tmp_path: Path) -> None:
-    """XDG_CONFIG_HOME decides; ~/.config is the default."""
+    """XDG_CONFIG_HOME decides; the default is .config in the home of the password database, whatever HOME says."""
     assert tmp_path / "nats/context/fiq.json" == context_path("fiq", {"XDG_CONFIG_HOME": str(tmp_path)})
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    assert home / ".config/nats/context/fiq.json" == context_path("fiq", {"HOME": str(tmp_path)})
+
+
+def test_a_user_without_an_entry_in_the_password_database_has_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the uid of a container has none; Go's library then takes HOME, too."""
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
     assert tmp_path / ".config/nats/context/fiq.json" == context_path("fiq", {"HOME": str(tmp_path)})
 
 
@@ -102,6 +113,28 @@ def test_a_user_of_a_deployment_brings_seed_authority_and_inbox(
         "inbox_prefix": "_INBOX_ops",
     }
     assert expected == context
+
+
+@pytest.mark.parametrize(
+    ("user", "command"),
+    [
+        ("ops", "stream info fi-events"),
+        ("provisioner", "stream info fi-events"),
+        ("placement", "kv get fi-partitions main.00"),
+        ("system", "server report jetstream"),
+    ],
+)
+def test_it_proposes_what_the_user_may_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str, command: str
+) -> None:
+    """The system account has no streams, and the streams' users may not ask for servers."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    Deployment(tmp_path / "deployment", FileOwner.myself()).complete()
+    own = ["--user", user, "--deployment", str(tmp_path / "deployment")]
+
+    result = CliRunner().invoke(app, ["nats-context", "--server", URL, "--name", "mine", *own])
+
+    assert f"try  nats --context mine {command}\n" in result.output
 
 
 def test_a_user_without_a_seed_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
