@@ -1,4 +1,4 @@
-"""What `nats stream backup` and `nats stream restore` do, on the wire (nats-architecture-and-design, ADR-1)."""
+"""What `nats backup stream` and `nats backup restore stream` do, on the wire (nats-architecture-and-design, ADR-1)."""
 
 from __future__ import annotations
 

@@ -632,7 +632,7 @@ PERMISSIONS: dict[Role, Permissions] = {
                 *_each("STREAM.MSG.GET.{}"),
                 *_each("DIRECT.GET.{}"),
                 *_each("DIRECT.GET.{}.>"),
-                # `nats stream backup`
+                # `nats backup stream`
                 *_each("STREAM.SNAPSHOT.{}"),
                 # `nats kv get`, `ls`, `history` and `watch`: the last three make a consumer of their own
                 f"STREAM.MSG.GET.{BUCKET_STREAM}",

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -180,9 +181,9 @@ async def test_settings_that_differ_from_the_stream_are_told(log: Log, tmp_path:
     """What may be changed is a warning, what may not is an error."""
     with Persister(tmp_path / "a", log.cluster, tmp_path / "data") as persister:
         await persister.ready()
-        settings = LogSettings(servers=log.settings.servers, partitions=PARTITIONS, max_bytes=2**30)
+        settings = replace(log.settings, max_bytes=2**30)
         await only(patient(log, tmp_path / "data", settings), "stream", "warning", "max_bytes")
-        settings = LogSettings(servers=log.settings.servers, partitions=16, max_bytes=64 * 2**20)
+        settings = replace(log.settings, partitions=16)
         await only(
             patient(log, tmp_path / "data", settings), "stream", "error", "has 4 partitions, FI_PARTITIONS is 16"
         )

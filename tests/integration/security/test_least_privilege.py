@@ -155,7 +155,7 @@ async def test_ops_sees_the_persisters_in_the_service_api(provisioned: Secured, 
 
 
 async def test_ops_reads_a_message_and_takes_a_snapshot(provisioned: Secured) -> None:
-    """`nats stream get` and `nats stream backup` of the events, which ops may read but not change."""
+    """`nats stream get` and `nats backup stream` of the events, which ops may read but not change."""
     async with provisioned.connected(Role.INGEST) as ingest_nc:
         for _ in range(_WINDOWS):
             await ingest_nc.request("fi.events.c1", os.urandom(_CHUNK), timeout=10)

@@ -17,7 +17,15 @@ from tests.support.compose.stack import DEPLOYMENT, Deployment, free_port, lay_o
 #: names of the machines, as `fiq init --hosts` gets them; a node each
 HOSTS = ("host1", "host2", "host3")
 #: files that a host needs of the secrets, besides its own node's; the authority's key stays with the operator
-SHARED = ("ca.pem", "nats", "api", "users/ingest.seed", "users/persister.seed", "users/ops.seed")
+SHARED = (
+    "ca.pem",
+    "nats",
+    "api",
+    "users/ingest.seed",
+    "users/persister.seed",
+    "users/ops.seed",
+    "users/placement.seed",
+)
 PARTITIONS = 6
 #: as whom the containers run, where that can be chosen
 OWNER = 12_000

@@ -20,6 +20,7 @@ READS: dict[str, tuple[type, ...]] = {
     "provision": (LogSettings,),
     # `fiq doctor` judges by what the others are told
     "ops": (LogSettings, Settings, PersisterSettings),
+    "placement": (LogSettings, Settings, PersisterSettings),
     "ingest": (Settings,),
     "persister": (PersisterSettings,),
 }
@@ -40,7 +41,7 @@ OTHER_LOG = {"FI_ZMQ_KEY_FILE", "FI_ZMQ_SERVER_KEY", "FI_ZMQ_CLIENT_KEYS"}
 #: what a file decides besides: on one host the nodes are its own, and the balancer speaks TLS
 DECIDED = {"compose.yaml": {"FI_LOG_URL", "FI_TLS_CERT", "FI_TLS_KEY"}, "compose.host.yaml": set[str]()}
 #: files that only ingest has
-NOT_FOR = {"ops": {"FI_TLS_CERT", "FI_TLS_KEY"}}
+NOT_FOR = {name: {"FI_TLS_CERT", "FI_TLS_KEY"} for name in ("ops", "placement")}
 
 
 def environment(file: str, service: str) -> dict[str, Any]:

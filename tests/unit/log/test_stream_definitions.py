@@ -42,10 +42,8 @@ def test_a_stream_says_when_the_nats_command_line_shall_call_it_critical() -> No
 
 def test_a_dead_letter_makes_the_nats_command_line_warn() -> None:
     """One subject a partition. The check inverts when the first limit is not below the second."""
-    found = _monitored(dead_stream_config(LogSettings(replicas=3, partitions=16)))
-    assert ("1", "16") == (found["subjects-warn"], found["subjects-critical"])
-    found = _monitored(dead_stream_config(LogSettings(replicas=3, partitions=1)))
-    assert ("1", "2") == (found["subjects-warn"], found["subjects-critical"])
+    found = _monitored(dead_stream_config(LogSettings()))
+    assert ("1", "1000") == (found["subjects-warn"], found["subjects-critical"])
 
 
 def test_one_copy_expects_no_peers() -> None:
