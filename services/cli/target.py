@@ -55,18 +55,11 @@ def find_cluster(
     *,
     env: Mapping[str, str] = os.environ,
     fallback: bool = False,
-    role: Role = Role.OPS,
 ) -> Target:
     """Return the cluster of *server*, else *folder*, else FI_LOG_URL, else ./.fiq, else with *fallback* the default.
 
-    *role* is that of the NATS user that the command needs.
-
     Raises ConfigurationError: a setting is malformed; NotRunningError: none of them names one.
     """
-    return replace(_found(server, folder, env, fallback=fallback), role=role)
-
-
-def _found(server: str | None, folder: Path | None, env: Mapping[str, str], *, fallback: bool) -> Target:
     if server is not None:
         return _asked_for(env, server)
     if folder is not None:
@@ -79,6 +72,11 @@ def _found(server: str | None, folder: Path | None, env: Mapping[str, str], *, f
         if fallback:
             return Target(load(LogSettings, env), None)
         raise NotRunningError(f"{error}, or a cluster with --server") from None
+
+
+def find_cluster_to_place(server: str | None, folder: Path | None) -> Target:
+    """Return the cluster as :func:`find_cluster` does, for a command that writes where partitions are."""
+    return replace(find_cluster(server, folder), role=Role.PLACEMENT)
 
 
 def _asked_for(env: Mapping[str, str], server: str) -> Target:

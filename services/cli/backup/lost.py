@@ -18,9 +18,8 @@ from services.cli.backup.backup import read_volume
 from services.cli.backup.cluster import StoreView, fence, look, other_stores
 from services.cli.backup.restore import VolumeIdentity, begun_anew, make_empty, reserved, write_identity
 from services.cli.errors import CommandError, RestoreRefusedError
-from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
+from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster_to_place, find_corpus
 from services.log.errors import PlacementError
-from services.log.jetstream.connection import Role
 from services.log.jetstream.placement import BucketPlacements, parse_key, read_stores
 from services.log.jetstream.stream import BUCKET, STREAM, placement_key
 from services.log.partitions import partition_name
@@ -42,7 +41,7 @@ def give_up(
 
     The stream brings what it still has when persisters start. What was trimmed is gone from this store for good.
     """
-    target = find_cluster(server, folder, role=Role.PLACEMENT)
+    target = find_cluster_to_place(server, folder)
     seen = asyncio.run(_lost(target, volume))
     kept = f"the stream has {seen.first} to {seen.last}" if seen.first <= seen.last else "the stream is empty"
     for partition in seen.placed_on(volume):
@@ -133,7 +132,7 @@ def place(
             raise CommandError(f"{info.path.name} is of another volume than volume.json: move it back to its volume")
         held[own.partition] = Placement(own.partition, volume, own.epoch, info.committed, info.begins, 0)
     created = {info.identity.stream_created for info in infos}
-    target = find_cluster(server, folder, role=Role.PLACEMENT)
+    target = find_cluster_to_place(server, folder)
     target = replace(target, settings=replace(target.settings, store=store))
     asyncio.run(_place(target, held, created, _others(stores, store), force=force))
 

@@ -42,9 +42,8 @@ from services.cli.backup.backup import (
 from services.cli.backup.cluster import StoreView, fence, look
 from services.cli.console import bar, err
 from services.cli.errors import BackupError, CommandError, RestoreRefusedError
-from services.cli.target import FolderOption, ServerOption, Target, find_cluster
+from services.cli.target import FolderOption, ServerOption, Target, find_cluster_to_place
 from services.core.settings import load
-from services.log.jetstream.connection import Role
 from services.log.partitions import partition_name
 from services.log.protocol import EVENT_LOG
 from services.log.settings import LogSettings
@@ -80,7 +79,7 @@ def restore(
     check_source(source, manifest)
     if offline and as_store is not None:
         raise RestoreRefusedError("--as-store places the partitions of the other store, so it cannot be --offline")
-    target = None if offline else find_cluster(server, folder, role=Role.PLACEMENT)
+    target = None if offline else find_cluster_to_place(server, folder)
     wanted = manifest if as_store is None else _of_store(manifest, as_store)
     owner = VolumeIdentity(wanted.volume, wanted.store, wanted.partitions, wanted.stream_created)
     with reserved(to):
