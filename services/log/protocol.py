@@ -414,11 +414,16 @@ class Placements(Protocol):
         Raises LogUnavailableError: the outcome is not known; call again.
         """
 
-    async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
+    async def progress(
+        self, placement: Placement, committed: int, message_id: str = "", *, owned: Callable[[], bool] = lambda: True
+    ) -> Placement:
         """Report that the file of *placement* has reached *committed*; return the placement as it is now.
 
+        Args:
+            owned: whether the caller still has the file; what another process reported is only overwritten then.
+
         Raises PlacementError: another process may have the partition; stop writing it; LogUnavailableError: the outcome
-        is not known; call again.
+        is not known, call again; or the file was released and its next owner reports.
         """
 
     def watching(self, on_change: Callable[[], None]) -> AbstractAsyncContextManager[None]:

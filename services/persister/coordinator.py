@@ -129,7 +129,9 @@ class Coordinator:
         """
         one = self._running[partition]
         if at.sequence < one.record.committed:
-            one.record = await self._placements.progress(one.record, at.sequence, at.message_id)
+            one.record = await self._placements.progress(
+                one.record, at.sequence, at.message_id, owned=lambda: one.runner.holds_file
+            )
         await asyncio.sleep(self._placements.fence_seconds)
 
     async def run(self) -> None:
@@ -266,7 +268,9 @@ class Coordinator:
         if Position(one.record.committed, one.record.message_id) == at:
             return
         try:
-            one.record = await self._placements.progress(one.record, at.sequence, at.message_id)
+            one.record = await self._placements.progress(
+                one.record, at.sequence, at.message_id, owned=lambda: one.runner.holds_file
+            )
         except PermanentError as error:
             self._log.error("PROGRESS_REFUSED", partition=name, reason=str(error))
             self._claim_soon()

@@ -135,6 +135,11 @@ class PartitionRunner:
         await asyncio.wait({self._task})
 
     @property
+    def holds_file(self) -> bool:
+        """Whether no other process can have the partition's file."""
+        return self._file is not None
+
+    @property
     def position(self) -> Position | None:
         """The position that the file has reached; None while the partition is not followed."""
         if self._file is None or self.state is not RunnerState.FOLLOWING:

@@ -61,7 +61,9 @@ class MemoryPlacements(Placements):
     async def form(self, volumes: Collection[str]) -> None:
         self.formed, self.volumes = True, tuple(sorted(volumes))
 
-    async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
+    async def progress(
+        self, placement: Placement, committed: int, message_id: str = "", *, owned: Callable[[], bool] = lambda: True
+    ) -> Placement:
         found = self.placed.get(placement.partition)
         if found is None or (found.volume, found.epoch) != (placement.volume, placement.epoch):
             raise PlacementError(f"partition {placement.partition} was placed anew")

@@ -167,11 +167,17 @@ class BucketPlacements:
                 return
         raise LogUnavailableError(f"key {key} of bucket {BUCKET} could not be written")
 
-    async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
+    async def progress(
+        self, placement: Placement, committed: int, message_id: str = "", *, owned: Callable[[], bool] = lambda: True
+    ) -> Placement:
         """Put that the file of *placement* has reached *committed*; return the placement as it is now.
 
+        A put that is refused takes over the revision of another process only while *owned*: then that process had the
+        file before this one. After the file was released it is the next owner, whose progress must stay.
+
         Raises PlacementError: the partition was placed anew, its key was deleted, the bucket was set back, or another
-        process has put progress since this one did; LogUnavailableError: the outcome is not known; call again.
+        process has put progress since this one did; LogUnavailableError: the outcome is not known, or the file was
+        released meanwhile.
         """
         wanted = replace(placement, committed=committed, message_id=message_id, writer=self._writer)
         lacking = False
@@ -186,7 +192,13 @@ class BucketPlacements:
                 continue
             if (found.volume, found.epoch) != (placement.volume, placement.epoch):
                 raise PlacementError(_gone(placement, found))
-            if placement.writer == self._writer and found.writer not in {"", self._writer}:
+            of_another = found.writer not in {"", self._writer}
+            if of_another and not owned():
+                raise LogUnavailableError(
+                    f"progress of partition {partition_name(placement.partition)} was not put: its next owner has put "
+                    "its own"
+                )
+            if of_another and placement.writer == self._writer:
                 raise PlacementError(
                     f"another process puts the progress of partition {partition_name(placement.partition)}, too: two "
                     f"data directories are volume {placement.volume}, perhaps one is a copy. Stop the persisters of "

@@ -377,7 +377,9 @@ class VolumePlacements:
             os.fsync(file.fileno())
         temporary.rename(path)
 
-    async def progress(self, placement: Placement, committed: int, message_id: str = "") -> Placement:
+    async def progress(
+        self, placement: Placement, committed: int, message_id: str = "", *, owned: Callable[[], bool] = lambda: True
+    ) -> Placement:
         """Return *placement* with the progress; it is kept nowhere but in the file."""
         return replace(placement, committed=committed, message_id=message_id)
 

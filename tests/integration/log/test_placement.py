@@ -17,7 +17,7 @@ from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.placement import BucketPlacements, read_stores
 from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, provision
 from services.log.settings import LogSettings
-from services.log.status import Placement
+from services.log.status import Placement, StorePlacement
 from tests.support.polling import eventually
 
 VOLUMES = ("11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222")
@@ -110,6 +110,21 @@ async def test_of_two_processes_that_write_copies_of_a_partition_one_stops(
         await other.progress(taken, 30)
 
     assert 50 == (await placements.progress(ours, 50)).committed
+
+
+async def test_the_last_progress_of_an_earlier_owner_does_not_replace_that_of_the_next_one(
+    placements: BucketPlacements, nc: Connection, cluster: Cluster
+) -> None:
+    """The earlier owner never put progress of its own, released the file, and puts where it left it too late."""
+    claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
+    earlier = BucketPlacements(nc, _settings(cluster))
+    ours = await placements.progress(claimed, 20)
+
+    with pytest.raises(LogUnavailableError, match="progress of partition 03 was not put: its next owner has put its"):
+        await earlier.progress(claimed, 10, owned=lambda: False)
+
+    assert ours == await placements.get(3)
+    assert 30 == (await placements.progress(ours, 30)).committed
 
 
 async def test_two_processes_that_keep_step_are_found_out_too(
@@ -294,17 +309,18 @@ async def test_claim_and_progress_outlive_the_loss_of_the_buckets_leader(nc: Con
     cluster.kill(index)
     try:
         told: list[Placement] = []
+        read: list[StorePlacement] = []
 
-        async def both() -> bool:
+        async def all_of_them() -> bool:
             try:
                 told[:] = [await placements.progress(claimed, 77), await placements.claim(1, VOLUMES[0], 1, begins=1)]
+                read[:] = [await placements.read()]
             except LogUnavailableError:
                 return False
             return True
 
-        await eventually(both, 40)
-        read = await placements.read()
-        assert dict(enumerate(told)) == read.partitions
+        await eventually(all_of_them, 40)
+        assert dict(enumerate(told)) == read[0].partitions
         assert 77 == told[0].committed
     finally:
         cluster.start_node(index)

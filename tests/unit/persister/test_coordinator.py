@@ -322,7 +322,7 @@ async def test_a_partition_whose_progress_is_refused_stops(tmp_path: Path, monke
     work = asyncio.create_task(rig.coordinator.run())
     await eventually(lambda: 7 == (log.placed[2].committed if 2 in log.placed else 0))
 
-    async def refuse(*_: object) -> Placement:
+    async def refuse(*_: object, **__: object) -> Placement:
         raise PlacementError("the bucket was set back")
 
     monkeypatch.setattr(log, "progress", refuse)
