@@ -22,7 +22,7 @@ __all__ = ["AsyncClient", "Client", "ClientError", "RetryPolicy", "open_corpus"]
 _OF_CLIENT = frozenset(__all__) - {"open_corpus"}
 
 
-def open_corpus(path: str | PathLike[str]) -> Corpus:
+def open_corpus(path: str | PathLike[str], *, strict: bool = False) -> Corpus:
     """Open a corpus for reading; see :func:`fiq.corpus.open_corpus`.
 
     Raises:
@@ -31,7 +31,7 @@ def open_corpus(path: str | PathLike[str]) -> Corpus:
     """
     from fiq import corpus
 
-    return corpus.open_corpus(path)
+    return corpus.open_corpus(path, strict=strict)
 
 
 def __dir__() -> list[str]:

@@ -27,6 +27,8 @@ from fiq.corpus.errors import (
     CorpusLockedError,
     CorpusNotFoundError,
     CorpusUsageError,
+    DamagedPartitionError,
+    DamagedPartitionWarning,
     IdentityMismatchError,
     JournalError,
     PermanentCorpusError,
@@ -37,7 +39,7 @@ from fiq.corpus.errors import (
 )
 from fiq.corpus.format import Identity, Record
 from fiq.corpus.ids import IdHashes, KnownIds, hashes_of
-from fiq.corpus.reader import Corpus, PartitionInfo, open_corpus, write_index
+from fiq.corpus.reader import Corpus, DamagedPartition, PartitionInfo, open_corpus, write_index
 from fiq.corpus.store import EventStore, Lookup, Recovered, StoreOptions, StoreStats, recover_partition
 from fiq.corpus.tools.repack import Repacked, repack
 from fiq.corpus.tools.verify import CorpusProblem, PartitionReport, Progress, Report, verify_corpus
@@ -56,6 +58,9 @@ __all__ = [
     "CorpusNotFoundError",
     "CorpusProblem",
     "CorpusUsageError",
+    "DamagedPartition",
+    "DamagedPartitionError",
+    "DamagedPartitionWarning",
     "EventRecord",
     "EventStore",
     "IdHashes",

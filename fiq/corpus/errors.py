@@ -13,6 +13,7 @@
             CorpusFormatError           the file is no partition file, damaged, or of another version
                 IdentityMismatchError   the file belongs to another store, volume, partition or stream
                 JournalError            the journal is missing, damaged, or belongs to another file
+                DamagedPartitionError   a damaged partition file may hold what was asked for
             UnsupportedFileSystemError  the file system is a remote one, without the locks and syncs that are needed
         CorpusUsageError                the caller broke a rule of the interface
             AppendRefusedError          the records are malformed, or out of order
@@ -84,6 +85,10 @@ class JournalError(CorpusFormatError):
     """Raised when the journal of a partition file cannot be used; no part of it is skipped silently."""
 
 
+class DamagedPartitionError(CorpusFormatError):
+    """Raised when a consultation is in no partition file that can be read, and others of the corpus are damaged."""
+
+
 class UnsupportedFileSystemError(PermanentCorpusError):
     """Raised when a corpus would live on a remote file system."""
 
@@ -98,6 +103,10 @@ class AppendRefusedError(CorpusUsageError):
 
 class StoreFailedError(CorpusUsageError):
     """Raised by every call after a failure, until the store is abandoned and opened again."""
+
+
+class DamagedPartitionWarning(UserWarning):
+    """Warns that a corpus is read without a damaged partition file."""
 
 
 class UnknownConsultationError(CorpusError, KeyError):

@@ -5,8 +5,10 @@ Each partition file is read through a snapshot of its last commit, which is take
 
 from __future__ import annotations
 
+import errno
 import io as memory
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +23,13 @@ import numpy.typing as npt
 
 from fiq.corpus.consultation import Consultation, Table, open_datasets, to_frame
 from fiq.corpus.errors import (
+    CorpusError,
     CorpusFormatError,
     CorpusIOError,
     CorpusNotFoundError,
     CorpusUsageError,
+    DamagedPartitionError,
+    DamagedPartitionWarning,
     UnknownConsultationError,
 )
 from fiq.corpus.format import (
@@ -74,6 +79,20 @@ class PartitionInfo:
     journal_records: int  #: commits that only the journal holds
 
 
+@dataclass(frozen=True, slots=True)
+class DamagedPartition:
+    """A partition file that cannot be read."""
+
+    path: Path
+    error: CorpusError
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is damaged: {self.error}; `fiq verify {self.path}` shows what is wrong, then restore it and "
+            f"its journal from a backup"
+        )
+
+
 class Corpus(Mapping[str, Consultation]):
     """Consultations by their id, as of the moment when each partition file was first read.
 
@@ -81,14 +100,20 @@ class Corpus(Mapping[str, Consultation]):
     open partition file holds back its writer's checkpoints, never its commits. :meth:`refresh` or the end of the
     ``with`` block closes all.
 
+    Damaged files are in :attr:`damaged`, and left out with a DamagedPartitionWarning; asking for a consultation that
+    no other file holds raises DamagedPartitionError. If no file can be read, the error of the first is raised.
+
     Args:
         paths: the partition files.
+        strict: raise the error of the first damaged file instead.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], *, strict: bool = False) -> None:
         #: the partition files
         self.paths = tuple(paths)
+        self._strict = strict
         self._open: dict[Path, _Partition] = {}
+        self._damaged: dict[Path, DamagedPartition] = {}
         self._closed = False
 
     def __repr__(self) -> str:
@@ -96,8 +121,15 @@ class Corpus(Mapping[str, Consultation]):
 
     @property
     def partitions(self) -> tuple[PartitionInfo, ...]:
-        """What each partition file states about itself."""
+        """What each partition file that can be read states about itself."""
         return tuple(partition.info() for partition in self._partitions())
+
+    @property
+    def damaged(self) -> tuple[DamagedPartition, ...]:
+        """The partition files that cannot be read, and why; opens all of them."""
+        for _ in self._partitions():
+            pass
+        return tuple(self._damaged.values())
 
     def __iter__(self) -> Iterator[str]:
         """Yield the ids of all consultations, partition after partition, sorted within each."""
@@ -109,25 +141,34 @@ class Corpus(Mapping[str, Consultation]):
         They are read from the index of each file as they are needed, in bounded memory.
         """
         for partition in self._partitions():
-            yield from partition.names(prefix, after)
+            try:
+                yield from partition.names(prefix, after)
+            except CorpusFormatError as error:
+                self._leave_out(partition.path, error)
 
     def __len__(self) -> int:
         return sum(partition.count() for partition in self._partitions())
 
     def __contains__(self, consultation: object) -> bool:
-        return isinstance(consultation, str) and any(consultation in part for part in self._partitions())
+        if not isinstance(consultation, str):
+            return False
+        if any(consultation in partition for partition in self._partitions()):
+            return True
+        self._check_complete(consultation)
+        return False
 
     def __getitem__(self, consultation: str) -> Consultation:
         """Return a consultation.
 
-        Raises UnknownConsultationError: no partition file holds it; CorpusError: a partition file cannot be read;
-        TypeError: *consultation* is not a str.
+        Raises UnknownConsultationError: no partition file holds it; DamagedPartitionError: nor any that can be read;
+        CorpusError: a partition file cannot be read; TypeError: *consultation* is not a str.
         """
         if not isinstance(consultation, str):
             raise TypeError(f"a corpus is indexed by consultation id (str), not by {type(consultation).__name__}")
         for partition in self._partitions():
             if consultation in partition:
                 return partition.consultation(consultation)
+        self._check_complete(consultation)
         raise UnknownConsultationError(f"no consultation {consultation!r} in {self._where()} ({self._files()})")
 
     def conflicts(self) -> Iterator[Consultation]:
@@ -176,6 +217,7 @@ class Corpus(Mapping[str, Consultation]):
         for partition in self._open.values():
             partition.close()
         self._open.clear()
+        self._damaged.clear()
 
     def close(self) -> None:
         """Close all partition files for good."""
@@ -198,10 +240,35 @@ class Corpus(Mapping[str, Consultation]):
         for path in self.paths:
             if self._closed:
                 raise CorpusUsageError("the corpus is closed: open it again with open_corpus()")
+            if path in self._damaged:
+                continue
             partition = self._open.get(path)
             if partition is None:
-                partition = self._open[path] = _Partition(path)
+                try:
+                    partition = self._open[path] = _Partition(path)
+                except CorpusFormatError as error:
+                    self._leave_out(path, error)
+                    continue
+                except CorpusIOError as error:
+                    if getattr(error.__cause__, "errno", None) != errno.EIO:
+                        raise  # permissions, limits of the process: not the file's trouble
+                    self._leave_out(path, error)
+                    continue
             yield partition
+
+    def _leave_out(self, path: Path, error: CorpusError) -> None:
+        """Go on without a damaged file. Raises *error*: there is no other one, or the corpus is strict."""
+        self._damaged[path] = damaged = DamagedPartition(path, error)
+        if self._strict or len(self._damaged) == len(self.paths):
+            del self._damaged[path]
+            raise error
+        warnings.warn(f"{damaged}; the corpus is read without it", DamagedPartitionWarning, stacklevel=4)
+
+    def _check_complete(self, consultation: str) -> None:
+        """Raise DamagedPartitionError if a damaged file may hold *consultation*."""
+        if self._damaged:
+            damaged = "; ".join(map(str, self._damaged.values()))
+            raise DamagedPartitionError(f"no consultation {consultation!r} in the files that can be read. {damaged}")
 
 
 def _nanoseconds(name: str, moment: datetime) -> int:
@@ -214,11 +281,12 @@ def _nanoseconds(name: str, moment: datetime) -> int:
     return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
 
 
-def open_corpus(path: str | PathLike[str]) -> Corpus:
+def open_corpus(path: str | PathLike[str], *, strict: bool = False) -> Corpus:
     """Open a corpus for reading; it sees everything committed, while the writers work, and never writes.
 
     Args:
         path: a data directory with its ``<pp>.h5`` files (or the ``corpus.h5`` in it), or one partition file.
+        strict: a damaged partition file is an error; by default the others are read, see :attr:`Corpus.damaged`.
 
     Raises:
         CorpusNotFoundError: there is no such path, or no partition file in the directory.
@@ -231,7 +299,7 @@ def open_corpus(path: str | PathLike[str]) -> Corpus:
         if found.is_file():
             if found.suffix == ".wal":
                 raise CorpusNotFoundError(f"{found} is a journal: open {found.stem}, which is read together with it")
-            return Corpus([found])
+            return Corpus([found], strict=strict)
         if not found.is_dir():
             raise CorpusNotFoundError(f"there is no corpus at {found}")
         paths = partition_files(found)
@@ -239,7 +307,7 @@ def open_corpus(path: str | PathLike[str]) -> Corpus:
             below = found / "corpus"
             instead = f": open {below}" if below.is_dir() and partition_files(below) else ""
             raise CorpusNotFoundError(f"there are no partition files (00.h5, 01.h5, ...) in {found}{instead}")
-        return Corpus(paths)
+        return Corpus(paths, strict=strict)
 
 
 def partition_files(directory: Path) -> list[Path]:
@@ -257,7 +325,8 @@ class _Partition:
     """One partition file, open for reading."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        #: the file
+        self.path = path
         self._closed = False
         self._snapshot = Snapshot(path)
         try:
@@ -275,7 +344,7 @@ class _Partition:
         stated = self._attributes
         with self._errors():
             return PartitionInfo(
-                path=self._path,
+                path=self.path,
                 identity=stated.identity,
                 begins=stated.begins,
                 committed=stated.committed,
@@ -331,15 +400,15 @@ class _Partition:
         """Distinguish errors of the disk from those of the content: h5py raises the same for both."""
         if self._closed:
             raise CorpusUsageError(
-                f"{self._path.name} was closed by refresh() or close(): get the consultation again, from an open corpus"
+                f"{self.path.name} was closed by refresh() or close(): get the consultation again, from an open corpus"
             )
         try:
             yield
-        except (OSError, RuntimeError, ValueError, KeyError, MemoryError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, MemoryError) as error:
             failure = error if isinstance(error, MemoryError) else self._snapshot.failure
             if failure is not None:
-                raise CorpusIOError(f"cannot read {self._path.name}: {reason_of(failure)}") from error
-            raise CorpusFormatError(f"{self._path.name}: HDF5: {error}") from error
+                raise CorpusIOError(f"cannot read {self.path.name}: {reason_of(failure)}") from error
+            raise CorpusFormatError(f"{self.path.name}: HDF5: {error}") from error
 
 
 # -- The index: corpus.h5 ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from fiq.corpus import (
     Corpus,
     CorpusError,
     CorpusLockedError,
+    DamagedPartitionWarning,
     EventRecord,
     Report,
     UnknownConsultationError,
@@ -169,11 +171,15 @@ def opened(path: Path, consultation: str) -> Iterator[Consultation]:
 def opened_corpus(path: Path) -> Iterator[Corpus]:
     """Open the corpus at *path*.
 
-    Raises CommandError: it cannot be read; UnknownConsultationError: of the body.
+    Raises CommandError: it cannot be read, or, after the body, a partition file was left out since it is damaged;
+    UnknownConsultationError: of the body.
     """
     try:
-        with open_corpus(path) as corpus:
+        with warnings.catch_warnings(), open_corpus(path) as corpus:
+            warnings.simplefilter("ignore", DamagedPartitionWarning)
             yield corpus
+            if damaged := corpus.damaged:
+                raise CommandError("\n  ".join(["what can be read was read, but", *map(str, damaged)]))
     except UnknownConsultationError:
         raise
     except CorpusError as error:

@@ -403,13 +403,13 @@ async def wait_until_persisted(
 
 
 def _count(path: Path) -> int:
-    with open_corpus(path) as corpus:
+    with open_corpus(path, strict=True) as corpus:
         return sum(info.events for info in corpus.partitions)
 
 
 def compare_corpus(path: Path, accepted: Iterable[AcceptedPost]) -> Comparison:
     """Compare the corpus at *path* with what clients were told. Raises CorpusError: the corpus cannot be read."""
-    with open_corpus(path) as corpus:
+    with open_corpus(path, strict=True) as corpus:
         found = (
             (name, [(str(event.event_id), event.sequence, event.raw) for event in corpus[name]])
             for name in sorted(corpus)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -341,11 +342,17 @@ def _without_broker(snapshot: ClusterSnapshot, settings: LogSettings) -> list[st
 def _committed(corpus: Path | None) -> tuple[dict[int, int], list[str]]:
     if corpus is None or not corpus.exists():
         return {}, []
-    from fiq.corpus import CorpusError, open_corpus  # h5py is slow to import, and not every status needs it
+    from fiq.corpus import (  # h5py is slow to import, and not every status needs it
+        CorpusError,
+        DamagedPartitionWarning,
+        open_corpus,
+    )
 
     try:
-        with open_corpus(corpus) as opened:
-            return {info.identity.partition: info.committed for info in opened.partitions}, []
+        with warnings.catch_warnings(), open_corpus(corpus) as opened:
+            warnings.simplefilter("ignore", DamagedPartitionWarning)
+            committed = {info.identity.partition: info.committed for info in opened.partitions}
+            return committed, [str(damaged) for damaged in opened.damaged]
     except CorpusError as error:
         return {}, [f"the corpus cannot be read: {error}"]
 

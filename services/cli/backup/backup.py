@@ -345,7 +345,7 @@ def _verified(directory: Path, on_progress: OnProgress) -> tuple[PartitionInfo, 
             f"the corpus is damaged, so no backup was made: {report.problems[0]}; `fiq verify` shows all "
             f"({len(report.problems)})"
         )
-    with open_corpus(directory) as corpus:
+    with open_corpus(directory, strict=True) as corpus:
         return corpus.partitions
 
 

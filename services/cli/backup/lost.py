@@ -121,7 +121,7 @@ def place(
     directory = find_corpus(corpus, folder)
     volume, store = read_volume(directory / "volume.json")
     try:
-        with open_corpus(directory) as opened:
+        with open_corpus(directory, strict=True) as opened:
             infos = opened.partitions
     except CorpusError as error:
         raise CommandError(f"{error}; nothing was placed") from error

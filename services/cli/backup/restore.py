@@ -428,7 +428,7 @@ def _check_contents(stage: Path, manifest: Manifest) -> None:
     }
     found = set()
     if manifest.contents:
-        with open_corpus(stage) as corpus:
+        with open_corpus(stage, strict=True) as corpus:
             for info in corpus.partitions:
                 own = info.identity
                 sequences = info.begins, info.committed

@@ -213,7 +213,7 @@ def check_files(directory: Path, snapshot: ClusterSnapshot | None) -> Iterator[F
     """
     try:
         volume, _ = read_volume(directory / "volume.json")
-        with open_corpus(directory) as corpus:
+        with open_corpus(directory, strict=True) as corpus:
             infos = {info.identity.partition: info for info in corpus.partitions}
     except (BackupError, CorpusError) as problem:
         yield error("corpus", str(problem), "its partitions are stopped, or will be at the next start", "see message")

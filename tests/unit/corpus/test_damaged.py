@@ -1,0 +1,97 @@
+"""A damaged partition file does not keep anybody from reading the others."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fiq.corpus import (
+    CorpusFormatError,
+    DamagedPartitionError,
+    DamagedPartitionWarning,
+    EventStore,
+    open_corpus,
+)
+from services.cli.main import app
+from tests.support.corpus import IDENTITY, record
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Three partitions with a consultation each; the superblock of the second one is overwritten."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(3):
+        with EventStore.create(folder / f"0{number}.h5", replace(IDENTITY, partition=number)) as store:
+            store.append(f"c-{number}", [record(sequence) for sequence in range(1, 4)])
+            store.commit(3)
+    with (folder / "01.h5").open("r+b") as file:
+        file.seek(16384)
+        file.write(bytes(512))
+    return folder
+
+
+def test_what_is_healthy_is_read_and_the_rest_is_named(directory: Path) -> None:
+    """Ids, lengths, events and frames, with one warning for each damaged file."""
+    with open_corpus(directory) as corpus:
+        with pytest.warns(DamagedPartitionWarning, match=r"01\.h5 is damaged"):
+            assert ["c-0", "c-2"] == list(corpus)
+        assert 2 == len(corpus)  # warnings are errors here: there is one
+        assert 3 == len(corpus["c-2"])
+        assert 6 == len(corpus.to_frame())
+        assert [0, 2] == [info.identity.partition for info in corpus.partitions]
+        (damaged,) = corpus.damaged
+    assert (directory / "01.h5", CorpusFormatError) == (damaged.path, type(damaged.error))
+    assert f"`fiq verify {damaged.path}`" in str(damaged)
+
+
+@pytest.mark.filterwarnings("ignore::fiq.corpus.DamagedPartitionWarning")
+def test_a_consultation_that_a_damaged_file_may_hold_is_not_called_unknown(directory: Path) -> None:
+    """Neither missing nor there: the error names the file."""
+    with open_corpus(directory) as corpus:
+        assert "c-2" in corpus
+        for look in (lambda: corpus["c-1"], lambda: corpus.get("c-1"), lambda: "c-1" in corpus):
+            with pytest.raises(
+                DamagedPartitionError, match=r"'c-1' in the files that can be read. .*01\.h5 is damaged"
+            ):
+                look()
+
+
+def test_a_strict_reader_gets_the_error(directory: Path) -> None:
+    """So does one of a single file, and one of damaged files only."""
+    with open_corpus(directory, strict=True) as corpus, pytest.raises(CorpusFormatError, match=r"01\.h5"):
+        list(corpus)
+    with open_corpus(directory / "01.h5") as corpus, pytest.raises(CorpusFormatError, match=r"01\.h5"):
+        list(corpus)
+    for name in ("00.h5", "02.h5"):
+        os.truncate(directory / name, 20_000)
+    with open_corpus(directory) as corpus, pytest.warns(DamagedPartitionWarning), pytest.raises(CorpusFormatError):
+        list(corpus)
+
+
+def test_a_damaged_index_of_names_leaves_out_its_file_only(directory: Path) -> None:
+    """What was read before stays read."""
+    content = (directory / "02.h5").read_bytes()
+    (directory / "02.h5").write_bytes(content.replace(b"c-2\n" + bytes(64), b"c-2 " + bytes(64)))
+    with open_corpus(directory) as corpus:
+        with pytest.warns(DamagedPartitionWarning):
+            assert ["c-0"] == list(corpus)
+        assert ["01.h5", "02.h5"] == [damaged.path.name for damaged in corpus.damaged]
+
+
+def test_the_commands_name_the_damaged_file_and_fail_at_the_end(directory: Path, tmp_path: Path) -> None:
+    """With what is healthy shown and written."""
+    run = CliRunner().invoke
+    shown = run(app, ["show", "c-2", "--corpus", str(directory)])
+    assert 3 == shown.stdout.count("MESSAGE_RECEIVED")
+    target = tmp_path / "all.ndjson"
+    exported = run(app, ["export", "--after", "0", "--corpus", str(directory), "-o", str(target)])
+    assert 6 == len(target.read_text().splitlines())
+    missing = run(app, ["show", "c-1", "--corpus", str(directory)])
+    for result in (shown, exported, missing):
+        assert 1 == result.exit_code
+        assert f"{directory / '01.h5'} is damaged" in result.stderr
