@@ -21,6 +21,7 @@ from hashlib import blake2b
 from hmac import compare_digest
 from pathlib import Path
 
+import orjson
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
@@ -32,7 +33,7 @@ from services.ingest import metrics as reasons
 from services.ingest import problems
 from services.ingest.admission import RateLimiter
 from services.ingest.metrics import IngestMetrics
-from services.ingest.problems import ProblemType, Refusals, RequestRefusedError
+from services.ingest.problems import REFUSALS, SERVER, ProblemType, Refusals, RequestRefusedError
 
 VARIABLE = "FI_TOKEN_FILE"
 #: the digest when no tokens are configured
@@ -47,6 +48,7 @@ _audit = get_audit_logger()
 
 #: instead of a scope: no token is needed
 OPEN = None
+WHOAMI_PATH = "/token"
 _CHALLENGE = 'Bearer realm="fiq"'
 _INVALID = f'{_CHALLENGE}, error="invalid_token"'
 
@@ -149,6 +151,17 @@ class Grant:
             raise RequestRefusedError(problems.UNAUTHORIZED, headers={str(hdrs.WWW_AUTHENTICATE): _INVALID})
         return token.prefix
 
+    def describe(self) -> dict[str, object]:
+        """Return its name, its scopes, the prefix of its consultations and its expiry, as JSON shows them.
+
+        Raises RequestRefusedError: it has expired since the request came.
+        """
+        prefix = self.prefix
+        token = self._tokens.by_digest(self._digest)
+        scopes = [str(scope) for scope in Scope if self.may(scope)]
+        expires = None if token is None or token.expires is None else token.expires.isoformat().replace("+00:00", "Z")
+        return {"name": self.name, "scopes": scopes, "prefix": prefix, "expires": expires}
+
     def count_request(self) -> None:
         """Count a request against the token's rate. Raises RequestRefusedError: the rate is exceeded."""
         self._check(self._rates.take(self.name))
@@ -242,6 +255,11 @@ class AccessControl:
         if not all(grant.may(scope, consultation) for consultation in consultations):
             raise self._forbidden(request, reasons.PREFIX, scope, grant)
 
+    @property
+    def required(self) -> bool:
+        """Whether requests need a token."""
+        return self._tokens.required
+
     def middleware(self) -> Middleware:
         """Return the middleware that every request goes through, also to an unknown path."""
 
@@ -269,7 +287,7 @@ class AccessControl:
         rule = self._rules.get(match.route)
         if rule is not None and rule.scope is OPEN:
             return
-        grant = self._identify(request)
+        grant = self.identify(request)
         if rule is None:
             if match.http_exception is None:
                 raise self._refused(request, problems.FORBIDDEN, reasons.UNSTATED, name=grant.name)
@@ -282,7 +300,8 @@ class AccessControl:
         grant.count_request()
         request[GRANT] = grant
 
-    def _identify(self, request: web.Request) -> Grant:
+    def identify(self, request: web.Request) -> Grant:
+        """Return what the sender of *request* may do. Raises RequestRefusedError: it has no valid token."""
         if not self._tokens.required:
             return Grant(self._tokens, ANONYMOUS, self._rates)
         values = request.headers.getall(hdrs.AUTHORIZATION, ())
@@ -397,3 +416,18 @@ def bodies_shown(request: web.Request, events: int, **values: object) -> None:
 
 
 ACCESS = web.AppKey("access", AccessControl)
+
+
+async def describe_token(request: web.Request) -> web.StreamResponse:
+    """Answer with what the request's token allows; without one, with whether one is needed."""
+    access, refusals = request.app[ACCESS], request.app[REFUSALS]
+    found: dict[str, object] = {"required": access.required, "name": "", "scopes": [], "prefix": "", "expires": None}
+    if not access.required or hdrs.AUTHORIZATION in request.headers:
+        try:
+            grant = access.identify(request)
+            grant.count_request()
+            found |= grant.describe()
+        except RequestRefusedError as refusal:
+            return refusals.answer_error(refusal, request)
+    headers = {"Content-Type": "application/json", "Server": SERVER, "Cache-Control": "no-store"}
+    return web.Response(body=orjson.dumps(found), headers=headers)

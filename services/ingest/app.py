@@ -22,7 +22,7 @@ from services.core.management import CachedCheck, ReadinessCheck
 from services.core.tokens import Scope
 from services.core.tracing import REQUEST_TRACE, Spans, trace_of
 from services.ingest import problems
-from services.ingest.access import ACCESS, OPEN, VARIABLE, AccessControl, TokenStore
+from services.ingest.access import ACCESS, OPEN, VARIABLE, WHOAMI_PATH, AccessControl, TokenStore, describe_token
 from services.ingest.admission import ADMISSION, IN_FLIGHT, Admission, BacklogLimiter, InFlight, RateLimiter
 from services.ingest.events import APPENDER, IdempotentAppender, expect_handler, post_handler
 from services.ingest.following import FOLLOWERS, Followers
@@ -56,12 +56,13 @@ from services.ingest.reading import (
 from services.ingest.records import HTML, JSON
 from services.ingest.server import CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS, Certificate, check_both
 from services.ingest.settings import SETTINGS, Settings
+from services.ingest.ui import UI_FILE_PATH, UI_PATH, handlers
 from services.log.metrics import LogMetrics
 from services.log.protocol import EVENT_LOG, Appended, EventWriter, IngestLog
 
 #: returns why the service takes no events at present
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
-INDEX_PATH, PROBLEMS_PATH, UI_PATH = "/", "/problems", "/ui"
+INDEX_PATH, PROBLEMS_PATH = "/", "/problems"
 CONSULTATIONS_PATH = "/consultations"
 PIPELINE_PATH = "/pipeline"
 FEED_PATH = "/events"
@@ -74,6 +75,8 @@ LINKS = {
     "follow": EVENTS.path + "?follow=1{&after,type,since,bodies}",
     "follow_all": FEED_PATH + "?follow=1{&after,type,since,bodies}",
     "pipeline": PIPELINE_PATH,
+    "token": WHOAMI_PATH,
+    "page": UI_PATH,
     "problems": PROBLEMS_PATH,
     "description": OPENAPI_PATH,
     "documentation": DOCS_PATH,
@@ -192,6 +195,10 @@ def _add_routes(app: web.Application, description: Json) -> None:
     access.add(app, "GET", TYPE_PREFIX + "{slug}", _get_problem, OPEN)
     access.add(app, "GET", OPENAPI_PATH, _static(orjson.dumps(description), JSON), OPEN)
     access.add(app, "GET", DOCS_PATH, _docs(description), OPEN)
+    access.add(app, "GET", WHOAMI_PATH, describe_token, OPEN)
+    index, file = handlers(description["info"]["version"], masked=app[SETTINGS].ui_masked)
+    access.add(app, "GET", UI_PATH, index, OPEN)
+    access.add(app, "GET", UI_FILE_PATH, file, OPEN)
     methods: dict[str, set[str]] = {}
     for route in app.router.routes():
         if route.resource is not None:
@@ -219,10 +226,8 @@ async def _get_index(request: web.Request) -> web.Response:
     except RequestRefusedError:
         wanted = JSON  # better than nothing for a client that is looking around
     if wanted == HTML:
-        paths = {resource.canonical for resource in request.app.router.resources()}
-        page = UI_PATH if UI_PATH in paths else DOCS_PATH
-        note = f'<a href="{page}">{page}</a>'
-        return web.Response(status=303, text=note, content_type=HTML, headers=headers | {"Location": page})
+        note = f'<a href="{UI_PATH}">{UI_PATH}</a>'
+        return web.Response(status=303, text=note, content_type=HTML, headers=headers | {"Location": UI_PATH})
     return web.Response(body=orjson.dumps({"name": "fiq", "links": LINKS}), content_type=JSON, headers=headers)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from services.ingest import ui
 from services.ingest.formats import MAX_EVENTS, BodyFormat
 from services.ingest.problems import BY_SLUG, CONTENT_TYPE, ProblemType
 from services.ingest.settings import Settings
@@ -54,6 +55,7 @@ def describe(settings: Settings, version: str) -> Json:
     described: Json = orjson.loads((Path(__file__).parent / "openapi.json").read_bytes())
     described["info"]["version"] = version
     described["components"]["parameters"]["slug"]["schema"]["enum"] = list(BY_SLUG)
+    described["components"]["parameters"]["file"]["schema"]["enum"] = ui.names()
     limits = {
         "x-max-event-bytes": settings.max_event_bytes,
         "x-max-json-depth": settings.max_json_depth,

@@ -158,13 +158,15 @@ async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
         event_id = UUID(request.match_info["message_id"])
     except ValueError:
         raise RequestRefusedError(problems.UNKNOWN_EVENT) from None
+    bodies = _flag(request, "bodies", "1")
     request.app[READ_LIMIT].enter(held)
     stored = await request.app[READER].locate(consultation, event_id)
     if stored is None:
         raise RequestRefusedError(problems.UNKNOWN_EVENT)
-    bodies_shown(request, 1, consultation_id=consultation)
+    if bodies:
+        bodies_shown(request, 1, consultation_id=consultation)
     _log.info("EVENT_READ", consultation_id=consultation, message_id=str(event_id), sequence=stored.sequence)
-    return response_of(request, record(stored, consultation=True), media_type)
+    return response_of(request, record(stored, bodies=bodies, consultation=True), media_type)
 
 
 async def _consultations(request: web.Request, held: ExitStack) -> web.StreamResponse:

@@ -169,6 +169,12 @@ class Settings:
         parse=seconds(0.01, 60),
         doc="How often the log is asked for new events of each followed consultation: one cheap request.",
     )
+    ui_masked: bool = setting(
+        "FI_UI_MASKED",
+        True,
+        parse=boolean,
+        doc="The page at /ui shows an event's body only when its user asks for it; 0 shows all bodies at once.",
+    )
     shutdown_grace: float = setting(
         "FI_SHUTDOWN_GRACE",
         10.0,

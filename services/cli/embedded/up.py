@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -65,6 +66,7 @@ def up(
     log: Annotated[
         LogKind, typer.Option(help="The log: three NATS nodes, or ZeroMQ, which has no broker (docs/logs.md).")
     ] = LogKind.NATS,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser (docs/page.md).")] = False,
 ) -> None:
     """Run the whole pipeline on this machine until Ctrl-C.
 
@@ -78,12 +80,12 @@ def up(
         typer.echo(f"starting {', '.join(stack.parts)} in {_shown(stack.folder)}", err=True)
         try:
             with _signals(stack):
-                _run(stack, home)
+                _run(stack, home, open_page=open_page)
         finally:
             home.clear()
 
 
-def _run(stack: Stack, home: StackFolder) -> None:
+def _run(stack: Stack, home: StackFolder, *, open_page: bool) -> None:
     try:
         _start(stack)
         home.write(stack.state())
@@ -97,6 +99,8 @@ def _run(stack: Stack, home: StackFolder) -> None:
                 err=True,
             )
         typer.echo(_welcome(stack))
+        if open_page and not webbrowser.open(_page_url(stack)):
+            typer.echo(f"no browser was found: open {_page_url(stack)}", err=True)
         _watch(stack, home)
     except _StopRequested as request:
         _stop(stack, signal.Signals(request.number))
@@ -198,6 +202,11 @@ def _how_it_ended(code: int) -> str:
         return f"was killed (signal {-code})"
 
 
+def _page_url(stack: Stack) -> str:
+    """Return the URL of the page."""
+    return f"{stack.ingest.url}/ui"
+
+
 def _welcome(stack: Stack) -> str:
     folder, corpus = _shown(stack.folder), _shown(stack.data_dir)
     token, header = "", ""
@@ -218,6 +227,7 @@ def _welcome(stack: Stack) -> str:
 fiq is up; Ctrl-C stops it. The data stay in {folder}
 
   HTTP      {stack.ingest.url}
+  page      {_page_url(stack)}
   API       {stack.ingest.url}/docs
   {address}
   ready?    {stack.ingest.management_url}/readyz

@@ -473,3 +473,18 @@ def test_nothing_is_left_when_up_itself_is_killed(tmp_path: Path) -> None:
 
         eventually_sync(lambda: alive(pids) == [], timeout=10)
     assert "no `fiq up` is running in" in fiq(tmp_path, "status").stderr
+
+
+def test_it_opens_the_page_that_its_banner_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --open, in the browser that BROWSER names, once everything is ready."""
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
+    browser.chmod(0o700)
+    monkeypatch.setenv("BROWSER", str(browser))
+    with running(tmp_path, "--open") as up:
+        page = re.search(r"^  page +(\S+)$", up.stdout, re.MULTILINE)
+        assert page is not None
+        eventually_sync(lambda: (tmp_path / "opened").exists() and (tmp_path / "opened").read_text().strip())
+        assert page[1] == (tmp_path / "opened").read_text().strip()
+        with urllib.request.urlopen(page[1], timeout=10) as answer:
+            assert (200, "text/html; charset=utf-8") == (answer.status, answer.headers["Content-Type"])

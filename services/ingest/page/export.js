@@ -1,0 +1,81 @@
+/** Saves the events that are shown as NDJSON or CSV: page after page, so that no more than one is in memory as text. */
+
+import { Problem, call, relative } from "./api.js";
+import { button, bytes, count, dialog, fill, h, problemBox } from "./dom.js";
+import { parseRecord, reading } from "./event.js";
+import { t } from "./texts.js";
+
+const COLUMNS = ["consultation_id", "sequence", "message_id", "received", "status", "event_type", "bytes", "speaker", "text", "event"];
+
+/** Return a cell; one that a spreadsheet would take for a formula begins with an apostrophe. */
+function cell(value) {
+	const text = String(value ?? "");
+	const safe = /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
+	return /[",\n\r']/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+}
+
+function csvLine(consultation, line) {
+	const record = parseRecord(line);
+	const { speaker, text } = record.raw === undefined ? {} : reading(record.raw);
+	const values = { ...record, consultation_id: consultation, speaker, text, event: record.raw };
+	return `${COLUMNS.map((name) => cell(values[name])).join(",")}\r\n`;
+}
+
+/** Ask for the form, and save. `query` chooses the events, as in the view. */
+export function openExport(consultation, query, shown) {
+	const box = dialog(t("export"));
+	const stop = new AbortController();
+	box.addEventListener("close", () => stop.abort());
+	const bodies = h("input", { type: "checkbox", id: "export-bodies", checked: shown });
+	const status = h("p.muted", { role: "status" });
+	const bar = h("progress", { hidden: true, "aria-label": t("export") });
+	const actions = h("div.actions");
+	const run = async (form) => {
+		fill(actions, button(t("stop"), () => box.close()));
+		bar.hidden = false;
+		try {
+			const { blob, events } = await collect(consultation, { ...query, bodies: bodies.checked ? 1 : 0 }, form, stop.signal, (events, size) => {
+				status.textContent = t("exported", { n: count(events), size: bytes(size) });
+			});
+			save(blob, `${consultation}.${form}`);
+			status.textContent = t("exportDone", { n: count(events), size: bytes(blob.size) });
+			bar.hidden = true;
+			fill(actions, button(t("close"), () => box.close(), { kind: "primary" }));
+		} catch (problem) {
+			if (problem.name === "AbortError") return;
+			bar.hidden = true;
+			fill(actions, problemBox(problem, () => run(form)));
+		}
+	};
+	fill(actions, button("NDJSON", () => run("ndjson"), { glyph: "save", kind: "primary" }), button("CSV", () => run("csv"), { glyph: "save" }));
+	box.append(h("p", {}, t("exportHint")), h("p.check", {}, bodies, h("label", { for: "export-bodies" }, t("withBodies"))), bar, status, actions);
+}
+
+async function collect(consultation, query, form, signal, onprogress) {
+	// a Blob of Blobs may be kept on disk by the browser
+	let blob = new Blob(form === "csv" ? [`${COLUMNS.join(",")}\r\n`] : []);
+	let events = 0;
+	let path = `consultations/${consultation}/events`;
+	let chosen = { ...query, limit: 1000 };
+	while (path) {
+		const response = await call(path, { query: chosen, headers: { Accept: "application/x-ndjson" }, signal });
+		const page = await response.text().catch((error) => {
+			throw error.name === "AbortError" ? error : new Problem(0, { title: t("unreachable"), detail: t("unreachableDetail") });
+		});
+		const lines = page.split("\n").filter(Boolean);
+		blob = new Blob([blob, form === "csv" ? lines.map((line) => csvLine(consultation, line)).join("") : page]);
+		events += lines.length;
+		onprogress(events, blob.size);
+		path = relative(/<([^>]*)>; rel="next"/.exec(response.headers.get("Link") ?? "")?.[1]);
+		chosen = undefined;
+	}
+	return { blob: new Blob([blob], { type: form === "csv" ? "text/csv" : "application/x-ndjson" }), events };
+}
+
+export function save(blob, name) {
+	const link = h("a", { href: URL.createObjectURL(blob), download: name });
+	document.body.append(link);
+	link.click();
+	link.remove();
+	setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
