@@ -211,6 +211,7 @@ def persisters(
             env = {
                 **_log(url),
                 "FI_DATA_DIR": str(data),
+                "FI_ALLOW_EPHEMERAL": "1",
                 "FI_STORE": store,
                 "FI_PARTITIONS": str(partitions),
                 "FI_PERSISTER_PORT": str(port) if workers == 1 else "0",

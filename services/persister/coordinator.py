@@ -47,6 +47,8 @@ REPORT_SECONDS = 5.0
 LAST_REPORT_SECONDS = 2.0
 #: how often the committed sequence of an idle partition follows the stream, seconds
 ADVANCE_SECONDS = 10.0
+#: the disk must have this much more than its reserve before rounds go on, percent
+RESERVE_MARGIN = 0.5
 #: a partition whose file does not answer for this long is not ready, seconds
 HUNG_SECONDS = 10.0
 
@@ -77,6 +79,8 @@ class Coordinator:
         placements: reads, claims and updates the records.
         make_runner: makes the runner of a partition.
         metrics: of this process.
+        reserve: percent of the volume's file system that must stay free; 0: nothing.
+        hold: called with True when less is free, and with False when there is room again.
 
     Attributes:
         on_change: called when :attr:`partitions` has changed.
@@ -91,6 +95,8 @@ class Coordinator:
         placements: Placements,
         make_runner: Callable[[Placement], PartitionRunner],
         metrics: PersisterMetrics,
+        reserve: float = 0.0,
+        hold: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self.facts: dict[str, str] = {}
@@ -99,6 +105,9 @@ class Coordinator:
         self._placements = placements
         self._make_runner = make_runner
         self._metrics = metrics
+        self._reserve = reserve
+        self._hold = hold
+        self._held = ""  # why no events are written; empty when they are
         self._log = get_logger("coordinator")
         self._running: dict[int, _Running] = {}
         self._assignment = Assignment({}, {})
@@ -155,7 +164,7 @@ class Coordinator:
     def problems(self) -> list[str]:
         """Return why this process is not ready; empty when it is."""
         placed, blocked = self._assignment.placed, self._assignment.blocked
-        problems = [self._trouble] if self._trouble else []
+        problems = [reason for reason in (self._trouble, self._held) if reason]
         if not (self._trouble or placed or blocked):
             log = self._context.log
             problems.append(
@@ -283,11 +292,11 @@ class Coordinator:
 
     async def _maintain(self) -> None:
         while True:
+            await self._measure()
             await asyncio.sleep(MAINTAIN_SECONDS)
             for one in list(self._running.values()):
                 await one.runner.maintain()
             await self._advance_idle()
-            await self._measure()
 
     async def _advance_idle(self) -> None:
         """Let idle partitions follow the end of the stream; trim would stop at their last events otherwise."""
@@ -318,6 +327,21 @@ class Coordinator:
         self._metrics.verify_problems.labels(volume.uuid).set(0 if checked is None else checked.problems)
         self.facts["verified"] = "" if checked is None else checked.show()
         self.facts["conflicts"] = str(sum(one.runner.conflicts for one in self._running.values()))
+        self._keep_reserve(100 * free / size if size else 100.0)
+        self._metrics.volume_held.labels(volume.uuid).set(bool(self._held))
+
+    def _keep_reserve(self, free: float) -> None:
+        """Hold the rounds while less than the reserve is *free*, percent: full disks stop the nodes that share them."""
+        if not self._held and free < self._reserve:
+            self._held = (
+                f"events are not written, because {self._context.volume.directory} has {free:.1f} % of its disk free "
+                f"and FI_DISK_RESERVE is {self._reserve:g} %: make room"
+            )
+            self._log.error("DISK_RESERVE_REACHED", reason=self._held)
+        elif self._held and free >= self._reserve + RESERVE_MARGIN:
+            self._held = ""
+            self._log.info("DISK_RESERVE_FREE")
+        self._hold(bool(self._held))
 
 
 def _same(one: Placement, other: Placement) -> bool:

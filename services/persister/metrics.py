@@ -89,6 +89,8 @@ class PersisterMetrics:
         self.info = gauge("fi_persister_info", "1; the labels say what the process writes", ("store", "volume", "host"))
         # free below a tenth: commits will fail, partitions retry, events wait in the stream; nothing is lost
         self.volume_free = gauge("fi_volume_free_bytes", "Free space for the data directory", ("volume",))
+        # 1: events wait in the stream until there is room, then persisters go on by themselves
+        self.volume_held = gauge("fi_volume_held", "1 while the disk has less free than FI_DISK_RESERVE", ("volume",))
         self.volume_size = gauge("fi_volume_size_bytes", "Size of the data directory's file system", ("volume",))
         # older than a day, with one store: what FI_RETENTION has removed from the stream is on this disk only
         self.backup = gauge(

@@ -279,6 +279,8 @@ class Rounds:
         self._joined: dict[str, OpenPartition] = {}
         self._arrived = asyncio.Event()
         self._enough = asyncio.Event()
+        self._allowed = asyncio.Event()
+        self._allowed.set()
         self._ready = 0
         self._next_at = 0.0
         self._cost = 0.0
@@ -304,11 +306,19 @@ class Rounds:
         if self._ready >= self._max_events:
             self._enough.set()
 
+    def hold(self, held: bool) -> None:
+        """Begin no further round while *held*: events wait in the log, and what is committed stays readable."""
+        if held:
+            self._allowed.clear()
+        else:
+            self._allowed.set()
+
     async def run(self) -> None:
         """Make rounds until cancelled; :meth:`leave` waits for the batches of a round that has begun."""
         while True:
             await self._arrived.wait()
             await self._pause()
+            await self._allowed.wait()
             self._arrived.clear()
             self._enough.clear()
             self._ready = 0

@@ -38,7 +38,7 @@ from services.persister.partition import PartitionRunner
 from services.persister.placement import VolumeContext, Workers, open_store
 from services.persister.rounds import Hdf5Thread, Rounds
 from services.persister.settings import PersisterSettings
-from services.persister.volume import Volume
+from services.persister.volume import Volume, check_durable
 
 #: HDF5's metadata caches of all partition files together; in memory they take 20 times as much, bytes
 METADATA_CACHE_BYTES = 2 << 20
@@ -59,6 +59,8 @@ async def serve(settings: PersisterSettings, stop: Stop, *, spans: Spans | None 
     async with AsyncExitStack() as stack:
         stack.callback(sock.close)
         watchdog = stack.enter_context(Watchdog(settings.watchdog))
+        if not settings.allow_ephemeral:
+            await asyncio.to_thread(check_durable, settings.data_dir)
         volume = await asyncio.to_thread(Volume.open, settings.data_dir, settings.log.store)
         metrics = PersisterMetrics()
         metrics.info.labels(volume.store, volume.uuid, socket.gethostname()).set(1)
@@ -134,6 +136,8 @@ class _Process:
             placements=log.placements,
             make_runner=self._make_runner,
             metrics=metrics,
+            reserve=settings.disk_reserve,
+            hold=self._rounds.hold,
         )
 
     async def run(self, address: str, stop: Stop) -> None:

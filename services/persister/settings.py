@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.logs import level
-from services.core.settings import integer, nested, port, seconds, setting, size, text
+from services.core.settings import boolean, integer, nested, number, port, seconds, setting, size, text
 from services.core.watchdog import WATCHDOG_SECONDS
 from services.log.settings import LogSettings
 
@@ -35,6 +35,18 @@ class PersisterSettings:
         Path("corpus"),
         parse=Path,
         doc="The volume: a directory on a local disk with partition files, shared by the processes of this host.",
+    )
+    allow_ephemeral: bool = setting(
+        "FI_ALLOW_EPHEMERAL",
+        False,
+        parse=boolean,
+        doc="Take a data directory on tmpfs, ramfs or overlay, whose files a restart of machine or container loses.",
+    )
+    disk_reserve: float = setting(
+        "FI_DISK_RESERVE",
+        5.0,
+        parse=number(0, 90),
+        doc="Percent of the data directory's file system that persisters leave free: nodes may share it. 0: nothing.",
     )
     volumes: int = setting(
         "FI_VOLUMES",

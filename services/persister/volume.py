@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fiq.corpus import StorageIO
+from fiq.corpus.wal.storage import ephemeral_file_system
 from services.log.partitions import partition_name
 from services.log.status import Verified, read_verified
 from services.persister.errors import VolumeBusyError, VolumeError
@@ -114,6 +115,20 @@ class Volume:
         """
         path = self.directory / _IDENTITY
         _write_durably(path, _document({**_read_identity(path), "formed": stream_created}))
+
+
+def check_durable(directory: Path) -> None:
+    """Check that files in *directory*, which may be missing yet, survive a restart of the machine or the container.
+
+    Raises VolumeError: they do not; the message names the file system.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if kind := ephemeral_file_system(existing):
+        raise VolumeError(
+            f"the data directory {directory} is on {kind}: its files are lost when the machine restarts or the "
+            "container is removed. Set FI_DATA_DIR to a directory on a disk, in a container to one on a volume; "
+            "FI_ALLOW_EPHEMERAL=1 allows it, for tests and demos"
+        )
 
 
 def identity_document(volume: str, store: str) -> str:

@@ -97,7 +97,8 @@ PORTS = {"FI_PORT": "0", "FI_MANAGEMENT_PORT": "0", "FI_PERSISTER_PORT": "0"}
 
 def run(module: str, environment: dict[str, str], *arguments: str) -> Outcome:
     """Run ``python -m MODULE`` until it ends by itself."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("FI_")} | environment
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FI_")}
+    env |= {"FI_ALLOW_EPHEMERAL": "1"} | environment  # folders of tests may be in memory
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     return Outcome(done.returncode, done.stdout, done.stderr.splitlines())

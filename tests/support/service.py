@@ -25,8 +25,8 @@ class Service:
         self.log_path = folder / f"{module.rpartition('.')[2]}.log"
         self.error_path = self.log_path.with_suffix(".err")
         env = {name: value for name, value in os.environ.items() if not name.startswith(("FI_", "OTEL_"))}
-        # another process of the machine may have ingest's usual one
-        env |= {"FI_MANAGEMENT_PORT": "0"} | settings
+        # another process of the machine may have ingest's usual port; folders of tests may be in memory
+        env |= {"FI_MANAGEMENT_PORT": "0", "FI_ALLOW_EPHEMERAL": "1"} | settings
         with self.log_path.open("wb") as out, self.error_path.open("wb") as err:
             command = [sys.executable, "-m", module, *arguments]
             self.process = subprocess.Popen(command, env=env, stdout=out, stderr=err)

@@ -39,6 +39,7 @@ def persister_metrics() -> PersisterMetrics:
     metrics.info.labels("main", "volume", "host")
     metrics.volume_free.labels("volume")
     metrics.volume_size.labels("volume")
+    metrics.volume_held.labels("volume")
     metrics.backup.labels("volume")
     metrics.verified.labels("volume")
     metrics.verify_problems.labels("volume")

@@ -59,6 +59,7 @@ _REMOTE = {
     0x01161970: "GFS2",
     0x786F4256: "vboxsf",
 }
+_EPHEMERAL = {0x01021994: "tmpfs", 0x858458F6: "ramfs", 0x794C7630: "overlay"}
 
 
 class StorageIO:
@@ -174,6 +175,14 @@ def check_file_system(directory: Path) -> None:
             f"{directory} is on a {kind} file system: a corpus needs a local POSIX file system (ext4, XFS, btrfs, …), "
             "since its commits rely on flock and fdatasync; move the data directory to a local disk"
         )
+
+
+def ephemeral_file_system(directory: Path) -> str:
+    """Return the type of the file system of *directory* if files there are lost with the machine or the container.
+
+    Empty if it is another one: a tmpfs and a ramfs are in memory, an overlay is usually the root of a container.
+    """
+    return _EPHEMERAL.get(_file_system_type(directory), "")
 
 
 def _file_system_type(directory: Path) -> int:

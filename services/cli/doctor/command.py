@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -136,7 +137,10 @@ def _examine(one: Installation, clock_offset: float, held_back: float) -> Iterat
     if one.directory is None:
         yield unknown("corpus", "there is no data directory here", "run fiq doctor on the host of each volume, too")
         return
-    yield from host.check_directory(one.directory)
+    # a stack of `fiq up` allows what a deployment must not
+    if one.target.state is not None:
+        persister = dataclasses.replace(persister, allow_ephemeral=True)
+    yield from host.check_directory(one.directory, persister)
     yield from host.check_files(one.directory, snapshot)
     yield from host.check_backup(one.directory, snapshot)
 

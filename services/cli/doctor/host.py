@@ -20,7 +20,7 @@ from rich.filesize import decimal
 
 from fiq.corpus import CorpusError, UnsupportedFileSystemError, open_corpus
 from fiq.corpus.reader import PartitionInfo
-from fiq.corpus.wal.storage import check_file_system
+from fiq.corpus.wal.storage import check_file_system, ephemeral_file_system
 from services.cli import monitoring
 from services.cli.backup.backup import read_volume
 from services.cli.doctor import Finding, error, ok, unknown, warning
@@ -123,14 +123,15 @@ def check_secrets(env: Mapping[str, str]) -> Iterator[Finding]:
 # -- The data directory ----------------------------------------------------------------------------------------------
 
 
-def check_directory(directory: Path) -> Iterator[Finding]:
-    """Check who may read and write the data directory, and its disk."""
+def check_directory(directory: Path, settings: PersisterSettings) -> Iterator[Finding]:
+    """Check who may read and write the data directory, and its disk; *settings* are those of the persisters."""
     yield from _modes(directory)
     try:
         check_file_system(directory)
     except UnsupportedFileSystemError as problem:
         yield error("disks", str(problem), "commits may be lost or torn", "move the data directory")
-    yield from _space(directory)
+    yield from _durability(directory, allowed=settings.allow_ephemeral)
+    yield from _space(directory, settings.disk_reserve)
     yield from _probe(directory)
 
 
@@ -150,13 +151,25 @@ def _modes(directory: Path) -> Iterator[Finding]:
         yield ok("permissions", f"only its owner and group can read {directory}, and it can be written")
 
 
-def _space(directory: Path) -> Iterator[Finding]:
+def _durability(directory: Path, *, allowed: bool) -> Iterator[Finding]:
+    if not (kind := ephemeral_file_system(directory)):
+        return
+    what = f"{directory} is on {kind}"
+    meaning = "its files are lost when the machine restarts or the container is removed"
+    if allowed:
+        yield ok("disks", f"{what}, which FI_ALLOW_EPHEMERAL allows: {meaning}")
+    else:
+        action = "set FI_DATA_DIR to a directory on a disk, in a container to one on a volume, and move the files there"
+        yield error("disks", what, f"{meaning}; persisters do not start", action)
+
+
+def _space(directory: Path, reserve: float) -> Iterator[Finding]:
     usage = shutil.disk_usage(directory)
     what = f"{decimal(usage.free)} of {decimal(usage.total)} free in {directory}"
-    if usage.free < min(_NO_SPACE, usage.total // 20):
-        action = "make room, or extend the disk; persisters then continue by themselves"
-        yield error("disks", what, "persisters stop committing when it is full; events wait in the stream", action)
-    elif usage.free < min(_LITTLE_SPACE, usage.total // 10):
+    if usage.free < max(min(_NO_SPACE, usage.total // 20), usage.total * reserve / 100):
+        meaning = f"persisters write nothing below FI_DISK_RESERVE ({reserve:g} %); events wait in the stream"
+        yield error("disks", what, meaning, "make room, or extend the disk; persisters then continue by themselves")
+    elif usage.free < max(min(_LITTLE_SPACE, usage.total // 10), usage.total * reserve / 50):
         yield warning("disks", what, "the corpus grows with every event", "plan for a larger disk")
     else:
         yield ok("disks", what)

@@ -316,6 +316,7 @@ class Stack:
             "FI_REPLICAS": str(min(3, self.cluster.size or 3)),
             "FI_DATA_DIR": str(self.data_dir),
             "FI_VOLUMES": "1",
+            "FI_ALLOW_EPHEMERAL": "1",  # it is for development, and `fiq up` says where the data are
             **own,
         }
         command = [sys.executable, "-P", "-m", module]

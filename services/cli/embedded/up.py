@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 
+from fiq.corpus.wal.storage import ephemeral_file_system
 from services.cli import console
 from services.cli.embedded.processes import ManagedProcess
 from services.cli.embedded.stack import (
@@ -223,8 +224,10 @@ def _welcome(stack: Stack) -> str:
     else:
         address, logs = f"log       {stack.log_url}", _shown(stack.logs)
         look = f"Look at the partitions and their owners:\n\n  fiq status{option}"
+    kind = ephemeral_file_system(stack.folder)
+    lost = f", on {kind}: they are lost when this machine restarts or this container is removed" if kind else ""
     return f"""\
-fiq is up; Ctrl-C stops it. The data stay in {folder}
+fiq is up; Ctrl-C stops it. The data stay in {folder}{lost}
 
   HTTP      {stack.ingest.url}
   page      {_page_url(stack)}

@@ -24,6 +24,9 @@ from tests.support.findings import fine, only
 from tests.support.polling import eventually_sync
 from tests.support.small_disk import fill, small_disk
 
+#: folders of tests may be in memory
+SETTINGS = PersisterSettings(allow_ephemeral=True)
+
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
@@ -86,43 +89,61 @@ def test_a_secret_that_others_can_read_is_an_error(tmp_path: Path, variable: str
 
 def test_a_data_directory_that_every_user_can_read_is_an_error(directory: Path) -> None:
     """Also where only a file is open; not where a folder above is closed."""
-    fine(host.check_directory(directory))
+    fine(host.check_directory(directory, SETTINGS))
     (directory / "00.h5").write_bytes(b"")
     (directory / "00.h5").chmod(0o644)
-    assert "chmod -R o-rwx" in only(host.check_directory(directory), Level.ERROR).action
+    assert "chmod -R o-rwx" in only(host.check_directory(directory, SETTINGS), Level.ERROR).action
     directory.parent.chmod(0o700)
-    fine(host.check_directory(directory))
+    fine(host.check_directory(directory, SETTINGS))
     directory.parent.chmod(0o755)
     (directory / "00.h5").chmod(0o640)
     directory.chmod(0o755)
-    assert str(directory) in only(host.check_directory(directory), Level.ERROR).what
+    assert str(directory) in only(host.check_directory(directory, SETTINGS), Level.ERROR).what
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     """And so is one that cannot be written at all; the probe removes its file."""
     with small_disk("tmpfs", tmp_path / "disk", size=8) as disk:
-        fine(host.check_directory(disk))
+        fine(host.check_directory(disk, SETTINGS))
         ballast = fill(disk)
-        found = [finding for finding in host.check_directory(disk) if finding.level is Level.ERROR]
+        found = [finding for finding in host.check_directory(disk, SETTINGS) if finding.level is Level.ERROR]
         assert ["disks", "disks"] == [finding.check for finding in found]
         assert "cannot be written: No space left" in found[1].what
         ballast.unlink()
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        found = [finding for finding in host.check_directory(disk) if finding.level is Level.ERROR]
+        found = [finding for finding in host.check_directory(disk, SETTINGS) if finding.level is Level.ERROR]
         assert ["permissions", "disks"] == [finding.check for finding in found]
         assert [] == list(disk.iterdir())
+
+
+def test_a_disk_with_less_free_than_the_reserve_is_an_error(tmp_path: Path) -> None:
+    """Persisters write nothing then; twice the reserve is a warning."""
+    with small_disk("tmpfs", tmp_path / "disk", size=8) as disk:
+        only(host.check_directory(disk, PersisterSettings(allow_ephemeral=True, disk_reserve=60)), Level.WARNING)
+        (disk / "ballast").write_bytes(bytes(4 << 20))
+        found = host.check_directory(disk, PersisterSettings(allow_ephemeral=True, disk_reserve=60))
+        assert "FI_DISK_RESERVE (60 %)" in only(found, Level.ERROR).meaning
+
+
+def test_a_data_directory_in_memory_is_an_error(tmp_path: Path) -> None:
+    """Unless the setting allows it, as `fiq up` does."""
+    with small_disk("tmpfs", tmp_path / "disk", size=8) as disk:
+        finding = only(host.check_directory(disk, PersisterSettings()), Level.ERROR)
+        assert f"{disk} is on tmpfs" == finding.what
+        assert "FI_DATA_DIR" in finding.action
+        fine(host.check_directory(disk, SETTINGS))
 
 
 def test_a_remote_file_system_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None can be mounted here, so the system's answer is replaced."""
     monkeypatch.setattr(storage, "_file_system_type", lambda _: 0x6969)
-    assert "NFS" in only(host.check_directory(directory), Level.ERROR).what
+    assert "NFS" in only(host.check_directory(directory, SETTINGS), Level.ERROR).what
 
 
 def test_a_lock_that_does_not_exclude_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on some network file systems that do not say what they are."""
     monkeypatch.setattr(host, "_is_excluded", lambda _: False)
-    assert "two writers" in only(host.check_directory(directory), Level.ERROR).meaning
+    assert "two writers" in only(host.check_directory(directory, SETTINGS), Level.ERROR).meaning
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +27,7 @@ async def test_a_full_disk_stops_every_partition_until_there_is_room(log: Log, t
     """Nothing is acknowledged that is not committed, which can be read; each event is written once in the end."""
     with (
         small_disk("tmpfs", tmp_path / "disk", size=_DISK) as disk,
-        Persister(tmp_path, log.cluster, disk / "data") as persister,
+        Persister(tmp_path, log.cluster, disk / "data", FI_DISK_RESERVE="0") as persister,
     ):
         # given
         await persister.ready()
@@ -54,7 +56,7 @@ async def test_a_process_that_starts_on_a_full_disk_waits_for_room(log: Log, tmp
     """It takes over from one that was killed there: to recover needs no room, and what comes then waits."""
     with small_disk("tmpfs", tmp_path / "disk", size=_DISK) as disk:
         # given
-        with Persister(tmp_path / "killed", log.cluster, disk / "data") as killed:
+        with Persister(tmp_path / "killed", log.cluster, disk / "data", FI_DISK_RESERVE="0") as killed:
             await killed.ready()
             before = await log.publish(40)
             await persisted(disk / "data", before)
@@ -62,7 +64,7 @@ async def test_a_process_that_starts_on_a_full_disk_waits_for_room(log: Log, tmp
             waiting = await log.publish(_EVENTS, size=_LARGE)
             await killed.not_ready(_FULL)
         # when
-        with Persister(tmp_path / "next", log.cluster, disk / "data") as persister:
+        with Persister(tmp_path / "next", log.cluster, disk / "data", FI_DISK_RESERVE="0") as persister:
             # then
             await persister.not_ready(_FULL)
             _check_beginning(disk / "data", before, waiting)
@@ -71,6 +73,53 @@ async def test_a_process_that_starts_on_a_full_disk_waits_for_room(log: Log, tmp
             await persister.ready()
             assert 0 == await persister.end()
             assert "" == persister.errors
+
+
+async def test_a_persister_leaves_the_reserve_of_its_disk_free(log: Log, tmp_path: Path) -> None:
+    """Nodes may share the disk. What is committed can be read, and with room the persister goes on by itself."""
+    with (
+        small_disk("tmpfs", tmp_path / "disk", size=_DISK) as disk,
+        Persister(tmp_path, log.cluster, disk / "data") as persister,
+    ):
+        # given
+        await persister.ready()
+        before = await log.publish(40)
+        await persisted(disk / "data", before)
+        # when
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - (_DISK << 20) // 25))
+        await persister.not_ready("FI_DISK_RESERVE is 5 %")
+        waiting = await log.publish(_EVENTS)
+        # then
+
+        async def buffered() -> bool:
+            return await _sum(persister, "fi_queue_pending") == _EVENTS
+
+        await eventually(buffered)
+        assert 1 == await _sum(persister, "fi_volume_held")
+        assert before == corpus_of(disk / "data")
+        # and when there is room again
+        ballast.unlink()
+        await persisted(disk / "data", before, waiting)
+        await persister.ready()
+        assert 0 == await _sum(persister, "fi_volume_held")
+        assert ["DISK_RESERVE_REACHED", "DISK_RESERVE_FREE"] == [
+            line["event"] for line in persister.lines if line["event"].startswith("DISK_RESERVE")
+        ]
+        assert 0 == await persister.end()
+
+
+async def test_a_persister_does_not_start_on_a_disk_in_memory(log: Log, tmp_path: Path) -> None:
+    """The files would be gone after a restart of the machine; the message says what to do."""
+    with small_disk("tmpfs", tmp_path / "disk", size=_DISK) as disk:
+        with Persister(tmp_path, log.cluster, disk / "data", FI_ALLOW_EPHEMERAL="") as persister:
+            assert 1 == await asyncio.to_thread(persister.wait)
+        assert f"fiq-persister: the data directory {disk / 'data'} is on tmpfs" in persister.errors
+        assert [] == list(disk.iterdir())
+
+
+async def _sum(persister: Persister, name: str) -> float:
+    return sum(value for key, value in (await persister.samples()).items() if key.startswith(f"{name}{{"))
 
 
 async def _floors_that_stand(log: Log, persister: Persister) -> list[int]:

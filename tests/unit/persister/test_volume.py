@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fiq.corpus.wal import storage
 from services.persister.errors import VolumeBusyError, VolumeError
-from services.persister.volume import Volume
+from services.persister.volume import Volume, check_durable
 
 
 def test_a_new_directory_gets_an_identity_that_stays(tmp_path: Path) -> None:
@@ -105,3 +106,29 @@ def test_room_is_what_the_file_system_says(tmp_path: Path) -> None:
     free, size = volume.room()
     assert expected.total == size
     assert 0 < free <= size
+
+
+@pytest.mark.parametrize(("kind", "name"), [(0x01021994, "tmpfs"), (0x858458F6, "ramfs"), (0x794C7630, "overlay")])
+def test_a_file_system_that_loses_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, name: str
+) -> None:
+    """Before anything is created there; the message says what to do, in a container too."""
+    monkeypatch.setattr(storage, "_file_system_type", lambda _: kind)
+    with pytest.raises(VolumeError, match=f"is on {name}: .* Set FI_DATA_DIR .* FI_ALLOW_EPHEMERAL=1"):
+        check_durable(tmp_path / "not" / "yet")
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_file_system_on_a_disk_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ext4; the type of a relative path's nearest folder counts."""
+    asked: list[Path] = []
+
+    def ext4(path: Path) -> int:
+        asked.append(path)
+        return 0xEF53
+
+    monkeypatch.setattr(storage, "_file_system_type", ext4)
+    check_durable(tmp_path / "not" / "yet")
+    monkeypatch.chdir(tmp_path)
+    check_durable(Path("not/yet"))
+    assert [tmp_path, tmp_path] == asked
