@@ -6,11 +6,15 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:  # rich takes a while to import, and many commands print plain lines
     from rich.console import Console
     from rich.table import Table
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 #: categories of characters that may control a terminal: controls, formats (text direction), surrogates
 _UNSAFE = frozenset({"Cc", "Cf", "Cs"})

@@ -1,19 +1,16 @@
-"""The commands that read a corpus: ``fiq show``, ``export``, ``verify``, ``recover`` and ``repack``."""
+"""The commands about a corpus: ``fiq ls``, ``show``, ``verify``, ``recover`` and ``repack``."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
-import os
-import sys
+import heapq
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import StrEnum
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated
 
 import orjson
 import typer
@@ -25,8 +22,9 @@ from fiq.corpus import (
     Corpus,
     CorpusError,
     CorpusLockedError,
+    DamagedPartition,
     DamagedPartitionWarning,
-    EventRecord,
+    Recovered,
     Report,
     UnknownConsultationError,
     open_corpus,
@@ -36,28 +34,75 @@ from fiq.corpus import (
 from fiq.errors import InvalidIdError
 from fiq.event import check_consultation_id
 from services.cli import console
-from services.cli.console import bar, count
+from services.cli.console import JsonOption, bar, count
 from services.cli.errors import CommandError
 from services.cli.target import CorpusOption, FolderOption, find_corpus
+from services.cli.times import Period, SinceOption, UntilOption, iso
 from services.log.status import Verified
 from services.persister.volume import is_volume, note_verified
 
-#: columns of CSV, and members of the objects of the two JSON forms
-FIELDS = ("consultation", "sequence", "event_id", "received", "received_ns", "event_type", "event")
-#: a spreadsheet takes a cell that starts with one of these for a formula (OWASP, "CSV Injection")
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 #: what it means that a file does not begin with the stream
 _SEED = "earlier events are only in other stores; docs/operations.md, `A store that begins late`, says how to get them"
 
-# -- fiq show, fiq export --------------------------------------------------------------------------------------------
+# -- fiq ls, fiq show ------------------------------------------------------------------------------------------------
 
 
-class Format(StrEnum):
-    """How a consultation is exported."""
+def ls(
+    prefix: Annotated[str, typer.Option(help="Only consultations whose id starts with this.")] = "",
+    since: SinceOption = "",
+    until: UntilOption = "",
+    json: JsonOption = False,
+    corpus: CorpusOption = None,
+    folder: FolderOption = None,
+) -> None:
+    """List consultations: events, first and last time, id.
 
-    NDJSON = "ndjson"
-    JSON = "json"
-    CSV = "csv"
+    Sorted by id. With --since or --until those that have an event in that time; the numbers are of all of their events.
+    """
+    period, damaged = Period.of(since, until), list[DamagedPartition]()
+    path = find_corpus(corpus, folder)
+    try:
+        paths = open_corpus(path).paths
+    except CorpusError as error:
+        raise CommandError(f"cannot read the corpus in {path}: {error}") from error
+
+    def ids(part: Corpus) -> Iterator[tuple[str, Corpus]]:
+        try:
+            for name in part.ids(prefix):
+                yield name, part
+        except CorpusError as error:
+            damaged.append(DamagedPartition(part.paths[0], error))
+
+    with ExitStack() as stack:
+        merged = heapq.merge(*(ids(stack.enter_context(open_corpus(path))) for path in paths), key=itemgetter(0))
+        chosen = (summary for name, part in merged if (summary := _summary(part[name], period)) is not None)
+        _list_json(chosen) if json else _list(chosen)
+    _check_complete(damaged)
+
+
+def _summary(consultation: Consultation, period: Period) -> dict[str, str | int] | None:
+    """Return what is listed; None for a consultation without an event in *period*."""
+    if not len(consultation):
+        return None
+    first, last = (int(consultation.table(row, row + 1)["received_ns"][0]) for row in (0, len(consultation) - 1))
+    if not (period.hold(first) or period.hold(last)) and not period.hold(consultation.table()["received_ns"]).any():
+        return None
+    return {"consultation": consultation.id, "events": len(consultation), "first": iso(first), "last": iso(last)}
+
+
+def _list(found: Iterator[dict[str, str | int]]) -> None:
+    typer.echo(f"{'events':>8}  {'first (UTC)':<19}  {'last (UTC)':<19}  consultation")
+    for one in found:
+        first, last = (str(one[name])[:19].replace("T", " ") for name in ("first", "last"))
+        typer.echo(f"{one['events']:>8}  {first}  {last}  {one['consultation']}")
+
+
+def _list_json(found: Iterator[dict[str, str | int]]) -> None:
+    start = b"[\n"
+    for one in found:
+        typer.echo(start + orjson.dumps(one), nl=False)
+        start = b",\n"
+    typer.echo(b"[]" if start == b"[\n" else b"\n]")
 
 
 def show(
@@ -75,77 +120,6 @@ def show(
             payload = orjson.dumps(event.payload).decode("utf-8")
             line = f"{event.sequence:>10}  {iso(event.received_ns)}  {event.event_type}  {payload}"
             typer.echo(console.printable(line))
-
-
-def export(
-    consultation: Annotated[
-        str | None, typer.Argument(help="Id of the consultation. Without it, --after 0 exports all of them.")
-    ] = None,
-    form: Annotated[Format, typer.Option("--format", "-f", help="ndjson and json carry each event byte for byte.")] = (
-        Format.NDJSON
-    ),
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="File to write, which appears when it is complete; stdout otherwise."),
-    ] = None,
-    after: Annotated[int | None, typer.Option(min=0, help="Only events whose sequence is greater than this.")] = None,
-    corpus: CorpusOption = None,
-    folder: FolderOption = None,
-) -> None:
-    """Write a consultation's events as NDJSON, JSON or CSV.
-
-    In stream order, one event in memory at a time.
-    """
-    with _events(find_corpus(corpus, folder), consultation, after) as found, _target(output) as file:
-        for piece in lines(found, form):
-            file.write(piece)
-
-
-@contextlib.contextmanager
-def _events(path: Path, consultation: str | None, after: int | None) -> Iterator[Iterator[EventRecord]]:
-    if consultation is not None:
-        with opened(path, consultation) as found:
-            yield (event for event in found if event.sequence > (after or 0))
-        return
-    if after is None:
-        raise CommandError("name a consultation, or export all of them with --after 0")
-    with opened_corpus(path) as corpus:
-        yield (
-            event
-            for name in corpus
-            if len(events := corpus[name]) and events.table(len(events) - 1)["seq"][0] > after
-            for event in events
-            if event.sequence > after
-        )
-
-
-@contextlib.contextmanager
-def _target(output: Path | None) -> Iterator[BinaryIO]:
-    if output is None or str(output) == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    try:
-        with _file(output) as file:
-            yield file
-    except OSError as error:
-        raise CommandError(f"cannot write {output}: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def _file(output: Path) -> Iterator[BinaryIO]:
-    if output.exists() and not output.is_file():  # a pipe or a device cannot be replaced
-        with output.open("wb") as file:
-            yield file
-        return
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        # medical data: for the owner only
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            yield file
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -178,74 +152,16 @@ def opened_corpus(path: Path) -> Iterator[Corpus]:
         with warnings.catch_warnings(), open_corpus(path) as corpus:
             warnings.simplefilter("ignore", DamagedPartitionWarning)
             yield corpus
-            if damaged := corpus.damaged:
-                raise CommandError("\n  ".join(["what can be read was read, but", *map(str, damaged)]))
+            _check_complete(corpus.damaged)
     except UnknownConsultationError:
         raise
     except CorpusError as error:
         raise CommandError(f"cannot read the corpus in {path}: {error}") from error
 
 
-def iso(nanoseconds: int) -> str:
-    """Return a time as ISO 8601 in UTC, to the microsecond."""
-    seconds, rest = divmod(nanoseconds, 1_000_000_000)
-    moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000)
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def lines(events: Iterable[EventRecord], form: Format) -> Iterator[bytes]:
-    """Yield the export piece by piece: one event at a time is in memory."""
-    return {Format.NDJSON: _ndjson, Format.JSON: _json, Format.CSV: _csv}[form](events)
-
-
-def _ndjson(events: Iterable[EventRecord]) -> Iterator[bytes]:
-    for event in events:
-        yield orjson.dumps(_document(event), option=orjson.OPT_APPEND_NEWLINE)
-
-
-def _json(events: Iterable[EventRecord]) -> Iterator[bytes]:
-    start = b"[\n"
-    for event in events:
-        yield start + orjson.dumps(_document(event))
-        start = b",\n"
-    yield b"[]\n" if start == b"[\n" else b"\n]\n"
-
-
-def _csv(events: Iterable[EventRecord]) -> Iterator[bytes]:
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer)
-    writer.writerow(FIELDS)
-    for event in events:
-        row = _document(event)
-        row["event"] = event.raw.decode("utf-8")
-        writer.writerow([_cell(row[field]) for field in FIELDS])
-        yield _drain(buffer)
-    yield _drain(buffer)
-
-
-def _drain(buffer: io.StringIO) -> bytes:
-    text = buffer.getvalue()
-    buffer.seek(0)
-    buffer.truncate()
-    return text.encode("utf-8")
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
-        return "'" + value
-    return value
-
-
-def _document(event: EventRecord) -> dict[str, Any]:
-    return {
-        "consultation": event.consultation,
-        "sequence": event.sequence,
-        "event_id": str(event.event_id),
-        "received": iso(event.received_ns),
-        "received_ns": event.received_ns,
-        "event_type": event.event_type,
-        "event": orjson.Fragment(event.raw),  # byte for byte: numbers keep all of their digits
-    }
+def _check_complete(damaged: Sequence[DamagedPartition]) -> None:
+    if damaged:
+        raise CommandError("\n  ".join(["what can be read was read, but", *map(str, damaged)]))
 
 
 # -- fiq verify, fiq recover, fiq repack ---------------------------------------------------------------------------
@@ -335,12 +251,13 @@ def _late(report: Report) -> list[tuple[int, str]]:
 def recover(
     path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
     names: Annotated[bool, typer.Option("--names", help="Write the indexes of names anew.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Apply journals to their partition files.
 
     A persister does the same when it starts. The exit code is 1 if a file could not be recovered.
     """
-    table = console.table("file", ">committed", ">replayed", ">torn", "")
+    recovered: list[Recovered] = []
     failures: list[str] = []
     locked: dict[str, list[tuple[str, str]]] = {}  # messages that differ only by the file's name are shown once
     try:
@@ -357,11 +274,16 @@ def recover(
             except CorpusError as error:
                 failures.append(str(error))
             else:
-                state = f"still in the journal: {done.held_back}" if done.held_back else "complete"
-                table.add_row(done.file, str(done.committed), str(done.replayed), str(done.torn), state)
+                recovered.append(done)
                 if done.held_back:
                     failures.append(f"{done.file}: {done.held_back}; nothing is lost, try again later")
-    if table.row_count:
+    if json:
+        typer.echo(orjson.dumps([asdict(done) for done in recovered], option=orjson.OPT_INDENT_2))
+    elif recovered:
+        table = console.table("file", ">committed", ">replayed", ">torn", "")
+        for done in recovered:
+            state = f"still in the journal: {done.held_back}" if done.held_back else "complete"
+            table.add_row(done.file, str(done.committed), str(done.replayed), str(done.torn), state)
         console.show(table)
     for (_, reason), *others in locked.values():
         too = f" (and so for {', '.join(name for name, _ in others)})" if others else ""
@@ -373,6 +295,7 @@ def recover(
 def repack(
     path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
     output: Annotated[Path, typer.Argument(help="Directory or file to create; must not exist.")],
+    json: JsonOption = False,
 ) -> None:
     """Write a compact, verified copy of a corpus.
 
@@ -383,6 +306,9 @@ def repack(
             done = library.repack(path, output, on_progress=lambda step, fraction: show(fraction, step))
         except CorpusError as error:
             raise CommandError(str(error)) from error
+    if json:
+        typer.echo(orjson.dumps([asdict(one) for one in done], option=orjson.OPT_INDENT_2))
+        return
     table = console.table("file", ">consultations", ">events", ">before", ">after")
     for one in done:
         sizes = decimal(one.bytes_before), decimal(one.bytes_after)

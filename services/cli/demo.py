@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from fiq.client import AsyncClient, RetryPolicy
 from fiq.corpus import open_corpus
 from services.cli import console, monitoring
+from services.cli.console import JsonOption
 from services.cli.embedded.stack import LogKind, Stack
 from services.cli.errors import CommandError
 from services.log.protocol import EVENT_LOG
@@ -65,6 +66,7 @@ def demo(
         Path | None, typer.Option(help="Where to put everything; a new temporary folder by default.")
     ] = None,
     log: Annotated[LogKind, typer.Option(help="The log: three NATS nodes, or ZeroMQ.")] = LogKind.NATS,
+    json: JsonOption = False,
 ) -> None:
     """Post events while parts are killed, then verify HDF5.
 
@@ -74,7 +76,7 @@ def demo(
     """
     home = _new_folder(folder)
     try:
-        _run_demo(home, log, generate(events, seed=seed), clients, seed)
+        _run_demo(home, log, generate(events, seed=seed), clients, seed, json=json)
     except BaseException:
         typer.echo(f"the files stay in {home}", err=True)
         raise
@@ -89,7 +91,9 @@ def _new_folder(folder: Path | None) -> Path:
     return folder
 
 
-def _run_demo(home: Path, log: LogKind, consultations: list[list[Post]], clients: int, seed: int) -> None:
+def _run_demo(
+    home: Path, log: LogKind, consultations: list[list[Post]], clients: int, seed: int, *, json: bool
+) -> None:
     stack = Stack(home, log=log, env={"FI_STREAM_MAX_BYTES": _STREAM_BYTES, "FI_TOKEN_FILE": ""})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops in the same order as Ctrl-C
     columns = SpinnerColumn(), TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn()
@@ -101,7 +105,7 @@ def _run_demo(home: Path, log: LogKind, consultations: list[list[Post]], clients
             result = asyncio.run(_measure(stack, consultations, load, progress))
         finally:
             stack.stop()
-    _print(result, stack)
+    _print_json(result, stack) if json else _print(result, stack)
     if result.comparison.problems:
         raise CommandError(
             "\n  ".join(
@@ -184,6 +188,28 @@ def _duplicates_dropped(stack: Stack) -> int:
             if family.name == "fi_persister_duplicates":
                 count += sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
     return int(count)
+
+
+def _print_json(result: _Result, stack: Stack) -> None:
+    load, comparison = result.load, result.comparison
+    document = {
+        "killed": result.killed,
+        "accepted": len(load.accepted),
+        "repeated": load.repeated,
+        "retries": load.retries,
+        "answered_as_duplicates": load.duplicates,
+        "dropped_as_duplicates": result.duplicates,
+        "events": comparison.persisted,
+        "consultations": comparison.consultations,
+        "latency_p50_seconds": load.percentile(0.5),
+        "latency_p99_seconds": load.percentile(0.99),
+        "longest_gap_seconds": load.longest_gap,
+        "load_seconds": result.load_seconds,
+        "persist_seconds": result.persist_seconds,
+        "problems": comparison.problems,
+        "corpus": str(stack.data_dir),
+    }
+    typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2))
 
 
 def _print(result: _Result, stack: Stack) -> None:

@@ -23,6 +23,7 @@ from rich.filesize import decimal
 
 from fiq.errors import FiqError
 from services.cli import console, monitoring
+from services.cli.console import JsonOption
 from services.cli.embedded.stack import Member, StackState
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster
 from services.log.errors import LogUnavailableError
@@ -255,7 +256,7 @@ def status(
         Path | None,
         typer.Option(help="Data directory from which committed positions are read; FI_STORE names the store."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    json: JsonOption = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Show nodes, stream, and each partition's lag and owner."""

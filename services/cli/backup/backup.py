@@ -27,7 +27,7 @@ from fiq.corpus.reader import PartitionInfo, partition_files
 from fiq.corpus.tools.copy import copy_pair
 from services.cli import console
 from services.cli.backup.cluster import StoreView, look
-from services.cli.console import bar
+from services.cli.console import JsonOption, bar
 from services.cli.errors import BackupError
 from services.cli.target import FolderOption, ServerOption, find_cluster, find_corpus
 from services.core.command import product_version
@@ -67,6 +67,7 @@ def backup(
     server: ServerOption = None,
     folder: FolderOption = None,
     offline: OfflineOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Copy a volume while persisters write, and verify it.
 
@@ -85,14 +86,14 @@ def backup(
             manifest = make_backup(source, dest, seen, show)
         except CorpusError as error:
             raise BackupError(f"{error}; no backup was made") from error
-    print_contents(manifest)
+    print_contents(manifest, json=json)
     size = sum(entry.bytes for entry in manifest.files)
     events = sum(entry.events for entry in manifest.contents)
     needed = min((entry.committed for entry in manifest.contents), default=0) + 1
     lost = f"To restore it without a loss, the stream must still begin at sequence {needed} or before: see FI_RETENTION"
     if without_broker:
         lost = "Events that are accepted from now on are not in it, and nowhere else but in the volume"
-    typer.echo(f"{dest}: volume {manifest.volume}, {events} events, {decimal(size)}, verified. {lost}")
+    typer.echo(f"{dest}: volume {manifest.volume}, {events} events, {decimal(size)}, verified. {lost}", err=json)
     try:
         note_backup(source, manifest.made)
     except OSError as error:
@@ -225,8 +226,11 @@ class Manifest:
         return cls(**found, placement=entries, files=files, contents=contents)
 
 
-def print_contents(manifest: Manifest) -> None:
-    """Print a table of the partition files."""
+def print_contents(manifest: Manifest, *, json: bool) -> None:
+    """Print a table of the partition files, or everything as JSON."""
+    if json:
+        typer.echo(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        return
     sizes = {entry.name: entry.bytes for entry in manifest.files}
     table = console.table("file", ">committed", ">consultations", ">events", ">size")
     for entry in manifest.contents:

@@ -40,7 +40,7 @@ from services.cli.backup.backup import (
     sync_file,
 )
 from services.cli.backup.cluster import StoreView, fence, look
-from services.cli.console import bar, err
+from services.cli.console import JsonOption, bar, err
 from services.cli.errors import BackupError, CommandError, RestoreRefusedError
 from services.cli.target import FolderOption, ServerOption, Target, find_cluster_to_place
 from services.core.settings import load
@@ -68,6 +68,7 @@ def restore(
     force: Annotated[
         bool, typer.Option("--force", help="Restore although the cluster does not fit; what that means is printed.")
     ] = False,
+    json: JsonOption = False,
 ) -> None:
     """Put a lost volume back from a backup.
 
@@ -89,7 +90,7 @@ def restore(
                 put_back(source, manifest, to, fit, owner=owner, on_progress=show)
             except CorpusError as error:
                 raise CommandError(f"{error}; nothing was restored") from error
-    _print(to, wanted, fit)
+    _print(to, wanted, fit, json=json)
 
 
 def _of_store(manifest: Manifest, store: str) -> Manifest:
@@ -123,8 +124,8 @@ def _checked(manifest: Manifest, seen: StoreView | None, *, force: bool) -> Fit:
     return fit
 
 
-def _print(to: Path, manifest: Manifest, fit: Fit) -> None:
-    print_contents(manifest)
+def _print(to: Path, manifest: Manifest, fit: Fit, *, json: bool) -> None:
+    print_contents(manifest, json=json)
     for remark in fit.remarks:
         err().print(f"fiq: {remark}", soft_wrap=True)
     for problem in fit.problems:
@@ -133,7 +134,9 @@ def _print(to: Path, manifest: Manifest, fit: Fit) -> None:
         err().print(f"fiq: given up: {gap}", soft_wrap=True)
     if fit.new:
         err().print(f"fiq: partition {_names(fit.new)} was placed after the backup and begins anew", soft_wrap=True)
-    typer.echo(f"{to}: restored as of {manifest.made}. Start the persisters: the stream brings what came since")
+    typer.echo(
+        f"{to}: restored as of {manifest.made}. Start the persisters: the stream brings what came since", err=json
+    )
 
 
 def _names(partitions: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ import typer
 
 from fiq.errors import ConfigurationError
 from services.cli import console
+from services.cli.console import JsonOption
 from services.cli.errors import CommandError
 from services.cli.init.files import FileOwner, Layout, Secrets
 from services.core.settings import seconds
@@ -76,7 +77,7 @@ def new(
 def list_(
     deployment: DeploymentOption = Path(),
     file: FileOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Show names, scopes, prefixes and expiry. The tokens themselves are stored nowhere."""
     found = TokenFile(deployment, file).read()

@@ -11,9 +11,11 @@ from typing import Any, cast
 from uuid import UUID
 
 import orjson
+import pyarrow.parquet as pq
 import pytest
 
-from services.cli.corpus import FIELDS, Format, iso, lines
+from services.cli.errors import CommandError
+from services.cli.export import COLUMNS, FIELDS, MAX_COLUMNS, Format, Kind, find_columns, lines, write
 
 RECEIVED_NS = 1_795_453_297_123_456_789
 EVENT_ID = UUID(int=1)
@@ -34,12 +36,18 @@ class Event:
         return cast("str", orjson.loads(self.raw)["event_type"])
 
 
-def exported(form: Format, *events: Event) -> bytes:
-    return b"".join(lines(cast("Any", events), form))
+def exported(form: Format, *events: Event, flat: bool = False) -> bytes:
+    file = io.BytesIO()
+    write(lambda: cast("Any", events), form, file, flat=flat)
+    return file.getvalue()
 
 
 def rows(content: bytes) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
+    return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+
+
+def with_payload(payload: str) -> Event:
+    return Event(raw=f'{{"event_type": "A", "payload": {payload}}}'.encode())
 
 
 def test_ndjson_is_one_object_a_line() -> None:
@@ -68,31 +76,116 @@ def test_json_is_one_array(count: int) -> None:
 
 
 def test_csv_has_a_header_and_one_row_an_event() -> None:
-    """The columns are the fields, and the event's text is one cell."""
+    """No column has numbers that a spreadsheet rounds, and the event's text is one cell."""
     found = rows(exported(Format.CSV, Event(7), Event(9)))
 
-    assert tuple(found[0]) == FIELDS
+    assert (*COLUMNS, "event") == tuple(found[0])
     assert [row["sequence"] for row in found] == ["7", "9"]
+    assert "2026-11-23T17:01:37.123456Z" == found[0]["received"]
     assert found[0]["event"] == Event().raw.decode()
 
 
-def test_csv_of_nothing_is_its_header() -> None:
-    """An empty consultation is a table without rows."""
-    assert exported(Format.CSV) == (",".join(FIELDS) + "\r\n").encode()
+def test_csv_begins_with_a_byte_order_mark() -> None:
+    """Or a spreadsheet takes UTF-8 for the machine's old encoding. Without events there is the header only."""
+    assert b"\xef\xbb\xbf" + ",".join((*COLUMNS, "event")).encode() + b"\r\n" == exported(Format.CSV)
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\\t", "\\r"])
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\\t", "\\r", "\\n", "＝", "＋", "－", "＠"])
 def test_a_cell_of_csv_is_never_a_formula(start: str) -> None:
     """What clients chose may not become code in an analyst's spreadsheet (OWASP, CSV Injection)."""
-    raw = f'{{"event_type": "{start}1+1", "payload": null}}'.encode()
+    raw = f'{{"event_type": "{start}1+1", "payload": {{"text": "{start}2"}}}}'.encode()
 
-    (row,) = rows(exported(Format.CSV, Event(raw=raw, consultation="-c")))
+    (row,) = rows(exported(Format.CSV, Event(raw=raw, consultation="-c"), flat=True))
 
-    assert row["event_type"] == "'" + start.replace("\\t", "\t").replace("\\r", "\r") + "1+1"
-    assert row["consultation"] == "'-c"
+    shown = start.replace("\\t", "\t").replace("\\r", "\r").replace("\\n", "\n")
+    assert ("'-c", f"'{shown}1+1", f"'{shown}2") == (row["consultation"], row["event_type"], row["payload.text"])
 
 
-@pytest.mark.parametrize("form", list(Format))
+def test_flat_csv_has_a_column_for_each_member_of_the_payloads() -> None:
+    """In the order in which they come first; what an event lacks is empty, and what is no text is as in JSON."""
+    events = (
+        with_payload('{"dose": 1.10, "ok": true, "tags": ["a", {"b": 1.5}]}'),
+        with_payload('{"text": "=1+1", "dose": -5, "none": null}'),
+        with_payload('"only text"'),
+        with_payload("null"),
+    )
+
+    found = rows(exported(Format.CSV, *events, flat=True))
+
+    assert (*COLUMNS, "payload.dose", "payload.ok", "payload.tags", "payload.text", "payload") == tuple(found[0])
+    assert [
+        ["1.10", "true", '["a",{"b":1.5}]', "", ""],
+        ["-5", "", "", "'=1+1", ""],
+        ["", "", "", "", "only text"],
+        ["", "", "", "", ""],
+    ] == [list(row.values())[len(COLUMNS) :] for row in found]
+
+
+@pytest.mark.parametrize(
+    ("number", "cell"),
+    [
+        ("123456789012345", "123456789012345"),
+        ("1795453297123456789", "'1795453297123456789"),
+        ("-1795453297123456789", "'-1795453297123456789"),
+        ('"1795453297123456789"', "'1795453297123456789"),
+        ("0.1234567890123456789", "'0.1234567890123456789"),
+        ("123456789012345678901234567890", "'123456789012345678901234567890"),
+    ],
+)
+def test_a_number_keeps_all_of_its_digits_in_a_spreadsheet(number: str, cell: str) -> None:
+    """It keeps fifteen of a number, and all of a text."""
+    (row,) = rows(exported(Format.CSV, with_payload(f'{{"n": {number}}}'), flat=True))
+
+    assert cell == row["payload.n"]
+
+
+def test_columns_have_the_kind_that_holds_all_of_their_values() -> None:
+    """Integers and fractions are numbers; anything else that differs is text, and so is what 64 bits cannot hold."""
+    events = [
+        with_payload(payload)
+        for payload in ('{"a": 1, "b": 1, "c": true, "d": 9223372036854775808, "e": {}}', '{"a": 2.5, "b": "x"}')
+    ]
+
+    found = find_columns(cast("Any", events))
+
+    kinds = {"a": Kind.NUMBER, "b": Kind.TEXT, "c": Kind.BOOLEAN, "d": Kind.TEXT, "e": Kind.TEXT}
+    assert {f"payload.{name}": kind for name, kind in kinds.items()} == found
+
+
+def test_too_many_columns_are_refused() -> None:
+    """Payloads whose members are data themselves are no table."""
+    events = [with_payload(f'{{"m{number}": 1}}') for number in range(MAX_COLUMNS + 1)]
+
+    with pytest.raises(CommandError, match="--type"):
+        exported(Format.CSV, *events, flat=True)
+
+
+def test_parquet_has_typed_columns() -> None:
+    """Times in UTC to the nanosecond, sequences of 64 bits, and with flat payloads their own types."""
+    events = (with_payload('{"dose": 1.5, "n": 7, "ok": true, "list": [1]}'), with_payload('{"dose": 2}'))
+
+    plain = pq.read_table(io.BytesIO(exported(Format.PARQUET, *events)))
+    flat = pq.read_table(io.BytesIO(exported(Format.PARQUET, *events, flat=True)))
+
+    assert [*COLUMNS, "event"] == plain.schema.names
+    assert [event.raw.decode() for event in events] == plain["event"].to_pylist()
+    assert ("timestamp[ns, tz=UTC]", "uint64") == (
+        str(plain.schema.field("received").type),
+        str(plain.schema.field(1).type),
+    )
+    assert [RECEIVED_NS] * 2 == plain["received"].cast("int64").to_pylist()
+    assert [
+        {"payload.dose": 1.5, "payload.n": 7, "payload.ok": True, "payload.list": "[1]"},
+        {"payload.dose": 2.0, "payload.n": None, "payload.ok": None, "payload.list": None},
+    ] == flat.drop(list(COLUMNS)).to_pylist()
+
+
+def test_parquet_of_nothing_has_its_columns() -> None:
+    """An empty consultation is a table without rows."""
+    assert [*COLUMNS, "event"] == pq.read_table(io.BytesIO(exported(Format.PARQUET))).schema.names
+
+
+@pytest.mark.parametrize("form", [Format.NDJSON, Format.JSON])
 def test_an_export_streams(form: Format) -> None:
     """Only the events that were written have been read."""
     read = 0
@@ -108,12 +201,3 @@ def test_an_export_streams(form: Format) -> None:
     next(pieces)
 
     assert read <= 2
-
-
-@pytest.mark.parametrize(
-    ("nanoseconds", "expected"),
-    [(0, "1970-01-01T00:00:00.000000Z"), (RECEIVED_NS, "2026-11-23T17:01:37.123456Z")],
-)
-def test_times_are_iso_8601_in_utc(nanoseconds: int, expected: str) -> None:
-    """Always six digits, so that texts sort as times do."""
-    assert expected == iso(nanoseconds)

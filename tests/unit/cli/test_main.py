@@ -13,6 +13,10 @@ from typer.testing import CliRunner
 from services.cli.errors import NotRunningError
 from services.cli.main import COMMANDS, Commands, Entry, FiqGroup, app
 
+SERVICES = Path(__file__).parents[3] / "services" / "cli"
+#: commands in modules that print tables, which print lines
+NO_TABLE = {"show", "token new", "token revoke"}
+
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
@@ -126,6 +130,22 @@ def test_no_command_shows_help(runner: CliRunner) -> None:
 def test_the_table_has_each_commands_own_help(command: str) -> None:
     """`fiq --help` says what `fiq COMMAND --help` begins with."""
     assert COMMANDS[command].summary == first_sentence(Commands(COMMANDS)[command].help)
+
+
+def test_every_command_that_prints_a_table_has_json() -> None:
+    """A script reads no table: whoever calls console.table, or prints a manifest, takes --json."""
+    users = [path for path in SERVICES.rglob("*.py") if "console.table(" in path.read_text() and path.stem != "console"]
+    modules = {".".join(path.relative_to(SERVICES).with_suffix("").parts) for path in users}
+    commands = [name for name, entry in COMMANDS.items() if entry.location.partition(":")[0] in modules]
+    flat = {
+        f"{name} {part}".strip(): command
+        for name in commands
+        for part, command in getattr(Commands(COMMANDS)[name], "commands", {"": Commands(COMMANDS)[name]}).items()
+    }
+
+    lacking = {name for name, one in flat.items() if not any("--json" in parameter.opts for parameter in one.params)}
+
+    assert NO_TABLE == lacking
 
 
 def first_sentence(text: str) -> str:

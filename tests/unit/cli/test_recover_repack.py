@@ -32,27 +32,6 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_export_writes_all_events_after_a_sequence(file: Path) -> None:
-    """Consultation by consultation, each in order; what comes before it, or none of it, is left out."""
-    done = run("export", "--after", "90", "--corpus", file.parent)
-    documents = [json.loads(line) for line in done.stdout.splitlines()]
-    assert list(range(91, 101)) == sorted(document["sequence"] for document in documents)
-    order = [(document["consultation"], document["sequence"]) for document in documents]
-    assert sorted(order) == order
-    one = documents[0]["consultation"]
-    only = run("export", one, "--after", "95", "--corpus", file.parent).stdout
-    assert [s for name, s in order if name == one and s > 95] == [
-        json.loads(line)["sequence"] for line in only.splitlines()
-    ]
-
-
-def test_export_of_nothing_in_particular_says_what_is_missing(file: Path) -> None:
-    """All of a corpus is a lot: it has to be asked for."""
-    done = run("export", "--corpus", file.parent)
-    assert (1, "") == (done.exit_code, done.stdout)
-    assert "--after" in done.stderr
-
-
 def test_recover_prints_what_it_replayed(file: Path) -> None:
     """For a directory and for one file; the second time there is nothing left."""
     done = run("recover", file.parent)
@@ -132,3 +111,13 @@ def test_a_corpus_that_is_not_there_is_named(
     done = run(*arguments)
     assert 1 == done.exit_code
     assert "there is no corpus at missing" in done.stderr
+
+
+def test_recover_and_repack_print_json_for_scripts(file: Path, tmp_path: Path) -> None:
+    """The numbers of the table, in bytes and without units."""
+    recovered = json.loads(run("recover", file.parent, "--json").stdout)
+    repacked = json.loads(run("repack", file.parent, tmp_path / "copy", "--json").stdout)
+
+    assert [("00.h5", 100, 2, 0, "")] == [tuple(one.values()) for one in recovered]
+    assert [("00.h5", 100)] == [(one["file"], one["events"]) for one in repacked]
+    assert (tmp_path / "copy" / "00.h5").stat().st_size == repacked[0]["bytes_after"]

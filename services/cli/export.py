@@ -1,0 +1,400 @@
+"""``fiq export``: events of one consultation, or of many, as NDJSON, JSON, CSV or Parquet, one at a time in memory.
+
+NDJSON and JSON carry each event byte for byte. CSV is for spreadsheets and Parquet for analysis; with ``--flat`` both
+have a column for each member of the payloads. The members are found by reading the events once before they are written,
+from the same snapshot of the corpus. In CSV no cell becomes a formula, and no number loses digits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import orjson
+import typer
+from rich.filesize import decimal
+
+from fiq.corpus import Consultation, EventRecord
+from services.cli.console import count
+from services.cli.corpus import opened, opened_corpus
+from services.cli.errors import CommandError
+from services.cli.target import CorpusOption, FolderOption, find_corpus
+from services.cli.times import ALWAYS, Period, SinceOption, UntilOption, iso
+
+#: members of the objects of the two JSON forms
+FIELDS = ("consultation", "sequence", "event_id", "received", "received_ns", "event_type", "event")
+#: columns of CSV and Parquet before those of the payload
+COLUMNS = ("consultation", "sequence", "event_id", "received", "event_type")
+#: a spreadsheet takes a text that starts with one of these for a formula (OWASP, "CSV Injection")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+#: a spreadsheet keeps so many digits of a number
+_SAFE_DIGITS = 15
+#: without it a spreadsheet takes UTF-8 for the machine's old encoding
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+#: members of payloads that become columns, at most
+MAX_COLUMNS = 1000
+#: events of a row group of Parquet
+_GROUP_EVENTS = 5000
+_INT64 = range(-(2**63), 2**63)
+
+
+class Format(StrEnum):
+    """How events are exported."""
+
+    NDJSON = "ndjson"
+    JSON = "json"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+#: what a file's name says of its format
+SUFFIXES = {
+    ".ndjson": Format.NDJSON,
+    ".jsonl": Format.NDJSON,
+    ".json": Format.JSON,
+    ".csv": Format.CSV,
+    ".parquet": Format.PARQUET,
+}
+
+
+def export(
+    consultation: Annotated[
+        str | None, typer.Argument(help="Id of the consultation; or choose several with --all or --prefix.")
+    ] = None,
+    form: Annotated[
+        Format | None,
+        typer.Option("--format", "-f", help="By default what the suffix of --output says, else ndjson."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, which appears when it is complete; stdout otherwise."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Export all consultations.")] = False,
+    prefix: Annotated[str, typer.Option(help="Export the consultations whose id starts with this.")] = "",
+    event_type: Annotated[str, typer.Option("--type", help="Only events of this type.")] = "",
+    since: SinceOption = "",
+    until: UntilOption = "",
+    after: Annotated[int, typer.Option(min=0, help="Only events whose sequence is greater than this.")] = 0,
+    flat: Annotated[
+        bool, typer.Option("--flat", help="CSV, Parquet: a column for each member of the payloads, not the event.")
+    ] = False,
+    corpus: CorpusOption = None,
+    folder: FolderOption = None,
+) -> None:
+    """Write events as NDJSON, JSON, CSV or Parquet.
+
+    Consultation after consultation, each in stream order. ndjson and json carry each event byte for byte.
+    """
+    if (consultation is not None) + bool(every or prefix) != 1:
+        raise CommandError("name one consultation, or choose several with --all or --prefix")
+    to_file = output is not None and str(output) != "-"
+    form = form or (SUFFIXES.get(output.suffix.lower(), Format.NDJSON) if output is not None else Format.NDJSON)
+    if flat and form in (Format.NDJSON, Format.JSON):
+        raise CommandError(f"--flat is for csv and parquet, not {form}: choose one with --format or the file's suffix")
+    if form is Format.PARQUET:
+        _check_pyarrow()
+        if not to_file:
+            raise CommandError("Parquet needs a file: name it with  -o FILE.parquet")
+    selection = Selection(prefix, event_type, Period.of(since, until), after)
+    with contextlib.ExitStack() as stack:
+        path = find_corpus(corpus, folder)
+        if consultation is not None:
+            chosen: Callable[[], Iterable[Consultation]]
+            one = stack.enter_context(opened(path, consultation))
+            chosen = lambda: [one]  # noqa: E731
+        else:
+            many = stack.enter_context(opened_corpus(path))
+            chosen = lambda: (many[name] for name in many.ids(prefix))  # noqa: E731
+        counted = _Counted()
+        with _target(output if to_file else None, force=force) as file:
+            write(lambda: counted.of(selection.of(chosen())), form, file, flat=flat)
+        if to_file:
+            size = f", {decimal(output.stat().st_size)}" if output is not None and output.is_file() else ""
+            typer.echo(f"wrote {counted} to {output} ({form}{size})", err=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which events are exported: of consultations with a *prefix*, of a type, of a time, after a sequence."""
+
+    prefix: str = ""
+    event_type: str = ""
+    period: Period = ALWAYS
+    after: int = 0
+
+    def of(self, consultations: Iterable[Consultation]) -> Iterator[EventRecord]:
+        """Yield their events that were chosen."""
+        for consultation in consultations:
+            if not len(consultation) or consultation.table(len(consultation) - 1)["seq"][0] <= self.after:
+                continue  # most consultations of a corpus, when what came last is exported
+            for event in consultation.records(
+                keep=lambda rows: (rows["seq"] > self.after) & self.period.hold(rows["received_ns"])
+            ):
+                if not self.event_type or event.event_type == self.event_type:
+                    yield event
+
+
+class _Counted:
+    """Counts what passes, in the last pass."""
+
+    def __init__(self) -> None:
+        self._events = self._consultations = 0
+
+    def of(self, events: Iterable[EventRecord]) -> Iterator[EventRecord]:
+        self._events = self._consultations = 0
+        last = None
+        for event in events:
+            self._events += 1
+            self._consultations += event.consultation != last
+            last = event.consultation
+            yield event
+
+    def __str__(self) -> str:
+        return f"{count(self._events, 'event')} of {count(self._consultations, 'consultation')}"
+
+
+# -- The file ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _target(output: Path | None, *, force: bool) -> Iterator[BinaryIO]:
+    if output is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with _file(output, force=force) as file:
+            yield file
+    except OSError as error:
+        raise CommandError(f"cannot write {output}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _file(output: Path, *, force: bool) -> Iterator[BinaryIO]:
+    if output.exists() and not output.is_file():  # a pipe or a device cannot be replaced
+        with output.open("wb") as file:
+            yield file
+        return
+    _check_absent(output, force=force)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        # medical data: for the owner only
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            yield file
+        _check_absent(output, force=force)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_absent(output: Path, *, force: bool) -> None:
+    if output.exists() and not force:
+        raise CommandError(f"{output} exists: name another file, or replace it with --force")
+
+
+# -- The forms ---------------------------------------------------------------------------------------------------------
+
+
+def write(events: Callable[[], Iterable[EventRecord]], form: Format, file: BinaryIO, *, flat: bool = False) -> None:
+    """Write events to *file*, one at a time in memory.
+
+    Args:
+        events: begins to yield them, each time it is called; it is called twice with *flat*.
+        form: of the file.
+        file: to write to.
+        flat: whether CSV and Parquet have a column for each member of the payloads.
+
+    Raises CommandError: the payloads have too many members for *flat*.
+    """
+    columns = find_columns(events()) if flat else None
+    if form is Format.PARQUET:
+        _write_parquet(events(), file, columns)
+        return
+    for piece in _csv(events(), columns) if form is Format.CSV else lines(events(), form):
+        file.write(piece)
+
+
+def lines(events: Iterable[EventRecord], form: Format) -> Iterator[bytes]:
+    """Yield the export in one of the two JSON forms, piece by piece."""
+    return {Format.NDJSON: _ndjson, Format.JSON: _json}[form](events)
+
+
+def _ndjson(events: Iterable[EventRecord]) -> Iterator[bytes]:
+    for event in events:
+        yield orjson.dumps(_document(event), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _json(events: Iterable[EventRecord]) -> Iterator[bytes]:
+    start = b"[\n"
+    for event in events:
+        yield start + orjson.dumps(_document(event))
+        start = b",\n"
+    yield b"[]\n" if start == b"[\n" else b"\n]\n"
+
+
+def _document(event: EventRecord) -> dict[str, Any]:
+    return {
+        "consultation": event.consultation,
+        "sequence": event.sequence,
+        "event_id": str(event.event_id),
+        "received": iso(event.received_ns),
+        "received_ns": event.received_ns,
+        "event_type": event.event_type,
+        "event": orjson.Fragment(event.raw),  # byte for byte: numbers keep all of their digits
+    }
+
+
+# -- Payloads as columns -----------------------------------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    """What the values of a column are."""
+
+    BOOLEAN = "boolean"
+    INTEGER = "integer"
+    NUMBER = "number"
+    TEXT = "text"
+
+
+class _Number(float):
+    """A number with a fraction or an exponent, as it was written."""
+
+    def __new__(cls, text: str) -> _Number:
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+    text: str
+
+
+def _payload(event: EventRecord) -> dict[str, Any]:
+    """Return the columns of an event's payload: one a member; ``payload`` for one that is no object."""
+    found = json.loads(event.raw, parse_float=_Number).get("payload")
+    if isinstance(found, dict):
+        return {f"payload.{member}": value for member, value in found.items() if value is not None}
+    return {} if found is None else {"payload": found}
+
+
+def find_columns(events: Iterable[EventRecord]) -> dict[str, Kind]:
+    """Return the columns of the payloads of *events*, in the order of their first values.
+
+    Raises CommandError: there are more than :data:`MAX_COLUMNS`.
+    """
+    columns: dict[str, Kind] = {}
+    for event in events:
+        for column, value in _payload(event).items():
+            kind = _kind(value)
+            before = columns.setdefault(column, kind)
+            if kind is not before:
+                numbers = {kind, before} == {Kind.INTEGER, Kind.NUMBER}
+                columns[column] = Kind.NUMBER if numbers else Kind.TEXT
+        if len(columns) > MAX_COLUMNS:
+            raise CommandError(
+                f"the payloads have more than {MAX_COLUMNS} different members: choose events with --type, or leave out "
+                "--flat"
+            )
+    return columns
+
+
+def _kind(value: Any) -> Kind:
+    if isinstance(value, bool):
+        return Kind.BOOLEAN
+    if isinstance(value, int):
+        return Kind.INTEGER if value in _INT64 else Kind.TEXT
+    return Kind.NUMBER if isinstance(value, _Number) else Kind.TEXT
+
+
+def _text(value: Any) -> str:
+    """Return *value* as text: a text itself, anything else as in JSON."""
+    if isinstance(value, str):
+        return value
+    return value.text if isinstance(value, _Number) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+# -- CSV ---------------------------------------------------------------------------------------------------------------
+
+
+def _csv(events: Iterable[EventRecord], columns: Iterable[str] | None) -> Iterator[bytes]:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer)
+    names = ("event",) if columns is None else tuple(columns)
+    writer.writerow((*COLUMNS, *names))
+    yield _BYTE_ORDER_MARK + _drain(buffer)
+    for event in events:
+        values = {"event": event.raw.decode("utf-8")} if columns is None else _payload(event)
+        writer.writerow([_cell(value) for value in (*_head(event), *(values.get(name) for name in names))])
+        yield _drain(buffer)
+
+
+def _head(event: EventRecord) -> tuple[str, int, str, str, str]:
+    """Return the values of :data:`COLUMNS`."""
+    return event.consultation, event.sequence, str(event.event_id), iso(event.received_ns), event.event_type
+
+
+def _drain(buffer: io.StringIO) -> bytes:
+    text = buffer.getvalue()
+    buffer.seek(0)
+    buffer.truncate()
+    return text.encode("utf-8")
+
+
+def _cell(value: Any) -> str:
+    """Return a cell that a spreadsheet shows as it is: the apostrophe makes it a text."""
+    if value is None:
+        return ""
+    text = _text(value)
+    if isinstance(value, int | float):
+        unsafe = sum(map(str.isdigit, text)) > _SAFE_DIGITS
+    else:
+        unsafe = text.startswith(_FORMULA_STARTS) or (len(text) > _SAFE_DIGITS and text.isdecimal())
+    return f"'{text}" if unsafe else text
+
+
+# -- Parquet -----------------------------------------------------------------------------------------------------------
+
+
+def _check_pyarrow() -> None:
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ModuleNotFoundError:
+        raise CommandError("Parquet needs pyarrow: run  pip install 'fiq[services,parquet]'") from None
+
+
+def _write_parquet(events: Iterable[EventRecord], file: BinaryIO, columns: dict[str, Kind] | None) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {
+        Kind.BOOLEAN: pa.bool_(),
+        Kind.INTEGER: pa.int64(),
+        Kind.NUMBER: pa.float64(),
+        Kind.TEXT: pa.string(),
+    }
+    head = zip(COLUMNS, (pa.string(), pa.uint64(), pa.string(), pa.timestamp("ns", "UTC"), pa.string()), strict=True)
+    kinds = {"event": Kind.TEXT} if columns is None else columns
+    schema = pa.schema([*head, *((name, types[kind]) for name, kind in kinds.items())])
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        left = iter(events)
+        while group := list(islice(left, _GROUP_EVENTS)):
+            table: dict[str, list[Any]] = {name: [] for name in schema.names}
+            for event in group:
+                consultation, sequence, event_id, _, event_type = _head(event)
+                row = (consultation, sequence, event_id, event.received_ns, event_type)
+                for name, value in zip(COLUMNS, row, strict=True):
+                    table[name].append(value)
+                values = {"event": event.raw.decode("utf-8")} if columns is None else _payload(event)
+                for name, kind in kinds.items():
+                    value = values.get(name)
+                    table[name].append(_text(value) if kind is Kind.TEXT and value is not None else value)
+            writer.write_batch(pa.RecordBatch.from_pydict(table, schema=schema))

@@ -1,0 +1,67 @@
+"""Times on the command line: what ``--since`` and ``--until`` take, and how the time of an event is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import typer
+
+from services.cli.errors import CommandError
+from services.core.settings import seconds
+
+_TAKES = "2026-11-27, 2026-11-27T08:00:00Z, or a span before now such as 90d or 12h"
+SinceOption = Annotated[
+    str, typer.Option(help="Only what came then or later: a date, a time, or 12h for 12 hours ago.")
+]
+UntilOption = Annotated[str, typer.Option(help="Only what came before then; the same forms.")]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: longest span, seconds: a hundred years
+_LONGEST = 100 * 365 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """The time from *since* to before *until*, nanoseconds since the Unix epoch."""
+
+    since: int = -(2**63)
+    until: int = 2**63 - 1
+
+    @classmethod
+    def of(cls, since: str, until: str) -> Period:
+        """Read the two options, which are empty by default. Raises CommandError: one of them is malformed."""
+        return cls(
+            _nanoseconds("--since", since) if since else ALWAYS.since,
+            _nanoseconds("--until", until) if until else ALWAYS.until,
+        )
+
+    def hold(self, nanoseconds: Any) -> Any:
+        """Return whether a time is in it; for an array of times an array."""
+        return (nanoseconds >= self.since) & (nanoseconds < self.until)
+
+
+ALWAYS = Period()
+
+
+def _nanoseconds(option: str, text: str) -> int:
+    try:
+        moment = datetime.now(UTC) - timedelta(seconds=seconds(0, _LONGEST)(text))
+    except ValueError:
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            raise CommandError(f"{option} takes {_TAKES}, not {text!r}") from None
+        if moment.tzinfo is None:
+            if ":" in text:
+                raise CommandError(f"{option} {text}: a time of day needs a zone, such as Z for UTC") from None
+            moment = moment.replace(tzinfo=UTC)
+    return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+def iso(nanoseconds: int, *, timespec: str = "microseconds") -> str:
+    """Return a time as ISO 8601 in UTC, to the microsecond."""
+    whole, rest = divmod(nanoseconds, 1_000_000_000)
+    moment = datetime.fromtimestamp(whole, UTC).replace(microsecond=rest // 1000)
+    return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
