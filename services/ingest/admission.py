@@ -3,10 +3,10 @@
 Three limits come one after the other. Each refuses before anything is stored:
 
 1. **Rate** (:class:`RateLimiter`): requests and events a second of one token, a token bucket each. 429.
-2. **In flight** (:class:`Admission`): events that are being stored, and the memory of all bodies. 429. A body counts
-   when its bytes arrive, not when its headers promise them, so a client that only promises keeps no one out. A client
-   that stops in the middle of a body does hold memory: when it is needed, the bodies that began first are given up. A
-   complete body is never given up; it waits for the log, for a bounded time.
+2. **In flight** (:class:`Admission`): events that are being stored, and the memory of all bodies and long headers.
+   429. A body counts when its bytes arrive, not when its headers promise them, so a client that only promises keeps no
+   one out. A client that stops in the middle of headers or a body does hold memory: when it is needed, those that
+   began first are given up. A complete body is never given up; it waits for the log, for a bounded time.
 3. **Backlog** (:class:`BacklogLimiter`): events that wait to be committed to HDF5. 503, with the time that draining
    takes.
 """
@@ -18,6 +18,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from aiohttp import web
 
@@ -110,8 +111,8 @@ class RateLimiter:
 
 # -- in flight --------------------------------------------------------------------------------------------------------
 
-#: a body that takes longer to arrive may be given up when its memory is needed, seconds
-SLOW_BODY_SECONDS = 1.0
+#: headers or a body that take longer to arrive may be given up when their memory is needed, seconds
+SLOW_SECONDS = 1.0
 
 
 class InFlight:
@@ -146,16 +147,29 @@ class InFlight:
                     await self._idle.wait()
 
 
+class Holder(Protocol):
+    """What holds bytes that a client sends.
+
+    Attributes:
+        size: bytes that are counted for it.
+    """
+
+    size: int
+
+    def give_up(self) -> None:
+        """Drop them: they are not complete, and their memory is needed."""
+
+
 class Admission:
-    """Bounds the events that are being stored, and the bytes of all bodies.
+    """Bounds the events that are being stored, and the bytes of all bodies and long headers.
 
     Args:
         events: most that are stored at a time, each by a request of its own.
-        size: most bytes of bodies; at least one largest body.
+        size: most bytes; at least one largest body.
         batched: most events of batches that are stored at a time; one batch is always taken.
 
     Attributes:
-        size: bytes of bodies that are being read or stored.
+        size: bytes of bodies and long headers that are being read or stored.
         storing: events that are being stored, each by a request of its own.
         batched: events of batches that are being stored.
         long_batch: held while a long batch is read.
@@ -167,8 +181,8 @@ class Admission:
         self._max_storing = events
         self._max_batched = batched
         self._max_size = size
-        #: incomplete bodies and when their first bytes came, oldest first
-        self._incomplete: dict[Reservation, float] = {}
+        #: what is incomplete and when its first bytes came, oldest first
+        self._incomplete: dict[Holder, float] = {}
 
     def reserve(self, *, batch: bool = False) -> Reservation:
         """Return a reservation for a request, which holds nothing yet.
@@ -186,31 +200,37 @@ class Admission:
         elif self.storing >= self._max_storing:
             raise TooManyInFlightError("too many events are being stored")
 
-    def take_bytes(self, size: int, reservation: Reservation, *, complete: bool) -> None:
-        """Count *size* bytes of a body. Raises TooManyInFlightError: there is no memory for them."""
+    def take_bytes(self, size: int, holder: Holder, *, complete: bool) -> None:
+        """Count *size* more bytes of *holder*. Raises TooManyInFlightError: there is no memory for them."""
         if self.size + size > self._max_size:
-            self._give_up_slow(self.size + size - self._max_size, reservation)
+            self._give_up_slow(self.size + size - self._max_size, holder)
         if self.size + size > self._max_size:
             raise TooManyInFlightError("the bodies that are being read or stored take too much memory")
         self.size += size
+        holder.size += size
         if not complete:
-            self._incomplete.setdefault(reservation, time.monotonic())
+            self._incomplete.setdefault(holder, time.monotonic())
 
-    def completed(self, reservation: Reservation) -> None:
-        """Note that the body is complete, or is no longer read."""
-        self._incomplete.pop(reservation, None)
+    def drop_bytes(self, size: int, holder: Holder) -> None:
+        """Count *size* bytes of *holder* no more."""
+        self.size -= size
+        holder.size -= size
 
-    def _give_up_slow(self, wanted: int, asking: Reservation) -> None:
-        before = time.monotonic() - SLOW_BODY_SECONDS
-        slow: list[Reservation] = []
-        for reservation, since in self._incomplete.items():
+    def completed(self, holder: Holder) -> None:
+        """Note that what *holder* holds is complete, or is no longer read."""
+        self._incomplete.pop(holder, None)
+
+    def _give_up_slow(self, wanted: int, asking: Holder) -> None:
+        before = time.monotonic() - SLOW_SECONDS
+        slow: list[Holder] = []
+        for holder, since in self._incomplete.items():
             if wanted <= 0 or since > before:
                 break
-            if reservation is not asking:
-                slow.append(reservation)
-                wanted -= reservation.size
-        for reservation in slow:
-            reservation.give_up()
+            if holder is not asking:
+                slow.append(holder)
+                wanted -= holder.size
+        for holder in slow:
+            holder.give_up()
 
 
 class Reservation:
@@ -238,7 +258,6 @@ class Reservation:
         """Take a part of the body. Raises TooManyInFlightError: there is no memory for it."""
         self._check()
         self._admission.take_bytes(len(chunk), self, complete=self._timeout is None)
-        self.size += len(chunk)
         self._chunks.append(chunk)
 
     def complete(self) -> bytes:
@@ -275,8 +294,7 @@ class Reservation:
 
     def _drop(self) -> None:
         self._admission.completed(self)
-        self._admission.size -= self.size
-        self.size = 0
+        self._admission.drop_bytes(self.size, self)
         self._chunks.clear()
 
     def _check(self) -> None:

@@ -70,7 +70,9 @@ class IngestMetrics:
             "Posted requests that are being read or stored, and reads that are being answered.",
         )
         # Near FI_MAX_IN_FLIGHT_BYTES: clients will soon get 429. As above, or raise the limit if there is memory.
-        self.bytes_in_flight = gauge("fi_ingest_bytes_in_flight", "Bytes of bodies that are being read or stored.")
+        self.bytes_in_flight = gauge(
+            "fi_ingest_bytes_in_flight", "Bytes of bodies and of long headers that are being read or stored."
+        )
         # Sizes near FI_MAX_EVENT_BYTES: a client will soon get 413; events should be small.
         self.body_size = histogram("fi_ingest_body_size_bytes", "Bodies of valid events.", buckets=_BYTES)
         # full: persisters do not keep up, or the log is not trimmed. unavailable: the stream has no leader or quorum.
@@ -90,6 +92,11 @@ class IngestMetrics:
         self.answers_cut = counter(
             "fi_ingest_answers_cut_total",
             "Answers, other than followers' streams, that the client did not read within FI_ANSWER_TIMEOUT.",
+        )
+        # any: FI_MAX_CONNECTIONS is reached by clients without a token; see from where (`ss -tn`)
+        self.connections_evicted = counter(
+            "fi_ingest_connections_evicted_total",
+            "Connections without any allowed request that were closed at FI_MAX_CONNECTIONS to make room.",
         )
         # Batches of few events: the client could send more at a time, which is faster.
         self.batch_events = histogram("fi_ingest_batch_events", "Events in each valid batch.", buckets=_EVENTS)

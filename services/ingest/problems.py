@@ -207,6 +207,13 @@ TOO_MANY_FOLLOWERS = ProblemType(
     "This process has reached its limit of followers.",
     retry=True,
 )
+HEADERS_TOO_LARGE = ProblemType(
+    "headers-too-large",
+    431,
+    "Headers too large",
+    "The request line and all headers together may have 16 KiB. Send fewer or shorter ones.",
+    close=True,
+)
 INTERNAL_ERROR = ProblemType(
     "internal-error",
     500,

@@ -1,8 +1,8 @@
 """The HTTP server: aiohttp's, with bounds on what a client may hold, problem documents for every error, and TLS.
 
-Bounds: the number of connections, the time of TLS handshakes and of a request's headers, and the time for which a
-client may leave an answer unread. Bodies have their own (:mod:`services.ingest.formats`). There is no limit for each
-address: that is the task of the load balancer in front.
+Bounds: the number of connections, the time of TLS handshakes, the time and bytes of a request's headers, and the time
+for which a client may leave an answer unread. Bodies have their own (:mod:`services.ingest.formats`). There is no limit
+for each address: that is the task of the load balancer in front.
 
 A stop closes the listener, waits for the requests in flight, and then closes all connections.
 """
@@ -14,29 +14,34 @@ import contextlib
 import socket
 import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.http import RawRequestMessage
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler
 from prometheus_client import Counter
 
 from fiq.errors import BindError, ConfigurationError
 from services.ingest import problems
-from services.ingest.admission import IN_FLIGHT
+from services.ingest.access import GRANT
+from services.ingest.admission import ADMISSION, IN_FLIGHT, Admission
 from services.ingest.metrics import METRICS
-from services.ingest.problems import REFUSALS, Refusals, RequestRefusedError
+from services.ingest.problems import REFUSALS, ProblemType, Refusals, RequestRefusedError
 from services.ingest.settings import SETTINGS
+from services.log.errors import TooManyInFlightError
 
 CERTIFICATE_VARIABLE, KEY_VARIABLE = "FI_TLS_CERT", "FI_TLS_KEY"
 #: seconds for a TLS handshake, and for the client's close_notify
 HANDSHAKE_SECONDS, TLS_CLOSE_SECONDS = 10.0, 2.0
 #: connections that wait to be accepted
 _ACCEPT_QUEUE = 1024
-#: seconds until an idle connection is closed
+#: seconds until an idle connection is closed; a stranger's is after FI_HEADER_TIMEOUT
 _KEEPALIVE_SECONDS = 75.0
 #: seconds for which the rest of a refused body is read and dropped, so that the client reads its answer
 _LINGER_SECONDS = 5.0
@@ -57,23 +62,30 @@ TLS = web.AppKey("tls", ssl.SSLContext)
 
 
 class ConnectionLimit:
-    """Counts connections, and rejects those beyond *limit*.
+    """Counts connections; at *limit* it makes room for a new one, or rejects it.
+
+    A stranger is a connection on which no request was allowed yet. At the limit the stranger that was answered longest
+    ago is closed, so clients without a token do not keep others out. If none can be, the new connection is rejected.
 
     A connection counts after its TLS handshake; asyncio neither reports nor limits connections that are still in it,
     so only time bounds these.
     """
 
-    def __init__(self, limit: int, refusals: Refusals) -> None:
+    def __init__(self, limit: int, refusals: Refusals, evicted: Counter) -> None:
         self._limit = limit
         self._refusals = refusals
-        self._open = 0
+        self._evicted = evicted
+        self._open: set[ClientConnection] = set()
+        #: oldest first
+        self._strangers: dict[ClientConnection, None] = {}
         self._rejected = 0
         self._closed = False
 
-    def enter(self, transport: asyncio.BaseTransport) -> bool:
+    def enter(self, connection: ClientConnection, transport: asyncio.BaseTransport) -> bool:
         """Count a new connection and return True, or reject it."""
-        if self._open < self._limit and not self._closed:
-            self._open += 1
+        if not self._closed and (len(self._open) < self._limit or self._evict()):
+            self._open.add(connection)
+            self._strangers[connection] = None
             return True
         rejected = cast("asyncio.Transport", transport)
         if self._rejected >= MAX_REJECTED or self._closed:
@@ -84,9 +96,28 @@ class ConnectionLimit:
             rejected.set_protocol(_RejectedConnection(rejected, self._answer, self._leave_rejected))
         return False
 
-    def leave(self) -> None:
-        """Count the end of a connection that was not rejected."""
-        self._open -= 1
+    def answered(self, connection: ClientConnection) -> None:
+        """Note that a stranger got an answer."""
+        if self._strangers.pop(connection, connection) is None:
+            self._strangers[connection] = None
+
+    def known(self, connection: ClientConnection) -> None:
+        """Note that a request was allowed on *connection*: it is no stranger any more."""
+        self._strangers.pop(connection, None)
+
+    def leave(self, connection: ClientConnection) -> None:
+        """Count the end of *connection*. Idempotent."""
+        self._open.discard(connection)
+        self._strangers.pop(connection, None)
+
+    def _evict(self) -> bool:
+        """Close the oldest stranger whose request is not being handled; return whether there is one."""
+        for connection in self._strangers:
+            if connection.evict():
+                self.leave(connection)
+                self._evicted.inc()
+                return True
+        return False
 
     def close(self) -> None:
         """Abort connections that come from now on, out of handshakes that began before the listener was closed."""
@@ -133,6 +164,198 @@ def _raw(response: web.Response) -> bytes:
     return f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}\r\n{head}\r\n".encode() + body
 
 
+# -- the bytes of headers ---------------------------------------------------------------------------------------------
+
+#: bytes of a request's line and headers: as many as HAProxy takes by default
+MAX_HEAD_BYTES = 16 * 2**10
+#: headers of a request, and bytes for which each counts in addition to its own: its objects take three times as many,
+#: like the copies of a body
+_MAX_HEADERS, _HEADER_BYTES = 128, 128
+#: bytes of each connection that are not counted
+_UNCOUNTED_BYTES = 4 * 2**10
+#: bytes of a request besides path and headers; and around each byte of a body in chunks of one byte
+_LINE_BYTES, _FRAMING_BYTES = 64, 8
+#: requests that wait on a connection until nothing more is read from it
+_MAX_PIPELINED = 2
+#: of a parser: requests with their bodies, no change of protocol, no bytes left over
+_Requests = Sequence[tuple[RawRequestMessage, StreamReader]]
+_Parsed = tuple[_Requests, bool, bytes]
+
+
+class HeadRefusedError(HttpProcessingError):
+    """Raised when the headers of a request are not taken; aiohttp answers it with *problem* in its turn."""
+
+    def __init__(self, problem: ProblemType) -> None:
+        super().__init__(code=problem.status, message=problem.title)
+        self.problem = problem
+
+
+class BoundedParser:
+    """aiohttp's parser of one connection, with bounds on what it holds besides bodies.
+
+    These are headers of requests that are not answered yet, unfinished headers, bytes that are not parsed yet, and what
+    is around the chunks of a body. They are counted with the bodies of all connections when they exceed 4 KiB, so most
+    requests cost a comparison. aiohttp does not say where in the data a request ends: what is unfinished may be taken
+    for up to 16 KiB less than it is.
+
+    Args:
+        parser: aiohttp's.
+        admission: counts bytes.
+        on_given_up: called when unfinished headers or an unfinished body must give way to others.
+
+    Attributes:
+        size: bytes that are counted.
+    """
+
+    def __init__(self, parser: Any, admission: Admission, on_given_up: Callable[[], None]) -> None:
+        self.size = 0
+        self._parser = parser
+        self._admission = admission
+        self._on_given_up = on_given_up
+        #: of the last request
+        self._body: StreamReader = EMPTY_PAYLOAD
+        self._chunked = False
+        #: requests that are parsed and not being handled
+        self._waiting = 0
+        #: the body is not read as fast as it comes
+        self._paused = False
+        self._unparsed = b""
+        #: bytes of complete headers, of unfinished ones, their lines, and bytes around the chunks of a body
+        self._complete = self._unfinished = self._lines = self._framing = 0
+
+    # -- as aiohttp's
+
+    def feed_data(self, data: bytes) -> _Parsed:
+        """Parse *data*. Raises HttpProcessingError: it is not HTTP, or not taken."""
+        self._paused = False
+        if self._unparsed:
+            data, self._unparsed = self._unparsed + data, b""
+        if len(data) <= MAX_HEAD_BYTES:
+            return self._feed(data), False, b""
+        requests: list[tuple[RawRequestMessage, StreamReader]] = []
+        for begin in range(0, len(data), MAX_HEAD_BYTES):
+            if self._paused or self._waiting >= _MAX_PIPELINED:
+                self._unparsed = data[begin:]
+                self._update()
+                break
+            requests += self._feed(data[begin : begin + MAX_HEAD_BYTES])
+        return requests, False, b""
+
+    def message_consumed(self) -> None:
+        """Note that a request is being handled."""
+        self._waiting -= 1
+        if self._parser is not None:
+            self._parser.message_consumed()
+
+    def pause_reading(self) -> None:
+        """Stop parsing until more is fed."""
+        self._paused = True
+        if self._parser is not None:
+            self._parser.pause_reading()
+
+    # -- what it holds
+
+    def answered(self) -> None:
+        """Note that all requests so far are answered."""
+        if self._complete:
+            self._complete = 0
+            self._update()
+
+    def close(self) -> None:
+        """Hold nothing, and parse no more. Idempotent."""
+        self._parser = None
+        self._unparsed = b""
+        self._complete = self._unfinished = self._lines = self._framing = 0
+        self._update()
+
+    def give_up(self) -> None:
+        """Drop what is unfinished, because its memory is needed."""
+        self.close()
+        self._on_given_up()
+
+    def end_body(self, error: Exception) -> None:
+        """End the reading of an unfinished body with *error*."""
+        if not self._body.is_eof():
+            self._body.set_exception(error)
+            self._body.feed_eof()  # or aiohttp would wait for the rest of it
+
+    def _feed(self, data: bytes) -> _Requests:
+        if self._parser is None:
+            return ()
+        body = self._body
+        in_body = not body.is_eof()
+        before = body.total_bytes
+        requests = self._parse(data)
+        if len(requests) == 1 and not in_body and not self._unfinished:  # the usual case
+            message, self._body = requests[0]
+            if len(data) + len(message.raw_headers) * _HEADER_BYTES <= _UNCOUNTED_BYTES:
+                self._waiting += 1
+                self._chunked = message.chunked
+                return requests
+        progress = body.total_bytes - before if in_body else 0
+        if requests or progress < len(data) or self.size:
+            self._count(data, requests, progress, in_body=in_body)
+        return requests
+
+    def _parse(self, data: bytes) -> _Requests:
+        """Parse *data*; a change of protocol is declined, so what follows its request is another one."""
+        parsed: _Parsed = self._parser.feed_data(data)
+        requests = parsed[0]
+        while parsed[1]:
+            self._parser.set_upgraded(False)
+            parsed = self._parser.feed_data(parsed[2])
+            requests = (*requests, *parsed[0])
+        return requests
+
+    def _count(self, data: bytes, requests: _Requests, progress: int, *, in_body: bool) -> None:
+        """Count *data*, of which *progress* bytes went into the body that was being read."""
+        rest = len(data) - progress
+        if in_body and self._chunked and (requests or self._body.is_eof()):
+            rest -= _LINE_BYTES + progress * _FRAMING_BYTES
+        for message, body in requests:
+            head = len(message.path) + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
+            if head > MAX_HEAD_BYTES:
+                raise self._refuse(problems.HEADERS_TOO_LARGE)
+            self._complete += head + len(message.raw_headers) * _HEADER_BYTES
+            rest -= head + _LINE_BYTES + body.total_bytes * (1 + message.chunked * _FRAMING_BYTES)
+            self._body, self._chunked = body, message.chunked
+        self._waiting += len(requests)
+        if requests or in_body:
+            self._unfinished = self._lines = 0
+        if not self._body.is_eof():
+            self._framing = max(0, rest) if requests else self._framing + rest
+        else:
+            self._framing = 0
+            self._unfinished += max(0, rest)
+            self._lines = min(_MAX_HEADERS, self._lines + data.count(b"\n", len(data) - max(0, rest)))
+        if self._unfinished > MAX_HEAD_BYTES:
+            raise self._refuse(problems.HEADERS_TOO_LARGE)
+        if self._chunked and self._framing > MAX_HEAD_BYTES + self._body.total_bytes * _FRAMING_BYTES:
+            self.end_body(web.RequestPayloadError("too much is around the chunks of the body"))
+            self.close()
+        self._update()
+
+    def _update(self) -> None:
+        """Count what is held now. Raises HeadRefusedError: there is no memory for it."""
+        held = self._complete + self._unfinished + self._lines * _HEADER_BYTES + max(0, self._framing)
+        held += len(self._unparsed)
+        more = (held if held > _UNCOUNTED_BYTES else 0) - self.size
+        complete = not self._unfinished and self._body.is_eof()
+        if complete or not self.size + more:
+            self._admission.completed(self)
+        if more < 0:
+            self._admission.drop_bytes(-more, self)
+        elif more:
+            try:
+                self._admission.take_bytes(more, self, complete=complete)
+            except TooManyInFlightError:
+                raise self._refuse(problems.TOO_MANY_IN_FLIGHT) from None
+
+    def _refuse(self, problem: ProblemType) -> HeadRefusedError:
+        self.close()
+        return HeadRefusedError(problem)
+
+
 # -- one connection ---------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +381,7 @@ class ClientConnection(RequestHandler):
         self,
         refusals: Refusals,
         limit: ConnectionLimit,
+        admission: Admission,
         manager: web.Server,
         *,
         header_timeout: float,
@@ -165,9 +389,17 @@ class ClientConnection(RequestHandler):
         is_closing: Callable[[], bool],
         **options: Any,
     ) -> None:
-        super().__init__(manager, **options)
+        super().__init__(manager, max_headers=_MAX_HEADERS, **options)
         self._refusals = refusals
         self._limit = limit
+        self._heads = BoundedParser(self._parser, admission, self._given_up)
+        self._parser = cast("Any", self._heads)
+        self._max_msg_queue_size, self._msg_queue_resume_size = _MAX_PIPELINED, _MAX_PIPELINED - 1
+        #: requests that were handled, up to their answers; whether one of them was allowed
+        self._handled = 0
+        self._known = False
+        #: unlike aiohttp's, also while the connection is being closed
+        self._socket_transport: asyncio.Transport | None = None
         self._header_timeout = header_timeout
         self._header_timer: asyncio.TimerHandle | None = None
         self._header_begun = False
@@ -177,18 +409,38 @@ class ClientConnection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Serve a new connection, unless it is rejected."""
-        if self._limit.enter(transport):
+        if self._limit.enter(self, transport):
+            self._socket_transport = cast("asyncio.Transport", transport)
             # report at once what the kernel does not take: an answer counts as sent when all of it has left the process
-            cast("asyncio.Transport", transport).set_write_buffer_limits(high=1, low=0)
+            self._socket_transport.set_write_buffer_limits(high=1, low=0)
             super().connection_made(transport)
             self._await_headers()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Make room for the next one."""
-        self._limit.leave()
+        self._limit.leave(self)
+        self._heads.close()
         self._end_headers()
         self._end_writing()
         super().connection_lost(exc)
+
+    def evict(self) -> bool:
+        """Cut the connection off, unless a request is being handled; return whether it was."""
+        if self._socket_transport is None or self._handled < self._request_count:
+            return False
+        self._socket_transport.abort()
+        return True
+
+    def _given_up(self) -> None:
+        """Answer 429 and close: what the client has sent so far had to be dropped."""
+        if self._idle and self.transport is not None:
+            self.transport.write(_raw(self._refusals.answer(problems.TOO_MANY_IN_FLIGHT)))
+            self.force_close()
+        elif self._handled < self._request_count:  # by the handler, which reads the body, or has earlier requests
+            self._heads.end_body(TooManyInFlightError("the request was slow, and its memory was needed for others"))
+            self.close()
+        else:  # the rest of a refused body
+            self.force_close()
 
     # -- headers in time
 
@@ -198,10 +450,10 @@ class ClientConnection(RequestHandler):
         super().data_received(data)
         if self._request_count != requests:
             self._end_headers()
-        elif self._idle:
-            self._header_begun = True
-            if self._header_timer is None:
+        elif self._idle and not self._header_begun:
+            if requests:  # the first one's time began with the connection
                 self._await_headers()
+            self._header_begun = True
 
     @property
     def _idle(self) -> bool:
@@ -209,6 +461,7 @@ class ClientConnection(RequestHandler):
         return self._waiter is not None and not self._waiter.done()
 
     def _await_headers(self) -> None:
+        self._end_headers()
         self._header_timer = asyncio.get_running_loop().call_later(self._header_timeout, self._headers_overdue)
 
     def _end_headers(self) -> None:
@@ -269,10 +522,18 @@ class ClientConnection(RequestHandler):
             resp = self._refusals.answer(
                 problems.of_status(resp.status), headers={"Allow": allow} if allow else None, request=request
             )
-        if self._is_closing():
+        if self._is_closing() or self._close:
             resp.force_close()
+        self._handled += 1
+        if not self._known:
+            self._known = GRANT in request
+            (self._limit.known if self._known else self._limit.answered)(self)
         finished = await super().finish_response(request, resp, start_time)
         self.write_timeout = self._usual_write_timeout
+        if not self._messages:
+            self._heads.answered()
+        if not self._known and self.transport is not None:
+            self._await_headers()
         return finished
 
     def handle_error(
@@ -290,6 +551,10 @@ class ClientConnection(RequestHandler):
             raise exc
         if isinstance(exc, RequestRefusedError):
             return self._refusals.answer_error(exc, request)
+        if isinstance(exc, HeadRefusedError):
+            refused = self._refusals.answer(exc.problem)
+            refused.force_close()
+            return refused
         if status < 500:
             return self._refusals.answer(problems.of_status(status))
         if exc is not None:
@@ -326,7 +591,8 @@ class HttpServer:
         self._grace = grace
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_FLUSH_SECONDS)
         self._listener: asyncio.Server | None = None
-        self._limit = ConnectionLimit(app[SETTINGS].max_connections, app[REFUSALS])
+        evicted = app[METRICS].connections_evicted
+        self._limit = ConnectionLimit(app[SETTINGS].max_connections, app[REFUSALS], evicted)
 
     async def start(self) -> None:
         """Open the application's resources, then accept connections.
@@ -366,6 +632,7 @@ class HttpServer:
         return ClientConnection(
             self._app[REFUSALS],
             self._limit,
+            self._app[ADMISSION],
             manager,
             loop=asyncio.get_running_loop(),
             access_log=None,

@@ -88,13 +88,13 @@ class Settings:
         "FI_MAX_CONNECTIONS",
         2000,
         parse=integer(1, 1_000_000),
-        doc="Connections of this process; one more gets 503. Also limited by open files (ulimit -n).",
+        doc="Connections of this process; at the limit an idle one without a valid token makes room, else 503.",
     )
     max_in_flight_bytes: int = setting(
         "FI_MAX_IN_FLIGHT_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**40),
-        doc="Bytes of bodies that are read or stored at the same time; beyond it 429. Reduced in a small container.",
+        doc="Bytes of bodies and long headers in memory at the same time; beyond it 429. Reduced in a small container.",
     )
     max_event_bytes: int = setting(
         "FI_MAX_EVENT_BYTES",

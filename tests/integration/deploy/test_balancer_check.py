@@ -51,7 +51,7 @@ async def test_an_ingest_without_a_quorum_gets_requests_and_says_so_itself(tmp_p
 async def test_an_ingest_that_has_all_its_connections_tells_clients_itself() -> None:
     """Its 503 gives the reason and the time to retry; the balancer's own cannot."""
     async with running_edge(max_connections=1) as edge:
-        await edge.request("GET", "/docs")  # is kept alive
+        await edge.request("GET", "/consultations")  # is kept alive
         answer = await edge.raw(question())
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert any(answer[9:].startswith(begin[9:]) for begin in good())

@@ -11,7 +11,9 @@ import pytest
 
 from tests.support.ingest import Edge, running_edge
 
-GET = b"GET /problems/not-found HTTP/1.1\r\nHost: t\r\n\r\n"
+GET = b"GET /problems/not-found HTTP/1.1\r\nHost: localhost\r\n\r\n"
+#: a request that needs a token where tokens are required
+ALLOWED = b"GET /consultations HTTP/1.1\r\nHost: localhost\r\n\r\n"
 #: what the tests set, seconds
 LIMIT = 0.3
 #: and what they wait for it at most
@@ -72,12 +74,24 @@ async def test_a_client_that_sends_nothing_is_closed_without_an_answer() -> None
 
 
 async def test_a_connection_between_two_requests_may_idle_longer() -> None:
-    """That is what keep-alive is for."""
+    """That is what keep-alive is for, once a request was allowed."""
     async with running_edge(header_timeout=LIMIT) as edge, connected(edge) as (reader, writer):
-        for _ in range(2):
-            writer.write(GET)
+        for request in (ALLOWED, GET):
+            writer.write(request)
             assert (await asyncio.wait_for(reader.readuntil(b"}"), SOON)).startswith(b"HTTP/1.1 200 ")
             await asyncio.sleep(3 * LIMIT)
+
+
+async def test_before_a_request_is_allowed_the_next_one_must_come_as_soon() -> None:
+    """A client without a token does not keep a connection that it does not use."""
+    async with running_edge(header_timeout=LIMIT) as edge, connected(edge) as (reader, writer):
+        for _ in range(3):
+            await asyncio.sleep(LIMIT / 3)
+            writer.write(GET)
+            assert (await asyncio.wait_for(reader.readuntil(b"}"), SOON)).startswith(b"HTTP/1.1 200 ")
+        started = time.monotonic()
+        assert b"" == await asyncio.wait_for(reader.read(), SOON)
+        assert time.monotonic() - started < 10 * LIMIT
 
 
 async def test_a_body_has_its_own_time() -> None:

@@ -9,19 +9,23 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.core.tokens import Scope, Token, digest_of, render
 from services.ingest import app as module
 from services.log.partitions import partition_of
 from services.log.status import Backlog, Waiting
-from tests.support.ingest import Edge, running_edge
+from tests.support.ingest import Edge, MemoryLog, running_edge
 from tests.support.polling import eventually
 
 #: a consultation of partition 0 of 2, and one of the other
 STOPPED_AND_OTHER = [next(n for n in map("c{}".format, range(9)) if partition_of(n, 2) == p) for p in (0, 1)]
-GET = b"GET /problems/not-found HTTP/1.1\r\nHost: t\r\n\r\n"
+GET = b"GET /problems/not-found HTTP/1.1\r\nHost: localhost\r\n\r\n"
+#: a request that needs a token where tokens are required
+ALLOWED = b"GET /consultations HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def backlog(at: float, sequence: int, *events: int, still: tuple[int, ...] = ()) -> Backlog:
@@ -93,11 +97,13 @@ async def test_a_body_that_is_too_deep_is_422(levels: int, expected: int) -> Non
 
 
 @asynccontextmanager
-async def connected(edge: Edge, count: int) -> AsyncIterator[list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]:
-    """Have *count* connections, each with an answer already."""
+async def connected(
+    edge: Edge, count: int, request: bytes = ALLOWED
+) -> AsyncIterator[list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]:
+    """Have *count* connections, each with an answer to *request* already."""
     made = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(count)]
     for reader, writer in made:
-        writer.write(GET)
+        writer.write(request)
         assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
     try:
         yield made
@@ -142,6 +148,42 @@ async def test_a_flood_of_connections_does_not_end_open_ones() -> None:
         results = await asyncio.wait_for(asyncio.gather(*ends, return_exceptions=True), 20)
         assert all(result == b"" or isinstance(result, ConnectionError) for result in results)
         await close(other for _, other in flood)
+
+
+async def test_strangers_make_room_for_a_new_connection(tmp_path: Path) -> None:
+    """The one that was answered longest ago; one on which a request was allowed is not closed."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text(render([Token("writer", digest_of("secret"), frozenset(Scope))]))
+    allowed = ALLOWED.replace(b"\r\n\r\n", b"\r\nAuthorization: Bearer secret\r\n\r\n")
+    async with (
+        running_edge(max_connections=5, token_file=str(tokens)) as edge,
+        connected(edge, 2, allowed) as known,
+        connected(edge, 3, GET) as strangers,
+    ):
+
+        async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+            writer.write(GET)
+            return (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
+
+        assert await served(*strangers[0])
+        async with connected(edge, 1, allowed):
+            assert b"" == await asyncio.wait_for(strangers[1][0].read(), 10)
+            async with connected(edge, 1, allowed):
+                assert b"" == await asyncio.wait_for(strangers[2][0].read(), 10)
+                assert 2.0 == edge.metric("fi_ingest_connections_evicted_total")
+                assert all([await served(*one) for one in (*known, strangers[0])])
+
+
+async def test_a_stranger_whose_request_is_handled_is_not_closed() -> None:
+    """It may be about to become known."""
+    gate = asyncio.Event()
+    async with running_edge(MemoryLog(gate=gate), max_connections=1) as edge:
+        posting = asyncio.create_task(edge.post())
+        await eventually(lambda: edge.log.waiting == 1)
+        assert (await edge.raw(GET)).startswith(b"HTTP/1.1 503 ")
+        gate.set()
+        assert 202 == (await posting).status
+        assert 0.0 == edge.metric("fi_ingest_connections_evicted_total")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.support.ingest import Edge, running_edge
 from tests.support.polling import eventually
 
 BODY = b'{"event_type":"A"}'
-POST = b"POST /consultations/c-1/events HTTP/1.1\r\nHost: t\r\n"
+POST = b"POST /consultations/c-1/events HTTP/1.1\r\nHost: localhost\r\n"
 JSON = b"Content-Type: application/json\r\n"
 
 
@@ -35,9 +35,9 @@ def statuses(answer: bytes) -> list[int]:
         b"\x16\x03\x01\x02\x00\x01\x00",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
-        b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: t\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: t\r\nX: " + b"a" * 9000 + b"\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: t\r\n" + b"".join(b"X%d: a\r\n" % n for n in range(200)) + b"\r\n",
+        b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 9000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X%d: a\r\n" % n for n in range(200)) + b"\r\n",
         POST + JSON + b"Content-Length: -1\r\n\r\n",
         POST + JSON + b"Content-Length: 1e3\r\n\r\n",
         POST + JSON + b"Content-Length: 18\r\nContent-Length: 19\r\n\r\n" + BODY,
@@ -58,6 +58,68 @@ async def test_broken_http_is_400_as_a_problem(edge: Edge, request_bytes: bytes)
     assert edge.log.events == []
 
 
+#: three headers of 8,000 bytes
+LONG = b"".join(b"X-%d: %b\r\n" % (n, b"a" * 8000) for n in range(3))
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET /problems/not-found HTTP/1.1\r\nHost: localhost\r\n" + LONG + b"\r\n",
+        b"GET /problems/not-found HTTP/1.1\r\nHost: localhost\r\n" + LONG,
+        POST + JSON + LONG + b"Content-Length: 18\r\n\r\n" + BODY,
+    ],
+)
+async def test_headers_that_are_too_long_together_are_431(edge: Edge, request_bytes: bytes) -> None:
+    """Complete or not."""
+    answer = await edge.raw(request_bytes)
+    assert statuses(answer) == [431]
+    assert b"/problems/headers-too-large" in answer
+    assert edge.log.events == []
+
+
+async def test_long_headers_after_a_request_close_the_connection(edge: Edge) -> None:
+    """The request before gets its own answer."""
+    first = POST + JSON + b"Content-Length: 18\r\n\r\n" + BODY
+    edge.log.gate = asyncio.Event()
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(first)
+    await eventually(lambda: edge.log.waiting == 1)
+    writer.write(b"GET / HTTP/1.1\r\n" + LONG)
+    await eventually(lambda: edge.metric("fi_ingest_bytes_in_flight") == 18.0)
+    edge.log.gate.set()
+    assert [202, 431] == statuses(await reader.read())
+    writer.close()
+
+
+async def test_what_is_around_a_body_is_bounded(edge: Edge) -> None:
+    """Trailers, which no handler reads; chunks of one byte are within the bounds."""
+    head = POST + JSON + b"Transfer-Encoding: chunked\r\n\r\n"
+    single = b"".join(b"1\r\n%c\r\n" % byte for byte in b'{"event_type":"A","x":"' + b"x" * 40_000 + b'"}')
+    assert [202] == statuses(await edge.raw(head + single + b"0\r\n\r\n"))
+    answer = await edge.raw(head + b"12\r\n" + BODY + b"\r\n0\r\n" + LONG[:-2])
+    assert [400] == statuses(answer)
+    assert 1 == len(edge.log.events)
+
+
+@pytest.mark.parametrize("begin", [b"GET /problems/not-found HTTP/1.1\r\n", b"CONNECT localhost:80 HTTP/1.1\r\n"])
+async def test_a_change_of_protocol_is_declined(edge: Edge, begin: bytes) -> None:
+    """What follows is the next request, with the same bounds."""
+    headers = b"Host: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    post = POST + JSON + b"Content-Length: 18\r\n\r\n" + BODY
+    assert 202 == statuses(await edge.raw(begin + headers + post))[1]
+    assert 431 == statuses(await edge.raw(begin + headers + post + b"GET / HTTP/1.1\r\n" + LONG))[-1]
+
+
+async def test_many_requests_at_once_are_answered_in_their_order(edge: Edge) -> None:
+    """Only two of them are parsed before they are handled."""
+    posts = b"".join(
+        POST + JSON + b"Idempotency-Key: %d\r\nContent-Length: 18\r\n\r\n%b" % (n, BODY) for n in range(1000)
+    )
+    assert [202] * 1000 == statuses(await edge.raw(posts))
+    assert 1000 == len(edge.log.events)
+
+
 @pytest.mark.parametrize(
     ("request_bytes", "expected"),
     [
@@ -72,9 +134,9 @@ async def test_broken_http_is_400_as_a_problem(edge: Edge, request_bytes: bytes)
         (POST + b"Expect: 100-continue\r\nContent-Length: 18\r\n\r\n", [415]),
         (POST + JSON + b"Expect: tea\r\nContent-Length: 18\r\n\r\n" + BODY, [417]),
         (POST + JSON + b"Content-Length: 99999999\r\n\r\n", [413]),
-        (b"GET /nope HTTP/1.1\r\nHost: t\r\nExpect: tea\r\n\r\n", [417]),
-        (b"OPTIONS * HTTP/1.1\r\nHost: t\r\n\r\n", [404]),
-        (b"CONNECT t:1 HTTP/1.1\r\nHost: t\r\n\r\n", [404]),
+        (b"GET /nope HTTP/1.1\r\nHost: localhost\r\nExpect: tea\r\n\r\n", [417]),
+        (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", [404]),
+        (b"CONNECT t:1 HTTP/1.1\r\nHost: localhost\r\n\r\n", [404]),
     ],
 )
 async def test_unusual_http_is_answered_in_its_kind(edge: Edge, request_bytes: bytes, expected: list[int]) -> None:

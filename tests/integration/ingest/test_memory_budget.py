@@ -14,7 +14,10 @@ from services.ingest.admission import Admission, Reservation
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
 from tests.support.polling import eventually
 
-HEAD = b"POST /consultations/c-1/events HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+HEAD = (
+    b"POST /consultations/c-1/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Connection: close\r\n"
+)
 
 
 def body(size: int) -> bytes:
@@ -102,7 +105,7 @@ async def test_headers_alone_keep_no_client_out() -> None:
 
 async def test_slow_bodies_give_way_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest is given up, and only as many as have to be; its client gets 429, the memory is free again."""
-    monkeypatch.setattr(admission, "SLOW_BODY_SECONDS", 0.0)
+    monkeypatch.setattr(admission, "SLOW_SECONDS", 0.0)
     async with running_edge(max_in_flight_bytes=1000, max_event_bytes=1000) as edge:
         async with slow_clients(edge, 2, promised=600, sent=body(600)[:450]) as (first, second):
             assert 202 == (await edge.post(body=body(500))).status
@@ -117,7 +120,7 @@ async def test_slow_bodies_give_way_to_others(monkeypatch: pytest.MonkeyPatch) -
 
 async def test_bodies_that_are_on_their_way_for_a_moment_do_not_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a rush of clients would throw each other out, and none would be served."""
-    monkeypatch.setattr(admission, "SLOW_BODY_SECONDS", 1000.0)
+    monkeypatch.setattr(admission, "SLOW_SECONDS", 1000.0)
     async with (
         running_edge(max_in_flight_bytes=1000, max_event_bytes=1000) as edge,
         slow_clients(edge, 1, promised=1000, sent=body(1000)[:900]) as (first,),
@@ -129,7 +132,7 @@ async def test_bodies_that_are_on_their_way_for_a_moment_do_not_give_way(monkeyp
 
 async def test_what_is_stored_is_never_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client may get 202 any moment."""
-    monkeypatch.setattr(admission, "SLOW_BODY_SECONDS", 0.0)
+    monkeypatch.setattr(admission, "SLOW_SECONDS", 0.0)
     gate = asyncio.Event()
     async with (
         running_edge(MemoryLog(gate=gate), max_in_flight_bytes=1000, max_event_bytes=1000) as edge,
@@ -147,6 +150,63 @@ async def test_a_client_that_goes_away_leaves_nothing_behind() -> None:
     async with running_edge() as edge:
         async with slow_clients(edge, 3, promised=1000, sent=b"{"):
             pass
+        await eventually(lambda: edge.metric("fi_ingest_requests_in_flight") == 0)
+        assert 0 == edge.metric("fi_ingest_bytes_in_flight")
+
+
+#: unfinished headers that count
+UNFINISHED = b"GET /nope HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"a" * 5000) for n in range(2))
+
+
+@asynccontextmanager
+async def unfinished(edge: Edge, count: int) -> AsyncIterator[list[SlowClient]]:
+    """Have *count* clients with unfinished headers."""
+    clients = [SlowClient(*await asyncio.open_connection("127.0.0.1", edge.port)) for _ in range(count)]
+    for client in clients:
+        client.writer.write(UNFINISHED)
+    await eventually(lambda: edge.metric("fi_ingest_bytes_in_flight") >= count * 10_000)
+    yield clients
+    for client in clients:
+        client.writer.transport.abort()
+    await eventually(lambda: edge.metric("fi_ingest_bytes_in_flight") == 0)
+
+
+async def test_headers_count_like_bodies() -> None:
+    """Unfinished ones, and those of a request until it is answered; beyond the limit it is 429."""
+    gate = asyncio.Event()
+    async with running_edge(MemoryLog(gate=gate), max_in_flight_bytes=25_000, max_event_bytes=1000) as edge:
+        async with unfinished(edge, 2):
+            answer = await edge.raw(UNFINISHED)
+            assert b" 429 " in answer.partition(b"\r\n")[0]
+            assert b"/problems/too-many-in-flight" in answer
+        posting = asyncio.create_task(edge.post(X_Long="a" * 6000))
+        await eventually(lambda: edge.log.waiting == 1)
+        assert edge.metric("fi_ingest_bytes_in_flight") > 6000
+        gate.set()
+        assert 202 == (await posting).status
+        await eventually(lambda: edge.metric("fi_ingest_bytes_in_flight") == 0)
+
+
+async def test_slow_headers_give_way_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest, as with bodies."""
+    monkeypatch.setattr(admission, "SLOW_SECONDS", 0.0)
+    async with running_edge(max_in_flight_bytes=25_000, max_event_bytes=25_000) as edge, unfinished(edge, 2) as clients:
+        assert 202 == (await edge.post(body=body(6000))).status
+        assert 429 == await clients[0].status()
+        clients[1].writer.write(b"Host: localhost\r\n\r\n")
+        assert 404 == await clients[1].status()
+
+
+async def test_long_headers_of_a_slow_body_give_way_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the body, also while nothing of it has come."""
+    monkeypatch.setattr(admission, "SLOW_SECONDS", 0.0)
+    async with running_edge(max_in_flight_bytes=15_000, max_event_bytes=15_000) as edge:
+        slow = SlowClient(*await asyncio.open_connection("127.0.0.1", edge.port))
+        slow.writer.write(HEAD + b"X: " + b"a" * 6000 + b"\r\nContent-Length: 10\r\n\r\n")
+        await eventually(lambda: edge.metric("fi_ingest_bytes_in_flight") > 6000)
+        assert 202 == (await edge.post(body=body(12_000))).status
+        assert 429 == await slow.status()
+        slow.writer.close()
         await eventually(lambda: edge.metric("fi_ingest_requests_in_flight") == 0)
         assert 0 == edge.metric("fi_ingest_bytes_in_flight")
 

@@ -119,9 +119,11 @@ async def test_plain_http_and_garbage_are_not_answered(edge: Edge, files: Files)
 async def test_there_are_no_more_connections_than_there_may_be(files: Files) -> None:
     """One more completes its handshake, is told so and is closed."""
     async with running_edge(max_connections=1, **files.settings) as edge:
-        _, first = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
+        answers, first = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
+        first.write(b"GET /consultations HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await answers.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
         reader, second = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
-        second.write(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+        second.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"/problems/too-many-connections" in await reader.read()
         for writer in (first, second):
             writer.close()
