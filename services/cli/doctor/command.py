@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,13 +59,14 @@ def doctor(
     monitoring: Annotated[
         str, typer.Option(help="The nodes' monitoring ports, http://host:8222, separated by commas.")
     ] = "",
+    all_: Annotated[bool, typer.Option("--all", help="Show the checks that passed, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every finding.")] = False,
 ) -> None:
     """Check a whole deployment and say what to do.
 
     Says what is wrong, what it means and what to do. Changes nothing. The exit code is 1 if anything needs action now.
     """
-    target = find_cluster(server, folder, fallback=True)
+    target = find_cluster(server, folder)
     urls = [url.strip().rstrip("/") for url in monitoring.split(",") if url.strip()]
     if not urls and target.state is not None:
         urls = [node.monitoring for node in target.state.nodes]
@@ -75,7 +77,7 @@ def doctor(
         document = {"worst": worst(findings), "findings": [asdict(finding) for finding in findings]}
         typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2))
     else:
-        _print(findings)
+        _print(findings, passed=all_)
     if worst(findings) is Level.ERROR:
         raise typer.Exit(1)
 
@@ -89,16 +91,22 @@ def _directory(corpus: Path | None, folder: Path | None) -> Path | None:
         return None
 
 
-def _print(findings: Sequence[Finding]) -> None:
+def _print(findings: Sequence[Finding], *, passed: bool) -> None:
+    """Print the problems, the worst ones first, then with *passed* what is fine, and how many checks passed."""
     out = console.out()
-    for finding in findings:
+    levels = [Level.ERROR, Level.WARNING, Level.UNKNOWN, *([Level.OK] if passed else [])]
+    for finding in (one for level in levels for one in findings if one.level is level):
         out.print(f"{finding.level:<8} {finding.check:<13} {console.printable(finding.what)}", soft_wrap=True)
         if finding.meaning:
             out.print(f"{'':<22} means: {console.printable(finding.meaning)}", soft_wrap=True)
         if finding.action:
             out.print(f"{'':<22} to do: {console.printable(finding.action)}", soft_wrap=True)
-    counts = {level: sum(finding.level is level for finding in findings) for level in Level}
-    out.print(", ".join(f"{count} {level}" for level, count in counts.items() if count), soft_wrap=True)
+    counts = Counter(finding.level for finding in findings)
+    found = [console.count(counts[level], level) for level in (Level.ERROR, Level.WARNING) if counts[level]]
+    if counts[Level.UNKNOWN]:
+        found.append(f"{counts[Level.UNKNOWN]} unknown")
+    found.append(f"{console.count(counts[Level.OK], 'check')} passed{'' if passed else ' (--all shows them)'}")
+    out.print(", ".join(found), soft_wrap=True)
 
 
 def examine(one: Installation, *, clock_offset: float = 0.0, held_back: float = host.HELD_BACK) -> list[Finding]:
@@ -159,6 +167,11 @@ def _examine_cluster(
 ) -> Generator[Finding, None, cluster.ClusterReport | None]:
     settings = one.target.settings
     expected, servers = cluster.find_servers(settings.servers)
+    if not servers and not one.monitoring:  # there is nothing else to ask, and no user to advise
+        what = f"no NATS node answers at {', '.join(expected)}"
+        action = "start the nodes, or correct FI_LOG_URL or --server; look at their logs"
+        yield error("nodes", what, "clients get 503, persisters wait", action)
+        return None
     yield from cluster.check_servers(expected, servers, event_bytes)
     yield from cluster.check_certificates(servers, settings.ca_file, time.time() + clock_offset)
 

@@ -39,7 +39,7 @@ async def log(fresh_log: Cluster) -> AsyncIterator[Log]:
 
 def patient(log: Log, data: Path | None, settings: LogSettings | None = None, **env: str) -> Installation:
     monitoring = [f"http://{LOOPBACK}:{ports.monitoring}" for ports in log.cluster.ports]
-    return Installation(Target(settings or log.settings, None), data, monitoring, env)
+    return Installation(Target(settings or log.settings, None), data, monitoring, {"FI_ALLOW_EPHEMERAL": "1"} | env)
 
 
 async def findings(one: Installation, *, clock_offset: float = 0.0, held_back: float = 60.0) -> list[Finding]:
@@ -226,7 +226,9 @@ async def test_clocks_are_compared_through_the_consumers_when_no_monitoring_port
     with Persister(tmp_path / "a", log.cluster, tmp_path / "data") as persister:
         await persister.ready()
         one = patient(log, tmp_path / "data")
-        found = await findings(Installation(one.target, one.directory, ["http://127.0.0.1:9"], {}), clock_offset=3600)
+        found = await findings(
+            Installation(one.target, one.directory, ["http://127.0.0.1:9"], one.env), clock_offset=3600
+        )
         assert 0 == await persister.end()
     clocks = [finding for finding in found if finding.check == "clocks"]
     assert clocks

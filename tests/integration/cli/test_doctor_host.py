@@ -160,7 +160,38 @@ def test_a_cluster_out_of_reach_is_a_finding_and_the_rest_is_still_looked_at(
     report = orjson.loads(done.stdout)
     assert "error" == report["worst"]
     levels = {(finding["check"], finding["level"]) for finding in report["findings"]}
-    assert {("nodes", "error"), ("versions", "ok"), ("sync_interval", "unknown"), ("corpus", "unknown")} <= levels
+    assert {("nodes", "error"), ("versions", "ok"), ("corpus", "unknown")} <= levels
+
+
+def test_where_nothing_runs_the_command_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It examines no port that nothing has named."""
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["doctor"])
+    assert (1, "") == (done.exit_code, done.stdout)
+    (line,) = done.stderr.splitlines()
+    assert "no `fiq up` is running in" in line
+    assert line.endswith("start it, or name the folder of one with --folder, or a cluster with --server")
+
+
+def test_nodes_that_do_not_answer_are_one_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems come first, and no advice is about users of a cluster that is not there; --all shows what is fine."""
+    monkeypatch.chdir(tmp_path)
+    ports = free_ports(2)
+    server = ",".join(f"nats://{LOOPBACK}:{port}" for port in ports)
+    done = CliRunner().invoke(app, ["doctor", "--server", server])
+    lines = done.stdout.splitlines()
+    assert 1 == done.exit_code
+    both = ", ".join(f"{LOOPBACK}:{port}" for port in sorted(ports))
+    assert f"error    nodes         no NATS node answers at {both}" == lines[0]
+    assert not any(line.startswith("ok ") for line in lines)
+    assert lines[-1].startswith("1 error, 1 unknown, ") or lines[-1].startswith("1 error, 1 warning, 1 unknown, ")
+    assert lines[-1].endswith(" checks passed (--all shows them)")
+    assert "ops" not in done.stdout
+
+    everything = CliRunner().invoke(app, ["doctor", "--server", server, "--all"])
+    shown = [line.split()[0] for line in everything.stdout.splitlines()[:-1] if not line.startswith(" ")]
+    assert shown == sorted(shown, key=["error", "warning", "unknown", "ok"].index)
+    assert "ok" in shown
 
 
 def permissions(folder: Path, denied: str) -> list[dict[str, str]]:

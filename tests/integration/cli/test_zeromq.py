@@ -44,7 +44,7 @@ def test_commands_work_on_a_stack_without_a_broker_or_say_why_not(tmp_path: Path
         assert 1 == sum(one["committed"] for one in status["partitions"])
         assert "has no broker" in status["remarks"][0]
 
-        doctor = fiq(tmp_path, "doctor")
+        doctor = fiq(tmp_path, "doctor", "--all")
         assert 0 == doctor.returncode, doctor.stdout
         assert "16 partitions have an owner that answers" in doctor.stdout
 
