@@ -42,12 +42,21 @@ from fiq.corpus.ids import IdHashes, KnownIds, hashes_of
 from fiq.corpus.reader import Corpus, DamagedPartition, PartitionInfo, open_corpus, write_index
 from fiq.corpus.store import EventStore, Lookup, Recovered, StoreOptions, StoreStats, recover_partition
 from fiq.corpus.tools.repack import Repacked, repack
-from fiq.corpus.tools.verify import CorpusProblem, PartitionReport, Progress, Report, verify_corpus
+from fiq.corpus.tools.verify import (
+    Checked,
+    CorpusProblem,
+    PartitionReport,
+    Progress,
+    Report,
+    verify_corpus,
+    verify_slice,
+)
 from fiq.corpus.wal.storage import StorageIO
 
 __all__ = [
     "AppendRefusedError",
     "ArchivedFileError",
+    "Checked",
     "Consultation",
     "Corpus",
     "CorpusError",
@@ -90,5 +99,6 @@ __all__ = [
     "recover_partition",
     "repack",
     "verify_corpus",
+    "verify_slice",
     "write_index",
 ]

@@ -40,7 +40,16 @@ from services.ingest.openapi import (
     own_url,
     query_parameters,
 )
-from services.ingest.operations import STATUS, get_pipeline
+from services.ingest.operations import (
+    DEAD_LETTERS,
+    STATUS,
+    WRITER,
+    drop_dead_letter,
+    get_dead_letter,
+    get_pipeline,
+    list_dead_letters,
+    requeue_dead_letter,
+)
 from services.ingest.problems import BY_SLUG, REFUSALS, SERVER, TYPE_PREFIX, Refusals, RequestRefusedError
 from services.ingest.reading import (
     FEED,
@@ -49,6 +58,8 @@ from services.ingest.reading import (
     ReadLimit,
     follow_all,
     get_event,
+    get_verification,
+    list_conflicts,
     list_consultations,
     list_events,
     negotiate,
@@ -65,6 +76,8 @@ READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
 INDEX_PATH, PROBLEMS_PATH = "/", "/problems"
 CONSULTATIONS_PATH = "/consultations"
 PIPELINE_PATH = "/pipeline"
+DEAD_LETTERS_PATH = "/dead-letters"
+DEAD_LETTER_PATH = DEAD_LETTERS_PATH + "/{sequence}"
 FEED_PATH = "/events"
 EVENT_PATH = EVENTS.path + "/{message_id}"
 #: what ``GET /`` answers, as URI templates
@@ -141,7 +154,7 @@ def make_app(
                 wait=0.0 if opened.remembers_ids else settings.key_lookup_wait,
             )
             writer = opened.writer if spans is None else TracedWriter(opened.writer, spans)
-            app[STATUS] = opened.status
+            app[STATUS], app[DEAD_LETTERS], app[WRITER] = opened.status, opened.dead_letters, writer
             app[READER], app[FEED] = reader, opened.feed
             app[FOLLOWERS] = Followers(metrics, limit=settings.max_followers, interval=settings.follow_interval)
             app[APPENDER] = IdempotentAppender(writer, keys, backlog, metrics)
@@ -189,9 +202,15 @@ def _add_routes(app: web.Application, description: Json) -> None:
     access.add(app, "GET", EVENT_PATH, get_event, Scope.READ)
     access.add(app, "GET", FEED_PATH, follow_all, Scope.READ, each=True)
     access.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
+    access.add(app, "GET", CONSULTATIONS_PATH + "/{consultation}/conflicts", list_conflicts, Scope.READ)
+    access.add(app, "GET", CONSULTATIONS_PATH + "/{consultation}/verification", get_verification, Scope.READ)
     access.add(app, "GET", PIPELINE_PATH, get_pipeline, Scope.OPS)
     access.add(app, "GET", INDEX_PATH, _get_index, OPEN)
     access.add(app, "GET", PROBLEMS_PATH, _static(_problem_list(), JSON), OPEN)
+    access.add(app, "GET", DEAD_LETTERS_PATH, list_dead_letters, Scope.OPS)
+    access.add(app, "GET", DEAD_LETTER_PATH, get_dead_letter, Scope.OPS)
+    access.add(app, "POST", DEAD_LETTER_PATH + "/requeue", requeue_dead_letter, Scope.OPS)
+    access.add(app, "POST", DEAD_LETTER_PATH + "/drop", drop_dead_letter, Scope.OPS)
     access.add(app, "GET", TYPE_PREFIX + "{slug}", _get_problem, OPEN)
     access.add(app, "GET", OPENAPI_PATH, _static(orjson.dumps(description), JSON), OPEN)
     access.add(app, "GET", DOCS_PATH, _docs(description), OPEN)

@@ -1,35 +1,81 @@
-"""What operators see of the pipeline: ``GET /pipeline``.
+"""What operators see and do: the state of the pipeline, and the dead letters. The scope is ``ops``.
 
-It shows the snapshot of the log that this process keeps for its metrics, its readiness and its backlog
+``GET /pipeline`` shows the snapshot of the log that this process keeps for its metrics, its readiness and its backlog
 (:class:`~services.log.status.LogState`, renewed each second), and asks no other process. So it is cheap, answers while
 the log does not, and lacks what the log does not have: without a broker there are no nodes and no stream.
+
+A dead letter is listed, shown, put back into the log (*requeue*) or removed (*drop*). What goes back is the event that
+ingest wrote: same consultation, id, time of receipt, trace and body. A letter that is no such event would only be set
+aside again, and is refused. A requeue appends first and then removes the letter, so a crash in between leaves a letter
+that can be requeued again; HDF5 has the event once all the same, because persisters know its id. While the broker still
+remembers the id of the first message it would drop the event as a duplicate: that is refused, with the time to wait.
 """
 
 from __future__ import annotations
 
+import base64
+import math
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from typing import Any
 
 import orjson
 from aiohttp import web
 
+from fiq.errors import FiqError
+from fiq.event import Event
 from services.core.command import product_version
-from services.ingest.reading import answer_read, negotiate, response_of
-from services.ingest.records import JSON
+from services.ingest import problems
+from services.ingest.access import audit, bodies_shown
+from services.ingest.admission import ADMISSION, IN_FLIGHT
+from services.ingest.formats import read_body
+from services.ingest.problems import REFUSALS, ProblemType, RequestRefusedError
+from services.ingest.reading import READ_LIMIT, READER, answer_read, limit_of, negotiate, position_of, response_of
+from services.ingest.records import JSON, page_body, record
 from services.ingest.settings import SETTINGS, Settings
+from services.log.dead_letters import DeadLetter
+from services.log.errors import (
+    CorpusAwayError,
+    DuplicateInFlightError,
+    LogFullError,
+    LogRefusedError,
+    LogUnavailableError,
+    TooManyInFlightError,
+)
 from services.log.findings import conditions
 from services.log.metrics import STREAMS
 from services.log.partitions import partition_name
-from services.log.protocol import Status
+from services.log.protocol import Appended, DeadLetterBox, EventWriter, Status
 from services.log.status import LiveProcess, LogState, PartitionState, StreamReport
 
 STATUS = web.AppKey("status", Status)
+DEAD_LETTERS = web.AppKey("dead_letters", DeadLetterBox)
+WRITER = web.AppKey("writer", EventWriter)
 #: a node that the stream's leader has not heard of for this long is shown as down, seconds: three heartbeats
 SILENT_SECONDS = 3.0
+#: conflicts that are shown of one dead letter; their consultations show all
+SHOWN_CONFLICTS = 100
+#: longest body of an action, bytes, and longest reason, characters
+ACTION_BYTES, REASON_LENGTH = 8192, 500
+
+#: the problem for each error of an action
+_ACTION_ERRORS: dict[type[FiqError], ProblemType] = {
+    CorpusAwayError: problems.CORPUS_AWAY,
+    LogFullError: problems.LOG_FULL,
+    LogUnavailableError: problems.LOG_UNAVAILABLE,
+    DuplicateInFlightError: problems.DUPLICATE_IN_FLIGHT,
+    TooManyInFlightError: problems.TOO_MANY_IN_FLIGHT,
+    LogRefusedError: problems.LOG_REFUSED,
+}
+_SEQUENCE = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
 Json = dict[str, object]
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
 async def get_pipeline(request: web.Request) -> web.StreamResponse:
@@ -159,3 +205,185 @@ def _said(process: LiveProcess, key: str) -> str:
 
 def _time(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
+
+
+# -- dead letters ------------------------------------------------------------------------------------------------------
+
+
+async def list_dead_letters(request: web.Request) -> web.StreamResponse:
+    """Answer with a page of dead letters, without their bodies."""
+    return await answer_read(request, _list)
+
+
+async def get_dead_letter(request: web.Request) -> web.StreamResponse:
+    """Answer with one dead letter and its body; of a list of conflicts with these events, from the corpus."""
+    return await answer_read(request, _show)
+
+
+async def requeue_dead_letter(request: web.Request) -> web.StreamResponse:
+    """Put the message of a dead letter back into the log."""
+    return await _act(request, _requeue, reason_required=False)
+
+
+async def drop_dead_letter(request: web.Request) -> web.StreamResponse:
+    """Remove a dead letter for good."""
+    return await _act(request, _drop, reason_required=True)
+
+
+async def _list(request: web.Request, held: ExitStack) -> web.StreamResponse:
+    after, limit = position_of(request.query.get("after", "0"), "after"), limit_of(request)
+    media_type = negotiate(request, JSON)
+    request.app[READ_LIMIT].enter(held)
+    letters, more = await request.app[DEAD_LETTERS].page(after, limit)
+    following = f"/dead-letters?after={letters[-1].sequence}&limit={limit}" if more and letters else None
+    records = [orjson.dumps(_letter(one)) for one in letters]
+    body = page_body(media_type, "dead_letters", records, {"next": following})
+    return response_of(request, body, media_type, following)
+
+
+async def _show(request: web.Request, held: ExitStack) -> web.StreamResponse:
+    media_type = negotiate(request, JSON)
+    request.app[READ_LIMIT].enter(held)
+    letter = await _found(request)
+    document = orjson.dumps(_letter(letter))
+    if letter.listed:
+        conflicts, left_out = await _conflicts(request, letter)
+        shown, last = len(conflicts), b'"events":[%b],"left_out":%d' % (b",".join(conflicts), left_out)
+    else:
+        shown, last = 1, orjson.dumps(_body(letter.body))[1:-1]
+    bodies_shown(request, shown, dead_letter=letter.sequence)
+    return response_of(request, b"%b,%b}" % (document[:-1], last), media_type)
+
+
+async def _conflicts(request: web.Request, letter: DeadLetter) -> tuple[list[bytes], int]:
+    """Return records of the first conflicts that *letter* lists, and how many others there are."""
+    listed = letter.conflicts()
+    found = []
+    for one in listed[:SHOWN_CONFLICTS]:
+        page = await request.app[READER].conflicts(one.consultation, one.sequence - 1, 1)
+        for stored in page.events:
+            if stored.sequence == one.sequence:
+                shown = record(stored, consultation=True, status=False)
+                found.append(b'%b,"first_sequence":%d}' % (shown[:-1], one.first))
+    return found, len(listed) - len(found)
+
+
+def _letter(letter: DeadLetter) -> Json:
+    return {
+        "sequence": letter.sequence,
+        "kind": "conflicts" if letter.listed else "message",
+        "time": letter.stored,
+        "partition": partition_name(letter.partition),
+        "reason": letter.reason,
+        "stream_sequence": letter.position or None,
+        "consultation_id": letter.consultation or None,
+        "message_id": letter.message_id.removeprefix(f"{letter.consultation}/") or None,
+        "trace_id": letter.trace_id or None,
+        "bytes": letter.size,
+        "conflicts": letter.listed or None,
+        "obstacle": letter.obstacle or None,
+    }
+
+
+def _body(body: bytes) -> Json:
+    try:
+        return {"body": body.decode()}
+    except UnicodeDecodeError:
+        return {"body_base64": base64.b64encode(body).decode()}
+
+
+async def _found(request: web.Request) -> DeadLetter:
+    text = request.match_info["sequence"]
+    letter = await request.app[DEAD_LETTERS].get(int(text)) if _SEQUENCE.fullmatch(text) else None
+    if letter is None:
+        raise RequestRefusedError(problems.UNKNOWN_DEAD_LETTER)
+    return letter
+
+
+# -- actions -----------------------------------------------------------------------------------------------------------
+
+
+async def _act(
+    request: web.Request, action: Callable[[web.Request, str], Awaitable[Json]], *, reason_required: bool
+) -> web.StreamResponse:
+    """Answer with what *action* returns, which gets the operator's reason."""
+    app = request.app
+    refusals = app[REFUSALS]
+    reservation = None
+    with app[IN_FLIGHT]:
+        try:
+            media_type = negotiate(request, JSON)
+            reservation = app[ADMISSION].reserve(batch=False)
+            timeout = app[SETTINGS].body_timeout
+            body = await read_body(request, reservation, limit=ACTION_BYTES, timeout=timeout)
+            done = await action(request, _reason(request, body, required=reason_required))
+            return response_of(request, orjson.dumps(done), media_type)
+        except RequestRefusedError as refusal:
+            return refusals.answer_error(refusal, request)
+        except tuple(_ACTION_ERRORS) as error:
+            problem = next(found for kind, found in _ACTION_ERRORS.items() if isinstance(error, kind))
+            if problem is problems.LOG_REFUSED:
+                refusals.log_refused(str(error))
+            return refusals.answer(problem, request=request)
+        finally:
+            if reservation is not None:
+                reservation.release()
+
+
+def _reason(request: web.Request, body: bytes, *, required: bool) -> str:
+    """Return the reason in *body*, ``{"reason": …}``; empty when there is none and none is required."""
+    if not body and not required:
+        return ""
+    if request.content_type != JSON:
+        raise RequestRefusedError(problems.UNSUPPORTED_MEDIA_TYPE, f"Send {JSON}.")
+    try:
+        document: Any = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise RequestRefusedError(problems.INVALID_JSON) from None
+    reason = document.get("reason", "" if not required else None) if isinstance(document, dict) else None
+    if not isinstance(reason, str) or len(reason) > REASON_LENGTH or (required and not reason.strip()):
+        raise RequestRefusedError(problems.INVALID_ACTION)
+    return reason
+
+
+async def _requeue(request: web.Request, reason: str) -> Json:
+    letter = await _found(request)
+    if letter.event is None:
+        raise RequestRefusedError(problems.NOT_REQUEUEABLE, f"It cannot go back: {letter.obstacle}.")
+    event = letter.event
+    appended = await request.app[WRITER].append(event)
+    if appended.duplicate:
+        await _check_duplicate(request, letter, event, appended)
+    values: Json = {"consultation_id": event.consultation, "message_id": str(event.event_id)}
+    told: Json = {"reason": reason} if reason else {}
+    audit("DEAD_LETTER_REQUEUED", request, dead_letter=letter.sequence, **values, sequence=appended.sequence, **told)
+    await request.app[DEAD_LETTERS].remove(letter.sequence)
+    return {"status": "requeued", "sequence": letter.sequence, **values, "stream_sequence": appended.sequence}
+
+
+async def _check_duplicate(request: web.Request, letter: DeadLetter, event: Event, appended: Appended) -> None:
+    """Check that what the log has under the id of *event* is the event, and is not the message that was set aside.
+
+    It may have been posted or requeued again meanwhile. If it is gone from the log already, the persisters have it.
+    """
+    if appended.sequence == letter.position:
+        age = time.time() - datetime.fromisoformat(letter.stored).timestamp()
+        wait = max(1, math.ceil(request.app[SETTINGS].log.duplicate_window - age))
+        raise RequestRefusedError(
+            problems.REQUEUE_TOO_EARLY,
+            f"The log still knows the message under its id, and would drop it. Try again in {wait} s.",
+            headers={"Retry-After": str(wait)},
+        )
+    stored = await request.app[READER].at(appended.sequence)
+    if stored is not None and stored.event.body != event.body:
+        raise RequestRefusedError(problems.NOT_REQUEUEABLE, "Another event was posted under its key meanwhile.")
+
+
+async def _drop(request: web.Request, reason: str) -> Json:
+    letter = await _found(request)
+    if not await request.app[DEAD_LETTERS].remove(letter.sequence):
+        raise RequestRefusedError(problems.UNKNOWN_DEAD_LETTER)
+    of = {"consultation_id": letter.consultation, "message_id": letter.message_id, "stream_sequence": letter.position}
+    known = {name: value for name, value in of.items() if value}
+    audit("DEAD_LETTER_DROPPED", request, dead_letter=letter.sequence, **known, reason=reason)
+    return {"status": "dropped", "sequence": letter.sequence}

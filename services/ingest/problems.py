@@ -124,6 +124,12 @@ INVALID_CONSULTATION_ID = ProblemType(
 UNKNOWN_EVENT = ProblemType(
     "unknown-event", 404, "Unknown event", "The consultation has no event with this message id."
 )
+UNKNOWN_DEAD_LETTER = ProblemType(
+    "unknown-dead-letter",
+    404,
+    "Unknown dead letter",
+    "There is no dead letter with this sequence: it was requeued or dropped, or never was one.",
+)
 METHOD_NOT_ALLOWED = ProblemType(
     "method-not-allowed", 405, "Method not allowed", "The Allow header lists the methods of this resource."
 )
@@ -152,6 +158,13 @@ DUPLICATE_IN_FLIGHT = ProblemType(
     "Another request with this Idempotency-Key is being stored. Retry with the same key.",
     retry=True,
 )
+REQUEUE_TOO_EARLY = ProblemType(
+    "requeue-too-early",
+    409,
+    "Requeue too early",
+    "The log still knows the message under its id, and would drop it. Try again after Retry-After.",
+    retry=True,
+)
 BODY_TOO_LARGE = ProblemType("body-too-large", 413, "Body too large", "The body is larger than this service accepts.")
 TOO_MANY_EVENTS = ProblemType(
     "too-many-events", 413, "Too many events", "A batch holds at most 1,000 events; nothing was stored."
@@ -173,6 +186,18 @@ EXPECTATION_FAILED = ProblemType(
 )
 INVALID_EVENT = ProblemType(
     "invalid-event", 422, "Invalid event", "An event is a JSON object with a non-empty string event_type."
+)
+INVALID_ACTION = ProblemType(
+    "invalid-action",
+    422,
+    "Invalid action",
+    'Send a JSON object with reason, a text of at most 500 characters: {"reason": "…"}.',
+)
+NOT_REQUEUEABLE = ProblemType(
+    "not-requeueable",
+    422,
+    "Dead letter not requeueable",
+    "The message of this dead letter cannot go back into the log: correct it and post it under a new key, or drop it.",
 )
 INVALID_BATCH = ProblemType(
     "invalid-batch",

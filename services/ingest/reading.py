@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from urllib.parse import urlencode
 from uuid import UUID
 
+import orjson
 from aiohttp import web
 
 from fiq.errors import FiqError, InvalidIdError
@@ -97,6 +98,16 @@ async def get_event(request: web.Request) -> web.StreamResponse:
     return await answer_read(request, _event)
 
 
+async def list_conflicts(request: web.Request) -> web.StreamResponse:
+    """Answer with a page of the events that a consultation got under used keys."""
+    return await answer_read(request, _conflicts)
+
+
+async def get_verification(request: web.Request) -> web.StreamResponse:
+    """Answer with what the owner of a consultation finds when it verifies it now."""
+    return await answer_read(request, _verification)
+
+
 async def list_consultations(request: web.Request) -> web.StreamResponse:
     """Answer with a page of persisted consultations."""
     return await answer_read(request, _consultations)
@@ -170,7 +181,7 @@ async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
 
 
 async def _consultations(request: web.Request, held: ExitStack) -> web.StreamResponse:
-    prefix, limit, order = _id_parameter(request, "prefix"), _limit(request), request.query.get("order", "name")
+    prefix, limit, order = _id_parameter(request, "prefix"), limit_of(request), request.query.get("order", "name")
     if order not in {"name", "activity"}:
         raise _invalid("order must be name or activity.")
     place, after = _place_parameter(request)
@@ -188,6 +199,44 @@ async def _consultations(request: web.Request, held: ExitStack) -> web.StreamRes
     _log.info("CONSULTATIONS_READ", consultations=len(found))
     body = page_body(media_type, "consultations", records, {"next": following})
     return response_of(request, body, media_type, following)
+
+
+async def _conflicts(request: web.Request, held: ExitStack) -> web.StreamResponse:
+    consultation = _consultation(request)
+    after, limit = position_of(request.query.get("after", "0"), "after"), limit_of(request)
+    bodies = _flag(request, "bodies", "1")
+    media_type = negotiate(request, JSON, NDJSON)
+    request.app[READ_LIMIT].enter(held)
+    page = await request.app[READER].conflicts(consultation, after, limit)
+    records = [record(stored, bodies=bodies, status=False) for stored in page.events]
+    following = _link(request, f"/consultations/{consultation}/conflicts", after=page.reached) if page.more else None
+    if bodies:
+        bodies_shown(request, len(records), consultation_id=consultation)
+    body = page_body(media_type, "conflicts", records, {"next": following}, consultation_id=consultation)
+    return response_of(request, body, media_type, following)
+
+
+async def _verification(request: web.Request, held: ExitStack) -> web.StreamResponse:
+    consultation = _consultation(request)
+    media_type = negotiate(request, JSON)
+    request.app[READ_LIMIT].enter(held)
+    found = await request.app[READER].verify(consultation)
+    result = "damaged" if found.found else "intact" if found.checked == found.events else "unfinished"
+    document = {
+        "consultation_id": consultation,
+        "result": result,
+        "events": found.events,
+        "checked": found.checked,
+        "committed": found.committed,
+        "chain": found.chain or None,
+        "problems": found.found,
+        "first_damaged_sequence": min((one.sequence for one in found.problems if one.sequence), default=None),
+        "first_problems": [
+            {"kind": one.kind, "message": one.message, "sequence": one.sequence or None} for one in found.problems
+        ],
+    }
+    _log.info("CONSULTATION_VERIFIED", consultation_id=consultation, events=found.checked, problems=found.found)
+    return response_of(request, orjson.dumps(document), media_type)
 
 
 async def _by_name(
@@ -368,7 +417,7 @@ def _consultation(request: web.Request) -> str:
         raise RequestRefusedError(problems.INVALID_CONSULTATION_ID) from None
 
 
-def _position(text: str, name: str) -> int:
+def position_of(text: str, name: str) -> int:
     if _NUMBER.fullmatch(text) is None or int(text) > _MAX_POSITION:
         raise _invalid(f"{name} must be a whole number from 0 on.")
     return int(text)
@@ -377,10 +426,10 @@ def _position(text: str, name: str) -> int:
 def _last_event_id(request: web.Request) -> int | None:
     """Return the last position that a follower has seen; None if it has seen nothing."""
     value = request.headers.get("Last-Event-ID")
-    return None if value is None else _position(value, "Last-Event-ID")
+    return None if value is None else position_of(value, "Last-Event-ID")
 
 
-def _limit(request: web.Request) -> int:
+def limit_of(request: web.Request) -> int:
     text = request.query.get("limit", str(DEFAULT_LIMIT))
     if _NUMBER.fullmatch(text) is None or not 1 <= int(text) <= MAX_LIMIT:
         raise _invalid(f"limit must be 1 to {MAX_LIMIT}.")
@@ -396,11 +445,11 @@ def _flag(request: web.Request, name: str, default: str) -> bool:
 
 def _wanted(request: web.Request) -> Wanted:
     query = request.query
-    before = _position(query["before"], "before") if "before" in query else None
+    before = position_of(query["before"], "before") if "before" in query else None
     return Wanted(
-        after=_position(query.get("after", "0"), "after"),
+        after=position_of(query.get("after", "0"), "after"),
         before=before,
-        limit=_limit(request),
+        limit=limit_of(request),
         event_type=_event_type(request),
         since_ns=_since(request),
         event_id=_key(request),

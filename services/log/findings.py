@@ -15,7 +15,7 @@ from enum import StrEnum
 from services.log.metrics import DEAD_LETTERS, PARTITIONS, PROCESSES, STREAMS
 from services.log.partitions import partition_name
 from services.log.protocol import DEAD_LETTER_LOG, EVENT_LOG
-from services.log.status import LiveProcess, LogState, PartitionState, StreamReport
+from services.log.status import LiveProcess, LogState, PartitionState, StreamReport, Verified
 
 #: shares of a stream's limit
 FULL, VERY_FULL = 0.7, 0.95
@@ -104,6 +104,7 @@ def _all(state: LogState, now: float) -> Iterator[Finding]:
             yield from check_replicas(state.stream)
             yield check_events_room(state.stream)
         yield from check_dead_letters(state)
+    yield from check_verified(state)
     for store in sorted(state.stores or ()):
         yield from check_placement(state, store, None)
         yield from check_age(state, store, now)
@@ -211,6 +212,21 @@ def check_age(state: LogState, store: str, now: float) -> Iterator[Finding]:
             meaning = f"{one.waiting.events} events are safe in the log, and not in HDF5 yet"
             action = "look at /readyz of its persister; docs/runbook.md, `FiqBacklogOld`"
             yield warning("backlog", f"{what}{age:.0f} s for HDF5", meaning, action)
+
+
+def check_verified(state: LogState) -> Iterator[Finding]:
+    """Check what the last ``fiq verify`` of each volume found, where there was one."""
+    newest: dict[str, Verified] = {}
+    for process in state.processes or ():
+        found = process.verified
+        if found is not None and (process.volume not in newest or newest[process.volume].at < found.at):
+            newest[process.volume] = found
+    for volume, found in sorted(newest.items()):
+        if found.problems:
+            number = "1 problem" if found.problems == 1 else f"{found.problems} problems"
+            what = f"fiq verify found {number} in volume {volume} at {found.at}"
+            meaning = "events were changed, removed or moved, or the disk is faulty"
+            yield error("verification", what, meaning, "docs/runbook.md, `FiqCorpusDamaged`")
 
 
 def _processes(state: LogState, store: str) -> list[LiveProcess]:

@@ -35,7 +35,8 @@ from typing import Protocol
 from uuid import UUID
 
 from fiq.event import Event
-from services.log.questions import Answer, ConsultationSummary, Question, Stored
+from services.log.dead_letters import DeadLetter
+from services.log.questions import Answer, ConsultationSummary, Question, Stored, Verification
 from services.log.status import Backlog, LogState, PartitionProgress, Placement, StorePlacement
 
 #: name of the log of events: JetStream's stream, and the destination in traces
@@ -245,6 +246,12 @@ class EventBrowser(EventReader, Protocol):
     async def has_news(self, consultation: str, after: int) -> bool:
         """Return whether the log has something of *consultation* after *after*; cheap, and perhaps a moment late."""
 
+    async def conflicts(self, consultation: str, after: int, limit: int) -> Page:
+        """Return at most *limit* events under used ids that the corpus keeps of *consultation*, as :meth:`page`."""
+
+    async def verify(self, consultation: str) -> Verification:
+        """Have the owner of *consultation* verify what the corpus holds of it."""
+
     async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
         """Return persisted consultations, sorted by id, and whether there are more.
 
@@ -451,7 +458,7 @@ class AskedQuestion(Protocol):
 
     @property
     def kind(self) -> str:
-        """What is asked: ``ids``, ``find``, ``events`` or ``consultations``; ``unknown`` when it is malformed."""
+        """What is asked, a :class:`~services.log.questions.Kind`; ``unknown`` when it is malformed."""
 
     @property
     def question(self) -> Question | None:
@@ -503,6 +510,22 @@ class DeadLetterStore(Protocol):
 
         Raises TransientError: it may not be stored; call again.
         """
+
+
+class DeadLetterBox(Protocol):
+    """Reads dead letters, and removes those that an operator is done with.
+
+    Each method raises LogUnavailableError: no answer in time; LogRefusedError: an operator must act.
+    """
+
+    async def page(self, after: int, limit: int) -> tuple[list[DeadLetter], bool]:
+        """Return at most *limit* letters after *after*, without their bodies, and whether there are more."""
+
+    async def get(self, sequence: int) -> DeadLetter | None:
+        """Return the letter at *sequence*; None when there is none."""
+
+    async def remove(self, sequence: int) -> bool:
+        """Remove the letter at *sequence* for good; return False when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -588,6 +611,7 @@ class IngestLog:
         writer: appends events.
         reader: reads them back.
         status: the log as this process sees it.
+        dead_letters: what persisters could not store.
         feed: reads those of all consultations; None for a log whose partitions share no order.
         remembers_ids: ``append`` finds every duplicate, however old: ids need not be looked up before.
     """
@@ -595,6 +619,7 @@ class IngestLog:
     writer: EventWriter
     reader: EventBrowser
     status: Status
+    dead_letters: DeadLetterBox
     feed: Feed | None = None
     remembers_ids: bool = False
 

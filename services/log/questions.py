@@ -9,6 +9,9 @@ events          what comes after, or before, this position?         a page of ev
 consultations   which consultations begin with this prefix?         a page of names, sorted
 active          which of them had events last?                      a page of times and names, newest first
 summaries       what do these consultations hold?                   number of events, first and last time of each
+conflicts       which events under used ids come after this         as events
+                position?
+verify          is the consultation intact from this row on?        problems of some rows, and the next row
 ==============  ==================================================  =================================================
 
 A question is a JSON object. ``within_ms`` says for how long its asker waits, counted from its arrival: no clocks of two
@@ -20,9 +23,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -45,6 +49,8 @@ class Kind(StrEnum):
     CONSULTATIONS = "consultations"
     ACTIVE = "active"
     SUMMARIES = "summaries"
+    CONFLICTS = "conflicts"
+    VERIFY = "verify"
 
 
 class MalformedError(ValueError):
@@ -110,13 +116,33 @@ class Active:
 
 
 @dataclass(frozen=True, slots=True)
+class Conflicts:
+    """Which events under used ids does *consultation* keep after the position *after*? At most *limit*."""
+
+    consultation: str
+    after: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class Summaries:
     """What do *consultations* hold?"""
 
     consultations: Sequence[str]
 
 
-Question = Ids | Find | Events | Consultations | Active | Summaries
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Is *consultation* intact from row *row* on? The others are :class:`fiq.corpus.Checked`, of the row before."""
+
+    consultation: str
+    row: int = 0
+    sequence: int = 0
+    end: int = 0
+    chain: str = ""
+
+
+Question = Ids | Find | Events | Consultations | Active | Summaries | Conflicts | Verify
 KIND_OF: Mapping[type[Question], Kind] = {
     Ids: Kind.IDS,
     Find: Kind.FIND,
@@ -124,6 +150,8 @@ KIND_OF: Mapping[type[Question], Kind] = {
     Consultations: Kind.CONSULTATIONS,
     Active: Kind.ACTIVE,
     Summaries: Kind.SUMMARIES,
+    Conflicts: Kind.CONFLICTS,
+    Verify: Kind.VERIFY,
 }
 
 
@@ -215,7 +243,27 @@ class SummariesAnswer:
     rest: Sequence[str] = ()
 
 
-Answer = IdsAnswer | FindAnswer | EventsAnswer | ConsultationsAnswer | ActiveAnswer | SummariesAnswer
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is wrong: its kind and words are those of ``fiq verify``; *sequence* 0 is of no single event."""
+
+    kind: str
+    message: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyAnswer:
+    """The *problems* of some rows, of *events* as of the sequence *committed*; *after* asks for the next rows."""
+
+    committed: int
+    events: int
+    problems: Sequence[Damage]
+    after: Verify | None
+    checked: Verify
+
+
+Answer = IdsAnswer | FindAnswer | EventsAnswer | ConsultationsAnswer | ActiveAnswer | SummariesAnswer | VerifyAnswer
 
 
 # -- as bytes ----------------------------------------------------------------------------------------------------------
@@ -244,12 +292,16 @@ def decode_question(kind: str, data: bytes) -> tuple[Question, float]:
             if not 0 < len(names) <= MAX_ITEMS:
                 raise MalformedError(f"1 to {MAX_ITEMS} consultations")
             return Summaries(names), within
+        if kind == Kind.VERIFY:
+            return _verify(fields), within
         limit = _number(fields["limit"])
         if limit > MAX_ITEMS:
             raise MalformedError(f"limit is at most {MAX_ITEMS}")
         if kind == Kind.EVENTS:
             name, before = check_consultation_id(fields["consultation"]), fields["before"]
             return Events(name, _number(fields["after"]), limit, None if before is None else _number(before)), within
+        if kind == Kind.CONFLICTS:
+            return Conflicts(check_consultation_id(fields["consultation"]), _number(fields["after"]), limit), within
         if kind == Kind.CONSULTATIONS:
             return Consultations(str(fields["prefix"]), str(fields["after"]), limit), within
         if kind == Kind.ACTIVE:
@@ -280,6 +332,10 @@ def encode_answer(answer: Answer) -> bytes:
         case SummariesAnswer(found_ones, left_ones):
             lists = [[o.consultation, o.events, o.first_received_ns, o.last_received_ns] for o in found_ones]
             return orjson.dumps({"found": lists, "rest": left_ones})
+        case VerifyAnswer(committed, events, problems, following, checked):
+            told = [[one.kind, one.message, one.sequence] for one in problems]
+            head = {"committed": committed, "events": events, "problems": told, "more": following is not None}
+            return orjson.dumps(head | {"checked": checked})
 
 
 def decode_ids(data: bytes) -> IdSnapshot:
@@ -344,6 +400,23 @@ def decode_summaries(data: bytes) -> SummariesAnswer:
         return SummariesAnswer(found, [str(name) for name in fields["rest"]])
 
 
+def decode_verified(data: bytes) -> VerifyAnswer:
+    """Read the answer to :class:`Verify`."""
+    with _Decoding():
+        fields = orjson.loads(data)
+        checked = _verify(fields["checked"])
+        problems = [Damage(str(kind), str(message), _number(at)) for kind, message, at in fields["problems"]]
+        following = checked if fields["more"] else None
+        return VerifyAnswer(_number(fields["committed"]), _number(fields["events"]), problems, following, checked)
+
+
+def _verify(fields: Mapping[str, Any]) -> Verify:
+    if len(bytes.fromhex(fields["chain"])) not in {0, 32}:
+        raise MalformedError("a chain value has 32 bytes")
+    row, sequence, end = (_number(fields[name]) for name in ("row", "sequence", "end"))
+    return Verify(check_consultation_id(fields["consultation"]), row, sequence, end, fields["chain"])
+
+
 class _Decoding:
     """Raises MalformedError for what goes wrong inside."""
 
@@ -358,6 +431,57 @@ def _number(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise MalformedError("a number is expected")
     return value
+
+
+# -- a verification, asked in slices -----------------------------------------------------------------------------------
+
+#: how long a verification may take before it ends where it is, seconds
+VERIFY_SECONDS = 20.0
+#: problems that a verification lists; the others are counted
+MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What the owner of a consultation found.
+
+    Attributes:
+        committed: sequence that the partition had reached.
+        events: of the consultation in the corpus.
+        checked: how many of them were checked: all, unless it took too long.
+        problems: the first ones.
+        found: how many there are.
+        chain: of the last event that was checked; empty without one.
+    """
+
+    committed: int
+    events: int
+    checked: int
+    problems: Sequence[Damage]
+    found: int
+    chain: str
+
+
+async def verify(ask: Callable[[Verify], Awaitable[VerifyAnswer]], consultation: str) -> Verification:
+    """Verify *consultation* slice by slice, so that its owner goes on with its work in between.
+
+    Args:
+        ask: brings one question to the owner.
+        consultation: its id.
+
+    Raises Exception: what *ask* raises.
+    """
+    end = time.monotonic() + VERIFY_SECONDS
+    problems: list[Damage] = []
+    found = 0
+    question: Verify | None = Verify(consultation)
+    while question is not None:
+        answer = await ask(question)
+        found += len(answer.problems)
+        problems += answer.problems[: MAX_PROBLEMS - len(problems)]
+        question = answer.after if time.monotonic() < end else None
+    checked = answer.checked
+    return Verification(answer.committed, answer.events, checked.row, problems, found, checked.chain)
 
 
 class IdSnapshot:

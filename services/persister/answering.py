@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
 
-from fiq.corpus import CorpusError, Lookup, StoredRow
+from fiq.corpus import Checked, CorpusError, CorpusFormatError, Lookup, StoredRow, verify_slice
 from fiq.errors import PermanentError, TransientError
 from services.core.lifecycle import spawn
 from services.core.logs import get_logger
@@ -27,9 +27,11 @@ from services.log.questions import (
     Active,
     ActiveAnswer,
     Answer,
+    Conflicts,
     Consultations,
     ConsultationsAnswer,
     ConsultationSummary,
+    Damage,
     Events,
     EventsAnswer,
     Find,
@@ -41,6 +43,8 @@ from services.log.questions import (
     Stored,
     Summaries,
     SummariesAnswer,
+    Verify,
+    VerifyAnswer,
     digest_of,
 )
 from services.persister.errors import NotNowError, described
@@ -170,7 +174,7 @@ class QuestionResponder:
             if file is None:
                 raise NotNowError("the partition was released")
             file.check_readable()
-            with file.store.reading() as lookup:
+            with file.store.reading(conflicts=isinstance(one.question, Conflicts)) as lookup:
                 answer = answer_to(one.question, file, lookup, one.asked.room)
             return _Result("answered", answer, time.perf_counter() - started)
         except _TooLargeError as error:
@@ -199,12 +203,16 @@ def answer_to(question: Question, file: PartitionFile, lookup: Lookup, room: int
             return _find(lookup, file.store.committed, question)
         case Events():
             return _events(lookup, file.store.committed, question, room)
+        case Conflicts(consultation, after, limit):
+            return _events(lookup, file.store.committed, Events(consultation, after, limit), room)
         case Consultations():
             return _consultations(lookup, question)
         case Active():
             return _active(lookup, question)
         case Summaries():
             return _summaries(lookup, question)
+        case Verify():
+            return _verify(file, question)
 
 
 def _find(lookup: Lookup, committed: int, question: Find) -> FindAnswer:
@@ -242,6 +250,26 @@ def _events(lookup: Lookup, committed: int, question: Events, room: int) -> Even
         for row, body in zip(rows, stored.bodies(rows), strict=True)
     ]
     return EventsAnswer(committed, events, more)
+
+
+def _verify(file: PartitionFile, question: Verify) -> VerifyAnswer:
+    """Verify some rows. What HDF5 cannot read is a problem of the consultation, and ends its verification."""
+    store = file.store
+    since = Checked(question.row, question.sequence, question.end, bytes.fromhex(question.chain))
+    events = question.row
+    try:
+        with store.reading() as lookup:
+            stored = lookup.consultation(question.consultation)
+            if stored is None:
+                return VerifyAnswer(store.committed, 0, [], None, question)
+            events = len(stored)
+            found, checked = verify_slice(stored, store.identity, store.committed, since)
+    except CorpusFormatError:
+        damage = Damage("unreadable", f"HDF5 cannot read it from row {question.row} on", 0)
+        return VerifyAnswer(store.committed, events, [damage], None, question)
+    problems = [Damage(one.kind, one.message, one.sequence or 0) for one in found]
+    reached = Verify(question.consultation, checked.rows, checked.sequence, checked.end, checked.chain.hex())
+    return VerifyAnswer(store.committed, events, problems, reached if checked.rows < events else None, reached)
 
 
 def _fitting(found: Iterable[StoredRow], room: int) -> list[StoredRow]:

@@ -14,43 +14,19 @@ from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import TypeVar
 
-import orjson
 from structlog.typing import FilteringBoundLogger
 
-from fiq.event import MESSAGE_ID_HEADER
+from services.log.dead_letters import CUT_HEADER, HEADERS_BYTES, conflict_letters, message_headers
 from services.log.protocol import DeadLetterStore, Delivery, LogIdentity
 from services.persister.errors import PoisonFloodError
 from services.persister.metrics import PartitionMetrics, trace_id_in
 
 V = TypeVar("V")
 
-#: header: why the message could not be written
-REASON_HEADER = "Fi-Reason"
-#: header: its position in ``fi-events``
-SEQUENCE_HEADER = "Fi-Stream-Sequence"
-#: header: the consultation's token of its subject, without characters that are not printable ASCII
-CONSULTATION_HEADER = "Fi-Consultation"
-#: header: the message id it had, without characters that are not printable ASCII
-ORIGINAL_ID_HEADER = "Fi-Original-Msg-Id"
-#: header: number of events in a list of conflicts
-LISTED_HEADER = "Fi-Listed"
-#: header: original size of a body that was too long and was cut, bytes
-CUT_HEADER = "Fi-Cut-From-Bytes"
-
 _REMEDY = (
-    "look at `nats stream view fi-dead` for the reasons and stop what publishes them; to set these aside too, restart "
+    "look at `fiq dead list` for the reasons and stop what publishes them; to set these aside too, restart "
     "the persister with FI_POISON_STREAK=0 until they are"
 )
-_CONFLICTS = (
-    "events under message ids that their consultations hold with another body: [sequence, sequence of the one that "
-    "holds the id]; the partition file keeps them under /conflicts/<consultation>"
-)
-#: more than the headers of a dead letter take, bytes
-HEADERS_BYTES = 4096
-#: more than an event takes in a list of conflicts, bytes
-_ENTRY_BYTES = 256
-#: longest copy of a foreign header's value, characters
-_MAX_COPIED = 300
 
 
 class DeadLetters:
@@ -73,15 +49,8 @@ class DeadLetters:
 
         Raises TransientError: the dead letters are full or cannot be reached; the message is not set aside.
         """
-        headers = {
-            MESSAGE_ID_HEADER: f"{self._log_id}/{delivery.sequence}",
-            REASON_HEADER: reason,
-            SEQUENCE_HEADER: str(delivery.sequence),
-        }
-        original = (delivery.headers or {}).get(MESSAGE_ID_HEADER, "")
-        for name, value in ((CONSULTATION_HEADER, delivery.consultation), (ORIGINAL_ID_HEADER, original)):
-            if printable := "".join(c for c in value[:_MAX_COPIED] if " " <= c <= "~").strip():
-                headers[name] = printable
+        letter_id = f"{self._log_id}/{delivery.sequence}"
+        headers = message_headers(letter_id, delivery.sequence, delivery.consultation, delivery.headers, reason)
         body = delivery.body
         if len(body) > self._max_body:  # our headers are longer than its own, so the whole would be refused for ever
             headers[CUT_HEADER] = str(len(body))
@@ -96,19 +65,8 @@ class DeadLetters:
 
         Raises TransientError: the dead letters are full or cannot be reached.
         """
-        most = max(1, self._max_body // _ENTRY_BYTES)
-        for part in (conflicts[start : start + most] for start in range(0, len(conflicts), most)):
-            by_consultation: dict[str, list[tuple[int, int]]] = {}
-            for consultation, sequence, first in part:
-                by_consultation.setdefault(consultation, []).append((sequence, first))
-            lines = [orjson.dumps({"consultation_id": one, "conflicts": at}) for one, at in by_consultation.items()]
-            headers = {
-                MESSAGE_ID_HEADER: f"{self._log_id}/{part[0][1]}-{part[-1][1]}",
-                REASON_HEADER: _CONFLICTS,
-                SEQUENCE_HEADER: str(part[0][1]),
-                LISTED_HEADER: str(len(part)),
-            }
-            await self._store.store(self._partition, b"\n".join(lines), headers)
+        for body, headers in conflict_letters(self._log_id, conflicts, self._max_body):
+            await self._store.store(self._partition, body, headers)
 
 
 class PoisonLimit:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -14,7 +15,7 @@ import orjson
 from aiohttp import ClientSession
 from aiohttp.web import Application
 
-from fiq.event import Event
+from fiq.event import Event, new_event_id
 from services.core.management import bind, serve_management
 from services.core.tracing import Spans
 from services.ingest.app import READY, make_app
@@ -22,10 +23,11 @@ from services.ingest.metrics import METRICS
 from services.ingest.openapi import describe
 from services.ingest.server import TLS, HttpServer
 from services.ingest.settings import SETTINGS, Settings
+from services.log.dead_letters import DeadLetter, message_headers, read_letter
 from services.log.errors import CorpusAwayError, LogUnavailableError, PositionGoneError
 from services.log.metrics import LogMetrics
 from services.log.protocol import Appended, IngestLog, Page, SequencedEvent
-from services.log.questions import ConsultationSummary, Stored, digest_of
+from services.log.questions import ConsultationSummary, Stored, Verification, digest_of
 from services.log.settings import LogSettings
 from services.log.status import Backlog, LogState
 from tests.support.description import check_answer
@@ -62,6 +64,7 @@ class MemoryLog:
     looks: int = 0
     backlog: Backlog | None = None
     has_feed: bool = True
+    letters: MemoryLetters = field(default_factory=lambda: MemoryLetters())
     trimmed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,7 +96,34 @@ class MemoryLog:
 
     @property
     def opened(self) -> IngestLog:
-        return IngestLog(self, self.reader, MemoryStatus(self), MemoryFeed(self) if self.has_feed else None)
+        feed = MemoryFeed(self) if self.has_feed else None
+        return IngestLog(self, self.reader, MemoryStatus(self), self.letters, feed)
+
+
+@dataclass
+class MemoryLetters:
+    """A DeadLetterBox over letters in memory, by their sequences."""
+
+    letters: dict[int, DeadLetter] = field(default_factory=dict)
+
+    async def page(self, after: int, limit: int) -> tuple[list[DeadLetter], bool]:
+        found = [letter for sequence, letter in sorted(self.letters.items()) if sequence > after]
+        return found[:limit], len(found) > limit
+
+    async def get(self, sequence: int) -> DeadLetter | None:
+        return self.letters.get(sequence)
+
+    async def remove(self, sequence: int) -> bool:
+        return self.letters.pop(sequence, None) is not None
+
+
+def dead_letter(sequence: int, event: Event | None = None, *, stored: str = "", **headers: str) -> DeadLetter:
+    """Make the dead letter of *event*, by default of one of c-1, which was at 7, with other *headers* if wanted."""
+    event = event or Event("c-1", new_event_id(), 1, b'{"event_type":"T","payload":"private"}')
+    made = message_headers("log/7", 7, event.consultation, event.headers(), "could not be written")
+    made |= {name.replace("_", "-"): value for name, value in headers.items()}
+    stored = stored or datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    return read_letter(sequence, stored, "fi.dead.5", made, event.body)
 
 
 @dataclass
@@ -122,6 +152,8 @@ class MemoryReader:
         gate: what the corpus waits for before it answers.
         too_many: the corpus holds too many ids for a snapshot.
         asked: names of the questions, in their order.
+        kept: events under used ids.
+        verification: what the owner finds.
     """
 
     log: MemoryLog
@@ -131,6 +163,8 @@ class MemoryReader:
     gate: asyncio.Event | None = None
     too_many: bool = False
     asked: list[str] = field(default_factory=list)
+    kept: list[SequencedEvent] = field(default_factory=list)
+    verification: Verification = field(default_factory=lambda: Verification(0, 0, 0, [], 0, ""))
 
     async def at(self, sequence: int) -> SequencedEvent | None:
         self.asked.append("at")
@@ -186,6 +220,15 @@ class MemoryReader:
             raise self.log.read_error
         found = self._numbered(lambda one: (one.event.consultation, one.event.event_id) == (consultation, event_id))
         return found[0] if found else None
+
+    async def conflicts(self, consultation: str, after: int, limit: int) -> Page:
+        found = [one for one in self.kept if one.event.consultation == consultation and one.sequence > after]
+        return Page(found[:limit], found[:limit][-1].sequence if found else after, len(found) > limit)
+
+    async def verify(self, consultation: str) -> Verification:
+        if self.silent:
+            raise CorpusAwayError("silent")
+        return self.verification
 
     async def has_news(self, consultation: str, after: int) -> bool:
         self.log.looks += 1

@@ -20,7 +20,15 @@ import orjson
 
 from fiq.corpus.consultation import Consultation, Table
 from fiq.corpus.errors import CorpusError, CorpusFormatError, JournalError
-from fiq.corpus.format import CONFLICTS, EVENT_DTYPE, EVENT_HEAD, chain_next, chain_start, is_consultation_id
+from fiq.corpus.format import (
+    CONFLICTS,
+    EVENT_DTYPE,
+    EVENT_HEAD,
+    Identity,
+    chain_next,
+    chain_start,
+    is_consultation_id,
+)
 from fiq.corpus.reader import (
     INDEX_NAME,
     Corpus,
@@ -181,6 +189,45 @@ def verify_corpus(path: str | PathLike[str], *, on_progress: Callable[[Progress]
     return Report(str(path), tuple(run.partitions), tuple(run.problems), round(time.monotonic() - started, 3))
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """How far :func:`verify_slice` has come in a consultation, and what the next row is compared with."""
+
+    rows: int = 0
+    sequence: int = 0  #: of the last one
+    end: int = 0  #: of its body in the payload
+    chain: bytes = b""  #: of the last row; empty before the first one
+
+
+def verify_slice(
+    consultation: Consultation,
+    identity: Identity,
+    committed: int,
+    since: Checked,
+    *,
+    most_rows: int = 1024,
+    most_bytes: int = 512 << 10,
+) -> tuple[list[CorpusProblem], Checked]:
+    """Verify the next rows of one consultation, which may be open for writing; ids are not compared with each other.
+
+    Args:
+        consultation: what to check.
+        identity: of its file.
+        committed: stream sequence of the file's last commit.
+        since: where the slice before ended.
+        most_rows: of this slice.
+        most_bytes: of their bodies, unless one event is larger.
+
+    Returns:
+        the problems of these rows, and where the next slice begins; after the last row its ``rows`` is their number.
+
+    Raises CorpusFormatError: the datasets cannot be read.
+    """
+    start = since.chain or chain_start(identity, consultation.id)
+    check = _ConsultationCheck(consultation, committed, "", consultation.id, start, unique=False, since=since)
+    return check.slice(most_rows, most_bytes), check.checked
+
+
 def verify_partition(
     corpus: Corpus, *, on_progress: Callable[[Progress], None] | None = None
 ) -> tuple[PartitionReport | None, list[CorpusProblem]]:
@@ -300,7 +347,8 @@ class _Run:
         try:
             consultation = corpus[name]
             payload = consultation.payload_bytes
-            check = _ConsultationCheck(consultation, info, name, chain_start(info.identity, name))
+            start = chain_start(info.identity, name)
+            check = _ConsultationCheck(consultation, info.committed, file, name, start)
             for problems in check.run():
                 self.problems += problems
                 self._events += check.done - done
@@ -316,7 +364,8 @@ class _Run:
         for kept in corpus.conflicts():
             start = chain_start(info.identity, kept.id, of=CONFLICTS)
             try:
-                check = _ConsultationCheck(kept, info, f"{CONFLICTS}/{kept.id}", start, unique=False)
+                name = f"{CONFLICTS}/{kept.id}"
+                check = _ConsultationCheck(kept, info.committed, file, name, start, unique=False)
                 for problems in check.run():
                     self.problems += problems
                 count += len(kept)
@@ -346,26 +395,42 @@ class _ConsultationCheck:
 
     Args:
         consultation: what to check.
-        info: of its file.
+        committed: stream sequence of its file's last commit.
+        file: by which problems name its file.
         name: by which problems name it.
-        start: what its first row is chained to.
+        start: what the next row is chained to.
         unique: whether ids must differ; those of conflicts need not.
+        since: where a check before this one ended.
     """
 
     def __init__(
-        self, consultation: Consultation, info: PartitionInfo, name: str, start: bytes, *, unique: bool = True
+        self,
+        consultation: Consultation,
+        committed: int,
+        file: str,
+        name: str,
+        start: bytes,
+        *,
+        unique: bool = True,
+        since: Checked | None = None,
     ) -> None:
         self._consultation = consultation
-        self._committed = info.committed
-        self._file = info.path.name
+        self._committed = committed
+        self._file = file
         self._name = name
         self._unique = unique
         self._chain = start
-        self._sequence = 0
-        self._end = 0
+        since = since or Checked()
+        self._sequence = since.sequence
+        self._end = since.end
         self._ids: list[npt.NDArray[np.uint64]] = []
         #: rows that were checked so far
-        self.done = 0
+        self.done = since.rows
+
+    @property
+    def checked(self) -> Checked:
+        """Where the next check begins."""
+        return Checked(self.done, self._sequence, self._end, self._chain)
 
     def run(self) -> Iterator[list[CorpusProblem]]:
         """Check one slice after another, and yield the problems of each.
@@ -374,11 +439,25 @@ class _ConsultationCheck:
         """
         self._consultation.check_layout()
         while self.done < len(self._consultation):
-            rows = self._consultation.table(self.done, self.done + _ROWS)
-            found = [*self._check_order(rows), *self._check_bodies(rows)]
-            self.done += len(rows)
-            yield sorted(found, key=lambda problem: problem.row or 0)
+            yield self._check(self._consultation.table(self.done, self.done + _ROWS))
         yield [*self._duplicates(), *self._surplus()]
+
+    def slice(self, most_rows: int, most_bytes: int) -> list[CorpusProblem]:
+        """Check the next rows, and what comes after the last one."""
+        self._consultation.check_layout()
+        rows = self._consultation.table(self.done, self.done + most_rows)
+        found = []
+        if len(rows):
+            ends = np.cumsum(rows["length"].astype(np.uint64) + np.uint64(1))
+            found = self._check(rows[: max(1, int(np.searchsorted(ends, most_bytes, side="right")))])
+        if self.done >= len(self._consultation):
+            found += self._surplus()
+        return found
+
+    def _check(self, rows: Table) -> list[CorpusProblem]:
+        found = [*self._check_order(rows), *self._check_bodies(rows)]
+        self.done += len(rows)
+        return sorted(found, key=lambda problem: problem.row or 0)
 
     def _check_order(self, rows: Table) -> Iterator[CorpusProblem]:
         """Sequences rise and are committed; each body starts where the one before ends."""

@@ -574,6 +574,8 @@ PERMISSIONS: dict[Role, Permissions] = {
             *_WATCH,
             # a client must see what it was told is stored: only the stream's leader is sure to have it
             *_api(f"STREAM.MSG.GET.{STREAM}"),
+            # dead letters: an operator reads them through ingest, and removes one by its sequence
+            *_api(f"STREAM.MSG.GET.{DEAD_STREAM}", f"STREAM.MSG.DELETE.{DEAD_STREAM}"),
             *(f"{CORPUS_PREFIX}.*.*.{kind}" for kind in Kind),
         ),
         subscribe=(_inbox(Role.INGEST),),

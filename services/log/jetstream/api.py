@@ -30,6 +30,7 @@ NOT_ENABLED_ERR_CODES = frozenset({10039, 10076})
 STREAM_NOT_FOUND = 10059
 CONSUMER_NOT_FOUND = 10014
 MESSAGE_NOT_FOUND = 10037
+SEQUENCE_NOT_FOUND = 10043
 
 #: how long an answer may take, seconds
 REQUEST_TIMEOUT_SECONDS = 5.0
@@ -159,6 +160,19 @@ class JetStreamApi:
             return int((await self.request(suffix, wanted)).get("purged", 0))
         finally:
             self._nc.drop_unsent(f"PUB $JS.API.{suffix} ")
+
+    async def delete_message(self, stream: str, sequence: int) -> bool:
+        """Delete the message at *sequence* and overwrite it on every node's disk; return False when there is none.
+
+        Raises LogUnavailableError: no answer; it may be deleted all the same.
+        """
+        try:
+            await self.request(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence, "no_erase": False})
+        except ApiError as error:
+            if error.err_code in {MESSAGE_NOT_FOUND, SEQUENCE_NOT_FOUND} or "no message found" in error.description:
+                return False
+            raise
+        return True
 
     async def get_message(
         self, stream: str, sequence: int, *, next_of: str | None = None, counted: bool = False

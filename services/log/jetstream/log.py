@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -16,8 +17,9 @@ from services.core.command import product_version
 from services.core.lifecycle import background_task, cancellable
 from services.core.logs import get_logger
 from services.core.retry import retry
+from services.log.dead_letters import DeadLetter, read_letter
 from services.log.errors import StartupError
-from services.log.jetstream.api import JetStreamApi
+from services.log.jetstream.api import JetStreamApi, StoredMessage
 from services.log.jetstream.connection import Connection, Role, check_max_payload, close, connect
 from services.log.jetstream.follower import Budget, JetStreamFollower, check_log
 from services.log.jetstream.monitor import LogMonitor, monitoring, show_progress
@@ -26,6 +28,7 @@ from services.log.jetstream.publisher import Publisher
 from services.log.jetstream.questions import NatsAnswering
 from services.log.jetstream.reader import JetStreamFeed, JetStreamReader
 from services.log.jetstream.stream import (
+    DEAD_STREAM,
     DEADLINE_SECONDS,
     PERSISTER_SERVICE,
     corpus_subject,
@@ -47,6 +50,8 @@ _STARTUP_RETRY_SECONDS = 0.5
 #: a dead letter may take this long, seconds
 _DEAD_LETTER_DEADLINE = 5.0
 _DEAD_LETTERS_IN_FLIGHT = 256
+#: bodies that are read for a page of dead letters, about, bytes
+_DEAD_LETTER_PAGE_BYTES = 4 << 20
 #: how old what a process says of its progress may be, seconds
 ANNOUNCE_SECONDS = 0.5
 #: a process that ends withdraws its announcement within this time, seconds
@@ -70,7 +75,7 @@ async def open_for_ingest(
         await publisher.start()
         try:
             async with monitoring(nc, settings, metrics, on_closed) as monitor:
-                yield IngestLog(publisher, reader, monitor, JetStreamFeed(nc))
+                yield IngestLog(publisher, reader, monitor, DeadLetterReading(nc), JetStreamFeed(nc))
         finally:
             await publisher.close()
     finally:
@@ -108,6 +113,41 @@ class DeadLetterStream:
 
     async def store(self, partition: int, body: bytes, headers: dict[str, str]) -> None:
         await self._publisher.publish(dead_subject(partition), body, headers)
+
+
+class DeadLetterReading:
+    """Reads ``fi-dead`` from its leader, message by message; see :class:`services.log.protocol.DeadLetterBox`.
+
+    A replica would do for a list, but shows a letter that was just removed.
+    """
+
+    def __init__(self, nc: Connection) -> None:
+        self._api = JetStreamApi(nc, timeout=_DEAD_LETTER_DEADLINE)
+
+    async def page(self, after: int, limit: int) -> tuple[list[DeadLetter], bool]:
+        found: list[DeadLetter] = []
+        size = 0
+        while True:
+            message = await self._api.leader_message(DEAD_STREAM, after + 1, next_of=">")
+            if message is None:
+                return found, False
+            if len(found) == limit or size > _DEAD_LETTER_PAGE_BYTES:
+                return found, True
+            letter = _letter(message)
+            size += letter.size
+            found.append(dataclasses.replace(letter, body=b"", event=None))
+            after = letter.sequence
+
+    async def get(self, sequence: int) -> DeadLetter | None:
+        message = await self._api.leader_message(DEAD_STREAM, sequence)
+        return None if message is None else _letter(message)
+
+    async def remove(self, sequence: int) -> bool:
+        return await self._api.delete_message(DEAD_STREAM, sequence)
+
+
+def _letter(message: StoredMessage) -> DeadLetter:
+    return read_letter(message["seq"], message["time"], message["subject"], message["headers"], message["data"])
 
 
 class JetStreamPersisterLog:

@@ -38,7 +38,18 @@ from services.log.jetstream.stream import STREAM, stored_subject
 from services.log.listing import ConsultationLister
 from services.log.partitions import partition_of
 from services.log.protocol import EventBrowser, Feed, Page, SequencedEvent, StoredIds
-from services.log.questions import ConsultationSummary, Events, EventsAnswer, Row, Stored
+from services.log.questions import (
+    Conflicts,
+    ConsultationSummary,
+    Events,
+    EventsAnswer,
+    Row,
+    Stored,
+    Verification,
+    decode_events,
+    decode_verified,
+    verify,
+)
 from services.log.settings import LogSettings
 
 #: how long one answer of a persister or of the broker may take, seconds
@@ -163,6 +174,14 @@ class JetStreamReader(EventBrowser):
         self, prefix: str, before: tuple[int, str], limit: int
     ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
         return await self._listing.by_activity(prefix, before, limit)
+
+    async def conflicts(self, consultation: str, after: int, limit: int) -> Page:
+        partition, question = self._partition(consultation), Conflicts(consultation, after, limit)
+        return _corpus_page(consultation, after, await self._corpus.ask(partition, question, decode_events))
+
+    async def verify(self, consultation: str) -> Verification:
+        partition = self._partition(consultation)
+        return await verify(lambda question: self._corpus.ask(partition, question, decode_verified), consultation)
 
     async def has_news(self, consultation: str, after: int) -> bool:
         return await self._stream.has_news(self._partition(consultation), consultation, after)

@@ -15,6 +15,7 @@ import zmq
 
 from fiq.errors import ConfigurationError
 from services.core.lifecycle import supervised_task
+from services.log.dead_letters import DeadLetter
 from services.log.errors import PlacementError
 from services.log.metrics import LogMetrics
 from services.log.partitions import partition_name
@@ -64,7 +65,7 @@ async def open_for_ingest(
             status = ZeroMqStatus(links, settings, metrics)
             async with supervised_task(links.run(), "log", on_closed), supervised_task(status.run(), "log", on_closed):
                 writer = ZeroMqWriter(links, deadline=role.deadline, max_in_flight=role.max_in_flight)
-                yield IngestLog(writer, ZeroMqReader(links, settings), status, remembers_ids=True)
+                yield IngestLog(writer, ZeroMqReader(links, settings), status, NoDeadLetters(), remembers_ids=True)
         finally:
             links.close()
 
@@ -300,6 +301,18 @@ class NoDeadLetters:
 
     async def store(self, partition: int, body: bytes, headers: dict[str, str]) -> None:
         """Drop the letter; the persister's log has the reason."""
+
+    async def page(self, after: int, limit: int) -> tuple[list[DeadLetter], bool]:
+        """Return nothing."""
+        return [], False
+
+    async def get(self, sequence: int) -> DeadLetter | None:
+        """Return None."""
+        return None
+
+    async def remove(self, sequence: int) -> bool:
+        """Return False."""
+        return False
 
 
 class VolumePlacements:

@@ -26,10 +26,13 @@ from services.log.questions import (
     Question,
     Row,
     Stored,
+    Verification,
     decode_events,
     decode_found,
     decode_ids,
+    decode_verified,
     encode_question,
+    verify,
 )
 from services.log.settings import LogSettings
 from services.log.zeromq.links import Links
@@ -110,6 +113,15 @@ class ZeroMqReader:
         if last is not None and last.committed <= after:
             return False
         return bool((await self._events(consultation, after, 1)).rows)
+
+    async def conflicts(self, consultation: str, after: int, limit: int) -> Page:
+        """Return nothing: a client is told at once that its key is used, and the event is not kept."""
+        return Page([], after, more=False)
+
+    async def verify(self, consultation: str) -> Verification:
+        """Have the owner verify the consultation."""
+        partition = self._partition(consultation)
+        return await verify(lambda question: self._ask(partition, question, decode_verified), consultation)
 
     async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
         """Return consultations that begin with *prefix*, sorted by id, and whether there are more."""

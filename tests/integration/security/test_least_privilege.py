@@ -91,6 +91,7 @@ async def test_everything_works_and_nothing_is_refused(provisioned: Secured, tmp
                 async with secured.connected(Role.OPS) as nc:
                     await _set_aside(nc)
                     await _trimmed(nc)
+                await _operated(url)
                 assert 0 == await second.end()
                 assert "" == second.errors
                 assert "LIBRARY" not in {line["event"] for line in second.lines}
@@ -128,6 +129,25 @@ async def _set_aside(nc: Connection) -> None:
         return info is not None and info["state"]["messages"] == 1
 
     await eventually(dead)
+
+
+async def _operated(url: str) -> None:
+    """What an operator sees and does through ingest: state, a dead letter that is dropped, a verification."""
+    async with ClientSession() as session:
+        async with session.get(f"{url}/pipeline") as answer:
+            assert (200, 1) == (answer.status, (await answer.json())["dead_letters"])
+        async with session.get(f"{url}/dead-letters") as answer:
+            (letter,) = (await answer.json())["dead_letters"]
+        path = f"{url}/dead-letters/{letter['sequence']}"
+        async with session.get(path) as answer:
+            assert "garbage" == (await answer.json())["body"]
+        async with session.post(f"{path}/drop", json={"reason": "a test"}) as answer:
+            assert 200 == answer.status
+        async with session.get(f"{url}/dead-letters") as answer:
+            assert [] == (await answer.json())["dead_letters"]
+        for name in ("conflicts", "verification"):
+            async with session.get(f"{url}/consultations/c1/{name}") as answer:
+                assert 200 == answer.status
 
 
 async def _trimmed(nc: Connection) -> None:

@@ -16,9 +16,11 @@ from services.log.status import (
     ReplicaReport,
     StorePlacement,
     StreamReport,
+    Verified,
     Waiting,
 )
 
+AT = "2026-11-23T10:00:00Z"
 NOW = 1_700_000_000.0
 REPLICAS = tuple(ReplicaReport(name, current=True, offline=False, lag=0, seen_seconds=0.1) for name in ("n2", "n3"))
 STREAM = StreamReport("2026-11-23T10:00:00Z", 2, "n1", REPLICAS, 10, 100, 1000, 1, 10)
@@ -86,6 +88,12 @@ def test_a_healthy_log_has_no_conditions() -> None:
             "volume other is away, with partition 01",
         ),
         (partitions(oldest=NOW - 61), "backlog", "warning", "partition 01 of store main is behind"),
+        (
+            replace(HEALTHY, processes=(replace(PROCESS, metadata={"verified": Verified(AT, 9, 2).show()}),)),
+            "verification",
+            "error",
+            "fiq verify found 2 problems in volume volume at 2026-11-23T10:00:00Z",
+        ),
         (replace(HEALTHY, processes=()), "placement", "error", "no persister answers"),
         (replace(HEALTHY, processes=None), "placement", "unknown", "it is not known which persisters run"),
         (

@@ -39,6 +39,7 @@ async def test_a_dead_letter_tells_reason_and_origin_and_keeps_the_body() -> Non
                 "Fi-Stream-Sequence": "17",
                 "Fi-Consultation": "c1",
                 "Fi-Original-Msg-Id": "c1/x",
+                "Fi-Altered": "Fi-Original-Msg-Id",
             },
         )
     ]
@@ -88,7 +89,7 @@ async def test_headers_of_a_dead_letter_stay_small() -> None:
     letters = DeadLetters(recorder, 3, LogIdentity("fi-events", "2026-11-23T10:00:00Z"))
     await letters.send(Delivery(17, "z" * 3900, {"Nats-Msg-Id": "m" * 9000}, b"", "token"), "bad id")
     ((_, _, headers),) = recorder.sent
-    assert ("z" * 300, "m" * 300) == (headers["Fi-Consultation"], headers["Fi-Original-Msg-Id"])
+    assert ("z" * 512, "m" * 512) == (headers["Fi-Consultation"], headers["Fi-Original-Msg-Id"])
 
 
 def test_good_batches_between_break_a_streak() -> None:
