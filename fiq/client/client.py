@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace, TracebackType
-from typing import Self
+from typing import Any, Self
 from uuid import UUID
 
 import orjson
@@ -351,6 +351,84 @@ class AsyncClient:
             except _NoAnswerError as error:
                 failure = _Failure(str(error))
             await self._pause(backoff, failure, may_be_stored=False)
+
+    # -- for operators: a token with the scope ops ---------------------------------------------------------------------
+
+    async def pipeline(self) -> dict[str, Any]:
+        """Return the state of the pipeline, as ``GET /pipeline`` shows it: nodes, partitions, backlog, conditions.
+
+        Raises:
+            RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
+        """
+        return await self._document(_Request("GET", "pipeline", 200, {"Accept": _JSON}))
+
+    async def dead_letters(self, after: int = 0, *, page: int = 100) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the dead letters after the sequence *after*, oldest first, without their bodies.
+
+        Args:
+            after: sequence of the dead letter after which to begin.
+            page: letters a request, at most 1,000.
+
+        Raises:
+            RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
+        """
+        more = True
+        while more:
+            query = {"after": str(after), "limit": str(page)}
+            found = await self._document(_Request("GET", "dead-letters", 200, {"Accept": _JSON}, query))
+            with _readable():
+                letters, more = list(found["dead_letters"]), found["next"] is not None
+                reached = int(letters[-1]["sequence"]) if letters else after
+            if more and reached <= after:
+                raise UnexpectedAnswerError("a page has no dead letters, but is not the last one")
+            after = reached
+            for letter in letters:
+                yield letter
+
+    async def dead_letter(self, sequence: int) -> dict[str, Any]:
+        """Return one dead letter with its body; of a list of conflicts with their events. The service audits it.
+
+        Raises:
+            RefusedError: there is none (``/problems/unknown-dead-letter``), or as of :meth:`post`.
+            UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
+        """
+        return await self._document(_Request("GET", f"dead-letters/{int(sequence)}", 200, {"Accept": _JSON}))
+
+    async def requeue(self, sequence: int, reason: str = "") -> dict[str, Any]:
+        """Put the message of a dead letter back into the log under its id, and remove the letter; safe to repeat.
+
+        Args:
+            sequence: of the dead letter.
+            reason: for the audit log.
+
+        Raises:
+            RefusedError: it cannot go back, or there is no such letter any more.
+            UnexpectedAnswerError: as of :meth:`post`.
+            GaveUpError: as of :meth:`post`; also when the log still remembers the message for longer than the deadline.
+        """
+        return await self._act(sequence, "requeue", {"reason": reason})
+
+    async def drop(self, sequence: int, reason: str) -> dict[str, Any]:
+        """Remove a dead letter for good.
+
+        Args:
+            sequence: of the dead letter.
+            reason: for the audit log.
+
+        Raises:
+            RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`requeue`.
+        """
+        return await self._act(sequence, "drop", {"reason": reason})
+
+    async def _act(self, sequence: int, action: str, document: dict[str, str]) -> dict[str, Any]:
+        headers = {"Accept": _JSON, "Content-Type": _JSON}
+        path = f"dead-letters/{int(sequence)}/{action}"
+        return await self._document(_Request("POST", path, 200, headers, body=orjson.dumps(document)))
+
+    async def _document(self, request: _Request) -> dict[str, Any]:
+        answer = await self._call(request)
+        with _readable():
+            return dict(orjson.loads(answer))
 
     # -- one request, until it is decided ------------------------------------------------------------------------------
 

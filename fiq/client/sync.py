@@ -130,6 +130,27 @@ class Client:
         self._check_fork()
         return self._iterate(self._client.follow(consultation, after, silence=silence))
 
+    def pipeline(self) -> dict[str, Any]:
+        """Return the state of the pipeline; as :meth:`AsyncClient.pipeline`."""
+        return self._call(lambda client: client.pipeline())
+
+    def dead_letters(self, after: int = 0, *, page: int = 100) -> Generator[dict[str, Any], None, None]:
+        """Yield the dead letters, without their bodies; as :meth:`AsyncClient.dead_letters`."""
+        self._check_fork()
+        return self._iterate(self._client.dead_letters(after, page=page))
+
+    def dead_letter(self, sequence: int) -> dict[str, Any]:
+        """Return one dead letter with its body; as :meth:`AsyncClient.dead_letter`."""
+        return self._call(lambda client: client.dead_letter(sequence))
+
+    def requeue(self, sequence: int, reason: str = "") -> dict[str, Any]:
+        """Put the message of a dead letter back into the log; as :meth:`AsyncClient.requeue`."""
+        return self._call(lambda client: client.requeue(sequence, reason))
+
+    def drop(self, sequence: int, reason: str) -> dict[str, Any]:
+        """Remove a dead letter for good; as :meth:`AsyncClient.drop`."""
+        return self._call(lambda client: client.drop(sequence, reason))
+
     def _iterate(self, events: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         prefetch = self._call(lambda _: _Prefetch.start(events))
         thread = self._thread

@@ -51,6 +51,7 @@ COMMANDS = {
     "restore": Entry("backup.restore:restore", "Put a lost volume back from a backup."),
     "give-up": Entry("backup.lost:give_up", "Start a lost volume again without a backup."),
     "place": Entry("backup.lost:place", "Restore deleted placement keys from partition files."),
+    "dead": Entry("dead:dead", "List, show, requeue and drop dead letters."),
     "token": Entry("init.token:token", "Create, list and revoke API tokens without a restart."),
     "nats-context": Entry("nats_context:nats_context", "Write a context file for the `nats` command line."),
     "rolling-restart": Entry(

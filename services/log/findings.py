@@ -163,9 +163,9 @@ def check_dead_letters(state: LogState) -> Iterator[Finding]:
             check,
             f"{dead.messages} messages were set aside in {DEAD_LETTER_LOG}",
             "no persister could store them: they are in no HDF5 file",
-            f"`nats stream view {DEAD_LETTER_LOG}` shows the reasons; purge it when you are done",
+            "`fiq dead list` shows the reasons; `fiq dead requeue` or `fiq dead drop` each",
         )
-        yield _room(DEAD_LETTER_LOG, dead, "partitions with bad messages wait when it is full", "purge it")
+        yield _room(DEAD_LETTER_LOG, dead, "partitions with bad messages wait when it is full", "`fiq dead drop`")
     else:
         yield ok(check, "none")
 

@@ -118,7 +118,7 @@ class PersisterMetrics:
         self.events = counter("fi_persister_events", "Events written and committed", _PARTITION)
         # a steady share is clients' retries; a jump is a client that repeats itself
         self.duplicates = counter("fi_persister_duplicates", "Events dropped because the corpus holds them", _PARTITION)
-        # any: look at `nats stream view fi-dead`
+        # any: look at `fiq dead list`
         self.dead_letters = counter("fi_persister_dead_letters", "Messages moved to stream fi-dead", _PARTITION)
         # any: a client used a key for two events; fi-dead says where the corpus keeps the second one
         self.reused_keys = counter(

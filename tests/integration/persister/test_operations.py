@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from fiq.event import Event, new_event_id
 from services.cli.embedded.cluster import Cluster
 from services.cli.main import app
+from services.core.tokens import Scope, Token, digest_of, render
 from services.log.dead_letters import message_headers
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.partitions import partition_name, partition_of
@@ -293,6 +294,66 @@ async def healthy_partitions(client: Client) -> None:
         return {0} == {one["lag"] for one in (await pipeline_of(client))["partitions"]}
 
     await eventually(done)
+
+
+async def test_fiq_dead_lists_shows_requeues_and_drops(
+    nats_pipeline: Pipeline, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a token of the scope ops, from a file or the environment; without one it says so."""
+    tokens = {name: Token(name, digest_of(name), frozenset({scope})) for name, scope in SCOPES.items()}
+    (tmp_path / "tokens").write_text(render(tokens))
+    (tmp_path / "token").write_text("operator\n")
+    good, bad = Event("c-1", new_event_id(), 1, BODY), Event("c-1", new_event_id(), 1, b"private \x1b[31m garbage")
+    options = ["--token-file", str(tmp_path / "token")]
+
+    async def fiq(*arguments: str, token: Sequence[str] = options) -> Any:
+        command = ["dead", *arguments, "--url", client.url, *token]
+        return await asyncio.to_thread(CliRunner().invoke, app, command)
+
+    settings = {"FI_TOKEN_FILE": str(tmp_path / "tokens")}
+    async with (
+        nats_pipeline.ready_persister(),
+        nats_pipeline.ingest(**settings) as (client, ingest),
+        connected(cluster) as nc,
+    ):
+        assert "no dead letters\n" == (await fiq("list")).stdout
+        await publish(nc, bad)
+        await eventually(lambda: _listed(fiq, 1))
+        await set_aside(nc, good, 0)
+        first, second = await eventually(lambda: _listed(fiq, 2))
+        table = (await fiq("list")).stdout
+        assert ["no", "yes"] == [line.split()[5] for line in table.splitlines()[1:]]
+        assert "private" not in table
+        shown = (await fiq("show", str(first["sequence"]))).stdout
+        assert "reason: the body is not valid JSON" in shown
+        assert "private \\u001b[31m garbage" in shown
+        assert "private" in orjson.loads((await fiq("show", str(second["sequence"]), "--json")).stdout)["body"]
+        done = await fiq("requeue", str(first["sequence"]), str(second["sequence"]), "--reason", "a mend")
+        assert 1 == done.exit_code
+        assert f"{second['sequence']} requeued: c-1/{good.event_id}, now sequence " in done.stdout
+        assert f"fiq: {first['sequence']}: " in done.stderr
+        assert "it would be set aside again" in done.stderr
+        await nats_pipeline.holds("c-1", 1)
+        assert 2 == (await fiq("drop", str(first["sequence"]))).exit_code
+        (dropped,) = orjson.loads((await fiq("drop", str(first["sequence"]), "--reason", "a test", "--json")).stdout)
+        assert {"status": "dropped", "sequence": first["sequence"]} == dropped
+        done = await fiq("drop", "77", "--reason", "a test")
+        assert (1, True) == (done.exit_code, "unknown-dead-letter" in done.stderr)
+        monkeypatch.setenv("FI_TOKEN", "clinic")
+        done = await fiq("list", token=())
+        assert (1, True) == (done.exit_code, "/problems/forbidden" in done.stderr)
+        await eventually(lambda: len(audited(ingest)) == 4)
+        assert {"operator"} == {line["token"] for line in audited(ingest)}
+
+
+#: name of a token, which is the token as well -> its scope
+SCOPES = {"operator": Scope.OPS, "clinic": Scope.READ}
+
+
+async def _listed(fiq: Callable[..., Awaitable[Any]], count: int) -> list[dict[str, Any]]:
+    """Return the dead letters if there are *count*; else nothing."""
+    found: list[dict[str, Any]] = orjson.loads((await fiq("list", "--json")).stdout)
+    return found if len(found) == count else []
 
 
 async def test_a_conflict_is_listed_and_its_body_comes_from_the_corpus(
