@@ -6,6 +6,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,17 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 _WIDTH = 100
+_SETTINGS = """
+ALLOW_ANONYMOUS ANSWER_TIMEOUT BATCH_BYTES BATCH_EVENTS BODY_TIMEOUT BUFFER_BYTES BUFFER_EVENTS DATA_DIR
+DEAD_MAX_BYTES DUPLICATE_WINDOW FOLLOW_INTERVAL HEADER_TIMEOUT HOST KEY_LOOKUP_WAIT KNOWN_IDS LOG_LEVEL
+LOG_URL MANAGEMENT_HOST MANAGEMENT_PORT MAX_BACKLOG MAX_BATCHED_EVENTS MAX_BATCH_BYTES MAX_CONNECTIONS
+MAX_EVENT_BYTES MAX_FOLLOWERS MAX_IN_FLIGHT MAX_IN_FLIGHT_BYTES MAX_JSON_DEPTH NATS_CA_FILE NATS_SEED_FILE
+OPEN_CONSULTATIONS PARTITIONS PERSISTER_HOST PERSISTER_PORT POISON_STREAK PORT PROVISION PUBLISH_DEADLINE
+RATE RATE_BURST REPLICAS RETENTION RETRY_AFTER SHUTDOWN_GRACE STARTUP_TIMEOUT STORE STREAM_MAX_BYTES
+TLS_CERT TLS_KEY TOKEN TOKEN_FILE URL VOLUMES WATCHDOG ZMQ_CLIENT_KEYS ZMQ_KEY_FILE ZMQ_SERVER_KEY
+"""
+#: every setting of the services and of `fiq`, without FI_: they may share one file of variables. A test compares
+SETTINGS = frozenset(_SETTINGS.split())
 
 
 def product_version() -> str:
@@ -74,6 +86,15 @@ def load_or_exit(program: str, settings: type[T], env: Mapping[str, str]) -> T:
         return load(settings, env)
     except ConfigurationError as error:
         raise SystemExit(report_error(program, error)) from None
+
+
+def warn_of_unknown(log: Any, env: Mapping[str, str]) -> None:
+    """Log the names of variables in *env* that look like settings and are none, with the nearest setting."""
+    unknown = sorted(name for name in env if name.startswith("FI_") and name.removeprefix("FI_") not in SETTINGS)
+    if unknown:
+        nearest = {name: get_close_matches(name, [f"FI_{one}" for one in SETTINGS], 1) for name in unknown}
+        shown = [f"{name} ({match[0]}?)" if match else name for name, match in nearest.items()]
+        log.warning("SETTINGS_UNKNOWN", variables=shown, action="they have no effect: correct or remove them")
 
 
 def report_error(program: str, error: FiqError) -> int:

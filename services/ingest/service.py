@@ -20,7 +20,7 @@ import uvloop
 import services.log
 from fiq.errors import ConfigurationError, FiqError
 from services.core import logs
-from services.core.command import load_or_exit, memory_limit, parser, product_version, report_error
+from services.core.command import load_or_exit, memory_limit, parser, product_version, report_error, warn_of_unknown
 from services.core.lifecycle import Stop, freeze_garbage, run_until_stopped, stop_on_signals
 from services.core.management import bind, serve_management
 from services.core.tracing import Spans, open_spans
@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = load_or_exit(PROGRAM, Settings, os.environ)
     logs.configure("ingest", level=settings.log_level)
     log = logs.get_logger("ingest")
+    warn_of_unknown(log, os.environ)
     bounded = fit_memory(settings, memory_limit())
     if bounded != settings:
         log.warning("MEMORY_BOUNDED", max_in_flight_bytes=bounded.max_in_flight_bytes)

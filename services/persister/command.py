@@ -19,7 +19,7 @@ import uvloop
 
 from fiq.errors import ConfigurationError, FiqError
 from services.core import logs
-from services.core.command import EXIT_USAGE, load_or_exit, memory_limit, parser, report_error
+from services.core.command import EXIT_USAGE, load_or_exit, memory_limit, parser, report_error, warn_of_unknown
 from services.core.lifecycle import Stop, stop_on_signals
 from services.persister.settings import PersisterSettings, bounds, fit_memory, needed_bytes
 
@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         problem = f"FI_PERSISTER_PORT={settings.port}: no {options.workers} ports"
         return report_error(PROGRAM, ConfigurationError([problem]))
     logs.configure("persister", level=settings.log_level)
+    if options.worker_of is None:
+        warn_of_unknown(logs.get_logger("persister"), os.environ)
     try:
         return uvloop.run(_run(_bounded(settings, options.workers), options))
     except FiqError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.core.command import format_default
+from services.core.command import SETTINGS, format_default
 from services.core.settings import Variable, variables
 from services.ingest.settings import Settings
 from services.log.settings import LogSettings
@@ -15,6 +15,8 @@ from services.persister.settings import PersisterSettings
 DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
 #: every settings class of the project
 CLASSES: tuple[type, ...] = (LogSettings, Settings, PersisterSettings)
+#: read by `fiq` alone
+OF_THE_CLI = ("FI_URL", "FI_TOKEN")
 VARIABLES = {variable.name: variable for cls in CLASSES for variable in variables(cls)}
 
 
@@ -23,6 +25,11 @@ def test_each_setting_is_documented_with_its_default(variable: Variable) -> None
     """Name, default and meaning are in one row, word for word."""
     row = f"| `{variable.name}` | `{format_default(variable.default)}` | {variable.doc} |"
     assert row in DOCS.read_text().splitlines()
+
+
+def test_each_service_knows_the_settings_of_all() -> None:
+    """They may share one file of variables: only what nothing reads is worth a warning."""
+    assert {name.removeprefix("FI_") for name in (*VARIABLES, *OF_THE_CLI)} == SETTINGS
 
 
 def test_no_setting_is_documented_that_does_not_exist() -> None:

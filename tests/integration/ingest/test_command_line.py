@@ -84,6 +84,13 @@ def test_without_tokens_it_says_so(settings: dict[str, str]) -> None:
     assert "ACCESS_ANONYMOUS" in done.stdout
 
 
+def test_an_unknown_setting_is_warned_of_once_at_start() -> None:
+    """A misspelt one would have no effect, in silence."""
+    done = run(FI_PORT="0", FI_LOG_URL="nats://127.0.0.1:1", FI_STARTUP_TIMEOUT="1", FI_MAXBACKLOG="1", FI_VOLUMES="2")
+    assert 1 == done.stdout.count("SETTINGS_UNKNOWN")
+    assert "FI_MAXBACKLOG (FI_MAX_BACKLOG?)" in done.stdout
+
+
 def test_a_token_file_that_is_none_ends_it_with_2(tmp_path: Path) -> None:
     """One line, with the setting, the file, and nothing of what stands in it."""
     path = tmp_path / "tokens"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from structlog.testing import capture_logs
 
 from fiq.errors import ConfigurationError, PermanentError
-from services.core.command import describe, format_default, load_or_exit, parser, report_error
+from services.core.command import describe, format_default, load_or_exit, parser, report_error, warn_of_unknown
+from services.core.logs import get_logger
 from services.core.settings import variables
 from services.log.settings import LogSettings
 
@@ -25,6 +27,25 @@ def test_wrong_settings_end_the_process_with_2_and_a_line_each(capsys: pytest.Ca
     lines = capsys.readouterr().err.splitlines()
     assert (caught.value.code, len(lines)) == (2, 2)
     assert lines[0].startswith("p: FI_PARTITIONS='0': expected")
+
+
+def test_unknown_variables_are_named_once_with_the_nearest_setting() -> None:
+    """By name, never with their values; those of another service, and of other programs, are not."""
+    env = {
+        "FI_MAX_BACKLOGS": "secret",
+        "FI_QQQQQQ": "secret",
+        "FI_PORT": "1",
+        "FI_VOLUMES": "2",
+        "FIQ_X": "",
+        "PATH": "",
+    }
+    with capture_logs() as entries:
+        warn_of_unknown(get_logger("test"), env)
+        warn_of_unknown(get_logger("test"), {"FI_PORT": "1"})
+    (line,) = entries
+    assert ("SETTINGS_UNKNOWN", "warning") == (line["event"], line["log_level"])
+    assert ["FI_MAX_BACKLOGS (FI_MAX_BACKLOG?)", "FI_QQQQQQ"] == line["variables"]
+    assert "secret" not in str(line)
 
 
 def test_the_exit_code_tells_wrong_settings_from_failures(capsys: pytest.CaptureFixture[str]) -> None:
