@@ -631,6 +631,17 @@ def _check_attributes(attributes: Mapping[str, Any]) -> None:
             raise InvalidBodyError("subject names the consultation: 1 to 128 of A-Z a-z 0-9 _ -") from None
 
 
+def is_cloudevent(attributes: object) -> bool:
+    """Return whether a stored event's member ``cloudevent`` holds the attributes of a CloudEvent."""
+    if not isinstance(attributes, dict):
+        return False
+    try:
+        _check_attributes(attributes)
+    except InvalidBodyError:
+        return False
+    return True
+
+
 def _from_base64(value: Any, attributes: Mapping[str, Any]) -> dict[str, bytes]:
     try:
         data = base64.b64decode(value, validate=True) if isinstance(value, str) else None

@@ -193,9 +193,8 @@ def _title(path: str, method: str) -> str:
 def _access(operation: Json) -> str:
     if not operation["security"]:
         return "Needs no token."
-    scope = operation["security"][-1]["token"][0]
     asked = "Needs" if {} not in operation["security"] else "This process needs no token; others need"
-    return f"{asked} a token with the scope <b>{escape(scope)}</b>."
+    return f"{asked} a token with the scope <b>{escape(operation['x-scope'])}</b>."
 
 
 def _parameters(description: Json, operation: Json) -> list[Json]:

@@ -137,7 +137,7 @@ NOT_ACCEPTABLE = ProblemType(
     "not-acceptable",
     406,
     "Not acceptable",
-    "Accept application/json or application/x-ndjson; with follow=1, text/event-stream.",
+    "Accept application/json, application/x-ndjson or CloudEvents; with follow=1, text/event-stream.",
 )
 BODY_TIMEOUT = ProblemType(
     "body-timeout", 408, "Body timeout", "The body did not arrive in time; nothing was stored.", close=True

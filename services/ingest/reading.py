@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from urllib.parse import urlencode
 from uuid import UUID
@@ -27,7 +27,18 @@ from services.ingest.admission import IN_FLIGHT
 from services.ingest.following import FOLLOWERS, Source
 from services.ingest.metrics import METRICS
 from services.ingest.problems import REFUSALS, SERVER, ProblemType, RequestRefusedError
-from services.ingest.records import EVENT_STREAM, JSON, NDJSON, document_of, page_body, record, summary_record
+from services.ingest.records import (
+    CLOUDEVENT,
+    CLOUDEVENT_BATCH,
+    EVENT_STREAM,
+    JSON,
+    NDJSON,
+    cloudevent,
+    document_of,
+    page_body,
+    record,
+    summary_record,
+)
 from services.ingest.server import send
 from services.log.errors import (
     CorpusAwayError,
@@ -145,7 +156,8 @@ async def _events(request: web.Request, held: ExitStack) -> web.StreamResponse:
     consultation = _consultation(request)
     wanted = _wanted(request)
     _last_event_id(request)  # means nothing for a page, but is refused everywhere when it is malformed
-    media_type = negotiate(request, JSON, NDJSON)
+    media_type = negotiate(request, JSON, NDJSON, CLOUDEVENT_BATCH)
+    wanted = replace(wanted, cloudevents=media_type == CLOUDEVENT_BATCH)
     request.app[READ_LIMIT].enter(held)
     page = await _select(request.app[READER], consultation, wanted)
     link = None
@@ -164,7 +176,7 @@ async def _events(request: web.Request, held: ExitStack) -> web.StreamResponse:
 
 async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
     consultation = _consultation(request)
-    media_type = negotiate(request, JSON)
+    media_type = negotiate(request, JSON, CLOUDEVENT)
     try:
         event_id = UUID(request.match_info["message_id"])
     except ValueError:
@@ -177,7 +189,12 @@ async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
     if bodies:
         bodies_shown(request, 1, consultation_id=consultation)
     _log.info("EVENT_READ", consultation_id=consultation, message_id=str(event_id), sequence=stored.sequence)
-    return response_of(request, record(stored, bodies=bodies, consultation=True), media_type)
+    shown = (
+        cloudevent(stored, bodies=bodies)
+        if media_type == CLOUDEVENT
+        else record(stored, bodies=bodies, consultation=True)
+    )
+    return response_of(request, shown, media_type)
 
 
 async def _consultations(request: web.Request, held: ExitStack) -> web.StreamResponse:
@@ -303,6 +320,7 @@ class Wanted:
         event_id: of the only one; None for all.
         bodies: whether their bodies are shown.
         backward: the page ends below *before*, rather than beginning after *after*.
+        cloudevents: whether they are shown as CloudEvents.
     """
 
     after: int
@@ -313,6 +331,7 @@ class Wanted:
     event_id: UUID | None
     bodies: bool
     backward: bool
+    cloudevents: bool = False
 
     @property
     def filtered(self) -> bool:
@@ -335,8 +354,10 @@ class Wanted:
         return self.after < stored.sequence and (self.before is None or stored.sequence < self.before)
 
     def show(self, stored: SequencedEvent) -> bytes | None:
-        """Return the record of *stored*; None if it is not one of them."""
-        return record(stored, bodies=self.bodies) if self.matches(stored) else None
+        """Return what is shown of *stored*; None if it is not one of them."""
+        if not self.matches(stored):
+            return None
+        return (cloudevent if self.cloudevents else record)(stored, bodies=self.bodies)
 
 
 @dataclass(slots=True)

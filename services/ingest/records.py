@@ -1,4 +1,4 @@
-"""How stored events are shown: as records, one JSON object each, in pages and in streams."""
+"""How stored events are shown: as records or as CloudEvents, one JSON object each, in pages and in streams."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 import orjson
 
+from services.ingest.formats import is_cloudevent, slice_object
 from services.log.protocol import SequencedEvent
 from services.log.questions import ConsultationSummary
 
 JSON, NDJSON = "application/json", "application/x-ndjson"
 EVENT_STREAM, HTML = "text/event-stream", "text/html"
+CLOUDEVENT, CLOUDEVENT_BATCH = "application/cloudevents+json", "application/cloudevents-batch+json"
 
 
 def record(stored: SequencedEvent, *, bodies: bool = True, consultation: bool = False, status: bool = True) -> bytes:
@@ -49,6 +51,33 @@ def summary_record(found: ConsultationSummary) -> bytes:
     )
 
 
+def cloudevent(stored: SequencedEvent, *, bodies: bool = True) -> bytes:
+    """Return an event as a CloudEvent in the JSON format; without its data if *bodies* is False.
+
+    One that was posted as a CloudEvent has the attributes that it was posted with. Another one gets them from its
+    record; of its body only ``event_type`` and ``payload`` are shown.
+    """
+    event, members = stored.event, dict(slice_object(stored.event.body))
+    document = document_of(stored)
+    attributes = members.get("cloudevent", b"")
+    if not is_cloudevent(document.get("cloudevent")):
+        made = {
+            "specversion": "1.0",
+            "id": str(event.event_id),
+            "source": f"/consultations/{event.consultation}",
+            "type": document.get("event_type"),
+            "subject": event.consultation,
+            "time": rfc3339(event.received_ns),
+        }
+        attributes = orjson.dumps(made | ({"datacontenttype": JSON} if "payload" in members else {}))
+    data = b"".join(
+        b',"%b":%b' % (shown, members[name])
+        for name, shown in (("payload", b"data"), ("data_base64", b"data_base64"))
+        if bodies and name in members
+    )
+    return attributes.rstrip()[:-1] + data + b"}"
+
+
 def rfc3339(nanoseconds: int) -> str:
     """Return a time since the Unix epoch in UTC, to the nanosecond."""
     seconds, fraction = divmod(nanoseconds, 10**9)
@@ -67,7 +96,7 @@ def page_body(
     """Return a page of *records*.
 
     Args:
-        media_type: JSON or NDJSON.
+        media_type: JSON, NDJSON or CLOUDEVENT_BATCH.
         name: of the member that holds them, in JSON.
         records: JSON texts.
         links: URLs of other pages, or None, by the names of their members in JSON.
@@ -75,6 +104,8 @@ def page_body(
     """
     if media_type == NDJSON:
         return b"".join(line + b"\n" for line in records)
+    if media_type == CLOUDEVENT_BATCH:
+        return b"[" + b",".join(records) + b"]"
     head = b"".join(b"%b:%b," % (orjson.dumps(key), orjson.dumps(value)) for key, value in members.items())
     tail = b"".join(b",%b:%b" % (orjson.dumps(key), orjson.dumps(value)) for key, value in links.items())
     return b'{%b"%b":[%b]%b}' % (head, name.encode(), b",".join(records), tail)

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
-from cloudevents.core.bindings.http import HTTPMessage, to_binary_event, to_structured_event
+from cloudevents.core.bindings.http import HTTPMessage, from_http_event, to_binary_event, to_structured_event
 from cloudevents.core.v1.event import CloudEvent
 
 from fiq.event import event_id_of_cloudevent
@@ -217,3 +217,53 @@ async def test_plain_json_belongs_to_a_consultation(edge: Edge) -> None:
     """POST /events takes CloudEvents only: a plain event names no consultation there."""
     reply = await post(edge, HTTPMessage({"Content-Type": "application/json"}, b'{"event_type":"A"}'), "/events")
     assert (415, "unsupported-media-type") == slug(reply)
+
+
+async def test_a_cloudevent_is_read_back_as_it_was_posted(edge: Edge) -> None:
+    """In the form of the official SDK; posted again it is a duplicate, whatever its data are."""
+    posted = [
+        event({"a": [1, 2]}, subject="c-1", datacontenttype="application/json", extra="x"),
+        event("Good\nnight", id="2", subject="c-1", datacontenttype="text/plain"),
+        event(b"\x00\xff", id="3", subject="c-1", datacontenttype="application/octet-stream"),
+        event(None, id="4", subject="c-1"),
+    ]
+    locations = [(await post(edge, to_structured_event(one), "/events")).headers["Location"] for one in posted]
+    kind = "application/cloudevents+json"
+    for path, one in zip(locations, posted, strict=True):
+        reply = await edge.request("GET", path, headers={"Accept": kind})
+        assert (200, kind) == (reply.status, reply.headers["Content-Type"])
+        read = from_http_event(HTTPMessage(reply.headers, reply.content))
+        assert (one.get_attributes(), one.get_data()) == (read.get_attributes(), read.get_data())
+        again = await post(edge, HTTPMessage({"Content-Type": kind}, reply.content), "/events")
+        assert (202, True) == (again.status, again.json["duplicate"])
+    batch = {"Accept": "application/cloudevents-batch+json"}
+    reply = await edge.request("GET", "/consultations/c-1/events?limit=3", headers=batch)
+    assert ["7", "2", "3"] == [one["id"] for one in reply.json]
+    assert 'rel="next"' in reply.headers["Link"]
+    again = await post(edge, HTTPMessage({"Content-Type": batch["Accept"]}, reply.content), "/events")
+    assert [True] * 3 == [one["duplicate"] for one in again.json["results"]]
+
+
+async def test_a_plain_event_is_read_as_a_cloudevent(edge: Edge) -> None:
+    """Its attributes come from its record; payload is its data byte for byte."""
+    await edge.post(body=b'{"event_type":"A","payload":{"n": 1.0},"more":1}')
+    await edge.post(body=b'{"cloudevent":{"id":"no type"},"event_type":"B"}')
+    batch = {"Accept": "application/cloudevents-batch+json"}
+    reply = await edge.request("GET", "/consultations/c-1/events", headers=batch)
+    first, second = reply.json
+    records = (await edge.request("GET", "/consultations/c-1/events")).json["events"]
+    assert b'"data":{"n": 1.0}}' in reply.content
+    assert {
+        "specversion": "1.0",
+        "id": records[0]["message_id"],
+        "source": "/consultations/c-1",
+        "type": "A",
+        "subject": "c-1",
+        "time": records[0]["received"],
+        "datacontenttype": "application/json",
+        "data": {"n": 1},
+    } == first
+    assert ("B", False, False) == (second["type"], "data" in second, "datacontenttype" in second)
+    reply = await edge.request("GET", "/consultations/c-1/events?bodies=0&type=A", headers=batch)
+    assert [{name: value for name, value in first.items() if name != "data"}] == reply.json
+    assert [] == (await edge.request("GET", "/consultations/other/events", headers=batch)).json

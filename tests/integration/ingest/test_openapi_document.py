@@ -70,7 +70,8 @@ async def test_each_operation_names_the_scope_that_the_gate_asks_for(edge: Edge)
         rule = gate.rule(route)
         assert rule is not None
         path, method = route.resource.canonical, route.method.lower()
-        asked = [] if rule.scope is OPEN else [{"token": [str(rule.scope)]}]
+        asked: list[Json] = [] if rule.scope is OPEN else [{"token": []}]
+        assert (None if rule.scope is OPEN else str(rule.scope)) == strict["paths"][path][method].get("x-scope")
         assert asked == strict["paths"][path][method]["security"]
         assert ([{}, *asked] if asked else []) == edge.description["paths"][path][method]["security"]
 
@@ -84,6 +85,17 @@ def test_every_problem_is_in_an_operation_or_is_a_general_one(description: Json)
                 found |= set(types)
                 assert {int(status)} == {BY_SLUG[kind.rpartition("/")[2]].status for kind in types}
     assert {problem.type for problem in registry()} == found
+
+
+def test_linters_find_no_scope_of_a_bearer_token_and_nothing_unused(description: Json) -> None:
+    """Scopes belong to OAuth alone, so ours are in x-scope; a component that nothing refers to is a leftover."""
+    for methods in description["paths"].values():
+        for operation in methods.values():
+            assert all(scopes == [] for one in operation["security"] for scopes in one.values())
+    text = orjson.dumps(description).decode()
+    for kind, components in description["components"].items():
+        for name in components:
+            assert kind == "securitySchemes" or f'"#/components/{kind}/{name}"' in text, name
 
 
 def test_the_limits_are_those_of_the_process() -> None:

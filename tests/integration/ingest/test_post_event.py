@@ -154,6 +154,16 @@ async def test_invalid_json_is_answered_with_the_place_and_no_content(edge: Edge
         assert f"The body is not JSON in UTF-8: see {place}." == reply.json["detail"]
 
 
+async def test_a_message_id_is_unique_within_its_consultation_only(edge: Edge) -> None:
+    """The same key in two consultations is two events with one id, and each is found."""
+    first, second = [await edge.post(name, BODY, Idempotency_Key="k") for name in ("a", "b")]
+    assert first.json["message_id"] == second.json["message_id"]
+    assert [1, 2] == [reply.json["sequence"] for reply in (first, second)]
+    for reply, name in ((first, "a"), (second, "b")):
+        found = await edge.request("GET", reply.headers["Location"])
+        assert (200, name) == (found.status, found.json["consultation_id"])
+
+
 async def test_an_empty_body_is_called_empty(edge: Edge) -> None:
     """There is no place in it."""
     for body in (b"", b" \n"):
