@@ -174,7 +174,7 @@ def test_every_route_says_what_it_takes() -> None:
     assert [] == [route for route, rule in rules.items() if rule is None]
     opened = {route for route, rule in rules.items() if rule is not None and rule.scope is OPEN}
     options = {("OPTIONS", path) for _, path in rules}
-    without_data = ("/", "/problems", "/problems/{slug}", "/openapi.json", "/docs")
+    without_data = ("/", "/problems", "/problems/{slug}", "/openapi.json", "/docs", "/ui", "/ui/{file}", "/token")
     assert options | {(method, path) for method in ("GET", "HEAD") for path in without_data} == opened
 
 
