@@ -13,15 +13,21 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
 from importlib import import_module
-from typing import Any, NamedTuple, cast
+from types import SimpleNamespace
+from typing import Annotated, Any, NamedTuple, cast
 
 import typer
+from typer.completion import completion_init, get_completion_script  # type: ignore[attr-defined]
 from typer.core import TyperGroup
 
 from fiq.errors import FiqError
 from services.core.command import product_version
 
+#: in the environment when a shell asks for completions
+COMPLETE_VARIABLE = "_FIQ_COMPLETE"
 #: exit code after Ctrl-C: 128 + SIGINT
 INTERRUPTED = 130
 
@@ -38,11 +44,14 @@ COMMANDS = {
     "demo": Entry("demo:demo", "Post events while parts are killed, then verify HDF5."),
     "init": Entry("init.deployment:init", "Create the secrets of a deployment."),
     "up": Entry("embedded.up:up", "Run the whole pipeline on this machine until Ctrl-C."),
+    "logs": Entry("logs:logs", "Show the logs of `fiq up`, of all processes by time."),
     "status": Entry("status:status", "Show nodes, stream, and each partition's lag and owner."),
     "doctor": Entry("doctor.command:doctor", "Check a whole deployment and say what to do."),
     "post": Entry("post:post", "Post the events of a file; a stopped post can continue."),
     "ls": Entry("corpus:ls", "List consultations: events, first and last time, id."),
     "show": Entry("corpus:show", "Print a consultation's events, one per line."),
+    "get": Entry("reading:get", "Print one event as JSON, in HDF5 or not yet."),
+    "follow": Entry("reading:follow", "Print a consultation's events as they come."),
     "export": Entry("export:export", "Write events as NDJSON, JSON, CSV or Parquet."),
     "verify": Entry("corpus:verify", "Check every row, body, chain and journal of a corpus."),
     "recover": Entry("corpus:recover", "Apply journals to their partition files."),
@@ -59,6 +68,7 @@ COMMANDS = {
     ),
     "wait": Entry("embedded.rolling_restart:wait", "Wait until nodes, replicas and services are ready."),
     "provision": Entry("nats_context:provision", "Create the streams, or check that they fit the settings."),
+    "completion": Entry("main:completion", "Print the completion script of a shell."),
     "version": Entry("main:version", "Print the versions of fiq, Python and nats-server."),
 }
 
@@ -78,6 +88,22 @@ def version() -> None:
         typer.echo(str(error))
     except (OSError, subprocess.SubprocessError) as error:
         typer.echo(f"nats-server cannot be run: {error}")
+
+
+class Shell(StrEnum):
+    """A shell whose completion is supported."""
+
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
+
+def completion(shell: Annotated[Shell, typer.Argument(help="Of the shell that you use.")]) -> None:
+    """Print the completion script of a shell.
+
+    It asks `fiq` itself for what may come next, so it fits the installed version.
+    """
+    typer.echo(get_completion_script(prog_name="fiq", complete_var=COMPLETE_VARIABLE, shell=shell))
 
 
 class Commands(Mapping[str, Any]):
@@ -119,28 +145,53 @@ def _command(name: str, found: Any) -> Any:
 class FiqGroup(TyperGroup):
     """Shows an error as one message on stderr and exits with 1, instead of with a traceback."""
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the arguments, and print the help if that was asked for."""
+        with _closed_pipe_is_an_end():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Raises typer.Exit: it failed (1) or was interrupted (130)."""
         try:
-            return super().invoke(ctx)
+            with _closed_pipe_is_an_end():
+                try:
+                    return super().invoke(ctx)
+                finally:
+                    sys.stdout.flush()
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except FiqError as error:
             message = str(error)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has closed it
-                # the interpreter flushes stdout at exit, and would complain again
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                raise typer.Exit(1) from None
             message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         typer.echo(f"fiq: {message}", err=True)
         raise typer.Exit(1)
+
+
+@contextmanager
+def _closed_pipe_is_an_end() -> Iterator[None]:
+    """Raise typer.Exit(0) when the reader of stdout has closed it, as in ``fiq … | head``: it has what it wanted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            raise
+        # the interpreter flushes stdout at exit, and would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
 
 
 class _Fiq(FiqGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.commands = cast("Any", Commands(COMMANDS))  # nothing is added to it
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Return what may follow ``fiq``; as for the help, no command is imported for it."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        found = ((name, entry.summary) for name, entry in COMMANDS.items() if name.startswith(incomplete))
+        return [SimpleNamespace(value=name, help=summary, type="plain") for name, summary in found]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -159,14 +210,26 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fiq {product_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _fiq() -> None:
+def _fiq(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Make *app* a group although it registers no command itself."""
 
 
 def main() -> None:
     """Run the command line of this process; libraries log nothing into its results."""
     logging.basicConfig(level=logging.CRITICAL)
+    if COMPLETE_VARIABLE in os.environ:  # the shell asks
+        completion_init()
     group: Any = typer.main.get_command(app)
     group.commands = Commands(COMMANDS, on_import=_silence_structlog)
     group()

@@ -19,7 +19,6 @@ from typing import Annotated
 
 import typer
 
-from fiq.corpus.wal.storage import ephemeral_file_system
 from services.cli import console
 from services.cli.embedded.processes import ManagedProcess
 from services.cli.embedded.stack import (
@@ -224,6 +223,8 @@ def _welcome(stack: Stack) -> str:
     else:
         address, logs = f"log       {stack.log_url}", _shown(stack.logs)
         look = f"Look at the partitions and their owners:\n\n  fiq status{option}"
+    from fiq.corpus.wal.storage import ephemeral_file_system  # with h5py: the first line must not wait for it
+
     kind = ephemeral_file_system(stack.folder)
     lost = f", on {kind}: they are lost when this machine restarts or this container is removed" if kind else ""
     return f"""\

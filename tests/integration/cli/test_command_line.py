@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +12,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.main import COMMANDS, app
+from services.cli.main import COMMANDS, Shell, app
 
 ROOT = Path(__file__).parents[3]
+#: what takes 0.05 to 0.2 s to import
+SLOW = {"rich.console", "structlog", "aiohttp", "nats", "h5py", "numpy", "cryptography"}
+#: a program that is called fiq
+AS_FIQ = "import sys; sys.argv[0] = 'fiq'; from services.cli.main import main; main()"
+FIQ = [sys.executable, "-m", "services.cli.main"]
 
 
 @pytest.fixture
@@ -21,13 +29,52 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     return CliRunner()
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    """`fiq … | head -1` ends quietly."""
-    pipeline = f"'{sys.executable}' -m services.cli.main version | true"
+@pytest.mark.parametrize("command", ["version | true", "--help | true", "show --help | true", "logs -n 0 | head -1"])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, command: str) -> None:
+    """`fiq … | head` ends quietly and with 0, also in a script with `set -o pipefail`."""
+    log = tmp_path / ".fiq" / "logs" / "ingest.log"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"event":"E","level":"info","timestamp":"2026-11-27T16:00:00.000000Z"}\n' * 50_000)
 
-    result = subprocess.run(["sh", "-c", pipeline], capture_output=True, text=True, check=False)
+    script = f"set -o pipefail; {shlex.join(FIQ)} {command}"
+    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    assert result.stderr == ""
+    assert (0, "") == (result.returncode, result.stderr)
+
+
+COMPLETED = [
+    ("fiq expo", ["export"]),
+    ("fiq token re", ["revoke"]),
+    ("fiq export --fo", ["--format", "--force", "--folder"]),
+    ("fiq export --format ", ["ndjson", "json", "csv", "parquet"]),
+    ("fiq --ver", ["--version"]),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), COMPLETED)
+@pytest.mark.parametrize("shell", list(Shell))
+def test_shells_complete_commands_options_and_values(shell: Shell, line: str, expected: list[str]) -> None:
+    """By asking `fiq` as the shell's script does."""
+    words = line.split(" ")
+    env = os.environ | {"_FIQ_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    env |= {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_TYPER_COMPLETE_ARGS": line}
+
+    result = subprocess.run([sys.executable, "-c", AS_FIQ], env=env, capture_output=True, text=True, check=True)
+
+    assert "" == result.stderr
+    assert expected == [name for name in re.split(r'[\s":]+', result.stdout) if name in expected]
+
+
+def test_bash_takes_the_completion_script() -> None:
+    """The one shell that every machine has."""
+    script = f"""
+fiq() {{ {shlex.join([sys.executable, "-c", AS_FIQ])} "$@"; }}
+eval "$(fiq completion bash)"
+complete -p fiq"""
+
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+
+    assert "complete -o default -F _fiq_completion fiq\n" == result.stdout
 
 
 def test_version_names_fiq_and_the_server(runner: CliRunner) -> None:
@@ -59,11 +106,11 @@ def test_h5py_is_imported_only_when_a_corpus_is_read() -> None:
 
 
 def test_the_first_line_of_up_waits_for_no_slow_import() -> None:
-    """It is to come within half a second; each of these takes 0.05 to 0.2 s."""
+    """It is to come within half a second."""
     modules = set(imported_by("up --help"))
 
     assert "services.cli.embedded.up" in modules
-    assert set() == modules & {"rich.console", "structlog", "aiohttp", "nats", "h5py", "numpy", "cryptography"}
+    assert set() == modules & SLOW
 
 
 def test_make_up_runs_the_pipeline() -> None:
@@ -79,4 +126,7 @@ def test_a_command_imports_none_of_the_others(arguments: str) -> None:
     """`fiq version` and `fiq --help` would take twice as long."""
     commands = {f"services.cli.{entry.location.partition(':')[0]}" for entry in COMMANDS.values()}
 
-    assert {"services.cli.main"} == commands & set(imported_by(arguments))
+    modules = set(imported_by(arguments))
+
+    assert {"services.cli.main"} == commands & modules
+    assert set() == modules & SLOW

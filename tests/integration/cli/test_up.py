@@ -208,6 +208,78 @@ def test_an_event_goes_all_the_way(up: Up) -> None:
     assert sorted(set(sequences)) == sequences
 
 
+def test_get_prints_an_event_of_the_service(up: Up) -> None:
+    """As JSON, at once after its 202; an unknown one is an error."""
+    accepted = post(up, "got", {"text": "a\u202eb"})
+
+    found = fiq(up.folder, "get", "got", accepted["message_id"])
+    unknown = fiq(up.folder, "get", "got", "00000000-0000-4000-8000-000000000000")
+    elsewhere = fiq(up.folder, "get", "got", accepted["message_id"], "--url", "http://127.0.0.1:1", "--patience", "1")
+
+    document = json.loads(found.stdout)
+    assert accepted["message_id"] == document["message_id"]
+    assert {"event_type": "MESSAGE_RECEIVED", "payload": {"text": "a\u202eb"}} == document["event"]
+    assert "\u202e" not in found.stdout
+    assert (1, "") == (unknown.returncode, unknown.stdout)
+    assert "consultation 'got' has no event 00000000-" in unknown.stderr
+    assert (1, True) == (elsewhere.returncode, "no answer from http://127.0.0.1:1" in elsewhere.stderr)
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["lines", "json"])
+def test_follow_prints_stored_events_and_each_new_one(up: Up, form: list[str]) -> None:
+    """A line each, at once, until Ctrl-C."""
+    name = f"followed-{len(form)}"
+    first = post(up, name, "first")
+    command = [*FIQ, "follow", name, *form]
+    process = subprocess.Popen(command, cwd=up.folder, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline()]
+    second = post(up, name, "second")
+    lines.append(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    later = subprocess.Popen(
+        [*command, "--after", str(first["sequence"])], cwd=up.folder, stdout=subprocess.PIPE, text=True
+    )
+    assert later.stdout is not None
+    lines.append(later.stdout.readline())
+    later.kill()
+    later.communicate(timeout=20)
+
+    assert 130 == process.returncode
+    if form:
+        assert ["first", "second", "second"] == [json.loads(line)["event"]["payload"] for line in lines]
+    else:
+        expected = [rf" *{one['sequence']}  \S+Z  MESSAGE_RECEIVED  \"(first|second)\"\n" for one in (first, second)]
+        assert all(re.fullmatch(row, line) for row, line in zip((*expected, expected[1]), lines, strict=True)), lines
+
+
+def test_logs_follow_all_processes(up: Up) -> None:
+    """What nodes and services write, and what comes while it runs."""
+    started = fiq(up.folder, "logs", "-n", "0")
+    assert {"n1", "n2", "n3", "ingest", "persister-1"} <= {line.split()[2] for line in started.stdout.splitlines()}
+    command = [*FIQ, "logs", "--follow", "-n", "1", "--grep", "EVENT_QUEUED", "ingest"]
+    process = subprocess.Popen(command, cwd=up.folder, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "EVENT_QUEUED" in process.stdout.readline()
+    accepted = post(up, "logged", 1)
+    line = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert f"message_id={accepted['message_id']}" in line
+    assert 130 == process.returncode
+
+
+def test_ls_lists_what_was_posted(up: Up) -> None:
+    """Without options the corpus is that of ./.fiq."""
+    post(up, "listed", 1)
+    shown(up, "listed", 1)
+
+    (found,) = json.loads(fiq(up.folder, "ls", "--prefix", "listed", "--json").stdout)
+
+    assert ("listed", 1, found["last"]) == (found["consultation"], found["events"], found["first"])
+
+
 @pytest.mark.parametrize("form", ["ndjson", "json", "csv"])
 def test_an_export_to_a_file_is_the_one_to_stdout(up: Up, form: str) -> None:
     """The file appears complete, and only its owner can read it."""

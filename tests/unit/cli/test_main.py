@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from services.cli.errors import NotRunningError
-from services.cli.main import COMMANDS, Commands, Entry, FiqGroup, app
+from services.cli.main import COMMANDS, COMPLETE_VARIABLE, Commands, Entry, FiqGroup, Shell, app
+from services.core.command import product_version
 
 SERVICES = Path(__file__).parents[3] / "services" / "cli"
 #: commands in modules that print tables, which print lines
@@ -130,6 +133,45 @@ def test_no_command_shows_help(runner: CliRunner) -> None:
 def test_the_table_has_each_commands_own_help(command: str) -> None:
     """`fiq --help` says what `fiq COMMAND --help` begins with."""
     assert COMMANDS[command].summary == first_sentence(Commands(COMMANDS)[command].help)
+
+
+def helps(prefix: tuple[str, ...] = (), commands: Any = COMMANDS) -> Iterator[tuple[str, ...]]:
+    """Yield the arguments of each help: of `fiq`, of each group, and of each command."""
+    yield prefix
+    for name in commands:
+        command = Commands(COMMANDS)[name] if commands is COMMANDS else commands[name]
+        yield from helps((*prefix, name), getattr(command, "commands", {}))
+
+
+@pytest.mark.parametrize("arguments", list(helps()), ids=" ".join)
+def test_help_fits_80_columns_and_nothing_of_it_is_cut(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    """A list of commands has one whole line for each."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    shown = runner.invoke(app, [*arguments, "--help"]).output
+    shown = shown.partition("\n\n")[2]  # the usage ends with ARGS...
+
+    assert [] == [line for line in shown.splitlines() if len(line) > 80 or line.endswith(("...", "…"))]
+    described = re.findall(r"^  [a-z][a-z-]* {2,}(\S.*)$", shown.partition("Commands:")[2], re.MULTILINE)
+    assert all(line.endswith(".") for line in described), described
+
+
+def test_version_is_an_option_too(runner: CliRunner) -> None:
+    """As every program has it; `fiq version` has more."""
+    result = runner.invoke(app, ["--version"])
+
+    assert (0, f"fiq {product_version()}\n") == (result.exit_code, result.stdout)
+
+
+@pytest.mark.parametrize("shell", list(Shell))
+def test_completion_prints_a_script_for_each_shell(runner: CliRunner, shell: Shell) -> None:
+    """test_command_line.py uses them."""
+    result = runner.invoke(app, ["completion", shell])
+
+    assert 0 == result.exit_code
+    assert f"{COMPLETE_VARIABLE}=complete_{shell}" in result.stdout
 
 
 def test_every_command_that_prints_a_table_has_json() -> None:

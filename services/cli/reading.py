@@ -1,0 +1,99 @@
+"""``fiq get`` and ``fiq follow``: events from the service, those included that are not in HDF5 yet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from fiq.client import AsyncClient, ClientError, RetryPolicy, StoredEvent
+from services.cli import console
+from services.cli.errors import CommandError
+from services.cli.target import CaFileOption, FolderOption, TokenFileOption, UrlOption, find_service, trusting
+
+PatienceOption = Annotated[float, typer.Option(min=1, max=86400, help="How long the service may not answer, seconds.")]
+
+
+def get(
+    consultation: Annotated[str, typer.Argument(help="Id of the consultation.")],
+    message: Annotated[str, typer.Argument(help="Message id of the event, a UUID.")],
+    url: UrlOption = None,
+    folder: FolderOption = None,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+    patience: PatienceOption = 10,
+) -> None:
+    """Print one event as JSON, in HDF5 or not yet."""
+
+    async def ask() -> StoredEvent | None:
+        async with _service(url, folder, token_file, ca_file, patience) as client:
+            return await client.event(consultation, message)
+
+    event = asyncio.run(ask())
+    if event is None:
+        raise CommandError(f"consultation {consultation!r} has no event {message}")
+    for line in orjson.dumps(_document(event), option=orjson.OPT_INDENT_2).decode().splitlines():
+        typer.echo(console.printable(line))
+
+
+def follow(
+    consultation: Annotated[str, typer.Argument(help="Id of the consultation.")],
+    after: Annotated[int, typer.Option(min=0, help="Only events whose sequence is greater than this.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print each event as a JSON object on one line.")] = False,
+    url: UrlOption = None,
+    folder: FolderOption = None,
+    token_file: TokenFileOption = None,
+    ca_file: CaFileOption = None,
+    patience: PatienceOption = 60,
+) -> None:
+    """Print a consultation's events as they come.
+
+    First those that are stored, then each new one, once and in order, until Ctrl-C.
+    """
+
+    async def print_all() -> None:
+        async with (
+            _service(url, folder, token_file, ca_file, patience) as client,
+            aclosing(client.follow(consultation, after)) as events,
+        ):
+            async for event in events:
+                typer.echo(orjson.dumps(_document(event)) if json else _line(event))
+
+    asyncio.run(print_all())
+
+
+@asynccontextmanager
+async def _service(
+    url: str | None, folder: Path | None, token_file: Path | None, ca_file: Path | None, patience: float
+) -> AsyncIterator[AsyncClient]:
+    service = find_service(url, folder, token_file)
+    retry = RetryPolicy(deadline=patience, attempt_timeout=patience)
+    try:
+        async with AsyncClient(service.url, service.token, retry=retry, context=trusting(ca_file)) as client:
+            yield client
+    except ClientError as error:
+        token = " (its token: --token-file or FI_TOKEN)" if error.status == 401 else ""
+        raise CommandError(f"{error}{token}") from None
+
+
+def _document(event: StoredEvent) -> dict[str, Any]:
+    return {
+        "consultation": event.consultation,
+        "message_id": str(event.message_id),
+        "sequence": event.sequence,
+        "received": event.received,
+        "persisted": event.persisted,
+        "event": event.event,
+    }
+
+
+def _line(event: StoredEvent) -> str:
+    """Return a line as `fiq show` prints it."""
+    payload = orjson.dumps(event.event.get("payload")).decode()
+    when = f"{event.received[:26]}Z"
+    return console.printable(f"{event.sequence:>10}  {when}  {event.event.get('event_type', '')}  {payload}")
