@@ -77,6 +77,15 @@ def ready_pid(port: int) -> int | None:
     return pid if isinstance(pid, int) else None
 
 
+def reasons(body: bytes) -> str:
+    """Return why a service is not ready, from the *body* of its ``/readyz``; empty when that gives no reason."""
+    try:
+        found = orjson.loads(body)["reasons"]
+    except (orjson.JSONDecodeError, TypeError, KeyError):  # another program listens there, or nothing
+        return ""
+    return "; ".join(map(str, found)) if isinstance(found, list) else ""
+
+
 def view(where: str | int, *, name: str = "", store: Path | None = None) -> NodeView:
     """Ask the node that monitors at the URL or loopback port *where*.
 

@@ -314,9 +314,10 @@ def check_workers(workers: Sequence[Worker], directory: Path | None, held_back: 
             yield unknown("persisters", f"{label}: its port is not reachable from here", "run fiq doctor on its host")
             continue
         if status == 200:
-            yield ok("persisters", f"{label} is ready: partition {', '.join(worker.partitions) or '(none)'}")
+            runs = f"partitions {', '.join(worker.partitions)}" if worker.partitions else "no partition"
+            yield ok("persisters", f"{label} is ready and runs {runs}")
         else:
-            reason = body.decode("utf-8", "replace").strip()[:500]
+            reason = monitoring.reasons(body) or f"/readyz answers {status}"
             action = "docs/operations.md says what each reason means"
             yield error("persisters", f"{label} is not ready: {reason}", "events of those partitions wait", action)
         yield from _held_back(url, directory, held_back)

@@ -219,7 +219,7 @@ class Cluster:
             tail = node.log_tail()
             if "address already in use" in tail:
                 raise PortTakenError(f"node {node.name} could not listen, its port is taken:\n{tail}")
-            raise ChildFailedError(f"node {node.name} ended with code {node.exit_code}:\n{tail}")
+            raise ChildFailedError(f"node {node.name} ended with code {node.exit_code}. {node.log_end()}")
 
     # -- configuration ------------------------------------------------------------------------------------------------
 

@@ -192,6 +192,11 @@ class ManagedProcess:
             return ""
         return "\n".join(text.splitlines()[-lines:])
 
+    def log_end(self) -> str:
+        """Return a sentence about its log, with the last lines if there are any."""
+        tail = self.log_tail().strip()
+        return f"The end of its log, {self.log}:\n{tail}" if tail else f"Its log, {self.log}, is empty."
+
 
 def stop_together(processes: Sequence[ManagedProcess], grace: float) -> list[str]:
     """Send SIGTERM to all *processes*, frozen ones too; return the names of those killed after *grace* seconds."""

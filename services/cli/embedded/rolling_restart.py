@@ -103,8 +103,8 @@ def _missing(nodes: Sequence[str], services: Sequence[str]) -> list[str]:
     for url in services:
         status, body = probes.get(url, "/readyz")
         if status != 200:
-            answer = body.decode("utf-8", "replace").strip()[:300] or "no answer"
-            reasons.append(f"{url} is not ready: {answer}")
+            reason = probes.reasons(body) or (f"/readyz answers {status}" if status else "no answer")
+            reasons.append(f"{url} is not ready: {reason}")
     return reasons
 
 

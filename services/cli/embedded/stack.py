@@ -333,7 +333,7 @@ def _socket_directory(folder: Path) -> Path:
 
 def _ended(process: ManagedProcess) -> ChildFailedError:
     tail = process.log_tail()
-    message = f"{process.name} ended with code {process.exit_code}:\n{tail}"
+    message = f"{process.name} ended with code {process.exit_code}. {process.log_end()}"
     if "cannot listen" in tail or "address already in use" in tail.lower():
         return PortTakenError(message)
     return ChildFailedError(message)
@@ -341,8 +341,9 @@ def _ended(process: ManagedProcess) -> ChildFailedError:
 
 def _not_ready(service: Service, timeout: float) -> str:
     _, body = monitoring.get(service.management_port, "/readyz")
-    reason = body.decode("utf-8", "replace") or service.process.log_tail(3)
-    return f"{service.name} was not ready within {timeout:g} s: {reason}\nits log is {service.process.log}"
+    reason = monitoring.reasons(body)
+    late = f"{service.name} was not ready within {timeout:g} s"
+    return f"{late}: {reason}. {service.process.log_end()}" if reason else f"{late}. {service.process.log_end()}"
 
 
 # -- How other commands find a running stack -------------------------------------------------------------------------

@@ -184,8 +184,8 @@ def _start_again(process: ManagedProcess, ended: list[float]) -> None:
     how = _how_it_ended(process.exit_code or 0)
     if len(ended) > _RESTARTS:
         raise ChildFailedError(
-            f"{process.name} ended {len(ended)} times within a minute, at last it {how}; all was stopped. The end of "
-            f"its log, {process.log}:\n{process.log_tail()}"
+            f"{process.name} ended {len(ended)} times within a minute, at last it {how}; all was stopped. "
+            f"{process.log_end()}"
         )
     typer.echo(f"{process.name} (pid {process.pid}) {how}; starting it again", err=True)
     if len(ended) > 1:

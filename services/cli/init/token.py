@@ -120,7 +120,10 @@ def _expiry(value: str) -> datetime | None:
     try:
         span = seconds(1, _LONGEST)(value)
     except ValueError:
-        return parse_expiry(value)
+        moment = parse_expiry(value)
+        if moment is not None and moment <= datetime.now(UTC):
+            raise ValueError(f"--expires {value} is in the past: the token would never be accepted") from None
+        return moment
     return datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=span)
 
 

@@ -135,6 +135,17 @@ def test_the_end_of_a_log_is_bounded(make: Maker) -> None:
     assert process.log_tail(3).splitlines() == ["line 4998", "line 4999", "ready"]
 
 
+def test_a_message_about_a_log_has_its_last_lines_or_says_that_there_are_none(make: Maker) -> None:
+    """No sentence ends in a colon with nothing after it."""
+    process = make("print('line 1')\nprint('ready')")
+    assert f"Its log, {process.log}, is empty." == process.log_end()
+
+    started(process)
+    assert process.wait(10)
+
+    assert f"The end of its log, {process.log}:\nline 1\nready" == process.log_end()
+
+
 def test_a_program_that_is_missing_is_seen(tmp_path: Path) -> None:
     """On Linux the launcher says so in the log; elsewhere the start fails."""
     process = ManagedProcess("child", [str(tmp_path / "missing")], env={}, log=tmp_path / "log")

@@ -53,6 +53,16 @@ def test_a_token_may_end(layout: Layout, value: str, expected: timedelta | datet
     assert abs(end - wanted) < timedelta(minutes=1)
 
 
+@pytest.mark.parametrize("value", ["2020-01-31", "2020-01-31T12:00:00Z", datetime.now(UTC).isoformat()])
+def test_a_token_that_has_expired_already_is_not_made(layout: Layout, value: str) -> None:
+    """Its client would be refused from the first request on, and its operator would look for the reason elsewhere."""
+    before = layout.tokens.read_text()
+    done = fiq("token", "new", "ward", "--expires", value, "--deployment", layout.folder)
+    assert (1, "") == (done.exit_code, done.stdout)
+    assert f"--expires {value} is in the past" in " ".join(done.stderr.split())
+    assert before == layout.tokens.read_text()
+
+
 def test_the_file_is_replaced_as_a_whole_and_stays_its_owners(layout: Layout) -> None:
     """A service that reads meanwhile sees the old one or the new one; an operator's comments stay."""
     layout.tokens.write_text(layout.tokens.read_text() + "# for the night\n")
