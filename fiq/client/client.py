@@ -254,16 +254,28 @@ class AsyncClient:
             for accepted in _accepted(answer, len(batch.bodies)):
                 yield accepted
 
-    async def event(self, consultation: str, message_id: UUID | str) -> StoredEvent | None:
+    async def event(
+        self, consultation: str, message_id: UUID | str | None = None, *, key: str | None = None
+    ) -> StoredEvent | None:
         """Return one event, in HDF5 or not yet; None if there is no such event.
 
+        Args:
+            consultation: id of the consultation.
+            message_id: of the event.
+            key: with which it was posted, instead of *message_id*.
+
         Raises:
-            InvalidArgumentError: *consultation* or *message_id* is malformed.
+            InvalidArgumentError: *consultation*, *message_id* or *key* is malformed, or both or neither is given.
             RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
         """
-        path = f"{_events_path(consultation)}/{_uuid(message_id)}"
+        path = _events_path(consultation)
+        if (message_id is None) == (key is None):
+            raise InvalidArgumentError("an event is named by its message id or by its key")
+        if message_id is None:
+            found = [event async for event in self._read(consultation, path, {"key": checked_key(key)}, 0, 1)]
+            return found[0] if found else None
         try:
-            answer = await self._call(_Request("GET", path, 200, {"Accept": _JSON}))
+            answer = await self._call(_Request("GET", f"{path}/{_uuid(message_id)}", 200, {"Accept": _JSON}))
         except RefusedError as refusal:
             if refusal.type == _UNKNOWN_EVENT:
                 return None
@@ -271,38 +283,64 @@ class AsyncClient:
         with _readable():
             return StoredEvent.of(consultation, orjson.loads(answer))
 
-    def read(self, consultation: str, after: int = 0, *, page: int = 500) -> AsyncGenerator[StoredEvent, None]:
+    def read(
+        self,
+        consultation: str,
+        after: int = 0,
+        *,
+        page: int = 500,
+        before: int | None = None,
+        type: str | None = None,
+        since: datetime | None = None,
+    ) -> AsyncGenerator[StoredEvent, None]:
         """Yield the events of *consultation* in order, including those accepted a moment ago, and end.
 
         Args:
             consultation: id of the consultation.
             after: sequence after which to begin.
             page: events a request, at most 1,000.
+            before: sequence before which to end.
+            type: only events with this ``event_type``.
+            since: only events that the service received at this time or later; with a time zone.
 
         Raises:
-            InvalidArgumentError: *consultation* is malformed.
+            InvalidArgumentError: *consultation*, *type* or *since* is malformed.
             RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
         """
-        return self._read(consultation, _events_path(consultation), after, page)
+        query = _choice(type, since) | ({} if before is None else {"before": str(before)})
+        return self._read(consultation, _events_path(consultation), query, after, page)
 
-    async def _read(self, consultation: str, path: str, after: int, page: int) -> AsyncGenerator[StoredEvent, None]:
+    async def _read(
+        self, consultation: str, path: str, query: Mapping[str, str], after: int, page: int
+    ) -> AsyncGenerator[StoredEvent, None]:
         more = True
         while more:
-            query = {"after": str(after), "limit": str(page)}
-            answer = await self._call(_Request("GET", path, 200, {"Accept": _JSON}, query))
+            asked = {**query, "after": str(after), "limit": str(page)}
+            answer = await self._call(_Request("GET", path, 200, {"Accept": _JSON}, asked))
             with _readable():
                 found = orjson.loads(answer)
                 events = [StoredEvent.of(consultation, record) for record in found["events"]]
                 more = found["next"] is not None
-            if more and not events:
+                # a page of chosen events may be empty: only its link says how far it looked
+                reached = int(URL(found["next"]).query["after"]) if more else after
+            if more and not events and (reached <= after or not query):
                 raise UnexpectedAnswerError("a page has no events, but is not the last one")
             for event in events:
                 if event.sequence <= after:
                     raise UnexpectedAnswerError("the events of an answer are not in order")
                 after = event.sequence
                 yield event
+            after = max(after, reached)
 
-    def follow(self, consultation: str, after: int = 0, *, silence: float = 35.0) -> AsyncGenerator[StoredEvent, None]:
+    def follow(
+        self,
+        consultation: str,
+        after: int = 0,
+        *,
+        silence: float = 35.0,
+        type: str | None = None,
+        since: datetime | None = None,
+    ) -> AsyncGenerator[StoredEvent, None]:
         """Yield the events of *consultation*, those stored and those to come, without an end.
 
         Every event is yielded once, in order, whatever connections break. Close the generator (``aclose``) to stop.
@@ -312,23 +350,50 @@ class AsyncClient:
             after: sequence after which to begin.
             silence: seconds without a byte after which a connection is replaced. The service sends a comment every
                 15 s.
+            type: only events with this ``event_type``.
+            since: only events that the service received at this time or later; with a time zone.
 
         Raises:
-            InvalidArgumentError: *consultation* is malformed.
+            InvalidArgumentError: *consultation*, *type* or *since* is malformed.
             RefusedError, UnexpectedAnswerError: a retry would not help.
             GaveUpError: no byte from the service before the deadline. Call again later, after the last event.
         """
-        return self._follow(consultation, _events_path(consultation), after, silence)
+        return self._follow(_events_path(consultation), consultation, _choice(type, since), after, silence)
+
+    def follow_all(
+        self,
+        after: int | None = None,
+        *,
+        silence: float = 35.0,
+        type: str | None = None,
+        since: datetime | None = None,
+    ) -> AsyncGenerator[StoredEvent, None]:
+        """Yield the events of all consultations that the token is for, in the order of the log, without an end.
+
+        The service does not say whether they are in HDF5 yet: ``persisted`` is False. An event that the log holds twice
+        comes twice, with the same consultation and message id.
+
+        Args:
+            after: sequence after which to begin; None for new events only.
+            silence, type, since: as of :meth:`follow`.
+
+        Raises:
+            RefusedError: also if the log no longer holds all events after *after* (``/problems/position-gone``), or has
+                no order over all consultations (``/problems/no-feed``).
+            InvalidArgumentError, UnexpectedAnswerError, GaveUpError: as of :meth:`follow`.
+        """
+        return self._follow("events", None, _choice(type, since), after, silence)
 
     async def _follow(
-        self, consultation: str, path: str, after: int, silence: float
+        self, path: str, consultation: str | None, query: Mapping[str, str], after: int | None, silence: float
     ) -> AsyncGenerator[StoredEvent, None]:
         backoff = _Backoff(self._retry)
         while True:
             headers = {"Accept": _EVENT_STREAM, "Cache-Control": "no-store"}
+            position = {} if after is None else {"after": str(after)}
             if after:
                 headers["Last-Event-ID"] = str(after)
-            request = _Request("GET", path, 200, headers, {"follow": "1", "after": str(after)})
+            request = _Request("GET", path, 200, headers, {"follow": "1", **position, **query})
             # sock_connect and sock_read: the stream itself has no end to wait for
             timeout = ClientTimeout(total=None, sock_connect=backoff.attempt_timeout, sock_read=silence)
             failure = _Failure("the stream ended")
@@ -344,10 +409,13 @@ class AsyncClient:
                             backoff.reset()
                             for data in parser.feed(piece):
                                 with _readable():
-                                    event = StoredEvent.of(consultation, orjson.loads(data))
-                                if event.sequence > after:
+                                    record = orjson.loads(data)
+                                    event = StoredEvent.of(consultation or record["consultation_id"], record)
+                                if after is None or event.sequence > after:
                                     after = event.sequence
                                     yield event
+                            with _readable():  # events that were not chosen move the position, too
+                                after = max(after or 0, int(parser.last_id)) if parser.last_id else after
             except _NoAnswerError as error:
                 failure = _Failure(str(error))
             await self._pause(backoff, failure, may_be_stored=False)
@@ -552,6 +620,20 @@ def _events_path(consultation: object) -> str:
         raise InvalidArgumentError(str(error)) from None
 
 
+def _choice(event_type: object, since: object) -> dict[str, str]:
+    """Return the query that chooses events by type and time."""
+    query = {}
+    if event_type is not None:
+        if not isinstance(event_type, str) or not event_type:
+            raise InvalidArgumentError("an event type is a string that is not empty")
+        query["type"] = event_type
+    if since is not None:
+        if not isinstance(since, datetime) or since.tzinfo is None:
+            raise InvalidArgumentError("since is a datetime with a time zone")
+        query["since"] = since.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return query
+
+
 def _uuid(message_id: UUID | str) -> UUID:
     try:
         return UUID(str(message_id))
@@ -705,23 +787,32 @@ def _readable() -> Iterator[None]:
 
 
 class EventStreamParser:
-    """Finds the messages in the pieces of a stream of Server-Sent Events; an incomplete message is dropped."""
+    """Finds the messages in the pieces of a stream of Server-Sent Events; an incomplete message is dropped.
+
+    Attributes:
+        last_id: of the last complete message that had one, also of one without data; empty without any.
+    """
 
     def __init__(self) -> None:
+        self.last_id = ""
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self._rest = ""
         self._data: list[str] = []
+        self._id = ""
 
     def feed(self, piece: bytes) -> Iterator[str]:
         """Yield the data of each message that *piece* completes."""
         for line in self._lines(self._decoder.decode(piece)):
-            if line:
-                name, _, value = line.partition(":")  # a comment has no name; only data is used of the other fields
-                if name == "data":
-                    self._data.append(value.removeprefix(" "))
-            elif self._data:
-                yield "\n".join(self._data)
-                self._data = []
+            name, _, value = line.partition(":")  # a comment has no name
+            if name == "data":
+                self._data.append(value.removeprefix(" "))
+            elif name == "id":
+                self._id = value.removeprefix(" ")
+            elif not line:
+                self.last_id = self._id
+                if self._data:
+                    yield "\n".join(self._data)
+                    self._data = []
 
     def _lines(self, text: str) -> list[str]:
         text = self._rest + text

@@ -102,7 +102,7 @@ class StoredEvent:
         consultation: of the event.
         message_id: the event's id.
         sequence: its position in the stream, which orders the events of a consultation.
-        persisted: whether it is in HDF5; until then it is safe in the stream.
+        persisted: whether it is in HDF5; until then it is safe in the stream. False where the service does not say it.
         received: when the service received it, ISO 8601 in UTC with nanoseconds.
         event: as it was posted.
     """
@@ -124,5 +124,5 @@ class StoredEvent:
         sequence, event = record["sequence"], record["event"]
         if not isinstance(sequence, int) or not isinstance(event, dict):
             raise TypeError("sequence, event")
-        persisted = record["status"] == "persisted"
+        persisted = record.get("status") == "persisted"
         return cls(consultation, UUID(record["message_id"]), sequence, persisted, str(record["received"]), event)

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, suppress
+from datetime import datetime
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -113,22 +114,56 @@ class Client:
             error.may_be_stored |= any_stored
             raise
 
-    def event(self, consultation: str, message_id: UUID | str) -> StoredEvent | None:
+    def event(
+        self, consultation: str, message_id: UUID | str | None = None, *, key: str | None = None
+    ) -> StoredEvent | None:
         """Return one event, or None; as :meth:`AsyncClient.event`."""
-        return self._call(lambda client: client.event(consultation, message_id))
+        return self._call(lambda client: client.event(consultation, message_id, key=key))
 
-    def read(self, consultation: str, after: int = 0, *, page: int = 500) -> Generator[StoredEvent, None, None]:
+    def read(
+        self,
+        consultation: str,
+        after: int = 0,
+        *,
+        page: int = 500,
+        before: int | None = None,
+        type: str | None = None,
+        since: datetime | None = None,
+    ) -> Generator[StoredEvent, None, None]:
         """Yield the events of *consultation* in order, and end; as :meth:`AsyncClient.read`."""
         self._check_fork()
-        return self._iterate(self._client.read(consultation, after, page=page))
+        return self._iterate(self._client.read(consultation, after, page=page, before=before, type=type, since=since))
 
-    def follow(self, consultation: str, after: int = 0, *, silence: float = 35.0) -> Generator[StoredEvent, None, None]:
+    def follow(
+        self,
+        consultation: str,
+        after: int = 0,
+        *,
+        silence: float = 35.0,
+        type: str | None = None,
+        since: datetime | None = None,
+    ) -> Generator[StoredEvent, None, None]:
         """Yield the events of *consultation*, those stored and those to come; as :meth:`AsyncClient.follow`.
 
         To stop, leave the loop.
         """
         self._check_fork()
-        return self._iterate(self._client.follow(consultation, after, silence=silence))
+        return self._iterate(self._client.follow(consultation, after, silence=silence, type=type, since=since))
+
+    def follow_all(
+        self,
+        after: int | None = None,
+        *,
+        silence: float = 35.0,
+        type: str | None = None,
+        since: datetime | None = None,
+    ) -> Generator[StoredEvent, None, None]:
+        """Yield the events of all consultations, those to come; as :meth:`AsyncClient.follow_all`.
+
+        To stop, leave the loop.
+        """
+        self._check_fork()
+        return self._iterate(self._client.follow_all(after, silence=silence, type=type, since=since))
 
     def pipeline(self) -> dict[str, Any]:
         """Return the state of the pipeline; as :meth:`AsyncClient.pipeline`."""

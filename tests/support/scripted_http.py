@@ -204,9 +204,9 @@ def record(sequence: int, *, status: str = "persisted") -> dict[str, Any]:
     }
 
 
-def page(*sequences: int, more: bool = False) -> Step:
-    """Answer with a page of events."""
-    following = "/consultations/c-1/events?after=9" if more else None
+def page(*sequences: int, more: bool = False, reached: int = 0) -> Step:
+    """Answer with a page of events, perhaps with a link to the next one, which begins after *reached* or the last."""
+    following = f"/consultations/c-1/events?after={reached or (sequences or (9,))[-1]}" if more else None
     document = {"consultation_id": "c-1", "events": [record(number) for number in sequences], "next": following}
     return says(200, orjson.dumps(document), "application/json")
 

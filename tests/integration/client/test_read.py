@@ -102,6 +102,28 @@ async def test_an_event_is_queued_and_then_persisted(stack: Stack) -> None:
         assert await eventually(persisted)
 
 
+async def test_events_are_chosen_and_all_consultations_followed(stack: Stack) -> None:
+    """By key, by type, by sequence; and the feed of the service that runs, from a position on."""
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
+        first = await client.post("chosen-1", {"event_type": "A"}, "first")
+        posted = [await client.post(f"chosen-{n % 2}", {"event_type": "AB"[n % 2], "n": n}, f"k{n}") for n in range(6)]
+        by_key = await client.event("chosen-1", key="k3")
+        assert by_key is not None
+        assert (posted[3].message_id, 3) == (by_key.message_id, by_key.event["n"])
+        assert None is await client.event("chosen-1", key="k2")
+        read = [event.event["n"] async for event in client.read("chosen-1", first.sequence, type="B")]
+        assert [1, 3, 5] == read
+        bounded = [event.event["n"] async for event in client.read("chosen-0", before=posted[4].sequence)]
+        assert [0, 2] == bounded
+        found = []
+        async with aclosing(client.follow_all(posted[0].sequence, type="B")) as events:
+            async for event in events:
+                found.append((event.consultation, event.sequence))
+                if len(found) == 3:
+                    break
+    assert [("chosen-1", posted[n].sequence) for n in (1, 3, 5)] == found
+
+
 async def test_following_skips_and_repeats_nothing_whatever_dies(stack: Stack) -> None:
     """Ingest and the stream's leader are killed while events come."""
     seen: list[int] = []

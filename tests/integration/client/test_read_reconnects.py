@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 from contextlib import aclosing
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from typing import Any
 from uuid import UUID
 
 import orjson
@@ -81,6 +84,84 @@ async def test_a_page_that_cannot_be_is_not_believed(answer: Step) -> None:
     async with scripted(answer) as server, AsyncClient(server.url) as client:
         with pytest.raises(UnexpectedAnswerError):
             [event async for event in client.read("c-1")]
+    assert 1 == len(server.seen)
+
+
+async def test_chosen_events_are_read_over_pages_without_any() -> None:
+    """The link of a page says how far it looked; the choice goes with each request."""
+    since = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=timezone(timedelta(hours=1)))
+    steps = (page(3, more=True, reached=50), page(more=True, reached=90), page(95))
+    async with scripted(*steps) as server, AsyncClient(server.url) as client:
+        events = [event async for event in client.read("c-1", page=2, before=99, type="A B", since=since)]
+    assert [3, 95] == [event.sequence for event in events]
+    chosen = "type=A+B&since=2026-01-02T02:04:05.000006Z&before=99"
+    assert [f"/consultations/c-1/events?{chosen}&after={after}&limit=2" for after in (0, 50, 90)] == [
+        request.path for request in server.seen
+    ]
+
+
+async def test_a_page_of_chosen_events_that_leads_to_itself_is_not_believed() -> None:
+    """It would be asked for without an end."""
+    steps = (page(more=True, reached=5), page(more=True, reached=5))
+    async with scripted(*steps) as server, AsyncClient(server.url) as client:
+        with pytest.raises(UnexpectedAnswerError):
+            [event async for event in client.read("c-1", type="A")]
+    assert 2 == len(server.seen)
+
+
+@pytest.mark.parametrize("choice", [{"type": ""}, {"type": 1}, {"since": "today"}, {"since": datetime(2026, 1, 1)}])  # noqa: DTZ001
+async def test_a_malformed_choice_is_refused_before_anything_is_sent(choice: Any) -> None:
+    """By each method that takes one."""
+    async with AsyncClient("http://127.0.0.1:1") as client:
+        for call in (partial(client.read, "c-1"), partial(client.follow, "c-1"), client.follow_all):
+            with pytest.raises(InvalidArgumentError):
+                call(**choice)
+
+
+async def test_an_event_is_found_by_its_key() -> None:
+    """Or there is none; a message id or a key is needed."""
+    async with scripted(page(7), page()) as server, AsyncClient(server.url) as client:
+        event = await client.event("c-1", key="line/7")
+        assert event is not None
+        assert (7, None) == (event.sequence, await client.event("c-1", key="never"))
+        for arguments in ({}, {"message_id": UUID(int=7), "key": "k"}, {"key": "a b"}):
+            with pytest.raises(InvalidArgumentError):
+                await client.event("c-1", **arguments)
+    assert "/consultations/c-1/events?key=line/7&after=0&limit=1" == server.seen[0].path
+
+
+async def test_all_consultations_are_followed_from_where_the_stream_began() -> None:
+    """Its first id is the position; a comment's id moves it on, so that what was not shown is not read again."""
+    of_other = (
+        sent(8).replace(b'{"sequence"', b'{"consultation_id":"other","sequence"').replace(b'"status":"persisted",', b"")
+    )
+    steps = (
+        stream(b"retry: 2000\nid: 5\n\n"),
+        stream(b"id: 5\n\n", of_other, b"id: 20\n: nothing new\n\n", b"id: 30\n"),
+        stream(sent(21).replace(b'{"sequence"', b'{"consultation_id":"c-1","sequence"'), open_end=True),
+    )
+    found = []
+    async with (
+        scripted(*steps) as server,
+        AsyncClient(server.url, retry=QUICK) as client,
+        aclosing(client.follow_all(type="A")) as events,
+    ):
+        async for event in events:
+            found.append((event.consultation, event.sequence, event.persisted))
+            if len(found) == 2:
+                break
+    assert [("other", 8, False), ("c-1", 21, True)] == found
+    paths = ["/events?follow=1&type=A", "/events?follow=1&after=5&type=A", "/events?follow=1&after=20&type=A"]
+    assert paths == [request.path for request in server.seen]
+    assert [None, "5", "20"] == [request.headers.get("Last-Event-ID") for request in server.seen]
+
+
+async def test_a_position_that_is_gone_ends_following_at_once() -> None:
+    """The caller must know that it missed something."""
+    async with scripted(refused(410, "position-gone")) as server, AsyncClient(server.url, retry=QUICK) as client:
+        with pytest.raises(RefusedError) as caught:
+            [event async for event in client.follow_all(3)]
+    assert (410, "/problems/position-gone") == (caught.value.status, caught.value.type)
     assert 1 == len(server.seen)
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from uuid import UUID
 
 import orjson
@@ -108,6 +109,23 @@ def test_following_is_a_plain_loop_that_ends_with_it() -> None:
         assert [1, 2, 3] == found
         with pytest.raises(ValueError, match="consultation id"):
             client.follow("a/b")
+
+
+def test_events_are_chosen_and_all_are_followed_as_asynchronously() -> None:
+    """The same arguments ask for the same."""
+    since = datetime(2026, 1, 2, tzinfo=UTC)
+    of_all = sent(4).replace(b'{"sequence"', b'{"consultation_id":"c-1","sequence"')
+    with serving(page(3), page(7), stream(of_all, open_end=True)) as server, Client(server.url) as client:
+        assert [3] == [event.sequence for event in client.read("c-1", before=9, type="A", since=since)]
+        event = client.event("c-1", key="k")
+        assert event is not None
+        assert 7 == event.sequence
+        assert 4 == next(client.follow_all(2, type="A", since=since)).sequence
+    assert [
+        "/consultations/c-1/events?type=A&since=2026-01-02T00:00:00Z&before=9&after=0&limit=500",
+        "/consultations/c-1/events?key=k&after=0&limit=1",
+        "/events?follow=1&after=2&type=A&since=2026-01-02T00:00:00Z",
+    ] == [request.path for request in server.seen]
 
 
 def test_an_error_while_reading_reaches_the_loop_after_the_events_before_it() -> None:
