@@ -1,8 +1,9 @@
-"""What does a partition's owner need to list consultations? ``python -m benchmarks.consultation_list [--names N]``.
+"""What does a partition's owner need to list consultations? ``python -m benchmarks.consultation_list``.
 
 The file is built past the store: all names lead to one real consultation, and the pages of ``/names`` are made in
 memory, from names in random order. Then a process opens it as a persister does and answers the questions for pages of
-100: names, and the summary of each. A cold page is read after the file was dropped from the kernel's cache.
+100: names, and the summary of each. A cold page is read after the file was dropped from the kernel's cache. Processor
+time is shown as well: on a machine that does other work, the rest is waiting for it.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ def build(path: Path, count: int) -> None:
 
 
 @contextmanager
-def _time(times: list[float]) -> Iterator[None]:
-    started = time.perf_counter()
+def _time(times: list[tuple[float, float]]) -> Iterator[None]:
+    started = time.perf_counter(), time.process_time()
     yield
-    times.append(1000 * (time.perf_counter() - started))
+    times.append((1000 * (time.perf_counter() - started[0]), 1000 * (time.process_time() - started[1])))
 
 
 def measure(path: Path) -> None:
@@ -92,16 +93,19 @@ def measure(path: Path) -> None:
     with EventStore.open(path, expected=None) as store:
         file, opened = PartitionFile(store), process.memory_info().rss
         print(f"{_count(store):,} consultations, {size:,.0f} MB; open: {(opened - before) / 1e6:.1f} MB of memory\n")
-        print("| page of 100 | first, cold ms | median ms | worst ms |\n|---|---:|---:|---:|")
+        print("| page of 100 | with | cold ms | median ms | processor ms |\n|---|---|---:|---:|---:|")
         for label, prefix, digits in (("first", "", 0), ("from anywhere on", "", 8), ("of a prefix", "p", 4)):
-            times: list[float] = []
-            for number in range(101):
-                if not number:
-                    _drop_from_cache(path)
-                text = f"{chance.getrandbits(32):08x}"[:digits]
-                with _time(times):
-                    _page(file, text if prefix else "", "" if prefix else text)
-            print(f"| {label} | {times[0]:.1f} | {median(times):.1f} | {max(times[1:]):.1f} |")
+            for summaries in (False, True):
+                times: list[tuple[float, float]] = []
+                for number in range(101):
+                    if not number:
+                        _drop_from_cache(path)
+                    text = f"{chance.getrandbits(32):08x}"[:digits]
+                    with _time(times):
+                        _page(file, text if prefix else "", "" if prefix else text, summaries=summaries)
+                wall, processor = (median(one) for one in zip(*times[1:], strict=True))
+                shown = "summaries" if summaries else "names"
+                print(f"| {label} | {shown} | {times[0][0]:.1f} | {wall:.1f} | {processor:.1f} |")
         memory = process.memory_info().rss - opened
         started, listed, after = time.perf_counter(), 0, ""
         while names := _page(file, "", after, limit=1000, summaries=False):
@@ -139,16 +143,19 @@ def _drop_from_cache(path: Path) -> None:
 def main() -> None:
     """Build in a child process, whose memory does not count, and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--names", type=int, default=5_000_000)
-    count = parser.parse_args().names
+    parser.add_argument("--names", type=int, default=5_000_000, help="number of consultations")
+    parser.add_argument("--folder", type=Path, help="keep the file there, or measure the one that is there")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fiq-list-") as folder:
-        path = Path(folder, "00.h5")
-        child = os.fork()
-        if not child:
-            build(path, count)
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            sys.exit("the file could not be built")
+        path = Path(options.folder or folder, "00.h5")
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            child = os.fork()
+            if not child:
+                build(path, options.names)
+                os._exit(0)
+            if os.waitpid(child, 0)[1]:
+                sys.exit("the file could not be built")
         measure(path)
 
 

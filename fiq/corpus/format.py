@@ -74,13 +74,14 @@ EVENT_DTYPE = np.dtype(
 #: the row without its chain value, for packing: seq, received_ns, offset, length, flags, event_id
 EVENT_HEAD = struct.Struct("<QqQII16s")
 #: rows a chunk of ``events``
-EVENTS_CHUNK = 32
+EVENTS_CHUNK = 16
 #: one row of ``active``: when the last event of a consultation was accepted, and its id
 ACTIVE_DTYPE = np.dtype([("received_ns", "<i8"), ("consultation", "S128")])
 #: rows of ``active``, at most, and rows of its chunks
 MOST_ACTIVE, ACTIVE_CHUNK = 1000, 50
-#: bytes a chunk of ``payload``
-PAYLOAD_CHUNK = 4096
+#: bytes a chunk of ``payload``: of a consultation that begins with little, so that many such take little room, and of
+#: others, which are written faster
+SHORT_PAYLOAD_CHUNK, PAYLOAD_CHUNK = 1024, 4096
 #: largest body, since ``length`` has 32 bits
 MAX_BODY_BYTES = 2**32 - 1
 

@@ -43,6 +43,7 @@ from fiq.corpus.format import (
     NAMES,
     PAYLOAD,
     PAYLOAD_CHUNK,
+    SHORT_PAYLOAD_CHUNK,
     Identity,
     Record,
     bound_metadata,
@@ -214,7 +215,8 @@ class ConsultationGroups:
         self._names = names
         self._active = active
         self._open: OrderedDict[str, Appender] = OrderedDict()
-        self._events_plan, self._payload_plan = _chunked(EVENTS_CHUNK), _chunked(PAYLOAD_CHUNK)
+        self._events_plan = _chunked(EVENTS_CHUNK)
+        self._short_plan, self._payload_plan = _chunked(SHORT_PAYLOAD_CHUNK), _chunked(PAYLOAD_CHUNK)
         self._empty = h5s.create_simple((0,), (h5s.UNLIMITED,))
         self._row_type = h5t.py_create(EVENT_DTYPE)
 
@@ -241,7 +243,7 @@ class ConsultationGroups:
         """
         appender = self._open.get(consultation)
         if appender is None:
-            appender = self._open_appender(consultation)
+            appender = self._open_appender(consultation, records)
         else:
             self._open.move_to_end(consultation)
         first = appender.length
@@ -270,7 +272,7 @@ class ConsultationGroups:
         link = name.encode()
         return h5g.open(self._group, link) if is_consultation_id(name) and self._links.exists(link) else None
 
-    def _open_appender(self, name: str) -> Appender:
+    def _open_appender(self, name: str, first: Sequence[Record]) -> Appender:
         group = self._group_of(name)
         if group is not None:
             events, payload = open_datasets(group)
@@ -279,7 +281,9 @@ class ConsultationGroups:
                 raise AppendRefusedError("a consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -")
             created = h5g.create(self._group, name.encode())
             events = h5d.create(created, EVENTS.encode(), self._row_type, self._empty, self._events_plan)
-            payload = h5d.create(created, PAYLOAD.encode(), h5t.STD_U8LE, self._empty, self._payload_plan)
+            short = sum(len(record.body) + 1 for record in first) <= SHORT_PAYLOAD_CHUNK
+            plan = self._short_plan if short else self._payload_plan
+            payload = h5d.create(created, PAYLOAD.encode(), h5t.STD_U8LE, self._empty, plan)
             if self._names is not None:
                 self._names.insert(name.encode())
         start = chain_start(self._identity, name, of=self._name)
@@ -319,7 +323,8 @@ class Appender:
         self._name = name
         self._chain = start
         self._events = make_dataset(events, item=_ROW_BYTES, chunk=EVENTS_CHUNK, empty=new)
-        self._payload = make_dataset(payload, item=1, chunk=PAYLOAD_CHUNK, empty=new)
+        (chunk,) = payload.get_create_plist().get_chunk()
+        self._payload = make_dataset(payload, item=1, chunk=chunk, empty=new)
         self._last_sequence = 0
         if self._events.length:
             self._read_last_row()

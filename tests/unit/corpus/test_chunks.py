@@ -35,7 +35,7 @@ def test_the_place_of_a_chunk_is_the_one_that_hdf5_states(path: Path) -> None:
         commit_range(store, range(1, 301), consultations=2)
         for appender in store._partition.consultations._open.values():
             tail = appender._payload
-            first = tail.length - 1 - (tail.length - 1) % 4096
+            first = tail.length - 1 - (tail.length - 1) % tail._chunk
             stated = tail._dataset.get_chunk_info_by_coord((first,)).byte_offset
             assert stated == tail._offset
 

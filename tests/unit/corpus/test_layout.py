@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from fiq.corpus import EventStore, open_corpus
+from fiq.corpus import EventStore, Record, open_corpus
 from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD
 from tests.support.corpus import IDENTITY, commit_range
 
@@ -34,7 +35,7 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
         consultation = file["consultations/c-0003"]
         assert sorted(consultation) == ["events", "payload"]
         events, payload = consultation["events"], consultation["payload"]
-        assert (events.dtype, events.chunks, events.maxshape) == (EVENT_DTYPE, (32,), (None,))
+        assert (events.dtype, events.chunks, events.maxshape) == (EVENT_DTYPE, (16,), (None,))
         assert (np.uint8, (4096,), (None,)) == (payload.dtype, payload.chunks, payload.maxshape)
         assert {
             "format": "fiq-corpus",
@@ -52,6 +53,26 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
             "committed_events": 200,
             "committed_conflicts": 0,
         } == {name: value for name, value in file.attrs.items() if name != "journal"}
+
+
+def test_a_new_consultation_takes_about_four_kilobytes(tmp_path: Path) -> None:
+    """A client can create as many as it likes; one that begins with more gets larger chunks, which are faster."""
+    short, long = Record(1, 0, bytes(16), b"{%b}" % (b" " * 200)), Record(5000, 0, bytes(16), b"{%b}" % (b" " * 2000))
+    with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
+        store.append("first", [short])
+        store.commit(1)
+        store.checkpoint()
+        before = (tmp_path / "00.h5").stat().st_size
+        for number in range(2, 1002):
+            store.append(f"c-{number}", [replace(short, sequence=number)])
+        store.commit(1001)
+        store.checkpoint()
+        assert ((tmp_path / "00.h5").stat().st_size - before) / 1000 < 4200
+        store.append("long", [long])
+        store.commit(5000)
+    with h5py.File(tmp_path / "00.h5", "r") as file:
+        chunks = [file[f"consultations/{name}/payload"].chunks for name in ("first", "long")]
+    assert [(1024,), (4096,)] == chunks
 
 
 def test_a_payload_dataset_is_ndjson(filled: Path) -> None:
