@@ -7,14 +7,19 @@ for tokens of all consultations, unless its handler checks each consultation its
 
 For a request that writes, the backlog is checked before the token's rate: requests that the log refuses must not use
 up the rate.
+
+While no token is required, a request must name this machine in ``Host``. Otherwise any web page that the user visits
+could read the service: it lets its own name point to 127.0.0.1 (DNS rebinding), and the browser takes both for one
+origin.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import math
+import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -48,6 +53,16 @@ _audit = get_audit_logger()
 
 #: instead of a scope: no token is needed
 OPEN = None
+#: as networks of :mod:`ipaddress`
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+#: name and port in ``Host``
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]*)?", re.IGNORECASE | re.ASCII)
+_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+#: refusals of one address that are logged a second in the long run, and at once
+_ADDRESS_RATE, _ADDRESS_BURST = 0.5, 10
+#: characters of an IPv6 address that are of its network
+_NETWORK_CHARACTERS = 19
 WHOAMI_PATH = "/token"
 _CHALLENGE = 'Bearer realm="fiq"'
 _INVALID = f'{_CHALLENGE}, error="invalid_token"'
@@ -197,6 +212,8 @@ class AccessControl:
         tokens: of clients.
         rates: of each token.
         check_backlog: called before each request that writes; raises RequestRefusedError while the backlog is full.
+        hosts: names in ``Host`` that are accepted, besides those of this machine, while no token is required.
+        proxies: networks of proxies whose ``X-Forwarded-For`` is believed.
     """
 
     def __init__(
@@ -206,9 +223,14 @@ class AccessControl:
         tokens: TokenStore,
         rates: RateLimiter,
         check_backlog: Callable[[], None],
+        *,
+        hosts: Iterable[str] = (),
+        proxies: Collection[Network] = (),
     ) -> None:
         self._refusals = refusals
-        self._audit = _AuditLog(metrics)
+        self._proxies = proxies
+        self._audit = _AuditLog(metrics, self.forwarded)
+        self._hosts = _LOCAL_NAMES.union(hosts)
         self._tokens = tokens
         self._rates = rates
         self._check_backlog = check_backlog
@@ -255,6 +277,14 @@ class AccessControl:
         if not all(grant.may(scope, consultation) for consultation in consultations):
             raise self._forbidden(request, reasons.PREFIX, scope, grant)
 
+    def forwarded(self, request: web.BaseRequest) -> Address | None:
+        """Return the client's address as the nearest proxy reports it; None if no trusted proxy does."""
+        values: Sequence[str] = request.headers.getall("X-Forwarded-For", ())
+        peer = _address(request.remote) if values and self._proxies else None
+        if peer is None or not any(peer in network for network in self._proxies):
+            return None
+        return _address(values[-1].rpartition(",")[2].strip())
+
     @property
     def required(self) -> bool:
         """Whether requests need a token."""
@@ -281,6 +311,8 @@ class AccessControl:
         return guarded
 
     def _check(self, request: web.Request) -> None:
+        if not self._tokens.required:
+            self._check_host(request.headers.get(hdrs.HOST))
         if GRANT in request:  # allowed by the handler of Expect
             return
         match = request.match_info
@@ -299,6 +331,15 @@ class AccessControl:
                 self._check_backlog()
         grant.count_request()
         request[GRANT] = grant
+
+    def _check_host(self, value: str | None) -> None:
+        """Raise RequestRefusedError unless ``Host`` names this machine; browsers always send it."""
+        if value is None:
+            return
+        found = _HOST.fullmatch(value)
+        name = "" if found is None else found[1].lower()
+        if name not in self._hosts and not getattr(_address(name.strip("[]")), "is_loopback", False):
+            raise RequestRefusedError(problems.UNKNOWN_HOST)
 
     def identify(self, request: web.Request) -> Grant:
         """Return what the sender of *request* may do. Raises RequestRefusedError: it has no valid token."""
@@ -359,12 +400,14 @@ class _AuditLog:
     """Logs ``ACCESS_REFUSED``: who, from where, what and why; never a token, and only the path's template.
 
     Lines are throttled for each known token, and for all unknown clients together, which so cannot hide what is done
-    with a known token.
+    with a known token. Before that, each address of unknown clients has a smaller budget of its own.
     """
 
-    def __init__(self, metrics: IngestMetrics) -> None:
+    def __init__(self, metrics: IngestMetrics, forwarded: Callable[[web.BaseRequest], Address | None]) -> None:
         self._metrics = metrics
+        self._forwarded = forwarded
         self._throttle = LogThrottle()
+        self._addresses = LogThrottle(_ADDRESS_RATE, _ADDRESS_BURST)
         self._log = get_logger("ingest.access").bind()
 
     def refused(self, request: web.Request, reason: str, name: str | None) -> None:
@@ -376,10 +419,16 @@ class _AuditLog:
             name: of the token, if it is known.
         """
         self._metrics.access_refused[reason].inc()
-        allowed = self._throttle.allow(name or "")
-        if allowed is None:
+        forwarded = self._forwarded(request)
+        sender = forwarded or _address(request.remote)
+        left_out = self._addresses.allow(_network(sender)) if name is None else {}
+        allowed = None if left_out is None else self._throttle.allow(name or "")
+        if left_out is None or allowed is None:
             return
-        values: dict[str, object] = {"token": name, "remote": request.remote, "forwarded": _forwarded(request)}
+        if left_out:
+            allowed = {"left_out": left_out["left_out"] + allowed.get("left_out", 0)}
+        values: dict[str, object] = {"token": name, "remote": request.remote}
+        values["forwarded"] = None if forwarded is None else str(forwarded)
         resource = request.match_info.route.resource
         values["method"] = request.method if request.method in hdrs.METH_ALL else "another one"
         values["path"] = None if resource is None else resource.canonical
@@ -387,13 +436,18 @@ class _AuditLog:
         self._log.warning("ACCESS_REFUSED", reason=reason, **present)
 
 
-def _forwarded(request: web.Request) -> str | None:
-    """Return the client's address as the nearest proxy reports it; None unless it is an address."""
-    values = request.headers.getall("X-Forwarded-For", ())
+def _address(text: str | None) -> Address | None:
+    """Return the address in *text*, an IPv4 one also where IPv6 embeds it; None if it is not an address."""
     try:
-        return str(ipaddress.ip_address(values[-1].rpartition(",")[2].strip())) if values else None
+        found = ipaddress.ip_address(text or "")
     except ValueError:
         return None
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def _network(address: Address | None) -> str:
+    """Return what the clients of one sender have in common: an IPv4 address, or the network of an IPv6 one."""
+    return "" if address is None else address.exploded[:_NETWORK_CHARACTERS]
 
 
 # -- the audit log -----------------------------------------------------------------------------------------------------
@@ -406,6 +460,9 @@ def audit(event: str, request: web.Request, **values: object) -> None:
     """
     name = request[GRANT].name
     who: dict[str, object] = {"token": name} if name else {}
+    forwarded = request.app[ACCESS].forwarded(request)
+    if forwarded is not None:
+        who["forwarded"] = str(forwarded)
     _audit.info(event, **who, remote=request.remote, **values)
 
 

@@ -125,7 +125,15 @@ def make_app(
     refusals = Refusals(metrics.refused, metrics.duration, backlog.retry_after)
     tokens = TokenStore(settings.token_file)
     rates = RateLimiter(settings.rate, settings.rate_burst)
-    access = AccessControl(refusals, metrics, tokens, rates, backlog.check)
+    access = AccessControl(
+        refusals,
+        metrics,
+        tokens,
+        rates,
+        backlog.check,
+        hosts=settings.allowed_hosts,
+        proxies=settings.trusted_proxies,
+    )
     in_flight = InFlight()
     # one event of the largest size is always taken: a limit below it would refuse such events for ever
     size = max(settings.max_in_flight_bytes, settings.max_event_bytes)

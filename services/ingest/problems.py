@@ -184,6 +184,13 @@ UNSUPPORTED_CONTENT_ENCODING = ProblemType(
 EXPECTATION_FAILED = ProblemType(
     "expectation-failed", 417, "Expectation failed", "Only Expect: 100-continue is supported."
 )
+UNKNOWN_HOST = ProblemType(
+    "unknown-host",
+    421,
+    "Unknown host",
+    "While this service needs no token, it answers requests to localhost, 127.0.0.1 and [::1] only, so that web pages "
+    "cannot read it. Use such an address; or let the service require tokens, or list its name in FI_ALLOWED_HOSTS.",
+)
 INVALID_EVENT = ProblemType(
     "invalid-event", 422, "Invalid event", "An event is a JSON object with a non-empty string event_type."
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from aiohttp import web
 
@@ -11,6 +13,23 @@ from services.core.settings import boolean, integer, nested, number, seconds, se
 from services.core.settings import port as tcp_port
 from services.core.watchdog import WATCHDOG_SECONDS
 from services.log.settings import LogSettings
+
+
+def _hosts(value: str) -> tuple[str, ...]:
+    """Parse names and addresses as they are in ``Host``, without a port."""
+    names = [name.strip().lower() for name in value.split(",")]
+    names = [f"[{name}]" if name.count(":") > 1 and name[0] != "[" else name for name in names]
+    if not all(re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", name) for name in names):
+        raise ValueError("names or addresses without a port, such as fiq.example,192.168.1.5")
+    return tuple(names)
+
+
+def _networks(value: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Parse addresses and networks."""
+    try:
+        return tuple(ip_network(one.strip()) for one in value.split(","))
+    except ValueError:
+        raise ValueError("addresses or networks, such as 10.0.0.5,172.16.0.0/12") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +66,18 @@ class Settings:
         False,
         parse=boolean,
         doc="Listen beyond loopback without FI_TOKEN_FILE: every client that reaches the port may post and read.",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        "FI_ALLOWED_HOSTS",
+        (),
+        parse=_hosts,
+        doc="Names in `Host` that are accepted while clients need no token, besides localhost and loopback addresses.",
+    )
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = setting(
+        "FI_TRUSTED_PROXIES",
+        (),
+        parse=_networks,
+        doc="Addresses or networks of proxies whose X-Forwarded-For is believed, in logs: 10.0.0.5,172.16.0.0/12.",
     )
     tls_cert: str = setting(
         "FI_TLS_CERT",

@@ -44,7 +44,7 @@ class Runner:
     async def ready(cls, port: int, path: str, key: str, body: bytes) -> Runner:
         """Connect and send all but the last byte of a POST."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = f"POST {path} HTTP/1.1\r\nHost: t\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
         head += f"Idempotency-Key: {key}\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body[:-1])
         return cls(reader, writer, body[-1:])

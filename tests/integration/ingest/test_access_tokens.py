@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
+from ipaddress import IPv4Network, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ async def test_a_403_names_the_one_reason(edge: Edge) -> None:
 
 async def test_a_refused_client_is_not_asked_for_its_body(edge: Edge) -> None:
     """Expect: 100-continue is answered by the refusal itself."""
-    head = b"POST /consultations/c-1/events HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+    head = b"POST /consultations/c-1/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Expect: 100-continue\r\nContent-Length: 18\r\n"
     answer = await edge.raw(head + b"\r\n")
     assert answer.startswith(b"HTTP/1.1 401 ")
@@ -392,10 +393,14 @@ def refusals(entries: Sequence[MutableMapping[str, Any]]) -> list[MutableMapping
     return [entry for entry in entries if entry["event"] == "ACCESS_REFUSED"]
 
 
+#: where the tests' clients come from
+PROXY = (ip_network("127.0.0.0/8"),)
+
+
 async def test_each_refused_access_is_a_line_without_a_token(file: Path) -> None:
     """Who, from where, what and why; of the path the template, of a proxy's word an address or nothing."""
     with capture_logs() as entries:
-        async with running_edge(token_file=str(file)) as edge:
+        async with running_edge(token_file=str(file), trusted_proxies=PROXY) as edge:
             await edge.post("secret-id", Authorization="Bearer guessed-secret", X_Forwarded_For="evil, 192.0.2.7")
             await edge.post("c-1", X_Forwarded_For="<script>", **bearer("reader"))
             await edge.request("PROPFIND", "/secret-path")
@@ -425,13 +430,14 @@ async def test_a_flood_of_refusals_does_not_fill_the_log(file: Path, monkeypatch
 def bursts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the test takes, no further lines are allowed."""
     monkeypatch.setattr(logs, "THROTTLE_RATE", 1e-9)
+    monkeypatch.setattr(access, "_ADDRESS_RATE", 1e-9)
 
 
 @pytest.mark.usefixtures("bursts_only")
 async def test_strangers_hide_nothing_that_is_done_with_a_token(file: Path) -> None:
     """Their lines are bounded together; all are counted."""
     with capture_logs() as entries:
-        async with running_edge(token_file=str(file)) as edge:
+        async with running_edge(token_file=str(file), trusted_proxies=PROXY) as edge:
             for number in range(61):
                 await edge.post(X_Forwarded_For=f"192.0.2.{number}")
             await edge.post(**bearer("reader"))
@@ -441,6 +447,30 @@ async def test_strangers_hide_nothing_that_is_done_with_a_token(file: Path) -> N
         entry["forwarded"] for entry in found if "token" not in entry
     ]
     assert ["reader"] == [entry["token"] for entry in found if "token" in entry]
+
+
+@pytest.mark.usefixtures("bursts_only")
+async def test_a_stranger_does_not_use_up_the_lines_of_others(file: Path) -> None:
+    """Each address has a part of them, of IPv6 each network."""
+    with capture_logs() as entries:
+        async with running_edge(token_file=str(file), trusted_proxies=PROXY) as edge:
+            for number in range(1, 31):
+                await edge.post(X_Forwarded_For=f"2001:db8::{number:x}")
+            await edge.post(X_Forwarded_For="2001:db8:0:1::1")
+            await edge.post(X_Forwarded_For="192.0.2.1")
+    found = [entry["forwarded"] for entry in refusals(entries)]
+    assert [*(f"2001:db8::{number:x}" for number in range(1, 11)), "2001:db8:0:1::1", "192.0.2.1"] == found
+
+
+@pytest.mark.usefixtures("bursts_only")
+@pytest.mark.parametrize("proxies", [(), (ip_network("192.0.2.0/24"),)])
+async def test_a_client_does_not_choose_its_own_address(file: Path, proxies: tuple[IPv4Network, ...]) -> None:
+    """X-Forwarded-For is believed from proxies that are configured, and from no one else."""
+    with capture_logs() as entries:
+        async with running_edge(token_file=str(file), trusted_proxies=proxies) as edge:
+            for number in range(20):
+                await edge.post(X_Forwarded_For=f"192.0.2.{number}")
+    assert [("127.0.0.1", None)] * 10 == [(one["remote"], one.get("forwarded")) for one in refusals(entries)]
 
 
 @pytest.mark.usefixtures("bursts_only")
@@ -492,3 +522,54 @@ async def test_a_batch_counts_its_events(file: Path) -> None:
             (await edge.request("GET", f"/batch?more={more}", headers=bearer("reader"))).status for more in (5, 7, 2, 1)
         ]
         assert [200, 200, 429, 429] == statuses
+
+
+# -- the name of the service, while no token is required ---------------------------------------------------------------
+
+REBOUND = [b"evil.example", b"evil.example:7001", b"localhost.evil.example", b"127.0.0.1.evil.example:7001"]
+ODD = [b"", b":7001", b"localhost:x", b"[::1", b"::1", b"10.0.0.1", b"[2001:db8::1]:7001", b"localhost@evil.example"]
+PATHS = [b"GET /consultations", b"GET /docs", b"GET /problems/not-found", b"GET /nope", b"OPTIONS /consultations"]
+
+
+def asked(line: bytes, host: bytes) -> bytes:
+    return line + b" HTTP/1.1\r\nConnection: close\r\nHost: " + host + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("host", [*REBOUND, *ODD])
+async def test_a_web_page_cannot_read_a_service_without_tokens(host: bytes) -> None:
+    """A page whose name points to 127.0.0.1 is of one origin with it, but its requests name the page's own host."""
+    async with running_edge() as edge:
+        for line in PATHS:
+            answer = await edge.raw(asked(line, host))
+            assert answer.startswith(b"HTTP/1.1 421 "), line
+            assert b"/problems/unknown-host" in answer
+            assert b"FI_ALLOWED_HOSTS" in answer
+        post = asked(b"POST /consultations/c-1/events", host)[:-2]
+        post += b"Content-Type: application/json\r\nContent-Length: 18\r\nExpect: 100-continue\r\n\r\n"
+        assert (await edge.raw(post)).startswith(b"HTTP/1.1 421 ")
+
+
+@pytest.mark.parametrize(
+    "host", [b"localhost", b"LocalHost:1", b"127.0.0.1", b"127.0.0.1:7001", b"[::1]", b"[::1]:7001", b"127.0.0.2"]
+)
+async def test_the_names_of_this_machine_are_served(host: bytes) -> None:
+    """With any port: a tunnel may have another one."""
+    async with running_edge() as edge:
+        assert (await edge.raw(asked(PATHS[0], host))).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_further_names_can_be_allowed() -> None:
+    """And no others; without a name it is no browser."""
+    async with running_edge(allowed_hosts=("fiq.example", "[2001:db8::1]")) as edge:
+        for host in (b"fiq.example", b"FIQ.example:80", b"[2001:db8::1]:7001", b"localhost"):
+            assert (await edge.raw(asked(PATHS[0], host))).startswith(b"HTTP/1.1 200 ")
+        assert (await edge.raw(asked(PATHS[0], b"other.example"))).startswith(b"HTTP/1.1 421 ")
+        assert (await edge.raw(b"GET /consultations HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.0 200 ")
+
+
+async def test_with_tokens_any_name_is_served(file: Path) -> None:
+    """A web page has no token."""
+    async with running_edge(token_file=str(file)) as edge:
+        head = asked(PATHS[0], b"fiq.example")[:-2] + b"Authorization: Bearer reader-secret\r\n\r\n"
+        assert (await edge.raw(head)).startswith(b"HTTP/1.1 200 ")
+        assert (await edge.raw(asked(PATHS[0], b"evil.example"))).startswith(b"HTTP/1.1 401 ")

@@ -230,7 +230,7 @@ async def test_a_client_that_does_not_read_is_let_go(edge: Edge, monkeypatch: py
     for _ in range(40):
         await edge.post(body=b'{"event_type":"' + b"x" * 900_000 + b'"}')
     _, writer = await asyncio.open_connection("127.0.0.1", edge.port, limit=1024)
-    writer.write(f"GET {EVENTS}?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    writer.write(f"GET {EVENTS}?follow=1 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     await eventually(lambda: edge.metric("fi_ingest_followers_dropped_total") == 1.0)
     await eventually(lambda: edge.metric("fi_ingest_followers") == 0.0)
     writer.close()

@@ -191,7 +191,9 @@ def test_no_request_makes_it_fail_or_hang(
     """Written to the socket as it is, however broken."""
     lines = [f"{name}: {value}".encode("latin-1") for name, value in headers]
     target = path + b"?" + MARK.encode() + query
-    head = b"\r\n".join([method + b" " + target + b" HTTP/1.1", b"Host: t", b"X-Mark: " + MARK.encode(), *lines])
+    head = b"\r\n".join(
+        [method + b" " + target + b" HTTP/1.1", b"Host: localhost", b"X-Mark: " + MARK.encode(), *lines]
+    )
     length = b"" if any(name == "Content-Length" for name, _ in headers) else b"\r\nContent-Length: %d" % len(body)
 
     async def check(edge: Edge) -> None:
@@ -223,7 +225,7 @@ def test_no_request_that_is_good_http_makes_it_fail_or_hang(
     """The parser has nothing against it, so the handlers get it; now and then its end never comes."""
     lines = [
         f"{method} {path}?{urlencode(query)} HTTP/1.1",
-        "Host: t",
+        "Host: localhost",
         f"X-Mark: {MARK}",
         f"Content-Length: {len(body)}",
     ]
@@ -245,7 +247,7 @@ def test_no_id_makes_it_fail(consultation: str, key: str) -> None:
     shown = consultation.encode("utf-8", "surrogatepass").hex("%") if consultation else ""
     raw_key = key.encode("utf-8", "surrogatepass").replace(b"\r", b"").replace(b"\n", b"").replace(b"\0", b"")
     path = b"/consultations/%" + shown.encode() if shown else b"/consultations/"
-    head = b"POST " + path + b"/events HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+    head = b"POST " + path + b"/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Idempotency-Key: " + raw_key + b"\r\nContent-Length: 18\r\n\r\n" + b'{"event_type":"A"}'
 
     async def check(edge: Edge) -> None:
@@ -264,7 +266,7 @@ def test_no_credentials_but_the_right_ones_get_through(tmp_path_factory: pytest.
     path = tmp_path_factory.mktemp("tokens") / "tokens"
     path.write_text(render([Token("one", digest_of("the-right-one"), frozenset({Scope.WRITE}))]))
     clean = value.replace("\r", "").replace("\n", "")
-    head = f"POST /consultations/c-1/events HTTP/1.1\r\nHost: t\r\nAuthorization: {clean}\r\n"
+    head = f"POST /consultations/c-1/events HTTP/1.1\r\nHost: localhost\r\nAuthorization: {clean}\r\n"
     request = (
         head.encode("latin-1") + b"Content-Type: application/json\r\nContent-Length: 18\r\n\r\n" + b'{"event_type":"A"}'
     )
@@ -282,7 +284,9 @@ def test_what_is_drawn_is_sent_and_answered() -> None:
 
     async def check(edge: Edge) -> None:
         head = (
-            b"POST " + EVENTS + b" HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 18\r\n\r\n"
+            b"POST "
+            + EVENTS
+            + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 18\r\n\r\n"
         )
         assert [202] == await sent(edge, head + b'{"event_type":"A"}')
 

@@ -20,7 +20,7 @@ async def test_a_stop_finishes_what_is_in_flight_and_refuses_the_rest() -> None:
     async with running_edge(log) as edge:
         stored = asyncio.create_task(edge.post(body=BODY))
         reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
-        writer.write(b"POST /consultations/c/events HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n")
+        writer.write(b"POST /consultations/c/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         writer.write(b"Content-Length: 18\r\n\r\n{")
         await eventually(lambda: edge.metric("fi_ingest_requests_in_flight") == 2.0)
 

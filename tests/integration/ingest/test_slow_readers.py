@@ -18,8 +18,8 @@ from tests.support.polling import eventually
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 EVENTS = "/consultations/c-1/events"
-PAGE = f"GET {EVENTS} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-DESCRIPTION = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+PAGE = f"GET {EVENTS} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+DESCRIPTION = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 #: the service's own loop, and the one that the other tests have: each buffers in its own way

@@ -110,7 +110,7 @@ async def test_nothing_older_than_1_2_is_spoken(
 
 async def test_plain_http_and_garbage_are_not_answered(edge: Edge, files: Files) -> None:
     """No client uses plain text by mistake, and the next client is served."""
-    for request in (b"GET / HTTP/1.1\r\nHost: t\r\n\r\n", b"\x00" * 100, b""):
+    for request in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x00" * 100, b""):
         answer = await edge.raw(request, end=True)
         assert b"HTTP" not in answer
     assert "first" == await name_shown(edge, files)
@@ -157,7 +157,7 @@ async def test_a_stop_does_not_wait_for_handshakes(files: Files) -> None:
             await edge.server.stop()
             with contextlib.suppress(OSError):
                 await late.start_tls(files.trust(), server_hostname="127.0.0.1")
-                late.write(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+                late.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert b"" == await reader.read()
         silent.close()
         late.close()
@@ -168,7 +168,7 @@ async def test_a_renewed_certificate_is_shown_and_open_connections_go_on(edge: E
     reader, writer = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
 
     async def answer() -> bytes:
-        writer.write(b"GET /problems/not-found HTTP/1.1\r\nHost: t\r\n\r\n")
+        writer.write(b"GET /problems/not-found HTTP/1.1\r\nHost: localhost\r\n\r\n")
         return await reader.readuntil(b"}")
 
     assert (await answer()).startswith(b"HTTP/1.1 200 ")

@@ -33,6 +33,7 @@ IN_THE_IMAGE = {
     "FI_PERSISTER_HOST",
     "FI_PERSISTER_PORT",
     "FI_ALLOW_ANONYMOUS",
+    "FI_ALLOWED_HOSTS",
 }
 #: paths within a container, and that the services' users may not provision
 MOUNTED = {"FI_NATS_CA_FILE", "FI_NATS_SEED_FILE", "FI_TOKEN_FILE", "FI_DATA_DIR", "FI_PROVISION"}
