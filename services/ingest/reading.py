@@ -5,6 +5,8 @@ The log's reader joins corpus and log. A page holds its share of the process's r
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -57,6 +59,8 @@ MAX_LIMIT, DEFAULT_LIMIT = 1000, 100
 PAGE_BYTES = 1 << 20
 #: what is looked at for a page of events that are filtered, about: events, and bytes of their bodies
 LOOKED_EVENTS, LOOKED_BYTES = 10_000, 8 << 20
+#: how long the log may take to say when it stored an event, seconds
+WAY_SECONDS = 0.5
 #: reads that one process answers at a time; a page takes some 2 MiB at most
 MAX_READS = 64
 #: the problem, and its detail, for each error of a read
@@ -189,12 +193,22 @@ async def _event(request: web.Request, held: ExitStack) -> web.StreamResponse:
     if bodies:
         bodies_shown(request, 1, consultation_id=consultation)
     _log.info("EVENT_READ", consultation_id=consultation, message_id=str(event_id), sequence=stored.sequence)
-    shown = (
-        cloudevent(stored, bodies=bodies)
-        if media_type == CLOUDEVENT
-        else record(stored, bodies=bodies, consultation=True)
-    )
-    return response_of(request, shown, media_type)
+    if media_type == CLOUDEVENT:
+        return response_of(request, cloudevent(stored, bodies=bodies), media_type)
+    shown = record(stored, bodies=bodies, consultation=True)
+    return response_of(request, b"%b,%b" % (shown[:-1], orjson.dumps(await _way(request, stored))[1:]), media_type)
+
+
+async def _way(request: web.Request, shown: SequencedEvent) -> dict[str, str | None]:
+    """Return when the log stored an event, and its trace, while the log has it and answers soon."""
+    found = None
+    with contextlib.suppress(TimeoutError, LogUnavailableError, LogRefusedError):
+        async with asyncio.timeout(WAY_SECONDS):
+            found = await request.app[READER].at(shown.sequence)
+    if found is None or found.event.message_id != shown.event.message_id:
+        return {"stored": None, "trace_id": None}
+    trace = found.event.trace
+    return {"stored": found.stored or None, "trace_id": None if trace is None else trace.trace_id}
 
 
 async def _consultations(request: web.Request, held: ExitStack) -> web.StreamResponse:

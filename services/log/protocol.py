@@ -136,11 +136,13 @@ class SequencedEvent:
         sequence: position in the log, from 1.
         event: as it was stored.
         persisted: read from the corpus; otherwise it still waits in the log.
+        stored: when the log stored it, RFC 3339 in UTC; empty unless it was asked for by its sequence.
     """
 
     sequence: int
     event: Event
     persisted: bool
+    stored: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,7 @@ class MemoryReader:
         gate: what the corpus waits for before it answers.
         too_many: the corpus holds too many ids for a snapshot.
         asked: names of the questions, in their order.
+        stored: when the log stored each event.
         kept: events under used ids.
         verification: what the owner finds.
     """
@@ -163,6 +164,7 @@ class MemoryReader:
     gate: asyncio.Event | None = None
     too_many: bool = False
     asked: list[str] = field(default_factory=list)
+    stored: str = "2026-11-25T02:00:00.125Z"
     kept: list[SequencedEvent] = field(default_factory=list)
     verification: Verification = field(default_factory=lambda: Verification(0, 0, 0, [], 0, ""))
 
@@ -172,7 +174,7 @@ class MemoryReader:
             raise LogUnavailableError("silent")
         if sequence in self.trimmed or not 0 < sequence <= len(self.log.events):
             return None
-        return SequencedEvent(sequence, self.log.events[sequence - 1], persisted=False)
+        return SequencedEvent(sequence, self.log.events[sequence - 1], persisted=False, stored=self.stored)
 
     async def snapshot(self, consultation: str) -> MemorySnapshot:
         self.asked.append("snapshot")

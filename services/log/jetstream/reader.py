@@ -97,10 +97,7 @@ class JetStreamReader(EventBrowser):
         self._listing = ConsultationLister(self._corpus.ask, settings.partitions)
 
     async def at(self, sequence: int) -> SequencedEvent | None:
-        found = await self._stream.at(sequence)
-        if found is None or found[1] is None:
-            return None
-        return SequencedEvent(sequence, found[1], persisted=False)
+        return await self._stream.at(sequence)
 
     async def snapshot(self, consultation: str) -> StoredIds:
         return await self._corpus.ids(self._partition(consultation), consultation)
@@ -433,12 +430,15 @@ class StreamReading:
             raise LogUnavailableError(f"there is no stream {STREAM}")
         return dict(info["state"])
 
-    async def at(self, sequence: int) -> Numbered | None:
-        """Return what is at *sequence*; None when the stream holds nothing there."""
+    async def at(self, sequence: int) -> SequencedEvent | None:
+        """Return the event at *sequence*; None when the stream holds nothing there, or no event."""
         message = await self._api.get_message(STREAM, sequence)
         if message is None:  # a replica that lags says the same as one that has trimmed it
             message = await self._api.leader_message(STREAM, sequence)
-        return None if message is None else (sequence, _event(message["subject"], message["headers"], message["data"]))
+        event = None if message is None else _event(message["subject"], message["headers"], message["data"])
+        if message is None or event is None:
+            return None
+        return SequencedEvent(sequence, event, persisted=False, stored=message["time"])
 
     async def end(self) -> int:
         """Return the sequence of the last message, as the leader knows it; 0 when there never was one."""

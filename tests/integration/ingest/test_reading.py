@@ -311,6 +311,22 @@ async def test_one_event_is_shown_with_where_it_is(edge: Edge) -> None:
         assert posted.json["message_id"] == reply.json["message_id"]
 
 
+async def test_one_event_is_shown_with_its_trace_while_the_log_has_it(edge: Edge) -> None:
+    """Its time in the log as well; once it is trimmed, or while the log does not answer, they are null."""
+    parent = f"00-{'a' * 32}-{'b' * 16}-01"
+    posted = await edge.post(body=b'{"event_type":"T"}', traceparent=parent)
+    shown = (await edge.request("GET", posted.headers["Location"])).json
+    assert ("a" * 32, edge.log.reader.stored) == (shown["trace_id"], shown["stored"])
+    edge.log.persisted = 1
+    edge.log.reader.silent = True
+    shown = (await edge.request("GET", posted.headers["Location"])).json
+    assert (None, None, "persisted") == (shown["trace_id"], shown["stored"], shown["status"])
+    edge.log.reader.silent = False
+    edge.log.reader.trimmed = {1}
+    shown = (await edge.request("GET", posted.headers["Location"])).json
+    assert (None, None, {"event_type": "T"}) == (shown["trace_id"], shown["stored"], shown["event"])
+
+
 @pytest.mark.parametrize("event_id", ["6f1b1d4e-0000-4000-8000-000000000000", "no-uuid", "%00"])
 async def test_an_event_that_was_not_posted_is_unknown(edge: Edge, event_id: str) -> None:
     """Also one of another consultation, and what cannot be an id."""

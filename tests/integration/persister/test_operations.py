@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,7 @@ async def test_a_requeued_event_is_in_hdf5_once_as_it_was(nats_pipeline: Pipelin
         assert [(answer["stream_sequence"], BODY)] == nats_pipeline.stored("c-1")
         status, shown = await client.get(f"/consultations/c-1/events/{key}")
         assert (200, "2023-11-14T22:13:20.123456789Z") == (status, shown["received"])
+        assert abs(datetime.fromisoformat(shown["stored"]).timestamp() - time.time()) < 60
 
 
 async def healthy_partitions(client: Client) -> None:

@@ -12,6 +12,7 @@ import h5py
 import pytest
 
 from fiq.corpus import (
+    Checked,
     CorpusNotFoundError,
     EventStore,
     Progress,
@@ -20,6 +21,7 @@ from fiq.corpus import (
     open_corpus,
     recover_partition,
     verify_corpus,
+    verify_slice,
     write_index,
 )
 from fiq.corpus.tools import verify
@@ -70,36 +72,74 @@ def test_a_clean_corpus_has_no_problems(pristine: Path) -> None:
     assert 201 == seen[-1].events
 
 
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [
-        (damages.change_body, [("chain", 5)]),
-        (damages.change_time, [("chain", 5)]),
-        (damages.change_flags, [("chain", 5)]),
-        (damages.change_chain, [("chain", 5), ("chain", 6)]),
-        (damages.change_sequence, [("order", 5), ("chain", 5)]),
-        (damages.duplicate_id, [("chain", 7), ("duplicate", 7)]),
-        (damages.remove_row, [("gap", 5), ("chain", 5), ("count", None)]),
-        (
-            damages.swap_rows,
-            [("gap", 5), ("chain", 5), ("order", 6), ("gap", 6), ("chain", 6), ("gap", 7), ("chain", 7)],
-        ),
-        (damages.cut_payload, [("outside", 28)]),
-        (damages.cut_rows, [("payload", None), ("count", None)]),
-        (damages.cut_events, [("count", None)]),
-        (damages.remove_consultation, [("names", None), ("count", None)]),
-        (damages.misname_consultation, [("names", None), ("name", None)]),
-        (damages.forget_name, [("names", None)]),
-        (damages.repeat_name, [("names", None)]),
-        (damages.cut_names, [("names", None)]),
-        (damages.remove_payload, [("unreadable", None), ("count", None)]),
-        (damages.retype_events, [("unreadable", None), ("count", None)]),
-        (damages.flatten_group, [("unreadable", None), ("count", None)]),
-        (damages.join_lines, [("newline", 5)]),
-        (damages.drop_attribute, [("file", None)]),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
+DAMAGES: list[tuple[Damage, list[tuple[str, int | None]]]] = [
+    (damages.change_body, [("chain", 5)]),
+    (damages.change_time, [("chain", 5)]),
+    (damages.change_flags, [("chain", 5)]),
+    (damages.change_chain, [("chain", 5), ("chain", 6)]),
+    (damages.change_sequence, [("order", 5), ("chain", 5)]),
+    (damages.duplicate_id, [("chain", 7), ("duplicate", 7)]),
+    (damages.remove_row, [("gap", 5), ("chain", 5), ("count", None)]),
+    (
+        damages.swap_rows,
+        [("gap", 5), ("chain", 5), ("order", 6), ("gap", 6), ("chain", 6), ("gap", 7), ("chain", 7)],
+    ),
+    (damages.cut_payload, [("outside", 28)]),
+    (damages.cut_rows, [("payload", None), ("count", None)]),
+    (damages.cut_events, [("count", None)]),
+    (damages.remove_consultation, [("names", None), ("count", None)]),
+    (damages.misname_consultation, [("names", None), ("name", None)]),
+    (damages.forget_name, [("names", None)]),
+    (damages.repeat_name, [("names", None)]),
+    (damages.cut_names, [("names", None)]),
+    (damages.remove_payload, [("unreadable", None), ("count", None)]),
+    (damages.retype_events, [("unreadable", None), ("count", None)]),
+    (damages.flatten_group, [("unreadable", None), ("count", None)]),
+    (damages.join_lines, [("newline", 5)]),
+    (damages.drop_attribute, [("file", None)]),
+]
+#: kinds of problems that are of one consultation, but for duplicate ids
+OF_CONSULTATION = {"chain", "order", "gap", "outside", "newline", "payload"}
+#: what a persister refuses to open, or HDF5 cannot read in it
+NOT_OPENED = {
+    damages.drop_attribute,
+    damages.remove_payload,
+    damages.retype_events,
+    damages.flatten_group,
+    damages.cut_names,
+    damages.forget_name,
+    damages.repeat_name,
+    damages.misname_consultation,
+}
+OPENED = [case for case in DAMAGES if case[0] not in NOT_OPENED]
+
+
+@pytest.mark.parametrize(("how", "expected"), OPENED, ids=lambda value: getattr(value, "__name__", ""))
+def test_slices_of_a_consultation_find_the_same(
+    directory: Path, how: Damage, expected: list[tuple[str, int | None]]
+) -> None:
+    """In the file that a persister has open, some rows at a time, however few; ids are not compared."""
+    damage(directory / "00.h5", how)
+    of_rows = [(kind, row) for kind, row in expected if kind in OF_CONSULTATION]
+    for most_rows, most_bytes in ((3, 1 << 20), (1024, 1), (1024, 1 << 20)):
+        with EventStore.open(directory / "00.h5", expected=None) as store, store.reading() as lookup:
+            consultation = lookup.consultation(VICTIM)
+            if consultation is None:
+                assert [] == of_rows
+                continue
+            found, checked, slices = [], Checked(), 0
+            while slices == 0 or checked.rows < len(consultation):
+                problems, checked = verify_slice(
+                    consultation, store.identity, store.committed, checked, most_rows=most_rows, most_bytes=most_bytes
+                )
+                found += [(problem.kind, problem.row) for problem in problems]
+                slices += 1
+            assert sorted(of_rows, key=str) == sorted(found, key=str)
+            assert checked.rows == len(consultation)
+            assert slices == -(-len(consultation) // (1 if most_bytes == 1 else most_rows))
+
+
+@pytest.mark.parametrize(("how", "expected"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
 def test_damage_is_found_and_named(directory: Path, how: Damage, expected: list[tuple[str, int | None]]) -> None:
     """The problem names the kind and the row; nothing that is in order is accused."""
     damage(directory / "00.h5", how)

@@ -13,8 +13,10 @@ from fiq.corpus import hashes_of
 from services.log import questions as wire
 from services.log.questions import (
     Active,
+    Conflicts,
     Consultations,
     ConsultationSummary,
+    Damage,
     Events,
     Find,
     Ids,
@@ -23,6 +25,8 @@ from services.log.questions import (
     Row,
     Stored,
     Summaries,
+    Verify,
+    VerifyAnswer,
 )
 
 NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,128}", fullmatch=True)
@@ -38,6 +42,7 @@ def test_a_question_is_read_as_it_was_asked(
     """With the time for which its asker waits."""
     questions: list[Question] = [Ids(name), Find(name, ids), Events(name, after, limit, before)]
     questions += [Consultations(name, name, limit), Active(name, (after, name), limit), Summaries([name, "c"])]
+    questions += [Conflicts(name, after, limit), Verify(name), Verify(name, limit, after, after, "ab" * 32)]
     for question in questions:
         kind = wire.KIND_OF[type(question)]
         assert (question, 1.5) == wire.decode_question(kind, wire.encode_question(question, 1.5))
@@ -88,9 +93,41 @@ def test_places_and_summaries_come_back() -> None:
     assert summaries == wire.decode_summaries(wire.encode_answer(summaries))
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_what_a_verification_found_comes_back(more: bool) -> None:
+    """Problems, how far it is, and where the next question begins, if there is one."""
+    reached = Verify("c", 1024, 77, 2**64 - 1, "cd" * 32)
+    answer = VerifyAnswer(99, 2000, [Damage("chain", "it breaks", 7)], reached if more else None, reached)
+    assert answer == wire.decode_verified(wire.encode_answer(answer))
+
+
+async def test_a_verification_goes_on_where_the_last_answer_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lists the first problems and counts all; when it takes too long it ends where it is."""
+    asked: list[Verify] = []
+
+    async def ask(question: Verify) -> VerifyAnswer:
+        asked.append(question)
+        reached = Verify("c", question.row + 10, 5, 5, "ab" * 32)
+        damage = [Damage("chain", "it breaks", question.row + n) for n in range(8)]
+        return VerifyAnswer(99, 40, damage, reached if reached.row < 40 else None, reached)
+
+    found = await wire.verify(ask, "c")
+    assert [0, 10, 20, 30] == [question.row for question in asked]
+    assert (99, 40, 40, 32, "ab" * 32) == (found.committed, found.events, found.checked, found.found, found.chain)
+    assert [*range(8), *range(10, 18), *range(20, 24)] == [one.sequence for one in found.problems]
+    monkeypatch.setattr(wire, "VERIFY_SECONDS", 0.0)
+    assert (40, 10) == ((cut := await wire.verify(ask, "c")).events, cut.checked)
+
+
 @pytest.mark.parametrize(
     ("kind", "data"),
     [
+        ("verify", b'{"within_ms":1000,"consultation":"c","row":0,"sequence":0,"end":0,"chain":"ab"}'),
+        ("verify", b'{"within_ms":1000,"consultation":"c","row":-1,"sequence":0,"end":0,"chain":""}'),
+        ("verify", b'{"within_ms":1000,"consultation":"c","row":0,"sequence":0,"end":0,"chain":"xx"}'),
+        ("verify", b'{"within_ms":1000,"consultation":"c","row":0,"sequence":0,"end":0}'),
+        ("conflicts", b'{"within_ms":1000,"consultation":"c","after":0,"limit":1001}'),
+        ("conflicts", b'{"within_ms":1000,"consultation":"a b","after":0,"limit":1}'),
         ("find", b""),
         ("find", b"[]"),
         ("find", b"7"),
