@@ -43,6 +43,15 @@ _LIMITS = {
     "x-max-batch-events": "events of a batch",
     "x-max-json-depth": "levels of JSON",
 }
+#: problems of every operation
+_OF_ALL = (
+    "malformed-request",
+    "header-timeout",
+    "expectation-failed",
+    "internal-error",
+    "invalid-parameter",
+    "too-many-connections",
+)
 Json = dict[str, Any]
 
 #: the description for programs, and for people
@@ -67,7 +76,7 @@ def describe(settings: Settings, version: str) -> Json:
         if operation["security"] and not settings.token_file:
             operation["security"].insert(0, {})
         refused: dict[int, list[ProblemType]] = {}
-        for slug in operation.pop("x-problems"):
+        for slug in dict.fromkeys((*_OF_ALL, *operation.pop("x-problems"))):
             refused.setdefault(BY_SLUG[slug].status, []).append(BY_SLUG[slug])
         operation["responses"] |= {str(status): _refusal(status, refused[status]) for status in sorted(refused)}
     return described
