@@ -204,8 +204,8 @@ class BucketPlacements:
                     f"data directories are volume {placement.volume}, perhaps one is a copy. Stop the persisters of "
                     "the older one, then start those of the other one again"
                 )
-            if (found.committed, found.message_id) == (committed, message_id):
-                return replace(found, writer=self._writer)
+            if (found.committed, found.message_id, found.writer) == (committed, message_id, self._writer):
+                return found  # a put of ours whose answer did not come
             wanted = replace(wanted, revision=found.revision)
         if lacking:
             raise PlacementError(_gone(wanted, found))

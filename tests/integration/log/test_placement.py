@@ -134,10 +134,28 @@ async def test_two_processes_that_keep_step_are_found_out_too(
     claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
     other = BucketPlacements(nc, _settings(cluster))
     ours, theirs = await placements.progress(claimed, 10), await other.progress(claimed, 10)
-    await placements.progress(ours, 20)
 
     with pytest.raises(PlacementError, match="another process puts"):
-        await other.progress(theirs, 20)
+        await placements.progress(ours, 20)
+
+    assert 20 == (await other.progress(theirs, 20)).committed
+
+
+async def test_an_owner_that_begins_where_the_last_one_ended_goes_on_after_a_put_without_an_answer(
+    placements: BucketPlacements, nc: Connection, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last progress of the earlier owner is the position of the next one, whose second put is not answered."""
+    claimed = await placements.claim(3, VOLUMES[0], 1, begins=1)
+    await BucketPlacements(nc, _settings(cluster)).progress(claimed, 10)
+    ours = await placements.progress(claimed, 10)
+    put, left = placements._put_placement, [True]
+
+    async def unanswered(wanted: Placement) -> int | None:
+        return None if left and left.pop() else await put(wanted)
+
+    monkeypatch.setattr(placements, "_put_placement", unanswered)
+
+    assert 20 == (await placements.progress(ours, 20)).committed
 
 
 async def test_progress_finds_out_that_the_partition_was_placed_anew(placements: BucketPlacements) -> None:
