@@ -23,7 +23,15 @@ from services.core.tokens import Scope
 from services.core.tracing import REQUEST_TRACE, Spans, trace_of
 from services.ingest import problems
 from services.ingest.access import ACCESS, OPEN, VARIABLE, WHOAMI_PATH, AccessControl, TokenStore, describe_token
-from services.ingest.admission import ADMISSION, IN_FLIGHT, Admission, BacklogLimiter, InFlight, RateLimiter
+from services.ingest.admission import (
+    ADMISSION,
+    IN_FLIGHT,
+    Admission,
+    BacklogLimiter,
+    InFlight,
+    RateLimiter,
+    WindowLimiter,
+)
 from services.ingest.events import APPENDER, IdempotentAppender, expect_handler, post_handler
 from services.ingest.following import FOLLOWERS, Followers
 from services.ingest.formats import EVENTS, RESOURCES
@@ -69,7 +77,7 @@ from services.ingest.server import CERTIFICATE_VARIABLE, KEY_VARIABLE, TLS, Cert
 from services.ingest.settings import SETTINGS, Settings
 from services.ingest.ui import UI_FILE_PATH, UI_PATH, handlers
 from services.log.metrics import LogMetrics
-from services.log.protocol import EVENT_LOG, Appended, EventWriter, IngestLog
+from services.log.protocol import EVENT_LOG, Appended, EventWriter, IngestLog, Status
 
 #: returns why the service takes no events at present
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
@@ -122,15 +130,21 @@ def make_app(
     """
     metrics = IngestMetrics()
     backlog = BacklogLimiter(settings.max_backlog, settings.retry_after, metrics)
+    window = WindowLimiter(settings.max_window_events, settings.log.duplicate_window, metrics)
     refusals = Refusals(metrics.refused, metrics.duration, backlog.retry_after)
     tokens = TokenStore(settings.token_file)
     rates = RateLimiter(settings.rate, settings.rate_burst)
+
+    def check_log() -> None:
+        backlog.check()
+        window.check()
+
     access = AccessControl(
         refusals,
         metrics,
         tokens,
         rates,
-        backlog.check,
+        check_log,
         hosts=settings.allowed_hosts,
         proxies=settings.trusted_proxies,
     )
@@ -149,9 +163,10 @@ def make_app(
     app[SETTINGS], app[METRICS], app[REFUSALS], app[ACCESS] = settings, metrics, refusals, access
     app[IN_FLIGHT], app[ADMISSION], app[READ_LIMIT] = in_flight, admission, ReadLimit()
     check: CachedCheck | None = None
+    status: Status | None = None
 
     async def log(app: web.Application) -> AsyncIterator[None]:
-        nonlocal check
+        nonlocal check, status
         async with open_log(metrics.log) as opened:
             reader = opened.reader
             keys = IdempotencyKeys(
@@ -167,6 +182,7 @@ def make_app(
             app[FOLLOWERS] = Followers(metrics, limit=settings.max_followers, interval=settings.follow_interval)
             app[APPENDER] = IdempotentAppender(writer, keys, backlog, metrics)
             backlog.read_backlog = opened.status.backlog
+            status = opened.status
             check = CachedCheck(opened.status.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
             try:
                 yield
@@ -181,15 +197,17 @@ def make_app(
     async def end_following(app: web.Application) -> None:
         await app[FOLLOWERS].close()
 
-    async def update_backlog() -> None:
+    async def update_limits() -> None:
         while True:
             backlog.update()
+            stream = None if status is None else status.state.stream
+            window.update(None if stream is None else stream.last_sequence)
             await asyncio.sleep(BACKLOG_SECONDS)
 
     app[READY] = ready
     app.cleanup_ctx.append(log)
     app.on_shutdown.append(end_following)
-    app.cleanup_ctx.append(_in_background(update_backlog, "backlog"))
+    app.cleanup_ctx.append(_in_background(update_limits, "limits of the log"))
     _load_tokens(app, tokens, rates)
     if check_both(settings.tls_cert, settings.tls_key):
         _load_certificate(app, Certificate(settings.tls_cert, settings.tls_key))

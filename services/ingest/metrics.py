@@ -125,6 +125,11 @@ class IngestMetrics:
         self.backlog = gauge(
             "fi_ingest_backlog_events", "Events that wait to be committed, as estimated each second; 0 while unknown."
         )
+        # near FI_MAX_WINDOW_EVENTS: clients will soon get 503, or the nodes run out of memory
+        self.window_events = gauge(
+            "fi_ingest_window_events",
+            "Events that the log stored within FI_DUPLICATE_WINDOW, by any process.",
+        )
         self.drain_rate = gauge(
             "fi_ingest_drained_events_per_second",
             "Events that all persisters commit a second, as measured over some seconds; 0 while unknown.",

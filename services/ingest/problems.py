@@ -273,6 +273,13 @@ BACKLOG_FULL = ProblemType(
     "Too many events are waiting to be persisted; nothing was stored. Retry with the same key.",
     retry=True,
 )
+WINDOW_FULL = ProblemType(
+    "window-full",
+    503,
+    "Duplicate window full",
+    "The log has stored as many events lately as its nodes can remember; nothing was stored. Retry with the same key.",
+    retry=True,
+)
 LOG_FULL = ProblemType(
     "log-full",
     503,

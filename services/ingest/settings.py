@@ -164,6 +164,13 @@ class Settings:
         doc="Events that may wait to be persisted; beyond it 503; stalled partitions share half of it while others "
         "move; 0 leaves only the log's own limit.",
     )
+    max_window_events: int = setting(
+        "FI_MAX_WINDOW_EVENTS",
+        1_000_000,
+        parse=integer(0, 10**12),
+        doc="Events that the log may store within FI_DUPLICATE_WINDOW; beyond it 503. Each takes 0.5 KB of memory on "
+        "every node (docs/deploy.md); 0 is no limit.",
+    )
     header_timeout: float = setting(
         "FI_HEADER_TIMEOUT",
         10.0,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from services.log.partitions import partition_name
-from services.log.status import CertificateExpiry, LogState, StreamReport
+from services.log.status import CertificateExpiry, LogState, NodeReport, StreamReport
 
 #: the parts of a look at the log
 PARTS = STREAMS, DEAD_LETTERS, PARTITIONS, PROCESSES = ("streams", "dead_letters", "partitions", "processes")
@@ -100,6 +100,20 @@ class LogMetrics:
             ("store", "volume"),
             registry=registry,
         )
+        # near the limit: the node collects garbage all the time, then the kernel ends it; see FI_MAX_WINDOW_EVENTS
+        self.node_memory = Gauge("fi_node_memory_bytes", "Resident memory of the node", ("node",), registry=registry)
+        self.node_memory_limit = Gauge(
+            "fi_node_memory_limit_bytes", "GOMEMLIMIT of the node; none without one", ("node",), registry=registry
+        )
+        # near the limit: the node refuses messages; a full disk is worse, see fi_node_jetstream
+        self.node_storage = Gauge("fi_node_storage_bytes", "What the node's streams take", ("node",), registry=registry)
+        self.node_storage_limit = Gauge(
+            "fi_node_storage_limit_bytes", "What they may take (max_file_store)", ("node",), registry=registry
+        )
+        # 0: the node's disk was full, or could not be written; it stays off until the node is restarted
+        self.node_jetstream = Gauge(
+            "fi_node_jetstream", "1 while the node stores messages at all", ("node",), registry=registry
+        )
         for part in PARTS:
             self.failures.labels(part)  # shown as 0 from the start: a counter that appears as 1 has no increase
 
@@ -137,6 +151,20 @@ class LogMetrics:
                 for volume in {one.placement.volume for one in partitions if one.placement is not None}:
                     alive = sum(process.volume == volume for process in state.processes)
                     self.volume_processes.labels(store, volume).set(alive)
+
+    def nodes(self, reports: Iterable[NodeReport]) -> None:
+        """Show the nodes, in place of those shown before."""
+        for gauge in (self.node_memory, self.node_memory_limit, self.node_storage, self.node_storage_limit):
+            gauge.clear()
+        self.node_jetstream.clear()
+        for one in reports:
+            self.node_memory.labels(one.name).set(one.memory)
+            if one.memory_limit:
+                self.node_memory_limit.labels(one.name).set(one.memory_limit)
+            self.node_jetstream.labels(one.name).set(one.jetstream)
+            if one.jetstream:
+                self.node_storage.labels(one.name).set(one.storage)
+                self.node_storage_limit.labels(one.name).set(one.storage_limit)
 
     def certificates(self, found: Iterable[CertificateExpiry]) -> None:
         """Show the certificates of the connection, in place of those shown before."""

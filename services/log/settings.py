@@ -93,9 +93,9 @@ class LogSettings:
     )
     duplicate_window: float = setting(
         "FI_DUPLICATE_WINDOW",
-        600.0,
+        120.0,
         parse=seconds(0.1, 86400),
-        doc="How long the broker itself remembers message ids; later retries are dropped by the persister.",
+        doc="How long the nodes remember message ids, each in memory; later retries are dropped by the persister.",
     )
     dead_max_bytes: int = setting(
         "FI_DEAD_MAX_BYTES",

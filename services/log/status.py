@@ -200,6 +200,27 @@ class StreamReport:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeReport:
+    """What a node says of its resources.
+
+    Attributes:
+        name: in the cluster.
+        memory: resident, bytes.
+        memory_limit: what Go's garbage collector keeps to (GOMEMLIMIT), bytes; 0 without a limit.
+        jetstream: whether it stores messages at all; off after a write to its disk failed, until a restart.
+        storage: what its streams take, bytes.
+        storage_limit: what they may take, bytes.
+    """
+
+    name: str
+    memory: int
+    memory_limit: int
+    jetstream: bool
+    storage: int
+    storage_limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class CertificateExpiry:
     """A certificate and when it expires.
 

@@ -44,6 +44,7 @@ class MemoryLog:
         reads: pages that were read.
         looks: questions for news.
         backlog: what waits in a log that has persisters.
+        state: what the status of the log says.
         has_feed: whether its partitions share an order.
         trimmed: how many of the first events the feed no longer has.
     """
@@ -63,6 +64,7 @@ class MemoryLog:
     reads: int = 0
     looks: int = 0
     backlog: Backlog | None = None
+    state: LogState = field(default_factory=LogState)
     has_feed: bool = True
     letters: MemoryLetters = field(default_factory=lambda: MemoryLetters())
     trimmed: int = 0
@@ -131,7 +133,10 @@ class MemoryStatus:
     """A Status that says what its log is told to say."""
 
     log: MemoryLog
-    state: LogState = field(default_factory=LogState)
+
+    @property
+    def state(self) -> LogState:
+        return self.log.state
 
     def backlog(self) -> Backlog | None:
         return self.log.backlog

@@ -14,6 +14,7 @@ from services.log.metrics import PARTS, LogMetrics
 from services.log.status import (
     CertificateExpiry,
     LogState,
+    NodeReport,
     PartitionState,
     Placement,
     ReplicaReport,
@@ -52,6 +53,7 @@ def log_metrics() -> CollectorRegistry:
     metrics = LogMetrics(registry)
     replica = ReplicaReport("n2", current=True, offline=False, lag=0, seen_seconds=0.1)
     metrics.stream("fi-events", StreamReport("", 16, "n1", (replica,), 1, 1, 1, 1, 1))
+    metrics.nodes([NodeReport("n1", 1, 1, jetstream=True, storage=1, storage_limit=1)])
     metrics.certificates([CertificateExpiry("node", "n1", 0.0)])
     placement = Placement(0, "volume", 1, 1, 1, 1)
     partition = PartitionState(0, placement, 1, 1, Waiting(1, 2, stalled=False), 1.0)

@@ -34,7 +34,7 @@ from services.log.errors import ProvisionError
 from services.log.findings import check_age, check_events_room, check_placement, check_replicas, no_stream
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import HEADERS_BYTES, Connection
-from services.log.jetstream.monitor import NodeState, ask_nodes, node_state
+from services.log.jetstream.monitor import NodeState, ask_nodes, node_state, read_node
 from services.log.jetstream.stream import (
     BUCKET_STREAM,
     DEAD_STREAM,
@@ -54,6 +54,8 @@ CLOCK_OFF, CLOCK_WRONG = 1.0, 10.0
 SOON, VERY_SOON = 30 * 86400, 7 * 86400
 #: one answer of a node may take this long, seconds
 TIMEOUT = 3.0
+#: what a node keeps in memory for each id of the duplicate window, and besides, bytes; at most 390 were measured
+ID_MEMORY, NODE_MEMORY = 500, 256 << 20
 #: where a node monitors by default
 _MONITORING_PORT = 8222
 #: a node that sends nothing for so long waits for a TLS handshake, seconds; its own timeout is three
@@ -266,6 +268,26 @@ def check_nodes(found: Sequence[NodeState], clock_offset: float = 0.0) -> Iterat
             yield ok("nodes", f"{node.name} is healthy")
         yield _clock(node.name, node.ahead - clock_offset, node.uncertain)
         yield from _storage(node.name, node.varz.get("jetstream") or {})
+
+
+def check_node_memory(found: Sequence[NodeState], most: int, window: float) -> Iterator[Finding]:
+    """Compare what the ids of *most* events in a *window* of so many seconds take with the nodes' memory limits."""
+    limits = {node.name: read_node(node.varz).memory_limit for node in found}
+    tightest = min((limit, name) for name, limit in limits.items() if limit) if any(limits.values()) else None
+    action = "set FI_MAX_WINDOW_EVENTS, NATS_MEMORY and NATS_GOMEMLIMIT as docs/deploy.md, `Memory of the nodes`, says"
+    if not most:
+        what = f"FI_MAX_WINDOW_EVENTS=0: nothing limits the ids that the nodes keep in memory for {window:g} s"
+        yield warning("limits", what, "at a high rate all nodes run out of memory at the same time", action)
+    elif tightest is not None:
+        needed = NODE_MEMORY + most * ID_MEMORY
+        what = (
+            f"{most:,} ids in {window:g} s ({most / window:,.0f} events/s) bring a node to {decimal(needed)}; "
+            f"GOMEMLIMIT of {tightest[1]} is {decimal(tightest[0])}"
+        )
+        if needed > tightest[0]:
+            yield warning("limits", what, "at that rate all nodes run out of memory at the same time", action)
+        else:
+            yield ok("limits", what)
 
 
 def _clock(name: str, ahead: float, uncertain: float = 0.0) -> Finding:

@@ -137,7 +137,7 @@ def _examine(one: Installation, clock_offset: float, held_back: float) -> Iterat
         except FiqError as problem:
             yield error("owners", str(problem), "clients get 503", "see the message")
     else:
-        seen = yield from _examine_cluster(one, clock_offset, ingest.max_event_bytes, persister.volumes)
+        seen = yield from _examine_cluster(one, clock_offset, ingest, persister.volumes)
         snapshot = None if seen is None else seen.snapshot
     if snapshot is not None:
         yield from host.check_workers(snapshot.workers, one.directory, held_back)
@@ -163,7 +163,7 @@ def _owners(snapshot: ClusterSnapshot) -> Finding:
 
 
 def _examine_cluster(
-    one: Installation, clock_offset: float, event_bytes: int, volumes: int
+    one: Installation, clock_offset: float, ingest: IngestSettings, volumes: int
 ) -> Generator[Finding, None, cluster.ClusterReport | None]:
     settings = one.target.settings
     expected, servers = cluster.find_servers(settings.servers)
@@ -172,7 +172,7 @@ def _examine_cluster(
         action = "start the nodes, or correct FI_LOG_URL or --server; look at their logs"
         yield error("nodes", what, "clients get 503, persisters wait", action)
         return None
-    yield from cluster.check_servers(expected, servers, event_bytes)
+    yield from cluster.check_servers(expected, servers, ingest.max_event_bytes)
     yield from cluster.check_certificates(servers, settings.ca_file, time.time() + clock_offset)
 
     seen = None
@@ -194,6 +194,7 @@ def _examine_cluster(
         answered = {str(server.info.get("server_name")) for server in servers}
         yield from cluster.silent_nodes(answered - {node.name for node in nodes})
     yield from cluster.check_nodes(nodes, clock_offset)
+    yield from cluster.check_node_memory(nodes, ingest.max_window_events, settings.duplicate_window)
 
     if seen is not None:
         yield from cluster.check_clocks(seen, clock_offset, [node.name for node in nodes])

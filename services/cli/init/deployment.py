@@ -563,8 +563,9 @@ _WATCH = (
     *_api(*_each("STREAM.INFO.{}"), f"DIRECT.GET.{STREAM}"),
     *_api(*(f"{verb}.{BUCKET_STREAM}" for verb in ("STREAM.INFO", "STREAM.MSG.GET", "DIRECT.GET"))),
     f"$SRV.INFO.{PERSISTER_SERVICE}",
-    # memory and storage of every node
+    # memory and storage of every node, and whether it stores anything
     NODES_STATE,
+    NODES_HEALTH,
 )
 
 PERMISSIONS: dict[Role, Permissions] = {

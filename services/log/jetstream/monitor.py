@@ -12,6 +12,9 @@ Metrics, readiness, the backlog and its ``Retry-After``, ``fiq status`` and the 
   waits its oldest event. Where no owner says how much waits, or its file is stalled, the broker counts: a batched
   direct get of one message says how many follow it (``Nats-Num-Pending``), in 0.1 to 3 ms of one node.
 
+With each third whole look all nodes are asked for their memory and storage, for the metrics alone. A cluster without
+accounts (``fiq up``) answers nothing to that.
+
 No consumer is ever asked: one whose node is dead answers late or never, and would keep the others from being seen. A
 part that cannot be read keeps its last value for :data:`KEPT_SECONDS` and is then unknown: an alert must neither flap
 with one lost answer nor rest on old values. Measured with 16 partitions (2026-11-27): docs/adr/0022-one-monitor.md.
@@ -23,7 +26,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -55,6 +58,7 @@ from services.log.status import (
     Backlog,
     LiveProcess,
     LogState,
+    NodeReport,
     PartitionProgress,
     PartitionState,
     Placement,
@@ -67,6 +71,10 @@ from services.log.status import (
 LOOK_SECONDS = 1.0
 #: every n-th look is a whole one
 WHOLE_EVERY = 5
+#: every n-th whole look asks the nodes, and what they said is shown for so long, seconds
+NODES_EVERY, NODES_KEPT_SECONDS = 3, 60.0
+#: the question for their health: a node that has not caught up, or sees no leader, is no concern of this
+_ENABLED_ONLY = b'{"js-enabled-only":true}'
 #: a part of a look may take this long, seconds: a frozen node must not delay the others
 PART_SECONDS = 2.0
 #: how long the last answer is shown when no new one comes, seconds
@@ -134,6 +142,10 @@ class LogMonitor:
         self._answers: dict[str, tuple[LiveProcess, float]] = {}
         self._subscription: Subscription | None = None
         self._asked_since: float | None = None
+        # nodes
+        self._nodes: dict[str, tuple[NodeReport, float]] = {}
+        self._enabled: dict[str, bool] = {}
+        self._nodes_subscriptions: list[Subscription] = []
         # partitions
         self._placements: Mapping[str, StorePlacement] | None = None
         self._oldest: dict[tuple[str, int], _Found] = {}
@@ -142,8 +154,10 @@ class LogMonitor:
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
-            for turn in range(WHOLE_EVERY):
-                await self.look(whole=turn == 0)
+            for turn in range(WHOLE_EVERY * NODES_EVERY):
+                if turn == 0:
+                    await self._ask_nodes()
+                await self.look(whole=turn % WHOLE_EVERY == 0)
                 await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self, *, whole: bool = True) -> None:
@@ -160,9 +174,11 @@ class LogMonitor:
 
     async def close(self) -> None:
         """Take no more answers. Idempotent."""
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None and not self._nc.is_closed:
-            await subscription.unsubscribe()
+        subscriptions = [self._subscription, *self._nodes_subscriptions]
+        self._subscription, self._nodes_subscriptions = None, []
+        for subscription in subscriptions:
+            if subscription is not None and not self._nc.is_closed:
+                await subscription.unsubscribe()
 
     def backlog(self) -> Backlog | None:
         return self.state.backlog()
@@ -253,6 +269,44 @@ class LogMonitor:
         try:
             document = orjson.loads(message.data)
             self._answers[str(document["id"])] = read_process(document.get("metadata") or {}), time.monotonic()
+        except (orjson.JSONDecodeError, KeyError, AttributeError, TypeError):
+            _log.debug("ANSWER_MALFORMED")
+
+    # -- nodes --------------------------------------------------------------------------------------------------------
+
+    async def _ask_nodes(self) -> None:
+        """Ask all nodes for their resources; the answers come while the loop sleeps.
+
+        A node whose JetStream is off after a full disk goes on to show its configuration, if it led a stream at that
+        moment (nats-server 2.15.1): only its health says so.
+        """
+        if not self._nc.is_connected:
+            return
+        try:
+            for hear in (self._hear_node, self._hear_health)[len(self._nodes_subscriptions) :]:
+                self._nodes_subscriptions.append(await self._nc.subscribe(self._nc.new_inbox(), cb=hear))
+            state, health = self._nodes_subscriptions
+            await self._nc.publish(NODES_STATE, reply=state.subject)
+            await self._nc.publish(NODES_HEALTH, _ENABLED_ONLY, reply=health.subject)
+        except (nats.errors.Error, OSError) as error:
+            _log.debug("NODES_NOT_ASKED", reason=type(error).__name__)
+
+    async def _hear_node(self, message: Msg) -> None:
+        if not message.data:  # status 503: this cluster has no accounts that pass the question on
+            return
+        try:
+            report = read_node(orjson.loads(message.data)["data"])
+        except (orjson.JSONDecodeError, KeyError, AttributeError, TypeError):
+            _log.debug("ANSWER_MALFORMED")
+        else:
+            self._nodes[report.name] = report, time.monotonic()
+
+    async def _hear_health(self, message: Msg) -> None:
+        if not message.data:
+            return
+        try:
+            document = orjson.loads(message.data)
+            self._enabled[str(document["server"]["name"])] = document["data"]["status"] == "ok"
         except (orjson.JSONDecodeError, KeyError, AttributeError, TypeError):
             _log.debug("ANSWER_MALFORMED")
 
@@ -383,6 +437,11 @@ class LogMonitor:
             if report is not None:
                 metrics.stream(name, report)
         metrics.stores(state)
+        since = time.monotonic() - NODES_KEPT_SECONDS
+        self._nodes = {name: one for name, one in self._nodes.items() if one[1] > since}
+        metrics.nodes(
+            replace(one, jetstream=self._enabled.get(name, one.jetstream)) for name, (one, _) in self._nodes.items()
+        )
 
 
 def problems_of(state: LogState) -> list[str]:
@@ -520,6 +579,20 @@ async def ask_nodes(nc: Connection) -> list[NodeState]:
             varz = answer.document["data"]
             found.append(node_state(varz, _trouble(health.get(varz["server_name"], {})), answer.after, answer.at))
     return sorted(found, key=lambda node: node.name)
+
+
+def read_node(varz: Mapping[str, Any]) -> NodeReport:
+    """Return what a node's ``/varz`` says of its memory and storage."""
+    jetstream = varz.get("jetstream") or {}
+    config, stats = jetstream.get("config") or {}, jetstream.get("stats") or {}
+    return NodeReport(
+        name=str(varz["server_name"]),
+        memory=int(varz["mem"]),
+        memory_limit=int(varz.get("gomemlimit", 0)),
+        jetstream=bool(config),
+        storage=int(stats.get("storage", 0)),
+        storage_limit=int(config.get("max_storage", 0)),
+    )
 
 
 def node_state(varz: Mapping[str, Any], trouble: str, after: float, at: float) -> NodeState:

@@ -150,6 +150,23 @@ def examined(url: str, offset: float = 0.0) -> Iterator[Finding]:
     yield from cluster.check_nodes(found, offset)
 
 
+def test_ids_that_the_nodes_have_no_memory_for_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nodes hold the same ids, so they are killed together; a node without a limit says nothing."""
+    monkeypatch.setenv("GOMEMLIMIT", "920MiB")
+    with monitored_server(tmp_path, "max_file_store: 1GB") as url:
+        found, _ = cluster.from_ports([url])
+    fine(cluster.check_node_memory(found, 1_000_000, 120))
+    finding = only(cluster.check_node_memory(found, 2_000_000, 120), Level.WARNING)
+    assert (
+        "2,000,000 ids in 120 s (16,667 events/s) bring a node to 1.3 GB; GOMEMLIMIT of n1 is 964.7 MB" == finding.what
+    )
+    assert "nothing limits" in only(cluster.check_node_memory(found, 0, 600), Level.WARNING).what
+    monkeypatch.delenv("GOMEMLIMIT")
+    with monitored_server(tmp_path, "max_file_store: 1GB") as url:
+        found, _ = cluster.from_ports([url])
+    assert [] == list(cluster.check_node_memory(found, 10**9, 120))
+
+
 def test_a_sync_interval_is_an_error_unless_it_is_always(tmp_path: Path) -> None:
     """With nats-server's default of two minutes acknowledged events do not survive a power cut."""
     with monitored_server(tmp_path, "max_file_store: 1GB") as url:

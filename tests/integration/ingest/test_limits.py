@@ -17,7 +17,8 @@ import pytest
 from services.core.tokens import Scope, Token, digest_of, render
 from services.ingest import app as module
 from services.log.partitions import partition_of
-from services.log.status import Backlog, Waiting
+from services.log.settings import LogSettings
+from services.log.status import Backlog, LogState, StreamReport, Waiting
 from tests.support.ingest import Edge, MemoryLog, running_edge
 from tests.support.polling import eventually
 
@@ -31,6 +32,11 @@ ALLOWED = b"GET /consultations HTTP/1.1\r\nHost: localhost\r\n\r\n"
 def backlog(at: float, sequence: int, *events: int, still: tuple[int, ...] = ()) -> Backlog:
     """Return what waits in each partition."""
     return Backlog(at, sequence, tuple(Waiting(count, sequence, p in still) for p, count in enumerate(events)))
+
+
+def stored(edge: Edge, sequence: int) -> None:
+    """Let the log's status say that it has reached *sequence*."""
+    edge.log.state = LogState(stream=StreamReport("", 16, "n1", (), sequence, 0, 1, 1, sequence))
 
 
 @pytest.mark.parametrize("expect", [False, True])
@@ -52,6 +58,22 @@ async def test_beyond_the_backlog_it_is_503_with_the_time_that_draining_takes(
         assert 200 == (await edge.request("GET", "/problems/backlog-full")).status
         edge.log.backlog = backlog(time.monotonic(), 1500, 10)
         await eventually(lambda: edge.metric("fi_ingest_backlog_events") <= 10.0)
+        assert 202 == (await edge.post()).status
+
+
+async def test_beyond_the_duplicate_window_it_is_503_until_the_nodes_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever process stored the events: the log's last sequence counts."""
+    monkeypatch.setattr(module, "BACKLOG_SECONDS", 0.02)
+    async with running_edge(max_window_events=100, log_settings=LogSettings(duplicate_window=1)) as edge:
+        assert 202 == (await edge.post()).status
+        stored(edge, 5000)
+        await eventually(lambda: 0.0 == edge.metric("fi_ingest_window_events"))
+        await asyncio.sleep(0.1)
+        stored(edge, 5100)
+        await eventually(lambda: 100.0 == edge.metric("fi_ingest_window_events"))
+        reply = await edge.post()
+        assert (503, "/problems/window-full", "1") == (reply.status, reply.json["type"], reply.headers["Retry-After"])
+        await eventually(lambda: 0.0 == edge.metric("fi_ingest_window_events"))
         assert 202 == (await edge.post()).status
 
 

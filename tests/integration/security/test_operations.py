@@ -7,19 +7,23 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import nats.errors
 import orjson
 import pytest
+from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
 from services.cli.main import app
 from services.log.errors import LogAccessError, LogForbiddenError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, Role
+from services.log.jetstream.monitor import monitoring
 from services.log.jetstream.publisher import Publisher
 from services.log.jetstream.stream import BUCKET_STREAM, DEAD_STREAM, STREAM, provision
+from services.log.metrics import LogMetrics
 from services.persister.volume import Volume
 from tests.support.cluster import reload
 from tests.support.persisters import Log, Persister, persisted
@@ -112,6 +116,26 @@ async def test_what_operators_run_needs_no_more_than_their_users_may(provisioned
             assert 0 == await persister.end()
         await publisher.close()
     assert [] == secured.violations()
+
+
+@pytest.mark.parametrize("role", [Role.INGEST, Role.PERSISTER])
+async def test_each_service_shows_the_memory_and_the_storage_of_every_node(provisioned: Secured, role: Role) -> None:
+    """Asked through the log, as the service's own user."""
+    registry = CollectorRegistry()
+    async with provisioned.connected(role) as nc:
+        settings = provisioned.settings(role, **_CHANGES)
+        async with monitoring(nc, settings, LogMetrics(registry), pytest.fail):
+
+            def seen() -> bool:
+                for node in ("n1", "n2", "n3"):
+                    value = partial(registry.get_sample_value, labels={"node": node})
+                    assert (value("fi_node_memory_bytes") or 0) > 2**20
+                    assert (value("fi_node_storage_limit_bytes") or 0) > (value("fi_node_storage_bytes") or 0)
+                    assert 1 == value("fi_node_jetstream")
+                return True
+
+            await eventually(seen)
+        assert [] == nc.violations
 
 
 async def test_a_user_that_may_not_ask_is_told_instead_of_a_sound_cluster(provisioned: Secured) -> None:

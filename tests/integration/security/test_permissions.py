@@ -28,7 +28,7 @@ QUICK = 20.0
 #: role -> subjects that its user must not publish on
 FORBIDDEN = {
     Role.INGEST: [
-        "fi.nodes.healthz",
+        "fi.nodes.connz",
         "fi.dead.0",
         "fi.events",
         "fi.events.1.c1",
@@ -55,7 +55,7 @@ FORBIDDEN = {
         "$SYS.REQ.SERVER.PING",
     ],
     Role.PERSISTER: [
-        "fi.nodes.healthz",
+        "fi.nodes.connz",
         "fi.events.c1",
         "fi.corpus.main.1.events",
         "fi.events.1.c1",
@@ -121,7 +121,7 @@ FORBIDDEN = {
         "$SYS.REQ.SERVER.PING",
     ],
     Role.PLACEMENT: [
-        "fi.nodes.healthz",
+        "fi.nodes.connz",
         "fi.events.c1",
         "fi.corpus.main.1.find",
         "fi.dead.0",
