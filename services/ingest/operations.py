@@ -54,8 +54,8 @@ from services.log.status import LiveProcess, LogState, PartitionState, StreamRep
 STATUS = web.AppKey("status", Status)
 DEAD_LETTERS = web.AppKey("dead_letters", DeadLetterBox)
 WRITER = web.AppKey("writer", EventWriter)
-#: a node that the stream's leader has not heard of for this long is shown as down, seconds: three heartbeats
-SILENT_SECONDS = 3.0
+#: a node that the stream's leader has not heard of for this long is shown as down, seconds: it misses two heartbeats
+SILENT_SECONDS = 2.5
 #: conflicts that are shown of one dead letter; their consultations show all
 SHOWN_CONFLICTS = 100
 #: longest body of an action, bytes, and longest reason, characters

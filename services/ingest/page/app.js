@@ -47,7 +47,10 @@ async function show() {
 	for (const link of menu.children) {
 		const current = link.dataset.view === (view === "consultation" ? "consultations" : view);
 		link.toggleAttribute("data-current", current);
-		if (current) link.setAttribute("aria-current", "page");
+		if (current) {
+			link.setAttribute("aria-current", "page");
+			menu.scrollLeft = link.offsetLeft - 40;
+		}
 		else link.removeAttribute("aria-current");
 	}
 	shown?.remove();

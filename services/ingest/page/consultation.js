@@ -48,7 +48,6 @@ class Consultation extends HTMLElement {
 			key: (item) => item.key,
 			onscroll: (first, last) => this.scrolled(first, last),
 		});
-		this.list.sticky = true;
 		this.build();
 		const timer = setInterval(() => this.refreshStatus(), STATUS_SECONDS * 1000);
 		signal.addEventListener("abort", () => clearInterval(timer));
@@ -475,7 +474,7 @@ class Consultation extends HTMLElement {
 			onrecords: (found) => {
 				fill(this.none);
 				const items = this.take(found.map((one) => parseRecord(one.data)));
-				this.list.append(items);
+				this.list.append(items, true);
 				this.drawSummary();
 				this.drawLive();
 			},
@@ -489,7 +488,7 @@ class Consultation extends HTMLElement {
 
 	mark(text, kind) {
 		this.marks += 1;
-		this.list.append([{ key: `mark-${this.marks}`, mark: text, kind }]);
+		this.list.append([{ key: `mark-${this.marks}`, mark: text, kind }], true);
 	}
 
 	pause() {
@@ -565,9 +564,10 @@ class Consultation extends HTMLElement {
 		fill(this.result, h("div.notice", { role: "status" }, t("verifying")));
 		try {
 			const found = await json(`consultations/${encodeURIComponent(this.id_)}/verification`, { signal: this.gone.signal });
-			const sound = found.result === "ok" || found.clean === true;
-			const text = sound ? t("verified", { n: count(found.events) }) : t("damaged", { n: found.first_damaged ?? "?" });
-			fill(this.result, h("div.notice.bar", { class: sound ? "good" : "bad", role: "status" }, icon("shield"), h("p.grow", {}, text), button(t("close"), () => fill(this.result), { kind: "small" })));
+			const { result, events, checked, first_damaged_sequence: first } = found;
+			const sound = result !== "damaged";
+			const text = t(`chain-${result}`, { n: count(events), checked: count(checked), first: first ?? "?" });
+			fill(this.result, h("div.notice.bar", { class: sound ? "good" : "bad", role: "status" }, icon("shield"), h("p.grow", {}, text, found.first_problems.map((one) => foreign(h("span.muted.small"), ` ${one.message}`))), button(t("close"), () => fill(this.result), { kind: "small" })));
 		} catch (problem) {
 			if (problem.name !== "AbortError") fill(this.result, problemBox(problem, () => this.verify()));
 		}
@@ -588,11 +588,23 @@ class Consultation extends HTMLElement {
 	}
 
 	openConflicts() {
-		const rows = this.found.map((one) =>
-			h("tr", {}, h("td", {}, stamp(one.received)), h("td", {}, foreign(h("span.tag"), one.event_type ?? "")), h("td.number", {}, bytes(one.bytes)), h("td", {}, h("code", {}, one.message_id))));
-		const head = [t("time"), t("eventType"), t("size"), t("messageId")].map((name) => h("th", { scope: "col" }, name));
-		dialog(t("conflicts"), h("p.muted", {}, t("conflictsHint")),
-			h("div.scroll", { tabindex: "0", role: "region", "aria-label": t("conflicts") }, h("table.list.dense", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows))));
+		const body = h("tbody");
+		const draw = (found) =>
+			fill(body, found.map((one) =>
+				h("tr", {}, h("td", {}, `#${one.sequence}`), h("td", {}, stamp(one.received)), h("td", {}, h("code", {}, one.message_id)),
+					h("td.wrapped", {}, one.raw === undefined ? [foreign(h("span.tag"), one.event_type), " ", bytes(one.bytes)] : foreign(h("code", { dir: "ltr" }), one.raw)))));
+		const show = async () => {
+			const answer = await text(`consultations/${encodeURIComponent(this.id_)}/conflicts`, { headers: { Accept: "application/x-ndjson" }, query: { limit: PAGE } });
+			draw(answer.split("\n").filter(Boolean).map(parseRecord));
+		};
+		const head = [t("sequence"), t("time"), t("messageId"), t("body")].map((name) => h("th", { scope: "col" }, name));
+		const place = h("div");
+		const ask = () => show().catch((problem) => fill(place, problemBox(problem, ask)));
+		draw(this.found);
+		const box = dialog(t("conflicts"), h("p.muted", {}, t("conflictsHint")),
+			h("div.scroll", { tabindex: "0", role: "region", "aria-label": t("conflicts") }, h("table.list.dense", {}, h("thead", {}, h("tr", {}, head)), body)),
+			place, h("div.bar.wrap", {}, button(t("showBodies"), ask, { glyph: "eye" }), h("span.muted.small", {}, t("bodyAudited"))));
+		box.classList.add("large");
 	}
 
 	commands() {

@@ -3,7 +3,7 @@
 import { json, relative, text, url } from "./api.js";
 import { address } from "./app.js";
 import { asCommands, bytes, button, commands, copy, count, dialog, empty, field, fill, foreign, h, iconButton, moment, problemBox, say } from "./dom.js";
-import { members } from "./json.js";
+import { indent, members } from "./json.js";
 import { t } from "./texts.js";
 
 const LIMIT = 100;
@@ -24,8 +24,7 @@ class Dead extends HTMLElement {
 			this.message, h("div.split", {}, h("div.grow", {}, h("div.card.flush.scroll", {}, this.table), this.more), this.side)));
 		window.addEventListener("fi-clock", () => this.draw(), { signal: this.gone.signal });
 		this.addEventListener("keydown", (event) => event.key === "Escape" && this.close());
-		this.load();
-		if (this.rest[0]) this.open(Number(this.rest[0]));
+		this.load().then(() => this.rest[0] && this.open(Number(this.rest[0])));
 	}
 
 	disconnectedCallback() {
@@ -52,13 +51,13 @@ class Dead extends HTMLElement {
 	}
 
 	row(item) {
-		const listed = item.listed ? h("span.tag", {}, t("conflictCount", { n: count(item.listed) })) : null;
+		const listed = item.conflicts && h("span.tag", {}, t("conflictCount", { n: count(item.conflicts) }));
 		return h("tr", { class: item.sequence === this.opened ? "selected" : "" },
 			h("th", { scope: "row" }, h("a", { href: address(["dead-letters", String(item.sequence)]), onclick: (event) => (event.preventDefault(), this.open(item.sequence)) }, `#${item.sequence}`)),
-			h("td.wide", {}, item.stored ? moment(item.stored) : ""),
+			h("td.wide", {}, moment(item.time)),
 			h("td", {}, foreign(h("code"), item.consultation_id ?? ""), listed),
 			h("td", {}, foreign(h("span"), item.reason)),
-			h("td.number.wide", {}, bytes(item.bytes ?? 0)));
+			h("td.number.wide", {}, bytes(item.bytes)));
 	}
 
 	// -- one letter -----------------------------------------------------------------------------------------------------
@@ -67,25 +66,25 @@ class Dead extends HTMLElement {
 		this.opened = sequence;
 		history.replaceState(null, "", address(["dead-letters", String(sequence)]));
 		this.draw();
-		const item = this.items?.find((one) => one.sequence === sequence) ?? { sequence, reason: "" };
+		const item = this.items?.find((one) => one.sequence === sequence) ?? { sequence, reason: "", bytes: 0 };
 		const body = h("div.body");
 		const show = async () => {
 			try {
 				const answer = await text(`dead-letters/${sequence}`, { signal: this.gone.signal });
 				const found = members(answer);
-				const raw = found.get("body") ?? found.get("event");
-				const shown = raw?.[0] === '"' ? JSON.parse(raw) : (raw ?? "");
+				const body_ = found.get("body") ?? found.get("body_base64");
+				const shown = body_ === undefined ? indent(found.get("events")) : JSON.parse(body_);
 				fill(body, foreign(h("pre.code.raw", { tabindex: "0", "aria-label": t("body") }), shown));
 			} catch (problem) {
 				if (problem.name !== "AbortError") fill(body, problemBox(problem, show));
 			}
 		};
-		fill(body, h("div.masked", {}, h("p.muted", {}, t("bodyHidden", { size: bytes(item.bytes ?? 0) })), button(t("showBody"), show, { glyph: "eye", kind: "primary" }), h("p.muted.small", {}, t("bodyAudited"))));
-		const line = (name, value) => value !== undefined && value !== "" && value !== 0 && [h("dt", {}, name), foreign(h("dd"), String(value))];
+		fill(body, h("div.masked", {}, h("p.muted", {}, t("bodyHidden", { size: bytes(item.bytes) })), button(t("showBody"), show, { glyph: "eye", kind: "primary" }), h("p.muted.small", {}, t("bodyAudited"))));
+		const line = (name, value) => (value ?? "") !== "" && [h("dt", {}, name), foreign(h("dd"), String(value))];
 		const panel = h("aside.panel", { "aria-label": t("view-dead-letters") },
 			h("header.bar", {}, h("h2", { tabindex: "-1" }, `#${sequence}`), iconButton(t("copyLink"), "link", () => copy(location.href)), iconButton(t("close"), "close", () => this.close())),
 			foreign(h("p"), item.reason),
-			h("dl.details", {}, line(t("consultation"), item.consultation_id), line(t("messageId"), item.message_id), line(t("sequence"), item.position), line(t("partition"), item.partition), line(t("traceId"), item.trace_id)),
+			h("dl.details", {}, line(t("consultation"), item.consultation_id), line(t("messageId"), item.message_id), line(t("sequence"), item.stream_sequence), line(t("partition"), item.partition), line(t("traceId"), item.trace_id)),
 			item.obstacle ? foreign(h("p.muted"), item.obstacle) : null,
 			h("div.actions", {}, button(t("requeue"), () => this.ask(sequence, "requeue"), { disabled: Boolean(item.obstacle) }), button(t("drop"), () => this.ask(sequence, "drop"), { kind: "danger" })),
 			body);
@@ -104,14 +103,13 @@ class Dead extends HTMLElement {
 
 	/** Ask for confirmation, and for the reason where the service wants one. */
 	ask(sequence, action) {
-		const reason = h("input", { type: "text", required: true, maxlength: 300, autocomplete: "off" });
+		const reason = h("input", { type: "text", required: action === "drop", maxlength: 500, autocomplete: "off" });
 		const message = h("div");
 		const submit = async (event) => {
 			event.preventDefault();
 			try {
-				const body = action === "drop" ? JSON.stringify({ reason: reason.value }) : undefined;
-				const headers = body ? { "Content-Type": "application/json" } : {};
-				await json(`dead-letters/${sequence}/${action}`, { method: "POST", body, headers });
+				const headers = { "Content-Type": "application/json" };
+				await json(`dead-letters/${sequence}/${action}`, { method: "POST", body: JSON.stringify({ reason: reason.value }), headers });
 				box.close();
 				this.close();
 				say(t(action === "drop" ? "dropped" : "requeued", { n: sequence }));
@@ -121,7 +119,7 @@ class Dead extends HTMLElement {
 			}
 		};
 		const box = dialog(t(`${action}Title`, { n: sequence }),
-			h("form.card.stack", { onsubmit: submit }, h("p", {}, t(`${action}Hint`)), action === "drop" && field(t("dropReason"), reason), message,
+			h("form.card.stack", { onsubmit: submit }, h("p", {}, t(`${action}Hint`)), field(t("reason"), reason), message,
 				h("div.bar", {}, h("button.button", { type: "submit", class: action === "drop" ? "danger" : "primary" }, t(action)), button(t("cancel"), () => box.close()))));
 	}
 }

@@ -43,12 +43,13 @@ export class VirtualList {
 		this.update();
 	}
 
-	append(items) {
-		const stick = this.atEnd;
+	/** Add items; with `follow` a list that is at its end stays there. */
+	append(items, follow = false) {
+		const stick = follow && this.atEnd;
 		this.items.push(...items);
 		for (let left = items.length; left > 0; left -= 1) this.heights.push(this.estimate);
 		this.update();
-		if (stick && this.sticky) this.toEnd();
+		if (stick) this.toEnd();
 	}
 
 	prepend(items) {

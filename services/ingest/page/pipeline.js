@@ -1,10 +1,10 @@
-/** The pipeline's state: what is wrong and what to do, rates, nodes, partitions. One snapshot every two seconds. */
+/** The pipeline's state: what is wrong and what to do, rates, nodes, partitions. The service has a new snapshot each second. */
 
 import { json, url } from "./api.js";
 import { asCommands, bytes, button, commands, copy, count, fill, h, iconButton, moment, problemBox, rate, seconds, since, svg } from "./dom.js";
 import { t } from "./texts.js";
 
-const REFRESH_SECONDS = 2;
+const REFRESH_SECONDS = 0.5;
 /** what the charts show, seconds */
 const WINDOW_SECONDS = 300;
 const [WIDTH, HEIGHT] = [320, 64];
@@ -47,7 +47,7 @@ class Pipeline extends HTMLElement {
 			this.classList.add("stale");
 			if (problem.status === 401 || problem.status === 403) return;
 		}
-		this.timer = setTimeout(() => this.refresh(), (this.points.length < 3 ? 1 : REFRESH_SECONDS) * 1000);
+		this.timer = setTimeout(() => this.refresh(), REFRESH_SECONDS * 1000);
 	}
 
 	draw(state) {
