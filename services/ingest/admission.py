@@ -1,15 +1,16 @@
 """What one process accepts: the rate of each token, the requests and bytes in flight, and the backlog of the log.
 
-Four limits come one after the other. Each refuses before anything is stored:
+Five limits come one after the other. Each refuses before anything is stored:
 
 1. **Rate** (:class:`RateLimiter`): requests and events a second of one token, a token bucket each. 429.
 2. **In flight** (:class:`Admission`): events that are being stored, and the memory of all bodies and long headers.
    429. A body counts when its bytes arrive, not when its headers promise them, so a client that only promises keeps no
    one out. A client that stops in the middle of headers or a body does hold memory: when it is needed, those that
    began first are given up. A complete body is never given up; it waits for the log, for a bounded time.
-3. **Backlog** (:class:`BacklogLimiter`): events that wait to be committed to HDF5. 503, with the time that draining
+3. **New consultations** (:class:`NewConsultations`): how many one token begins. 429.
+4. **Backlog** (:class:`BacklogLimiter`): events that wait to be committed to HDF5. 503, with the time that draining
    takes.
-4. **Duplicate window** (:class:`WindowLimiter`): events that the log has stored within its window, by any process. The
+5. **Duplicate window** (:class:`WindowLimiter`): events that the log has stored within its window, by any process. The
    nodes keep their ids in memory. 503, with the time until enough ids are forgotten.
 """
 
@@ -20,7 +21,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from aiohttp import web
@@ -110,6 +111,64 @@ class RateLimiter:
         if bucket is None:
             bucket = self._buckets[client] = TokenBucket(self._rate, self._burst)
         return bucket
+
+
+#: consultations that a process remembers to have stored events of, some 100 bytes each
+REMEMBERED_CONSULTATIONS = 32_768
+#: consultations that are asked about at a time
+_ASKED_AT_A_TIME = 50
+
+
+class NewConsultations:
+    """Limits the consultations that each token begins.
+
+    A consultation that this process does not remember counts as new, without a question. Only a token that has used its
+    limit up waits for one: the owner is asked whether the corpus holds anything of the consultation. So posts to known
+    consultations are never refused. If the owner does not answer, the event is accepted: the backlog bounds these.
+
+    Args:
+        rates: of the new consultations of each token.
+        holds: asks whether the corpus holds anything of a consultation; returns None without an answer.
+    """
+
+    def __init__(self, rates: RateLimiter, holds: Callable[[str], Awaitable[bool | None]]) -> None:
+        self._rates = rates
+        self._holds = holds
+        #: hashes of their names, the least recently used first
+        self._known: dict[int, None] = {}
+
+    async def check(self, token: str, consultations: Iterable[str]) -> None:
+        """Count those of *consultations* that *token* seems to begin.
+
+        Raises RequestRefusedError: the token's limit is used up, and one of them is new.
+        """
+        unknown = [name for name in consultations if not self._touch(name)]
+        if not unknown or not self._rates.take_more(token, len(unknown)):
+            return
+        new = []
+        for first in range(0, len(unknown), _ASKED_AT_A_TIME):
+            asked = unknown[first : first + _ASKED_AT_A_TIME]
+            answers = await asyncio.gather(*map(self._holds, asked))
+            new += [name for name, held in zip(asked, answers, strict=True) if held is False]
+            self.remember(name for name, held in zip(asked, answers, strict=True) if held)
+        if new and (wait := self._rates.take_more(token, len(new))):
+            headers = {"Retry-After": str(math.ceil(wait))}
+            raise RequestRefusedError(problems.TOO_MANY_NEW_CONSULTATIONS, headers=headers)
+
+    def remember(self, consultations: Iterable[str]) -> None:
+        """Note that events of *consultations* are stored."""
+        for name in consultations:
+            self._known[hash(name)] = None
+        while len(self._known) > REMEMBERED_CONSULTATIONS:
+            del self._known[next(iter(self._known))]
+
+    def _touch(self, name: str) -> bool:
+        key = hash(name)
+        if key not in self._known:
+            return False
+        del self._known[key]
+        self._known[key] = None
+        return True
 
 
 # -- in flight --------------------------------------------------------------------------------------------------------
@@ -503,3 +562,4 @@ class WindowLimiter:
 
 IN_FLIGHT = web.AppKey("in_flight", InFlight)
 ADMISSION = web.AppKey("admission", Admission)
+NEW_CONSULTATIONS = web.AppKey("new_consultations", NewConsultations)

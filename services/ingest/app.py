@@ -26,9 +26,11 @@ from services.ingest.access import ACCESS, OPEN, VARIABLE, WHOAMI_PATH, AccessCo
 from services.ingest.admission import (
     ADMISSION,
     IN_FLIGHT,
+    NEW_CONSULTATIONS,
     Admission,
     BacklogLimiter,
     InFlight,
+    NewConsultations,
     RateLimiter,
     WindowLimiter,
 )
@@ -134,6 +136,7 @@ def make_app(
     refusals = Refusals(metrics.refused, metrics.duration, backlog.retry_after)
     tokens = TokenStore(settings.token_file)
     rates = RateLimiter(settings.rate, settings.rate_burst)
+    new_rates = RateLimiter(settings.new_consultations_rate, settings.new_consultations_burst)
 
     def check_log() -> None:
         backlog.check()
@@ -181,6 +184,7 @@ def make_app(
             app[READER], app[FEED] = reader, opened.feed
             app[FOLLOWERS] = Followers(metrics, limit=settings.max_followers, interval=settings.follow_interval)
             app[APPENDER] = IdempotentAppender(writer, keys, backlog, metrics)
+            app[NEW_CONSULTATIONS] = NewConsultations(new_rates, keys.holds)
             backlog.read_backlog = opened.status.backlog
             status = opened.status
             check = CachedCheck(opened.status.ready, seconds=READY_SECONDS, timeout=READY_TIMEOUT)
@@ -208,7 +212,7 @@ def make_app(
     app.cleanup_ctx.append(log)
     app.on_shutdown.append(end_following)
     app.cleanup_ctx.append(_in_background(update_limits, "limits of the log"))
-    _load_tokens(app, tokens, rates)
+    _load_tokens(app, tokens, rates, new_rates)
     if check_both(settings.tls_cert, settings.tls_key):
         _load_certificate(app, Certificate(settings.tls_cert, settings.tls_key))
     _add_routes(app, description)
@@ -454,14 +458,15 @@ def _signature(path: str) -> _Signature:
     return found.st_mtime_ns, found.st_ino, found.st_dev, found.st_size
 
 
-def _load_tokens(app: web.Application, tokens: TokenStore, rates: RateLimiter) -> None:
+def _load_tokens(app: web.Application, tokens: TokenStore, *limiters: RateLimiter) -> None:
     if not tokens.required:
         return
     broken = app[METRICS].token_file_broken
 
     def load() -> None:
         tokens.load()
-        rates.keep_only(tokens.names)
+        for rates in limiters:
+            rates.keep_only(tokens.names)
 
     files = ReloadedFiles(VARIABLE, [tokens.path], load, lambda good: broken.set(not good))
     files.start()

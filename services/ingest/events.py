@@ -39,7 +39,7 @@ from services.core.tracing import trace_of
 from services.ingest import metrics as outcomes
 from services.ingest import problems
 from services.ingest.access import ACCESS, GRANT
-from services.ingest.admission import ADMISSION, IN_FLIGHT, BacklogLimiter, Reservation
+from services.ingest.admission import ADMISSION, IN_FLIGHT, NEW_CONSULTATIONS, BacklogLimiter, Reservation
 from services.ingest.formats import (
     LONG_BYTES,
     BatchContext,
@@ -155,7 +155,9 @@ async def _post_event(
         app[ACCESS].require(request, Scope.WRITE, (event.consultation,))
     app[METRICS].body_size.observe(len(event.body))
     reservation.store()
+    await app[NEW_CONSULTATIONS].check(request[GRANT].name, (event.consultation,))
     appended = await app[APPENDER].append(event, keyed=keyed)
+    app[NEW_CONSULTATIONS].remember((event.consultation,))
     return _accepted(app, event, appended, started)
 
 
@@ -239,8 +241,11 @@ async def _post_batch(
     request[GRANT].count_events(len(batch) - 1)  # the request itself counted as one
     app[METRICS].batch_events.observe(len(batch))
     reservation.store(len(batch))
+    consultations = {one.event.consultation for one in batch}
+    await app[NEW_CONSULTATIONS].check(request[GRANT].name, consultations)
     try:
         results = await app[APPENDER].append_batch(batch)
+        app[NEW_CONSULTATIONS].remember(consultations)
     except _APPEND_ERROR_TYPES as error:
         raise _refusal_of(app, error, _BATCH_FAILED) from None
     return _batch_answer(request, batch, results, started)

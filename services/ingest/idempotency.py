@@ -42,6 +42,8 @@ from services.log.questions import Stored, digest_of
 COMPARE_SECONDS = 1.0
 #: events that are read from the log at the same time
 _MAX_READS = 64
+#: how long an answer to the question whether a consultation is new may take, seconds
+HOLDS_SECONDS = 1.0
 #: pause before the stored event is looked for again, seconds
 _PAUSE_SECONDS = 0.05
 #: memory of all snapshots: 8 bytes an id, and what each takes besides
@@ -113,6 +115,20 @@ class IdempotencyKeys:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def holds(self, consultation: str) -> bool | None:
+        """Return whether the corpus holds anything of *consultation*; None if its owner does not answer in time."""
+        snapshot = self._snapshots.get(consultation)
+        owner = self._owners[partition_of(consultation, self._partitions)]
+        if snapshot is None or not snapshot.size:  # an empty one may be some minutes old
+            if owner.silent and not owner.is_due(self._loop.time()):
+                return None
+            try:
+                async with asyncio.timeout(HOLDS_SECONDS):
+                    snapshot = await self._shared_snapshot(owner, consultation)
+            except (TimeoutError, *_UNAVAILABLE):
+                return None
+        return not snapshot.whole or snapshot.size > 0
 
     # -- before the events are published ------------------------------------------------------------------------------
 

@@ -232,6 +232,14 @@ RATE_LIMITED = ProblemType(
     "The token has exceeded its rate; nothing was stored. Retry with the same key.",
     retry=True,
 )
+TOO_MANY_NEW_CONSULTATIONS = ProblemType(
+    "too-many-new-consultations",
+    429,
+    "Too many new consultations",
+    "The token has begun too many consultations; nothing was stored. Known consultations are not affected. Retry with "
+    "the same key.",
+    retry=True,
+)
 TOO_MANY_FOLLOWERS = ProblemType(
     "too-many-followers",
     429,

@@ -103,6 +103,18 @@ class Settings:
         parse=integer(1, 1_000_000),
         doc="Requests and events that a token may send at once; a larger batch is accepted when none of it is used.",
     )
+    new_consultations_rate: float = setting(
+        "FI_NEW_CONSULTATIONS_RATE",
+        20.0,
+        parse=number(0, 1_000_000),
+        doc="Consultations a second that one token may begin in the long run; beyond it 429; 0 is no limit.",
+    )
+    new_consultations_burst: int = setting(
+        "FI_NEW_CONSULTATIONS_BURST",
+        10_000,
+        parse=integer(1, 10**9),
+        doc="Consultations that a token may begin at once. Each takes 4 KB in HDF5.",
+    )
     publish_deadline: float = setting(
         "FI_PUBLISH_DEADLINE",
         5.0,

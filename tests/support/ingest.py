@@ -306,7 +306,10 @@ class MemorySnapshot:
 
     ids: set[UUID]
     whole: bool
-    size: int = 100
+
+    @property
+    def size(self) -> int:
+        return 8 * len(self.ids)
 
     def may_hold(self, event_id: UUID) -> bool:
         return not self.whole or event_id in self.ids
