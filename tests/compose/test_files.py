@@ -35,7 +35,7 @@ IMAGES = ("FIQ_IMAGE", "NATS_IMAGE", "HAPROXY_IMAGE", "PROMETHEUS_IMAGE", "GRAFA
 #: the nodes of the cluster
 NODES = {"compose.yaml": ("n1", "n2", "n3"), "compose.host.yaml": ("node",)}
 #: services that do their work and end
-ONE_SHOT = {"volumes", "provision", "ops"}
+ONE_SHOT = {"volumes", "provision", "ops", "placement"}
 #: seconds that a persister gets at least: its last commit and checkpoint on a slow disk
 CHECKPOINT = 30
 #: fields of 1.29 that Compose v2 does not print, or prints otherwise, are not compared: it only has to take the file
@@ -114,6 +114,21 @@ def test_each_image_can_be_another_one(engine: None, folder: Path, file: str) ->
     wanted = {name: f"registry.example/{name.lower()}@sha256:{'0' * 64}" for name in names}
     services = config(folder, file, wanted)["services"]
     assert set(wanted.values()) == {service["image"] for service in services.values()}
+
+
+def test_the_nodes_network_can_be_cut_off_from_everything_outside(engine: None, folder: Path) -> None:
+    """Clients, Prometheus and the balancer are on the other one. Both composes take the variable as a truth."""
+    for value, internal in (("", False), ("true", True)):
+        found = config(folder, "compose.yaml", {"FIQ_LOG_INTERNAL": value})
+        networks = {name: bool(network.get("internal")) for name, network in found["networks"].items()}
+        assert {"log": internal, "front": False} == networks
+        for node in NODES["compose.yaml"]:
+            assert ["log"] == list(found["services"][node]["networks"])
+        if shutil.which(V1):
+            text = subprocess.run(
+                [V1, "-f", "compose.yaml", "config"], cwd=folder, capture_output=True, text=True, check=True, timeout=60
+            ).stdout
+            assert internal == bool(yaml.safe_load(text)["networks"]["log"].get("internal"))
 
 
 @pytest.mark.parametrize("file", FILES)
