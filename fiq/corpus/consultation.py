@@ -21,6 +21,7 @@ from h5py import h5d, h5s, h5t
 
 from fiq.corpus.errors import CorpusFormatError, CorpusUsageError
 from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD, EVENTS, EVENTS_CHUNK, PAYLOAD
+from fiq.words import count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +130,7 @@ class Consultation(Sequence[EventRecord]):
         return self._length
 
     def __repr__(self) -> str:
-        return f"Consultation({self.id!r}, {len(self)} event{'s'[: len(self) != 1]})"
+        return f"Consultation({self.id!r}, {count(len(self), 'event')})"
 
     def __iter__(self) -> Iterator[EventRecord]:
         """Yield the events in stream order. Raises CorpusFormatError: a row points outside the payload."""
@@ -145,7 +146,7 @@ class Consultation(Sequence[EventRecord]):
             start, stop, step = index.indices(len(self))
             return list(self.records(start, stop)) if step == 1 else [self[one] for one in range(start, stop, step)]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.id} has {len(self)} events, none at {index}")
+            raise IndexError(f"{self.id} has {count(len(self), 'event')}, none at {index}")
         row = self.row(index % len(self))
         return EventRecord(self.id, row.sequence, row.received_ns, row.event_id, self.body(row))
 

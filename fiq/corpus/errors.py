@@ -25,6 +25,11 @@ No message holds a payload.
 
 from __future__ import annotations
 
+import re
+
+#: what HDF5 gives as its reason, at the end of its text
+_REASON = re.compile(r"\(([^()]+(?:\([^()]*\)[^()]*)*)\)\W*$")
+
 
 class CorpusError(Exception):
     """Anything that this package raises on purpose."""
@@ -114,3 +119,10 @@ class UnknownConsultationError(CorpusError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def hdf5_says(error: BaseException) -> str:
+    """Return what HDF5 or h5py found wrong with a file: its own reason, without the names of its functions."""
+    text = str(error.args[0]) if error.args else ""
+    reason = _REASON.search(text)
+    return f"HDF5 cannot read it ({reason[1] if reason else text or type(error).__name__})"

@@ -24,7 +24,7 @@ import numpy as np
 from h5py import h5d, h5g, h5p, h5s, h5t
 
 from fiq.corpus.consultation import Consultation, open_datasets
-from fiq.corpus.errors import AppendRefusedError, CorpusFormatError, CorpusIOError
+from fiq.corpus.errors import AppendRefusedError, CorpusFormatError, CorpusIOError, hdf5_says
 from fiq.corpus.format import (
     ACTIVE,
     ACTIVE_DTYPE,
@@ -87,7 +87,7 @@ def hdf5_error(file: AtomicFile, error: BaseException) -> BaseException:
         return error
     if file.failure is None and (isinstance(error, MemoryError) or _NO_MEMORY in str(error)):
         return CorpusIOError(f"{file.name}: out of memory")
-    return file.failure or CorpusFormatError(f"{file.name}: HDF5: {error}")
+    return file.failure or CorpusFormatError(f"{file.name}: {hdf5_says(error)}")
 
 
 class WritablePartition:

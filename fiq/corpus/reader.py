@@ -31,6 +31,7 @@ from fiq.corpus.errors import (
     DamagedPartitionError,
     DamagedPartitionWarning,
     UnknownConsultationError,
+    hdf5_says,
 )
 from fiq.corpus.format import (
     CHUNK_SLOTS,
@@ -47,6 +48,7 @@ from fiq.corpus.format import (
 from fiq.corpus.names import DatasetPages, NameTree
 from fiq.corpus.wal.recovery import Snapshot
 from fiq.corpus.wal.storage import StorageIO, locked_directory, reason_of, replace_file, system_errors
+from fiq.words import count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -234,7 +236,7 @@ class Corpus(Mapping[str, Consultation]):
         return str(self.paths[0] if len(self.paths) == 1 else self.paths[0].parent)
 
     def _files(self) -> str:
-        return f"{len(self.paths)} partition file{'s'[: len(self.paths) != 1]}"
+        return count(len(self.paths), "partition file")
 
     def _partitions(self) -> Iterator[_Partition]:
         for path in self.paths:
@@ -408,7 +410,7 @@ class _Partition:
             failure = error if isinstance(error, MemoryError) else self._snapshot.failure
             if failure is not None:
                 raise CorpusIOError(f"cannot read {self.path.name}: {reason_of(failure)}") from error
-            raise CorpusFormatError(f"{self.path.name}: HDF5: {error}") from error
+            raise CorpusFormatError(f"{self.path.name}: {hdf5_says(error)}") from error
 
 
 # -- The index: corpus.h5 ---------------------------------------------------------------------------------------------

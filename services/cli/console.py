@@ -54,11 +54,6 @@ def show(table: Table) -> None:
     out().print(table)
 
 
-def count(number: int, what: str) -> str:
-    """Return *number* and *what* it counts, in the plural unless it is one."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def printable(text: str) -> str:
     """Return *text* with each character that may control a terminal written as its JSON escape."""
     if text.isascii() and text.isprintable():

@@ -33,8 +33,9 @@ from fiq.corpus import (
 )
 from fiq.errors import InvalidIdError
 from fiq.event import check_consultation_id
+from fiq.words import count
 from services.cli import console
-from services.cli.console import JsonOption, bar, count
+from services.cli.console import JsonOption, bar
 from services.cli.errors import CommandError
 from services.cli.target import CorpusOption, FolderOption, find_corpus
 from services.cli.times import Period, SinceOption, UntilOption, iso
@@ -115,7 +116,7 @@ def show(
     Shows sequence, time (UTC), type and payload of everything that is committed; persisters may keep writing.
     """
     with opened(find_corpus(corpus, folder), consultation) as found:
-        typer.echo(f"{found.id}: {len(found)} event{'' if len(found) == 1 else 's'}")
+        typer.echo(f"{found.id}: {count(len(found), 'event')}")
         for event in found:
             payload = orjson.dumps(event.payload).decode("utf-8")
             line = f"{event.sequence:>10}  {iso(event.received_ns)}  {event.event_type}  {payload}"
@@ -195,7 +196,9 @@ def verify(
 def _verified(path: Path) -> Report:
     with bar("verifying") as show:
         try:
-            return verify_corpus(path, on_progress=lambda now: show(now.fraction, f"{now.events:,} events, {now.file}"))
+            return verify_corpus(
+                path, on_progress=lambda now: show(now.fraction, f"events: {now.events:,}, {now.file}")
+            )
         except CorpusError as error:
             raise CommandError(str(error)) from error
 

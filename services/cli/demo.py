@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from fiq.client import AsyncClient, RetryPolicy
 from fiq.corpus import open_corpus
+from fiq.words import count
 from services.cli import console, monitoring
 from services.cli.console import JsonOption
 from services.cli.embedded.stack import LogKind, Stack
@@ -222,11 +223,14 @@ def _print(result: _Result, stack: Stack) -> None:
         ("retries after a failure", str(load.retries)),
         ("posts answered as duplicates", str(load.duplicates)),
         ("duplicates dropped by persisters", str(result.duplicates)),
-        ("events in HDF5", f"{comparison.persisted} in {comparison.consultations} consultations"),
+        ("events in HDF5", f"{comparison.persisted} in {count(comparison.consultations, 'consultation')}"),
         ("latency p50 / p99", f"{load.percentile(0.5) * 1e3:.1f} / {load.percentile(0.99) * 1e3:.1f} ms"),
         ("longest time without a 202", f"{load.longest_gap:.1f} s"),
         ("posting, then persisting the rest", f"{result.load_seconds:.1f} s, {result.persist_seconds:.1f} s"),
-        ("verdict", f"{len(comparison.problems)} problems" if comparison.problems else "every event once, in order"),
+        (
+            "verdict",
+            count(len(comparison.problems), "problem") if comparison.problems else "every event once, in order",
+        ),
     )
     for row in rows:
         table.add_row(*row)

@@ -25,7 +25,7 @@ import typer
 from rich.filesize import decimal
 
 from fiq.corpus import Consultation, EventRecord
-from services.cli.console import count
+from fiq.words import count
 from services.cli.corpus import opened, opened_corpus
 from services.cli.errors import CommandError
 from services.cli.target import CorpusOption, FolderOption, find_corpus

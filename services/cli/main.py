@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,9 @@ from services.core.command import product_version
 
 #: in the environment when a shell asks for completions
 COMPLETE_VARIABLE = "_FIQ_COMPLETE"
+#: what typer raises about arguments; it exports only this subclass
+USAGE_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[1])
+_SURPLUS = re.compile(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", re.DOTALL)
 #: exit code after Ctrl-C: 128 + SIGINT
 INTERRUPTED = 130
 
@@ -87,7 +91,8 @@ def version() -> None:
     except MissingServerError as error:
         typer.echo(str(error))
     except (OSError, subprocess.SubprocessError) as error:
-        typer.echo(f"nats-server cannot be run: {error}")
+        reason = error.strerror if isinstance(error, OSError) else "it failed"
+        typer.echo(f"nats-server cannot be run: {reason}")
 
 
 class Shell(StrEnum):
@@ -162,10 +167,36 @@ class FiqGroup(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except FiqError as error:
             message = str(error)
+        except USAGE_ERROR as error:
+            cast("Any", error).message = _plain(error)
+            raise
         except OSError as error:
-            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            reason = error.strerror or type(error).__name__
+            message = f"{error.filename}: {reason}" if error.filename else reason
         typer.echo(f"fiq: {message}", err=True)
         raise typer.Exit(1)
+
+
+def _plain(error: Any) -> str:
+    """Return what is wrong with the arguments in words for a person: typer from 0.29 on passes on those of pydantic."""
+    details: Callable[[], list[dict[str, Any]]] | None = getattr(error.__cause__, "errors", None)
+    if details is None:
+        return _SURPLUS.sub(r"Unexpected: \1.", str(error.message))
+    found = details()[0]
+    limits = found.get("ctx", {})
+    match found["type"]:
+        case "int_parsing" | "int_from_float" | "int_type" | "int_parsing_size":
+            return f"{found['input']!r} is not a whole number."
+        case "float_parsing" | "float_type" | "finite_number":
+            return f"{found['input']!r} is not a number."
+        case "less_than_equal":
+            return f"{found['input']} is more than {limits['le']}."
+        case "greater_than_equal":
+            return f"{found['input']} is less than {limits['ge']}."
+        case "value_error":
+            return str(limits["error"])
+        case _:
+            return f"{found['input']!r} is not allowed here."
 
 
 @contextmanager

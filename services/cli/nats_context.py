@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from fiq.words import count
 from services.cli.errors import CommandError
 from services.cli.init.files import Layout
 from services.cli.target import FolderOption, ServerOption, Target, check_is_nats, connected, find_cluster
@@ -143,8 +144,9 @@ def provision(server: ServerOption = None, folder: FolderOption = None) -> None:
     identity = asyncio.run(_provision(target))
     settings = target.settings
     typer.echo(
-        f"stream {identity.name}, created {identity.created}: {settings.partitions} partitions, "
-        f"{settings.replicas} replicas, {settings.max_bytes} bytes at most; dead letters in {names.DEAD_STREAM}"
+        f"stream {identity.name}, created {identity.created}: {count(settings.partitions, 'partition')}, "
+        f"{count(settings.replicas, 'replica')}, {settings.max_bytes} bytes at most; "
+        f"dead letters in {names.DEAD_STREAM}"
     )
 
 

@@ -31,6 +31,7 @@ import typer
 from fiq.client import Accepted, AsyncClient, ClientError, RefusedError, RetryPolicy
 from fiq.errors import InvalidIdError, PoisonError
 from fiq.event import InvalidBodyError, check_body, check_consultation_id, event_id_from_key, new_event_id
+from fiq.words import count
 from services.cli.console import bar
 from services.cli.errors import CommandError
 from services.cli.target import CaFileOption, ServiceTarget, TokenFileOption, UrlOption, find_service, trusting
@@ -124,7 +125,7 @@ def _post(source: IO[bytes], options: _Options, key: str, state: Path | None, ch
 
         def on_accepted() -> None:
             checkpoint.save(progress.done)
-            show(progress.accepted / checked.events if checked else 0.0, f"{progress.accepted:,} events")
+            show(progress.accepted / checked.events if checked else 0.0, f"events: {progress.accepted:,}")
 
         try:
             retries = asyncio.run(run())
@@ -196,7 +197,8 @@ def _checked(source: IO[bytes], consultation: str | None, *, exported: bool) -> 
         for number, reason in found.malformed[:_SHOWN]:
             typer.echo(f"line {number}: {reason}", err=True)
         more = f", {len(found.malformed) - _SHOWN} more than are shown" if len(found.malformed) > _SHOWN else ""
-        raise CommandError(f"{len(found.malformed)} of {found.events} lines are not events{more}; nothing was sent")
+        lines = count(found.events, "line")
+        raise CommandError(f"{len(found.malformed)} of {lines} cannot be events{more}; nothing was sent")
     return found
 
 
@@ -208,7 +210,7 @@ def _new_key() -> str:
 
 
 def _how_to_continue(progress: PostProgress, key: str, checked: Checked | None) -> str:
-    far = f"{progress.accepted} lines were accepted in this run"
+    far = f"{count(progress.accepted, 'line')} accepted in this run"
     if progress.done:
         far += f"; up to line {progress.done} all of them are"
     if checked is None:
@@ -597,7 +599,7 @@ def check(
             except PoisonError as error:
                 malformed.append((number, str(error)))
         if number % 1000 == 0:
-            on_progress(size / total, f"{events:,} events")
+            on_progress(size / total, f"events: {events:,}")
     return Checked(digest.hexdigest(), size, events, malformed)
 
 

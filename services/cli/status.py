@@ -22,6 +22,7 @@ import typer
 from rich.filesize import decimal
 
 from fiq.errors import FiqError
+from fiq.words import count
 from services.cli import console, monitoring
 from services.cli.console import JsonOption
 from services.cli.embedded.stack import Member, StackState
@@ -420,7 +421,7 @@ def show_status(found: ClusterStatus) -> None:
 def _fill(stream: StreamReport) -> str:
     sequences = f", sequences {stream.first_sequence} to {stream.last_sequence}" if stream.messages else ""
     limit = f" of {decimal(stream.max_bytes)} ({stream.bytes / stream.max_bytes:.1%})" if stream.max_bytes > 0 else ""
-    return f"{console.count(stream.messages, 'message')}{sequences}, {decimal(stream.bytes)}{limit}"
+    return f"{count(stream.messages, 'message')}{sequences}, {decimal(stream.bytes)}{limit}"
 
 
 def _print_partitions(found: ClusterStatus) -> None:

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from fiq.errors import FiqError
+
 T = TypeVar("T")
 
 #: what asks a service to stop. A service's ``__main__`` blocks them before its imports, which take most of a second: a
@@ -100,7 +102,9 @@ async def supervised_task(
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            on_failed(f"the {name} failed: {error!r}")
+            # the text of other errors may quote data
+            reason = str(error) if isinstance(error, FiqError) else f"unexpected {type(error).__name__}"
+            on_failed(f"the {name} failed: {reason}")
 
     task = asyncio.create_task(work, name=name)
     task.add_done_callback(ended)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from fiq.errors import ConfigurationError
+from fiq.words import count
 
 #: first line of a file that the product writes: a file without tokens is not empty, a truncated one is
 HEADER = "# name, SHA-256 of the token, scopes, prefix of the ids, end"
@@ -23,6 +24,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _PREFIX = re.compile(r"[A-Za-z0-9_-]{0,128}\*", re.ASCII)
 _RANDOM_BYTES = 32
 _NEVER = "-"
+#: malformed lines of a token file that are named
+_SHOWN = 3
 
 
 class Scope(StrEnum):
@@ -143,7 +146,8 @@ def parse(text: str) -> dict[str, Token]:
         names.add(token.name)
         found[token.digest] = token
     if problems:
-        raise ConfigurationError(problems)
+        more = len(problems) - _SHOWN
+        raise ConfigurationError([*problems[:_SHOWN], *([f"and {count(more, 'line')} more"] if more > 0 else [])])
     return found
 
 

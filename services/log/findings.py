@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fiq.words import count
 from services.log.metrics import DEAD_LETTERS, PARTITIONS, PROCESSES, STREAMS
 from services.log.partitions import partition_name
 from services.log.protocol import DEAD_LETTER_LOG, EVENT_LOG
@@ -140,9 +141,9 @@ def check_replicas(stream: StreamReport) -> Iterator[Finding]:
             yield warning(check, f"the copy on {replica.name} is {replica.lag} entries behind", meaning, action)
     if stream.copies < 3:
         meaning = "the loss of one node loses events that clients got a 202 for"
-        yield warning(check, f"the stream has {stream.copies} copies", meaning, "FI_REPLICAS=3 on three nodes")
+        yield warning(check, f"the stream has {count(stream.copies, 'copy')}", meaning, "FI_REPLICAS=3 on three nodes")
     elif not behind and stream.leader:
-        yield ok(check, f"{stream.copies} copies, all current; {stream.leader} leads")
+        yield ok(check, f"{count(stream.copies, 'copy')}, all current; {stream.leader} leads")
 
 
 def check_events_room(stream: StreamReport) -> Finding:
@@ -161,7 +162,7 @@ def check_dead_letters(state: LogState) -> Iterator[Finding]:
     elif dead.messages:
         yield warning(
             check,
-            f"{dead.messages} messages were set aside in {DEAD_LETTER_LOG}",
+            f"{count(dead.messages, 'message')} set aside in {DEAD_LETTER_LOG}",
             "no persister could store them: they are in no HDF5 file",
             "`fiq dead list` shows the reasons; `fiq dead requeue` or `fiq dead drop` each",
         )
@@ -172,7 +173,7 @@ def check_dead_letters(state: LogState) -> Iterator[Finding]:
 
 def _room(name: str, stream: StreamReport, meaning: str, action: str) -> Finding:
     share = stream.bytes / stream.max_bytes if stream.max_bytes > 0 else 0.0
-    what = f"{name} holds {stream.messages} messages, {stream.bytes / 1e6:.1f} MB, {share:.0%} of its limit"
+    what = f"{name} holds {count(stream.messages, 'message')}, {stream.bytes / 1e6:.1f} MB, {share:.0%} of its limit"
     if share >= FULL:
         return (error if share >= VERY_FULL else warning)("stream", what, meaning, action)
     return ok("stream", what)
@@ -200,7 +201,9 @@ def check_placement(state: LogState, store: str, volumes: int | None) -> Iterato
     yield from found
     if not found:
         hosts = len({process.metadata.get("host", "") for process in _processes(state, store)})
-        yield ok("placement", f"{len(partitions)} partitions, all placed and owned; hosts with persisters: {hosts}")
+        yield ok(
+            "placement", f"{count(len(partitions), 'partition')}, all placed and owned; hosts with persisters: {hosts}"
+        )
 
 
 def check_age(state: LogState, store: str, now: float) -> Iterator[Finding]:
@@ -209,7 +212,7 @@ def check_age(state: LogState, store: str, now: float) -> Iterator[Finding]:
         age = 0.0 if one.oldest is None else now - one.oldest
         if age > OLD_SECONDS:
             what = f"partition {partition_name(one.partition)} of store {store} is behind: its oldest event has waited "
-            meaning = f"{one.waiting.events} events are safe in the log, and not in HDF5 yet"
+            meaning = f"{count(one.waiting.events, 'event')}: safe in the log, and not in HDF5 yet"
             action = "look at /readyz of its persister; docs/runbook.md, `FiqBacklogOld`"
             yield warning("backlog", f"{what}{age:.0f} s for HDF5", meaning, action)
 
@@ -223,7 +226,7 @@ def check_verified(state: LogState) -> Iterator[Finding]:
             newest[process.volume] = found
     for volume, found in sorted(newest.items()):
         if found.problems:
-            number = "1 problem" if found.problems == 1 else f"{found.problems} problems"
+            number = count(found.problems, "problem")
             what = f"fiq verify found {number} in volume {volume} at {found.at}"
             meaning = "events were changed, removed or moved, or the disk is faulty"
             yield error("verification", what, meaning, "docs/runbook.md, `FiqCorpusDamaged`")
@@ -296,4 +299,4 @@ def _volumes(
         if volumes is not None and len(here) > (quota := math.ceil(len(partitions) / volumes)):
             meaning = f"a volume is meant to have {quota}: work is shared unevenly"
             action = "set FI_VOLUMES alike everywhere"
-            yield warning(check, f"volume {volume} has {len(here)} partitions", meaning, action)
+            yield warning(check, f"volume {volume} has {count(len(here), 'partition')}", meaning, action)

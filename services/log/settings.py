@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from services.core.settings import boolean, integer, seconds, setting, size, text
 
@@ -16,9 +17,17 @@ def _servers(value: str) -> tuple[str, ...]:
     urls = tuple(part.strip() for part in value.split(",") if part.strip())
     if len(urls) == 1 and urls[0].startswith(("zmq+ipc:///", "zmq+tcp://")):
         return urls
-    if not urls or not all(url.startswith(("nats://", "tls://")) for url in urls):
+    if not urls or not all(map(_is_node, urls)):
         raise ValueError("nats://HOST:PORT, several of them with commas, zmq+ipc:///DIRECTORY or zmq+tcp://HOST:PORT")
     return urls
+
+
+def _is_node(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"nats", "tls"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 def _store(value: str) -> str:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import orjson
 
 from fiq.corpus.consultation import Consultation, Table
-from fiq.corpus.errors import CorpusError, CorpusFormatError, JournalError
+from fiq.corpus.errors import CorpusError, CorpusFormatError, JournalError, hdf5_says
 from fiq.corpus.format import (
     CONFLICTS,
     EVENT_DTYPE,
@@ -39,6 +39,7 @@ from fiq.corpus.reader import (
     read_links,
 )
 from fiq.corpus.wal.journal import RECORDS_START
+from fiq.words import count as count_of
 
 #: the kinds of problems, words that a program can compare
 KINDS = {
@@ -265,7 +266,7 @@ class _Run:
             kind = "journal" if isinstance(error, JournalError) else "file"
             self._add(kind, str(error), path.name)
         except _DAMAGE as error:
-            self._add("file", f"HDF5: {error}", path.name)
+            self._add("file", hdf5_says(error), path.name)
         else:
             report = PartitionReport(
                 file=path.name,
@@ -313,7 +314,7 @@ class _Run:
         found = self._events - first
         self._check_conflicts(info, corpus)
         if found != info.events:
-            message = f"the consultations hold {found} events but {info.events} were committed"
+            message = f"the consultations hold {count_of(found, 'event')} but {info.events} were committed"
             self._add("count", message, info.path.name)
         return consultations, payload
 
@@ -372,7 +373,9 @@ class _Run:
             except (CorpusFormatError, *_DAMAGE) as error:
                 self._add("unreadable", f"its conflicts cannot be read: {error}", file, kept.id)
         if count != info.conflicts:
-            self._add("count", f"the file holds {count} conflicts but {info.conflicts} were committed", file)
+            self._add(
+                "count", f"the file holds {count_of(count, 'conflict')} but {info.conflicts} were committed", file
+            )
 
     def _progress(self, path: Path, fraction: float, *, now: bool = False) -> None:
         if self._on_progress is not None and (now or time.monotonic() >= self._next_progress):
@@ -528,7 +531,9 @@ class _ConsultationCheck:
     def _surplus(self) -> Iterator[CorpusProblem]:
         surplus = self._consultation.payload_bytes - self._end
         if surplus > 0:
-            yield self._problem("payload", f"the payload has {surplus} bytes after the last row: rows are missing")
+            yield self._problem(
+                "payload", f"the payload has {count_of(surplus, 'byte')} after the last row: rows are missing"
+            )
 
     def _at(self, rows: Table, mask: _Mask, kind: str, message: str, low: int = 0) -> Iterator[CorpusProblem]:
         for number in np.flatnonzero(mask).tolist():
@@ -608,9 +613,7 @@ def _check_index(directory: Path, paths: Sequence[Path]) -> Iterator[CorpusProbl
     try:
         links = read_links(path)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        yield CorpusProblem(
-            "index", f"it cannot be read: {error}; a persister writes a new one when it starts", INDEX_NAME
-        )
+        yield CorpusProblem("index", f"{hdf5_says(error)}; a persister writes a new one when it starts", INDEX_NAME)
         return
     before = {file.stem for file in paths}
     wanted = {file.stem: (file.name, "/") for file in partition_files(directory)}
@@ -621,7 +624,9 @@ def _check_index(directory: Path, paths: Sequence[Path]) -> Iterator[CorpusProbl
                 "index", f"it has no link to {wanted[name][0]}; a persister writes a new one when it starts", INDEX_NAME
             )
         elif found is not None and found != wanted.get(name):
-            yield CorpusProblem("index", f"the link {name!a} leads to no partition file: {found!r}", INDEX_NAME)
+            target = found if isinstance(found, str) else "".join(found).removesuffix("/")
+            message = f"the link {name!a} leads to {target!a}, which is no partition file here"
+            yield CorpusProblem("index", message, INDEX_NAME)
 
 
 def _check_journals(directory: Path) -> Iterator[CorpusProblem]:

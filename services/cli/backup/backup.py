@@ -25,6 +25,7 @@ from rich.filesize import decimal
 from fiq.corpus import CorpusError, StorageIO, open_corpus, verify_corpus, write_index
 from fiq.corpus.reader import PartitionInfo, partition_files
 from fiq.corpus.tools.copy import copy_pair
+from fiq.words import count
 from services.cli import console
 from services.cli.backup.cluster import StoreView, look
 from services.cli.console import JsonOption, bar
@@ -93,7 +94,9 @@ def backup(
     lost = f"To restore it without a loss, the stream must still begin at sequence {needed} or before: see FI_RETENTION"
     if without_broker:
         lost = "Events that are accepted from now on are not in it, and nowhere else but in the volume"
-    typer.echo(f"{dest}: volume {manifest.volume}, {events} events, {decimal(size)}, verified. {lost}", err=json)
+    typer.echo(
+        f"{dest}: volume {manifest.volume}, {count(events, 'event')}, {decimal(size)}, verified. {lost}", err=json
+    )
     try:
         note_backup(source, manifest.made)
     except OSError as error:
@@ -206,7 +209,7 @@ class Manifest:
         try:
             return cls._of(found)
         except (TypeError, ValueError, KeyError) as error:
-            raise BackupError(f"{path} is damaged: {error}; take another backup") from error
+            raise BackupError(f"{path} is damaged: a member is missing or malformed; take another backup") from error
 
     @classmethod
     def _of(cls, found: dict[str, Any]) -> Manifest:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from fiq.corpus import CorpusError, open_corpus
+from fiq.words import count
 from services.cli.backup.backup import read_volume
 from services.cli.backup.cluster import StoreView, fence, look, other_stores
 from services.cli.backup.restore import VolumeIdentity, begun_anew, make_empty, reserved, write_identity
@@ -91,7 +92,7 @@ async def _fenced(target: Target, volume: str, seen: StoreView) -> tuple[StoreVi
 
 def _losses(seen: StoreView) -> str:
     lost = [f"its events of sequences 1 to {seen.first - 1}"] if seen.first > 1 else []
-    lost += [f"its part of {seen.holes} events that were trimmed after that"] if seen.holes else []
+    lost += [f"its part of {count(seen.holes, 'event')} trimmed after that"] if seen.holes else []
     return f" loses {' and '.join(lost) or 'nothing'}"
 
 
@@ -199,7 +200,8 @@ def _check(seen: StoreView, store: str, wanted: Placement, *, force: bool) -> No
     elif wanted.committed < reached:
         problem = f"{history} shows that the partition had reached {reached}"
     elif not reached and seen.holes and wanted.committed < seen.last:
-        problem = f"the key has no history, and trim has deleted {seen.holes} events in the middle of stream {STREAM}"
+        holes = count(seen.holes, "event")
+        problem = f"the key has no history, and trim has deleted {holes} in the middle of stream {STREAM}"
     if problem and not force:
         raise CommandError(
             f"{name}.h5 ends at sequence {wanted.committed}, but {problem}: it may be an old copy that lacks events "

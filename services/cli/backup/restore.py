@@ -26,6 +26,7 @@ import typer
 from fiq.corpus import CorpusError, EventStore, Identity, StorageIO, open_corpus
 from fiq.corpus.wal.storage import check_file_system, try_lock
 from fiq.errors import ConfigurationError
+from fiq.words import count
 from services.cli.backup.backup import (
     MANIFEST_NAME,
     VOLUME_COPY,
@@ -265,7 +266,8 @@ def _gaps(manifest: Manifest, new: Sequence[int], seen: StoreView) -> Iterator[G
 
 def _trimmed(gaps: Sequence[Gap], seen: StoreView) -> str:
     return (
-        f"the stream now begins at sequence {seen.first} and lacks {seen.holes} events after that; what is gone was "
+        f"the stream now begins at sequence {seen.first} and lacks {count(seen.holes, 'event')} after that; "
+        "what is gone was "
         f"trimmed, because every store had committed it. The backup lacks it ({'; '.join(map(str, gaps))}). Take a "
         "newer backup, or recover the files of the lost volume, or copy the consultations from another store. With "
         "--force these sequences are given up for good"

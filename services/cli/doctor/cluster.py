@@ -26,6 +26,7 @@ import orjson
 from cryptography import x509
 from rich.filesize import decimal
 
+from fiq.words import count
 from services.cli import monitoring
 from services.cli.doctor import Finding, error, ok, unknown, warning
 from services.cli.embedded.stack import StackState
@@ -151,7 +152,7 @@ def check_servers(expected: Sequence[str], found: Sequence[ServerInfo], event_by
         meaning = "fine during an upgrade, not tested for longer"
         yield warning("versions", what, meaning, "finish the upgrade: `rolling-restart`")
     elif versions:
-        yield ok("versions", f"nats-server {versions[0]} on {len(found)} node{'' if len(found) == 1 else 's'}")
+        yield ok("versions", f"nats-server {versions[0]} on {count(len(found), 'node')}")
     needed = event_bytes + HEADERS_BYTES
     small = [one for one in found if one.info.get("max_payload", 0) < needed]
     for one in small:

@@ -16,6 +16,7 @@ import orjson
 import typer
 
 from fiq.errors import FiqError
+from fiq.words import count
 from services.cli import console
 from services.cli.console import bar
 from services.cli.doctor import Finding, Level, cluster, error, host, ok, unknown, warning, worst
@@ -102,10 +103,10 @@ def _print(findings: Sequence[Finding], *, passed: bool) -> None:
         if finding.action:
             out.print(f"{'':<22} to do: {console.printable(finding.action)}", soft_wrap=True)
     counts = Counter(finding.level for finding in findings)
-    found = [console.count(counts[level], level) for level in (Level.ERROR, Level.WARNING) if counts[level]]
+    found = [count(counts[level], level) for level in (Level.ERROR, Level.WARNING) if counts[level]]
     if counts[Level.UNKNOWN]:
         found.append(f"{counts[Level.UNKNOWN]} unknown")
-    found.append(f"{console.count(counts[Level.OK], 'check')} passed{'' if passed else ' (--all shows them)'}")
+    found.append(f"{count(counts[Level.OK], 'check')} passed{'' if passed else ' (--all shows them)'}")
     out.print(", ".join(found), soft_wrap=True)
 
 
@@ -158,8 +159,8 @@ def _owners(snapshot: ClusterSnapshot) -> Finding:
     if without := snapshot.without_owner:
         what = f"no persister answers for partitions {', '.join(without)}"
         return error("owners", what, "their clients get 503", "start the persisters, or read their log")
-    count = len(snapshot.partitions)
-    return ok("owners", f"{count} partitions have an owner that answers; there are no nodes and no stream to check")
+    owned = "each partition has an owner that answers, in all"
+    return ok("owners", f"{owned} {len(snapshot.partitions)}; there are no nodes and no stream to check")
 
 
 def _examine_cluster(

@@ -21,6 +21,7 @@ from rich.filesize import decimal
 from fiq.corpus import CorpusError, UnsupportedFileSystemError, open_corpus
 from fiq.corpus.reader import PartitionInfo
 from fiq.corpus.wal.storage import check_file_system, ephemeral_file_system
+from fiq.words import count
 from services.cli import monitoring
 from services.cli.backup.backup import read_volume
 from services.cli.doctor import Finding, error, ok, unknown, warning
@@ -235,7 +236,8 @@ def check_files(directory: Path, snapshot: ClusterSnapshot | None) -> Iterator[F
     yield from found
     if not found:
         events = sum(info.events for info in infos.values())
-        yield ok("corpus", f"volume {volume}: {len(infos)} partition files, {events} events; `fiq verify` reads them")
+        held = f"{count(len(infos), 'partition file')}, {count(events, 'event')}"
+        yield ok("corpus", f"volume {volume}: {held}; `fiq verify` reads them")
 
 
 def _volume(infos: Mapping[int, PartitionInfo], volume: str) -> Iterator[Finding]:
@@ -293,7 +295,11 @@ def check_backup(directory: Path, snapshot: ClusterSnapshot | None) -> Iterator[
     except OSError:
         return  # check_files reports it
     hours = (time.time() - (made or began)) / 3600
-    what = f"the newest backup of this volume is {hours:.0f} hours old" if made else "this volume was never backed up"
+    what = (
+        f"the newest backup of this volume is {count(round(hours), 'hour')} old"
+        if made
+        else "this volume was never backed up"
+    )
     if stores > 1 or hours <= BACKUP_HOURS:
         yield ok("backup", f"{what}; stores: {stores}")
     else:

@@ -135,7 +135,7 @@ class ManagedProcess:
         try:
             self._process = _SPAWNER.submit(self._spawn).result()
         except OSError as error:
-            raise CommandError(f"cannot start {self.name}: {error}") from error
+            raise CommandError(f"cannot start {self.name}: {error.strerror}") from error
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         command = self._command

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from fiq.words import count
 from services.cli import monitoring as probes
 from services.cli.console import bar
 from services.cli.embedded.stack import DEFAULT_FOLDER, Member, StackFolder
@@ -70,7 +71,7 @@ def wait(
             raise CommandError(f"{error}; or name what to wait for with --monitoring and --services") from error
         nodes, others = _monitoring(state.nodes), _monitoring(state.services)
     wait_ready(nodes, others, timeout)
-    typer.echo(f"ready: {len(nodes)} nodes, {len(others)} services")
+    typer.echo(f"ready: {count(len(nodes), 'node')}, {count(len(others), 'service')}")
 
 
 def _urls(value: str) -> list[str]:

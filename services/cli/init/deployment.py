@@ -22,6 +22,7 @@ from typing import Annotated
 import nkeys
 import typer
 
+from fiq.words import count
 from services.cli.errors import CommandError
 from services.cli.init.authority import (
     Authority,
@@ -168,7 +169,7 @@ def _hosts(value: str) -> list[str]:
     if len(set(hosts)) < len(hosts):
         raise CommandError("--hosts: each host has one node; name it once")
     if len(hosts) == 2 or len(hosts) > 99:
-        raise CommandError(f"--hosts: {len(hosts)} nodes are not a cluster; name three or five hosts")
+        raise CommandError(f"--hosts: {count(len(hosts), 'node')} cannot be a cluster; name three or five hosts")
     return hosts
 
 
@@ -237,7 +238,9 @@ class Deployment:
             authority = self._authority(may_make=False)
             known = self.layout.known_nodes()
             if hosts and len(hosts) < len(known):
-                raise CommandError(f"there are {len(known)} nodes ({', '.join(known)}): name as many --hosts")
+                raise CommandError(
+                    f"the deployment has {count(len(known), 'node')} ({', '.join(known)}): name as many --hosts"
+                )
             for node, names in self._nodes(hosts).items():
                 path = self.layout.node_certificate(node)
                 wanted = names if hosts or not path.exists() else self._names(node)
@@ -308,8 +311,10 @@ class Deployment:
         self._secrets.mend(key, owner=self._operator())
         try:
             return Authority(Pair(certificate.read_bytes(), key.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise CommandError(f"{certificate} and {key} cannot be used ({error}): {_RESTORE_AUTHORITY}") from None
+        except (ValueError, TypeError):
+            raise CommandError(
+                f"{certificate} and {key} are no certificate and its key in PEM form: {_RESTORE_AUTHORITY}"
+            ) from None
 
     def _operator(self) -> FileOwner:
         """Return the owner of the authority's key: this user, or for root, the one who made the deployment."""

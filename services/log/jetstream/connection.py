@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import random
 import re
 import socket
@@ -463,7 +464,7 @@ class Connection(Client):
                 try:
                     await self._try(server, options)
                 except (OSError, nats.errors.Error) as error:  # a TimeoutError is an OSError
-                    self._failures.append(str(error) or type(error).__name__)
+                    self._failures.append(_why(error))
                     if (reason := why_refused(error, self._settings, self._signer)) is not None:
                         refused[server] = reason
                 else:
@@ -675,6 +676,17 @@ def tls_context(settings: LogSettings) -> ssl.SSLContext | None:
         raise _problem(CA_VARIABLE, settings.ca_file, f"{error.strerror}; it is ca.pem of `fiq init`") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     return context
+
+
+def _why(error: Exception) -> str:
+    """Return why a node could not be reached, in the system's words and without those of libraries."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or 'failed').lower().replace('_', ' ')}"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno) if error.errno > 0 else error.strerror or "the host name cannot be resolved"
+    return str(error).removeprefix("nats: ").strip("'") or type(error).__name__
 
 
 def read_signer(settings: LogSettings) -> Signer | None:

@@ -36,6 +36,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from fiq.errors import FiqError
+from fiq.words import count
 from services.core.lifecycle import supervised_task
 from services.core.logs import get_logger
 from services.log.errors import LogRefusedError, LogUnavailableError
@@ -456,13 +457,15 @@ def problems_of(state: LogState) -> list[str]:
     if not state.stream.leader:
         found.append(f"stream {STREAM} has no leader")
     elif not state.stream.has_quorum:
-        found.append(f"stream {STREAM} has no quorum: most of its {state.stream.copies} nodes are down")
+        found.append(
+            f"stream {STREAM} has no quorum: fewer than half of its {count(state.stream.copies, 'node')} answer"
+        )
     if state.placements is None and state.at and (trouble := state.troubles.get(PARTITIONS)) is not None:
         found.append(f"it is not known where partitions live: {trouble}")
     elif state.stores is not None:
         unplaced = min(sum(one.placement is None for one in store) for store in state.stores.values())
         if unplaced:
-            found.append(f"{unplaced} partitions have no owner yet: start the persisters")
+            found.append(f"{count(unplaced, 'partition')} without an owner yet: start the persisters")
     return found
 
 

@@ -714,7 +714,7 @@ def read_batch_ack(
     if isinstance(ack, TryAgain):
         return ack
     if ack.get("count") != count:
-        raise LogRefusedError(f"the broker stored {ack.get('count')!r} messages of a batch of {count}")
+        raise LogRefusedError(f"the broker stored {ack.get('count')!r} of the {count} in a batch")
     last = int(ack["seq"])
     return [Appended(sequence, duplicate=False) for sequence in range(last - count + 1, last + 1)]
 

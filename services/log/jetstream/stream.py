@@ -24,6 +24,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+from fiq.words import count
 from services.core.logs import get_logger
 from services.core.retry import retry
 from services.log.errors import LogForbiddenError, LogUnavailableError, ProvisionError
@@ -360,8 +361,8 @@ def check_ownership(wanted: Config, current: Config) -> None:
     have, want = metadata.get(PARTITIONS_KEY), wanted["metadata"].get(PARTITIONS_KEY)
     if have != want:
         raise ProvisionError(
-            f"stream {name} has {have} partitions, FI_PARTITIONS is {want}: the number is fixed when the stream is "
-            f"created, because it decides where a consultation lives. Set FI_PARTITIONS={have}"
+            f"stream {name} was made with FI_PARTITIONS={have}, and it is {want} here: the number is fixed when "
+            f"the stream is created, because it decides where a consultation lives. Set FI_PARTITIONS={have}"
         )
 
 
@@ -379,8 +380,8 @@ def _check_limits(wanted: Config, current: Config, stored_bytes: int) -> None:
     name, have, want = wanted["name"], current["num_replicas"], wanted["num_replicas"]
     if want < have:
         raise ProvisionError(
-            f"stream {name} has {have} replicas, FI_REPLICAS is {want}: fewer copies would make stored events less "
-            f"safe. Set FI_REPLICAS={have}, or lower it by hand with `nats stream edit`"
+            f"stream {name} has {count(have, 'replica')}, FI_REPLICAS is {want}: fewer copies would make stored "
+            f"events less safe. Set FI_REPLICAS={have}, or lower it by hand with `nats stream edit`"
         )
     limit = wanted["max_bytes"]
     needed = stored_bytes + max(stored_bytes // 4, MINIMUM_HEADROOM_BYTES)
@@ -578,13 +579,13 @@ def _refusal(error: ApiError, verb: str, config: Config) -> str:
     name, replicas = config["name"], config["num_replicas"]
     if error.err_code == _NO_STORAGE or "insufficient storage" in error.description:
         return (
-            f"stream {name} needs {config['max_bytes']} bytes on {replicas} nodes, which have not that much left "
+            f"stream {name} needs {config['max_bytes']} bytes on {count(replicas, 'node')} without that much left "
             f"({error.description}): raise max_file_store in nats.conf or lower {size_setting(name)}"
         )
     if error.err_code in {_NO_PEERS, _NOT_CLUSTERED}:
         return (
-            f"stream {name} needs {replicas} nodes, the cluster offers fewer ({error.description}): start {replicas} "
-            "nodes of one cluster, or set FI_REPLICAS=1 for an experiment"
+            f"stream {name} needs {count(replicas, 'node')}, the cluster offers fewer ({error.description}): start "
+            f"{replicas} nodes of one cluster, or set FI_REPLICAS=1 for an experiment"
         )
     if error.err_code == _OVERLAP:
         return (

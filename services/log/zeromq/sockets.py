@@ -200,17 +200,23 @@ def read_keys(settings: LogSettings, *, owner: bool) -> Keys | None:
     try:
         clients = zmq.auth.load_certificates(settings.zmq_client_keys)
     except (OSError, ValueError) as error:
-        raise ConfigurationError([f"FI_ZMQ_CLIENT_KEYS={settings.zmq_client_keys} cannot be read: {error}"]) from None
+        raise ConfigurationError(
+            [f"FI_ZMQ_CLIENT_KEYS={settings.zmq_client_keys} cannot be read: {_why(error)}"]
+        ) from None
     if not clients:
         raise ConfigurationError([f"FI_ZMQ_CLIENT_KEYS={settings.zmq_client_keys} holds no .key file"])
     return Keys(public, secret, public, frozenset(clients))
+
+
+def _why(error: OSError | ValueError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or "it is missing, or not a key of CURVE"
 
 
 def _certificate(variable: str, path: str) -> tuple[bytes, bytes | None]:
     try:
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:  # its text quotes no key
-        raise ConfigurationError([f"{variable}={path} cannot be read: {error}"]) from None
+        raise ConfigurationError([f"{variable}={path} cannot be read: {_why(error)}"]) from None
 
 
 class LoopSocket:

@@ -21,6 +21,10 @@ SERVICES = Path(__file__).parents[3] / "services" / "cli"
 NO_TABLE = {"show", "token new", "token revoke"}
 
 
+#: texts of libraries, which no message to a person has
+LIBRARIES = ("Input should", "Value error", "Errno", "argument(s)", "pydantic", "Traceback", "_ssl.c", "Connect call")
+
+
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     """A runner in an empty folder."""
@@ -204,3 +208,32 @@ def test_commands_are_a_mapping_of_what_can_be_called() -> None:
     assert commands["version"] is commands["version"]
     with pytest.raises(KeyError):
         commands["nonsense"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("up --port 99999", "Invalid value for '--port': 99999 is more than 65535."),
+        ("up --port x", "Invalid value for '--port': 'x' is not a whole number."),
+        ("up --port 1.5", "Invalid value for '--port': '1.5' is not a whole number."),
+        ("up --log tape", "Invalid value for '--log': 'tape' is not one of 'nats', 'zmq'."),
+        ("demo --events 1", "Invalid value for '--events': 1 is less than 100."),
+        ("wait --timeout soon", "Invalid value for '--timeout': 'soon' is not a number."),
+        ("up one two", "Unexpected: one two."),
+        ("token new", "Missing argument 'name'."),
+    ],
+)
+def test_what_is_wrong_with_an_argument_is_said_in_plain_words(
+    runner: CliRunner, arguments: str, expected: str
+) -> None:
+    """Not in those of the libraries that read it."""
+    done = runner.invoke(app, arguments.split())
+    assert 2 == done.exit_code
+    assert f"Error: {expected}" == done.stderr.splitlines()[-1]
+    assert [] == [text for text in LIBRARIES if text in done.output]
+
+
+def test_an_error_of_the_system_without_a_file_has_its_reason_only(runner: CliRunner) -> None:
+    """No number, and no tuple."""
+    done = runner.invoke(failing_app(OSError(errno.ENOSPC, "No space left on device")), ["fail"])
+    assert (1, "fiq: No space left on device\n") == (done.exit_code, done.stderr)
