@@ -212,7 +212,7 @@ def _new_key() -> str:
 def _how_to_continue(progress: PostProgress, key: str, checked: Checked | None) -> str:
     far = f"{count(progress.accepted, 'line')} accepted in this run"
     if progress.done:
-        far += f"; up to line {progress.done} all of them are"
+        far += f"; lines 1 to {progress.done} are all accepted"
     if checked is None:
         command = ["fiq", *sys.argv[1:]]
         if key not in command and f"--key={key}" not in command:

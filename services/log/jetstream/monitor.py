@@ -457,9 +457,7 @@ def problems_of(state: LogState) -> list[str]:
     if not state.stream.leader:
         found.append(f"stream {STREAM} has no leader")
     elif not state.stream.has_quorum:
-        found.append(
-            f"stream {STREAM} has no quorum: fewer than half of its {count(state.stream.copies, 'node')} answer"
-        )
+        found.append(f"stream {STREAM} has no quorum: too few of its {count(state.stream.copies, 'node')} answer")
     if state.placements is None and state.at and (trouble := state.troubles.get(PARTITIONS)) is not None:
         found.append(f"it is not known where partitions live: {trouble}")
     elif state.stores is not None:

@@ -185,7 +185,10 @@ async def test_settings_that_differ_from_the_stream_are_told(log: Log, tmp_path:
         await only(patient(log, tmp_path / "data", settings), "stream", "warning", "max_bytes")
         settings = replace(log.settings, partitions=16)
         await only(
-            patient(log, tmp_path / "data", settings), "stream", "error", "has 4 partitions, FI_PARTITIONS is 16"
+            patient(log, tmp_path / "data", settings),
+            "stream",
+            "error",
+            "was made with FI_PARTITIONS=4, and it is 16 here",
         )
         assert 0 == await persister.end()
 
@@ -195,7 +198,7 @@ async def test_dead_letters_are_a_warning(log: Log, tmp_path: Path) -> None:
     with Persister(tmp_path / "a", log.cluster, tmp_path / "data") as persister:
         await persister.ready()
         await log.nc.request("fi.events.c1", b"no event", headers={Header.MSG_ID: "c1/x"})
-        await only(patient(log, tmp_path / "data"), "dead letters", "warning", "1 messages were set aside")
+        await only(patient(log, tmp_path / "data"), "dead letters", "warning", "1 message set aside")
         assert 0 == await persister.end()
 
 

@@ -231,7 +231,7 @@ async def test_a_file_with_bad_lines_is_not_sent(tmp_path: Path) -> None:
         nameless = await post(written(tmp_path / "y", [event(1)]), "--url", server.url)
     assert (1, "") == (result.code, result.out)
     assert ["2", "4", "5", "6", "7", "8"] == re.findall(r"^line (\d+): ", result.err, re.MULTILINE)
-    assert "6 of 7 lines are not events; nothing was sent" in result.err
+    assert "6 of 7 lines cannot be events; nothing was sent" in result.err
     assert (1, True) == (nameless.code, "--consultation" in nameless.err)
     assert [] == server.seen
 
@@ -258,7 +258,7 @@ async def test_from_a_pipe_lines_go_as_they_come() -> None:
         again = await post(*arguments, "--key", found[1], stdin=lines.replace(b"{}", event(3)))
     assert 1 == result.code
     assert "line 3: event_type is required" in result.err
-    assert "2 lines were accepted in this run" in result.err
+    assert "2 lines accepted in this run" in result.err
     assert (0, 2) == (again.code, again.number("duplicates"))
     assert [event(number) for number in (1, 2, 3, 4)] == service.bodies("c-1")
 
@@ -276,7 +276,7 @@ async def test_a_file_on_stdin_has_the_keys_of_the_file(tmp_path: Path, monkeypa
         process = await asyncio.create_subprocess_shell(f"{command} - {options} < x", stderr=asyncio.subprocess.PIPE)
         result = await process.communicate()
     assert b"line 1: too bad" in result[1]
-    assert b"0 lines were accepted in this run; the same command continues and repeats none" in result[1]
+    assert b"0 lines accepted in this run; the same command continues and repeats none" in result[1]
     assert 1 == len({request.key for request in server.seen})
     assert ["x"] == names(tmp_path)
 
@@ -343,7 +343,7 @@ async def test_a_posting_that_was_stopped_goes_on_and_repeats_nothing(tmp_path: 
         assert SECRET not in state.read_text()
         again = await post(file, "--url", server.url)
     assert (128 + number, "") == (stopped.code, stopped.out)
-    assert f"{number.name}: 10 lines were accepted in this run; up to line 10 all of them are" in stopped.err
+    assert f"{number.name}: 10 lines accepted in this run; lines 1 to 10 are all accepted" in stopped.err
     assert "the same command continues" in stopped.err
     assert (0, 30, 10) == (again.code, again.number("accepted"), again.number("duplicates"))
     assert events == service.bodies("c-1")
@@ -394,7 +394,7 @@ async def test_a_service_that_does_not_answer_is_given_up(tmp_path: Path) -> Non
         result = await post(file, "--url", server.url, "--consultation", "c-1", "--patience", "1")
     assert 1 == result.code
     assert "lines 1 to 3: not done within 1 s: 503 /problems/log-full" in result.err
-    assert "0 lines were accepted in this run" in result.err
+    assert "0 lines accepted in this run" in result.err
     assert "the same command continues" in result.err
 
 

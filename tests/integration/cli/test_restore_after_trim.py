@@ -60,7 +60,7 @@ async def test_what_was_trimmed_in_the_middle_of_the_stream_is_told_and_given_up
     assert "given up: partition 00, sequences 21 to 70, as far as the stream lacks them" in told
     with open_corpus(new) as corpus:
         assert [20] * PARTITIONS == [info.committed for info in corpus.partitions]
-    assert "loses its part of 1 events that were trimmed" in await refused(log, "give-up", volume, "--to", data)
+    assert "loses its part of 1 event trimmed" in await refused(log, "give-up", volume, "--to", data)
 
 
 async def test_a_restore_over_a_lost_key_takes_an_epoch_that_no_file_has(log: Log, tmp_path: Path) -> None:

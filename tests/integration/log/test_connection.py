@@ -41,7 +41,7 @@ async def test_a_connect_to_a_closed_port_ends_within_its_deadline_and_names_the
         await connect(settings, name="test", on_closed=pytest.fail, deadline=1)
 
     assert time.monotonic() - started < 2
-    assert "nats://127.0.0.1:1, nats://127.0.0.1:2 (" in str(caught.value)
+    assert "nats://127.0.0.1:1, nats://127.0.0.1:2 (Connection refused). " in str(caught.value)
     assert "set FI_LOG_URL" in str(caught.value)
     assert "secret" not in str(caught.value)
 

@@ -348,7 +348,7 @@ async def test_the_log_is_ready_when_every_partition_of_a_store_is_placed(log: L
     """Until then no process would persist what is accepted; a second store may still be starting."""
     await _place(log, 0)
     await seen.monitor.look()
-    assert ["1 partitions have no owner yet: start the persisters"] == await seen.monitor.ready()
+    assert ["1 partition without an owner yet: start the persisters"] == await seen.monitor.ready()
     await _place(log, 1)
     await _place(log, 0, store="second")
     await seen.monitor.look()

@@ -348,7 +348,7 @@ def test_other_hosts_need_a_renewal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hosts", "problem"),
     [
-        ("a,b", "2 nodes are not a cluster"),
+        ("a,b", "2 nodes cannot be a cluster"),
         ("a,b,b", "name it once"),
         ("a,b,c d", "neither a host name nor an address"),
         ("a,b,-c", "neither a host name nor an address"),

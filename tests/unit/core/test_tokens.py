@@ -104,3 +104,11 @@ def test_a_secret_cannot_be_guessed_nor_read_off_its_hash() -> None:
     first, second = new_secret(), new_secret()
     assert first != second
     assert (43, 64) == (len(first), len(digest_of(first)))
+
+
+def test_of_a_file_that_is_none_only_the_first_lines_are_named() -> None:
+    """A wrong file has many of them."""
+    with pytest.raises(ConfigurationError) as refused:
+        parse("no token\n" * 8)
+    assert 4 == len(refused.value.problems)
+    assert "and 5 lines more" == refused.value.problems[-1]

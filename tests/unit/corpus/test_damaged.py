@@ -16,6 +16,7 @@ from fiq.corpus import (
     EventStore,
     open_corpus,
 )
+from fiq.corpus.errors import hdf5_says
 from services.cli.main import app
 from tests.support.corpus import IDENTITY, record
 
@@ -47,6 +48,23 @@ def test_what_is_healthy_is_read_and_the_rest_is_named(directory: Path) -> None:
         (damaged,) = corpus.damaged
     assert (directory / "01.h5", CorpusFormatError) == (damaged.path, type(damaged.error))
     assert f"`fiq verify {damaged.path}`" in str(damaged)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            KeyError("Unable to synchronously open object (bad object header version number)"),
+            "bad object header version number",
+        ),
+        (OSError("Can't read data (chunk (3, 4) is missing)"), "chunk (3, 4) is missing"),
+        (ValueError("not a valid type"), "not a valid type"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_hdf5_gives_its_reason_only(error: Exception, expected: str) -> None:
+    """Without the names of its functions and the quotes of a KeyError."""
+    assert f"HDF5 cannot read it ({expected})" == hdf5_says(error)
 
 
 @pytest.mark.filterwarnings("ignore::fiq.corpus.DamagedPartitionWarning")

@@ -253,6 +253,8 @@ def test_an_index_that_leads_elsewhere_is_named(directory: Path, change: str) ->
             if change == "hard":
                 links["01"] = h5py.SoftLink("/")
     assert [("corpus.h5", "index", None, None)] == found(verify_corpus(directory))
+    (problem,) = verify_corpus(directory).problems
+    assert "('" not in problem.message  # a name, and no tuple
 
 
 def test_a_directory_without_an_index_is_complete(directory: Path) -> None:

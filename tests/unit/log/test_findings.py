@@ -77,7 +77,7 @@ def test_a_healthy_log_has_no_conditions() -> None:
         (replace(HEALTHY, stream=replace(STREAM, bytes=800)), "stream", "warning", "80% of its limit"),
         (replace(HEALTHY, stream=replace(STREAM, bytes=960)), "stream", "error", "96% of its limit"),
         (replace(HEALTHY, dead=None), "dead letters", "error", "there is no stream fi-dead"),
-        (replace(HEALTHY, dead=replace(DEAD, messages=3)), "dead letters", "warning", "3 messages were set aside"),
+        (replace(HEALTHY, dead=replace(DEAD, messages=3)), "dead letters", "warning", "3 messages set aside"),
         (partitions(owners=0), "placement", "error", "no persister owns partition 01"),
         (partitions(owners=2), "placement", "warning", "2 processes say that they own partition 01"),
         (partitions(placement=None), "placement", "error", "no volume has claimed partition 01"),

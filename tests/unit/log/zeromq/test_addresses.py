@@ -73,3 +73,11 @@ async def test_a_volume_of_another_number_of_partitions_is_refused(tmp_path: Pat
     (tmp_path / FORMED_FILE).write_text("{")
     with pytest.raises(PlacementError, match="cannot be read"):
         await other.read()
+
+
+@pytest.mark.parametrize("url", ["nats://", "nats://n1:99999", "nats://n1:port", "nats://n1:0", "tls://n1,nats://[::1"])
+def test_a_node_without_a_host_or_with_no_port_is_refused(url: str) -> None:
+    """Before a client of NATS stumbles over it."""
+    with pytest.raises(ConfigurationError, match="expected nats://HOST:PORT"):
+        settings(url)
+    assert ("nats://a:b@[::1]", "tls://n1:4222") == settings("nats://a:b@[::1], tls://n1:4222").servers
