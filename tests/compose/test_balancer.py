@@ -7,7 +7,7 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -62,11 +62,14 @@ class Balancer:
 
 
 @contextmanager
-def balancer(folder: Path, pem: str = "", tls: ssl.SSLContext | None = None) -> Iterator[Balancer]:
+def balancer(
+    folder: Path, pem: str = "", tls: ssl.SSLContext | None = None, connections: int = 1000
+) -> Iterator[Balancer]:
     """Run it as compose does, with the secrets of *folder*."""
     options = [
         *("--read-only", "--cap-drop", "ALL", "-u", f"{os.getuid()}:{os.getgid()}", "-p", "127.0.0.1::7001"),
         *("--label", f"com.docker.compose.project={PREFIX}-{os.getpid()}-balancer", "-e", f"FIQ_TLS_PEM={pem}"),
+        *("-e", f"FIQ_CONNECTIONS_PER_ADDRESS={connections}"),
         *("-v", f"{DEPLOYMENT / 'balancer'}:/etc/balancer:ro", "-v", f"{folder}:/run/balancer:ro"),
     ]
     name = docker("run", "-d", *options, IMAGE, "-f", "/etc/balancer/haproxy.cfg").strip()
@@ -86,6 +89,20 @@ def test_what_is_no_http_is_refused_and_the_connection_closed(image: str, tmp_pa
                 sock.sendall(sent)
                 assert got.read().startswith(b"HTTP/1.1 400 "), what  # up to the end of the connection
         assert NO_INGEST == found.answer()
+
+
+def test_an_address_has_a_part_of_the_connections(image: str, tmp_path: Path) -> None:
+    """So a client that keeps them open keeps no other address out."""
+    with balancer(tmp_path, connections=5) as found, ExitStack() as stack:
+        assert found.answers(None)
+
+        def no_room_after_one_more() -> bool:  # the balancer may still count a connection that was closed just now
+            stack.enter_context(socket.create_connection(("127.0.0.1", found.port), timeout=10))
+            return not found.answers(None)
+
+        eventually_sync(no_room_after_one_more)
+        stack.close()
+        eventually_sync(lambda: found.answers(None))
 
 
 def test_it_speaks_nothing_but_tls_when_it_has_a_certificate(image: str, tmp_path: Path) -> None:
