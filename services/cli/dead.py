@@ -64,7 +64,7 @@ def list_(
             console.printable(str(letter["reason"])[:_SHOWN_REASON]),
         )
     if letters:
-        console.out().print(table)
+        console.show(table)
     else:
         typer.echo("no dead letters")
 
@@ -105,7 +105,10 @@ def requeue(
     ca_file: CaFileOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Put events back into the log under their ids, when persisters can write them. Safe to repeat."""
+    """Put events back into the log under their ids.
+
+    When persisters can write them. Safe to repeat.
+    """
     deadline = _PATIENCE if wait else _DEADLINE
 
     async def run(client: AsyncClient) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from fiq.client import AsyncClient, ClientError, RetryPolicy, StoredEvent
 from services.cli import console
 from services.cli.errors import CommandError
 from services.cli.target import CaFileOption, FolderOption, TokenFileOption, UrlOption, find_service, trusting
+from services.cli.times import Period, SinceOption
 
 PatienceOption = Annotated[float, typer.Option(min=1, max=86400, help="How long the service may not answer, seconds.")]
 
@@ -42,8 +44,14 @@ def get(
 
 
 def follow(
-    consultation: Annotated[str, typer.Argument(help="Id of the consultation.")],
-    after: Annotated[int, typer.Option(min=0, help="Only events whose sequence is greater than this.")] = 0,
+    consultation: Annotated[str | None, typer.Argument(help="Id of the consultation; or --all.")] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Events of all consultations; without --after new ones only."),
+    ] = False,
+    event_type: Annotated[str | None, typer.Option("--type", help="Only events of this type.")] = None,
+    since: SinceOption = "",
+    after: Annotated[int | None, typer.Option(min=0, help="Only events whose sequence is greater than this.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print each event as a JSON object on one line.")] = False,
     url: UrlOption = None,
     folder: FolderOption = None,
@@ -55,14 +63,19 @@ def follow(
 
     First those that are stored, then each new one, once and in order, until Ctrl-C.
     """
+    if (consultation is not None) == every:
+        raise CommandError("name one consultation, or choose all of them with --all")
+    begin = datetime.fromtimestamp(Period.of(since, "").since // 10**9, UTC) if since else None
 
     async def print_all() -> None:
-        async with (
-            _service(url, folder, token_file, ca_file, patience) as client,
-            aclosing(client.follow(consultation, after)) as events,
-        ):
-            async for event in events:
-                typer.echo(orjson.dumps(_document(event)) if json else _line(event))
+        async with _service(url, folder, token_file, ca_file, patience) as client:
+            if consultation is None:
+                found = client.follow_all(after, type=event_type, since=begin)
+            else:
+                found = client.follow(consultation, after or 0, type=event_type, since=begin)
+            async with aclosing(found) as events:
+                async for event in events:
+                    typer.echo(orjson.dumps(_document(event)) if json else _line(event, named=every))
 
     asyncio.run(print_all())
 
@@ -92,8 +105,9 @@ def _document(event: StoredEvent) -> dict[str, Any]:
     }
 
 
-def _line(event: StoredEvent) -> str:
-    """Return a line as `fiq show` prints it."""
+def _line(event: StoredEvent, *, named: bool) -> str:
+    """Return a line as `fiq show` prints it, with the consultation if it is to be *named*."""
     payload = orjson.dumps(event.event.get("payload")).decode()
     when = f"{event.received[:26]}Z"
-    return console.printable(f"{event.sequence:>10}  {when}  {event.event.get('event_type', '')}  {payload}")
+    name = f"{event.consultation}  " if named else ""
+    return console.printable(f"{event.sequence:>10}  {when}  {name}{event.event.get('event_type', '')}  {payload}")

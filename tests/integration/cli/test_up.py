@@ -112,8 +112,8 @@ def fiq(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> sub
     )
 
 
-def post(up: Up, consultation: str, payload: Any) -> dict[str, Any]:
-    body = json.dumps({"event_type": "MESSAGE_RECEIVED", "payload": payload}).encode()
+def post(up: Up, consultation: str, payload: Any, *, event_type: str = "MESSAGE_RECEIVED") -> dict[str, Any]:
+    body = json.dumps({"event_type": event_type, "payload": payload}).encode()
     request = urllib.request.Request(
         f"{up.state.ingest_url}/consultations/{consultation}/events",
         data=body,
@@ -252,6 +252,22 @@ def test_follow_prints_stored_events_and_each_new_one(up: Up, form: list[str]) -
     else:
         expected = [rf" *{one['sequence']}  \S+Z  MESSAGE_RECEIVED  \"(first|second)\"\n" for one in (first, second)]
         assert all(re.fullmatch(row, line) for row, line in zip((*expected, expected[1]), lines, strict=True)), lines
+
+
+def test_follow_all_prints_events_of_a_type_of_every_consultation(up: Up) -> None:
+    """With the consultation that each belongs to."""
+    sequences = [
+        post(up, name, name, event_type=kind)["sequence"] for name, kind in (("a", "X"), ("b", "Y"), ("c", "X"))
+    ]
+    command = [*FIQ, "follow", "--all", "--type", "X", "--after", str(sequences[0] - 1), "--since", "1h"]
+    process = subprocess.Popen(command, cwd=up.folder, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline().split() for _ in range(2)]
+    process.kill()
+    process.communicate(timeout=20)
+
+    assert [[str(sequences[0]), "a", "X"], [str(sequences[2]), "c", "X"]] == [[line[0], *line[2:4]] for line in lines]
+    assert "name one consultation, or choose all" in fiq(up.folder, "follow").stderr
 
 
 def test_logs_follow_all_processes(up: Up) -> None:
