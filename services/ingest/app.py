@@ -85,6 +85,8 @@ from services.log.protocol import EVENT_LOG, Appended, EventWriter, IngestLog, S
 READY: web.AppKey[ReadinessCheck] = web.AppKey("ready")
 INDEX_PATH, PROBLEMS_PATH = "/", "/problems"
 CONSULTATIONS_PATH = "/consultations"
+CONFLICTS_PATH = CONSULTATIONS_PATH + "/{consultation}/conflicts"
+VERIFICATION_PATH = CONSULTATIONS_PATH + "/{consultation}/verification"
 PIPELINE_PATH = "/pipeline"
 DEAD_LETTERS_PATH = "/dead-letters"
 DEAD_LETTER_PATH = DEAD_LETTERS_PATH + "/{sequence}"
@@ -92,12 +94,16 @@ FEED_PATH = "/events"
 EVENT_PATH = EVENTS.path + "/{message_id}"
 #: what ``GET /`` answers, as URI templates
 LINKS = {
-    "consultations": CONSULTATIONS_PATH + "{?prefix,after,limit}",
+    "consultations": CONSULTATIONS_PATH + "{?prefix,after,limit,order}",
     "events": EVENTS.path + "{?after,before,limit,type,since,key,bodies}",
-    "event": EVENT_PATH,
+    "event": EVENT_PATH + "{?bodies}",
+    "conflicts": CONFLICTS_PATH + "{?after,limit,bodies}",
+    "verification": VERIFICATION_PATH,
     "follow": EVENTS.path + "?follow=1{&after,type,since,bodies}",
     "follow_all": FEED_PATH + "?follow=1{&after,type,since,bodies}",
     "pipeline": PIPELINE_PATH,
+    "dead_letters": DEAD_LETTERS_PATH + "{?after,limit}",
+    "dead_letter": DEAD_LETTER_PATH,
     "token": WHOAMI_PATH,
     "page": UI_PATH,
     "problems": PROBLEMS_PATH,
@@ -232,8 +238,8 @@ def _add_routes(app: web.Application, description: Json) -> None:
     access.add(app, "GET", EVENT_PATH, get_event, Scope.READ)
     access.add(app, "GET", FEED_PATH, follow_all, Scope.READ, each=True)
     access.add(app, "GET", CONSULTATIONS_PATH, list_consultations, Scope.READ, each=True)
-    access.add(app, "GET", CONSULTATIONS_PATH + "/{consultation}/conflicts", list_conflicts, Scope.READ)
-    access.add(app, "GET", CONSULTATIONS_PATH + "/{consultation}/verification", get_verification, Scope.READ)
+    access.add(app, "GET", CONFLICTS_PATH, list_conflicts, Scope.READ)
+    access.add(app, "GET", VERIFICATION_PATH, get_verification, Scope.READ)
     access.add(app, "GET", PIPELINE_PATH, get_pipeline, Scope.OPS)
     access.add(app, "GET", INDEX_PATH, _get_index, OPEN)
     access.add(app, "GET", PROBLEMS_PATH, _static(_problem_list(), JSON), OPEN)
