@@ -63,8 +63,11 @@ from services.ingest.operations import (
 from services.ingest.problems import BY_SLUG, REFUSALS, SERVER, TYPE_PREFIX, Refusals, RequestRefusedError
 from services.ingest.reading import (
     FEED,
+    MAX_READS,
+    MAX_VERIFICATIONS,
     READ_LIMIT,
     READER,
+    VERIFY_LIMIT,
     ReadLimit,
     follow_all,
     get_event,
@@ -170,7 +173,8 @@ def make_app(
         middlewares.insert(0, _serving_spans(spans))
     app = web.Application(client_max_size=settings.max_event_bytes, middlewares=middlewares)
     app[SETTINGS], app[METRICS], app[REFUSALS], app[ACCESS] = settings, metrics, refusals, access
-    app[IN_FLIGHT], app[ADMISSION], app[READ_LIMIT] = in_flight, admission, ReadLimit()
+    app[IN_FLIGHT], app[ADMISSION] = in_flight, admission
+    app[READ_LIMIT], app[VERIFY_LIMIT] = ReadLimit(MAX_READS), ReadLimit(MAX_VERIFICATIONS)
     check: CachedCheck | None = None
     status: Status | None = None
 

@@ -59,6 +59,8 @@ MAX_LIMIT, DEFAULT_LIMIT = 1000, 100
 PAGE_BYTES = 1 << 20
 #: what is looked at for a page of events that are filtered, about: events, and bytes of their bodies
 LOOKED_EVENTS, LOOKED_BYTES = 10_000, 8 << 20
+#: verifications among them
+MAX_VERIFICATIONS = 2
 #: how long the log may take to say when it stored an event, seconds
 WAY_SECONDS = 0.5
 #: reads that one process answers at a time; a page takes some 2 MiB at most
@@ -79,14 +81,15 @@ _log = get_logger("ingest.reading")
 
 
 class ReadLimit:
-    """Counts the reads from the question to the last byte of the answer."""
+    """Counts the reads, at most *most*, from the question to the last byte of the answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._count = 0
 
     def enter(self, held: ExitStack) -> None:
         """Count a read until *held* is closed. Raises TooManyInFlightError: the limit is reached."""
-        if self._count >= MAX_READS:
+        if self._count >= self._most:
             raise TooManyInFlightError("too many reads")
         self._count += 1
         held.callback(self._leave)
@@ -98,6 +101,7 @@ class ReadLimit:
 READER = web.AppKey("reader", EventBrowser)
 FEED: web.AppKey[Feed | None] = web.AppKey("feed")
 READ_LIMIT = web.AppKey("read_limit", ReadLimit)
+VERIFY_LIMIT = web.AppKey("verify_limit", ReadLimit)
 
 
 # -- pages and events -------------------------------------------------------------------------------------------------
@@ -251,6 +255,7 @@ async def _verification(request: web.Request, held: ExitStack) -> web.StreamResp
     consultation = _consultation(request)
     media_type = negotiate(request, JSON)
     request.app[READ_LIMIT].enter(held)
+    request.app[VERIFY_LIMIT].enter(held)
     found = await request.app[READER].verify(consultation)
     result = "damaged" if found.found else "intact" if found.checked == found.events else "unfinished"
     document = {

@@ -21,6 +21,7 @@ follow it, byte for byte.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import sys
 import time
@@ -437,6 +438,8 @@ def _number(value: Any) -> int:
 
 #: how long a verification may take before it ends where it is, seconds
 VERIFY_SECONDS = 20.0
+#: the pause after a slice is as long as the slice took, at most this, seconds: clients' events come first
+_LONGEST_PAUSE = 0.05
 #: problems that a verification lists; the others are counted
 MAX_PROBLEMS = 20
 
@@ -476,10 +479,13 @@ async def verify(ask: Callable[[Verify], Awaitable[VerifyAnswer]], consultation:
     found = 0
     question: Verify | None = Verify(consultation)
     while question is not None:
+        asked = time.monotonic()
         answer = await ask(question)
         found += len(answer.problems)
         problems += answer.problems[: MAX_PROBLEMS - len(problems)]
         question = answer.after if time.monotonic() < end else None
+        if question is not None:
+            await asyncio.sleep(min(_LONGEST_PAUSE, time.monotonic() - asked))
     checked = answer.checked
     return Verification(answer.committed, answer.events, checked.row, problems, found, checked.chain)
 

@@ -233,6 +233,9 @@ class MemoryReader:
         return Page(found[:limit], found[:limit][-1].sequence if found else after, len(found) > limit)
 
     async def verify(self, consultation: str) -> Verification:
+        self.asked.append("verify")
+        if self.gate is not None:
+            await self.gate.wait()
         if self.silent:
             raise CorpusAwayError("silent")
         return self.verification

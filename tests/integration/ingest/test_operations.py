@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, MutableMapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,9 @@ from services.log.dead_letters import conflict_letters, read_letter
 from services.log.errors import DuplicateInFlightError, LogFullError, LogRefusedError, LogUnavailableError
 from services.log.protocol import SequencedEvent
 from services.log.questions import Damage, Verification
+from services.log.settings import LogSettings
 from tests.support.ingest import Edge, Reply, dead_letter, running_edge
+from tests.support.polling import eventually
 
 TOKENS = {
     "operator": Token("operator", digest_of("operator"), frozenset({Scope.OPS})),
@@ -173,7 +176,7 @@ async def test_a_requeue_that_was_cut_off_is_done_by_the_next_one(edge: Edge) ->
 async def test_while_the_log_knows_the_first_message_a_requeue_is_too_early(edge: Edge) -> None:
     """It would drop the event as a duplicate of the one that was set aside: the letter stays."""
     edge.log.events += [Event("c-1", new_event_id(), 1, b'{"event_type":"A"}') for _ in range(6)] + [EVENT]
-    stored = (datetime.now(UTC) - timedelta(seconds=500)).isoformat()
+    stored = (datetime.now(UTC) - timedelta(seconds=LogSettings().duplicate_window - 100)).isoformat()
     edge.log.letters.letters[2] = dead_letter(2, EVENT, stored=stored)
     reply = await act(edge, "/dead-letters/2/requeue")
     assert (409, "/problems/requeue-too-early") == (reply.status, reply.json["type"])
@@ -299,3 +302,17 @@ async def test_a_verification_says_how_it_ended(
     assert (result, first, found.found) == (shown["result"], shown["first_damaged_sequence"], shown["problems"])
     assert (found.events, found.checked) == (shown["events"], shown["checked"])
     assert [] == audited(entries)
+
+
+async def test_a_third_verification_at_a_time_is_refused(edge: Edge) -> None:
+    """Each keeps a persister busy; other reads go on."""
+    gate = edge.log.reader.gate = asyncio.Event()
+    path = "/consultations/c-1/verification"
+    both = [asyncio.create_task(edge.request("GET", path)) for _ in range(2)]
+    await eventually(lambda: edge.log.reader.asked.count("verify") == 2)
+    third = await edge.request("GET", path)
+    assert (429, "/problems/too-many-in-flight") == (third.status, third.json["type"])
+    assert 200 == (await edge.request("GET", "/consultations/c-1/events")).status
+    gate.set()
+    assert [200, 200] == [(await one).status for one in both]
+    assert 200 == (await edge.request("GET", path)).status
