@@ -20,7 +20,7 @@ import orjson
 from h5py import h5d, h5s, h5t
 
 from fiq.corpus.errors import CorpusFormatError, CorpusUsageError
-from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD, EVENTS, EVENTS_CHUNK, PAYLOAD
+from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD, EVENTS, EVENTS_CHUNK, PAYLOAD, PORTABLE_EVENT_DTYPE
 from fiq.words import count
 
 if TYPE_CHECKING:
@@ -186,12 +186,18 @@ class Consultation(Sequence[EventRecord]):
         with self._guard():
             return int(self._payload.shape[0])
 
+    @cached_property
+    def _row_type(self) -> Any:
+        """The type of the rows as they are read: their bytes are the same in every archive."""
+        portable = not self._plain and self._events.get_type().equal(_portable_row_type())
+        return _portable_row_type() if portable else _row_type()
+
     def table(self, start: int = 0, stop: int | None = None) -> Table:
         """Return the rows of ``events`` from *start* up to *stop*, all by default, as a structured array."""
         end = len(self) if stop is None else min(stop, len(self))
         rows = np.empty(max(0, end - start), EVENT_DTYPE)
         with self._guard():
-            _read(self._events, start, rows, _row_type(), whole=0 < len(rows) == len(self))
+            _read(self._events, start, rows, self._row_type, whole=0 < len(rows) == len(self))
         return rows
 
     def lines(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
@@ -245,7 +251,7 @@ class Consultation(Sequence[EventRecord]):
     def check_layout(self) -> None:
         """Raise CorpusFormatError if a dataset has another type than the format says."""
         with self._guard():
-            for name, dataset, kind in ((EVENTS, self._events, _row_type()), (PAYLOAD, self._payload, h5t.STD_U8LE)):
+            for name, dataset, kind in ((EVENTS, self._events, self._row_type), (PAYLOAD, self._payload, h5t.STD_U8LE)):
                 if not dataset.get_type().equal(kind):
                     raise CorpusFormatError(f"{self.id}: the dataset {name} has another type than the format says")
 
@@ -266,6 +272,11 @@ class Consultation(Sequence[EventRecord]):
 @cache
 def _row_type() -> Any:
     return h5t.py_create(EVENT_DTYPE)
+
+
+@cache
+def _portable_row_type() -> Any:
+    return h5t.py_create(PORTABLE_EVENT_DTYPE)
 
 
 def _read(dataset: Any, start: int, out: npt.NDArray[Any], kind: Any, *, whole: bool) -> None:

@@ -47,6 +47,8 @@ FORMAT_NAME = "fiq-corpus"
 FORMAT_VERSION = 4
 #: oldest HDF5 release whose tools must read the files; ``latest`` would shut out h5dump 1.10
 LIBVER = ("v110", "v110")
+#: that of archives for old and small readers
+PORTABLE_LIBVER = ("v108", "v108")
 
 CONSULTATIONS = "consultations"
 CONFLICTS = "conflicts"
@@ -69,6 +71,13 @@ EVENT_DTYPE = np.dtype(
         ("flags", "<u4"),
         ("event_id", "V16"),
         ("chain", "V32"),
+    ]
+)
+#: the same bytes in an archive for small readers, which know no opaque types
+PORTABLE_EVENT_DTYPE = np.dtype(
+    [
+        (name, f"S{kind.itemsize}" if kind.kind == "V" else kind)
+        for name, (kind, *_) in (EVENT_DTYPE.fields or {}).items()
     ]
 )
 #: the row without its chain value, for packing: seq, received_ns, offset, length, flags, event_id

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from enum import StrEnum
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
@@ -295,9 +296,17 @@ def recover(
         raise CommandError("\n  ".join(failures))
 
 
+class HDF5Format(StrEnum):
+    """The release of HDF5 that can read an archive."""
+
+    V110 = "1.10"
+    V108 = "1.8"
+
+
 def repack(
     path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
     output: Annotated[Path, typer.Argument(help="Directory or file to create; must not exist.")],
+    form: Annotated[HDF5Format, typer.Option("--format", help="1.8 for old and small readers.")] = HDF5Format.V110,
     json: JsonOption = False,
 ) -> None:
     """Write a compact, verified copy of a corpus.
@@ -306,7 +315,8 @@ def repack(
     """
     with bar("repacking") as show:
         try:
-            done = library.repack(path, output, on_progress=lambda step, fraction: show(fraction, step))
+            portable = form is HDF5Format.V108
+            done = library.repack(path, output, portable=portable, on_progress=lambda step, part: show(part, step))
         except CorpusError as error:
             raise CommandError(str(error)) from error
     if json:

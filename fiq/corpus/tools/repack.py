@@ -27,6 +27,8 @@ from fiq.corpus.format import (
     LIBVER,
     NAMES,
     PAYLOAD,
+    PORTABLE_EVENT_DTYPE,
+    PORTABLE_LIBVER,
     Attributes,
     write_attributes,
 )
@@ -42,6 +44,8 @@ _EVENTS_CHUNK = 2048
 _PAYLOAD_CHUNK = 256 << 10
 #: what is copied at once: whole chunks
 _ROWS, _BYTES = 4 * _EVENTS_CHUNK, 32 * _PAYLOAD_CHUNK
+#: datasets up to this size are not chunked in an archive for small readers
+_WHOLE_BYTES = 4096
 #: level of gzip: higher ones take much longer and save little
 _LEVEL = 6
 #: owner and group: what the files hold is medical data
@@ -63,7 +67,9 @@ class Repacked:
     bytes_after: int  #: size of the archive
 
 
-def repack(source: Path, target: Path, *, on_progress: OnStep | None = None) -> tuple[Repacked, ...]:
+def repack(
+    source: Path, target: Path, *, portable: bool = False, on_progress: OnStep | None = None
+) -> tuple[Repacked, ...]:
     """Copy a data directory or one partition file into a compact archive; writers of the original go on meanwhile.
 
     The archive appears under its name once it is complete, is verified itself, and equals the original as of the moment
@@ -72,6 +78,7 @@ def repack(source: Path, target: Path, *, on_progress: OnStep | None = None) -> 
     Args:
         source: a data directory, or one partition file.
         target: the directory, or the file, to make.
+        portable: for old and small readers: HDF5 1.8, without user block and opaque types.
         on_progress: called with what is being done and the fraction of the whole that is done.
 
     Raises CorpusExistsError: *target* exists; CorpusNotFoundError: there is no corpus at *source*, or no directory for
@@ -84,7 +91,7 @@ def repack(source: Path, target: Path, *, on_progress: OnStep | None = None) -> 
     if not target.parent.is_dir():
         raise CorpusNotFoundError(f"there is no directory {target.parent}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
-    steps = _Steps(paths, on_progress)
+    steps = _Steps(paths, on_progress, portable=portable)
     with system_errors(f"write {target}"):
         try:
             if source.is_file() and source in paths:
@@ -137,21 +144,23 @@ def _copy(original: Corpus, info: PartitionInfo, target: Path, steps: _Steps) ->
         archived=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
-    with h5py.File(target, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
+    libver, user_block = (PORTABLE_LIBVER, 0) if steps.portable else (LIBVER, USER_BLOCK)
+    with h5py.File(target, "w", libver=libver, userblock_size=user_block) as file:
         write_attributes(file, attributes)
-        writer = ArchiveWriter(file.create_group(CONSULTATIONS).id)
+        writer = ArchiveWriter(file.create_group(CONSULTATIONS).id, portable=steps.portable)
         names = NameTree(DatasetPages(create_names(file.id, NAMES.encode())))
         for number, consultation in enumerate(original.values(), 1):
             writer.add(consultation)
             names.insert(consultation.id.encode())
             steps.report("copying", number / info.consultations)
-        kept = ArchiveWriter(file.create_group(CONFLICTS).id)
+        kept = ArchiveWriter(file.create_group(CONFLICTS).id, portable=steps.portable)
         for consultation in original.conflicts():
             kept.add(consultation)
     io = StorageIO()
     fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
     try:
-        write_all(io, fd, new_user_block(uuid, archive=True), 0)
+        if not steps.portable:
+            write_all(io, fd, new_user_block(uuid, archive=True), 0)
         io.fsync(fd)
     finally:
         os.close(fd)
@@ -195,7 +204,9 @@ def _remove(temporary: Path) -> None:
 class _Steps:
     """Reports how far the whole is: files by their size, the steps of each by the time that they take."""
 
-    def __init__(self, paths: tuple[Path, ...], on_progress: OnStep | None) -> None:
+    def __init__(self, paths: tuple[Path, ...], on_progress: OnStep | None, *, portable: bool) -> None:
+        #: whether the archive is for old and small readers
+        self.portable = portable
         self._files = [(path.name, path.stat().st_size) for path in paths]
         self._total = sum(size for _, size in self._files) or 1
         self._number = self._done_bytes = 0
@@ -221,18 +232,24 @@ class ArchiveWriter:
 
     Args:
         group: low-level id of the group that takes them.
+        portable: for old and small readers.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, *, portable: bool) -> None:
         self._group = group
-        self._row_type = h5t.py_create(EVENT_DTYPE)
+        self._row_type = h5t.py_create(PORTABLE_EVENT_DTYPE if portable else EVENT_DTYPE)
+        #: datasets of up to this many bytes are not chunked: the chunk index of HDF5 1.8 takes 2 KB
+        self._whole = _WHOLE_BYTES if portable else 0
 
     def add(self, consultation: Consultation) -> None:
         """Copy one consultation, slice by slice."""
         group = h5g.create(self._group, consultation.id.encode())
         # shuffled: bytes of the same field are together, and numbers that rise slowly compress well
-        _write(group, EVENTS, self._row_type, len(consultation), _EVENTS_CHUNK, _tables(consultation), shuffle=True)
-        _write(group, PAYLOAD, h5t.STD_U8LE, consultation.payload_bytes, _PAYLOAD_CHUNK, _lines(consultation))
+        rows, size = len(consultation), consultation.payload_bytes
+        chunk = 0 if rows * EVENT_DTYPE.itemsize <= self._whole else _EVENTS_CHUNK
+        _write(group, EVENTS, self._row_type, rows, chunk, _tables(consultation), shuffle=True)
+        chunk = 0 if size <= self._whole else _PAYLOAD_CHUNK
+        _write(group, PAYLOAD, h5t.STD_U8LE, size, chunk, _lines(consultation))
 
 
 def first_difference(original: Corpus, copy: Corpus, on_progress: Callable[[float], None]) -> str | None:
@@ -285,7 +302,7 @@ def _write(
     shuffle: bool = False,
 ) -> None:
     space = h5s.create_simple((length,))
-    dataset = h5d.create(group, name.encode(), kind, space, _plan(max(1, min(length, chunk)), shuffle=shuffle))
+    dataset = h5d.create(group, name.encode(), kind, space, _plan(min(length, chunk), shuffle=shuffle))
     start = 0
     for piece in pieces:
         space.select_hyperslab((start,), (len(piece),))
@@ -295,10 +312,11 @@ def _write(
 
 def _plan(chunk: int, *, shuffle: bool) -> Any:
     plan = h5p.create(h5p.DATASET_CREATE)
-    plan.set_chunk((chunk,))
-    if shuffle:
-        plan.set_shuffle()
-    plan.set_deflate(_LEVEL)
+    if chunk:
+        plan.set_chunk((chunk,))
+        if shuffle:
+            plan.set_shuffle()
+        plan.set_deflate(_LEVEL)
     plan.set_fill_time(h5d.FILL_TIME_NEVER)
     plan.set_obj_track_times(False)
     return plan

@@ -75,6 +75,8 @@ _RECORD_MAGIC = b"FIQRECRD"
 _SEALED_FROM = 12
 _READ_BYTES = 4 << 20
 
+#: the first bytes of HDF5's superblock
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 _ARCHIVE_MARK_AT, _ARCHIVE_MARK = 256, b"FIQARCHV"
 _NOTE_AT, _NOTE_END = 512, 4096
 _NOTE = (
@@ -118,6 +120,11 @@ def new_user_block(uuid: UUID, *, archive: bool = False) -> bytes:
         block[_ARCHIVE_MARK_AT : _ARCHIVE_MARK_AT + len(_ARCHIVE_MARK)] = _ARCHIVE_MARK
     block[_BLOCK : _BLOCK + _STATE.size] = _packed_state(AbsorbedState(0, 0, 0, 0))
     return bytes(block)
+
+
+def is_plain(fd: int) -> bool:
+    """Return whether the file has no user block, as an archive for small readers."""
+    return os.pread(fd, len(_HDF5), 0) == _HDF5
 
 
 def read_uuid(fd: int, name: str) -> UUID:
@@ -164,10 +171,10 @@ def refuse_archive(path: Path) -> None:
         except FileNotFoundError:
             return
         try:
-            mark = os.pread(fd, len(_ARCHIVE_MARK), _ARCHIVE_MARK_AT)
+            archived = is_plain(fd) or os.pread(fd, len(_ARCHIVE_MARK), _ARCHIVE_MARK_AT) == _ARCHIVE_MARK
         finally:
             os.close(fd)
-    if mark == _ARCHIVE_MARK:
+    if archived:
         raise ArchivedFileError(
             f"{path.name} is an archive that `fiq repack` made, which is read-only: "
             "put back the partition file and journal that it was made from"

@@ -23,6 +23,7 @@ from fiq.corpus.wal.journal import (
     LiveRecords,
     RecordPosition,
     empty_journal,
+    is_plain,
     journal_path,
     new_user_block,
     read_journal,
@@ -148,8 +149,11 @@ class Snapshot:
             undo.callback(os.close, self._fd)
             refusal = f"{path.name} is being written to, by a checkpoint or by another program; try again"
             lock(self._fd, exclusive=False, timeout=LOCK_WAIT, refusal=refusal)
-            self.uuid, self.state = read_uuid(self._fd, path.name), read_state(self._fd, path.name)
-            self._wal = self._open_journal(path)
+            if is_plain(self._fd):
+                self.uuid, self.state, self._wal = UUID(int=0), AbsorbedState(0, 0, 0, 0), -1
+            else:
+                self.uuid, self.state = read_uuid(self._fd, path.name), read_state(self._fd, path.name)
+                self._wal = self._open_journal(path)
             live = LiveRecords(0, RecordPosition(self.state.absorbed, self.state.link, RECORDS_START), [])
             if self._wal >= 0:
                 undo.callback(os.close, self._wal)

@@ -82,6 +82,14 @@ def test_repack_prints_both_sizes(file: Path) -> None:
     assert "archive" in done.stdout.splitlines()[1]
 
 
+def test_repack_writes_another_format_for_small_readers(file: Path) -> None:
+    """The superblock is at the beginning, where such readers look for it."""
+    target = file.parent.with_name("archive")
+    assert 0 == run("repack", file.parent, target, "--format", "1.8").exit_code
+    assert (target / "00.h5").read_bytes().startswith(b"\x89HDF")
+    assert 0 == run("verify", target).exit_code
+
+
 def test_repack_refuses_a_damaged_corpus_and_an_existing_target(file: Path) -> None:
     """One message says why; no file is left."""
     done = run("repack", file.parent, file.parent)

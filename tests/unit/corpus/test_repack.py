@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import pyfive
 import pytest
 
 from fiq.corpus import (
@@ -198,3 +199,38 @@ def test_a_copy_that_differs_is_dropped(directory: Path, monkeypatch: pytest.Mon
     with pytest.raises(CorpusFormatError, match=r"the copy of 00\.h5 .*dropped"):
         repack(directory, directory.with_name("archive"))
     assert ["corpus"] == [path.name for path in directory.parent.iterdir()]
+
+
+def test_a_small_reader_without_hdf5_reads_a_portable_archive(directory: Path, tmp_path: Path) -> None:
+    """Pyfive finds every byte of rows and bodies, and the names; so do our readers."""
+    archive = tmp_path / "archive"
+    repack(directory, archive, portable=True)
+    assert verify_corpus(archive).clean
+    with open_corpus(directory) as original, open_corpus(archive) as copy:
+        assert all(info.archived for info in copy.partitions)
+        assert list(original) == list(copy)
+        assert all(list(original[name]) == list(copy[name]) for name in original)
+        assert original["long"].row(5_000) == copy["long"].row(5_000)
+        for info in copy.partitions:
+            file = pyfive.File(str(info.path))
+            assert file.attrs["format"] in ("fiq-corpus", b"fiq-corpus")
+            groups = file["consultations"]
+            listed = b"".join(bytes(page) for page in file["names"][:]).split(b"\n")[:-1]
+            assert sorted(groups) == sorted(line.decode() for line in listed)
+            for name in groups:
+                rows, payload = groups[name]["events"][:], groups[name]["payload"][:]
+                assert original[name].table().tobytes() == rows.tobytes()
+                assert original[name].lines(0, len(payload)).tobytes() == payload.tobytes()
+
+
+def test_a_portable_archive_is_not_written(directory: Path, tmp_path: Path) -> None:
+    """It has no user block, so it has no mark."""
+    archive = tmp_path / "00.h5"
+    repack(directory / "00.h5", archive, portable=True)
+    with pytest.raises(ArchivedFileError):
+        EventStore.open(archive, expected=None)
+    with pytest.raises(ArchivedFileError):
+        recover_partition(archive)
+    repack(archive, tmp_path / "again.h5")
+    with open_corpus(archive) as first, open_corpus(tmp_path / "again.h5") as second:
+        assert all(list(first[name]) == list(second[name]) for name in first)
