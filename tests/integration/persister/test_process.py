@@ -271,6 +271,18 @@ async def test_workers_share_the_partitions_and_stop_together(log: Log, tmp_path
     assert 2 == sum(line["event"] == "PERSISTER_STOPPED" for line in parent.lines)
 
 
+def test_an_unknown_setting_is_warned_of_once_whatever_the_number_of_workers(tmp_path: Path) -> None:
+    """By the parent; settings of ingest, in a file that both share, are known."""
+    settings = {"FI_LOG_URL": nowhere(), "FI_STARTUP_TIMEOUT": "1", "FI_PERSISTER_PORT": "0", "FI_RATE": "5"}
+    settings |= {"FI_DATA_DIR": str(tmp_path / "data"), "FI_RETENTIONS": "1h"}
+    with Service(tmp_path, "services.persister", "--workers", "2", **settings) as parent:
+        parent.wait_for("WORKER_ENDED")
+        (line,) = [line for line in parent.lines if line["event"] == "SETTINGS_UNKNOWN"]
+        assert ["FI_RETENTIONS (FI_RETENTION?)"] == line["variables"]
+        parent.terminate()
+        parent.process.wait(20)
+
+
 async def test_a_second_signal_kills_the_workers_too(log: Log, tmp_path: Path) -> None:
     """The way out when one hangs: here they are frozen, so no orderly end could come."""
     with Persister(tmp_path, log.cluster, tmp_path / "data", "--workers", "2") as parent:
