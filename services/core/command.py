@@ -7,7 +7,6 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from difflib import get_close_matches
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +41,8 @@ SETTINGS = frozenset(_SETTINGS.split())
 
 def product_version() -> str:
     """Return the version of the installed distribution, or ``unknown`` in a bare checkout."""
+    from importlib.metadata import PackageNotFoundError, version  # `fiq` imports this module for each command
+
     try:
         return version("fiq")
     except PackageNotFoundError:

@@ -32,7 +32,6 @@ from services.cli import monitoring
 from services.cli.embedded.cluster import Cluster
 from services.cli.embedded.processes import LOOPBACK, ManagedProcess, free_ports, is_free, stop_together
 from services.cli.errors import AlreadyRunningError, ChildFailedError, CommandError, NotRunningError, PortTakenError
-from services.log.settings import FORMED_FILE
 
 #: where ingest listens unless another port is asked for or this one is taken
 PREFERRED_PORT = 7001
@@ -253,6 +252,8 @@ class Stack:
 
     def _check_log(self) -> None:
         """A corpus belongs to one log: sequences of the other one mean nothing to it."""
+        from services.log.settings import FORMED_FILE  # with all of services.log, which `fiq up` needs for nothing else
+
         other = {LogKind.NATS: self.data_dir / FORMED_FILE, LogKind.ZMQ: self.folder / "cluster"}[self.log]
         if other.exists():
             raise CommandError(f"{self.folder} belongs to a stack with the other log: name another --folder, or --log")
