@@ -21,7 +21,7 @@ from fiq.client.errors import (
     RefusedError,
     UnexpectedAnswerError,
 )
-from fiq.client.records import Accepted, BadLine, Problem, StoredEvent
+from fiq.client.records import Accepted, BadLine, ConsultationSummary, Problem, StoredEvent
 from fiq.client.sync import Client
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Client",
     "ClientError",
     "ClosedError",
+    "ConsultationSummary",
     "EventBody",
     "GaveUpError",
     "InvalidArgumentError",

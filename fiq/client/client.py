@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace, TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 from uuid import UUID
 
 import orjson
@@ -62,7 +62,7 @@ from fiq.client.errors import (
     RefusedError,
     UnexpectedAnswerError,
 )
-from fiq.client.records import Accepted, Problem, StoredEvent
+from fiq.client.records import Accepted, ConsultationSummary, Problem, StoredEvent
 from fiq.errors import InvalidIdError
 from fiq.event import bare_key, check_consultation_id, new_event_id
 
@@ -421,6 +421,33 @@ class AsyncClient:
             await self._pause(backoff, failure, may_be_stored=False)
 
     # -- for operators: a token with the scope ops ---------------------------------------------------------------------
+
+    async def consultations(
+        self, prefix: str = "", *, after: str = "", order: Literal["name", "activity"] = "name", page: int = 100
+    ) -> AsyncGenerator[ConsultationSummary, None]:
+        """Yield the persisted consultations, and end.
+
+        Args:
+            prefix: only those whose ids begin with it.
+            after: id after which to begin.
+            order: ``name``: sorted by id; ``activity``: the newest events first, back to the newest 1,000 or so of each
+                partition.
+            page: consultations a request, at most 1,000.
+
+        Raises:
+            RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
+        """
+        query: dict[str, str] | None = {"prefix": prefix, "after": after, "order": order, "limit": str(page)}
+        while query is not None:
+            found = await self._document(_Request("GET", "consultations", 200, {"Accept": _JSON}, query))
+            with _readable():
+                listed = [ConsultationSummary.of(one) for one in found["consultations"]]
+                following = None if found["next"] is None else dict(URL(found["next"]).query)
+            if following == query:
+                raise UnexpectedAnswerError("a page leads to itself")
+            query = following
+            for one in listed:
+                yield one
 
     async def pipeline(self) -> dict[str, Any]:
         """Return the state of the pipeline, as ``GET /pipeline`` shows it: nodes, partitions, backlog, conditions.

@@ -126,3 +126,32 @@ class StoredEvent:
             raise TypeError("sequence, event")
         persisted = record.get("status") == "persisted"
         return cls(consultation, UUID(record["message_id"]), sequence, persisted, str(record["received"]), event)
+
+
+@dataclass(frozen=True, slots=True)
+class ConsultationSummary:
+    """A consultation in the list of all.
+
+    Attributes:
+        consultation: its id.
+        events: how many of its events are in HDF5.
+        first_received: when the service received the first one, ISO 8601 in UTC with nanoseconds.
+        last_received: when it received the last one.
+    """
+
+    consultation: str
+    events: int
+    first_received: str
+    last_received: str
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> ConsultationSummary:
+        """Read one consultation of an answer.
+
+        Raises:
+            TypeError, KeyError: it is not one.
+        """
+        events = record["events"]
+        if not isinstance(events, int):
+            raise TypeError("events")
+        return cls(str(record["consultation_id"]), events, str(record["first_received"]), str(record["last_received"]))

@@ -21,13 +21,13 @@ from contextlib import aclosing, suppress
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 from uuid import UUID
 
 from fiq.client.batches import EventBody, split
 from fiq.client.client import AsyncClient, RetryPolicy, checked_key
 from fiq.client.errors import ClientError, ClosedError
-from fiq.client.records import Accepted, StoredEvent
+from fiq.client.records import Accepted, ConsultationSummary, StoredEvent
 
 T = TypeVar("T")
 
@@ -168,6 +168,13 @@ class Client:
     def pipeline(self) -> dict[str, Any]:
         """Return the state of the pipeline; as :meth:`AsyncClient.pipeline`."""
         return self._call(lambda client: client.pipeline())
+
+    def consultations(
+        self, prefix: str = "", *, after: str = "", order: Literal["name", "activity"] = "name", page: int = 100
+    ) -> Generator[ConsultationSummary, None, None]:
+        """Yield the persisted consultations, and end; as :meth:`AsyncClient.consultations`."""
+        self._check_fork()
+        return self._iterate(self._client.consultations(prefix, after=after, order=order, page=page))
 
     def dead_letters(self, after: int = 0, *, page: int = 100) -> Generator[dict[str, Any], None, None]:
         """Yield the dead letters, without their bodies; as :meth:`AsyncClient.dead_letters`."""

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from contextlib import aclosing
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 import orjson
@@ -173,3 +174,29 @@ async def test_a_file_goes_in_batches_and_a_reused_key_is_named(stack: Stack, tm
     code, told = await post("--key", "one")
     assert (1, True) == (code, "line 43: " in told)
     assert "/problems/idempotency-key-reused" in told
+
+
+async def test_consultations_are_listed_over_pages_in_both_orders(stack: Stack) -> None:
+    """With their number of events and times; by activity the one with the newest event comes first."""
+    names = [f"listed-{number:02d}" for number in range(7)]
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
+        await client.post_batch(None, [body(number, consultation_id=name) for number, name in enumerate(names)])
+        last = await client.post("listed-03", body(9))
+
+        async def listed(order: Literal["name", "activity"]) -> list[tuple[str, int]]:
+            found = [one async for one in client.consultations("listed-", order=order, page=3)]
+            assert all(one.first_received <= one.last_received for one in found)
+            return [(one.consultation, one.events) for one in found]
+
+        async def persisted() -> bool:
+            return ("listed-03", 2) in await listed("name")
+
+        await eventually(persisted)
+        assert [(name, 1 + (name == "listed-03")) for name in names] == await listed("name")
+        by_activity = await listed("activity")
+        assert (("listed-03", 2), set(names)) == (by_activity[0], {name for name, _ in by_activity})
+        event = await client.event("listed-03", last.message_id)
+        found = [one async for one in client.consultations("listed-", after="listed-02")]
+        assert event is not None
+        assert names[3:] == [one.consultation for one in found]
+        assert event.received == found[0].last_received
