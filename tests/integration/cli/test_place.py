@@ -88,7 +88,7 @@ async def test_without_any_history_holes_in_the_stream_are_suspicious(log: Log, 
     await log.publish(100)
     files(log, tmp_path / "data", committed=20)
     await log.api.request(f"STREAM.MSG.DELETE.{STREAM}", {"seq": 50})
-    assert "trim has deleted 1 events in the middle" in await refused(log, "place", "--corpus", tmp_path / "data")
+    assert "trim has deleted 1 event in the middle" in await refused(log, "place", "--corpus", tmp_path / "data")
     assert [] == await keys(log)
 
 

@@ -114,7 +114,7 @@ async def test_a_terminal_shows_how_far_it_is(tmp_path: Path) -> None:
         result = await ended(process)
         text = await shown
     assert 0 == result.code
-    bars = re.findall(r"(checking|posting)[^\r\n]*?(\d+)%[^\r\n]*?([\d,]+) events", text)
+    bars = re.findall(r"(checking|posting)[^\r\n]*?(\d+)%[^\r\n]*?events: ([\d,]+)", text)
     assert {"checking", "posting"} == {name for name, _, _ in bars}
     assert ("posting", "100", "3,000") == bars[-1]
     done = [int(percent) for name, percent, _ in bars if name == "posting"]

@@ -54,7 +54,7 @@ async def test_what_was_trimmed_in_the_middle_of_the_stream_is_told_and_given_up
     assert "begins anew loses nothing" in await done(log, "give-up", volume, "--to", tmp_path / "anew", "--yes")
     await log.api.request(f"STREAM.MSG.DELETE.{STREAM}", {"seq": 50})
     reason = await refused(log, "restore", saved, "--to", new)
-    assert "lacks 1 events after that" in reason
+    assert "lacks 1 event after that" in reason
     assert "partition 03, sequences 21 to 70, as far as the stream lacks them" in reason
     told = await done(log, "restore", saved, "--to", new, "--force")
     assert "given up: partition 00, sequences 21 to 70, as far as the stream lacks them" in told
