@@ -5,9 +5,9 @@
  * each such read to its audit log.
  */
 
-import { CONFIG, Follower, Problem, json, relative, session, text, url } from "./api.js";
+import { CONFIG, Follower, Problem, json, relative, text, url } from "./api.js";
 import { address, remember } from "./app.js";
-import { asCommands, bytes, button, choice, clock, commands, copy, count, dialog, empty, field, fill, foreign, h, icon, iconButton, liveState, parts, problemBox, resumedText, stamp } from "./dom.js";
+import { asCommands, asPython, bytes, button, choice, clock, commands, copy, count, dialog, empty, field, fill, foreign, h, icon, iconButton, liveState, parts, problemBox, resumedText, stamp } from "./dom.js";
 import { ROW_LIMIT, maskedText, panel, parseRecord, reading, statusMark } from "./event.js";
 import { openExport } from "./export.js";
 import { VirtualList } from "./list.js";
@@ -27,7 +27,8 @@ const USUAL_TYPE = "MESSAGE_RECEIVED";
 class Consultation extends HTMLElement {
 	connectedCallback() {
 		this.id_ = this.rest[0];
-		this.path = `consultations/${encodeURIComponent(this.id_)}/events`;
+		this.home = `consultations/${encodeURIComponent(this.id_)}`;
+		this.path = `${this.home}/events`;
 		this.gone = new AbortController();
 		const signal = this.gone.signal;
 		const get = (name) => this.query.get(name) ?? "";
@@ -103,7 +104,7 @@ class Consultation extends HTMLElement {
 					h("a.back", { href: "#/consultations", "aria-label": t("toConsultations"), title: t("toConsultations") }, icon("back")),
 					h("h1", { tabindex: "-1" }, this.id_), this.summary,
 					h("div.actions", {}, this.conflictButton, button(t("verify"), () => this.verify(), { glyph: "shield" }),
-						button(t("export"), () => openExport(this.id_, this.serverFilter(), this.shown), { glyph: "save" }),
+						button(t("export"), () => openExport(this.id_, this.serverFilter(), this.filter.until, this.shown), { glyph: "save" }),
 						iconButton(t("commands"), "code", () => this.commands()), iconButton(t("copyLink"), "link", () => copy(location.href)))),
 				h("div.bar.wrap.tools", {},
 					choice(t("form"), [["dialogue", t("dialogue")], ["json", "JSON"]], this.form, (value) => this.setForm(value)),
@@ -277,7 +278,7 @@ class Consultation extends HTMLElement {
 		if (!items.length) return fill(this.summary);
 		const [first, last] = [items[0].record, items.at(-1).record];
 		const whole = !this.previous && !this.next;
-		const total = t(whole ? (items.length === 1 ? "eventsOne" : "eventsAll") : "eventsLoaded", { n: count(items.length) });
+		const total = t(whole ? "eventsAll" : "eventsLoaded", { n: count(items.length) });
 		const waiting = this.queued.size ? ` · ${t("waiting", { n: count(this.queued.size) })}` : "";
 		return fill(this.summary, `${total}${waiting} · ${stamp(first.received).slice(0, 19)} – ${stamp(last.received).slice(0, 19)}`);
 	}
@@ -563,7 +564,7 @@ class Consultation extends HTMLElement {
 	async verify() {
 		fill(this.result, h("div.notice", { role: "status" }, t("verifying")));
 		try {
-			const found = await json(`consultations/${encodeURIComponent(this.id_)}/verification`, { signal: this.gone.signal });
+			const found = await json(`${this.home}/verification`, { signal: this.gone.signal });
 			const { result, events, checked, first_damaged_sequence: first } = found;
 			const sound = result !== "damaged";
 			const text = t(`chain-${result}`, { n: count(events), checked: count(checked), first: first ?? "?" });
@@ -575,7 +576,7 @@ class Consultation extends HTMLElement {
 
 	async loadConflicts() {
 		try {
-			const page = await json(`consultations/${encodeURIComponent(this.id_)}/conflicts`, { query: { bodies: 0 }, signal: this.gone.signal });
+			const page = await json(`${this.home}/conflicts`, { query: { bodies: 0 }, signal: this.gone.signal });
 			this.found = page.conflicts;
 		} catch (problem) {
 			if (problem instanceof Problem || problem.name === "AbortError") return;
@@ -594,7 +595,7 @@ class Consultation extends HTMLElement {
 				h("tr", {}, h("td", {}, `#${one.sequence}`), h("td", {}, stamp(one.received)), h("td", {}, h("code", {}, one.message_id)),
 					h("td.wrapped", {}, one.raw === undefined ? [foreign(h("span.tag"), one.event_type), " ", bytes(one.bytes)] : foreign(h("code", { dir: "ltr" }), one.raw)))));
 		const show = async () => {
-			const answer = await text(`consultations/${encodeURIComponent(this.id_)}/conflicts`, { headers: { Accept: "application/x-ndjson" }, query: { limit: PAGE } });
+			const answer = await text(`${this.home}/conflicts`, { headers: { Accept: "application/x-ndjson" }, query: { limit: PAGE } });
 			draw(answer.split("\n").filter(Boolean).map(parseRecord));
 		};
 		const head = [t("sequence"), t("time"), t("messageId"), t("body")].map((name) => h("th", { scope: "col" }, name));
@@ -610,8 +611,7 @@ class Consultation extends HTMLElement {
 	commands() {
 		const href = url(this.path, { ...this.serverFilter(), limit: PAGE }).href;
 		const found = asCommands(href, "application/x-ndjson");
-		const token = session.required ? ', token=os.environ["FIQ_TOKEN"]' : "";
-		found.Python = `${session.required ? "import os\n\n" : ""}from fiq import Client\n\nwith Client("${new URL(".", url("")).href.replace(/\/$/, "")}"${token}) as client:\n    for event in client.read("${this.id_}"):\n        print(event.sequence, event.received, event.event)`;
+		found.Python = asPython(`for event in client.read("${this.id_}"):\n        print(event.sequence, event.received, event.event)`);
 		commands(found);
 	}
 }

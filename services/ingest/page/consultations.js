@@ -165,7 +165,7 @@ class Consultations extends HTMLElement {
 		this.table.hidden = !rows.length;
 		const none = this.input.value ? empty(t("noneWithPrefix"), t("noneWithPrefixHint")) : empty(t("noConsultations"), t("noConsultationsHint"));
 		fill(this.more, rows.length ? this.next && button(t("more"), () => this.loadMore()) : none);
-		const shown = t(rows.length === 1 ? "shownOne" : "shown", { n: count(rows.length) });
+		const shown = t("shown", { n: count(rows.length) });
 		this.status.textContent = !rows.length ? "" : this.order === "activity" ? `${shown} · ${t("activityBound")}` : shown;
 	}
 

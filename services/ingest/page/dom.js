@@ -1,6 +1,6 @@
 /** Making elements, and showing times, numbers and foreign text. Nothing here, or anywhere, parses HTML. */
 
-import { Problem, session } from "./api.js";
+import { BASE, Problem, session } from "./api.js";
 import { language, t } from "./texts.js";
 
 /** Make an element. Names that begin with `on` are listeners; null, undefined and false are left out. */
@@ -36,7 +36,7 @@ const ICONS = {
 	pause: "M8 5v14M16 5v14",
 	down: "M12 5v14M6 13l6 6 6-6",
 	save: "M12 4v11M7 11l5 5 5-5M5 20h14",
-	shield: "M12 3l8 3v6c0 5-3.500 8-8 9-4.500-1-8-4-8-9V6zM8.500 12l2.500 2.500 4.500-5",
+	shield: "M12 3l8 3v6c0 5-3.5 8-8 9-4.5-1-8-4-8-9V6zM8.5 12l2.5 2.5 4.5-5",
 	code: "M8 7l-5 5 5 5M16 7l5 5-5 5",
 	back: "M15 5l-7 7 7 7",
 	key: "M14 10a4 4 0 1 0-4 4l1-1h2v-2h2v-1zM15 9l6-6M18 6l2 2",
@@ -221,6 +221,12 @@ export function asCommands(href, accept = "") {
 		curl: `curl -sS ${quoted(href)}${token}${kind}`,
 		Python: `${imports}\n\nrequest = urllib.request.Request(${JSON.stringify(href)}${given})\nwith urllib.request.urlopen(request) as answer:\n    print(answer.read().decode())`,
 	};
+}
+
+/** Return a program that calls the Python client. */
+export function asPython(calls) {
+	const [os, token] = session.required ? ["import os\n\n", ', token=os.environ["FIQ_TOKEN"]'] : ["", ""];
+	return `${os}from fiq import Client\n\nwith Client("${BASE.href.slice(0, -1)}"${token}) as client:\n    ${calls}`;
 }
 
 /** A field with its label above. */

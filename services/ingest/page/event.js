@@ -1,8 +1,8 @@
 /** One event: how its body reads, and the panel with its way through the pipeline and its body byte for byte. */
 
-import { BASE, Problem, session, text, url } from "./api.js";
+import { Problem, text, url } from "./api.js";
 import { address } from "./app.js";
-import { asCommands, button, bytes, choice, commands, copy, fill, foreign, h, icon, iconButton, problemBox, stamp } from "./dom.js";
+import { asCommands, asPython, button, bytes, choice, commands, copy, fill, foreign, h, icon, iconButton, problemBox, stamp } from "./dom.js";
 import { compact, indent, members } from "./json.js";
 import { t } from "./texts.js";
 
@@ -75,7 +75,7 @@ export function panel(consultation, record, { body, shown, onbody, onclose, conf
 		try {
 			const answer = await text(eventPath(consultation, record), { query: withBody ? {} : { bodies: 0 } });
 			const found = parseRecord(answer);
-			for (const name of ["stored", "trace_id", "status", "retries"]) if (found[name] !== undefined) record[name] = found[name];
+			for (const name of ["stored", "trace_id", "status"]) if (found[name] !== undefined) record[name] = found[name];
 			drawWay(way, record);
 			drawDetails(details, record, conflicts);
 			if (withBody) {
@@ -143,9 +143,7 @@ function drawBody(content, raw) {
 
 function eventCommands(consultation, record) {
 	const found = asCommands(url(eventPath(consultation, record)).href);
-	const token = session.required ? ', token=os.environ["FIQ_TOKEN"]' : "";
-	const imports = session.required ? "import os\n\n" : "";
-	found.Python = `${imports}from fiq import Client\n\nwith Client("${BASE.origin}"${token}) as client:\n    print(client.event("${consultation}", "${record.message_id}"))`;
+	found.Python = asPython(`print(client.event("${consultation}", "${record.message_id}"))`);
 	return found;
 }
 

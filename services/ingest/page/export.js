@@ -21,8 +21,8 @@ function csvLine(consultation, line) {
 	return `${COLUMNS.map((name) => cell(values[name])).join(",")}\r\n`;
 }
 
-/** Ask for the form, and save. `query` chooses the events, as in the view. */
-export function openExport(consultation, query, shown) {
+/** Ask for the form, and save. `query` and `until` choose the events, as in the view. */
+export function openExport(consultation, query, until, shown) {
 	const box = dialog(t("export"));
 	const stop = new AbortController();
 	box.addEventListener("close", () => stop.abort());
@@ -34,7 +34,7 @@ export function openExport(consultation, query, shown) {
 		fill(actions, button(t("stop"), () => box.close()));
 		bar.hidden = false;
 		try {
-			const { blob, events } = await collect(consultation, { ...query, bodies: bodies.checked ? 1 : 0 }, form, stop.signal, (events, size) => {
+			const { blob, events } = await collect(consultation, { ...query, bodies: bodies.checked ? 1 : 0 }, until, form, stop.signal, (events, size) => {
 				status.textContent = t("exported", { n: count(events), size: bytes(size) });
 			});
 			save(blob, `${consultation}.${form}`);
@@ -51,7 +51,7 @@ export function openExport(consultation, query, shown) {
 	box.append(h("p", {}, t("exportHint")), h("p.check", {}, bodies, h("label", { for: "export-bodies" }, t("withBodies"))), bar, status, actions);
 }
 
-async function collect(consultation, query, form, signal, onprogress) {
+async function collect(consultation, query, until, form, signal, onprogress) {
 	// a Blob of Blobs may be kept on disk by the browser
 	let blob = new Blob(form === "csv" ? [`${COLUMNS.join(",")}\r\n`] : []);
 	let events = 0;
@@ -62,8 +62,8 @@ async function collect(consultation, query, form, signal, onprogress) {
 		const page = await response.text().catch((error) => {
 			throw error.name === "AbortError" ? error : new Problem(0, { title: t("unreachable"), detail: t("unreachableDetail") });
 		});
-		const lines = page.split("\n").filter(Boolean);
-		blob = new Blob([blob, form === "csv" ? lines.map((line) => csvLine(consultation, line)).join("") : page]);
+		const lines = page.split("\n").filter((line) => line && !(until && parseRecord(line).received > until));
+		blob = new Blob([blob, ...lines.map((line) => (form === "csv" ? csvLine(consultation, line) : `${line}\n`))]);
 		events += lines.length;
 		onprogress(events, blob.size);
 		path = relative(/<([^>]*)>; rel="next"/.exec(response.headers.get("Link") ?? "")?.[1]);

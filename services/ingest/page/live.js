@@ -6,8 +6,9 @@ import { asCommands, bytes, button, clock, commands, copy, count, empty, fill, f
 import { parseRecord } from "./event.js";
 import { t } from "./texts.js";
 
-/** rows that are kept */
+/** rows that are kept, and ids in which a retry is recognised */
 const KEPT = 500;
+const REMEMBERED = 10_000;
 
 class Live extends HTMLElement {
 	connectedCallback() {
@@ -27,6 +28,7 @@ class Live extends HTMLElement {
 			this.message, h("div.card.flush", {}, this.bar, this.table, this.none)));
 		window.addEventListener("fi-clock", () => this.redraw(), { signal: this.gone.signal });
 		this.records = [];
+		this.seen = new Set();
 		// without a position the service begins with what comes from now on
 		this.follower = new Follower("events", { bodies: 0 }, this.query.get("after") ?? "", {
 			onrecords: (found) => this.add(found),
@@ -45,7 +47,14 @@ class Live extends HTMLElement {
 
 	add(found) {
 		this.count += found.length;
-		this.insert(found.slice(-KEPT).map((one) => parseRecord(one.data)));
+		const records = found.slice(-KEPT).map((one) => parseRecord(one.data));
+		for (const record of records) {
+			const id = record.consultation_id + record.message_id;
+			record.again = this.seen.has(id);
+			this.seen.add(id);
+		}
+		for (const id of this.seen) if (this.seen.size > REMEMBERED) this.seen.delete(id);
+		this.insert(records);
 		this.drawBar();
 	}
 
@@ -73,7 +82,7 @@ class Live extends HTMLElement {
 		return h("tr", {},
 			h("td", {}, h("time", { datetime: record.received, title: stamp(record.received, !clock.utc) }, exact)),
 			h("th", { scope: "row" }, h("a", { href: link }, record.consultation_id)),
-			h("td", {}, foreign(h("span.tag"), record.event_type)),
+			h("td", {}, foreign(h("span.tag"), record.event_type), record.again && [" ", h("span.tag.warn", { title: t("retryHint") }, t("retry"))]),
 			h("td.number", {}, bytes(record.bytes)),
 			h("td.number.wide", {}, h("code", {}, `#${record.sequence}`)));
 	}

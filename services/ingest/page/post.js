@@ -2,7 +2,7 @@
 
 import { BASE, Problem, call, pause, session } from "./api.js";
 import { address } from "./app.js";
-import { button, bytes, commands, count, field, fill, foreign, h, problemBox, quoted } from "./dom.js";
+import { asPython, button, bytes, commands, count, field, fill, foreign, h, problemBox, quoted } from "./dom.js";
 import { t } from "./texts.js";
 
 /** of a request with a part of a file: well below what the service takes */
@@ -211,10 +211,9 @@ function newKey() {
 function postCommands(id, body, key) {
 	const href = new URL(`consultations/${id}/events`, BASE).href;
 	const token = session.required ? ' \\\n  -H "Authorization: Bearer $FIQ_TOKEN"' : "";
-	const given = session.required ? ', token=os.environ["FIQ_TOKEN"]' : "";
 	return {
 		curl: `curl -i ${quoted(href)}${token} \\\n  -H 'Content-Type: application/json' \\\n  -H ${quoted(`Idempotency-Key: ${key}`)} \\\n  -d ${quoted(body)}`,
-		Python: `import json\n${session.required ? "import os\n" : ""}\nfrom fiq import Client\n\nevent = json.loads(${JSON.stringify(body)})\nwith Client("${BASE.origin}"${given}) as client:\n    print(client.post("${id}", event, key="${key}"))`,
+		Python: asPython(`print(client.post("${id}", ${JSON.stringify(body)}, key="${key}"))`),
 	};
 }
 

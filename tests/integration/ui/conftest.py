@@ -107,7 +107,7 @@ def service(stack: Stack) -> Service:
 
 @pytest.fixture(scope="module")
 def guarded(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Another ingest process of the same stack, which needs tokens: :data:`TOKENS`."""
+    """Another ingest process of the same stack, which needs tokens, :data:`TOKENS`, and shows contents at once."""
     folder = tmp_path_factory.mktemp("guarded")
     lines = []
     for name, rest in TOKENS.items():
@@ -121,6 +121,7 @@ def guarded(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "FI_MANAGEMENT_PORT": str(management),
         "FI_LOG_URL": stack.log_url,
         "FI_TOKEN_FILE": str(folder / "tokens"),
+        "FI_UI_MASKED": "0",
     }
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", "services.ingest"], env=os.environ | settings, stdout=log)

@@ -132,6 +132,20 @@ def test_a_conflict_is_marked_and_its_body_is_shown_on_demand(page: Page, servic
     assert other.body.decode() == box.locator("td code").last.text_content()
 
 
+def test_a_retry_that_the_log_has_twice_is_marked(page: Page, service: Service, stack: Stack) -> None:
+    """In the view of all events; HDF5 has it once."""
+    event = Event("retried", new_event_id(), 1_700_000_000_000_000_000, BODY)
+    open_view(page, service, "#/live")
+    expect(page.locator(".live").first).to_have_text("Live")
+    kept = publish(stack, "fi.events.retried", event.body, event.headers())
+    eventually_sync(lambda: publish(stack, "fi.events.retried", event.body, event.headers()) != kept)
+    rows = page.locator("tbody tr", has_text="retried")
+    expect(rows).to_have_count(2)
+    expect(rows.first.locator(".tag.warn")).to_have_text("retry")
+    expect(rows.last.locator(".tag.warn")).to_have_count(0)
+    service.persisted("retried", 1)
+
+
 def test_the_chain_of_a_consultation_is_verified_on_demand(page: Page, service: Service) -> None:
     """The page says how many events are intact."""
     for number in range(3):

@@ -219,7 +219,9 @@ def test_an_event_is_found_by_key_message_id_and_sequence(page: Page, service: S
 
 def test_an_event_shows_its_way_with_times_in_local_time_and_utc(new_page: Opener, service: Service) -> None:
     """Received, on the nodes, in HDF5; sequence and ids; the link opens the same event."""
-    answer = service.say("way", "hello")
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"Content-Type": "application/json", "traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    answer = json.loads(service.ask("/consultations/way/events", b'{"event_type": "A"}', headers))
     service.persisted("way", 1)
     (record,) = map(json.loads, service.records("way"))
     utc = record["received"].replace("T", " ")
@@ -229,11 +231,24 @@ def test_an_event_shows_its_way_with_times_in_local_time_and_utc(new_page: Opene
     details = page.locator(".panel .details")
     expect(details).to_contain_text(record["received"])
     expect(details).to_contain_text(answer["message_id"])
-    expect(page.locator(".way")).to_contain_text(f"#{answer['sequence']}")
+    expect(page.locator(".way")).to_contain_text(f"#{answer['sequence']} · ")
+    expect(page.locator(".way li").nth(1)).to_contain_text(re.compile(r"\d\d:\d\d:\d\d\.\d{3}"))
+    expect(details).to_contain_text(trace)
     hour = (int(utc[11:13]) - 5) % 24
     expect(events(page).first.locator("time")).to_have_text(f"{hour:02}{utc[13:19]}")
     page.get_by_role("button", name="UTC").click()
     expect(events(page).first.locator("time")).to_have_text(utc[11:19])
+
+
+def test_a_deployment_may_show_contents_at_once(page: Page, guarded: Service) -> None:
+    """With FI_UI_MASKED=0; they are audited with the name of the token all the same."""
+    guarded.say("unmasked", "for everybody with a token")
+    guarded.persisted("unmasked", 1)
+    sign_in(page, guarded, "reader")
+    page.evaluate("location.hash = '#/consultations/unmasked'")
+    expect(page.get_by_text("for everybody with a token")).to_be_visible()
+    eventually_sync(lambda: guarded.audited("unmasked") == 1)
+    assert b'"token":"reader"' in guarded.log.read_bytes()
 
 
 # -- live -------------------------------------------------------------------------------------------------------------
@@ -490,6 +505,18 @@ def test_what_is_shown_is_exported(page: Page, service: Service) -> None:
     assert '"n": 12345678901234567890' in rows[-1]["event"]
 
 
+def test_an_export_ends_where_the_filter_does(page: Page, service: Service) -> None:
+    """What is not shown is not saved."""
+    service.say("until", "one")
+    service.persisted("until", 1)
+    open_view(page, service, "#/consultations/until?until=2020-01-01T00:00:00.000Z")
+    expect(page.get_by_text("No event matches the filter")).to_be_visible()
+    page.get_by_role("button", name="Export").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="NDJSON").click()
+    assert b"" == Path(download.value.path()).read_bytes()
+
+
 # -- posting ----------------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +550,31 @@ def test_an_event_is_posted_and_every_answer_is_shown(page: Page, guard: Guard, 
     ]
     answers.first.get_by_role("link", name="open").click()
     expect(page.locator("h1")).to_have_text("posted")
+
+
+def test_the_commands_of_an_event_post_and_read_it(page: Page, service: Service) -> None:
+    """In curl and in Python, with the key of the form: what comes second is a duplicate."""
+    open_view(page, service, "#/post")
+    form = page.locator("form").first
+    form.get_by_label("Consultation").fill("by-command")
+    form.get_by_label("Event (JSON)").fill('{"event_type": "it\'s", "payload": "\\u00e9"}')
+    form.get_by_role("button", name="As a command").click()
+
+    def run(name: str, *program: str) -> str:
+        text = page.get_by_role("dialog").locator(f"pre[aria-label={name}]").text_content() or ""
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*program, "-c", text], env=env, capture_output=True, check=True, timeout=30)
+        return done.stdout.decode()
+
+    assert '"status":"accepted"' in run("curl", "sh")
+    assert "duplicate=True" in run("Python", sys.executable)
+    (record,) = map(json.loads, service.records("by-command"))
+    assert {"event_type": "it's", "payload": "é"} == record["event"]
+    page.goto(f"{service.url}/ui#/consultations/by-command?at={record['sequence']}&event={record['message_id']}")
+    page.reload()
+    page.locator(".panel").get_by_role("button", name="As a command").click()
+    assert record["message_id"] == json.loads(run("curl", "sh"))["message_id"]
+    assert record["message_id"] in run("Python", sys.executable)
 
 
 def test_a_file_is_posted_with_progress_and_refused_lines_are_listed(
