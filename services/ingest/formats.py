@@ -406,6 +406,10 @@ def _split_array(raw: bytes) -> Iterator[Slice | None]:
         raise RequestRefusedError(problems.INVALID_JSON, f"The body is not one JSON array: {error}.") from None
 
 
+#: bytes of UTF-8 that begin no character
+_CONTINUATION = bytes(range(0x80, 0xC0))
+
+
 def not_json(raw: bytes, offset: int) -> RequestRefusedError:
     """Return what the client gets whose body *raw* is not JSON from *offset* on: where, and nothing of the body."""
     if not raw.strip(_SPACE):
@@ -419,7 +423,7 @@ def not_json(raw: bytes, offset: int) -> RequestRefusedError:
 def _column(raw: bytes, offset: int) -> int:
     """Return the number of the character at *offset* in its line, from 1."""
     begin = raw.rfind(b"\n", 0, offset) + 1
-    return len(raw[begin:offset].decode("utf-8", "replace")) + 1
+    return len(raw[begin:offset].translate(None, _CONTINUATION)) + 1
 
 
 # -- slices of JSON text ----------------------------------------------------------------------------------------------

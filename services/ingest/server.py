@@ -285,7 +285,8 @@ class BoundedParser:
         body = self._body
         in_body = not body.is_eof()
         before = body.total_bytes
-        requests = self._parse(data)
+        parsed: _Parsed = self._parser.feed_data(data)
+        requests = self._unchanged(parsed) if parsed[1] else parsed[0]
         if len(requests) == 1 and not in_body and not self._unfinished:  # the usual case
             message, self._body = requests[0]
             if len(data) + len(message.raw_headers) * _HEADER_BYTES <= _UNCOUNTED_BYTES:
@@ -297,9 +298,8 @@ class BoundedParser:
             self._count(data, requests, progress, in_body=in_body)
         return requests
 
-    def _parse(self, data: bytes) -> _Requests:
-        """Parse *data*; a change of protocol is declined, so what follows its request is another one."""
-        parsed: _Parsed = self._parser.feed_data(data)
+    def _unchanged(self, parsed: _Parsed) -> _Requests:
+        """Return the requests; a change of protocol is declined, so what follows its request is another one."""
         requests = parsed[0]
         while parsed[1]:
             self._parser.set_upgraded(False)

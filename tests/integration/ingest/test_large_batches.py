@@ -37,6 +37,7 @@ def repeated(part: bytes, start: bytes = b"[", separator: bytes = b",", end: byt
 
 
 LEGAL = b'{"event_type":"A","payload":{"speaker":"doctor","text":"' + b"Good morning \\u00e9. " * 400 + b'"}}'
+WIDE = b'{"event_type":"A","payload":"%s"}' % ("😀".encode() * 3000)
 CLOUDEVENT = b'{"specversion":"1.0","id":"%d","source":"/s","type":"T","subject":"c","data":' + LEGAL + b"}"
 CLOUDEVENT_BATCH = b",".join(CLOUDEVENT % n for n in range(SIZE // (len(CLOUDEVENT) + 3)))
 #: of the largest size, with as many objects as fit
@@ -49,6 +50,8 @@ BODIES = {
     "empty lines": (b"\n" * SIZE, NDJSON, 422),
     "lines of a number": (repeated(b"0", b"", b"\n", b""), NDJSON, 413),
     "no cloudevents": (repeated(b'{"":0}'), CLOUDEVENTS, 413),
+    "not JSON at its end": (repeated(WIDE)[:-1] + b"x", JSON, 400),
+    "not JSON in its last event": (repeated(WIDE)[:-3] + b"1}]", JSON, 400),
     "legal array": (repeated(LEGAL), JSON, 202),
     "legal lines": (repeated(LEGAL, b"", b"\n", b""), NDJSON, 202),
     "legal cloudevents": (b"[" + CLOUDEVENT_BATCH + b"]", CLOUDEVENTS, 202),
