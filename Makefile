@@ -58,6 +58,7 @@ bench: $(VENV)/.dev ## measure against the named references; prints Markdown and
 bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, growth; prints Markdown
 	$(BIN)/python -m benchmarks.corpus_commits
 	$(BIN)/python -m benchmarks.corpus_growth
+	$(BIN)/python -m benchmarks.consultation_list --names 100000
 
 bench-soak: $(VENV)/.dev ## five minutes of load on the whole product: memory of every process; prints Markdown
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -185,6 +185,7 @@ def ingest(
         "FI_PORT": str(port),
         "FI_MANAGEMENT_PORT": str(management),
         "FI_MAX_BACKLOG": "0",
+        "FI_NEW_CONSULTATIONS_RATE": "0",
         **(settings or {}),
     }
     with server("ingest", "services.ingest", [], management, folder, product, **env) as running:

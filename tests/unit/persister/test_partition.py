@@ -17,6 +17,7 @@ import orjson
 import pytest
 
 from fiq.corpus import EventStore, StorageIO
+from fiq.corpus.wal.pages import PageCache
 from fiq.corpus.wal.storage import Buffer
 from fiq.errors import PermanentError
 from services.log.protocol import Position
@@ -102,6 +103,35 @@ async def test_a_partition_goes_on_from_what_its_file_holds(part: Rig, stream: S
         await again.runner.stop()
     assert [2, 3] == stream.acknowledged
     assert {"c1": [1, 2, 3]} == contents(part.path)
+
+
+@pytest.mark.parametrize("call", ["read_into", "write", "truncate"])
+async def test_a_lack_of_memory_in_a_call_of_hdf5_is_waited_for(
+    part: Rig, stream: Stream, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HDF5 says that its file is bad, which would stop the partition for good."""
+    stream.add(delivery(1))
+    part.runner.start()
+    await part.reach(1)
+    original, left = getattr(PageCache, call), 3
+
+    def failing(*args: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise MemoryError
+        return original(*args)
+
+    monkeypatch.setattr(PageCache, call, failing)
+    stream.add(*(delivery(sequence, consultation=f"c{sequence}") for sequence in range(2, 30)))
+    await part.reach(29)
+    await part.runner.stop()
+    failures = [
+        part.metrics.registry.get_sample_value("fi_persister_failures_total", {"partition": "00", "kind": kind}) or 0
+        for kind in ("transient", "unexpected", "permanent")
+    ]
+    assert (0, True, [0, 0]) == (left, failures[0] > 0, failures[1:])
+    assert {f"c{sequence}": [sequence] for sequence in range(1, 30)} == contents(part.path)
 
 
 async def test_a_full_disk_is_shown_and_waited_for(part: Rig, stream: Stream) -> None:
