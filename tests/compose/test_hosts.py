@@ -208,7 +208,7 @@ async def test_a_host_is_gone_for_good(clients: Clients, backups: Path) -> None:
 
     await asyncio.to_thread(hosts.equip, 2)
     await asyncio.to_thread(lost, "up", "-d", "node")
-    await asyncio.to_thread(lost, "run", "--rm", *mount, "ops", "fiq", "restore", "/backups/last", "--to", "/data")
+    await asyncio.to_thread(lost, "run", "--rm", *mount, "placement", "fiq", "restore", "/backups/last", "--to", "/data")
     await asyncio.to_thread(lost, "up", "-d")
     await stream_is_whole(lambda: hosts.settings)
     await _healthy(hosts.machines)
@@ -228,7 +228,7 @@ async def test_a_host_is_gone_for_good_without_a_backup(clients: Clients) -> Non
 
     await asyncio.to_thread(hosts.equip, 1)
     await asyncio.to_thread(lost, "up", "-d", "node")
-    give_up = ("run", "--rm", "ops", "fiq", "give-up", volume, "--to", "/data")
+    give_up = ("run", "--rm", "placement", "fiq", "give-up", volume, "--to", "/data")
     with pytest.raises(EngineError, match="nothing was changed; --yes gives these sequences up"):
         await asyncio.to_thread(lost, *give_up)
     assert "loses nothing" in await asyncio.to_thread(lost, *give_up, "--yes")

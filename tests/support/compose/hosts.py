@@ -39,6 +39,7 @@ services:
   ingest: { networks: { host: {}, wire: {} } }
   persister: { networks: { host: {}, wire: {} } }
   ops: { networks: { host: {}, wire: {} } }
+  placement: { networks: { host: {}, wire: {} } }
 networks:
   wire: { external: true, name: "${WIRE}" }
 """
