@@ -208,7 +208,8 @@ async def test_a_host_is_gone_for_good(clients: Clients, backups: Path) -> None:
 
     await asyncio.to_thread(hosts.equip, 2)
     await asyncio.to_thread(lost, "up", "-d", "node")
-    await asyncio.to_thread(lost, "run", "--rm", *mount, "placement", "fiq", "restore", "/backups/last", "--to", "/data")
+    restore = ("placement", "fiq", "restore", "/backups/last", "--to", "/data")
+    await asyncio.to_thread(lost, "run", "--rm", *mount, *restore)
     await asyncio.to_thread(lost, "up", "-d")
     await stream_is_whole(lambda: hosts.settings)
     await _healthy(hosts.machines)
