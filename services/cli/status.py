@@ -313,7 +313,8 @@ async def _read(target: Target, corpus: Path | None) -> ClusterStatus:
     if log.processes is None:
         remarks.append(f"it is unknown which persisters run: {snapshot.why_unknown(PROCESSES)}")
     elif not snapshot.workers and log.has_stream:
-        remarks.append("no persister answers: events are kept in the stream until one runs")
+        away = "" if all(status for status in await healths) else " (or is connected to the node that does not answer)"
+        remarks.append(f"no persister answers{away}: events are kept in the stream until one runs")
     unplaced = log.stream_exists and log.has_stream and log.stores is None
     if unplaced and trouble is None:
         remarks.append(f"the placement of partitions is unknown: {snapshot.why_unknown(PARTITIONS)}; run  fiq doctor")
