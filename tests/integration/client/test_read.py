@@ -12,7 +12,7 @@ from uuid import uuid4
 import orjson
 import pytest
 
-from fiq.client import AsyncClient, RefusedError, RetryPolicy
+from fiq.client import AsyncClient, Client, RefusedError, RetryPolicy
 from services.cli.embedded.stack import Stack
 from services.log.jetstream.stream import STREAM
 from tests.support.corpus_contents import holds
@@ -200,3 +200,28 @@ async def test_consultations_are_listed_over_pages_in_both_orders(stack: Stack) 
         assert event is not None
         assert names[3:] == [one.consultation for one in found]
         assert event.received == found[0].last_received
+
+
+async def test_an_operator_sees_the_pipeline_and_its_dead_letters(stack: Stack) -> None:
+    """Both clients; that there is no such letter is a refusal."""
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
+        shown = await client.pipeline()
+        assert {"nats"} == {shown["log"]}
+        assert [] == [letter async for letter in client.dead_letters()]
+        for refused in (client.dead_letter(1), client.requeue(1), client.drop(1, "a test")):
+            with pytest.raises(RefusedError) as caught:
+                await refused
+            assert "/problems/unknown-dead-letter" == caught.value.type
+    await asyncio.to_thread(_seen_by_the_other_client, stack.ingest.url)
+
+
+def _seen_by_the_other_client(url: str) -> None:
+    with Client(url, retry=RETRY) as client:
+        assert client.pipeline()["partitions"]
+        assert [] == list(client.dead_letters())
+        with pytest.raises(RefusedError, match="unknown-dead-letter"):
+            client.dead_letter(1)
+        with pytest.raises(RefusedError, match="unknown-dead-letter"):
+            client.requeue(1)
+        with pytest.raises(RefusedError, match="unknown-dead-letter"):
+            client.drop(1, "a test")
