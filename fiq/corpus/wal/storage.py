@@ -59,6 +59,7 @@ _REMOTE = {
     0x01161970: "GFS2",
     0x786F4256: "vboxsf",
 }
+_FUSE = 0x65735546
 _EPHEMERAL = {0x01021994: "tmpfs", 0x858458F6: "ramfs", 0x794C7630: "overlay"}
 
 
@@ -182,7 +183,20 @@ def ephemeral_file_system(directory: Path) -> str:
 
     Empty if it is another one: a tmpfs and a ramfs are in memory, an overlay is usually the root of a container.
     """
-    return _EPHEMERAL.get(_file_system_type(directory), "")
+    kind = _file_system_type(directory)
+    if kind == _FUSE and "fuse-overlayfs" in _mounted_as(directory.stat().st_dev):  # rootless containers
+        return "overlay"
+    return _EPHEMERAL.get(kind, "")
+
+
+def _mounted_as(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """Return the type and the source of the file system on *device*; empty when it is unknown."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return next((line.partition(" - ")[2] for line in lines if line.split()[2:3] == [number]), "")
 
 
 def _file_system_type(directory: Path) -> int:

@@ -67,7 +67,7 @@ def test_a_service_that_ends_at_once_shows_why(tmp_path: Path) -> None:
 
 def test_settings_reach_the_services(tmp_path: Path) -> None:
     """What is passed on top of the environment counts; addresses and directories stay the stack's own."""
-    env = {"FI_PARTITIONS": "3", "FI_PORT": "1", "FI_DATA_DIR": "/nowhere"}
+    env = {"FI_PARTITIONS": "3", "FI_PORT": "1", "FI_DATA_DIR": "/nowhere", "FI_ALLOW_EPHEMERAL": "0"}
     with Stack(tmp_path, nodes=1, persisters=1, env=env) as stack:
         files = eventually_sync(lambda: sorted(path.name for path in stack.data_dir.glob("[0-9][0-9].h5")))
 

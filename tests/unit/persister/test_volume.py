@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -132,3 +133,17 @@ def test_a_file_system_on_a_disk_is_taken(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     check_durable(Path("not/yet"))
     assert [tmp_path, tmp_path] == asked
+
+
+@pytest.mark.parametrize(("source", "expected"), [("fuse-overlayfs", "overlay"), ("sshfs#host:", "")])
+def test_the_overlay_of_a_rootless_container_is_one_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, expected: str
+) -> None:
+    """It is in user space, so the type alone does not say it; other file systems there pass."""
+    mounts, device = tmp_path / "mountinfo", tmp_path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounts.write_text(f"1 0 0:1 / /other rw - tmpfs none rw\n2 0 {number} / / rw,relatime - fuse.x {source} rw\n")
+    mounted_as = storage._mounted_as
+    monkeypatch.setattr(storage, "_file_system_type", lambda _: 0x65735546)
+    monkeypatch.setattr(storage, "_mounted_as", lambda device: mounted_as(device, mounts))
+    assert expected == storage.ephemeral_file_system(tmp_path)
