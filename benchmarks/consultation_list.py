@@ -67,8 +67,8 @@ def build(path: Path, count: int) -> None:
     tree.insert(_TEMPLATE.encode())
     with h5py.File(path, "r+") as file:
         cache = file.id.get_mdc_config()
-        cache.set_initial_size, cache.initial_size = True, 512 << 20
-        cache.max_size = cache.min_size = 512 << 20
+        cache.set_initial_size, cache.initial_size = True, 128 << 20
+        cache.max_size = cache.min_size = 128 << 20
         file.id.set_mdc_config(cache)
         groups = file[CONSULTATIONS].id
         for _ in range(count - 1):
