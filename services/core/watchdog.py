@@ -49,6 +49,8 @@ _FEWEST_TURNS = 10
 _REPORT_SECONDS = 2.0
 #: functions of a stack that are logged, from the innermost one
 _DEPTH = 10
+#: its descriptor, whatever takes the place of ``sys.stderr``
+_STDERR = 2
 #: threads of the loop's own executor, as asyncio has them
 _DEFAULT_THREADS = min(32, (os.cpu_count() or 1) + 4)
 
@@ -77,7 +79,7 @@ class Watchdog:
         self._loop = asyncio.get_running_loop()
         self._loop.set_default_executor(self.threads(_DEFAULT_THREADS, "asyncio"))
         if self._limit:
-            faulthandler.register(signal.SIGPROF, all_threads=True, chain=True)
+            faulthandler.register(signal.SIGPROF, file=_STDERR, all_threads=True, chain=True)
             signal.setitimer(signal.ITIMER_PROF, self._limit)
             self._thread.start()
         return self

@@ -10,7 +10,8 @@ up the rate.
 
 While no token is required, a request must name this machine in ``Host``. Otherwise any web page that the user visits
 could read the service: it lets its own name point to 127.0.0.1 (DNS rebinding), and the browser takes both for one
-origin.
+origin. For the same reason a page of another origin must not change anything: a browser sends a POST without a body
+for it, and names the origin in ``Origin``.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 
 _audit = get_audit_logger()
+
+#: methods that change nothing
+_SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
 
 #: instead of a scope: no token is needed
 OPEN = None
@@ -313,6 +317,7 @@ class AccessControl:
     def _check(self, request: web.Request) -> None:
         if not self._tokens.required:
             self._check_host(request.headers.get(hdrs.HOST))
+            _check_origin(request)
         if GRANT in request:  # allowed by the handler of Expect
             return
         match = request.match_info
@@ -448,6 +453,15 @@ def _address(text: str | None) -> Address | None:
 def _network(address: Address | None) -> str:
     """Return what the clients of one sender have in common: an IPv4 address, or the network of an IPv6 one."""
     return "" if address is None else address.exploded[:_NETWORK_CHARACTERS]
+
+
+def _check_origin(request: web.Request) -> None:
+    """Raise RequestRefusedError for a request that changes something and comes from a page of another origin."""
+    origin = request.headers.get(hdrs.ORIGIN)
+    if origin is None or request.method in _SAFE_METHODS:
+        return
+    if origin.rpartition("://")[2].lower() != request.headers.get(hdrs.HOST, "").lower():
+        raise RequestRefusedError(problems.CROSS_ORIGIN)
 
 
 # -- the audit log -----------------------------------------------------------------------------------------------------

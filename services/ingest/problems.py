@@ -184,6 +184,13 @@ UNSUPPORTED_CONTENT_ENCODING = ProblemType(
 EXPECTATION_FAILED = ProblemType(
     "expectation-failed", 417, "Expectation failed", "Only Expect: 100-continue is supported."
 )
+CROSS_ORIGIN = ProblemType(
+    "cross-origin",
+    403,
+    "Cross-origin request",
+    "While this service needs no token, a page of another origin must not change anything. Use the service's own page, "
+    "or let the service require tokens.",
+)
 UNKNOWN_HOST = ProblemType(
     "unknown-host",
     421,

@@ -567,6 +567,21 @@ async def test_further_names_can_be_allowed() -> None:
         assert (await edge.raw(b"GET /consultations HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.0 200 ")
 
 
+async def test_without_tokens_a_page_of_another_origin_cannot_change_anything() -> None:
+    """A browser sends a POST without a body to any address, and says which page asked for it."""
+    async with running_edge() as edge:
+        requeue = asked(b"POST /dead-letters/1/requeue", b"127.0.0.1:7001")[:-2]
+        for origin in (b"https://evil.example", b"null", b"http://127.0.0.1:8080"):
+            answer = await edge.raw(requeue + b"Content-Length: 0\r\nOrigin: " + origin + b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 403 ")
+            assert b"/problems/cross-origin" in answer
+        for own in (b"", b"Origin: http://127.0.0.1:7001\r\n"):
+            answer = await edge.raw(requeue + b"Content-Length: 0\r\n" + own + b"\r\n")
+            assert answer.startswith(b"HTTP/1.1 404 ")
+        read = asked(PATHS[0], b"127.0.0.1:7001")[:-2] + b"Origin: https://evil.example\r\n\r\n"
+        assert (await edge.raw(read)).startswith(b"HTTP/1.1 200 ")
+
+
 async def test_with_tokens_any_name_is_served(file: Path) -> None:
     """A web page has no token."""
     async with running_edge(token_file=str(file)) as edge:
