@@ -64,7 +64,10 @@ OWN_MEMBERS = ("event_type", "payload", "consultation_id", "event_id", "cloudeve
 _QUOTED_MEMBERS = tuple((name, f'"{name}"'.encode()) for name in OWN_MEMBERS)
 #: an escape of a character that their names have
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:3[0-9]|5[fF]|[67])")
-_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_SAME_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_STEP = {ord("["): 1, ord("]"): -1}
+#: innermost levels of brackets that are removed before the others are counted
+_INNERMOST = 3
 
 
 def _spelled(name: str) -> str:
@@ -265,12 +268,16 @@ def deeper_than(raw: bytes, limit: int) -> bool:
     """Return whether objects and arrays of *raw*, a valid JSON text, are nested more than *limit* deep.
 
     Most events have fewer brackets than the limit and cost two counts. Of others, the strings are removed (brackets in
-    them mean nothing) and the brackets are counted one by one.
+    them mean nothing), then the innermost levels, which are most brackets, and the others are counted one by one.
     """
     if raw.count(b"{") + raw.count(b"[") <= limit:
         return False
-    depth = 0
-    for bracket in _STRING.sub(b"", raw).translate(None, _NOT_BRACKETS):
+    brackets = _STRING.sub(b"", raw).translate(_SAME_BRACKETS, _NOT_BRACKETS)
+    removed = min(_INNERMOST, limit)
+    for _ in range(removed):
+        brackets = brackets.replace(b"[]", b"")
+    depth = removed
+    for bracket in brackets:
         depth += _STEP[bracket]
         if depth > limit:
             return True
