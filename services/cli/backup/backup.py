@@ -208,7 +208,9 @@ class Manifest:
             raise BackupError(f"{path} has format {version!r}, this fiq reads {FORMAT}: use the version that made it")
         try:
             return cls._of(found)
-        except (TypeError, ValueError, KeyError) as error:
+        except ValueError as error:
+            raise BackupError(f"{path} is damaged: {error}; take another backup") from error
+        except (TypeError, KeyError) as error:  # whose texts are Python's
             raise BackupError(f"{path} is damaged: a member is missing or malformed; take another backup") from error
 
     @classmethod
