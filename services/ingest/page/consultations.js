@@ -87,6 +87,7 @@ class Consultations extends HTMLElement {
 	async fetch(path, query, replace) {
 		const signal = AbortSignal.any([this.loading.signal, this.gone.signal]);
 		this.busy = true;
+		this.asked = Date.now();
 		try {
 			const page = await json(path, { query, signal });
 			this.next = page.next;
@@ -109,11 +110,12 @@ class Consultations extends HTMLElement {
 			if (!this.waiting.has(id)) this.waiting.set(id, []);
 			this.waiting.get(id).push(received);
 		}
+		// at most so often, however many events come
 		this.soon ??= setTimeout(() => {
 			this.soon = null;
 			if (this.items && this.isConnected) this.draw();
-			this.refresh();
-		}, 400);
+			if (Date.now() - this.asked > 2000) this.refresh();
+		}, 500);
 	}
 
 	/** Return the items with what waits, those that the list does not have first. */

@@ -16,6 +16,7 @@ const encoder = new TextEncoder();
 
 /** Return a record of the service, with its body's raw text as `raw` where it has one. */
 export function parseRecord(line) {
+	if (!line.includes('"event":')) return JSON.parse(line);
 	const found = members(line);
 	const record = {};
 	for (const [name, value] of found) {

@@ -7,7 +7,7 @@ import { parseRecord } from "./event.js";
 import { t } from "./texts.js";
 
 /** rows that are kept, and ids in which a retry is recognised */
-const KEPT = 500;
+const KEPT = 200;
 const REMEMBERED = 10_000;
 
 class Live extends HTMLElement {
@@ -41,6 +41,7 @@ class Live extends HTMLElement {
 	}
 
 	disconnectedCallback() {
+		clearTimeout(this.frame);
 		this.gone.abort();
 		this.follower.stop();
 	}
@@ -60,7 +61,8 @@ class Live extends HTMLElement {
 
 	insert(records) {
 		this.pending = [...(this.pending ?? []), ...records].slice(-KEPT);
-		this.frame ??= requestAnimationFrame(() => {
+		// at most so often, however many events come
+		this.frame ??= setTimeout(() => {
 			this.frame = null;
 			const fresh = this.pending.reverse();
 			this.pending = [];
@@ -68,7 +70,7 @@ class Live extends HTMLElement {
 			this.body.prepend(...fresh.map((record) => this.row(record)));
 			while (this.body.children.length > KEPT) this.body.lastChild.remove();
 			this.none.hidden = true;
-		});
+		}, 400);
 	}
 
 	redraw() {
