@@ -26,6 +26,12 @@ DESCRIPTION = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
 both_loops = pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 
 
+@pytest.fixture(autouse=True)
+def large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page is larger than all buffers between the two sides, as with the buffers of a small machine."""
+    monkeypatch.setattr(reading, "PAGE_BYTES", 1 << 30)
+
+
 async def fill(edge: Edge) -> None:
     """Post more than all buffers between the two sides hold."""
     for _ in range(20):
@@ -65,7 +71,7 @@ def test_a_page_that_is_not_read_holds_its_share_until_its_client_is_cut_off(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not for ever: the next one is answered then."""
-    monkeypatch.setattr(reading, "MAX_READS", 1)
+    monkeypatch.setattr("services.ingest.app.MAX_READS", 1)
     run(_ask_for_a_page_and_not_read())
 
 

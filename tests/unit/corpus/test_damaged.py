@@ -107,7 +107,7 @@ def test_the_commands_name_the_damaged_file_and_fail_at_the_end(directory: Path,
     shown = run(app, ["show", "c-2", "--corpus", str(directory)])
     assert 3 == shown.stdout.count("MESSAGE_RECEIVED")
     target = tmp_path / "all.ndjson"
-    exported = run(app, ["export", "--after", "0", "--corpus", str(directory), "-o", str(target)])
+    exported = run(app, ["export", "--all", "--corpus", str(directory), "-o", str(target)])
     assert 6 == len(target.read_text().splitlines())
     missing = run(app, ["show", "c-1", "--corpus", str(directory)])
     for result in (shown, exported, missing):
