@@ -328,5 +328,17 @@ def to_frame(events: Iterable[EventRecord], *, expand: bool, consultation: bool)
     columns["event_type"] = pd.Series(types, dtype="string")
     for column, held in payloads.items():
         held += [None] * (len(sequences) - len(held))
-        columns[column] = pd.Series(held, dtype=object).convert_dtypes()
+        columns[column] = _column(pd, held)
     return pd.DataFrame(columns)
+
+
+def _column(pd: Any, values: list[Any]) -> Any:
+    """Return the column of some members, typed by its values; None is missing."""
+    held = pd.Series(values, dtype=object)
+    if {int} != {type(value) for value in values if value is not None}:
+        return held.convert_dtypes()
+    try:  # convert_dtypes() makes floats of integers where one is missing, and drops their last digits
+        whole = np.array([0 if value is None else value for value in values], np.int64)
+    except OverflowError:
+        return held
+    return pd.arrays.IntegerArray(whole, np.array([value is None for value in values]))

@@ -205,6 +205,20 @@ def test_what_is_nested_stays_a_python_object(path: Path) -> None:
     assert [{"n": None, "x": 2, "ok": False, "tags": []}, "only a text"] == whole["payload"].tolist()[1:3]
 
 
+@pytest.mark.parametrize(
+    ("number", "dtype"),
+    [(1234567890123456789, "Int64"), (-(2**63), "Int64"), (2**63, "object"), (2**64 - 1, "object")],
+)
+def test_an_integer_keeps_all_of_its_digits(path: Path, number: int, dtype: str) -> None:
+    """Also where another event lacks it: a float would name another patient's record."""
+    one_consultation(path, *({"event_type": "A", "payload": payload} for payload in ({"id": number}, {}, {"id": 5})))
+    with open_corpus(path) as corpus:
+        column = corpus["c"].to_frame()["payload.id"]
+    assert dtype == str(column.dtype)
+    assert [number, 5] == column.dropna().tolist()
+    assert [False, True, False] == column.isna().tolist()
+
+
 def test_a_member_may_have_any_name(path: Path) -> None:
     """Clients choose it: it never replaces a column of the corpus's own."""
     pytest.importorskip("pandas")
