@@ -47,16 +47,18 @@ ALWAYS = Period()
 
 def _nanoseconds(option: str, text: str) -> int:
     try:
-        moment = datetime.now(UTC) - timedelta(seconds=seconds(0, _LONGEST)(text))
+        moment = datetime.fromisoformat(text)
     except ValueError:
         try:
-            moment = datetime.fromisoformat(text)
+            if not text[-1:].isalpha():
+                raise ValueError("a number without a unit may be a year")
+            moment = datetime.now(UTC) - timedelta(seconds=seconds(0, _LONGEST)(text))
         except ValueError:
             raise CommandError(f"{option} takes {_TAKES}, not {text!r}") from None
-        if moment.tzinfo is None:
-            if ":" in text:
-                raise CommandError(f"{option} {text}: a time of day needs a zone, such as Z for UTC") from None
-            moment = moment.replace(tzinfo=UTC)
+    if moment.tzinfo is None:
+        if ":" in text:
+            raise CommandError(f"{option} {text}: a time of day needs a zone, such as Z for UTC") from None
+        moment = moment.replace(tzinfo=UTC)
     return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
 
 

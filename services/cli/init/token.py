@@ -118,6 +118,8 @@ def _expiry(value: str) -> datetime | None:
     if not value:
         return None
     try:
+        if not value[-1].isalpha():
+            raise ValueError("a number without a unit may be a year")
         span = seconds(1, _LONGEST)(value)
     except ValueError:
         moment = parse_expiry(value)

@@ -25,6 +25,7 @@ def test_times_are_iso_8601_in_utc(nanoseconds: int, expected: str) -> None:
     ("text", "expected"),
     [
         ("2026-11-23", "2026-11-23T00:00:00.000000Z"),
+        ("20261123", "2026-11-23T00:00:00.000000Z"),
         ("2026-11-23T17:00:00Z", "2026-11-23T17:00:00.000000Z"),
         ("2026-11-23T17:00:00+02:00", "2026-11-23T15:00:00.000000Z"),
     ],
@@ -46,7 +47,7 @@ def test_a_period_holds_its_first_moment_and_not_its_last() -> None:
     assert ALWAYS == Period.of("", "")
 
 
-@pytest.mark.parametrize("text", ["yesterday", "2026-11-23T17:00:00", "12 moons", "-1h"])
+@pytest.mark.parametrize("text", ["yesterday", "2026-11-23T17:00:00", "12 moons", "-1h", "2026", "12", "1e3"])
 def test_anything_else_is_refused_with_what_is_taken(text: str) -> None:
     """A wrong time would choose other events silently."""
     with pytest.raises(CommandError, match="--until"):

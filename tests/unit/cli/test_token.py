@@ -110,6 +110,7 @@ def test_a_file_of_its_own_needs_no_deployment(tmp_path: Path) -> None:
         (["new", "a", "--scopes", "all"], "scopes are"),
         (["new", "a", "--prefix", "a*"], "a prefix is"),
         (["new", "a", "--expires", "soon"], "an expiry is"),
+        (["new", "a", "--expires", "2100"], "an expiry is"),
         (["new", "a", "--scopes", "read,ops", "--prefix", "ward-"], "leave --prefix out"),
         (["revoke", "nobody"], "has no token called nobody"),
         (["revoke", "../x"], "a name is"),
