@@ -7,10 +7,15 @@ import { t } from "./texts.js";
 
 const COLUMNS = ["consultation_id", "sequence", "message_id", "received", "status", "event_type", "bytes", "speaker", "text", "event"];
 
-/** Return a cell; one that a spreadsheet would take for a formula begins with an apostrophe. */
+/** Without it a spreadsheet takes UTF-8 for the machine's old encoding. */
+const BYTE_ORDER_MARK = "\ufeff";
+/** What a spreadsheet takes for a formula, or for a number of which it keeps 15 digits. `fiq export` has the same rule. */
+const UNSAFE = /^[=+\-@\t\r\n＝＋－＠]|^\d{16,}$/;
+
+/** Return a cell that a spreadsheet shows as it is: the apostrophe makes it a text. */
 function cell(value) {
 	const text = String(value ?? "");
-	const safe = /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
+	const safe = UNSAFE.test(text) ? `'${text}` : text;
 	return /[",\n\r']/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }
 
@@ -53,7 +58,7 @@ export function openExport(consultation, query, until, shown) {
 
 async function collect(consultation, query, until, form, signal, onprogress) {
 	// a Blob of Blobs may be kept on disk by the browser
-	let blob = new Blob(form === "csv" ? [`${COLUMNS.join(",")}\r\n`] : []);
+	let blob = new Blob(form === "csv" ? [`${BYTE_ORDER_MARK}${COLUMNS.join(",")}\r\n`] : []);
 	let events = 0;
 	let path = `consultations/${consultation}/events`;
 	let chosen = { ...query, limit: 1000 };

@@ -473,8 +473,10 @@ def test_the_link_of_a_view_has_no_token_and_opens_the_same_view(new_page: Opene
 
 
 def test_what_is_shown_is_exported(page: Page, service: Service) -> None:
-    """NDJSON byte for byte as the service gives it, over several pages; CSV with formulas made harmless."""
-    lines = "\n".join(json.dumps({"event_type": "A", "payload": {"text": f"{n}"}}) for n in range(1000))
+    """NDJSON byte for byte as the service gives it, over several pages; CSV as a spreadsheet needs it."""
+    unsafe = ["\n=1+1", "＝1+1", "1234567890123456789", "-5"]
+    texts = [*unsafe, *map(str, range(996))]
+    lines = "\n".join(json.dumps({"event_type": "A", "payload": {"text": text}}) for text in texts)
     service.post("export", lines, batch=True)
     service.post(
         "export", '{"event_type": "=HYPERLINK()", "payload": {"text": "a \\"b\\", c\\n@d", "n": 12345678901234567890}}'
@@ -498,8 +500,11 @@ def test_what_is_shown_is_exported(page: Page, service: Service) -> None:
     rest = service.ask(f"/consultations/export/events?after={last}&limit=1000", headers=headers)
     assert first + rest == save("NDJSON", bodies=True)
     assert b'"payload"' not in save("NDJSON", bodies=False)
-    rows = list(csv.DictReader(io.StringIO(save("CSV", bodies=True).decode(), newline="")))
+    content = save("CSV", bodies=True)
+    assert content.startswith(b"\xef\xbb\xbfconsultation_id,")  # without the mark a spreadsheet garbles accents
+    rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
     assert 1001 == len(rows)
+    assert [f"'{text}" for text in unsafe] == [row["text"] for row in rows[: len(unsafe)]]
     assert "'=HYPERLINK()" == rows[-1]["event_type"]
     assert 'a "b", c\n@d' == rows[-1]["text"]
     assert '"n": 12345678901234567890' in rows[-1]["event"]
