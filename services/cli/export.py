@@ -2,7 +2,8 @@
 
 NDJSON and JSON carry each event byte for byte. CSV is for spreadsheets and Parquet for analysis; with ``--flat`` both
 have a column for each member of the payloads. The members are found by reading the events once before they are written,
-from the same snapshot of the corpus. In CSV no cell becomes a formula, and no number loses digits.
+from the same snapshot of the corpus. In CSV no cell becomes a formula, and no whole number loses digits; a fraction
+stays a number, with which a spreadsheet computes. Parquet tells pandas which columns can lack values.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -37,7 +38,7 @@ FIELDS = ("consultation", "sequence", "event_id", "received", "received_ns", "ev
 COLUMNS = ("consultation", "sequence", "event_id", "received", "event_type")
 #: a spreadsheet takes a text that starts with one of these for a formula (OWASP, "CSV Injection")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-#: a spreadsheet keeps so many digits of a number
+#: a spreadsheet keeps so many digits of a number; a text within a column is left out of its sums
 _SAFE_DIGITS = 15
 #: without it a spreadsheet takes UTF-8 for the machine's old encoding
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -73,7 +74,7 @@ def export(
     ] = None,
     form: Annotated[
         Format | None,
-        typer.Option("--format", "-f", help="By default what the suffix of --output says, else ndjson."),
+        typer.Option("--format", "-f", help="By default what the suffix of --output says; without one ndjson."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -99,7 +100,7 @@ def export(
     if (consultation is not None) + bool(every or prefix) != 1:
         raise CommandError("name one consultation, or choose several with --all or --prefix")
     to_file = output is not None and str(output) != "-"
-    form = form or (SUFFIXES.get(output.suffix.lower(), Format.NDJSON) if output is not None else Format.NDJSON)
+    form = form or (_form(output) if output is not None and to_file else Format.NDJSON)
     if flat and form in (Format.NDJSON, Format.JSON):
         raise CommandError(f"--flat is for csv and parquet, not {form}: choose one with --format or the file's suffix")
     if form is Format.PARQUET:
@@ -162,6 +163,14 @@ class _Counted:
 
     def __str__(self) -> str:
         return f"{count(self._events, 'event')} of {count(self._consultations, 'consultation')}"
+
+
+def _form(output: Path) -> Format:
+    """Return what a file's name says of its format. Raises CommandError: another format than fiq writes."""
+    suffix = output.suffix.lower()
+    if suffix and suffix not in SUFFIXES:
+        raise CommandError(f"{output}: {suffix} is none of {', '.join(SUFFIXES)}: rename it, or choose with --format")
+    return SUFFIXES.get(suffix, Format.NDJSON)
 
 
 # -- The file ----------------------------------------------------------------------------------------------------------
@@ -355,7 +364,7 @@ def _cell(value: Any) -> str:
         return ""
     text = _text(value)
     if isinstance(value, int | float):
-        unsafe = sum(map(str.isdigit, text)) > _SAFE_DIGITS
+        unsafe = sum(map(str.isdigit, text.partition(".")[0])) > _SAFE_DIGITS  # a fraction may be rounded
     else:
         unsafe = text.startswith(_FORMULA_STARTS) or (len(text) > _SAFE_DIGITS and text.isdecimal())
     return f"'{text}" if unsafe else text
@@ -383,7 +392,7 @@ def _write_parquet(events: Iterable[EventRecord], file: BinaryIO, columns: dict[
     }
     head = zip(COLUMNS, (pa.string(), pa.uint64(), pa.string(), pa.timestamp("ns", "UTC"), pa.string()), strict=True)
     kinds = {"event": Kind.TEXT} if columns is None else columns
-    schema = pa.schema([*head, *((name, types[kind]) for name, kind in kinds.items())])
+    schema = pa.schema([*head, *((name, types[kind]) for name, kind in kinds.items())], _for_pandas(kinds))
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         left = iter(events)
         while group := list(islice(left, _GROUP_EVENTS)):
@@ -398,3 +407,20 @@ def _write_parquet(events: Iterable[EventRecord], file: BinaryIO, columns: dict[
                     value = values.get(name)
                     table[name].append(_text(value) if kind is Kind.TEXT and value is not None else value)
             writer.write_batch(pa.RecordBatch.from_pydict(table, schema=schema))
+
+
+def _for_pandas(kinds: Mapping[str, Kind]) -> dict[str, str]:
+    """Return the metadata by which pandas chooses types that can lack values: its own are floats, which round."""
+    types = {Kind.BOOLEAN: ("bool", "boolean"), Kind.INTEGER: ("int64", "Int64"), Kind.NUMBER: ("float64", "Float64")}
+    columns = [
+        {
+            "name": name,
+            "field_name": name,
+            "pandas_type": types[kind][0],
+            "numpy_type": types[kind][1],
+            "metadata": None,
+        }
+        for name, kind in kinds.items()
+        if kind in types
+    ]
+    return {"pandas": json.dumps({"index_columns": [], "column_indexes": [], "columns": columns})}

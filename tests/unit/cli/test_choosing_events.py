@@ -111,9 +111,18 @@ def test_the_suffix_of_the_file_chooses_the_format(corpus: Path, tmp_path: Path,
 
 
 def test_the_option_comes_before_the_suffix(corpus: Path, tmp_path: Path) -> None:
-    """And a suffix that means nothing is NDJSON."""
+    """And a file without one is NDJSON."""
     assert "(json, " in run(corpus, "export", "--all", "-f", "json", "-o", tmp_path / "x.csv").stderr
-    assert "(ndjson, " in run(corpus, "export", "ward-8-b", "-o", tmp_path / "x.txt").stderr
+    assert "(csv, " in run(corpus, "export", "--all", "-f", "csv", "-o", tmp_path / "x.txt").stderr
+    assert "(ndjson, " in run(corpus, "export", "ward-8-b", "-o", tmp_path / "x").stderr
+
+
+@pytest.mark.parametrize("name", ["x.xlsx", "x.tsv", "x.csv.gz"])
+def test_a_suffix_of_another_format_is_refused(corpus: Path, tmp_path: Path, name: str) -> None:
+    """No program could open such a file."""
+    done = run(corpus, "export", "--all", "-o", tmp_path / name)
+    assert (1, []) == (done.exit_code, list(tmp_path.iterdir()))
+    assert "is none of .ndjson, .jsonl, .json, .csv, .parquet: rename it, or choose with --format" in done.stderr
 
 
 def test_a_file_is_replaced_only_with_force(corpus: Path, tmp_path: Path) -> None:

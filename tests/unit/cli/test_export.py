@@ -11,6 +11,7 @@ from typing import Any, cast
 from uuid import UUID
 
 import orjson
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -128,15 +129,23 @@ def test_flat_csv_has_a_column_for_each_member_of_the_payloads() -> None:
         ("1795453297123456789", "'1795453297123456789"),
         ("-1795453297123456789", "'-1795453297123456789"),
         ('"1795453297123456789"', "'1795453297123456789"),
-        ("0.1234567890123456789", "'0.1234567890123456789"),
+        ("1234567890123456.5", "'1234567890123456.5"),
         ("123456789012345678901234567890", "'123456789012345678901234567890"),
     ],
 )
-def test_a_number_keeps_all_of_its_digits_in_a_spreadsheet(number: str, cell: str) -> None:
+def test_a_whole_number_keeps_all_of_its_digits_in_a_spreadsheet(number: str, cell: str) -> None:
     """It keeps fifteen of a number, and all of a text."""
     (row,) = rows(exported(Format.CSV, with_payload(f'{{"n": {number}}}'), flat=True))
 
     assert cell == row["payload.n"]
+
+
+@pytest.mark.parametrize("number", ["40.333333333333336", "-0.1234567890123456789", "1.7976931348623157e308"])
+def test_a_fraction_stays_a_number_in_a_spreadsheet(number: str) -> None:
+    """The mean of a column would leave out the texts in it."""
+    (row,) = rows(exported(Format.CSV, with_payload(f'{{"n": {number}}}'), flat=True))
+
+    assert number == row["payload.n"]
 
 
 def test_columns_have_the_kind_that_holds_all_of_their_values() -> None:
@@ -178,6 +187,20 @@ def test_parquet_has_typed_columns() -> None:
         {"payload.dose": 1.5, "payload.n": 7, "payload.ok": True, "payload.list": "[1]"},
         {"payload.dose": 2.0, "payload.n": None, "payload.ok": None, "payload.list": None},
     ] == flat.drop(list(COLUMNS)).to_pylist()
+
+
+def test_pandas_reads_parquet_without_rounding() -> None:
+    """Integers stay integers where an event lacks one, and what is missing is missing."""
+    events = (with_payload('{"n": 1234567890123456789, "ok": true, "dose": 0.5, "text": "a"}'), with_payload("{}"))
+
+    frame = pd.read_parquet(io.BytesIO(exported(Format.PARQUET, *events, flat=True)))
+
+    assert [1234567890123456789] == frame["payload.n"].dropna().tolist()
+    types = {"payload.n": "Int64", "payload.ok": "boolean", "payload.dose": "Float64"}
+    assert types == {name: str(frame[name].dtype) for name in types}
+    assert [[False] * 4, [True] * 4] == frame.filter(like="payload.").isna().to_numpy().tolist()
+    assert ("uint64", "datetime64[ns, UTC]") == (str(frame["sequence"].dtype), str(frame["received"].dtype))
+    assert [0, 1] == list(frame.index)
 
 
 def test_parquet_of_nothing_has_its_columns() -> None:
