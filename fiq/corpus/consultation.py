@@ -176,7 +176,7 @@ class Consultation(Sequence[EventRecord]):
 
         Raises CorpusUsageError: pandas is not installed.
         """
-        return to_frame(self, expand=expand, consultation=False)
+        return to_frame(documents(self), expand=expand, consultation=False)
 
     # -- Rows and bytes -----------------------------------------------------------------------------------------------
 
@@ -293,7 +293,12 @@ def open_datasets(group: Any) -> tuple[Any, Any]:
     return h5d.open(group, EVENTS.encode()), h5d.open(group, PAYLOAD.encode())
 
 
-def to_frame(events: Iterable[EventRecord], *, expand: bool, consultation: bool) -> pd.DataFrame:
+def documents(events: Iterable[EventRecord]) -> Iterator[tuple[EventRecord, dict[str, Any]]]:
+    """Yield *events* with their parsed bodies. Raises CorpusFormatError: a body is no JSON object."""
+    return ((event, event.document()) for event in events)
+
+
+def to_frame(events: Iterable[tuple[EventRecord, dict[str, Any]]], *, expand: bool, consultation: bool) -> pd.DataFrame:
     """Return *events* as :meth:`Consultation.to_frame` does, with or without the column ``consultation``.
 
     Raises CorpusUsageError: pandas is not installed.
@@ -304,8 +309,7 @@ def to_frame(events: Iterable[EventRecord], *, expand: bool, consultation: bool)
         raise CorpusUsageError("to_frame() needs pandas: pip install 'fiq[pandas]'") from None
     names, sequences, received, ids, types = [], [], [], [], []
     payloads: dict[str, list[Any]] = {} if expand else {"payload": []}
-    for number, event in enumerate(events):
-        document = event.document()
+    for number, (event, document) in enumerate(events):
         names.append(event.consultation)
         sequences.append(event.sequence)
         received.append(event.received_ns)

@@ -9,19 +9,19 @@ import errno
 import io as memory
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
-from fiq.corpus.consultation import Consultation, Table, open_datasets, to_frame
+from fiq.corpus.consultation import Consultation, Table, documents, open_datasets, to_frame
 from fiq.corpus.errors import (
     CorpusError,
     CorpusFormatError,
@@ -62,6 +62,7 @@ INDEX_GROUP = "partitions"
 #: file names of partitions
 _PARTITION_FILE = re.compile(r"[0-9]+\.h5", re.ASCII)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,9 @@ class Corpus(Mapping[str, Consultation]):
     open partition file holds back its writer's checkpoints, never its commits. :meth:`refresh` or the end of the
     ``with`` block closes all.
 
-    Damaged files are in :attr:`damaged`, and left out with a DamagedPartitionWarning; asking for a consultation that
-    no other file holds raises DamagedPartitionError. If no file can be read, the error of the first is raised.
+    Damaged files are in :attr:`damaged`, and what is damaged in them is left out with a DamagedPartitionWarning; asking
+    for a consultation that no other file holds raises DamagedPartitionError. If all files are damaged, the error of the
+    last one is raised.
 
     Args:
         paths: the partition files.
@@ -128,7 +130,10 @@ class Corpus(Mapping[str, Consultation]):
 
     @property
     def damaged(self) -> tuple[DamagedPartition, ...]:
-        """The partition files that cannot be read, and why; opens all of them."""
+        """The partition files that cannot be read as a whole, and why; opens all of them.
+
+        Damage within a consultation is found when :meth:`read` or :meth:`to_frame` comes to it.
+        """
         for _ in self._partitions():
             pass
         return tuple(self._damaged.values())
@@ -145,6 +150,21 @@ class Corpus(Mapping[str, Consultation]):
         for partition in self._partitions():
             try:
                 yield from partition.names(prefix, after)
+            except CorpusFormatError as error:
+                self._leave_out(partition.path, error)
+
+    def read(self, each: Callable[[Consultation], Iterable[T]], *, prefix: str = "") -> Iterator[T]:
+        """Yield what *each* makes of the consultations whose ids begin with *prefix*, partition after partition.
+
+        A damaged consultation is read up to the damage.
+        """
+        for partition in self._partitions():
+            try:
+                for name in partition.names(prefix):
+                    try:
+                        yield from each(partition.consultation(name))
+                    except CorpusFormatError as error:
+                        self._leave_out(partition.path, error)
             except CorpusFormatError as error:
                 self._leave_out(partition.path, error)
 
@@ -210,8 +230,7 @@ class Corpus(Mapping[str, Consultation]):
             return (rows["received_ns"] >= first) & (rows["received_ns"] < end)
 
         keep = None if since is None and until is None else in_time
-        chosen = (partition.consultation(name) for partition in self._partitions() for name in partition.names(prefix))
-        events = (event for consultation in chosen for event in consultation.records(keep=keep))
+        events = self.read(lambda consultation: documents(consultation.records(keep=keep)), prefix=prefix)
         return to_frame(events, expand=expand, consultation=True)
 
     def refresh(self) -> None:
@@ -242,10 +261,10 @@ class Corpus(Mapping[str, Consultation]):
         for path in self.paths:
             if self._closed:
                 raise CorpusUsageError("the corpus is closed: open it again with open_corpus()")
-            if path in self._damaged:
-                continue
             partition = self._open.get(path)
             if partition is None:
+                if path in self._damaged:
+                    continue
                 try:
                     partition = self._open[path] = _Partition(path)
                 except CorpusFormatError as error:
@@ -259,12 +278,14 @@ class Corpus(Mapping[str, Consultation]):
             yield partition
 
     def _leave_out(self, path: Path, error: CorpusError) -> None:
-        """Go on without a damaged file. Raises *error*: there is no other one, or the corpus is strict."""
+        """Go on without what is damaged in a file. Raises *error*: all files are damaged, or the corpus is strict."""
+        if path in self._damaged:
+            return
         self._damaged[path] = damaged = DamagedPartition(path, error)
         if self._strict or len(self._damaged) == len(self.paths):
             del self._damaged[path]
             raise error
-        warnings.warn(f"{damaged}; the corpus is read without it", DamagedPartitionWarning, stacklevel=4)
+        warnings.warn(f"{damaged}; the corpus is read without what is damaged", DamagedPartitionWarning, stacklevel=4)
 
     def _check_complete(self, consultation: str) -> None:
         """Raise DamagedPartitionError if a damaged file may hold *consultation*."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -68,17 +68,30 @@ def ls(
     except CorpusError as error:
         raise CommandError(f"cannot read the corpus in {path}: {error}") from error
 
+    def note(part: Corpus, error: CorpusError) -> None:
+        if part.paths[0] not in [one.path for one in damaged]:
+            damaged.append(DamagedPartition(part.paths[0], error))
+
     def ids(part: Corpus) -> Iterator[tuple[str, Corpus]]:
         try:
             for name in part.ids(prefix):
                 yield name, part
         except CorpusError as error:
-            damaged.append(DamagedPartition(part.paths[0], error))
+            note(part, error)
+
+    def summaries(merged: Iterable[tuple[str, Corpus]]) -> Iterator[dict[str, str | int]]:
+        for name, part in merged:
+            try:
+                summary = _summary(part[name], period)
+            except CorpusError as error:
+                note(part, error)
+            else:
+                if summary is not None:
+                    yield summary
 
     with ExitStack() as stack:
         merged = heapq.merge(*(ids(stack.enter_context(open_corpus(path))) for path in paths), key=itemgetter(0))
-        chosen = (summary for name, part in merged if (summary := _summary(part[name], period)) is not None)
-        _list_json(chosen) if json else _list(chosen)
+        _list_json(summaries(merged)) if json else _list(summaries(merged))
     _check_complete(damaged)
 
 

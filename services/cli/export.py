@@ -107,19 +107,19 @@ def export(
         _check_pyarrow()
         if not to_file:
             raise CommandError("Parquet needs a file: name it with  -o FILE.parquet")
-    selection = Selection(prefix, event_type, Period.of(since, until), after)
+    selection = Selection(event_type, Period.of(since, until), after)
     with contextlib.ExitStack() as stack:
         path = find_corpus(corpus, folder)
         if consultation is not None:
-            chosen: Callable[[], Iterable[Consultation]]
+            chosen: Callable[[], Iterable[EventRecord]]
             one = stack.enter_context(opened(path, consultation))
-            chosen = lambda: [one]  # noqa: E731
+            chosen = lambda: selection.of(one)  # noqa: E731
         else:
             many = stack.enter_context(opened_corpus(path))
-            chosen = lambda: (many[name] for name in many.ids(prefix))  # noqa: E731
+            chosen = lambda: many.read(selection.of, prefix=prefix)  # noqa: E731
         counted = _Counted()
         with _target(output if to_file else None, force=force) as file:
-            write(lambda: counted.of(selection.of(chosen())), form, file, flat=flat)
+            write(lambda: counted.of(chosen()), form, file, flat=flat)
         if to_file:
             size = f", {decimal(output.stat().st_size)}" if output is not None and output.is_file() else ""
             typer.echo(f"wrote {counted} to {output} ({form}{size})", err=True)
@@ -127,23 +127,22 @@ def export(
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which events are exported: of consultations with a *prefix*, of a type, of a time, after a sequence."""
+    """Which events are exported: of a type, of a time, after a sequence."""
 
-    prefix: str = ""
     event_type: str = ""
     period: Period = ALWAYS
     after: int = 0
 
-    def of(self, consultations: Iterable[Consultation]) -> Iterator[EventRecord]:
-        """Yield their events that were chosen."""
-        for consultation in consultations:
-            if not len(consultation) or consultation.table(len(consultation) - 1)["seq"][0] <= self.after:
-                continue  # most consultations of a corpus, when what came last is exported
-            for event in consultation.records(
-                keep=lambda rows: (rows["seq"] > self.after) & self.period.hold(rows["received_ns"])
-            ):
-                if not self.event_type or event.event_type == self.event_type:
-                    yield event
+    def of(self, consultation: Consultation) -> Iterator[EventRecord]:
+        """Yield the chosen events. Raises CorpusFormatError: one is damaged, or its body is no JSON object."""
+        if not len(consultation) or consultation.table(len(consultation) - 1)["seq"][0] <= self.after:
+            return  # most consultations of a corpus, when what came last is exported
+        for event in consultation.records(
+            keep=lambda rows: (rows["seq"] > self.after) & self.period.hold(rows["received_ns"])
+        ):
+            found = event.event_type
+            if not self.event_type or found == self.event_type:
+                yield event
 
 
 class _Counted:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 from typer.testing import CliRunner
 
@@ -19,6 +21,7 @@ from fiq.corpus import (
 from fiq.corpus.errors import hdf5_says
 from services.cli.main import app
 from tests.support.corpus import IDENTITY, record
+from tests.support.damage import VICTIM, Damage, damage
 
 
 @pytest.fixture
@@ -113,3 +116,64 @@ def test_the_commands_name_the_damaged_file_and_fail_at_the_end(directory: Path,
     for result in (shown, exported, missing):
         assert 1 == result.exit_code
         assert f"{directory / '01.h5'} is damaged" in result.stderr
+
+
+# -- Damage within a consultation --------------------------------------------------------------------------------------
+
+
+def _break_body(file: h5py.File) -> None:
+    consultation = file[f"consultations/{VICTIM}"]
+    consultation["payload"][int(consultation["events"][1]["offset"])] = ord("x")
+
+
+def _break_row(file: h5py.File) -> None:
+    events = file[f"consultations/{VICTIM}/events"]
+    rows = events[:]
+    rows["offset"][1] = 10**6
+    events[:] = rows
+
+
+def _break_header(file: h5py.File) -> None:
+    place = h5py.h5o.get_info(file[f"consultations/{VICTIM}/events"].id).addr + file.userblock_size
+    name = Path(file.filename)
+    file.close()
+    content = bytearray(name.read_bytes())
+    content[place : place + 32] = bytes(32)
+    name.write_bytes(content)
+
+
+@pytest.mark.parametrize(("how", "left"), [(_break_body, 1), (_break_row, 0), (_break_header, 0)])
+def test_a_damaged_consultation_does_not_keep_anybody_from_reading_the_others(
+    tmp_path: Path, how: Damage, left: int
+) -> None:
+    """Those in its own file included; it is read up to the damage, and the file is named."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number, names in enumerate((("a", VICTIM, "d"), ("e",))):
+        with EventStore.create(folder / f"0{number}.h5", replace(IDENTITY, partition=number)) as store:
+            for name in names:
+                store.append(name, [record(sequence) for sequence in range(1, 4)])
+            store.commit(3)
+    damage(folder / "00.h5", how)
+    read = {name: number for name, number in {"a": 3, VICTIM: left, "d": 3, "e": 3}.items() if number}
+
+    with open_corpus(folder) as corpus:
+        with pytest.warns(DamagedPartitionWarning, match=r"00\.h5 is damaged"):
+            assert read == corpus.to_frame()["consultation"].value_counts().to_dict()
+        assert read == corpus.to_frame()["consultation"].value_counts().to_dict()  # as before, and warned of once
+        assert [folder / "00.h5"] == [damaged.path for damaged in corpus.damaged]
+        assert 3 == len(corpus["d"].to_frame())
+    with open_corpus(folder, strict=True) as corpus, pytest.raises(CorpusFormatError):
+        corpus.to_frame()
+
+    run = CliRunner().invoke
+    target = tmp_path / "x.csv"
+    exported = run(app, ["export", "--all", "--flat", "--corpus", str(folder), "-o", str(target)])
+    assert sum(read.values()) == target.read_text().count("MESSAGE_RECEIVED")
+    listed = run(app, ["ls", "--json", "--corpus", str(folder)])
+    assert {"a", "d", "e"} <= {one["consultation"] for one in json.loads(listed.stdout)}
+    failed = [exported] if how is not _break_header else [exported, listed]  # a list reads no bodies
+    for result in failed:
+        assert 1 == result.exit_code
+        assert f"{folder / '00.h5'} is damaged" in result.stderr
+        assert "Traceback" not in result.stderr
