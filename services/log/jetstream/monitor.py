@@ -142,6 +142,8 @@ class LogMonitor:
         # processes: the answers by the service's id, and since when questions are asked
         self._answers: dict[str, tuple[LiveProcess, float]] = {}
         self._subscription: Subscription | None = None
+        self._inbox = ""
+        self._questions = 0
         self._asked_since: float | None = None
         # nodes
         self._nodes: dict[str, tuple[NodeReport, float]] = {}
@@ -247,12 +249,18 @@ class LogMonitor:
     # -- processes ----------------------------------------------------------------------------------------------------
 
     async def _ask(self) -> None:
-        """Ask all persisters; the answers to the last question have arrived by now."""
+        """Ask all persisters; the answers to the last question have arrived by now.
+
+        Each question has a reply subject of its own: a persister may answer once on each (``allow_responses``), and
+        when two questions on one subject reach it before its first answer, nats-server refuses both answers.
+        """
         now = time.monotonic()
         try:
             if self._subscription is None:
-                self._subscription = await self._nc.subscribe(self._nc.new_inbox(), cb=self._hear)
-            await self._nc.publish(PROCESSES_SUBJECT, reply=self._subscription.subject)
+                self._inbox = self._nc.new_inbox()
+                self._subscription = await self._nc.subscribe(f"{self._inbox}.*", cb=self._hear)
+            self._questions += 1
+            await self._nc.publish(PROCESSES_SUBJECT, reply=f"{self._inbox}.{self._questions}")
         except (nats.errors.Error, OSError) as error:
             self._asked_since = None
             raise LogUnavailableError(f"{PROCESSES_SUBJECT}: {type(error).__name__}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 import nats.errors
 import orjson
 import pytest
+from nats.aio.msg import Msg
 from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ from services.cli.main import app
 from services.log.errors import LogAccessError, LogForbiddenError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, Role
-from services.log.jetstream.monitor import monitoring
+from services.log.jetstream.monitor import PROCESSES_SUBJECT, LogMonitor, monitoring
 from services.log.jetstream.publisher import Publisher
 from services.log.jetstream.stream import BUCKET_STREAM, DEAD_STREAM, STREAM, provision
 from services.log.metrics import LogMetrics
@@ -136,6 +137,33 @@ async def test_each_service_shows_the_memory_and_the_storage_of_every_node(provi
 
             await eventually(seen)
         assert [] == nc.violations
+
+
+async def test_a_persister_that_gets_two_questions_before_it_answers_is_heard(provisioned: Secured) -> None:
+    """`fiq status` and `fiq doctor` look twice in a row; a persister may send one answer to each reply subject."""
+    settings = provisioned.settings(Role.OPS, **_CHANGES)
+    async with provisioned.connected(Role.PERSISTER) as persister, provisioned.connected(Role.OPS) as nc:
+        questions: list[Msg] = []
+
+        async def keep(question: Msg) -> None:
+            questions.append(question)
+
+        await persister.subscribe(PROCESSES_SUBJECT, cb=keep)
+        await persister.flush()
+        # the nodes tell each other of the subscription
+        monitor = LogMonitor(nc, settings)
+
+        async def asked() -> bool:
+            await monitor.look(whole=False)
+            return len(questions) >= 2
+
+        await eventually(asked)
+        for question in questions:
+            await question.respond(orjson.dumps({"id": "one", "metadata": {"store": "main"}}))
+        await persister.flush()
+        await eventually(lambda: monitor._answers)
+        await monitor.close()
+        assert [] == persister.violations
 
 
 async def test_a_user_that_may_not_ask_is_told_instead_of_a_sound_cluster(provisioned: Secured) -> None:
