@@ -19,8 +19,6 @@ T = TypeVar("T")
 
 #: how long a request is tried, seconds; and with --wait: longer than the broker remembers ids by default
 _DEADLINE, _PATIENCE = 15.0, 900.0
-#: longest reason that the table shows, characters
-_SHOWN_REASON = 60
 
 dead = typer.Typer(
     name="dead",
@@ -61,7 +59,7 @@ def list_(
             console.printable(str(letter["consultation_id"] or "-")),
             str(letter["bytes"]),
             "no" if letter["obstacle"] else "yes",
-            console.printable(str(letter["reason"])[:_SHOWN_REASON]),
+            console.printable(str(letter["reason"])),
         )
     if letters:
         console.show(table)

@@ -140,7 +140,7 @@ def provision(server: ServerOption = None, folder: FolderOption = None) -> None:
 
     The FI_… settings of the log apply: FI_PARTITIONS, FI_REPLICAS, FI_STREAM_MAX_BYTES and so on.
     """
-    target = find_cluster(server, folder, fallback=True)
+    target = find_cluster(server, folder)
     identity = asyncio.run(_provision(target))
     settings = target.settings
     typer.echo(

@@ -381,6 +381,8 @@ def _condition(replica: ReplicaReport) -> str:
         return "offline"
     if replica.seen_seconds is not None and replica.seen_seconds >= ALIVE_SECONDS:
         return f"silent for {replica.seen_seconds:.0f} s"
+    if replica.seen_seconds is None and not replica.current:  # frozen or gone before this leader was elected
+        return "silent since the election"
     return "current" if replica.current else f"{replica.lag} behind"
 
 

@@ -31,6 +31,7 @@ from services.core.tokens import (
     parse_scopes,
 )
 
+_EXPIRIES = "expected a span such as 90d or 12h, a date, or a time with its zone such as 2027-01-31T12:00:00Z"
 #: longest expiry given as a span, seconds: a hundred years
 _LONGEST = 100 * 365 * 86400
 
@@ -122,7 +123,10 @@ def _expiry(value: str) -> datetime | None:
             raise ValueError("a number without a unit may be a year")
         span = seconds(1, _LONGEST)(value)
     except ValueError:
-        moment = parse_expiry(value)
+        try:
+            moment = parse_expiry(value)
+        except ValueError:
+            raise ValueError(f"--expires {value}: {_EXPIRIES}") from None
         if moment is not None and moment <= datetime.now(UTC):
             raise ValueError(f"--expires {value} is in the past: the token would never be accepted") from None
         return moment

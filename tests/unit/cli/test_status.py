@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from services.cli.status import ClusterSnapshot, ClusterStatus, Partition, Worker, show_status
-from services.log.status import LiveProcess, LogState, PartitionProgress
+from services.cli.status import ClusterSnapshot, ClusterStatus, Partition, Worker, _nodes, show_status
+from services.log.status import LiveProcess, LogState, PartitionProgress, ReplicaReport, StreamReport
 
 VOLUMES = ("0192f0c2-0000-7000-8000-00000000000a", "0192f0c2-0000-7000-8000-00000000000b")
 
@@ -62,3 +62,20 @@ def test_while_the_stream_has_no_leader_the_persisters_say_what_is_committed() -
     found = ClusterSnapshot("main", LogState(processes=processes), ()).partitions
 
     assert [(0, 5, 2, 1), (1, 8, 1, 2)] == [(p.partition, p.committed, p.waiting.events, p.owners) for p in found]
+
+
+@pytest.mark.parametrize(
+    ("replica", "expected"),
+    [
+        (ReplicaReport("n1", current=True, offline=False, lag=0, seen_seconds=0.2), "current"),
+        (ReplicaReport("n1", current=False, offline=False, lag=7, seen_seconds=0.2), "7 behind"),
+        (ReplicaReport("n1", current=False, offline=False, lag=7, seen_seconds=60.0), "silent for 60 s"),
+        (ReplicaReport("n1", current=False, offline=False, lag=7, seen_seconds=None), "silent since the election"),
+        (ReplicaReport("n1", current=False, offline=True, lag=7, seen_seconds=60.0), "offline"),
+    ],
+)
+def test_a_node_that_is_silent_does_not_look_like_one_that_catches_up(replica: ReplicaReport, expected: str) -> None:
+    """A frozen former leader was never heard by its successor."""
+    stream = StreamReport("", True, "n2", (replica,), 0, 0, 1, 1, 0)
+    nodes = {node.name: node.condition for node in _nodes(stream, (), ())}
+    assert {"n1": expected, "n2": "current"} == nodes

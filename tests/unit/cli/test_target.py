@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, StackState
 from services.cli.errors import CommandError, NotRunningError
+from services.cli.main import app
 from services.cli.target import find_cluster, find_corpus, find_service
 
 STATE = StackState(pid=1, log_url="nats://127.0.0.1:10", ingest_url="http://127.0.0.1:2", data_dir="/data", members=())
@@ -49,6 +51,14 @@ def test_the_environment_comes_before_the_default_folder() -> None:
 
         assert find_cluster(None, None, env=ENV).settings.servers == (ENV["FI_LOG_URL"],)
         assert find_cluster(None, None, env={}).settings.servers == (STATE.log_url,)
+
+
+def test_nothing_is_created_in_a_cluster_that_nobody_named() -> None:
+    """Whatever listens on the usual port may be somebody else's."""
+    done = CliRunner(env={"FI_LOG_URL": None}).invoke(app, ["provision"])
+
+    assert 1 == done.exit_code
+    assert "or a cluster with --server" in " ".join(done.stderr.split())
 
 
 def test_without_any_cluster_only_some_commands_guess() -> None:

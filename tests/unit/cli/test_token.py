@@ -63,6 +63,15 @@ def test_a_token_that_has_expired_already_is_not_made(layout: Layout, value: str
     assert before == layout.tokens.read_text()
 
 
+@pytest.mark.parametrize("value", ["tomorrow", "0d", "-5d", "2027-01-31T12:00:00"])
+def test_a_malformed_expiry_is_told_what_is_expected(layout: Layout, value: str) -> None:
+    """Spans too, which the file does not know."""
+    done = fiq("token", "new", "ward", f"--expires={value}", "--deployment", layout.folder)
+    assert 1 == done.exit_code
+    said = " ".join(done.stderr.split())
+    assert f"--expires {value}: expected a span such as 90d or 12h, a date, or a time with its zone" in said
+
+
 def test_the_file_is_replaced_as_a_whole_and_stays_its_owners(layout: Layout) -> None:
     """A service that reads meanwhile sees the old one or the new one; an operator's comments stay."""
     layout.tokens.write_text(layout.tokens.read_text() + "# for the night\n")
@@ -109,8 +118,8 @@ def test_a_file_of_its_own_needs_no_deployment(tmp_path: Path) -> None:
         (["new", "a/b"], "a name is"),
         (["new", "a", "--scopes", "all"], "scopes are"),
         (["new", "a", "--prefix", "a*"], "a prefix is"),
-        (["new", "a", "--expires", "soon"], "an expiry is"),
-        (["new", "a", "--expires", "2100"], "an expiry is"),
+        (["new", "a", "--expires", "soon"], "expected a span"),
+        (["new", "a", "--expires", "2100"], "expected a span"),
         (["new", "a", "--scopes", "read,ops", "--prefix", "ward-"], "leave --prefix out"),
         (["revoke", "nobody"], "has no token called nobody"),
         (["revoke", "../x"], "a name is"),
