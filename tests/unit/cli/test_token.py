@@ -53,7 +53,9 @@ def test_a_token_may_end(layout: Layout, value: str, expected: timedelta | datet
     assert abs(end - wanted) < timedelta(minutes=1)
 
 
-@pytest.mark.parametrize("value", ["2020-01-31", "2020-01-31T12:00:00Z", datetime.now(UTC).isoformat()])
+@pytest.mark.parametrize(
+    "value", ["2020-01-31", "2020-01-31T12:00:00Z", datetime.now(UTC).isoformat()], ids=["day", "time", "now"]
+)
 def test_a_token_that_has_expired_already_is_not_made(layout: Layout, value: str) -> None:
     """Its client would be refused from the first request on, and its operator would look for the reason elsewhere."""
     before = layout.tokens.read_text()
