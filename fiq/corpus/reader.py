@@ -46,6 +46,7 @@ from fiq.corpus.format import (
     read_attributes,
 )
 from fiq.corpus.names import DatasetPages, NameTree
+from fiq.corpus.wal.journal import RECORDS_START
 from fiq.corpus.wal.recovery import Snapshot
 from fiq.corpus.wal.storage import StorageIO, locked_directory, reason_of, replace_file, system_errors
 from fiq.words import count
@@ -110,11 +111,16 @@ class Corpus(Mapping[str, Consultation]):
     Args:
         paths: the partition files.
         strict: raise the error of the first damaged file instead.
+        missing: partition files that are gone; they are damaged, too.
     """
 
-    def __init__(self, paths: Sequence[Path], *, strict: bool = False) -> None:
+    def __init__(
+        self, paths: Sequence[Path], *, strict: bool = False, missing: Sequence[DamagedPartition] = ()
+    ) -> None:
         #: the partition files
         self.paths = tuple(paths)
+        #: the partition files that are gone
+        self.missing = tuple(missing)
         self._strict = strict
         self._open: dict[Path, _Partition] = {}
         self._damaged: dict[Path, DamagedPartition] = {}
@@ -258,6 +264,8 @@ class Corpus(Mapping[str, Consultation]):
         return count(len(self.paths), "partition file")
 
     def _partitions(self) -> Iterator[_Partition]:
+        for one in self.missing:
+            self._leave_out(one.path, one.error)
         for path in self.paths:
             if self._closed:
                 raise CorpusUsageError("the corpus is closed: open it again with open_corpus()")
@@ -282,7 +290,7 @@ class Corpus(Mapping[str, Consultation]):
         if path in self._damaged:
             return
         self._damaged[path] = damaged = DamagedPartition(path, error)
-        if self._strict or len(self._damaged) == len(self.paths):
+        if self._strict or all(one in self._damaged for one in self.paths):
             del self._damaged[path]
             raise error
         warnings.warn(f"{damaged}; the corpus is read without what is damaged", DamagedPartitionWarning, stacklevel=4)
@@ -330,13 +338,32 @@ def open_corpus(path: str | PathLike[str], *, strict: bool = False) -> Corpus:
             below = found / "corpus"
             instead = f": open {below}" if below.is_dir() and partition_files(below) else ""
             raise CorpusNotFoundError(f"there are no partition files (00.h5, 01.h5, ...) in {found}{instead}")
-        return Corpus(paths, strict=strict)
+        return Corpus(paths, strict=strict, missing=list(_missing_files(found)))
 
 
 def partition_files(directory: Path) -> list[Path]:
     """Return the partition files of a data directory, in order of their numbers."""
     found = (path for path in directory.iterdir() if _PARTITION_FILE.fullmatch(path.name))
     return sorted(found, key=lambda path: (int(path.stem), path.name))
+
+
+def _missing_files(directory: Path) -> Iterator[DamagedPartition]:
+    """Find partition files that a journal with commits, or the index, shows to have been there."""
+    gone = {}
+    for journal in directory.glob("*.h5.wal"):
+        # creation writes the journal first: a crash may leave an empty one alone. One with commits had a file before
+        # them, so the file is looked for after the journal
+        if journal.stat().st_size > RECORDS_START and not (file := journal.with_suffix("")).exists():
+            gone[file] = f"its journal {journal.name} holds commits"
+    try:
+        links = read_links(directory / INDEX_NAME)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        links = {}  # `fiq verify` says what is wrong with the index
+    for found in links.values():
+        if _PARTITION_FILE.fullmatch(found[0]) and not (file := directory / found[0]).exists():
+            gone.setdefault(file, f"{INDEX_NAME} links it")
+    for file, why in sorted(gone.items()):
+        yield DamagedPartition(file, CorpusFormatError(f"{file.name} is missing, but {why}"))
 
 
 def group_names(corpus: Corpus) -> list[str]:

@@ -61,12 +61,14 @@ def ls(
 
     Sorted by id. With --since or --until those that have an event in that time; the numbers are of all of their events.
     """
-    period, damaged = Period.of(since, until), list[DamagedPartition]()
+    period = Period.of(since, until)
     path = find_corpus(corpus, folder)
     try:
-        paths = open_corpus(path).paths
+        whole = open_corpus(path)
     except CorpusError as error:
         raise CommandError(f"cannot read the corpus in {path}: {error}") from error
+
+    damaged = list(whole.missing)
 
     def note(part: Corpus, error: CorpusError) -> None:
         if part.paths[0] not in [one.path for one in damaged]:
@@ -90,7 +92,7 @@ def ls(
                     yield summary
 
     with ExitStack() as stack:
-        merged = heapq.merge(*(ids(stack.enter_context(open_corpus(path))) for path in paths), key=itemgetter(0))
+        merged = heapq.merge(*(ids(stack.enter_context(open_corpus(path))) for path in whole.paths), key=itemgetter(0))
         _list_json(summaries(merged)) if json else _list(summaries(merged))
     _check_complete(damaged)
 

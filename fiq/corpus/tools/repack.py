@@ -86,6 +86,8 @@ def repack(
     """
     with open_corpus(source) as corpus:
         paths = corpus.paths
+        for missing in corpus.missing:
+            raise CorpusFormatError(f"nothing was archived: {missing.error}; restore it from a backup")
     if os.path.lexists(target):
         raise CorpusExistsError(f"{target} exists: name a new file or directory for the archive")
     if not target.parent.is_dir():

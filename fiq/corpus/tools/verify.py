@@ -101,7 +101,7 @@ class CorpusProblem:
             where += f" {self.consultation}"
         if self.row is not None:
             where += f" row {self.row} (sequence {self.sequence})"
-        return f"{where}: {self.message}"
+        return f"{where}: {self.message.removeprefix(f'{self.file}: ')}"
 
 
 @dataclass(frozen=True, slots=True)

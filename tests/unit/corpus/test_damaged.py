@@ -19,6 +19,7 @@ from fiq.corpus import (
     open_corpus,
 )
 from fiq.corpus.errors import hdf5_says
+from fiq.corpus.reader import write_index
 from services.cli.main import app
 from tests.support.corpus import IDENTITY, record
 from tests.support.damage import VICTIM, Damage, damage
@@ -116,6 +117,44 @@ def test_the_commands_name_the_damaged_file_and_fail_at_the_end(directory: Path,
     for result in (shown, exported, missing):
         assert 1 == result.exit_code
         assert f"{directory / '01.h5'} is damaged" in result.stderr
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_file_that_is_gone_is_damaged(tmp_path: Path, journal: bool) -> None:
+    """Its journal or the index shows that it was there: what is read is known to be incomplete."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(2):
+        with EventStore.create(folder / f"0{number}.h5", replace(IDENTITY, partition=number)) as store:
+            store.append(f"c-{number}", [record(1)])
+            store.commit(1)
+            kept = (folder / f"0{number}.h5.wal").read_bytes()  # closing empties it
+    if journal:
+        (folder / "01.h5.wal").write_bytes(kept)
+        why = "its journal 01.h5.wal holds commits"
+    else:
+        why = "corpus.h5 links it"
+        write_index(folder)
+        (folder / "01.h5.wal").unlink()
+    (folder / "01.h5").unlink()
+
+    with open_corpus(folder) as corpus:
+        with pytest.warns(DamagedPartitionWarning, match=f"01.h5 is missing, but {why}"):
+            assert ["c-0"] == list(corpus)
+        assert [folder / "01.h5"] == [damaged.path for damaged in corpus.damaged]
+    with open_corpus(folder, strict=True) as corpus, pytest.raises(CorpusFormatError, match="is missing"):
+        list(corpus)
+    run = CliRunner().invoke
+    listed = run(app, ["ls", "--corpus", str(folder)])
+    assert "c-0" in listed.stdout
+    for done in (
+        listed,
+        run(app, ["export", "--all", "--corpus", str(folder)]),
+        run(app, ["repack", str(folder), str(tmp_path / "archive")]),
+    ):
+        assert 1 == done.exit_code
+        assert f"01.h5 is missing, but {why}" in " ".join(done.stderr.split())
+    assert not (tmp_path / "archive").exists()
 
 
 # -- Damage within a consultation --------------------------------------------------------------------------------------
