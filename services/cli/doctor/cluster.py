@@ -80,8 +80,7 @@ class ServerInfo:
 
 def server_info(address: str) -> ServerInfo | None:
     """Connect to host:port *address*; return None when it does not answer as a nats-server does."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host, port = _host(address), address.rpartition(":")[2]
     try:
         with socket.create_connection((host, int(port)), TIMEOUT) as plain:
             # with handshake_first a node sends nothing before the TLS handshake
@@ -119,12 +118,30 @@ def _secured(plain: socket.socket, host: str) -> ssl.SSLSocket:
 
 
 def find_servers(servers: Sequence[str]) -> tuple[list[str], list[ServerInfo]]:
-    """Return the addresses of all nodes, from the settings and from the nodes themselves, and what they sent."""
+    """Return the addresses of all nodes, from the settings and from the nodes themselves, and what they sent.
+
+    Nodes tell the addresses of their own network. One whose name is unknown here, such as that of a container on the
+    host, is left out when its node answered at another address.
+    """
     listed = _addresses(servers, [])
     found = [info for address in listed if (info := server_info(address)) is not None]
-    expected = _addresses(servers, found)
-    others = (server_info(address) for address in expected if address not in listed)
-    return expected, [*found, *(info for info in others if info is not None)]
+    known = {str(one.info.get("server_name")) for one in found}
+    told = [address for address in _addresses(servers, found) if address not in listed]
+    others = [address for address in told if _host(address) not in known or _resolves(_host(address))]
+    sent = (server_info(address) for address in others)
+    return sorted([*listed, *others]), [*found, *(info for info in sent if info is not None)]
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]")
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
 
 
 def _addresses(servers: Sequence[str], found: Sequence[ServerInfo]) -> list[str]:

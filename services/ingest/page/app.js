@@ -20,11 +20,14 @@ const menu = h("nav.menu", { "aria-label": t("menu") });
 const account = h("div.account");
 let shown = null;
 
+/** Return the first view that the token allows. */
+const home = () => MENU.find((name) => may(VIEWS[name][2])) ?? MENU[0];
+
 /** Return the view that the address names, its path's further parts, and its query. */
 export function here() {
 	const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
 	const [name, ...rest] = path.split("/").map(decodeURIComponent);
-	const view = name === "consultations" && rest[0] ? "consultation" : name || "consultations";
+	const view = name === "consultations" && rest[0] ? "consultation" : name || home();
 	return { view, rest, query: new URLSearchParams(query) };
 }
 
@@ -137,7 +140,7 @@ async function start() {
 	document.documentElement.lang = language;
 	const skip = h("a.skip", { href: "#main", onclick: (event) => (event.preventDefault(), main.focus()) }, t("skip"));
 	const zone = choice(t("timeZone"), [["local", t("local")], ["utc", "UTC"]], "local", (value) => setClock(value === "utc"));
-	const brand = h("a.brand", { href: "#/consultations" }, h("img", { src: "ui/icon.svg", alt: "", width: 22, height: 22 }), "fiq");
+	const brand = h("a.brand", { href: "#/" }, h("img", { src: "ui/icon.svg", alt: "", width: 22, height: 22 }), "fiq");
 	brand.title = `fiq ${CONFIG.version}`;
 	const header = h("header.top", {}, brand, menu, h("div.end", {}, zone, account));
 	const announcer = h("div", { id: "announcer", role: "status", "aria-live": "polite" });

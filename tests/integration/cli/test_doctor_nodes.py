@@ -46,6 +46,15 @@ def test_a_node_that_does_not_answer_is_an_error() -> None:
         assert cluster.server_info(other) is None
 
 
+def test_a_node_that_answered_is_not_missed_under_a_name_of_its_own_network() -> None:
+    """On the host of a compose project nodes answer at their published ports and tell names of containers."""
+    told = {"server_name": "n1.invalid", "connect_urls": ["n1.invalid:4222", "n2.invalid:4222"]}
+    with _speaker(b"INFO " + orjson.dumps(told) + b"\r\n") as address:
+        expected, found = cluster.find_servers([f"nats://{address}"])
+    assert [address, "n2.invalid:4222"] == expected
+    assert [address] == [one.address for one in found]
+
+
 def test_an_old_server_is_an_error_and_two_versions_are_a_warning() -> None:
     """An old server cannot be installed here, so one is played: it greets as 2.10 does."""
     info = {"version": "2.10.4", "max_payload": 1 << 21}

@@ -52,6 +52,7 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.said: list[str] = []
         (folder / "bin").mkdir()
         for name, text in (("compose", COMPOSE), ("docker", DOCKER)):
             self.program(name, text)
@@ -79,8 +80,11 @@ class Project:
             "FIQ_TIMEOUT": "0",
             "FIQ_SETTLE": "0",
         }
-        done = subprocess.run([SCRIPT, *services], env=env, capture_output=True, text=True, timeout=60, check=False)
-        return done.returncode, (self.folder / "done").read_text().splitlines(), done.stderr.splitlines()[-1]
+        done = subprocess.run(
+            [SCRIPT, *services], env=env, cwd=self.folder, capture_output=True, text=True, timeout=60, check=False
+        )
+        self.said = done.stderr.splitlines()
+        return done.returncode, (self.folder / "done").read_text().splitlines(), self.said[-1]
 
 
 @pytest.fixture
@@ -125,6 +129,17 @@ def test_a_whole_cluster_is_restarted_node_by_node(project: Project) -> None:
     """That a follower calls other followers' copies not current means nothing: it does not hear of them."""
     assert '"current": false' in (ANSWERS / "n2-jsz.json").read_text()
     assert (0, restarted("n1", "n2", "n3")) == project.restart(*NODES)[:2]
+
+
+def test_a_misspelt_setting_is_named(project: Project) -> None:
+    """Compose would not hand it on, and nothing else would notice."""
+    (project.folder / "compose.yaml").write_text("  FI_RATE:\n  FI_STARTUP_TIMEOUT: ${FI_STARTUP_TIMEOUT:-120}\n")
+    (project.folder / ".env").write_text("# FI_NOTE=1\nFI_RATE=5\nFI_RAET=7\nFI_STARTUP_TIMEOUT=9\nFIQ_PORT=1\n")
+    assert 0 == project.restart("n1")[0]
+    warnings = [line for line in project.said if "warning" in line]
+    assert [
+        "rolling-restart: warning: .env sets FI_RAET, which no compose file hands on: see docs/settings.md"
+    ] == warnings
 
 
 @pytest.mark.parametrize("state", [{"current": False}, {"offline": True}], ids=["behind", "offline"])

@@ -27,6 +27,7 @@ TOKENS = {
     "everything": "read,write,ops *",
     "clinic": "read,write clinic-*",
     "reader": "read *",
+    "operator": "ops *",
     "expired": "read * 2001-01-01T00:00:00Z",
 }
 

@@ -670,6 +670,17 @@ def test_a_clinic_sees_its_own_consultations_and_no_operator_s_view(page: Page, 
     expect(page.get_by_role("alert").first).to_contain_text("does not allow this")
 
 
+def test_an_operator_s_token_opens_the_pipeline(page: Page, guarded: Service) -> None:
+    """The first view that the token allows, after signing in and by the name in the corner."""
+    sign_in(page, guarded, "operator")
+    expect(page.locator("h1")).to_have_text("Pipeline")
+    expect(page.get_by_role("navigation").get_by_role("link")).to_have_text(["Pipeline", "Dead letters"])
+    page.evaluate("location.hash = '#/dead-letters'")
+    expect(page.locator("h1")).to_have_text("Dead letters")
+    page.locator("a.brand").click()
+    expect(page.locator("h1")).to_have_text("Pipeline")
+
+
 def test_without_the_write_scope_the_page_reads_only(page: Page, guarded: Service) -> None:
     """There is no way to post."""
     sign_in(page, guarded, "reader")
