@@ -166,6 +166,7 @@ def test_nothing_is_restarted_while_a_node_does_not_answer(project: Project, awa
     code, done, said = project.restart(*NODES)
     assert (1, []) == (code, done)
     assert f"{away} does not answer, or is not healthy; {REFUSED}" in said
+    assert f"rolling-restart: waiting: {away} does not answer, or is not healthy" == project.said[0]
 
 
 @pytest.mark.parametrize(("server", "away"), [("n1", "n2"), ("n2", "n1"), ("n2", "n3"), ("n3", "n1")])
