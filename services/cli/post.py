@@ -30,7 +30,7 @@ import typer
 
 from fiq.client import Accepted, AsyncClient, ClientError, RefusedError, RetryPolicy
 from fiq.errors import InvalidIdError, PoisonError
-from fiq.event import InvalidBodyError, check_body, check_consultation_id, event_id_from_key, new_event_id
+from fiq.event import InvalidBodyError, NotJsonError, check_body, check_consultation_id, event_id_from_key, new_event_id
 from fiq.words import count
 from services.cli.console import bar
 from services.cli.errors import CommandError
@@ -565,7 +565,11 @@ def read_line(number: int, raw: bytes, consultation: str | None, *, exported: bo
     """
     if exported:
         return read_exported(number, raw)
-    body = check_body(raw)
+    try:
+        body = check_body(raw)
+    except NotJsonError as error:
+        column = len(raw[: error.offset].decode("utf-8", "replace")) + 1
+        raise InvalidBodyError(f"it is not JSON in UTF-8, from its column {column} on") from None
     document = orjson.loads(body)
     named, event_id = (document.get(name) for name in ("consultation_id", "event_id"))
     if named is None and consultation is None:

@@ -415,6 +415,8 @@ def show_status(found: ClusterStatus) -> None:
     for name, stream in ((STREAM, found.stream), (DEAD_STREAM, found.dead)):
         if stream is not None:
             typer.echo(f"stream {name}: {_fill(stream)}")
+    if found.stream is not None or found.dead is not None:
+        typer.echo()
     if found.partitions:
         _print_partitions(found)
     for remark in found.remarks:
@@ -430,7 +432,6 @@ def _fill(stream: StreamReport) -> str:
 def _print_partitions(found: ClusterStatus) -> None:
     volumes = sorted({one.volume for one in found.partitions if one.volume})
     numbers = {volume: str(number) for number, volume in enumerate(volumes, start=1)}
-    typer.echo()
     for volume in volumes:
         typer.echo(f"volume {numbers[volume]}: {volume}")
     pids = {worker.name: worker.pid for worker in found.workers}

@@ -90,13 +90,17 @@ def load_or_exit(program: str, settings: type[T], env: Mapping[str, str]) -> T:
         raise SystemExit(report_error(program, error)) from None
 
 
-def warn_of_unknown(log: Any, env: Mapping[str, str]) -> None:
-    """Log the names of variables in *env* that look like settings and are none, with the nearest setting."""
+def unknown_variables(env: Mapping[str, str]) -> list[str]:
+    """Return the names of variables in *env* that look like settings and are none, each with the nearest setting."""
     unknown = sorted(name for name in env if name.startswith("FI_") and name.removeprefix("FI_") not in SETTINGS)
-    if unknown:
-        nearest = {name: get_close_matches(name, [f"FI_{one}" for one in SETTINGS], 1) for name in unknown}
-        shown = [f"{name} ({match[0]}?)" if match else name for name, match in nearest.items()]
-        log.warning("SETTINGS_UNKNOWN", variables=shown, action="they have no effect: correct or remove them")
+    nearest = {name: get_close_matches(name, [f"FI_{one}" for one in SETTINGS], 1) for name in unknown}
+    return [f"{name} ({match[0]}?)" if match else name for name, match in nearest.items()]
+
+
+def warn_of_unknown(log: Any, env: Mapping[str, str]) -> None:
+    """Log the unknown variables in *env*, if there are any."""
+    if unknown := unknown_variables(env):
+        log.warning("SETTINGS_UNKNOWN", variables=unknown, action="they have no effect: correct or remove them")
 
 
 def report_error(program: str, error: FiqError) -> int:

@@ -27,7 +27,6 @@ from fiq.event import (
     InvalidBodyError,
     NotJsonError,
     bare_key,
-    check_body,
     check_consultation_id,
     check_depth,
     event_id_from_key,
@@ -50,6 +49,7 @@ from services.ingest.formats import (
     not_json,
     parse_binary_cloudevent,
     parse_cloudevent,
+    parse_event,
     read_batch,
     read_body,
 )
@@ -169,15 +169,15 @@ async def _parse_event(
     raw = await read_body(request, reservation, limit=body_format.limit(settings), timeout=settings.body_timeout)
     try:
         if body_format is BodyFormat.EVENT:
+            parsed = parse_event(raw)
             event_id = new_event_id() if key is None else event_id_from_key(key)
-            event = Event(path or "", event_id, received_ns, check_body(raw), trace)
         else:
             is_binary = body_format is BodyFormat.CLOUDEVENT_BINARY
             parsed = parse_binary_cloudevent(request.headers, raw) if is_binary else parse_cloudevent(raw)
             if len(parsed.body) > settings.max_event_bytes:
                 raise InvalidBodyError(f"with its attributes it is larger than {settings.max_event_bytes} bytes")
             event_id = parsed.event_id or new_event_id()
-            event = Event(parsed.consultation_in(path), event_id, received_ns, parsed.body, trace)
+        event = Event(parsed.consultation_in(path), event_id, received_ns, parsed.body, trace)
         check_depth(event.body, settings.max_json_depth)
         return event, body_format is not BodyFormat.EVENT or key is not None
     except NotJsonError as error:

@@ -105,6 +105,8 @@ class Resource:
     def _takes(self, headers: CIMultiDictProxy[str]) -> str:
         """Say what the resource takes, and what *headers* lack for it."""
         taken = f"This resource takes the Content-Type {', '.join(self.formats)}, in UTF-8."
+        if _JSON not in self.formats:
+            taken += f" Post plain JSON to {EVENTS.path}."
         if not self.binary:
             return taken
         return f"{taken} For a CloudEvent in the binary mode these headers are missing: {', '.join(_missing(headers))}."
@@ -329,10 +331,10 @@ async def read_batch(raw: bytes, body_format: BodyFormat, context: BatchContext)
         except PoisonError as error:
             if isinstance(error, NotJsonError) and body_format is not BodyFormat.LINES:
                 raise not_json(raw, begin + error.offset) from None  # the array is not JSON either
-            place = (
-                f", from its column {_column(raw, begin + error.offset)} on" if isinstance(error, NotJsonError) else ""
-            )
-            invalid.append({"line": line, "reason": f"{error}{place}"})
+            reason = str(error)
+            if isinstance(error, NotJsonError):
+                reason = f"it is not JSON in UTF-8, from its column {_column(raw, begin + error.offset)} on"
+            invalid.append({"line": line, "reason": reason})
         await turns.end()
     if invalid:
         raise RequestRefusedError(problems.INVALID_BATCH, members={"lines": invalid})
@@ -358,17 +360,26 @@ def _batch_event(line: int, text: bytes, parse: Callable[[bytes], ParsedEvent], 
     return BatchEvent(line, Event(consultation, event_id, context.received_ns, parsed.body, context.trace), keyed)
 
 
+def parse_event(raw: bytes) -> ParsedEvent:
+    """Parse an event of a request of its own; its member ``event_id`` is an ordinary one."""
+    body, document = read_json_object(raw)
+    return ParsedEvent(body, _named_consultation(document), None)
+
+
 def _parse_event(raw: bytes) -> ParsedEvent:
     """Parse an event of a batch; its members ``consultation_id`` and ``event_id`` say where it belongs."""
     body, document = read_json_object(raw)
-    consultation = _optional_string(document, "consultation_id")
-    if consultation is not None:
-        check_consultation_id(consultation)
+    consultation = _named_consultation(document)
     key = _optional_string(document, "event_id")
     try:
         return ParsedEvent(body, consultation, None if key is None else event_id_from_key(key))
     except InvalidIdError:
         raise InvalidBodyError("event_id must be 1 to 255 visible ASCII characters") from None
+
+
+def _named_consultation(document: dict[str, Any]) -> str | None:
+    named = _optional_string(document, "consultation_id")
+    return None if named is None else check_consultation_id(named)
 
 
 def _optional_string(document: dict[str, Any], name: str) -> str | None:

@@ -114,7 +114,7 @@ FORBIDDEN = ProblemType(
     "Token not sufficient",
     "The token lacks the scope, or is for consultations with another prefix.",
 )
-NOT_FOUND = ProblemType("not-found", 404, "Unknown path", "There is no resource at this path.")
+NOT_FOUND = ProblemType("not-found", 404, "Unknown path", "There is no resource at this path: GET / lists all.")
 INVALID_CONSULTATION_ID = ProblemType(
     "invalid-consultation-id",
     404,

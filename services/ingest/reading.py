@@ -459,7 +459,7 @@ def _consultation(request: web.Request) -> str:
 
 def position_of(text: str, name: str) -> int:
     if _NUMBER.fullmatch(text) is None or int(text) > _MAX_POSITION:
-        raise _invalid(f"{name} must be a whole number from 0 on.")
+        raise _invalid(f"{name} must be a whole number from 0 to {_MAX_POSITION}.")
     return int(text)
 
 
@@ -593,8 +593,8 @@ def _quality(parameters: Sequence[str]) -> float:
 
 async def _follow(request: web.Request) -> web.StreamResponse:
     consultation, reader, grant = _consultation(request), request.app[READER], request[GRANT]
-    if {"before", "key"} & request.query.keys():
-        raise _invalid("before and key do not go with follow=1.")
+    if {"before", "key", "limit"} & request.query.keys():
+        raise _invalid("before, key and limit do not go with follow=1.")
     resumed, wanted = _last_event_id(request), _wanted(request)
     negotiate(request, EVENT_STREAM)
     source = Source(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from services.core.settings import boolean, integer, seconds, setting, size, text
@@ -11,6 +13,20 @@ from services.core.settings import boolean, integer, seconds, setting, size, tex
 #: file in a volume that says that all of its partition files were made, in a log without a broker
 FORMED_FILE = "zeromq.json"
 _STORE = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
+
+
+def formed_partitions(volume: Path) -> int | None:
+    """Return the number of partitions that :data:`FORMED_FILE` in *volume* names; None without that file.
+
+    Raises OSError, ValueError: it cannot be read.
+    """
+    try:
+        found = json.loads((volume / FORMED_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("partitions"), int):
+        raise ValueError("no number of partitions")
+    return int(found["partitions"])
 
 
 def _servers(value: str) -> tuple[str, ...]:

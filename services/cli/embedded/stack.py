@@ -251,12 +251,23 @@ class Stack:
         self.stop()
 
     def _check_log(self) -> None:
-        """A corpus belongs to one log: sequences of the other one mean nothing to it."""
-        from services.log.settings import FORMED_FILE  # with all of services.log, which `fiq up` needs for nothing else
+        """A corpus belongs to one log: sequences of the other one mean nothing to it. Its partitions never change."""
+        # with all of services.log, which `fiq up` needs for nothing else
+        from services.core.settings import load
+        from services.log.settings import FORMED_FILE, LogSettings, formed_partitions
 
         other = {LogKind.NATS: self.data_dir / FORMED_FILE, LogKind.ZMQ: self.folder / "cluster"}[self.log]
         if other.exists():
             raise CommandError(f"{self.folder} belongs to a stack with the other log: name another --folder, or --log")
+        try:
+            made = formed_partitions(self.data_dir)
+        except (OSError, ValueError):
+            return  # the persisters say what is wrong with the file
+        if made is None:
+            return
+        wanted = load(LogSettings, {"FI_PARTITIONS": self._env.get("FI_PARTITIONS", "")}).partitions
+        if made != wanted:  # persisters would wait for another volume
+            raise CommandError(f"{self.data_dir} has {made} partitions, not {wanted}: set FI_PARTITIONS={made}")
 
     def _start_services(self, on_ready: Callable[[str], None]) -> None:
         for attempt in range(1, _PORT_TRIES + 1):

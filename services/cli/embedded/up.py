@@ -30,6 +30,7 @@ from services.cli.embedded.stack import (
     StackFolder,
 )
 from services.cli.errors import ChildFailedError
+from services.core.command import unknown_variables
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: how often the processes are checked, seconds
@@ -78,6 +79,8 @@ def up(
     with home.held():
         stack = Stack(folder, port=port, nats_port=nats_port, usual_nats_ports=True, log=log)
         typer.echo(f"starting {', '.join(stack.parts)} in {_shown(stack.folder)}", err=True)
+        if unknown := unknown_variables(os.environ):
+            typer.echo(f"no settings, so without effect: {', '.join(unknown)}", err=True)
         try:
             with _signals(stack):
                 _run(stack, home, open_page=open_page)

@@ -30,7 +30,7 @@ from services.log.protocol import (
     Position,
     Trimmed,
 )
-from services.log.settings import FORMED_FILE, LogSettings
+from services.log.settings import FORMED_FILE, LogSettings, formed_partitions
 from services.log.status import (
     Backlog,
     LiveProcess,
@@ -357,14 +357,12 @@ class VolumePlacements:
     def _formed(self) -> bool:
         path = self._directory / FORMED_FILE
         try:
-            found = json.loads(path.read_text("utf-8"))["partitions"]
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError):
+            found = formed_partitions(self._directory)
+        except (OSError, ValueError):
             raise PlacementError(f"{path} cannot be read: put it back from a backup of the volume") from None
-        if found != self._partitions:
+        if found not in (None, self._partitions):
             raise PlacementError(f"{path}: the volume has {found} partitions; set FI_PARTITIONS={found}")
-        return True
+        return found is not None
 
     def _placement(self, partition: int) -> Placement:
         return Placement(partition, self._volume, 1, 0, 1, 0)

@@ -232,6 +232,7 @@ async def test_a_file_with_bad_lines_is_not_sent(tmp_path: Path) -> None:
     assert (1, "") == (result.code, result.out)
     assert ["2", "4", "5", "6", "7", "8"] == re.findall(r"^line (\d+): ", result.err, re.MULTILINE)
     assert "6 of 7 lines cannot be events; nothing was sent" in result.err
+    assert "line 4: it is not JSON in UTF-8, from its column 1 on\n" in result.err
     assert (1, True) == (nameless.code, "--consultation" in nameless.err)
     assert [] == server.seen
 

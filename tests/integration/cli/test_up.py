@@ -163,6 +163,13 @@ def test_up_says_at_once_what_it_starts_and_then_what_is_ready(up: Up) -> None:
     assert sorted(f"{part} is ready" for part in parts) == sorted(lines[1:7])
 
 
+def test_up_names_variables_that_are_no_settings(tmp_path: Path) -> None:
+    """A mistyped setting would go unnoticed: the services' warnings are in files."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        result = fiq(tmp_path, "up", "--port", str(server.getsockname()[1]), env={"FI_PARTITION": "4"})
+    assert "no settings, so without effect: FI_PARTITION (FI_PARTITIONS?)\n" in result.stderr
+
+
 def test_up_says_that_the_usual_port_is_taken(up: Up) -> None:
     """Or a client of the usual port would reach another service."""
     port = up.state.ingest_url.rpartition(":")[2]

@@ -13,6 +13,7 @@ import pytest
 from fiq.corpus import open_corpus, verify_corpus
 from services.cli.embedded.stack import LogKind, Stack, StackFolder
 from services.cli.errors import CommandError
+from services.log.settings import FORMED_FILE
 
 
 def fiq(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -80,6 +81,14 @@ def test_a_folder_belongs_to_one_log(tmp_path: Path) -> None:
     (tmp_path / "nats" / "cluster").mkdir(parents=True)
     with pytest.raises(CommandError, match="other log"):
         Stack(tmp_path / "nats", log=LogKind.ZMQ).start()
+
+
+def test_a_stack_with_another_number_of_partitions_is_refused_at_once(tmp_path: Path) -> None:
+    """Its persisters would wait for a minute, and then be stopped."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / FORMED_FILE).write_text('{"partitions": 16}')
+    with pytest.raises(CommandError, match="has 16 partitions, not 4: set FI_PARTITIONS=16"):
+        Stack(tmp_path, log=LogKind.ZMQ, env={"FI_PARTITIONS": "4"}).start()
 
 
 def test_the_demo_kills_both_persisters_and_proves_that_every_event_is_there_once(tmp_path: Path) -> None:

@@ -260,6 +260,13 @@ async def test_what_cannot_take_a_stream_is_told(edge: Edge) -> None:
     assert (406, "/problems/not-acceptable") == (reply.status, reply.json["type"])
 
 
+@pytest.mark.parametrize("parameter", ["limit=3", "before=3", "key=k"])
+async def test_parameters_of_pages_do_not_go_with_a_stream(edge: Edge, parameter: str) -> None:
+    """A client that asks for three events would otherwise wait for ever."""
+    reply = await edge.request("GET", f"{EVENTS}?follow=1&{parameter}")
+    assert (400, "before, key and limit do not go with follow=1.") == (reply.status, reply.json["detail"])
+
+
 @pytest.mark.parametrize("value", ["", "x", "-1"])
 async def test_a_malformed_last_event_id_is_refused(edge: Edge, value: str) -> None:
     """Rather than starting from the first event."""

@@ -57,6 +57,7 @@ async def test_an_unknown_path_is_404(edge: Edge, path: str) -> None:
     """As a problem document, not as aiohttp's text."""
     reply = await edge.request("POST" if path.startswith("/cons") else "GET", path)
     assert (reply.status, reply.json["type"]) == (404, "/problems/not-found")
+    assert reply.json["detail"] == "There is no resource at this path: GET / lists all."
     assert reply.headers["Content-Type"] == "application/problem+json"
 
 

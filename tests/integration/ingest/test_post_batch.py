@@ -183,7 +183,7 @@ async def test_what_is_no_batch_is_refused(edge: Edge, body: bytes, kind: str, e
 async def test_invalid_json_in_a_batch_is_answered_with_the_place(edge: Edge) -> None:
     """In NDJSON each line is a text of its own; an array is one text."""
     reply = await post(edge, b'{"event_type":"A"}\n\n{"event_type":"\xc3\xa9", secret}')
-    expected = [{"line": 3, "reason": "the body is not valid JSON in UTF-8, from its column 20 on"}]
+    expected = [{"line": 3, "reason": "it is not JSON in UTF-8, from its column 20 on"}]
     assert expected == reply.json["lines"]
     reply = await post(edge, b'[{"event_type":"A"},\n  {"event_type":"\xc3\xa9",\n "x": secret}]', JSON)
     assert "The body is not JSON in UTF-8: see line 3, column 7." == reply.json["detail"]

@@ -118,6 +118,13 @@ async def test_a_wrong_content_type_is_answered_with_the_accepted_ones(edge: Edg
     assert reply.json["detail"].endswith("these headers are missing: ce-source, ce-specversion.")
 
 
+async def test_plain_json_for_the_cloudevents_resource_is_told_where_it_belongs(edge: Edge) -> None:
+    """The path of all consultations takes single events as CloudEvents only."""
+    reply = await edge.request("POST", "/events", data=BODY, headers={"Content-Type": "application/json"})
+    assert (415, "unsupported-media-type") == (reply.status, slug(reply))
+    assert "Post plain JSON to /consultations/{consultation}/events." in reply.json["detail"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "expected"),
     [
@@ -152,6 +159,31 @@ async def test_invalid_json_is_answered_with_the_place_and_no_content(edge: Edge
     for headers in ({}, {"Content_Type": "application/cloudevents+json"}):
         reply = await edge.post(body=body, **headers)
         assert f"The body is not JSON in UTF-8: see {place}." == reply.json["detail"]
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        (b'"c-2"', "consultation_id names another consultation than the path"),
+        (b'"c 1"', "a consultation id is 1 to 128 characters of A-Z a-z 0-9 _ -"),
+        (b"7", "consultation_id must be a string"),
+    ],
+)
+async def test_an_event_that_names_another_consultation_than_the_path_is_refused(
+    edge: Edge, named: bytes, reason: str
+) -> None:
+    """As in a batch: one of the two is wrong, and would put the event into the consultation of another patient."""
+    reply = await edge.post("c-1", b'{"event_type":"A","consultation_id":%b}' % named)
+    assert (422, "invalid-event", f"Invalid: {reason}.") == (reply.status, slug(reply), reply.json["detail"])
+    assert edge.log.events == []
+
+
+@pytest.mark.parametrize("named", [b'"c-1"', b"null"])
+async def test_an_event_may_repeat_the_consultation_of_the_path(edge: Edge, named: bytes) -> None:
+    """It is stored as it is; its event_id is an ordinary member."""
+    body = b'{"event_type":"A","consultation_id":%b,"event_id":7}' % named
+    assert 202 == (await edge.post("c-1", body)).status
+    assert [("c-1", body)] == [(event.consultation, event.body) for event in edge.log.events]
 
 
 async def test_a_message_id_is_unique_within_its_consultation_only(edge: Edge) -> None:

@@ -48,6 +48,13 @@ def test_status_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, shown.splitlines())) <= 80
 
 
+def test_the_status_of_a_log_without_a_broker_begins_with_its_volume(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without nodes and streams there is nothing to set apart."""
+    workers = (Worker("persister-1", "host", "7", VOLUMES[0], ("00",)),)
+    show_status(ClusterStatus((), None, None, workers, (partition(0, VOLUMES[0]),), ()))
+    assert capsys.readouterr().out.startswith(f"volume 1: {VOLUMES[0]}\n")
+
+
 def process(partitions: set[int], progress: Mapping[int, PartitionProgress], store: str = "main") -> LiveProcess:
     return LiveProcess(store, VOLUMES[0], frozenset(partitions), progress, stream_sequence=9)
 
