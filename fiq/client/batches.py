@@ -48,6 +48,10 @@ def encoded(event: EventBody) -> bytes:
     except UnicodeEncodeError:
         raise InvalidArgumentError("the event cannot be written as JSON: it is not valid Unicode") from None
     except TypeError as error:  # its message names types, never values
+        if "64-bit" in str(error):
+            raise InvalidArgumentError(
+                "the event cannot be written as JSON: an integer exceeds 64 bits; pass the event as JSON text"
+            ) from None
         raise InvalidArgumentError(f"the event cannot be written as JSON: {error}") from None
     # orjson writes null for NaN and infinities
     if b"null" in body and not _is_finite(event):

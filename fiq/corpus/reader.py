@@ -91,8 +91,9 @@ class DamagedPartition:
     error: CorpusError
 
     def __str__(self) -> str:
+        look = self.path if self.path.exists() else self.path.parent
         return (
-            f"{self.path} is damaged: {self.error}; `fiq verify {self.path}` shows what is wrong, then restore it and "
+            f"{self.path} is damaged: {self.error}; `fiq verify {look}` shows what is wrong, then restore it and "
             f"its journal from a backup"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from fiq.corpus import (
     Consultation,
     Corpus,
     CorpusError,
+    CorpusFormatError,
     CorpusLockedError,
     DamagedPartition,
     DamagedPartitionWarning,
@@ -134,7 +136,10 @@ def show(
     with opened(find_corpus(corpus, folder), consultation) as found:
         typer.echo(f"{found.id}: {count(len(found), 'event')}")
         for event in found:
-            payload = orjson.dumps(event.payload).decode("utf-8")
+            event.document()  # the corpus's own error for a body that is no JSON object
+            payload = json.dumps(  # keeps all digits of integers
+                json.loads(event.raw).get("payload"), ensure_ascii=False, separators=(",", ":")
+            )
             line = f"{event.sequence:>10}  {iso(event.received_ns)}  {event.event_type}  {payload}"
             typer.echo(console.printable(line))
 
@@ -173,7 +178,8 @@ def opened_corpus(path: Path) -> Iterator[Corpus]:
     except UnknownConsultationError:
         raise
     except CorpusError as error:
-        raise CommandError(f"cannot read the corpus in {path}: {error}") from error
+        advice = "; `fiq verify` shows what is wrong" if type(error) is CorpusFormatError else ""
+        raise CommandError(f"cannot read the corpus in {path}: {error}{advice}") from error
 
 
 def _check_complete(damaged: Sequence[DamagedPartition]) -> None:

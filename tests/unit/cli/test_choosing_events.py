@@ -220,3 +220,16 @@ def test_ls_lists_what_is_healthy_and_names_a_damaged_file(corpus: Path, tmp_pat
     assert 1 == done.exit_code
     assert ["ward-7-a"] == [line.split()[-1] for line in done.stdout.splitlines()[1:]]
     assert f"{damaged} is damaged" in done.stderr
+
+
+# -- fiq show ----------------------------------------------------------------------------------------------------------
+
+
+def test_show_keeps_all_digits_of_an_integer(tmp_path: Path) -> None:
+    """Beyond 64 bits, too: it may be a patient's number."""
+    body = '{"event_type": "NOTE", "payload": {"n": 12345678901234567890123, "text": "é", "dose": 0.5}}'
+    with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
+        store.append("c-1", [Record(1, MIDNIGHT_NS, bytes(16), body.encode())])
+        store.commit(1)
+    done = run(tmp_path, "show", "c-1")
+    assert (0, '{"n":12345678901234567890123,"text":"é","dose":0.5}') == (done.exit_code, done.stdout.split()[-1])

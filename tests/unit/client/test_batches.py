@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -91,6 +92,14 @@ def test_what_json_cannot_express_is_refused_without_being_quoted(value: object)
     with pytest.raises(InvalidArgumentError, match="cannot be written as JSON") as caught:
         encoded({"event_type": "A", "secret-payload": value})
     assert "secret-payload" not in str(caught.value)
+
+
+def test_a_long_integer_is_sent_as_text() -> None:
+    """The message says how; in text all of its digits are kept."""
+    with pytest.raises(InvalidArgumentError, match="an integer exceeds 64 bits; pass the event as JSON text"):
+        encoded({"event_type": "A", "payload": 2**64})
+    text = json.dumps({"event_type": "A", "payload": 2**64})
+    assert text.encode() == encoded(text)
 
 
 def events(count: int, size: int = 10) -> Iterator[bytes]:

@@ -209,6 +209,8 @@ def test_a_damaged_consultation_does_not_keep_anybody_from_reading_the_others(
     target = tmp_path / "x.csv"
     exported = run(app, ["export", "--all", "--flat", "--corpus", str(folder), "-o", str(target)])
     assert sum(read.values()) == target.read_text().count("MESSAGE_RECEIVED")
+    shown = run(app, ["show", VICTIM, "--corpus", str(folder)])
+    assert (1, True) == (shown.exit_code, "; `fiq verify` shows what is wrong" in shown.stderr)
     listed = run(app, ["ls", "--json", "--corpus", str(folder)])
     assert {"a", "d", "e"} <= {one["consultation"] for one in json.loads(listed.stdout)}
     failed = [exported] if how is not _break_header else [exported, listed]  # a list reads no bodies
