@@ -257,10 +257,11 @@ def from_ports(urls: Sequence[str]) -> tuple[list[NodeState], list[str]]:
     return found, unreachable
 
 
-def unreachable_ports(urls: Sequence[str]) -> Iterator[Finding]:
-    """Report monitoring ports that did not answer."""
+def unreachable_ports(urls: Sequence[str], *, users: bool) -> Iterator[Finding]:
+    """Report monitoring ports that did not answer; only a deployment with *users* has one who may ask the nodes."""
     for url in urls:
-        action = "run it as the user `ops`, who may ask all nodes, or name reachable ports with --monitoring"
+        asked = "run it as the user `ops`, who may ask all nodes" if users else "look at its node"
+        action = f"{asked}, or name reachable ports with --monitoring"
         yield unknown("sync_interval", f"the monitoring port {url} is not reachable", action)
 
 

@@ -190,7 +190,7 @@ def _examine_cluster(
         others, unreachable = cluster.from_ports(cluster.monitoring_urls(one.monitoring, expected))
         known = {node.name for node in nodes}
         nodes = (*nodes, *(node for node in others if node.name not in known))
-        yield from cluster.unreachable_ports(unreachable)
+        yield from cluster.unreachable_ports(unreachable, users=bool(settings.seed_file))
     else:
         answered = {str(server.info.get("server_name")) for server in servers}
         yield from cluster.silent_nodes(answered - {node.name for node in nodes})

@@ -155,8 +155,15 @@ def monitored_server(folder: Path, jetstream: str) -> Iterator[str]:
 def examined(url: str, offset: float = 0.0) -> Iterator[Finding]:
     """Look at the node that monitors at *url*."""
     found, silent = cluster.from_ports([url])
-    yield from cluster.unreachable_ports(silent)
+    yield from cluster.unreachable_ports(silent, users=True)
     yield from cluster.check_nodes(found, offset)
+
+
+@pytest.mark.parametrize(("users", "expected"), [(True, "as the user `ops`"), (False, "look at its node")])
+def test_a_port_that_does_not_answer_is_unknown(users: bool, expected: str) -> None:
+    """A `fiq up` has no users, so its operator is not sent to one."""
+    _, silent = cluster.from_ports([f"http://{LOOPBACK}:{free_ports(1)[0]}"])
+    assert expected in only(cluster.unreachable_ports(silent, users=users), Level.UNKNOWN).action
 
 
 def test_ids_that_the_nodes_have_no_memory_for_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
