@@ -475,6 +475,10 @@ def _load_tokens(app: web.Application, tokens: TokenStore, *limiters: RateLimite
 
     def load() -> None:
         tokens.load()
+        mode = Path(tokens.path).stat().st_mode & 0o777
+        if mode & 0o077:
+            action = f"chmod 600 {tokens.path}"
+            get_logger("ingest").warning("SECRET_READABLE", file=tokens.path, mode=f"{mode:04o}", action=action)
         for rates in limiters:
             rates.keep_only(tokens.names)
 

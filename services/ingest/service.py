@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     warn_of_unknown(log, os.environ)
     bounded = fit_memory(settings, memory_limit())
     if bounded != settings:
-        log.warning("MEMORY_BOUNDED", max_in_flight_bytes=bounded.max_in_flight_bytes)
+        log.info("MEMORY_BOUNDED", limit=memory_limit(), max_in_flight_bytes=bounded.max_in_flight_bytes)
     if (connectable := fit_open_files(bounded)) != bounded:
         bounded = connectable
         log.warning("CONNECTIONS_BOUNDED", max_connections=bounded.max_connections, reason="ulimit -n")

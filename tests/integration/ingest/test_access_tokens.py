@@ -41,6 +41,7 @@ ENDED = f"ended {digest_of(SECRETS['ended'])} read,write * 2020-01-01\n"
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "tokens"
     path.write_text(render(TOKENS) + ENDED)
+    path.chmod(0o600)
     return path
 
 
@@ -565,6 +566,24 @@ async def test_further_names_can_be_allowed() -> None:
             assert (await edge.raw(asked(PATHS[0], host))).startswith(b"HTTP/1.1 200 ")
         assert (await edge.raw(asked(PATHS[0], b"other.example"))).startswith(b"HTTP/1.1 421 ")
         assert (await edge.raw(b"GET /consultations HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.0 200 ")
+
+
+def readable_by_others(file: Path) -> bool:
+    return bool(file.stat().st_mode & 0o077)
+
+
+@pytest.fixture(params=[0o600, 0o640, 0o604], ids=oct)
+def file_of_mode(file: Path, request: pytest.FixtureRequest) -> Path:
+    file.chmod(request.param)
+    return file
+
+
+async def test_a_token_file_that_others_can_read_is_warned_of(
+    file_of_mode: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its hashes are not the tokens, but its names and prefixes tell who the clients are."""
+    async with running_edge(token_file=str(file_of_mode)):
+        assert readable_by_others(file_of_mode) == ("SECRET_READABLE" in capsys.readouterr().out)
 
 
 async def test_without_tokens_a_page_of_another_origin_cannot_change_anything() -> None:
