@@ -198,7 +198,8 @@ def _checked(source: IO[bytes], consultation: str | None, *, exported: bool) -> 
             typer.echo(f"line {number}: {reason}", err=True)
         more = f", {len(found.malformed) - _SHOWN} more than are shown" if len(found.malformed) > _SHOWN else ""
         lines = count(found.events, "line")
-        raise CommandError(f"{len(found.malformed)} of {lines} cannot be events{more}; nothing was sent")
+        events = "an event" if len(found.malformed) == 1 else "events"
+        raise CommandError(f"{len(found.malformed)} of {lines} cannot be {events}{more}; nothing was sent")
     return found
 
 

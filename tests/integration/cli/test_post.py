@@ -234,6 +234,7 @@ async def test_a_file_with_bad_lines_is_not_sent(tmp_path: Path) -> None:
     assert "6 of 7 lines cannot be events; nothing was sent" in result.err
     assert "line 4: it is not JSON in UTF-8, from its column 1 on\n" in result.err
     assert (1, True) == (nameless.code, "--consultation" in nameless.err)
+    assert "1 of 1 line cannot be an event; nothing was sent" in nameless.err
     assert [] == server.seen
 
 
