@@ -39,7 +39,9 @@ test: $(VENV)/.dev ## run every test (ARGS="-k name" to choose, WORKERS=0 for on
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: $(VENV)/.dev ## the crash tests in full: 500 kills, 2,000 power cuts, full disks, bit flips, drawn requests
-	FIQ_TORTURE=long $(BIN)/python -m pytest tests/torture $(DRAWN) $(ARGS)
+	FIQ_TORTURE=long $(BIN)/python -m pytest tests/torture $(DRAWN) $(REPEATED) $(ARGS)
+# tests that do again and again what the others do a few times
+REPEATED := tests/integration/persister/test_volumes.py
 # tests that draw what they send: more of it
 DRAWN := tests/integration/ingest/test_fuzz.py tests/integration/ingest/test_openapi_conformance.py
 
