@@ -4,6 +4,7 @@
 
     PermanentError
         CommandError                the command cannot do what was asked
+            UsageError              its arguments do not fit: exit code 2
             MissingServerError      no nats-server, or no nats.conf for it
             ChildFailedError        a process that was started ended, or was not ready in time
             PortTakenError          another process took the port before it could be used
@@ -21,6 +22,10 @@ from fiq.errors import PermanentError
 
 class CommandError(PermanentError):
     """Raised when a command cannot do what was asked."""
+
+
+class UsageError(CommandError):
+    """Raised when the arguments of a command do not fit together, or one of them is malformed."""
 
 
 class MissingServerError(CommandError):

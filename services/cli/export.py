@@ -28,7 +28,7 @@ from rich.filesize import decimal
 from fiq.corpus import Consultation, EventRecord
 from fiq.words import count
 from services.cli.corpus import opened, opened_corpus
-from services.cli.errors import CommandError
+from services.cli.errors import CommandError, UsageError
 from services.cli.target import CorpusOption, FolderOption, find_corpus
 from services.cli.times import ALWAYS, Period, SinceOption, UntilOption, iso
 
@@ -98,15 +98,15 @@ def export(
     Consultation after consultation, each in stream order. ndjson and json carry each event byte for byte.
     """
     if (consultation is not None) + bool(every or prefix) != 1:
-        raise CommandError("name one consultation, or choose several with --all or --prefix")
+        raise UsageError("name one consultation, or choose several with --all or --prefix")
     to_file = output is not None and str(output) != "-"
     form = form or (_form(output) if output is not None and to_file else Format.NDJSON)
     if flat and form in (Format.NDJSON, Format.JSON):
-        raise CommandError(f"--flat is for csv and parquet, not {form}: choose one with --format or the file's suffix")
+        raise UsageError(f"--flat is for csv and parquet, not {form}: choose one with --format or the file's suffix")
     if form is Format.PARQUET:
         _check_pyarrow()
         if not to_file:
-            raise CommandError("Parquet needs a file: name it with  -o FILE.parquet")
+            raise UsageError("Parquet needs a file: name it with  -o FILE.parquet")
     selection = Selection(event_type, Period.of(since, until), after)
     with contextlib.ExitStack() as stack:
         path = find_corpus(corpus, folder)
@@ -168,7 +168,7 @@ def _form(output: Path) -> Format:
     """Return what a file's name says of its format. Raises CommandError: another format than fiq writes."""
     suffix = output.suffix.lower()
     if suffix and suffix not in SUFFIXES:
-        raise CommandError(f"{output}: {suffix} is none of {', '.join(SUFFIXES)}: rename it, or choose with --format")
+        raise UsageError(f"{output}: {suffix} is none of {', '.join(SUFFIXES)}: rename it, or choose with --format")
     return SUFFIXES.get(suffix, Format.NDJSON)
 
 

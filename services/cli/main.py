@@ -25,6 +25,7 @@ from typer.completion import completion_init, get_completion_script  # type: ign
 from typer.core import TyperGroup
 
 from fiq.errors import FiqError
+from services.cli.errors import UsageError
 from services.core.command import product_version
 
 #: in the environment when a shell asks for completions
@@ -148,7 +149,7 @@ def _command(name: str, found: Any) -> Any:
 
 
 class FiqGroup(TyperGroup):
-    """Shows an error as one message on stderr and exits with 1, instead of with a traceback."""
+    """Shows an error as one message on stderr and exits with 1 (2: wrong arguments), instead of with a traceback."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         """Read the arguments, and print the help if that was asked for."""
@@ -156,7 +157,7 @@ class FiqGroup(TyperGroup):
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. Raises typer.Exit: it failed (1) or was interrupted (130)."""
+        """Run the command. Raises typer.Exit: it failed (1), has wrong arguments (2), or was interrupted (130)."""
         try:
             with _closed_pipe_is_an_end():
                 try:
@@ -166,15 +167,15 @@ class FiqGroup(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except FiqError as error:
-            message = str(error)
+            message, code = str(error), 2 if isinstance(error, UsageError) else 1
         except USAGE_ERROR as error:
             cast("Any", error).message = _plain(error)
             raise
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            message = f"{error.filename}: {reason}" if error.filename else reason
+            message, code = f"{error.filename}: {reason}" if error.filename else reason, 1
         typer.echo(f"fiq: {message}", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(code)
 
 
 def _plain(error: Any) -> str:

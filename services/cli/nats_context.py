@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fiq.words import count
-from services.cli.errors import CommandError
+from services.cli.errors import CommandError, UsageError
 from services.cli.init.files import Layout
 from services.cli.target import FolderOption, ServerOption, Target, check_is_nats, connected, find_cluster
 from services.log.jetstream import stream as names
@@ -94,7 +94,7 @@ def context_path(name: str, env: Mapping[str, str] = os.environ) -> Path:
     Raises CommandError: the name would lead out of that folder.
     """
     if not name or ".." in name or "/" in name or os.sep in name or "\0" in name:
-        raise CommandError(f"{name!r} cannot be the name of a context: leave out slashes and double dots")
+        raise UsageError(f"{name!r} cannot be the name of a context: leave out slashes and double dots")
     base = Path(xdg) if (xdg := env.get("XDG_CONFIG_HOME")) else _home(env) / ".config"
     return base / "nats" / "context" / f"{name}.json"
 

@@ -33,7 +33,7 @@ from fiq.errors import InvalidIdError, PoisonError
 from fiq.event import InvalidBodyError, NotJsonError, check_body, check_consultation_id, event_id_from_key, new_event_id
 from fiq.words import count
 from services.cli.console import bar
-from services.cli.errors import CommandError
+from services.cli.errors import CommandError, UsageError
 from services.cli.target import CaFileOption, ServiceTarget, TokenFileOption, UrlOption, find_service, trusting
 from services.core.lifecycle import Stop, run_until_stopped, stop_on_signals
 
@@ -246,9 +246,9 @@ def _check_ids(consultation: str | None, key: str | None) -> None:
         if key is not None:
             event_id_from_key(key)
     except InvalidIdError as error:
-        raise CommandError(str(error)) from None
+        raise UsageError(str(error)) from None
     if key is not None and (len(key) > _LONGEST_KEY or '"' in key):
-        raise CommandError(f"--key is at most {_LONGEST_KEY} characters, without quotes")
+        raise UsageError(f"--key is at most {_LONGEST_KEY} characters, without quotes")
 
 
 # -- The checkpoint --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import typer
 
 from fiq.client import AsyncClient, ClientError, RetryPolicy, StoredEvent
 from services.cli import console
-from services.cli.errors import CommandError
+from services.cli.errors import CommandError, UsageError
 from services.cli.target import CaFileOption, FolderOption, TokenFileOption, UrlOption, find_service, trusting
 from services.cli.times import Period, SinceOption
 
@@ -64,7 +64,7 @@ def follow(
     First those that are stored, then each new one, once and in order, until Ctrl-C.
     """
     if (consultation is not None) == every:
-        raise CommandError("name one consultation, or choose all of them with --all")
+        raise UsageError("name one consultation, or choose all of them with --all")
     begin = datetime.fromtimestamp(Period.of(since, "").since // 10**9, UTC) if since else None
 
     async def print_all() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.errors import CommandError
+from services.cli.errors import UsageError
 from services.core.settings import seconds
 
 _TAKES = "2026-11-27, 2026-11-27T08:00:00Z, or a span before now such as 90d or 12h"
@@ -54,10 +54,10 @@ def _nanoseconds(option: str, text: str) -> int:
                 raise ValueError("a number without a unit may be a year")
             moment = datetime.now(UTC) - timedelta(seconds=seconds(0, _LONGEST)(text))
         except ValueError:
-            raise CommandError(f"{option} takes {_TAKES}, not {text!r}") from None
+            raise UsageError(f"{option} takes {_TAKES}, not {text!r}") from None
     if moment.tzinfo is None:
         if ":" in text:
-            raise CommandError(f"{option} {text}: a time of day needs a zone, such as Z for UTC") from None
+            raise UsageError(f"{option} {text}: a time of day needs a zone, such as Z for UTC") from None
         moment = moment.replace(tzinfo=UTC)
     return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
 

@@ -15,7 +15,7 @@ import typer
 from fiq.errors import ConfigurationError
 from services.cli import console
 from services.cli.console import JsonOption
-from services.cli.errors import CommandError
+from services.cli.errors import CommandError, UsageError
 from services.cli.init.files import FileOwner, Layout, Secrets
 from services.core.settings import seconds
 from services.core.tokens import (
@@ -67,7 +67,7 @@ def new(
         if prefix and Scope.OPS in made.scopes:
             raise ValueError("the scope ops is about all consultations: leave --prefix out, or name other --scopes")
     except ValueError as error:
-        raise CommandError(str(error)) from None
+        raise UsageError(str(error)) from None
     tokens = TokenFile(deployment, file)
     tokens.add(made)
     typer.echo(f"{name} is in {tokens.path}; its token is shown only this once:", err=True)
@@ -110,7 +110,7 @@ def revoke(
     try:
         check_name(name)
     except ValueError as error:
-        raise CommandError(str(error)) from None
+        raise UsageError(str(error)) from None
     for change in TokenFile(deployment, file).remove(name):
         typer.echo(change)
 

@@ -491,11 +491,12 @@ async def test_the_token_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_be_done_is_said_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], advice: str
 ) -> None:
-    """Without a traceback, with exit code 1."""
+    """Without a traceback, with exit code 1; 2 if an argument is malformed."""
     monkeypatch.chdir(tmp_path)
     written(Path("x"), [event(1)])
+    code = 2 if advice.endswith((" is", " at most")) else 1
     result = CliRunner().invoke(app, ["post", *arguments])
-    assert (1, "") == (result.exit_code, result.stdout)
+    assert (code, "") == (result.exit_code, result.stdout)
     assert result.stderr.startswith("fiq: ")
     assert advice in result.stderr
 

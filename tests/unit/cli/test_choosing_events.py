@@ -81,7 +81,7 @@ def test_events_are_chosen_by_consultation_type_time_and_sequence(
 def test_one_consultation_or_several_have_to_be_chosen(corpus: Path, arguments: list[str]) -> None:
     """All of a corpus is a lot: it has to be asked for."""
     done = run(corpus, "export", *arguments)
-    assert (1, "") == (done.exit_code, done.stdout)
+    assert (2, "") == (done.exit_code, done.stdout)
     assert "name one consultation, or choose several with --all or --prefix" in done.stderr
 
 
@@ -121,7 +121,7 @@ def test_the_option_comes_before_the_suffix(corpus: Path, tmp_path: Path) -> Non
 def test_a_suffix_of_another_format_is_refused(corpus: Path, tmp_path: Path, name: str) -> None:
     """No program could open such a file."""
     done = run(corpus, "export", "--all", "-o", tmp_path / name)
-    assert (1, []) == (done.exit_code, list(tmp_path.iterdir()))
+    assert (2, []) == (done.exit_code, list(tmp_path.iterdir()))
     assert "is none of .ndjson, .jsonl, .json, .csv, .parquet: rename it, or choose with --format" in done.stderr
 
 
@@ -156,7 +156,7 @@ def test_a_failed_export_keeps_the_file_that_was_there(corpus: Path, tmp_path: P
 def test_what_a_format_cannot_do_is_said(corpus: Path, arguments: list[str], advice: str) -> None:
     """Parquet is written from its end, and the JSON forms are exact."""
     done = run(corpus, "export", "--all", *arguments)
-    assert (1, "", True) == (done.exit_code, done.stdout, advice in done.stderr)
+    assert (2, "", True) == (done.exit_code, done.stdout, advice in done.stderr)
 
 
 def test_parquet_without_its_extra_says_what_to_install(
