@@ -84,7 +84,7 @@ function place(element) {
 
 const title = (text) => h("h1", { tabindex: "-1" }, text);
 
-// -- token ------------------------------------------------------------------------------------------------------------
+// -- token --
 
 function showSignIn(reason = null) {
 	const input = h("input", { type: "password", autocomplete: "off", spellcheck: "false", required: true, name: "token" });
@@ -129,7 +129,7 @@ function drawMenu() {
 	fill(menu, allowed.map((name) => h("a", { href: `#/${name}`, "data-view": name }, t(`view-${name}`))));
 }
 
-// -- start ------------------------------------------------------------------------------------------------------------
+// -- start --
 
 function setClock(utc) {
 	clock.utc = utc;

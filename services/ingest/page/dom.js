@@ -62,7 +62,7 @@ export const fill = (element, ...children) => {
 	return element;
 };
 
-// -- foreign text -----------------------------------------------------------------------------------------------------
+// -- foreign text --
 
 /** Controls, marks and overrides of direction, invisible fillers: each is shown by its number, within its own isolate. */
 const SPECIAL = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\u{e0000}-\u{e007f}]/gu;
@@ -82,7 +82,7 @@ export function foreign(element, text) {
 	return element;
 }
 
-// -- times and numbers ------------------------------------------------------------------------------------------------
+// -- times and numbers --
 
 export const clock = { utc: false };
 const number = new Intl.NumberFormat(language);
@@ -137,7 +137,7 @@ export function since(iso) {
 	return ago.format(-Math.round(past / 86400), "day");
 }
 
-// -- messages ---------------------------------------------------------------------------------------------------------
+// -- messages --
 
 /** A problem with what to do about it. */
 export function problemBox(problem, retry = null) {
@@ -248,7 +248,7 @@ export function choice(label, options, chosen, onchange) {
 	return box;
 }
 
-// -- following --------------------------------------------------------------------------------------------------------
+// -- following --
 
 /** Return the state of a Follower: whether it runs, an element that says so, and a text that changes with it. */
 export function liveState(follower) {
