@@ -115,7 +115,9 @@ class Deployment:
             raise EngineError(f"{error}\n{self.logs()}\n{self.complaints()}") from error
 
     def rolling_restart(self, *services: str, **variables: str) -> list[str]:
-        """Restart *services*, everything by default, with the script of the deployment; return what it says.
+        """Restart *services*, everything by default, with the script of the deployment; return the steps that it says.
+
+        What it waits for between them depends on the machine, and is left out.
 
         Raises:
             EngineError: it stopped; with that.
@@ -123,7 +125,7 @@ class Deployment:
         env = {"COMPOSE": " ".join(self.compose.docker_compose_command()), **variables}
         command = ("env", *(f"{name}={value}" for name, value in env.items()), "./rolling-restart", *services)
         said = run("sh", "-c", 'exec "$@" 2>&1', "sh", *command, cwd=self.folder, timeout=540)
-        return re.findall(r"^rolling-restart: (.*)$", said, re.MULTILINE)
+        return re.findall(r"^rolling-restart: (?!waiting: )(.*)$", said, re.MULTILINE)
 
     def remove(self) -> None:
         """Remove containers, networks and volumes."""
