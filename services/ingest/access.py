@@ -23,6 +23,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from hashlib import blake2b
 from hmac import compare_digest
 from pathlib import Path
@@ -441,6 +442,7 @@ class _AuditLog:
         self._log.warning("ACCESS_REFUSED", reason=reason, **present)
 
 
+@lru_cache(maxsize=128)
 def _address(text: str | None) -> Address | None:
     """Return the address in *text*, an IPv4 one also where IPv6 embeds it; None if it is not an address."""
     try:
