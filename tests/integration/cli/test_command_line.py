@@ -115,7 +115,7 @@ def test_the_first_line_of_up_waits_for_no_slow_import() -> None:
 
 def test_make_up_runs_the_pipeline() -> None:
     """For those who have just read the README."""
-    command = ["make", "-n", "up", "ARGS=--port 7009"]
+    command = ["make", "--no-print-directory", "-n", "up", "ARGS=--port 7009"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert ".venv/bin/fiq up --port 7009" == result.stdout.splitlines()[-1]

@@ -33,7 +33,9 @@ class Run:
         self.data = data
         self.stop = Stop()
         self.client: Client | None = None
-        self.work = asyncio.create_task(serve(PersisterSettings(data_dir=data, port=0, log=log), self.stop))
+        self.work = asyncio.create_task(
+            serve(PersisterSettings(data_dir=data, port=0, allow_ephemeral=True, log=log), self.stop)
+        )
 
     def released(self) -> bool:
         """Whether every partition file may be opened by another process."""

@@ -65,7 +65,7 @@ async def test_a_log_that_was_set_back_loses_nothing_of_either_history(log: Log,
         await persisted(new, first, only_in_the_stream)
         port = (await asyncio.to_thread(ingest.wait_for, "INGEST_STARTED"))["port"]
         exported = tmp_path / "exported.ndjson"
-        await _fiq("export", "--after", "40", "--corpus", str(old), "--output", str(exported))
+        await _fiq("export", "--all", "--after", "40", "--corpus", str(old), "--output", str(exported))
         told = await _fiq("post", str(exported), "--exported", "--url", f"http://127.0.0.1:{port}")
         assert ["accepted", "110", "duplicates", "10"] == told.split()[:4]
         everything = joined([first, only_in_the_stream, only_in_hdf5])
