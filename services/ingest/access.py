@@ -316,11 +316,11 @@ class AccessControl:
         return guarded
 
     def _check(self, request: web.Request) -> None:
+        if GRANT in request:  # allowed by the handler of Expect
+            return
         if not self._tokens.required:
             self._check_host(request.headers.get(hdrs.HOST))
             _check_origin(request)
-        if GRANT in request:  # allowed by the handler of Expect
-            return
         match = request.match_info
         rule = self._rules.get(match.route)
         if rule is not None and rule.scope is OPEN:
