@@ -138,9 +138,7 @@ class Coordinator:
         """
         one = self._running[partition]
         if at.sequence < one.record.committed:
-            one.record = await self._placements.progress(
-                one.record, at.sequence, at.message_id, owned=lambda: one.runner.holds_file
-            )
+            await self._put_progress(one, at)
         await asyncio.sleep(self._placements.fence_seconds)
 
     async def run(self) -> None:
@@ -277,9 +275,7 @@ class Coordinator:
         if Position(one.record.committed, one.record.message_id) == at:
             return
         try:
-            one.record = await self._placements.progress(
-                one.record, at.sequence, at.message_id, owned=lambda: one.runner.holds_file
-            )
+            await self._put_progress(one, at)
         except PermanentError as error:
             self._log.error("PROGRESS_REFUSED", partition=name, reason=str(error))
             self._claim_soon()
@@ -287,6 +283,12 @@ class Coordinator:
                 one.runner.fail(error)
         except LogUnavailableError as error:
             self._log.warning("PROGRESS_NOT_PUT", partition=name, reason=str(error))
+
+    async def _put_progress(self, one: _Running, at: Position) -> None:
+        """Put that a partition's file has reached *at*; raises what ``progress`` of the placements raises."""
+        one.record = await self._placements.progress(
+            one.record, at.sequence, at.message_id, owned=lambda: one.runner.holds_file
+        )
 
     # -- maintain -----------------------------------------------------------------------------------------------------
 
