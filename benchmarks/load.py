@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,6 +73,7 @@ class Report:
         seconds: the time that was measured.
         events: done in it.
         failures: requests that were not accepted, in and before it.
+        refusals: status and problem of the answers that accepted nothing, and how many there were of each.
         latencies_us: of each request, in microseconds; empty where that means nothing.
         accepted: events that were accepted in and before it.
         begin_ns: when the measured time began, nanoseconds since the epoch.
@@ -82,6 +84,7 @@ class Report:
     seconds: float
     events: int
     failures: int = 0
+    refusals: dict[str, int] = field(default_factory=dict)
     latencies_us: list[int] = field(default_factory=list)
     accepted: int = 0
     begin_ns: int = 0
@@ -153,6 +156,7 @@ class Tally:
         self._events = events
         self._latencies: list[int] = []
         self._sent = self._accepted = self._failures = 0
+        self._refusals: Counter[str] = Counter()
         self._begin = self._end = 0.0
         self._begin_ns = self._last_ns = 0
         self._cpu = 0.0
@@ -182,12 +186,23 @@ class Tally:
         if self._begin <= done <= self._end:
             self._latencies.append(round((done - started) * 1e6))
 
+    def refuse(self, started: float, answer: bytes) -> None:
+        """Count *answer*, which accepted nothing, to a request sent at *started*, under its status and problem."""
+        self.count(started, accepted=False)
+        _, _, body = answer.partition(_HEAD_END)
+        try:
+            problem = str(orjson.loads(body)["type"]).rpartition("/")[2]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            problem = "without a problem's type"
+        self._refusals[f"{answer_status(answer)} {problem}"] += 1
+
     def report(self) -> Report:
         """Return what was counted, now that all requests are answered."""
         return Report(
             seconds=min(time.perf_counter(), self._end) - self._begin,
             events=len(self._latencies) * self._events,
             failures=self._failures,
+            refusals=dict(self._refusals),
             latencies_us=self._latencies,
             accepted=self._accepted * self._events,
             begin_ns=self._begin_ns,
@@ -243,7 +258,10 @@ class Connection(asyncio.Protocol):
             self._buffer = data
             return
         self._buffer = b""
-        self._tally.count(self._started, accepted=status == _ACCEPTED)
+        if status == _ACCEPTED:
+            self._tally.count(self._started, accepted=True)
+        else:
+            self._tally.refuse(self._started, data)
         if self._pause:
             self._loop.call_later(self._pause, self.send)
         else:

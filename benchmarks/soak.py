@@ -1,7 +1,7 @@
 """Soak: the load of the product at work for minutes, and what each process holds meanwhile.
 
 ``python -m benchmarks.soak [--seconds 300] [--clients 20]``. A node remembers each message id for as long as the
-duplicate window, so its memory rises until that is over; the window is one minute here instead of ten.
+duplicate window, so its memory rises until that is over; the window is one minute here instead of two.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ def _soak(stack: Stack, seconds: float, clients: int) -> list[str]:
     watch.join()
     heads = [f"after {seconds * part / _PARTS:.0f} s" for part in range(_PARTS + 1)]
     rows = [f"| {name} | " + " | ".join(f"{size / 1e6:.0f}" for size in sizes) + " |" for name, sizes in held.items()]
+    refusals = "".join(f", {count:,} answered {refusal}" for refusal, count in report.refusals.items())
     return [
-        f"{report.accepted:,} events accepted, {report.rate:,.0f} a second, {report.failures} failures; resident MB:",
+        f"{report.accepted:,} events accepted, {report.rate:,.0f} a second, {report.failures} failures{refusals}; "
+        "resident MB:",
         "",
         f"| process | {' | '.join(heads)} |",
         f"| --- |{' ---: |' * len(heads)}",
