@@ -71,8 +71,10 @@ def _soak(stack: Stack, seconds: float, clients: int) -> list[str]:
     rows = [f"| {name} | " + " | ".join(f"{size / 1e6:.0f}" for size in sizes) + " |" for name, sizes in held.items()]
     refusals = "".join(f", {count:,} answered {refusal}" for refusal, count in report.refusals.items())
     return [
-        f"{report.accepted:,} events accepted, {report.rate:,.0f} a second, {report.failures} failures{refusals}; "
-        "resident MB:",
+        (
+            f"{report.accepted:,} events accepted, {report.rate:,.0f} a second, {report.failures} failures{refusals}; "
+            "resident MB:"
+        ),
         "",
         f"| process | {' | '.join(heads)} |",
         f"| --- |{' ---: |' * len(heads)}",

@@ -40,26 +40,26 @@ class Settings:
         "FI_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address to listen on. Anything but loopback needs FI_TOKEN_FILE, or FI_ALLOW_ANONYMOUS.",
+        doc="Address to listen on; beyond loopback only with FI_TOKEN_FILE or FI_ALLOW_ANONYMOUS.",
     )
-    port: int = setting("FI_PORT", 7001, parse=tcp_port, doc="TCP port to listen on; 0 takes a free one and logs it.")
+    port: int = setting("FI_PORT", 7001, parse=tcp_port, doc="TCP port to listen on; 0: a free one, which is logged.")
     management_host: str = setting(
         "FI_MANAGEMENT_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address of ingest's /healthz, /readyz and /metrics, which need no token: loopback or an inner network.",
+        doc="Address of /healthz, /readyz and /metrics, which need no token: loopback or an inner network.",
     )
     management_port: int = setting(
         "FI_MANAGEMENT_PORT",
         7101,
         parse=tcp_port,
-        doc="TCP port of ingest's /healthz, /readyz and /metrics; 0 takes a free one and logs it.",
+        doc="TCP port of /healthz, /readyz and /metrics; 0: a free one, which is logged.",
     )
     token_file: str = setting(
         "FI_TOKEN_FILE",
         "",
         parse=text,
-        doc="File with the API tokens' hashes (`fiq token`), read again when it changes; empty: clients need no token.",
+        doc="File with the API tokens' hashes (`fiq token`), read again when it changes; empty: no token is needed.",
     )
     allow_anonymous: bool = setting(
         "FI_ALLOW_ANONYMOUS",
@@ -71,129 +71,129 @@ class Settings:
         "FI_ALLOWED_HOSTS",
         (),
         parse=_hosts,
-        doc="Names in `Host` that are accepted while clients need no token, besides localhost and loopback addresses.",
+        doc="Names in `Host` that are accepted while no token is needed, besides localhost and loopback addresses.",
     )
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = setting(
         "FI_TRUSTED_PROXIES",
         (),
         parse=_networks,
-        doc="Addresses or networks of proxies whose X-Forwarded-For is believed, in logs: 10.0.0.5,172.16.0.0/12.",
+        doc="Addresses or networks of proxies whose X-Forwarded-For is believed: 10.0.0.5,172.16.0.0/12.",
     )
     tls_cert: str = setting(
         "FI_TLS_CERT",
         "",
         parse=text,
-        doc="PEM file with ingest's certificate and its issuers', read again when it changes; empty is plain HTTP.",
+        doc="PEM file with certificate and chain, read again when it changes; empty: plain HTTP.",
     )
     tls_key: str = setting(
         "FI_TLS_KEY",
         "",
         parse=text,
-        doc="PEM file with the key of FI_TLS_CERT, without a password; ingest then speaks TLS 1.2 or newer only.",
+        doc="PEM file with the key of FI_TLS_CERT, without a password.",
     )
     rate: float = setting(
         "FI_RATE",
         0.0,
         parse=number(0, 1_000_000),
-        doc="Requests and events a second that one token may send in the long run; beyond it 429; 0 is no limit.",
+        doc="Requests and events per second of one token; beyond it 429. 0: no limit.",
     )
     rate_burst: int = setting(
         "FI_RATE_BURST",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Requests and events that a token may send at once; a larger batch is accepted when none of it is used.",
+        doc="Requests and events of one token at once; a larger batch is accepted if none of it is used.",
     )
     new_consultations_rate: float = setting(
         "FI_NEW_CONSULTATIONS_RATE",
         20.0,
         parse=number(0, 1_000_000),
-        doc="Consultations a second that one token may begin in the long run; beyond it 429; 0 is no limit.",
+        doc="Consultations per second that one token may begin; beyond it 429. 0: no limit.",
     )
     new_consultations_burst: int = setting(
         "FI_NEW_CONSULTATIONS_BURST",
         10_000,
         parse=integer(1, 10**9),
-        doc="Consultations that a token may begin at once. Each takes 4 KB in HDF5.",
+        doc="Consultations that one token may begin at once. Each takes 4 KB in HDF5.",
     )
     publish_deadline: float = setting(
         "FI_PUBLISH_DEADLINE",
         5.0,
         parse=seconds(0.1, 300),
-        doc="How long one event may take to be stored, retries included, before its client gets 503.",
+        doc="How long storing an event may take, retries included; then 503.",
     )
     max_in_flight: int = setting(
         "FI_MAX_IN_FLIGHT",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Events that this process stores at the same time; beyond it 429.",
+        doc="Events that a process stores at the same time; beyond it 429.",
     )
     max_connections: int = setting(
         "FI_MAX_CONNECTIONS",
         2000,
         parse=integer(1, 1_000_000),
-        doc="Connections of this process; at the limit an idle one without a valid token makes room, else 503.",
+        doc="Connections of a process; at the limit an idle one without a valid token makes room, else 503.",
     )
     max_in_flight_bytes: int = setting(
         "FI_MAX_IN_FLIGHT_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**40),
-        doc="Bytes of bodies and long headers in memory at the same time; beyond it 429. Reduced in a small container.",
+        doc="Bytes of bodies and long headers in memory; beyond it 429. Reduced in a small container.",
     )
     max_event_bytes: int = setting(
         "FI_MAX_EVENT_BYTES",
         2**20,
         parse=size(1, 64 * 2**20),
-        doc="Largest body; a larger one gets 413. The broker's max_payload must be at least 1 KiB larger.",
+        doc="Largest event; beyond it 413. The broker's max_payload must be at least 1 KiB larger.",
     )
     max_batch_bytes: int = setting(
         "FI_MAX_BATCH_BYTES",
         8 * 2**20,
         parse=size(1, 256 * 2**20),
-        doc="Largest body of a batch; a larger one gets 413. FI_MAX_EVENT_BYTES limits each of its events.",
+        doc="Largest body of a batch; beyond it 413.",
     )
     max_batched_events: int = setting(
         "FI_MAX_BATCHED_EVENTS",
         8000,
         parse=integer(1000, 1_000_000),
-        doc="Events of batches that are stored at the same time, in addition to FI_MAX_IN_FLIGHT; beyond it 429.",
+        doc="Events of batches stored at the same time, besides FI_MAX_IN_FLIGHT; beyond it 429.",
     )
     key_lookup_wait: float = setting(
         "FI_KEY_LOOKUP_WAIT",
         0.1,
         parse=seconds(0, 10),
-        doc="How long asking the corpus about a key may delay an answer; 0 does not ask.",
+        doc="How long asking the corpus about a key may delay an answer; 0: it is not asked.",
     )
     max_json_depth: int = setting(
         "FI_MAX_JSON_DEPTH",
         100,
         parse=integer(1, 1024),
-        doc="Levels of objects and arrays in a body; a deeper one gets 422. Many JSON parsers fail on deeper nesting.",
+        doc="Levels of objects and arrays in a body; beyond it 422.",
     )
     max_backlog: int = setting(
         "FI_MAX_BACKLOG",
         100_000,
         parse=integer(0, 10**12),
-        doc="Events that may wait to be persisted; beyond it 503; stalled partitions share half of it while others "
-        "move; 0 leaves only the log's own limit.",
+        doc="Events that may wait for persisters; beyond it 503. Stalled partitions share half of it. 0: no limit"
+        " but the log's.",
     )
     max_window_events: int = setting(
         "FI_MAX_WINDOW_EVENTS",
         1_000_000,
         parse=integer(0, 10**12),
-        doc="Events that the log may store within FI_DUPLICATE_WINDOW; beyond it 503. Each takes 0.5 KB of memory on "
-        "every node (docs/deploy.md); 0 is no limit.",
+        doc="Events within FI_DUPLICATE_WINDOW; beyond it 503. Each takes 0.5 KB of every node's memory "
+        "(docs/deploy.md). 0: no limit.",
     )
     header_timeout: float = setting(
         "FI_HEADER_TIMEOUT",
         10.0,
         parse=seconds(0.1, 3600),
-        doc="How long a request's headers may take, from the connection on for the first request, before it gets 408.",
+        doc="How long headers may take, those of the first request from the connection on; then 408.",
     )
     body_timeout: float = setting(
         "FI_BODY_TIMEOUT",
         30.0,
         parse=seconds(0.1, 3600),
-        doc="How long a client may take to send a body before it gets 408.",
+        doc="How long a client may take to send a body; then 408.",
     )
     answer_timeout: float = setting(
         "FI_ANSWER_TIMEOUT",
@@ -211,37 +211,37 @@ class Settings:
         "FI_MAX_FOLLOWERS",
         100,
         parse=integer(0, 100_000),
-        doc="Clients that follow consultations through this process; one more gets 429. Each takes up to 2 MiB.",
+        doc="Clients that follow through a process; beyond it 429. Each takes up to 2 MiB.",
     )
     follow_interval: float = setting(
         "FI_FOLLOW_INTERVAL",
         0.25,
         parse=seconds(0.01, 60),
-        doc="How often the log is asked for new events of each followed consultation: one cheap request.",
+        doc="How often the log is asked for new events of each followed consultation.",
     )
     ui_masked: bool = setting(
         "FI_UI_MASKED",
         True,
         parse=boolean,
-        doc="The page at /ui shows an event's body only when its user asks for it; 0 shows all bodies at once.",
+        doc="The page shows a body only on request; 0: at once.",
     )
     shutdown_grace: float = setting(
         "FI_SHUTDOWN_GRACE",
         10.0,
         parse=seconds(0, 3600),
-        doc="How long requests in flight may take after SIGTERM; keep it above FI_PUBLISH_DEADLINE.",
+        doc="How long requests may take after SIGTERM; keep it above FI_PUBLISH_DEADLINE.",
     )
     watchdog: float = setting(
         "FI_WATCHDOG",
         WATCHDOG_SECONDS,
         parse=seconds(0, 86400),
-        doc="How long the event loop or a call in a thread may hang before the process ends itself; 0: for ever.",
+        doc="How long the event loop or a thread's call may hang before the process ends itself; 0: for ever.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",
         "info",
         parse=level,
-        doc="debug, info, warning or error; info has one line for each request and each batch.",
+        doc="debug, info (a line for each request and batch), warning or error.",
     )
     log: LogSettings = nested(LogSettings)
 

@@ -66,85 +66,85 @@ class LogSettings:
         "FI_LOG_URL",
         ("nats://127.0.0.1:4222",),
         parse=_servers,
-        doc="Where the log is: URLs of NATS nodes, separated by commas, or a ZeroMQ address (docs/logs.md).",
+        doc="URLs of NATS nodes, separated by commas, or a ZeroMQ address (docs/logs.md).",
     )
     ca_file: str = setting(
         "FI_NATS_CA_FILE",
         "",
         parse=text,
-        doc="PEM file of the authority that signed the nodes' certificates. When set, nothing but TLS 1.3 is spoken.",
+        doc="PEM file of the nodes' certificate authority; with it only TLS 1.3 is spoken.",
     )
     seed_file: str = setting(
         "FI_NATS_SEED_FILE",
         "",
         parse=text,
-        doc="File with the nkey seed of this process' NATS user; read again at each connect, so it may be rotated.",
+        doc="File with the nkey seed of this process' NATS user; read at each connect.",
     )
     zmq_key_file: str = setting(
         "FI_ZMQ_KEY_FILE",
         "",
         parse=text,
-        doc="File with the CURVE key pair of this process (`*.key_secret`); `zmq+tcp://` needs it.",
+        doc="File with this process' CURVE key pair (`*.key_secret`), for `zmq+tcp://`.",
     )
     zmq_server_key: str = setting(
         "FI_ZMQ_SERVER_KEY",
         "",
         parse=text,
-        doc="File with the public CURVE key of the persisters (`*.key`); ingest connects to no other.",
+        doc="Ingest: file with the persisters' public CURVE key (`*.key`).",
     )
     zmq_client_keys: str = setting(
         "FI_ZMQ_CLIENT_KEYS",
         "",
         parse=text,
-        doc="Folder with the public CURVE keys (`*.key`) that a persister lets in; read at start.",
+        doc="Persister: folder with the clients' public CURVE keys (`*.key`); read at start.",
     )
     partitions: int = setting(
         "FI_PARTITIONS",
         16,
         parse=integer(1, 100),
-        doc="Partitions of the stream. Choose once: it is fixed when the stream is created.",
+        doc="Partitions of the stream, fixed when it is created.",
     )
     replicas: int = setting(
         "FI_REPLICAS",
         3,
         parse=_replicas,
-        doc="Copies of each event. Below 3 the loss of one node loses events: for experiments only.",
+        doc="Copies of each event. Below 3 the loss of a node loses events.",
     )
     max_bytes: int = setting(
         "FI_STREAM_MAX_BYTES",
         4 * 2**30,
         parse=size(2**20, 2**50),
-        doc="Limit of the stream, reserved on each node at creation; beyond it clients get 503. May be raised later.",
+        doc="Limit of the stream, reserved on each node; beyond it 503. May be raised later.",
     )
     duplicate_window: float = setting(
         "FI_DUPLICATE_WINDOW",
         120.0,
         parse=seconds(0.1, 86400),
-        doc="How long the nodes remember message ids, each in memory; later retries are dropped by the persister.",
+        doc="How long nodes keep message ids in memory; persisters drop later retries.",
     )
     dead_max_bytes: int = setting(
         "FI_DEAD_MAX_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**50),
-        doc="Limit of the dead-letter stream; when it is full a partition with a poison message waits.",
+        doc="Limit of `fi-dead`; when it is full, partitions with bad messages wait.",
     )
     store: str = setting(
         "FI_STORE",
         "main",
         parse=_store,
-        doc="Name of the copy of the corpus that this deployment writes; it is part of the consumers' names.",
+        doc="Name of the copy of the corpus.",
     )
     provision: bool = setting(
         "FI_PROVISION",
         True,
         parse=boolean,
-        doc="Create or check the streams at start. Turn off where only `fiq provision` may do that.",
+        doc="Create or check the streams at start; 0 where only `fiq provision` may.",
     )
     startup_timeout: float = setting(
         "FI_STARTUP_TIMEOUT",
         60.0,
         parse=seconds(1, 3600),
-        doc="How long to wait at start for a cluster that does not answer yet; then the process exits with 1.",
+        doc="How long to wait for the cluster at start; then exit code 1.",
     )
 
     @property

@@ -34,97 +34,97 @@ class PersisterSettings:
         "FI_DATA_DIR",
         Path("corpus"),
         parse=Path,
-        doc="The volume: a directory on a local disk with partition files, shared by the processes of this host.",
+        doc="The volume: a directory on a local disk, shared by the host's processes.",
     )
     allow_ephemeral: bool = setting(
         "FI_ALLOW_EPHEMERAL",
         False,
         parse=boolean,
-        doc="Take a data directory on tmpfs, ramfs or overlay, whose files a restart of machine or container loses.",
+        doc="Accept tmpfs, ramfs or overlay, whose files a restart loses.",
     )
     disk_reserve: float = setting(
         "FI_DISK_RESERVE",
         5.0,
         parse=number(0, 90),
-        doc="Percent of the data directory's file system that persisters leave free: nodes may share it. 0: nothing.",
+        doc="Percent of the file system that persisters leave free: nodes may share it.",
     )
     volumes: int = setting(
         "FI_VOLUMES",
         1,
         parse=integer(1, 100),
-        doc="Number of volumes of the store, the same everywhere; each takes an equal share of the partitions.",
+        doc="Volumes of the store, the same everywhere; each takes an equal share of the partitions.",
     )
     host: str = setting(
         "FI_PERSISTER_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address of /healthz, /readyz and /metrics, which have no authentication: loopback or an inner network.",
+        doc="Address of /healthz, /readyz and /metrics, which need no token: loopback or an inner network.",
     )
     port: int = setting(
         "FI_PERSISTER_PORT",
         7002,
         parse=port,
-        doc="TCP port of /healthz, /readyz and /metrics; worker i of `--workers N` takes port + i. 0: a free port.",
+        doc="TCP port of /healthz, /readyz and /metrics; worker i takes port + i. 0: a free one.",
     )
     batch_events: int = setting(
         "FI_BATCH_EVENTS",
         8192,
         parse=integer(1, 65536),
-        doc="Most events that one round commits, of all partitions of a process.",
+        doc="Most events that a process commits in one round.",
     )
     batch_bytes: int = setting(
         "FI_BATCH_BYTES",
         16 * 2**20,
         parse=size(2**16, 2**28),
-        doc="Most bytes of events that one round commits, approximately.",
+        doc="The same in bytes, approximately.",
     )
     buffer_events: int = setting(
         "FI_BUFFER_EVENTS",
         32768,
         parse=integer(64, 2**20),
-        doc="Most events that a process holds; a quarter is divided among its partitions, busy ones get the rest.",
+        doc="Most events that a process holds; its partitions share a quarter, busy ones get the rest.",
     )
     buffer_bytes: int = setting(
         "FI_BUFFER_BYTES",
         64 * 2**20,
         parse=size(2**20, 2**32),
-        doc="The same in bytes; each partition has room for at least two of the largest messages.",
+        doc="The same in bytes; each partition has room for two of the largest messages.",
     )
     open_consultations: int = setting(
         "FI_OPEN_CONSULTATIONS",
         1000,
         parse=integer(16, 10**6),
-        doc="Consultations that a process keeps open in HDF5, about 35 KB each; more is faster when many are active.",
+        doc="Consultations kept open in HDF5, 35 KB each; more is faster when many are active.",
     )
     known_ids: int = setting(
         "FI_KNOWN_IDS",
         4_000_000,
         parse=integer(1000, 10**8),
-        doc="Event ids that a process keeps in memory to drop retries, 12 bytes each; others are read again.",
+        doc="Event ids kept in memory to drop retries, 12 bytes each; others are read again.",
     )
     poison_streak: int = setting(
         "FI_POISON_STREAK",
         100,
         parse=integer(0, 10**6),
-        doc="Poison messages in a row that stop a partition; a tenth of the last 1,000 does too. 0: no limit.",
+        doc="Bad messages in a row that stop a partition; a tenth of the last 1,000 does too. 0: no limit.",
     )
     retention: float = setting(
         "FI_RETENTION",
         86400.0,
         parse=seconds(0, 10 * 365 * 86400),
-        doc="How long committed events stay readable in the stream while it is less than 70 % full.",
+        doc="How long committed events stay in the stream while it is less than 70 % full.",
     )
     watchdog: float = setting(
         "FI_WATCHDOG",
         WATCHDOG_SECONDS,
         parse=seconds(0, 86400),
-        doc="How long the event loop or a call in a thread may hang before the process ends itself; 0: for ever.",
+        doc="How long the event loop or a thread's call may hang before the process ends itself; 0: for ever.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",
         "info",
         parse=level,
-        doc="debug, info, warning or error; info has one line for each request and each batch.",
+        doc="debug, info (a line for each request and batch), warning or error.",
     )
     log: LogSettings = nested(LogSettings)
 
