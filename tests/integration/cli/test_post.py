@@ -503,7 +503,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
 
 async def test_the_documented_exit_codes_are_those_that_the_command_has(tmp_path: Path) -> None:
     """docs/cli.md says what each means to a script."""
-    section = DOCUMENT.partition("\n## fiq post\n")[2].partition("\n## ")[0]
+    section = DOCUMENT.partition("\n## ")[0]
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)}
     file = written(tmp_path / "x", [event(1)])
     async with scripted(MemoryService().step, refused(401, "unauthorized")) as server:
