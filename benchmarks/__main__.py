@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         results = measure(options, _plan(options))
     encoded = orjson.dumps(results, option=orjson.OPT_INDENT_2) + b"\n"
     print("\n".join(["", *(f"## {key}\n\n{table}" for key, table in page.all_tables(results))]))
-    print(f"## aims\n\n{page.verdicts(results)}")
+    print(f"{page.failures(results)}\n\n## aims\n\n{page.verdicts(results)}")
     if quoted := page.sentence(results):
         print(f"## README\n\n{quoted}\n")
     if options.json is not None:

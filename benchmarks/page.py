@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from benchmarks.results import (
     BARE_BATCH,
     BATCH,
     CORPUS_READER,
+    EMPTY,
     NO_PERSISTER,
     OLD_WAY,
     PERSISTER,
@@ -170,18 +171,28 @@ def at_work(results: Results) -> str:
             _count(row["events_per_s"]),
             _spread(row["rounds"]),
             *(f"{value:.1f}" for value in (row["p50_ms"], row["p99_ms"])),
-            *(_known(value, ".0f") for value in (row["age_p50_ms"], row["age_p99_ms"], row["lag_events"])),
-            _known(row["caught_up_s"], ".2f"),
-            *(_known(value, ".2f") for value in (row["nodes_ms"], row["ingest_ms"], row["persisters_ms"])),
-            f"{row['failures']}",
+            _parts(".0f", row["age_p50_ms"], row["age_p99_ms"]),
+            _parts(".0f", row["lag_events"]),
+            _parts(".2f", row["caught_up_s"]),
+            _parts(".2f", row["nodes_ms"], row["ingest_ms"], row["persisters_ms"]),
         ]
         for row in results["at_work"]
     ]
     heads = (
-        "clients|target|events/s|rounds|p50 ms|p99 ms|age at commit p50 ms|p99 ms|lag, events|"
-        "all committed after s|nodes ms|ingest ms|persisters ms|failures"
+        "clients|target|events/s|rounds|p50 ms|p99 ms|age at commit p50/p99 ms|lag, events|caught up after s|"
+        "nodes/ingest/persisters ms"
     )
     return table(heads.split("|"), rows, text=2)
+
+
+def failures(results: Results) -> str:
+    """Return which requests of the product at work, and of what it is compared with, failed."""
+    failed = [
+        f"{row['target']} with {row['clients']} clients {row['failures']}"
+        for row in results.get("at_work", [])
+        if row["failures"]
+    ]
+    return f"Requests that failed: {', '.join(failed)}." if failed else "No request failed."
 
 
 def batches(results: Results) -> str:
@@ -193,7 +204,7 @@ def batches(results: Results) -> str:
             f"{row['clients']}",
             _count(row["events_per_s"]),
             _ratio(row["events_per_s"], bare["events_per_s"] if bare else math.nan),
-            _rounds(row["rounds"]),
+            _spread(row["rounds"]),
             f"{row['failures']}",
         ]
         for row in results["batches"]
@@ -213,10 +224,9 @@ def drain(results: Results) -> str:
                 _count(row["events_per_s"]),
                 _ratio(row["events_per_s"], one["events_per_s"] if one else math.nan),
                 _spread(row["rounds"]),
-                _rounds(row["rounds"]),
             ]
         )
-    return table(["target", "processes", "events/s", "/ one process", "lowest to highest", "rounds"], rows)
+    return table(["target", "processes", "events/s", "/ one process", "rounds"], rows)
 
 
 def reads(results: Results) -> str:
@@ -227,7 +237,7 @@ def reads(results: Results) -> str:
             row["target"],
             _count(row["events_per_s"]),
             _ratio(row["events_per_s"], plain["events_per_s"] if plain else math.nan),
-            _rounds(row["rounds"]),
+            _spread(row["rounds"]),
         ]
         for row in results["reads"]
     ]
@@ -293,20 +303,19 @@ def _ratio(value: float, reference: float) -> str:
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
-def _known(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, f",{form}" if form == ".0f" else form)
+def _parts(form: str, *values: float | None) -> str:
+    """Return *values* in one cell; empty when none was measured."""
+    if all(value is None for value in values):
+        return ""
+    return "/".join("-" if value is None else format(value, f",{form}") for value in values)
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{min(values):,.0f} to {max(values):,.0f}"
+    return f"{min(values):,.0f}\N{EN DASH}{max(values):,.0f}"
 
 
 def _count(value: float) -> str:
     return "" if math.isnan(value) else f"{value:,.0f}"
-
-
-def _rounds(values: Sequence[float]) -> str:
-    return " ".join(f"{value:,.0f}" for value in values)
 
 
 #: clients of the line that the README quotes
@@ -316,47 +325,45 @@ MADE_FROM = "<!-- Made by `python -m benchmarks --write` from here on. -->"
 #: what comes after this line of an existing page is kept
 KEPT_FROM = "<!-- Written by hand from here on: kept when the page is made again. -->"
 
+#: what is measured at work
+_TARGETS = {
+    AT_WORK: "the product: three nodes, one ingest, two persister processes, 16 partitions",
+    ZEROMQ: "*at work* without a broker: a 202 comes after the commit",
+    NO_PERSISTER: "*at work* without persisters and `FI_MAX_BACKLOG`",
+    PLAIN_SERVICE: "`benchmarks/peers.py`: aiohttp with `js.publish` and a message id; two workers append, flush, "
+    "fsync and acknowledge up to 500. No order, no late duplicates found, files that do not survive a crash",
+    PUBLISH: "nats-py with as many events in flight as clients",
+    EMPTY: "aiohttp that reads the body and answers 202",
+    OLD_WAY: "aiohttp that appends, flushes and fsyncs before it answers",
+}
+
 _INTRODUCTION = """\
 ## How it was measured
 
-`{command}`, {date}, {minutes:.1f} minutes.
-
-| | |
-| --- | --- |
-{machine}
+`{command}`, {date}, {minutes:.1f} minutes. Machine: {machine}.
 
 Nodes (`sync_interval: always`, three replicas), services and load share this machine, whose processor limits most
-rows. Compared targets take turns in the same run; the median of {rounds} rounds counts unless noted.
-
-The events: {data}.
+rows. Compared targets take turns in the same run; the median of {rounds} rounds counts, *rounds* is the range. The
+events: {data}.
 """
 
 _AT_WORK = """\
 ## At work
 
 Each client posts one event at a time under a new key, to 200 consultations in turn, for {seconds:g} s after 1 s of
-warm-up. Every round starts new nodes and services; the median of {rounds} rounds counts.
+warm-up. Every round starts new nodes and services. A run in which files, logs and metrics differ from what was
+accepted fails.
 
-- *at work*: the whole product: three nodes, one ingest, two persister processes, 16 partitions.
-- *at work, ZeroMQ*: one ingest and two persister processes, 16 partitions, no broker: a 202 comes after the commit.
-- *no persister*: the first one without persisters and without `FI_MAX_BACKLOG`.
-- *plain service* (`benchmarks/peers.py`): an aiohttp handler with `js.publish` and a message id; two workers that fetch
-  up to 500, append, flush, fsync and acknowledge each. No order, no duplicates found after the broker's window,
-  files that do not survive a crash.
-- *bare publish*: nats-py with as many events in flight as clients; no HTTP, no checks, no files.
-- *empty handler*: aiohttp that reads the body and answers 202.
-- *HDF5 in the request*: an aiohttp handler that appends, flushes and fsyncs before it answers.
-
-*Age at commit*: from reception to the fsynced commit. *Lag*: accepted events not committed at the last 202. *All
-committed after*: time from then on. *nodes*, *ingest*, *persisters ms*: processor time per event. *alone*: one client
-that pauses 0.2 s. A run in which files, logs and metrics differ from what was accepted fails.
+{targets}
+*alone*: one client that pauses 0.2 s. *Age at commit*: from reception to the fsynced commit. *Lag*: accepted events not
+committed at the last 202; *caught up after*: until they are. The last column is processor time per event.
 """
 
 _DRAIN = """\
 ## A backlog in all partitions
 
-{backlog:,} events wait in 16 partitions before `python -m services.persister --workers N` starts with an empty volume:
-time from the first request to the last commit, median of {drain_rounds} rounds.
+{backlog:,} events wait in 16 partitions; time from the persister's first request to the last commit, median of
+{drain_rounds} rounds.
 """
 
 _BATCHES = """\
@@ -391,7 +398,7 @@ _SECTIONS = {
 def render(results: Results) -> str:
     """Return what is made of *results*, without what is written by hand."""
     about = results["about"]
-    machine = "\n".join(f"| {key} | {value} |" for key, value in about["machine"].items())
+    machine = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
     introduction = _INTRODUCTION.format(
         command=about["command"],
         date=about["date"],
@@ -407,18 +414,23 @@ def render(results: Results) -> str:
         "seconds": about["load_seconds"],
         "clients": BATCH_CLIENTS,
         "events": BATCH_EVENTS,
+        "targets": _described({row["target"] for row in results.get("at_work", [])}),
     }
     sections = [f"{_SECTIONS[key].format(**numbers)}\n{table}" for key, table in all_tables(results)]
     first = 1 if "at_work" in results else 0
     return "\n".join(
         [
             *(f"**Failed:** {what.partition(chr(10))[0]}\n" for what in about["failed"]),
-            *sections[:first],
+            *(f"{section}\n{failures(results)}\n" for section in sections[:first]),
             introduction,
             "## Aims\n\n" + _missed(results),
             *sections[first:],
         ]
     )
+
+
+def _described(targets: Set[str]) -> str:
+    return table(["target", "what it is"], [row for row in _TARGETS.items() if row[0] in targets], text=2)
 
 
 def sentence(results: Results) -> str:

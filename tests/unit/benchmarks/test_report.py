@@ -145,6 +145,13 @@ def test_every_line_of_a_table_has_the_same_columns(results: Results) -> None:
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+def test_requests_that_failed_are_counted_on_the_page(results: Results) -> None:
+    """The table has no column for them: a run without failures is the rule."""
+    assert "No request failed.\n" in page.render(results)
+    results["at_work"][1]["failures"] = 7
+    assert "Requests that failed: no persister with 20 clients 7.\n" in page.render(results)
+
+
 def test_what_failed_stands_on_the_page(results: Results) -> None:
     """A target that is missing without a word would look forgotten."""
     results["about"]["failed"] = ["at work: round 1, plain service: it ended\nTraceback"]
