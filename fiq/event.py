@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import re
 import time
@@ -46,6 +47,10 @@ _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
 _CANONICAL_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 #: largest time that the corpus can hold (a signed 64-bit count of nanoseconds)
 _MAX_NS = 2**63 - 1
+#: of what may be an integer beyond 64 bits
+_LONG_INTEGER = re.compile(rb"[0-9]{19}")
+#: digits of an integer, at most: Python's own limit
+_MOST_DIGITS = 4300
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
 _PARENT = re.compile(
     r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<ids>(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16})-[0-9a-f](?P<flags>[0-9a-f])"
@@ -249,6 +254,18 @@ def _check_own_members(raw: bytes, document: dict[str, Any]) -> None:
     for name in OWN_MEMBERS:
         if found[name] > 1:
             raise InvalidBodyError(f"{name} occurs more than once: keep one, because readers would not agree on which")
+
+
+def parse_exactly(raw: bytes) -> Any:
+    """Parse JSON and keep the digits of every integer; orjson alone reads integers beyond 64 bits as floats.
+
+    Raises ValueError: it is not JSON.
+    """
+    return json.loads(raw, parse_int=_integer) if _LONG_INTEGER.search(raw) else orjson.loads(raw)
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def without_line_breaks(raw: bytes) -> bytes:

@@ -64,7 +64,7 @@ from fiq.client.errors import (
 )
 from fiq.client.records import Accepted, ConsultationSummary, Problem, StoredEvent
 from fiq.errors import InvalidIdError
-from fiq.event import bare_key, check_consultation_id, new_event_id
+from fiq.event import bare_key, check_consultation_id, new_event_id, parse_exactly
 
 #: the same request is sent again after these; 502 and 504 are how a proxy reports a lost connection
 _RETRIED = frozenset({408, 409, 429, 502, 503, 504})
@@ -73,6 +73,8 @@ _NOT_STORED = frozenset({"too-many-connections", "log-full", "log-refused", "bac
 #: problem of a batch of which some events are stored
 _PARTLY_STORED = "idempotency-key-reused"
 _UNKNOWN_EVENT = "/problems/unknown-event"
+#: entries of a page, at most: the service's own limit
+_MAX_PAGE = 1000
 _JSON = "application/json"
 _NDJSON = "application/x-ndjson"
 _EVENT_STREAM = "text/event-stream"
@@ -272,7 +274,7 @@ class AsyncClient:
         if (message_id is None) == (key is None):
             raise InvalidArgumentError("an event is named by its message id or by its key")
         if message_id is None:
-            found = [event async for event in self._read(consultation, path, {"key": checked_key(key)}, 0, 1)]
+            found = [event async for event in self._read(consultation, path, {"key": checked_key(key)}, 0, "1")]
             return found[0] if found else None
         try:
             answer = await self._call(_Request("GET", f"{path}/{_uuid(message_id)}", 200, {"Accept": _JSON}))
@@ -281,7 +283,7 @@ class AsyncClient:
                 return None
             raise
         with _readable():
-            return StoredEvent.of(consultation, orjson.loads(answer))
+            return StoredEvent.of(consultation, parse_exactly(answer))
 
     def read(
         self,
@@ -304,21 +306,21 @@ class AsyncClient:
             since: only events that the service received at this time or later; with a time zone.
 
         Raises:
-            InvalidArgumentError: *consultation*, *type* or *since* is malformed.
+            InvalidArgumentError: *consultation*, *page*, *type* or *since* is malformed.
             RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
         """
         query = _choice(type, since) | ({} if before is None else {"before": str(before)})
-        return self._read(consultation, _events_path(consultation), query, after, page)
+        return self._read(consultation, _events_path(consultation), query, after, _limit(page))
 
     async def _read(
-        self, consultation: str, path: str, query: Mapping[str, str], after: int, page: int
+        self, consultation: str, path: str, query: Mapping[str, str], after: int, limit: str
     ) -> AsyncGenerator[StoredEvent, None]:
         more = True
         while more:
-            asked = {**query, "after": str(after), "limit": str(page)}
+            asked = {**query, "after": str(after), "limit": limit}
             answer = await self._call(_Request("GET", path, 200, {"Accept": _JSON}, asked))
             with _readable():
-                found = orjson.loads(answer)
+                found = parse_exactly(answer)
                 events = [StoredEvent.of(consultation, record) for record in found["events"]]
                 more = found["next"] is not None
                 # a page of chosen events may be empty: only its link says how far it looked
@@ -409,7 +411,7 @@ class AsyncClient:
                             backoff.reset()
                             for data in parser.feed(piece):
                                 with _readable():
-                                    record = orjson.loads(data)
+                                    record = parse_exactly(data.encode())
                                     event = StoredEvent.of(consultation or record["consultation_id"], record)
                                 if after is None or event.sequence > after:
                                     after = event.sequence
@@ -437,7 +439,7 @@ class AsyncClient:
         Raises:
             RefusedError, UnexpectedAnswerError, GaveUpError: as of :meth:`post`.
         """
-        query: dict[str, str] | None = {"prefix": prefix, "after": after, "order": order, "limit": str(page)}
+        query: dict[str, str] | None = {"prefix": prefix, "after": after, "order": order, "limit": _limit(page)}
         while query is not None:
             found = await self._document(_Request("GET", "consultations", 200, {"Accept": _JSON}, query))
             with _readable():
@@ -469,7 +471,7 @@ class AsyncClient:
         """
         more = True
         while more:
-            query = {"after": str(after), "limit": str(page)}
+            query = {"after": str(after), "limit": _limit(page)}
             found = await self._document(_Request("GET", "dead-letters", 200, {"Accept": _JSON}, query))
             with _readable():
                 letters, more = list(found["dead_letters"]), found["next"] is not None
@@ -523,7 +525,7 @@ class AsyncClient:
     async def _document(self, request: _Request) -> dict[str, Any]:
         answer = await self._call(request)
         with _readable():
-            return dict(orjson.loads(answer))
+            return dict(parse_exactly(answer))
 
     # -- one request, until it is decided ------------------------------------------------------------------------------
 
@@ -593,14 +595,14 @@ class AsyncClient:
         if response.status in _RETRIED:
             return _Failure(str(problem), problem, _retry_after(response.headers))
         may_be_stored |= _may_be_stored(request, problem)
-        if response.status < 400:
+        if not problem.is_document:
             raise UnexpectedAnswerError(
-                f"{self._url.origin()} answers {response.status}, which fiq never does here: is that its URL?",
+                f"{self._url.origin()} answers {response.status} without a problem document, which fiq never does: "
+                "is that its URL?",
                 problem=problem,
                 may_be_stored=may_be_stored,
             )
-        doubt = "" if problem.is_document else f" without a problem document: is {self._url.origin()} the URL of fiq?"
-        raise RefusedError(f"refused: {problem}{doubt}", problem=problem, may_be_stored=may_be_stored)
+        raise RefusedError(f"refused: {problem}", problem=problem, may_be_stored=may_be_stored)
 
     async def _pause(self, backoff: _Backoff, failure: _Failure, *, may_be_stored: bool) -> None:
         """Wait before the next attempt. Raises GaveUpError: there is no time for one; ClosedError: it is closed."""
@@ -659,6 +661,13 @@ def _choice(event_type: object, since: object) -> dict[str, str]:
             raise InvalidArgumentError("since is a datetime with a time zone")
         query["since"] = since.astimezone(UTC).isoformat().replace("+00:00", "Z")
     return query
+
+
+def _limit(page: object) -> str:
+    """Return the size of a page as the service takes it."""
+    if not isinstance(page, int) or not 1 <= page <= _MAX_PAGE:
+        raise InvalidArgumentError(f"a page has 1 to {_MAX_PAGE:,} entries")
+    return str(page)
 
 
 def _uuid(message_id: UUID | str) -> UUID:

@@ -16,11 +16,11 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 from h5py import h5d, h5s, h5t
 
 from fiq.corpus.errors import CorpusFormatError, CorpusUsageError
 from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD, EVENTS, EVENTS_CHUNK, PAYLOAD, PORTABLE_EVENT_DTYPE
+from fiq.event import parse_exactly
 from fiq.words import count
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class EventRecord:
     def document(self) -> dict[str, Any]:
         """Parse the body. Raises CorpusFormatError: it is no JSON object."""
         try:
-            document = orjson.loads(self.raw)
-        except orjson.JSONDecodeError:
+            document = parse_exactly(self.raw)
+        except ValueError:
             document = None
         if not isinstance(document, dict):
             raise CorpusFormatError(f"{self.consultation}: the body of sequence {self.sequence} is no JSON object")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,6 +53,11 @@ def show(table: Table) -> None:
         if column.justify == "right":
             column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
     out().print(table)
+
+
+def as_json(value: Any, *, indent: int | None = None) -> str:
+    """Return *value* as JSON with every digit of its integers, on one line unless *indent* is given."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, separators=None if indent else (",", ":"))
 
 
 def printable(text: str) -> str:

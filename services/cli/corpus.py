@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,8 +52,8 @@ _SEED = "earlier events are only in other stores; docs/operations.md, `A store t
 
 def ls(
     prefix: Annotated[str, typer.Option(help="Only consultations whose id starts with this.")] = "",
-    since: SinceOption = "",
-    until: UntilOption = "",
+    since: SinceOption = None,
+    until: UntilOption = None,
     json: JsonOption = False,
     corpus: CorpusOption = None,
     folder: FolderOption = None,
@@ -136,12 +135,10 @@ def show(
     with opened(find_corpus(corpus, folder), consultation) as found:
         typer.echo(f"{found.id}: {count(len(found), 'event')}")
         for event in found:
-            event.document()  # the corpus's own error for a body that is no JSON object
-            payload = json.dumps(  # keeps all digits of integers
-                json.loads(event.raw).get("payload"), ensure_ascii=False, separators=(",", ":")
+            payload = console.as_json(event.payload)
+            typer.echo(
+                console.printable(f"{event.sequence:>10}  {iso(event.received_ns)}  {event.event_type}  {payload}")
             )
-            line = f"{event.sequence:>10}  {iso(event.received_ns)}  {event.event_type}  {payload}"
-            typer.echo(console.printable(line))
 
 
 @contextmanager

@@ -79,13 +79,13 @@ def show(
     """Print one dead letter with its body, which is medical data. The service writes that into its audit log."""
     letter = _with_client(url, folder, token_file, ca_file, lambda client: client.dead_letter(sequence))
     if json:
-        typer.echo(orjson.dumps(letter, option=orjson.OPT_INDENT_2))
+        typer.echo(console.as_json(letter, indent=2))
         return
     for name, value in letter.items():
         if value is not None and name not in {"body", "events"}:
             typer.echo(f"{name}: {console.printable(str(value))}")
     for event in letter.get("events", ()):
-        typer.echo(console.printable(orjson.dumps(event).decode()))
+        typer.echo(console.printable(console.as_json(event)))
     if "body" in letter:
         typer.echo(f"\n{console.printable(str(letter['body']))}")
 

@@ -84,8 +84,8 @@ def export(
     every: Annotated[bool, typer.Option("--all", help="Export all consultations.")] = False,
     prefix: Annotated[str, typer.Option(help="Export the consultations whose id starts with this.")] = "",
     event_type: Annotated[str, typer.Option("--type", help="Only events of this type.")] = "",
-    since: SinceOption = "",
-    until: UntilOption = "",
+    since: SinceOption = None,
+    until: UntilOption = None,
     after: Annotated[int, typer.Option(min=0, help="Only events whose sequence is greater than this.")] = 0,
     flat: Annotated[
         bool, typer.Option("--flat", help="CSV, Parquet: a column for each member of the payloads, not the event.")

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import orjson
 import typer
 
 from fiq.client import AsyncClient, ClientError, RetryPolicy, StoredEvent
@@ -39,7 +38,7 @@ def get(
     event = asyncio.run(ask())
     if event is None:
         raise CommandError(f"consultation {consultation!r} has no event {message}")
-    for line in orjson.dumps(_document(event), option=orjson.OPT_INDENT_2).decode().splitlines():
+    for line in console.as_json(_document(event), indent=2).splitlines():
         typer.echo(console.printable(line))
 
 
@@ -50,7 +49,7 @@ def follow(
         typer.Option("--all", help="Events of all consultations; without --after new ones only."),
     ] = False,
     event_type: Annotated[str | None, typer.Option("--type", help="Only events of this type.")] = None,
-    since: SinceOption = "",
+    since: SinceOption = None,
     after: Annotated[int | None, typer.Option(min=0, help="Only events whose sequence is greater than this.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print each event as a JSON object on one line.")] = False,
     url: UrlOption = None,
@@ -65,7 +64,7 @@ def follow(
     """
     if (consultation is not None) == every:
         raise UsageError("name one consultation, or choose all of them with --all")
-    begin = datetime.fromtimestamp(Period.of(since, "").since // 10**9, UTC) if since else None
+    begin = None if since is None else datetime.fromtimestamp(Period.of(since, None).since // 10**9, UTC)
 
     async def print_all() -> None:
         async with _service(url, folder, token_file, ca_file, patience) as client:
@@ -75,7 +74,7 @@ def follow(
                 found = client.follow(consultation, after or 0, type=event_type, since=begin)
             async with aclosing(found) as events:
                 async for event in events:
-                    typer.echo(orjson.dumps(_document(event)) if json else _line(event, named=every))
+                    typer.echo(console.as_json(_document(event)) if json else _line(event, named=every))
 
     asyncio.run(print_all())
 
@@ -107,7 +106,7 @@ def _document(event: StoredEvent) -> dict[str, Any]:
 
 def _line(event: StoredEvent, *, named: bool) -> str:
     """Return a line as `fiq show` prints it, with the consultation if it is to be *named*."""
-    payload = orjson.dumps(event.event.get("payload")).decode()
+    payload = console.as_json(event.event.get("payload"))
     when = f"{event.received[:26]}Z"
     name = f"{event.consultation}  " if named else ""
     return console.printable(f"{event.sequence:>10}  {when}  {name}{event.event.get('event_type', '')}  {payload}")

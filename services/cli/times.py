@@ -13,9 +13,9 @@ from services.core.settings import seconds
 
 _TAKES = "2026-11-27, 2026-11-27T08:00:00Z, or a span before now such as 90d or 12h"
 SinceOption = Annotated[
-    str, typer.Option(help="Only what came then or later: a date, a time, or 12h for 12 hours ago.")
+    str | None, typer.Option(help="Only what came then or later: a date, a time, or 12h for 12 hours ago.")
 ]
-UntilOption = Annotated[str, typer.Option(help="Only what came before then; the same forms.")]
+UntilOption = Annotated[str | None, typer.Option(help="Only what came before then; the same forms.")]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: longest span, seconds: a hundred years
@@ -30,11 +30,11 @@ class Period:
     until: int = 2**63 - 1
 
     @classmethod
-    def of(cls, since: str, until: str) -> Period:
-        """Read the two options, which are empty by default. Raises CommandError: one of them is malformed."""
+    def of(cls, since: str | None, until: str | None) -> Period:
+        """Read the two options; None leaves that side open. Raises CommandError: one of them is malformed."""
         return cls(
-            _nanoseconds("--since", since) if since else ALWAYS.since,
-            _nanoseconds("--until", until) if until else ALWAYS.until,
+            ALWAYS.since if since is None else _nanoseconds("--since", since),
+            ALWAYS.until if until is None else _nanoseconds("--until", until),
         )
 
     def hold(self, nanoseconds: Any) -> Any:

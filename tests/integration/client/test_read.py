@@ -89,6 +89,21 @@ async def test_what_was_accepted_is_read_at_once(stack: Stack) -> None:
     assert (3, stored[3].sequence) == (one.event["n"], one.sequence)
 
 
+async def test_integers_keep_all_digits(stack: Stack) -> None:
+    """Beyond 64 bits, too, in a page, alone and followed: a rounded patient's number is another patient's."""
+    number = 12345678901234567890123
+    async with AsyncClient(stack.ingest.url, retry=RETRY) as client:
+        stored = await client.post("digits", b'{"event_type":"NOTE","payload":{"n":%d,"dose":0.5}}' % number)
+        one = await client.event("digits", stored.message_id)
+        assert one is not None
+        found = [one, *[event async for event in client.read("digits")]]
+        async with aclosing(client.follow("digits")) as events:
+            async for event in events:
+                found.append(event)
+                break
+    assert [{"n": number, "dose": 0.5}] * 3 == [event.event["payload"] for event in found]
+
+
 async def test_an_event_is_queued_and_then_persisted(stack: Stack) -> None:
     """Either way it is safe."""
     async with AsyncClient(stack.ingest.url, retry=RETRY) as client:

@@ -223,7 +223,7 @@ def test_a_program_may_end_without_closing_its_client() -> None:
         "client.post('c-1', {'event_type': 'A'}); events = client.follow('c-1'); next(events)"
     )
     with serving(accepted(), stream(sent(1), open_end=True)) as server:
-        command = [sys.executable, "-X", "dev", "-c", script, server.url]
+        command = [sys.executable, "-W", "always", "-c", script, server.url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (0, "", "") == (done.returncode, done.stdout, done.stderr)
 

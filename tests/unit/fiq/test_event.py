@@ -22,6 +22,7 @@ from fiq.event import (
     NotJsonError,
     check_body,
     decode,
+    parse_exactly,
 )
 
 EVENT_ID = UUID("aa4d205e-3bfa-81b2-8bc0-91f8ffe555a3")
@@ -182,3 +183,15 @@ def test_the_largest_time_that_the_corpus_can_hold_is_taken() -> None:
     """A signed 64-bit count of nanoseconds."""
     event = Event("c-1", EVENT_ID, 2**63 - 1, BODY)
     assert event == decode("c-1", event.headers(), BODY)
+
+
+@pytest.mark.parametrize("digits", [19, 20, 40, 4300])
+def test_a_parsed_integer_keeps_its_digits(digits: int) -> None:
+    """However long it is, as far as Python can hold it."""
+    text = "9" * digits
+    assert {"n": int(text), "d": 0.5} == parse_exactly(b'{"n":%b,"d":0.5}' % text.encode())
+
+
+def test_an_integer_beyond_pythons_own_limit_becomes_a_float() -> None:
+    """It does not make the event unreadable."""
+    assert [float("inf")] == parse_exactly(b"[%b]" % (b"9" * 4301))
