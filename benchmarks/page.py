@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,26 +163,20 @@ def _of_memory(results: Results) -> Iterator[Aim]:
 
 
 def at_work(results: Results) -> str:
-    """Return the table of the product at work."""
-    rows = [
-        [
-            f"{row['clients']}" if row["clients"] else "alone",
-            row["target"],
-            _count(row["events_per_s"]),
-            _spread(row["rounds"]),
-            *(f"{value:.1f}" for value in (row["p50_ms"], row["p99_ms"])),
-            _parts(".0f", row["age_p50_ms"], row["age_p99_ms"]),
-            _parts(".0f", row["lag_events"]),
-            _parts(".2f", row["caught_up_s"]),
-            _parts(".2f", row["nodes_ms"], row["ingest_ms"], row["persisters_ms"]),
-        ]
-        for row in results["at_work"]
-    ]
-    heads = (
-        "clients|target|events/s|rounds|p50 ms|p99 ms|age at commit p50/p99 ms|lag, events|caught up after s|"
-        "nodes/ingest/persisters ms"
-    )
-    return table(heads.split("|"), rows, text=2)
+    """Return the tables of the product at work, one for each value: targets are rows, numbers of clients columns."""
+    rows = {(row["target"], row["clients"]): row for row in results["at_work"]}
+    targets = dict.fromkeys(target for target, _ in rows)
+    counts = dict.fromkeys(clients for _, clients in rows)
+    heads = [CLIENTS.format(count) if count else "alone" for count in counts]
+    tables = []
+    for head, cell in _CELLS.items():
+        lines = []
+        for target in targets:
+            cells = [cell(rows[target, count]) if (target, count) in rows else "" for count in counts]
+            if any(cells):
+                lines.append([target, *cells])
+        tables.append(table([head, *heads], lines))
+    return "\n".join(tables)
 
 
 def failures(results: Results) -> str:
@@ -318,6 +312,18 @@ def _count(value: float) -> str:
     return "" if math.isnan(value) else f"{value:,.0f}"
 
 
+#: the head of a column
+CLIENTS = "clients: {}"
+#: the heads of the tables that are drawn
+RATE, LATENCY = "events/s (rounds)", "p50/p99 ms"
+#: a table each: its head, and what it has of a row
+_CELLS: dict[str, Callable[[AtWork], str]] = {
+    RATE: lambda row: f"{_count(row['events_per_s'])} ({_spread(row['rounds'])})",
+    LATENCY: lambda row: _parts(".1f", row["p50_ms"], row["p99_ms"]),
+    "age at commit p50/p99 ms": lambda row: _parts(".0f", row["age_p50_ms"], row["age_p99_ms"]),
+    "lag, events": lambda row: _parts(".0f", row["lag_events"]),
+    "nodes/ingest/persisters ms": lambda row: _parts(".2f", row["nodes_ms"], row["ingest_ms"], row["persisters_ms"]),
+}
 #: clients of the line that the README quotes
 README_CLIENTS = 20
 #: what comes before this line of an existing page is kept: the summary
@@ -356,7 +362,7 @@ accepted fails.
 
 {targets}
 *alone*: one client that pauses 0.2 s. *Age at commit*: from reception to the fsynced commit. *Lag*: accepted events not
-committed at the last 202; *caught up after*: until they are. The last column is processor time per event.
+committed at the last 202. *nodes/ingest/persisters ms*: processor time per event.
 """
 
 _DRAIN = """\

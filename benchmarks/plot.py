@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.page import CLIENTS, LATENCY, RATE
 from benchmarks.results import AT_WORK, OLD_WAY, PLAIN_SERVICE, ZEROMQ
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -23,7 +24,7 @@ TARGETS = {
 }
 #: sizes in the drawing, pixels
 WIDTH, PANEL, BAR, GAP, TOP = 860, 250, 26, 22, 84
-_ROW = re.compile(r"^\| (\d+) \| ([\w ,]+) \| ([\d,]+) \| [^|]+ \| ([\d.]+) \|", re.MULTILINE)
+_NUMBER = re.compile(r"[\d,.]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +38,31 @@ class Bar:
 
 
 def bars(page: str) -> list[Bar]:
-    """Return the rows of *page*'s table *At work* that are drawn, by clients and then as TARGETS has them."""
+    """Return what is drawn of *page*'s section *At work*, by clients and then as TARGETS has them."""
     section = page.partition("\n## At work\n")[2].partition("\n## ")[0]
-    rows = [
-        Bar(int(clients), target, float(rate.replace(",", "")), float(p50))
-        for clients, target, rate, p50 in _ROW.findall(section)
-        if target in TARGETS
+    rates, latencies = _numbers(section, RATE), _numbers(section, LATENCY)
+    counts = dict.fromkeys(clients for clients, _ in rates)
+    return [
+        Bar(clients, target, rates[clients, target], latencies[clients, target])
+        for clients in sorted(counts)
+        for target in TARGETS
+        if (clients, target) in rates
     ]
-    order = list(TARGETS)
-    return sorted(rows, key=lambda bar: (bar.clients, order.index(bar.target)))
+
+
+def _numbers(section: str, head: str) -> dict[tuple[int, str], float]:
+    """Return the first number in each cell of the table with *head*, by clients and target; without *alone*."""
+    lines = section.partition(f"| {head} |")[2].partition("\n\n")[0].splitlines()
+    if not lines:
+        return {}
+    heads = [cell.strip() for cell in lines[0].strip(" |").split("|")]
+    found = {}
+    for line in lines[2:]:
+        target, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        for name, cell in zip(heads, cells, strict=True):
+            if name.startswith(CLIENTS.format("")) and (number := _NUMBER.match(cell)):
+                found[int(name.removeprefix(CLIENTS.format(""))), target] = float(number[0].replace(",", ""))
+    return found
 
 
 def draw(page: str) -> str:
