@@ -65,6 +65,9 @@ bench-corpus: $(VENV)/.dev ## measure the corpus alone: commits, growth; prints 
 bench-soak: $(VENV)/.dev ## five minutes of load on the whole product: memory of every process; prints Markdown
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
+bench-page: $(VENV)/.dev ## the page in a real browser: first view, and what followers cost; prints Markdown
+	$(BIN)/python -m benchmarks.browser $(ARGS)
+
 lock: $(VENV)/.dev ## renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile $(LOCK) --extra services --extra embedded --group build pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile $(LOCK) --all-extras --group build --group test --group check --group lock -c requirements/run.txt pyproject.toml -o requirements/dev.txt
@@ -75,4 +78,4 @@ LOCK := -q --universal --python-version 3.11 --generate-hashes --no-emit-index-u
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
-.PHONY: help install up demo test torture check format bench bench-corpus bench-soak lock clean
+.PHONY: help install up demo test torture check format bench bench-corpus bench-soak bench-page lock clean

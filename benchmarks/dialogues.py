@@ -87,6 +87,13 @@ def posts(dialogues: Dialogues, at_a_time: int, name: str) -> Iterator[tuple[str
         yield f"{name}-{index:06d}", bodies[(index * CONSULTATION_EVENTS + told) % len(bodies)]
 
 
+def with_busiest(found: Iterator[tuple[str, bytes]], names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield what was *found*, but give a tenth of it to each of the consultations *names*, ten at most."""
+    for number, (consultation, body) in enumerate(found):
+        place = number % 10
+        yield names[place] if place < len(names) else consultation, body
+
+
 def mean_bytes(bodies: Sequence[bytes]) -> float:
     """Return the mean length of *bodies*."""
     return sum(map(len, bodies)) / max(1, len(bodies))

@@ -52,6 +52,9 @@ class LoadJob:
         consultations: how many are open at the same time.
         name: what the consultations' names begin with; another one for each load of the same server.
         pause: seconds between an answer and the next request of the same client.
+        rate: requests a second of all clients (kind http only), also while earlier ones are not answered, as long as a
+            client is free; a latency begins when the request was due. 0 is as fast as the answers come.
+        busiest: how many consultations get a tenth of the events each; :func:`busiest` has their names.
     """
 
     target: str
@@ -63,6 +66,13 @@ class LoadJob:
     consultations: int
     name: str = "bench"
     pause: float = 0.0
+    rate: float = 0.0
+    busiest: int = 0
+
+
+def busiest(name: str, count: int) -> list[str]:
+    """Return the names of the *count* consultations of the load *name* that get a tenth of its events each."""
+    return [f"{name}-busiest-{number}" for number in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,23 +167,31 @@ class Tally:
         self._latencies: list[int] = []
         self._sent = self._accepted = self._failures = 0
         self._refusals: Counter[str] = Counter()
-        self._begin = self._end = 0.0
+        self._start = self._begin = self._end = 0.0
         self._begin_ns = self._last_ns = 0
         self._cpu = 0.0
 
     def start(self) -> None:
         """Begin the warm-up."""
-        self._begin = time.perf_counter() + self._job.warm_up
+        self._start = time.perf_counter()
+        self._begin = self._start + self._job.warm_up
         self._begin_ns = time.time_ns() + int(self._job.warm_up * 1e9)
         self._end = self._begin + self._job.seconds
         self._cpu = time.process_time()
 
     def more(self) -> bool:
         """Whether another request is to be sent; counts it."""
-        if self._sent >= self._job.limit or time.perf_counter() >= self._end:
+        if self._sent >= self._job.limit or max(time.perf_counter(), self._due()) >= self._end:
             return False
         self._sent += 1
         return True
+
+    def wait(self) -> float:
+        """Return the seconds until the next request is due; negative when it is late."""
+        return self._due() - time.perf_counter() if self._job.rate else 0.0
+
+    def _due(self) -> float:
+        return self._start + self._sent / self._job.rate if self._job.rate else 0.0
 
     def count(self, started: float, *, accepted: bool) -> None:
         """Count the answer to a request that was sent at *started*."""
@@ -233,12 +251,19 @@ class Connection(asyncio.Protocol):
         """Send the next request, or end when there is to be none."""
         if self.done.done() or self._transport is None:
             return
+        wait = self._tally.wait()
         if not self._tally.more():
             self.done.set_result(None)
             return
-        request = next(self._requests)
-        self._started = time.perf_counter()
-        self._transport.write(request)
+        self._started = time.perf_counter() + wait
+        if wait > 0:
+            self._loop.call_later(wait, self._write)
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.done.done() and self._transport is not None:
+            self._transport.write(next(self._requests))
 
     def close(self) -> None:
         """Close the connection."""
@@ -447,7 +472,8 @@ def _keys() -> Iterator[str]:
 
 
 def _posts(job: LoadJob) -> Iterator[tuple[str, bytes]]:
-    return dialogues.posts(dialogues.load(Path(job.folder)), job.consultations, job.name)
+    posts = dialogues.posts(dialogues.load(Path(job.folder)), job.consultations, job.name)
+    return dialogues.with_busiest(posts, busiest(job.name, job.busiest))
 
 
 _WORK: dict[str, Callable[[LoadJob, Meet], Awaitable[Report]]] = {

@@ -255,7 +255,8 @@ def _add_routes(app: web.Application, description: Json) -> None:
     access.add(app, "GET", OPENAPI_PATH, _static(orjson.dumps(description), JSON), OPEN)
     access.add(app, "GET", DOCS_PATH, _docs(description), OPEN)
     access.add(app, "GET", WHOAMI_PATH, describe_token, OPEN)
-    index, file = handlers(description["info"]["version"], masked=app[SETTINGS].ui_masked)
+    version, masked = description["info"]["version"], app[SETTINGS].ui_masked
+    index, file = handlers(version, masked=masked, token_required=access.required)
     access.add(app, "GET", UI_PATH, index, OPEN)
     access.add(app, "GET", UI_FILE_PATH, file, OPEN)
     methods: dict[str, set[str]] = {}

@@ -56,14 +56,16 @@ def names() -> list[str]:
     return sorted(path.name for path in _FOLDER.iterdir() if path.suffix in _TYPES and path.name != INDEX)
 
 
-def handlers(version: str, *, masked: bool) -> tuple[Handler, Handler]:
+def handlers(version: str, *, masked: bool, token_required: bool) -> tuple[Handler, Handler]:
     """Return the handlers of ``/ui`` and of its files.
 
     Args:
         version: of the product; the page shows it.
         masked: whether the page shows an event's body only when it is asked for.
+        token_required: whether requests need a token; without one the page begins with the form that asks for it.
     """
-    files = dict(_files({"version": version, "bodies": "hidden" if masked else "shown"}))
+    token = "required" if token_required else "optional"
+    files = dict(_files({"version": version, "bodies": "hidden" if masked else "shown", "token": token}))
 
     async def index(request: web.Request) -> web.StreamResponse:
         return files[INDEX].answer(request)

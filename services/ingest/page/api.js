@@ -10,7 +10,8 @@ import { t } from "./texts.js";
 /** Where the service is: one level above the page's files, also behind a path of a proxy. */
 export const BASE = new URL("..", import.meta.url);
 export const CONFIG = document.querySelector('meta[name="fiq"]').dataset;
-export const session = { required: false, name: "", scopes: [], prefix: "", expires: null, known: false };
+const required = CONFIG.token === "required";
+export const session = { required, name: "", scopes: required ? [] : ["admin"], prefix: "", expires: null };
 
 let token = "";
 
@@ -39,7 +40,7 @@ export async function signIn(secret) {
 	const before = token;
 	token = secret;
 	try {
-		Object.assign(session, await json("token", { quiet: true }), { known: true });
+		Object.assign(session, await json("token", { quiet: true }));
 	} catch (problem) {
 		token = before;
 		throw problem;

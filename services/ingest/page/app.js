@@ -1,12 +1,13 @@
 /** The frame: navigation, the token, and the view that the address names. */
 
-import { CONFIG, json, session, may, signIn, signOut } from "./api.js";
+import { CONFIG, session, may, signIn, signOut } from "./api.js";
+import "./consultations.js";
 import { button, choice, clock, field, fill, h, icon, problemBox, stamp } from "./dom.js";
 import { language, t } from "./texts.js";
 
-/** Each view: the module that has it, its element, and the scope it needs. */
+/** Each view: the module that has it unless that is here already, its element, and the scope it needs. */
 const VIEWS = {
-	consultations: ["./consultations.js", "fi-consultations", "read"],
+	consultations: [null, "fi-consultations", "read"],
 	consultation: ["./consultation.js", "fi-consultation", "read"],
 	live: ["./live.js", "fi-live", "read"],
 	pipeline: ["./pipeline.js", "fi-pipeline", "ops"],
@@ -50,10 +51,7 @@ async function show() {
 	for (const link of menu.children) {
 		const current = link.dataset.view === (view === "consultation" ? "consultations" : view);
 		link.toggleAttribute("data-current", current);
-		if (current) {
-			link.setAttribute("aria-current", "page");
-			menu.scrollLeft = link.offsetLeft - 40;
-		}
+		if (current) link.setAttribute("aria-current", "page");
 		else link.removeAttribute("aria-current");
 	}
 	shown?.remove();
@@ -64,7 +62,8 @@ async function show() {
 	const [module, tag, scope] = known;
 	if (!may(scope)) return place(h("div.page", {}, title(t(`view-${view}`)), h("div.notice", {}, t("needsScope", { scope }))));
 	try {
-		await import(module);
+		// an await, even of what is here, lets a frame pass before the view asks for its data
+		if (module) await import(module);
 	} catch (error) {
 		return place(h("div.page", {}, title(t(`view-${view}`)), problemBox(error, show)));
 	}
@@ -79,7 +78,9 @@ function place(element) {
 	fill(main, element);
 	const heading = main.querySelector("h1");
 	document.title = heading ? `${heading.textContent} · fiq` : "fiq";
+	// both lay the page out, so they come after the view's first request
 	window.scrollTo(0, 0);
+	menu.scrollLeft = (menu.querySelector("[data-current]")?.offsetLeft ?? 40) - 40;
 }
 
 const title = (text) => h("h1", { tabindex: "-1" }, text);
@@ -125,7 +126,7 @@ function drawAccount() {
 }
 
 function drawMenu() {
-	const allowed = MENU.filter((name) => !session.known || !session.name || may(VIEWS[name][2]));
+	const allowed = MENU.filter((name) => !session.name || may(VIEWS[name][2]));
 	fill(menu, allowed.map((name) => h("a", { href: `#/${name}`, "data-view": name }, t(`view-${name}`))));
 }
 
@@ -136,7 +137,7 @@ function setClock(utc) {
 	window.dispatchEvent(new Event("fi-clock"));
 }
 
-async function start() {
+function start() {
 	document.documentElement.lang = language;
 	const skip = h("a.skip", { href: "#main", onclick: (event) => (event.preventDefault(), main.focus()) }, t("skip"));
 	const zone = choice(t("timeZone"), [["local", t("local")], ["utc", "UTC"]], "local", (value) => setClock(value === "utc"));
@@ -153,23 +154,12 @@ async function start() {
 		show();
 	});
 	window.addEventListener("fi-unauthorized", (event) => {
-		Object.assign(session, { name: "", scopes: [] });
+		Object.assign(session, { required: true, name: "", scopes: [] });
 		drawAccount();
 		shown?.remove();
 		showSignIn(event.detail);
 	});
-	await begin();
-}
-
-async function begin() {
-	try {
-		Object.assign(session, await json("token"), { known: true });
-	} catch (problem) {
-		return place(h("div.page", {}, title("fiq"), problemBox(problem, begin)));
-	}
-	drawMenu();
-	drawAccount();
-	return show();
+	show();
 }
 
 start();

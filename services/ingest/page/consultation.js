@@ -21,6 +21,7 @@ const KEPT_BYTES = 32 << 20;
 /** events of a read with bodies */
 const BODIES = 100;
 const STATUS_SECONDS = 1;
+const DRAW_MS = 100;
 const NEWEST = "9223372036854775807";
 const USUAL_TYPE = "MESSAGE_RECEIVED";
 
@@ -471,20 +472,28 @@ class Consultation extends HTMLElement {
 
 	follow(after = null) {
 		const last = this.list.items.findLast((item) => item.record)?.record.sequence ?? 0;
-		this.follower = new Follower(this.path, { ...this.serverFilter(), bodies: 0 }, after ?? last, {
+		const arrived = [];
+		const draw = () => {
+			// what another follower or a new load reads again is not drawn twice
+			if (this.follower !== follower) return;
+			fill(this.none);
+			this.list.append(this.take(arrived.splice(0)), true);
+			this.drawSummary();
+			this.drawLive();
+		};
+		const follower = new Follower(this.path, { ...this.serverFilter(), bodies: 0 }, after ?? last, {
 			onrecords: (found) => {
-				fill(this.none);
-				const items = this.take(found.map((one) => parseRecord(one.data)));
-				this.list.append(items, true);
-				this.drawSummary();
-				this.drawLive();
+				// at most so often, however many events come
+				if (!arrived.length) setTimeout(draw, DRAW_MS);
+				arrived.push(...found.map((one) => JSON.parse(one.data)));
 			},
 			onstate: () => this.drawLive(),
 		});
-		this.follower.onresumed = (lostAt, position) => {
+		this.follower = follower;
+		follower.onresumed = (lostAt, position) => {
 			if (lostAt) this.mark(resumedText(lostAt, position), "gap");
 		};
-		this.follower.start();
+		follower.start();
 	}
 
 	mark(text, kind) {

@@ -3,7 +3,6 @@
 import { Follower, json, relative, url } from "./api.js";
 import { address, remember } from "./app.js";
 import { asCommands, button, choice, commands, copy, count, empty, field, fill, h, iconButton, moment, problemBox, say, since } from "./dom.js";
-import { parseRecord } from "./event.js";
 import { t } from "./texts.js";
 
 const REFRESH_SECONDS = 5;
@@ -43,8 +42,8 @@ class Consultations extends HTMLElement {
 		/** when the events that the list does not count yet were received, by their consultations */
 		this.waiting = new Map();
 		this.follower = new Follower("events", { bodies: 0 }, "", { onrecords: (found) => this.arrived(found), onstate: () => {} });
-		this.follower.start();
 		this.load();
+		this.follower.start();
 	}
 
 	disconnectedCallback() {
@@ -105,7 +104,7 @@ class Consultations extends HTMLElement {
 	/** Events came: until the list has them, they wait for HDF5. */
 	arrived(found) {
 		for (const one of found) {
-			const { consultation_id: id, received } = parseRecord(one.data);
+			const { consultation_id: id, received } = JSON.parse(one.data);
 			if (!id.startsWith(this.input.value)) continue;
 			if (!this.waiting.has(id)) this.waiting.set(id, []);
 			this.waiting.get(id).push(received);

@@ -59,19 +59,6 @@ export function members(text) {
 	return found;
 }
 
-/** Return the raw texts of an array's elements. */
-export function elements(text) {
-	const found = [];
-	let at = skip(text, skip(text, 0) + 1);
-	while (at < text.length && text[at] !== "]") {
-		const stop = endOfValue(text, at);
-		found.push(text.slice(at, stop));
-		at = skip(text, stop);
-		if (text[at] === ",") at = skip(text, at + 1);
-	}
-	return found;
-}
-
 /** Call `token` for each token of a text, strings whole, without the space between them. */
 function tokens(text, token) {
 	let at = skip(text, 0);

@@ -3,7 +3,6 @@
 import { Follower, url } from "./api.js";
 import { address } from "./app.js";
 import { asCommands, bytes, button, clock, commands, copy, count, empty, fill, foreign, h, iconButton, liveState, parts, problemBox, resumedText, stamp } from "./dom.js";
-import { parseRecord } from "./event.js";
 import { t } from "./texts.js";
 
 /** rows that are kept, and ids in which a retry is recognised */
@@ -48,7 +47,7 @@ class Live extends HTMLElement {
 
 	add(found) {
 		this.count += found.length;
-		const records = found.slice(-KEPT).map((one) => parseRecord(one.data));
+		const records = found.slice(-KEPT).map((one) => JSON.parse(one.data));
 		for (const record of records) {
 			const id = record.consultation_id + record.message_id;
 			record.again = this.seen.has(id);

@@ -64,6 +64,21 @@ def test_the_page_is_small_and_loads_nothing_from_elsewhere() -> None:
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\bsrc=)", markup)
 
 
+def test_the_first_view_s_scripts_are_all_named_in_the_markup() -> None:
+    """The browser asks for them at once, instead of for each one when it has read the script that imports it."""
+
+    def imported(script: str) -> set[str]:
+        return set(re.findall(r'^import [^;]*?"\./(\w+\.js)";$', (PAGE / script).read_text(), re.MULTILINE))
+
+    needed, found = set[str](), {"app.js"}
+    while found:
+        needed |= found
+        found = set().union(*map(imported, found)) - needed
+    preloaded = re.findall(r'rel="modulepreload" href="ui/(\w+\.js)"', (PAGE / "index.html").read_text())
+    assert sorted(needed) == sorted(preloaded)
+    assert "consultations.js" in needed
+
+
 async def test_the_files_come_with_a_strict_policy_and_an_entity_tag() -> None:
     """Nothing may run, load or frame but what this origin serves; text can become neither markup nor code."""
     async with running_edge() as edge:
@@ -105,6 +120,15 @@ async def test_the_deployment_chooses_whether_bodies_are_masked(masked: bool, sh
     """FI_UI_MASKED; by default a body is shown only on demand."""
     async with running_edge(ui_masked=masked) as edge:
         assert shown in (await edge.request("GET", ui.UI_PATH)).content
+
+
+async def test_the_page_knows_without_asking_whether_a_token_is_needed(tmp_path: Path) -> None:
+    """So it asks for its first view's data, or for the token, as soon as its scripts run."""
+    async with running_edge() as edge:
+        assert b'data-token="optional"' in (await edge.request("GET", ui.UI_PATH)).content
+    (tmp_path / "tokens").write_text(f"ward-3 {digest_of(SECRET)} read ward-3-*\n")
+    async with running_edge(token_file=str(tmp_path / "tokens")) as edge:
+        assert b'data-token="required"' in (await edge.request("GET", ui.UI_PATH)).content
 
 
 # -- the token --------------------------------------------------------------------------------------------------------

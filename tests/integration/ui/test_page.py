@@ -105,6 +105,26 @@ def test_the_list_is_paged_by_id_and_narrowed_by_a_prefix(page: Page, service: S
     expect(page.get_by_text("No consultation begins with this")).to_be_visible()
 
 
+def test_the_list_is_asked_for_as_soon_as_the_scripts_are_there(page: Page, service: Service) -> None:
+    """The first view's requests: its files all at once, then the list and what is new. No frame passes in between."""
+    service.say("first-view", "hello")
+    service.persisted("first-view", 1)
+    open_view(page, service)
+    expect(page.locator("tbody tr").first).to_be_visible()
+    names, list_asked, script_end = page.evaluate(
+        """() => {
+          const found = performance.getEntriesByType("resource");
+          const list = found.find((one) => new URL(one.name).pathname === "/consultations");
+          const end = performance.getEntriesByType("navigation")[0].domContentLoadedEventStart;
+          return [found.map((one) => new URL(one.name).pathname), list.startTime, end];
+        }"""
+    )
+    scripts = ["api", "app", "consultations", "dom", "texts"]
+    files = {*(f"/ui/{name}.js" for name in scripts), "/ui/style.css", "/ui/icon.svg"}
+    assert files | {"/consultations"} == set(names) - {"/events"}  # a stream is listed when it ends
+    assert list_asked < script_end  # the document's scripts run before this event
+
+
 # -- one consultation -------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +297,39 @@ def test_new_events_appear_and_following_pauses_and_resumes_from_a_position(page
     expect(page.locator(".live")).to_have_text("Live")
     service.say("live", "four")
     expect(events(page)).to_have_count(4)
+
+
+def test_many_new_events_are_drawn_at_once(page: Page, service: Service) -> None:
+    """At most ten times a second, so that a busy consultation leaves the browser time for other pages."""
+    service.say("busy", "first")
+    service.persisted("busy", 1)
+    page.add_init_script(
+        """
+        const ask = window.fetch;
+        window.fetch = async (url, options) => {
+          if (!url.searchParams.has("follow")) return ask(url, options);
+          window.draws = [];
+          const observer = new MutationObserver(() => draws.push(performance.now()));
+          observer.observe(document.querySelector(".summary"), { childList: true });
+          const encoder = new TextEncoder();
+          const received = new Date().toISOString();
+          const event = { event_type: "MESSAGE_RECEIVED", received, status: "persisted", bytes: 1 };
+          return new Response(new ReadableStream({
+            async start(stream) {
+              for (let sequence = 1_000_001; sequence <= 1_000_100; sequence += 1) {
+                await new Promise((done) => setTimeout(done, 5));
+                const data = JSON.stringify({ ...event, sequence, message_id: `m-${sequence}` });
+                stream.enqueue(encoder.encode(`id: ${sequence}\\ndata: ${data}\\n\\n`));
+              }
+            },
+          }));
+        };
+        """
+    )
+    open_view(page, service, "#/consultations/busy")
+    expect(page.locator(".summary")).to_contain_text("101 events")
+    draws = page.evaluate("draws")
+    assert 1 < len(draws) <= (draws[-1] - draws[0]) / 100 + 1.5
 
 
 def test_all_consultations_can_be_watched(page: Page, service: Service) -> None:
