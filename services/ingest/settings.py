@@ -42,12 +42,12 @@ class Settings:
         parse=text,
         doc="Address to listen on; beyond loopback only with FI_TOKEN_FILE or FI_ALLOW_ANONYMOUS.",
     )
-    port: int = setting("FI_PORT", 7001, parse=tcp_port, doc="TCP port to listen on; 0: a free one, which is logged.")
+    port: int = setting("FI_PORT", 7001, parse=tcp_port, doc="TCP port; 0: a free one, which is logged.")
     management_host: str = setting(
         "FI_MANAGEMENT_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address of /healthz, /readyz and /metrics, which need no token: loopback or an inner network.",
+        doc="Address of /healthz, /readyz and /metrics (no token): loopback or an inner network.",
     )
     management_port: int = setting(
         "FI_MANAGEMENT_PORT",
@@ -59,25 +59,25 @@ class Settings:
         "FI_TOKEN_FILE",
         "",
         parse=text,
-        doc="File with the API tokens' hashes (`fiq token`), read again when it changes; empty: no token is needed.",
+        doc="File of `fiq token`, read again when it changes; empty: no token is needed.",
     )
     allow_anonymous: bool = setting(
         "FI_ALLOW_ANONYMOUS",
         False,
         parse=boolean,
-        doc="Listen beyond loopback without FI_TOKEN_FILE: every client that reaches the port may post and read.",
+        doc="Listen beyond loopback without FI_TOKEN_FILE: every client may post and read.",
     )
     allowed_hosts: tuple[str, ...] = setting(
         "FI_ALLOWED_HOSTS",
         (),
         parse=_hosts,
-        doc="Names in `Host` that are accepted while no token is needed, besides localhost and loopback addresses.",
+        doc="Names in `Host` accepted without tokens, besides localhost and loopback addresses.",
     )
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = setting(
         "FI_TRUSTED_PROXIES",
         (),
         parse=_networks,
-        doc="Addresses or networks of proxies whose X-Forwarded-For is believed: 10.0.0.5,172.16.0.0/12.",
+        doc="Addresses of proxies whose X-Forwarded-For is believed: 10.0.0.5,172.16.0.0/12.",
     )
     tls_cert: str = setting(
         "FI_TLS_CERT",
@@ -95,31 +95,31 @@ class Settings:
         "FI_RATE",
         0.0,
         parse=number(0, 1_000_000),
-        doc="Requests and events per second of one token; beyond it 429. 0: no limit.",
+        doc="Requests and events per second of a token; beyond it 429. 0: no limit.",
     )
     rate_burst: int = setting(
         "FI_RATE_BURST",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Requests and events of one token at once; a larger batch is accepted if none of it is used.",
+        doc="Requests and events of a token at once; a larger batch is accepted if none of it is used.",
     )
     new_consultations_rate: float = setting(
         "FI_NEW_CONSULTATIONS_RATE",
         20.0,
         parse=number(0, 1_000_000),
-        doc="Consultations per second that one token may begin; beyond it 429. 0: no limit.",
+        doc="Consultations per second that a token may begin; beyond it 429. 0: no limit.",
     )
     new_consultations_burst: int = setting(
         "FI_NEW_CONSULTATIONS_BURST",
         10_000,
         parse=integer(1, 10**9),
-        doc="Consultations that one token may begin at once. Each takes 4 KB in HDF5.",
+        doc="Consultations that a token may begin at once. Each takes 4 KB in HDF5.",
     )
     publish_deadline: float = setting(
         "FI_PUBLISH_DEADLINE",
         5.0,
         parse=seconds(0.1, 300),
-        doc="How long storing an event may take, retries included; then 503.",
+        doc="Time to store an event, retries included; then 503.",
     )
     max_in_flight: int = setting(
         "FI_MAX_IN_FLIGHT",
@@ -143,13 +143,13 @@ class Settings:
         "FI_MAX_EVENT_BYTES",
         2**20,
         parse=size(1, 64 * 2**20),
-        doc="Largest event; beyond it 413. The broker's max_payload must be at least 1 KiB larger.",
+        doc="Largest event; beyond it 413. The broker's max_payload must be 1 KiB larger.",
     )
     max_batch_bytes: int = setting(
         "FI_MAX_BATCH_BYTES",
         8 * 2**20,
         parse=size(1, 256 * 2**20),
-        doc="Largest body of a batch; beyond it 413.",
+        doc="Largest batch; beyond it 413.",
     )
     max_batched_events: int = setting(
         "FI_MAX_BATCHED_EVENTS",
@@ -161,7 +161,7 @@ class Settings:
         "FI_KEY_LOOKUP_WAIT",
         0.1,
         parse=seconds(0, 10),
-        doc="How long asking the corpus about a key may delay an answer; 0: it is not asked.",
+        doc="Time for asking the corpus about a key; 0: it is not asked.",
     )
     max_json_depth: int = setting(
         "FI_MAX_JSON_DEPTH",
@@ -173,8 +173,8 @@ class Settings:
         "FI_MAX_BACKLOG",
         100_000,
         parse=integer(0, 10**12),
-        doc="Events that may wait for persisters; beyond it 503. Stalled partitions share half of it. 0: no limit"
-        " but the log's.",
+        doc="Events that may wait for persisters; beyond it 503. Stalled partitions share half of it. 0: only the"
+        " log's limit.",
     )
     max_window_events: int = setting(
         "FI_MAX_WINDOW_EVENTS",
@@ -187,19 +187,19 @@ class Settings:
         "FI_HEADER_TIMEOUT",
         10.0,
         parse=seconds(0.1, 3600),
-        doc="How long headers may take, those of the first request from the connection on; then 408.",
+        doc="Time to send headers, at first from the connection on; then 408.",
     )
     body_timeout: float = setting(
         "FI_BODY_TIMEOUT",
         30.0,
         parse=seconds(0.1, 3600),
-        doc="How long a client may take to send a body; then 408.",
+        doc="Time to send a body; then 408.",
     )
     answer_timeout: float = setting(
         "FI_ANSWER_TIMEOUT",
         30.0,
         parse=seconds(0.1, 3600),
-        doc="How long a client may take to read an answer before it is disconnected; 10 s for a follower.",
+        doc="Time to read an answer, for followers 10 s; then disconnected.",
     )
     retry_after: float = setting(
         "FI_RETRY_AFTER",
@@ -217,7 +217,7 @@ class Settings:
         "FI_FOLLOW_INTERVAL",
         0.25,
         parse=seconds(0.01, 60),
-        doc="How often the log is asked for new events of each followed consultation.",
+        doc="How often the log is asked for events of followed consultations.",
     )
     ui_masked: bool = setting(
         "FI_UI_MASKED",
@@ -229,13 +229,13 @@ class Settings:
         "FI_SHUTDOWN_GRACE",
         10.0,
         parse=seconds(0, 3600),
-        doc="How long requests may take after SIGTERM; keep it above FI_PUBLISH_DEADLINE.",
+        doc="Time for requests after SIGTERM; keep it above FI_PUBLISH_DEADLINE.",
     )
     watchdog: float = setting(
         "FI_WATCHDOG",
         WATCHDOG_SECONDS,
         parse=seconds(0, 86400),
-        doc="How long the event loop or a thread's call may hang before the process ends itself; 0: for ever.",
+        doc="A process whose event loop or thread hangs for so long ends itself; 0: never.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",

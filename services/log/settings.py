@@ -66,25 +66,25 @@ class LogSettings:
         "FI_LOG_URL",
         ("nats://127.0.0.1:4222",),
         parse=_servers,
-        doc="URLs of NATS nodes, separated by commas, or a ZeroMQ address (docs/logs.md).",
+        doc="NATS nodes, separated by commas, or a ZeroMQ address (docs/logs.md).",
     )
     ca_file: str = setting(
         "FI_NATS_CA_FILE",
         "",
         parse=text,
-        doc="PEM file of the nodes' certificate authority; with it only TLS 1.3 is spoken.",
+        doc="PEM file of the nodes' authority; with it only TLS 1.3 is spoken.",
     )
     seed_file: str = setting(
         "FI_NATS_SEED_FILE",
         "",
         parse=text,
-        doc="File with the nkey seed of this process' NATS user; read at each connect.",
+        doc="File with the nkey seed of this process; read at each connect.",
     )
     zmq_key_file: str = setting(
         "FI_ZMQ_KEY_FILE",
         "",
         parse=text,
-        doc="File with this process' CURVE key pair (`*.key_secret`), for `zmq+tcp://`.",
+        doc="File with this process' CURVE keys (`*.key_secret`), for `zmq+tcp://`.",
     )
     zmq_server_key: str = setting(
         "FI_ZMQ_SERVER_KEY",
@@ -96,7 +96,7 @@ class LogSettings:
         "FI_ZMQ_CLIENT_KEYS",
         "",
         parse=text,
-        doc="Persister: folder with the clients' public CURVE keys (`*.key`); read at start.",
+        doc="Persister: folder of clients' public CURVE keys (`*.key`); read at start.",
     )
     partitions: int = setting(
         "FI_PARTITIONS",
@@ -114,19 +114,19 @@ class LogSettings:
         "FI_STREAM_MAX_BYTES",
         4 * 2**30,
         parse=size(2**20, 2**50),
-        doc="Limit of the stream, reserved on each node; beyond it 503. May be raised later.",
+        doc="Limit of the stream, reserved on each node; beyond it 503. May be raised.",
     )
     duplicate_window: float = setting(
         "FI_DUPLICATE_WINDOW",
         120.0,
         parse=seconds(0.1, 86400),
-        doc="How long nodes keep message ids in memory; persisters drop later retries.",
+        doc="How long nodes remember ids; persisters drop later retries.",
     )
     dead_max_bytes: int = setting(
         "FI_DEAD_MAX_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**50),
-        doc="Limit of `fi-dead`; when it is full, partitions with bad messages wait.",
+        doc="Limit of `fi-dead`; at it partitions with bad messages wait.",
     )
     store: str = setting(
         "FI_STORE",
@@ -144,7 +144,7 @@ class LogSettings:
         "FI_STARTUP_TIMEOUT",
         60.0,
         parse=seconds(1, 3600),
-        doc="How long to wait for the cluster at start; then exit code 1.",
+        doc="Time to wait for the cluster at start; then exit code 1.",
     )
 
     @property

@@ -58,13 +58,13 @@ class PersisterSettings:
         "FI_PERSISTER_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address of /healthz, /readyz and /metrics, which need no token: loopback or an inner network.",
+        doc="Address of /healthz, /readyz and /metrics (no token): loopback or an inner network.",
     )
     port: int = setting(
         "FI_PERSISTER_PORT",
         7002,
         parse=port,
-        doc="TCP port of /healthz, /readyz and /metrics; worker i takes port + i. 0: a free one.",
+        doc="TCP port of /healthz, /readyz and /metrics, plus i for worker i; 0: a free one.",
     )
     batch_events: int = setting(
         "FI_BATCH_EVENTS",
@@ -82,7 +82,7 @@ class PersisterSettings:
         "FI_BUFFER_EVENTS",
         32768,
         parse=integer(64, 2**20),
-        doc="Most events that a process holds; its partitions share a quarter, busy ones get the rest.",
+        doc="Most events that a process holds; partitions share a quarter, busy ones get the rest.",
     )
     buffer_bytes: int = setting(
         "FI_BUFFER_BYTES",
@@ -94,13 +94,13 @@ class PersisterSettings:
         "FI_OPEN_CONSULTATIONS",
         1000,
         parse=integer(16, 10**6),
-        doc="Consultations kept open in HDF5, 35 KB each; more is faster when many are active.",
+        doc="Consultations kept open in HDF5, 35 KB each; more is faster if many are active.",
     )
     known_ids: int = setting(
         "FI_KNOWN_IDS",
         4_000_000,
         parse=integer(1000, 10**8),
-        doc="Event ids kept in memory to drop retries, 12 bytes each; others are read again.",
+        doc="Event ids in memory to drop retries, 12 bytes each; others are read again.",
     )
     poison_streak: int = setting(
         "FI_POISON_STREAK",
@@ -118,7 +118,7 @@ class PersisterSettings:
         "FI_WATCHDOG",
         WATCHDOG_SECONDS,
         parse=seconds(0, 86400),
-        doc="How long the event loop or a thread's call may hang before the process ends itself; 0: for ever.",
+        doc="A process whose event loop or thread hangs for so long ends itself; 0: never.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",
