@@ -18,10 +18,10 @@ from aiohttp.web import Application
 from fiq.event import Event, new_event_id
 from services.core.management import bind, serve_management
 from services.core.tracing import Spans
-from services.ingest.app import READY, make_app
 from services.ingest.metrics import METRICS
 from services.ingest.openapi import describe
 from services.ingest.server import TLS, HttpServer
+from services.ingest.service import READY, make_app
 from services.ingest.settings import SETTINGS, Settings
 from services.log.dead_letters import DeadLetter, message_headers, read_letter
 from services.log.errors import CorpusAwayError, LogUnavailableError, PositionGoneError

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from services.cli.init.files import Layout
 from services.cli.main import app
-from services.ingest import app as application
+from services.ingest import service
 from tests.support.ingest import running_edge
 from tests.support.polling import eventually
 
@@ -30,7 +30,7 @@ def layout(tmp_path: Path) -> Layout:
 
 async def test_a_running_service_follows(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """New and revoked tokens count without a restart; the others go on."""
-    monkeypatch.setattr(application, "RELOAD_SECONDS", 0.02)
+    monkeypatch.setattr(service, "RELOAD_SECONDS", 0.02)
     async with running_edge(token_file=str(layout.tokens)) as edge:
 
         async def status(secret: str) -> int:

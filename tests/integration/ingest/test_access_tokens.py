@@ -17,11 +17,10 @@ from structlog.testing import capture_logs
 from fiq.errors import ConfigurationError
 from services.core import logs
 from services.core.tokens import Scope, Token, digest_of, render
-from services.ingest import access
-from services.ingest import app as application
+from services.ingest import access, service
 from services.ingest.access import ACCESS, GRANT, OPEN, TokenStore
-from services.ingest.app import make_app
 from services.ingest.problems import REFUSALS
+from services.ingest.service import make_app
 from services.ingest.settings import Settings
 from tests.support.ingest import Edge, MemoryLog, Reply, running_edge
 from tests.support.polling import eventually
@@ -302,7 +301,7 @@ def change(path: Path, text: str | None) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at the file more often than each second."""
-    monkeypatch.setattr(application, "RELOAD_SECONDS", 0.02)
+    monkeypatch.setattr(service, "RELOAD_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("quick")

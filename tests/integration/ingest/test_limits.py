@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from services.core.tokens import Scope, Token, digest_of, render
-from services.ingest import app as module
+from services.ingest import service as module
 from services.log.partitions import partition_of
 from services.log.settings import LogSettings
 from services.log.status import Backlog, LogState, StreamReport, Waiting

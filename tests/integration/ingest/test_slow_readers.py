@@ -71,7 +71,7 @@ def test_a_page_that_is_not_read_holds_its_share_until_its_client_is_cut_off(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not for ever: the next one is answered then."""
-    monkeypatch.setattr("services.ingest.app.MAX_READS", 1)
+    monkeypatch.setattr("services.ingest.service.MAX_READS", 1)
     run(_ask_for_a_page_and_not_read())
 
 

@@ -21,9 +21,8 @@ from cryptography.x509.oid import NameOID
 
 from fiq.errors import ConfigurationError
 from services.cli.init.authority import Authority, Pair, make_authority
-from services.ingest import app as application
-from services.ingest import server
-from services.ingest.app import make_app
+from services.ingest import server, service
+from services.ingest.service import make_app
 from services.ingest.settings import Settings
 from tests.support.ingest import Edge, MemoryLog, running_edge
 from tests.support.polling import eventually
@@ -60,7 +59,7 @@ class Files:
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     """A pair, which is looked at more often than each second."""
-    monkeypatch.setattr(application, "RELOAD_SECONDS", 0.02)
+    monkeypatch.setattr(service, "RELOAD_SECONDS", 0.02)
     return Files(tmp_path)
 
 
