@@ -15,7 +15,7 @@ import orjson
 import pytest
 from cryptography import x509
 
-from services.cli.init.authority import Authority, make_authority, start_of
+from services.cli.init.keys import Authority, make_authority, start_of
 from tests.support.compose.engine import PREFIX, docker
 from tests.support.compose.stack import DEPLOYMENT, public_images
 from tests.support.polling import eventually_sync

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from services.cli.embedded.cluster import Cluster
-from services.cli.init.authority import Authority, Pair
 from services.cli.init.deployment import Deployment
 from services.cli.init.files import FileOwner, Layout
+from services.cli.init.keys import Authority, Pair
 from services.log.jetstream.connection import Connection, Role, close, connect
 from services.log.settings import LogSettings
 

@@ -24,17 +24,17 @@ import typer
 
 from fiq.words import count
 from services.cli.errors import CommandError
-from services.cli.init.authority import (
+from services.cli.init.files import FileOwner, Layout, Secrets
+from services.cli.init.keys import (
     Authority,
     Pair,
     belong_together,
     check_host,
     make_authority,
+    make_curve_keys,
     names_in,
     start_of,
 )
-from services.cli.init.curve import make_curve_keys
-from services.cli.init.files import FileOwner, Layout, Secrets
 from services.core import tokens
 from services.core.tokens import Scope, Token
 from services.log.jetstream.connection import Role, inbox_prefix, public_key

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from fiq.errors import ConfigurationError
-from services.cli.init.authority import Authority, Pair, make_authority
+from services.cli.init.keys import Authority, Pair, make_authority
 from services.ingest import server, service
 from services.ingest.service import make_app
 from services.ingest.settings import Settings

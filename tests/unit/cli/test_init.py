@@ -16,9 +16,9 @@ from cryptography import x509
 from typer.testing import CliRunner
 
 from services.cli.init import deployment
-from services.cli.init.authority import NODE_LIFETIME, names_in, not_after
 from services.cli.init.deployment import USERS
 from services.cli.init.files import NATS_FILES, Layout, Secrets
+from services.cli.init.keys import NODE_LIFETIME, names_in, not_after
 from services.cli.main import app
 from services.log.jetstream.connection import Role, public_key
 

@@ -1,7 +1,11 @@
-"""The deployment's own certificate authority, and the certificates that it signs.
+"""The keys of a deployment: its own certificate authority and the certificates it signs, and the CURVE keys of ZeroMQ.
 
 ECDSA on P-256 throughout: nats-server, OpenSSL and Go read it, and a TLS 1.3 handshake takes a millisecond. A node's
 certificate is valid for clients and servers, because a node is both on a route.
+
+CURVE keys (``fiq init FOLDER --curve NAMES``) are in the format of ``zmq.auth``. The persisters share one pair; each
+name is a client with a pair of its own. ``clients/`` has the public keys that persisters let in: a key whose file is
+removed from there is refused after their next start.
 """
 
 from __future__ import annotations
@@ -11,12 +15,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from services.cli.errors import CommandError
+from services.cli.init.files import FileOwner, Layout, Secrets
 
 #: validity of the authority; replacing it means to change every process
 CA_LIFETIME = timedelta(days=3650)
@@ -188,3 +196,52 @@ def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pai
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     return Pair(certificate.public_bytes(serialization.Encoding.PEM), private)
+
+
+# -- CURVE keys -------------------------------------------------------------------------------------------------------
+
+SERVER = "server"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}", re.ASCII)
+
+
+def make_curve_keys(folder: Path, owner: FileOwner, names: Sequence[str]) -> list[str]:
+    """Make the keys that are missing in *folder*; return what was done, a line each.
+
+    Raises CommandError: a name is malformed, or a public key has lost its file.
+    """
+    for name in names:
+        if _NAME.fullmatch(name) is None or name == SERVER:
+            raise CommandError(f"--curve {name}: names are lower-case letters, digits and hyphens, but not {SERVER}")
+    layout = Layout(folder.absolute())
+    secrets = Secrets(layout.folder, owner)
+    keys = layout.secrets / "zmq"
+    clients = keys / "clients"
+    for path in (layout.folder, layout.secrets, keys, clients):
+        secrets.folder(path, owner=FileOwner.myself() if path == layout.folder else None)
+    with secrets.alone(layout.secrets):
+        secrets.put(layout.ignore, b"*\n")
+        _ensure_pair(secrets, keys / f"{SERVER}.key_secret", keys / f"{SERVER}.key")
+        for name in names:
+            _ensure_pair(secrets, keys / f"{name}.key_secret", clients / f"{name}.key")
+    return secrets.changes
+
+
+def _ensure_pair(secrets: Secrets, secret: Path, public: Path) -> None:
+    import zmq  # slow to import, and most of fiq init needs none of it
+
+    if not secret.exists():
+        if public.exists():
+            raise CommandError(f"{public} exists, but {secret} does not: remove it to make a new pair")
+        pair = zmq.curve_keypair()
+        secrets.create(secret, _certificate(*pair))
+        secrets.create(public, _certificate(pair[0]))
+    for path in (secret, public):
+        if path.exists():  # a public key is removed to shut its client out
+            secrets.mend(path)
+
+
+def _certificate(public: bytes, secret: bytes | None = None) -> bytes:
+    lines = ["#  Made by fiq init.", "metadata", "curve", f'    public-key = "{public.decode()}"']
+    if secret is not None:
+        lines.append(f'    secret-key = "{secret.decode()}"')
+    return "\n".join([*lines, ""]).encode()
