@@ -41,7 +41,7 @@ from fiq.corpus.format import Identity, Record
 from fiq.corpus.ids import IdHashes, KnownIds, hashes_of
 from fiq.corpus.reader import Corpus, DamagedPartition, PartitionInfo, open_corpus, write_index
 from fiq.corpus.store import EventStore, Lookup, Recovered, StoreOptions, StoreStats, recover_partition
-from fiq.corpus.tools.repack import Repacked, repack
+from fiq.corpus.tools.copy import Repacked, repack
 from fiq.corpus.tools.verify import (
     Checked,
     CorpusProblem,

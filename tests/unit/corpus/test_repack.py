@@ -31,7 +31,7 @@ from tests.support.corpus import IDENTITY, commit_range, expected, stock_content
 from tests.support.damage import Damage, damage
 
 #: the module; the package has its function under the same name
-repacking = import_module("fiq.corpus.tools.repack")
+repacking = import_module("fiq.corpus.tools.copy")
 
 
 @pytest.fixture
