@@ -16,7 +16,7 @@ import zmq.auth
 from fiq.event import Event
 from services.log.protocol import Outcome, PersisterRole, Position
 from services.log.zeromq.links import Links
-from services.log.zeromq.owner import Owner, ZeroMqFollower
+from services.log.zeromq.log import Owner, ZeroMqFollower
 from services.log.zeromq.sockets import Address, KeyCheck, Keys
 
 PARTITIONS = 2

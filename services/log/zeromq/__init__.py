@@ -1,7 +1,7 @@
 """The log without a broker: ingest sends each event to the process that owns its partition, and waits for its commit.
 
 How an event gets its 202: ingest has one DEALER socket for each partition (:mod:`~services.log.zeromq.links`), and the
-process that has a partition's file open binds a ROUTER socket for it (:mod:`~services.log.zeromq.owner`). The event
+process that has a partition's file open binds a ROUTER socket for it (:mod:`~services.log.zeromq.log`). The event
 goes there, into the owner's next round, and is answered after the round's commit: events, sequence and message id are
 then fsynced in the partition's file. One message answers all events of a round that came from the same process.
 

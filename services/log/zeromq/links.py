@@ -6,6 +6,8 @@ beyond it the owner cannot keep up, and the client gets 503, too.
 
 What was sent and not answered when a connection ends is kept. It is sent again, in the same order and under the same
 ids, to the next owner that answers, until the deadline of each event. The corpus drops what an earlier attempt stored.
+
+Events are read back from the corpus, through the owners: no event waits anywhere else.
 """
 
 from __future__ import annotations
@@ -15,19 +17,61 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+from uuid import UUID
 
 import zmq
 
 from fiq.event import Event
 from services.core.logs import get_logger
-from services.log.errors import LogFullError, LogRefusedError, LogUnavailableError, TooManyInFlightError
+from services.log.errors import (
+    CorpusAwayError,
+    LogFullError,
+    LogRefusedError,
+    LogUnavailableError,
+    TooManyInFlightError,
+)
+from services.log.listing import ConsultationLister
+from services.log.metrics import LogMetrics
 from services.log.partitions import partition_name, partition_of
-from services.log.protocol import Appended
+from services.log.protocol import Appended, Failure, Page, SequencedEvent
+from services.log.questions import (
+    KIND_OF,
+    MAX_ITEMS,
+    ConsultationSummary,
+    Events,
+    EventsAnswer,
+    Find,
+    Ids,
+    IdSnapshot,
+    MalformedError,
+    Question,
+    Row,
+    Stored,
+    Verification,
+    decode_events,
+    decode_found,
+    decode_ids,
+    decode_verified,
+    encode_question,
+    verify,
+)
+from services.log.settings import LogSettings
+from services.log.status import (
+    Backlog,
+    LiveProcess,
+    LogState,
+    PartitionProgress,
+    PartitionState,
+    Placement,
+    StorePlacement,
+    Waiting,
+)
 from services.log.zeromq import wire
 from services.log.zeromq.sockets import Address, Keys, LoopSocket
-from services.log.zeromq.wire import Done, MalformedMessageError, State
+from services.log.zeromq.wire import CODES, Done, MalformedMessageError, State
 
 #: an owner that was not heard for this long does not take events, seconds
 SILENT_SECONDS = 1.5
@@ -398,3 +442,231 @@ class ZeroMqWriter:
 
     def _link(self, event: Event) -> Link:
         return self._links[partition_of(event.consultation, len(self._links.all))]
+
+
+# -- reading back -----------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+#: how long one answer of a persister may take, seconds
+_ANSWER_SECONDS = 4.0
+#: pause before a question is asked again that could not be answered just then, seconds
+_ASK_AGAIN_SECONDS = 0.02
+
+
+class ZeroMqReader:
+    """Asks the owners; see :class:`~services.log.protocol.EventBrowser`.
+
+    Args:
+        links: to the owners.
+        settings: of the log.
+    """
+
+    def __init__(self, links: Links, settings: LogSettings) -> None:
+        self._links = links
+        self._partitions = settings.partitions
+        self._listing = ConsultationLister(self._ask, settings.partitions)
+
+    async def at(self, sequence: int) -> SequencedEvent | None:
+        """Return None: no event waits in the log."""
+        return None
+
+    async def snapshot(self, consultation: str) -> IdSnapshot:
+        """Return which ids the corpus holds of *consultation*."""
+        return await self._ask(self._partition(consultation), Ids(consultation), decode_ids)
+
+    async def find(self, consultation: str, event_ids: Collection[UUID]) -> Mapping[UUID, Stored]:
+        """Return what the corpus holds under *event_ids*."""
+        partition = self._partition(consultation)
+        found: dict[UUID, Stored] = {}
+        left = list(dict.fromkeys(event_ids))
+        while left:
+            asked, left = left[:MAX_ITEMS], left[MAX_ITEMS:]
+            answer = await self._ask(partition, Find(consultation, asked), decode_found)
+            if len(answer.rest) >= len(asked):
+                raise _away(partition, "it answers nothing")
+            found.update(answer.found)
+            left += answer.rest
+        return found
+
+    async def known(self, consultation: str, event_ids: Collection[UUID]) -> set[UUID]:
+        """Return those of *event_ids* that the corpus holds."""
+        return set(await self.find(consultation, event_ids))
+
+    async def page(self, consultation: str, after: int, limit: int) -> Page:
+        """Return at most *limit* events of *consultation* after *after*, and where to go on."""
+        answer = await self._events(consultation, after, limit)
+        events = [_stored(consultation, row) for row in answer.rows]
+        last = events[-1].sequence if events else after
+        return Page(events, last if answer.more else max(last, answer.committed), answer.more)
+
+    async def page_before(self, consultation: str, before: int, limit: int) -> Page:
+        """Return the last events of *consultation* below *before*."""
+        question = Events(consultation, 0, limit, before)
+        answer = await self._ask(self._partition(consultation), question, decode_events)
+        events = [_stored(consultation, row) for row in answer.rows]
+        return Page(events, events[0].sequence if events else before, answer.more)
+
+    async def locate(self, consultation: str, event_id: UUID) -> SequencedEvent | None:
+        """Return the event, or None when the corpus does not hold it."""
+        found = (await self.find(consultation, [event_id])).get(event_id)
+        if found is None:
+            return None
+        answer = await self._events(consultation, found.sequence - 1, 1)
+        return _stored(consultation, answer.rows[0]) if answer.rows else None
+
+    async def has_news(self, consultation: str, after: int) -> bool:
+        """Return whether the corpus has something of *consultation* after *after*; a question only if it may have."""
+        last = self._links[self._partition(consultation)].last
+        if last is not None and last.committed <= after:
+            return False
+        return bool((await self._events(consultation, after, 1)).rows)
+
+    async def conflicts(self, consultation: str, after: int, limit: int) -> Page:
+        """Return nothing: a client is told at once that its key is used, and the event is not kept."""
+        return Page([], after, more=False)
+
+    async def verify(self, consultation: str) -> Verification:
+        """Have the owner verify the consultation."""
+        partition = self._partition(consultation)
+        return await verify(lambda question: self._ask(partition, question, decode_verified), consultation)
+
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+        """Return consultations that begin with *prefix*, sorted by id, and whether there are more."""
+        return await self._listing.by_name(prefix, after, limit)
+
+    async def active_consultations(
+        self, prefix: str, before: tuple[int, str], limit: int
+    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+        """Return the consultations with the newest events, newest first, and the place to go on at."""
+        return await self._listing.by_activity(prefix, before, limit)
+
+    async def _events(self, consultation: str, after: int, limit: int) -> EventsAnswer:
+        return await self._ask(self._partition(consultation), Events(consultation, after, limit), decode_events)
+
+    async def _ask(self, partition: int, question: Question, decode: Callable[[bytes], T]) -> T:
+        """Ask the owner of *partition* until it answers.
+
+        Raises CorpusAwayError: nobody answers, or not in time; LogRefusedError: it does not understand the question.
+        """
+        link, end = self._links[partition], time.monotonic() + _ANSWER_SECONDS
+        while (left := end - time.monotonic()) > 0:
+            answer = await link.ask(KIND_OF[type(question)], encode_question(question, left), left)
+            if answer is None:
+                raise _away(partition, "no persister answers")
+            code, data = answer
+            if not code:
+                try:
+                    return decode(data)
+                except MalformedError:
+                    raise _away(partition, "its answer is malformed") from None
+            if code == CODES[Failure.MALFORMED]:
+                raise LogRefusedError("the persister does not understand the question: is it of another version?")
+            if code == CODES[Failure.TOO_LARGE]:
+                raise LogRefusedError(f"partition {partition_name(partition)} holds an event that is too large to read")
+            if code != CODES[Failure.NOT_NOW]:
+                raise _away(partition, "its file cannot be read; the persister's log says why")
+            await asyncio.sleep(_ASK_AGAIN_SECONDS)
+        raise _away(partition, f"no answer within {_ANSWER_SECONDS:g} s")
+
+    def _partition(self, consultation: str) -> int:
+        return partition_of(consultation, self._partitions)
+
+
+def _stored(consultation: str, row: Row) -> SequencedEvent:
+    return SequencedEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
+
+
+def _away(partition: int, reason: str) -> CorpusAwayError:
+    return CorpusAwayError(f"partition {partition_name(partition)}: {reason}")
+
+
+# -- status -----------------------------------------------------------------------------------------------------------
+
+#: how often the status is renewed, seconds
+_STATUS_SECONDS = 1.0
+
+
+class ZeroMqStatus:
+    """What the owners say of their partitions; see :class:`services.log.protocol.Status`.
+
+    There is no stream, so a snapshot has none, and no dead letters.
+
+    Args:
+        links: to the owners.
+        settings: of the log.
+        metrics: where it is shown; None for a look by itself.
+    """
+
+    def __init__(self, links: Links, settings: LogSettings, metrics: LogMetrics | None) -> None:
+        self.state = LogState()
+        self._links = links
+        self._settings = settings
+        self._metrics = metrics
+
+    async def run(self) -> None:
+        """Renew the snapshot each second until cancelled."""
+        while True:
+            self.state = self.look()
+            if self._metrics is not None:
+                self._show(self._metrics, self.state)
+            await asyncio.sleep(_STATUS_SECONDS)
+
+    def look(self) -> LogState:
+        """Return a snapshot."""
+        store = self._settings.store
+        processes: dict[tuple[str, ...], LiveProcess] = {}
+        placed: dict[int, Placement] = {}
+        partitions = []
+        for link in self._links.all:
+            p, last = link.partition, link.last
+            if last is not None:
+                placed[p] = Placement(p, last.volume, 1, last.committed, 1, 0)
+            if last is not None and link.up:
+                key = (last.volume, last.about.get("host", ""), last.about.get("pid", ""))
+                one = processes.get(key) or LiveProcess(store, last.volume, frozenset(), {}, metadata=last.about)
+                progress = {**one.progress, p: PartitionProgress(last.committed, last.waiting)}
+                processes[key] = replace(one, partitions=one.partitions | {p}, progress=progress)
+            committed, events = (0, 0) if last is None else (last.committed, last.waiting)
+            waiting = Waiting(events, committed, stalled=not link.up)
+            partitions.append(PartitionState(p, placed.get(p), int(link.up), committed, waiting, None))
+        volumes = tuple(sorted({one.volume for one in placed.values()}))
+        formed = len(placed) == self._settings.partitions
+        placement = StorePlacement(store, formed, volumes, placed, frozenset(), volumes[0] if volumes else "", 1)
+        return LogState(
+            at=time.monotonic(),
+            has_stream=False,
+            placements={store: placement} if placed else {},
+            processes=tuple(processes.values()),
+            stores={store: tuple(partitions)},
+        )
+
+    def backlog(self) -> Backlog | None:
+        """Return what the owners have received and not committed.
+
+        Sequences are those of partitions, and all that was answered is committed. So the sum of all partitions stands
+        for the position of the log.
+        """
+        partitions = self.state.partitions(self._settings.store)
+        if not any(one.owners for one in partitions):
+            return None
+        total = sum(one.committed + one.waiting.events for one in partitions)
+        return Backlog(self.state.at, total, tuple(replace(one.waiting, sequence=total) for one in partitions))
+
+    async def ready(self) -> list[str]:
+        """Return why events cannot be stored just now; nothing when they can."""
+        mismatches = {link.mismatch for link in self._links.all if link.mismatch}
+        if mismatches:
+            return sorted(mismatches)
+        missing = [partition_name(link.partition) for link in self._links.all if not link.up]
+        if not missing:
+            return []
+        return [
+            f"no persister answers for partitions {', '.join(missing)} at {self._settings.url}: start the persisters"
+        ]
+
+    def _show(self, metrics: LogMetrics, state: LogState) -> None:
+        up = [link.up for link in self._links.all]
+        metrics.connected.set(any(up))
+        metrics.available.set(all(up))
+        metrics.stores(state)

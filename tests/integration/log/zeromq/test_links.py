@@ -14,7 +14,7 @@ from services.log.errors import LogAccessError, LogFullError, LogRefusedError, L
 from services.log.protocol import Appended, Fate, Outcome
 from services.log.zeromq import wire
 from services.log.zeromq.links import SILENT_SECONDS, Link, ZeroMqWriter
-from services.log.zeromq.owner import GONE_SECONDS
+from services.log.zeromq.log import GONE_SECONDS
 from services.log.zeromq.sockets import Address
 from services.log.zeromq.wire import State
 from tests.support.polling import eventually
