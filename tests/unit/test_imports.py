@@ -76,7 +76,7 @@ def test_the_write_ahead_log_knows_bytes_and_no_events() -> None:
 LOGS = ("services.log.jetstream", "services.log.zeromq")
 #: what of the command line is about one log: the nodes and their users, the doctor, placements, files and keys
 KNOWS_ITS_LOG = {
-    "backup/cluster.py", "backup/lost.py", "doctor/cluster.py", "doctor/command.py", "init/deployment.py",
+    "backup/cluster.py", "backup/restore.py", "doctor/cluster.py", "doctor/command.py", "init/deployment.py",
     "nats_context.py", "status.py", "target.py",
 }  # fmt: skip
 

@@ -140,8 +140,8 @@ async def test_a_backup_that_is_found_after_the_volume_was_given_up_takes_its_pl
 @pytest.mark.parametrize(
     ("command", "step"),
     [
-        ("give-up", "services.cli.backup.lost.make_empty"),
-        ("give-up", "services.cli.backup.lost.write_identity"),
+        ("give-up", "services.cli.backup.restore.make_empty"),
+        ("give-up", "services.cli.backup.restore.write_identity"),
         ("restore", "services.cli.backup.restore._copy_file"),
         ("restore", "services.cli.backup.restore._move"),
         ("restore", "services.cli.backup.restore.write_identity"),
