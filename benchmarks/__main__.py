@@ -21,7 +21,7 @@ import orjson
 from benchmarks import at_work, dialogues, drains, memory, over_http, page, plot, processes
 from benchmarks.bench import FULL, QUICK, Bench, Plan
 from benchmarks.results import About, Results
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from tests.support.dialogues import DATA
 
 #: benchmarks that share one cluster of this checkout

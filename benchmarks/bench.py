@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.load import LoadJob, Report, run
 from benchmarks.processes import Product
 from benchmarks.results import Throughput, middle
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 
 #: a "number of clients" that stands for one client which pauses, and the pause, seconds
 ALONE, ALONE_PAUSE = 0, 0.2

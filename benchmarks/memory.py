@@ -13,8 +13,7 @@ from benchmarks import drains, processes, streams
 from benchmarks.bench import CONSULTATIONS, FULL_LOAD, PARTITIONS, Bench
 from benchmarks.load import LoadJob, run
 from benchmarks.results import Memory
-from services.cli.embedded.cluster import Cluster
-from services.cli.embedded.processes import ManagedProcess
+from services.cli.embedded.processes import Cluster, ManagedProcess
 
 #: how often memory is looked at, seconds
 _INTERVAL = 0.1

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 
 
 def main(folder: str, max_file_store: str) -> None:

@@ -13,7 +13,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from fiq.event import Event
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.connection import close, connect
 from services.log.jetstream.stream import STREAM, provision, subject_of
 from services.log.settings import LogSettings

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import settings
 
 from services.cli.embedded import stack
-from services.cli.embedded.cluster import Cluster
-from services.cli.embedded.processes import free_ports
+from services.cli.embedded.processes import Cluster, free_ports
 
 pytest.register_assert_rewrite("tests.support")  # a failing assert in there says what it compared
 

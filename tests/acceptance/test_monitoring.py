@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from services.cli import monitoring
-from services.cli.embedded.cluster import Cluster
-from services.cli.embedded.processes import LOOPBACK, free_ports
+from services.cli.embedded.processes import LOOPBACK, Cluster, free_ports
 from services.log.jetstream.connection import Role
 from tests.support.persisters import Persister
 from tests.support.polling import eventually_sync

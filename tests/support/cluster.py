@@ -13,7 +13,7 @@ from typing import Any
 import nats
 import nats.errors
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, connect
 from services.log.settings import LogSettings

@@ -15,7 +15,7 @@ import orjson
 from fiq.corpus import CorpusError, open_corpus
 from fiq.event import Event, new_event_id
 from services.cli import monitoring
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.publisher import Publisher

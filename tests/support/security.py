@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.cli.init.deployment import Deployment
 from services.cli.init.files import FileOwner, Layout
 from services.cli.init.keys import Authority, Pair

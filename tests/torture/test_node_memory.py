@@ -14,7 +14,7 @@ import pytest
 
 from fiq.event import Event, new_event_id
 from services.cli.doctor.cluster import ID_MEMORY, NODE_MEMORY
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.ingest.settings import Settings
 from services.log.jetstream.connection import close, connect
 from services.log.jetstream.publisher import Publisher

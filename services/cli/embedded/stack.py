@@ -29,8 +29,7 @@ import orjson
 
 import services
 from services.cli import monitoring
-from services.cli.embedded.cluster import Cluster
-from services.cli.embedded.processes import LOOPBACK, ManagedProcess, free_ports, is_free, stop_together
+from services.cli.embedded.processes import LOOPBACK, Cluster, ManagedProcess, free_ports, is_free, stop_together
 from services.cli.errors import AlreadyRunningError, ChildFailedError, CommandError, NotRunningError, PortTakenError
 
 #: where ingest listens unless another port is asked for or this one is taken

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fiq.corpus import open_corpus, verify_corpus
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import BUCKET, STREAM, placement_key, provision
 from services.log.status import Placement

@@ -14,9 +14,8 @@ import psutil
 import pytest
 from nats.js.api import StreamConfig
 
-from services.cli.embedded import cluster as cluster_module
-from services.cli.embedded.cluster import Cluster
-from services.cli.embedded.processes import free_ports
+from services.cli.embedded import processes as module
+from services.cli.embedded.processes import Cluster, free_ports
 from services.cli.errors import ChildFailedError, PortTakenError
 from tests.support.cluster import heal
 from tests.support.polling import eventually_sync
@@ -107,7 +106,7 @@ def test_no_process_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
     """kill -9 of the process that runs a cluster takes the nodes with it."""
     script = f"""
 import pathlib, time
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 cluster = Cluster(pathlib.Path({str(tmp_path)!r}))
 cluster.start()
 print(*[node.pid for node in cluster.nodes], flush=True)
@@ -127,7 +126,7 @@ def test_a_port_that_was_taken_meanwhile_is_replaced(tmp_path: Path, monkeypatch
     with Cluster(tmp_path / "first", nodes=1) as first:
         taken = [ports for node in first.ports for ports in (node.client, node.monitoring, node.cluster)]
         choices = iter([taken, free_ports(3)])
-        monkeypatch.setattr(cluster_module, "free_ports", lambda _: next(choices))
+        monkeypatch.setattr(module, "free_ports", lambda _: next(choices))
         with Cluster(tmp_path / "second", nodes=1) as second:
             assert first.urls != second.urls
 

@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 
 from services.cli.doctor import Finding, Level
 from services.cli.doctor.command import Installation, examine
-from services.cli.embedded.cluster import Cluster
-from services.cli.embedded.processes import LOOPBACK
+from services.cli.embedded.processes import LOOPBACK, Cluster
 from services.cli.main import app
 from services.cli.target import Target
 from services.log.jetstream.placement import BucketPlacements

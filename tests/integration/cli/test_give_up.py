@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from fiq.corpus import verify_corpus
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import STREAM
 from services.persister.volume import Volume

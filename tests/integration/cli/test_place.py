@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fiq.corpus import EventStore, Identity
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import PlacementError
 from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, placement_key, provision

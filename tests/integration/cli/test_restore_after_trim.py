@@ -10,7 +10,7 @@ import pytest
 
 from fiq.corpus import open_corpus
 from services.cli.backup.cluster import fence, look
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.cli.target import find_cluster
 from services.log.jetstream.stream import STREAM
 from services.log.jetstream.trim import Trimmer

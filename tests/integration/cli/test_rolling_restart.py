@@ -16,8 +16,7 @@ import pytest
 
 from fiq.corpus import open_corpus, verify_corpus
 from services.cli.demo import wait_until_persisted
-from services.cli.embedded.cluster import Cluster
-from services.cli.embedded.processes import LOOPBACK, free_ports
+from services.cli.embedded.processes import LOOPBACK, Cluster, free_ports
 from services.cli.embedded.rolling_restart import wait_ready
 from services.cli.embedded.stack import StackFolder
 from services.cli.errors import NotReadyError

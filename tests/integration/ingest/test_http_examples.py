@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from tests.support.persisters import PARTITIONS, Persister
 from tests.support.polling import eventually_sync
 from tests.support.service import Service

@@ -19,7 +19,7 @@ from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
 from tests.support.persisters import PARTITIONS, Persister, corpus_of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from tests.support.service import Service
 
 #: the default of FI_MAX_BATCH_BYTES

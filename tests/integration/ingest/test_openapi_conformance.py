@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.core.tokens import Scope, Token, digest_of, render
 from tests.support.persisters import PARTITIONS, Persister
 from tests.support.service import Service

@@ -18,7 +18,7 @@ import pytest
 from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
 from services.cli import monitoring
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from tests.support.persisters import PARTITIONS, Persister, corpus_of
 from tests.support.polling import eventually
 from tests.support.service import Service

@@ -12,7 +12,7 @@ from aiohttp import ClientSession
 
 from fiq.event import MESSAGE_ID_HEADER, RECEIVED_HEADER, event_id_from_key, message_id
 from services.cli import monitoring
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from tests.support.bodies import BARE, BODIES, MARK, drawn
 from tests.support.persisters import Persister, corpus_of
 from tests.support.polling import eventually

@@ -21,8 +21,7 @@ from aiohttp import ClientConnectionError, ClientError, ClientSession, ClientTim
 from nats.js import JetStreamContext
 
 from fiq.event import event_id_from_key
-from services.cli.embedded.cluster import Cluster
-from services.cli.embedded.processes import free_ports
+from services.cli.embedded.processes import Cluster, free_ports
 from services.log.jetstream.stream import STREAM
 from services.log.partitions import partition_of
 from tests.support.polling import eventually

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from aiohttp import ClientConnectorError, ClientSession
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.stream import STREAM
 from tests.support.persisters import PARTITIONS, Persister
 from tests.support.pipelines import follow

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from fiq.event import Event
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import DuplicateInFlightError, LogFullError, LogRefusedError, LogUnavailableError
 from services.log.jetstream.publisher import MAX_BATCH, MAX_BATCHES_UNDER_WAY, MAX_SINGLES, Publisher
 from services.log.jetstream.reader import JetStreamReader

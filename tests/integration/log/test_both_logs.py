@@ -16,7 +16,7 @@ from aiohttp import ClientConnectorError, ClientSession
 from cloudevents.core.bindings.http import to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from tests.support.cluster import delete_streams, heal
 from tests.support.pipelines import SMALL, Pipeline
 from tests.support.polling import eventually

@@ -16,7 +16,7 @@ import uvloop
 from nats.aio.msg import Msg
 
 from fiq.errors import ConfigurationError
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.connection import Connection, check_max_payload, close, connect
 from services.log.settings import LogSettings

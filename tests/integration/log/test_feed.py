@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from nats.aio.msg import Msg
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import PositionGoneError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.reader import JetStreamFeed, StreamReading

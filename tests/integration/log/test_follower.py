@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import LogMismatchError
 from services.log.jetstream import follower as module
 from services.log.jetstream.connection import Connection, close, connect

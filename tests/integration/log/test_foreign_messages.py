@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 from nats.aio.client import Client
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.connection import close, connect
 from services.log.jetstream.stream import provision
 from services.log.settings import LogSettings

@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 
 from fiq.errors import PermanentError
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import LogUnavailableError
 from services.log.jetstream.api import ApiError, JetStreamApi
 from services.log.jetstream.connection import Connection, close, connect

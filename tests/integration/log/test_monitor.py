@@ -17,7 +17,7 @@ import pytest
 from nats.micro.service import Service
 from prometheus_client import CollectorRegistry
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.ingest.service import open_log
 from services.ingest.settings import Settings
 from services.log.jetstream import monitor as module

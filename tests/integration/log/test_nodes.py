@@ -19,7 +19,7 @@ from nats.aio.msg import Msg
 from prometheus_client import CollectorRegistry
 
 from fiq.errors import FiqError
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream import monitor as module
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Role

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.stream import STREAM, provision, subject_of

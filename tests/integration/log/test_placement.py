@@ -9,7 +9,7 @@ from dataclasses import replace
 import nats.js.errors
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import LogMismatchError, LogUnavailableError, PlacementError
 from services.log.jetstream import placement as module
 from services.log.jetstream.api import JetStreamApi

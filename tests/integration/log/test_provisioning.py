@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import LogUnavailableError, ProvisionError
 from services.log.jetstream import stream as module
 from services.log.jetstream.api import JetStreamApi

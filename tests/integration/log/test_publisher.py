@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from fiq.event import Event
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import (
     DuplicateInFlightError,
     LogFullError,

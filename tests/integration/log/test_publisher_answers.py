@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from fiq.event import Event, new_event_id
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import DuplicateInFlightError, LogRefusedError, LogUnavailableError
 from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.publisher import Publisher

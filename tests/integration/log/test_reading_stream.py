@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from fiq.event import Event, new_event_id
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.reader import StreamReading
 from services.log.jetstream.stream import stored_subject
 from services.log.partitions import partition_of

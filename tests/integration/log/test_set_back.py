@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import LogMismatchError
 from services.log.jetstream import follower as module
 from services.log.protocol import Position

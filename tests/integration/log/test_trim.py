@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fiq.event import Event, message_id_at, new_event_id
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import CorpusAwayError
 from services.log.jetstream import trim as module
 from services.log.jetstream.placement import KEYS_SECONDS, BucketPlacements

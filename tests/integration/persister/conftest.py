@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from tests.support.persisters import Log, provisioned
 
 

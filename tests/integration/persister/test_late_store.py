@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.connection import Connection
 from services.log.jetstream.placement import BucketPlacements, read_stores
 from services.log.jetstream.trim import Trimmer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import STREAM
 from tests.support.persisters import Log, Persister, persisted, provisioned

@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fiq.event import Event, new_event_id
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.cli.main import app
 from services.core.tokens import Scope, Token, digest_of, render
 from services.log.dead_letters import message_headers

@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 
 from fiq.corpus import open_corpus
 from fiq.event import Event, new_event_id
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import CorpusAwayError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.reader import JetStreamReader, StreamReading

@@ -12,7 +12,7 @@ import pytest
 
 from fiq.corpus import EventStore, Record
 from fiq.event import Event, new_event_id
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import CorpusAwayError
 from services.log.jetstream.questions import NatsAnswering
 from services.log.jetstream.reader import JetStreamReader, Numbered, StreamReading

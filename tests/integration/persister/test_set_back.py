@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.trim import Trimmer
 from tests.support.cluster import set_back, stores_copied

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fiq.errors import ConfigurationError
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.cli.errors import ChildFailedError
 from services.log.errors import LogAccessError, LogUnavailableError
 from services.log.jetstream.connection import CONNECT_DEADLINE_SECONDS, Role, close, connect

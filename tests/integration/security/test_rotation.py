@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 
 from fiq.event import Event, new_event_id
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.log.errors import LogAccessError
 from services.log.jetstream.connection import Connection, Role, close, connect
 from services.log.jetstream.publisher import Publisher

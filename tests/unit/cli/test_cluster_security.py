@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.cli.embedded.cluster import Cluster
+from services.cli.embedded.processes import Cluster
 from services.cli.init.deployment import Deployment
 from services.cli.init.files import NATS_FILES, FileOwner
 
