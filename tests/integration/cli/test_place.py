@@ -11,9 +11,9 @@ import pytest
 from fiq.corpus import EventStore, Identity
 from services.cli.embedded.processes import Cluster
 from services.log.errors import PlacementError
+from services.log.jetstream.log import Trimmer
 from services.log.jetstream.placement import BucketPlacements
 from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, placement_key, provision
-from services.log.jetstream.trim import Trimmer
 from services.log.status import Placement
 from services.persister.volume import Volume
 from tests.support.commands import done, refused

@@ -12,8 +12,8 @@ from fiq.corpus import open_corpus
 from services.cli.backup.cluster import fence, look
 from services.cli.embedded.processes import Cluster
 from services.cli.target import find_cluster
+from services.log.jetstream.log import Trimmer
 from services.log.jetstream.stream import STREAM
-from services.log.jetstream.trim import Trimmer
 from tests.integration.cli.test_place import deleted, files, keys, reached
 from tests.support.commands import done, refused
 from tests.support.persisters import PARTITIONS, Log, provisioned

@@ -14,11 +14,11 @@ import pytest
 from fiq.event import Event, message_id_at, new_event_id
 from services.cli.embedded.processes import Cluster
 from services.log.errors import CorpusAwayError
-from services.log.jetstream import trim as module
+from services.log.jetstream import log as module
+from services.log.jetstream.log import Trimmer
 from services.log.jetstream.placement import KEYS_SECONDS, BucketPlacements
 from services.log.jetstream.reader import JetStreamReader
 from services.log.jetstream.stream import STREAM
-from services.log.jetstream.trim import Trimmer
 from services.log.partitions import partition_of
 from services.log.protocol import Trimmed
 from services.log.settings import LogSettings
@@ -148,7 +148,7 @@ async def test_a_key_whose_message_the_stream_does_not_have_there_trims_nothing(
     found = await log.api.leader_message(STREAM, 30)
     assert found is not None
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(module, "_log", SimpleNamespace(error=lambda _, **what: told.append(what)))
+    monkeypatch.setattr(module, "_trim_log", SimpleNamespace(error=lambda _, **what: told.append(what)))
     keys = await Keys(log, message_ids={30: message_id_at(found["headers"]), 35: "other/id"}).reached(rest=30, p2=35)
     trimmer = Trimmer(log.nc, retention=0)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from services.cli.embedded.processes import Cluster
 from services.log.jetstream.connection import Connection
+from services.log.jetstream.log import Trimmer
 from services.log.jetstream.placement import BucketPlacements, read_stores
-from services.log.jetstream.trim import Trimmer
 from services.persister.placement import VolumeContext, claim_partitions
 from services.persister.volume import Volume
 from tests.integration.log.test_trim import Keys

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from services.cli.embedded.processes import Cluster
+from services.log.jetstream.log import Trimmer
 from services.log.jetstream.placement import BucketPlacements
-from services.log.jetstream.trim import Trimmer
 from tests.support.cluster import set_back, stores_copied
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted, provisioned
 from tests.support.polling import eventually

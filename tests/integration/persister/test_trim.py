@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fiq.event import Event, new_event_id
 from services.cli.embedded.processes import Cluster
+from services.log.jetstream.log import Trimmer
 from services.log.jetstream.placement import read_stores
-from services.log.jetstream.trim import Trimmer
 from tests.support.persisters import Log, Persister, corpus_of, joined, persisted, provisioned
 from tests.support.polling import eventually
 

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from services.log.jetstream import trim as module
+from services.log.jetstream import log as module
 from services.log.jetstream.connection import Connection
+from services.log.jetstream.log import Trimmer, committed_everywhere, is_turn
 from services.log.jetstream.monitor import read_process, read_progress, show_progress
-from services.log.jetstream.trim import Trimmer, committed_everywhere, is_turn
 from services.log.protocol import Trimmed
 from services.log.settings import LogSettings
 from services.log.status import LiveProcess, LogState, PartitionProgress, Placement, StorePlacement
