@@ -1,53 +1,53 @@
-"""The commands about a corpus: ``fiq ls``, ``show``, ``verify``, ``recover`` and ``repack``."""
+"""The commands about the events in a corpus: ``fiq ls``, ``show`` and ``export``.
+
+``export`` writes events of one consultation, or of many, as NDJSON, JSON, CSV or Parquet, one at a time in memory.
+NDJSON and JSON carry each event byte for byte. CSV is for spreadsheets and Parquet for analysis; with ``--flat`` both
+have a column for each member of the payloads. The members are found by reading the events once before they are written,
+from the same snapshot of the corpus. In CSV no cell becomes a formula, and no whole number loses digits; a fraction
+stays a number, with which a spreadsheet computes. Parquet tells pandas which columns can lack values.
+"""
 
 from __future__ import annotations
 
+import csv
 import heapq
+import io
+import json
+import os
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, BinaryIO
 
 import orjson
 import typer
 from rich.filesize import decimal
 
-from fiq import corpus as library
 from fiq.corpus import (
     Consultation,
     Corpus,
     CorpusError,
     CorpusFormatError,
-    CorpusLockedError,
     DamagedPartition,
     DamagedPartitionWarning,
-    Recovered,
-    Report,
+    EventRecord,
     UnknownConsultationError,
     open_corpus,
-    recover_partition,
-    verify_corpus,
 )
 from fiq.errors import InvalidIdError
 from fiq.event import check_consultation_id
 from fiq.words import count
 from services.cli import console
-from services.cli.console import JsonOption, bar
-from services.cli.errors import CommandError
+from services.cli.console import JsonOption
+from services.cli.errors import CommandError, UsageError
 from services.cli.target import CorpusOption, FolderOption, find_corpus
-from services.cli.times import Period, SinceOption, UntilOption, iso
-from services.log.status import Verified
-from services.persister.volume import is_volume, note_verified
-
-#: what it means that a file does not begin with the stream
-_SEED = "earlier events are only in other stores; docs/operations.md, `A store that begins late`, says how to get them"
-
-# -- fiq ls, fiq show ------------------------------------------------------------------------------------------------
+from services.cli.times import ALWAYS, Period, SinceOption, UntilOption, iso
 
 
 def ls(
@@ -184,166 +184,396 @@ def _check_complete(damaged: Sequence[DamagedPartition]) -> None:
         raise CommandError("\n  ".join(["what can be read was read, but", *map(str, damaged)]))
 
 
-# -- fiq verify, fiq recover, fiq repack ---------------------------------------------------------------------------
+# -- fiq export -------------------------------------------------------------------------------------------------------
+
+#: members of the objects of the two JSON forms
+FIELDS = ("consultation", "sequence", "event_id", "received", "received_ns", "event_type", "event")
+#: columns of CSV and Parquet before those of the payload
+COLUMNS = ("consultation", "sequence", "event_id", "received", "event_type")
+#: a spreadsheet takes a text that starts with one of these for a formula (OWASP, "CSV Injection")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+#: a spreadsheet keeps so many digits of a number; a text within a column is left out of its sums
+_SAFE_DIGITS = 15
+#: without it a spreadsheet takes UTF-8 for the machine's old encoding
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+#: members of payloads that become columns, at most
+MAX_COLUMNS = 1000
+#: events of a row group of Parquet
+_GROUP_EVENTS = 5000
+_INT64 = range(-(2**63), 2**63)
 
 
-def verify(
-    path: Annotated[
-        Path | None,
-        typer.Argument(help="Data directory, or one partition file; else FI_DATA_DIR, ./.fiq/corpus or ./corpus."),
+class Format(StrEnum):
+    """How events are exported."""
+
+    NDJSON = "ndjson"
+    JSON = "json"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+#: what a file's name says of its format
+SUFFIXES = {
+    ".ndjson": Format.NDJSON,
+    ".jsonl": Format.NDJSON,
+    ".json": Format.JSON,
+    ".csv": Format.CSV,
+    ".parquet": Format.PARQUET,
+}
+
+
+def export(
+    consultation: Annotated[
+        str | None, typer.Argument(help="Id of the consultation; or choose several with --all or --prefix.")
     ] = None,
+    form: Annotated[
+        Format | None,
+        typer.Option("--format", "-f", help="By default what the suffix of --output says; without one ndjson."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, which appears when it is complete; stdout otherwise."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Export all consultations.")] = False,
+    prefix: Annotated[str, typer.Option(help="Export the consultations whose id starts with this.")] = "",
+    event_type: Annotated[str, typer.Option("--type", help="Only events of this type.")] = "",
+    since: SinceOption = None,
+    until: UntilOption = None,
+    after: Annotated[int, typer.Option(min=0, help="Only events whose sequence is greater than this.")] = 0,
+    flat: Annotated[
+        bool, typer.Option("--flat", help="CSV, Parquet: a column for each member of the payloads, not the event.")
+    ] = False,
+    corpus: CorpusOption = None,
     folder: FolderOption = None,
-    limit: Annotated[int, typer.Option(min=0, help="Problems to print; the rest is counted.")] = 20,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every problem.")] = False,
 ) -> None:
-    """Check every row, body, chain and journal of a corpus.
+    """Write events as NDJSON, JSON, CSV or Parquet.
 
-    Checks the index too, while persisters keep writing. Changes no data; of a volume it records the result for metrics
-    and GET /pipeline. The exit code is 1 if anything is wrong.
+    Consultation after consultation, each in stream order. ndjson and json carry each event byte for byte.
     """
-    found = find_corpus(path, folder, how="as PATH")
-    report = _verified(found)
-    _record(found, report)
-    if json:
-        typer.echo(orjson.dumps(report.to_dict(), option=orjson.OPT_INDENT_2))
-    else:
-        _print(report, limit)
-    if not report.clean:
-        raise typer.Exit(1)
+    if (consultation is not None) + bool(every or prefix) != 1:
+        raise UsageError("name one consultation, or choose several with --all or --prefix")
+    to_file = output is not None and str(output) != "-"
+    form = form or (_form(output) if output is not None and to_file else Format.NDJSON)
+    if flat and form in (Format.NDJSON, Format.JSON):
+        raise UsageError(f"--flat is for csv and parquet, not {form}: choose one with --format or the file's suffix")
+    if form is Format.PARQUET:
+        _check_pyarrow()
+        if not to_file:
+            raise UsageError("Parquet needs a file: name it with  -o FILE.parquet")
+    selection = Selection(event_type, Period.of(since, until), after)
+    with ExitStack() as stack:
+        path = find_corpus(corpus, folder)
+        if consultation is not None:
+            chosen: Callable[[], Iterable[EventRecord]]
+            one = stack.enter_context(opened(path, consultation))
+            chosen = lambda: selection.of(one)  # noqa: E731
+        else:
+            many = stack.enter_context(opened_corpus(path))
+            chosen = lambda: many.read(selection.of, prefix=prefix)  # noqa: E731
+        counted = _Counted()
+        with _target(output if to_file else None, force=force) as file:
+            write(lambda: counted.of(chosen()), form, file, flat=flat)
+        if to_file:
+            size = f", {decimal(output.stat().st_size)}" if output is not None and output.is_file() else ""
+            typer.echo(f"wrote {counted} to {output} ({form}{size})", err=True)
 
 
-def _verified(path: Path) -> Report:
-    with bar("verifying") as show:
-        try:
-            return verify_corpus(
-                path, on_progress=lambda now: show(now.fraction, f"events: {now.events:,}, {now.file}")
-            )
-        except CorpusError as error:
-            raise CommandError(str(error)) from error
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which events are exported: of a type, of a time, after a sequence."""
+
+    event_type: str = ""
+    period: Period = ALWAYS
+    after: int = 0
+
+    def of(self, consultation: Consultation) -> Iterator[EventRecord]:
+        """Yield the chosen events. Raises CorpusFormatError: one is damaged, or its body is no JSON object."""
+        if not len(consultation) or consultation.table(len(consultation) - 1)["seq"][0] <= self.after:
+            return  # most consultations of a corpus, when what came last is exported
+        for event in consultation.records(
+            keep=lambda rows: (rows["seq"] > self.after) & self.period.hold(rows["received_ns"])
+        ):
+            found = event.event_type
+            if not self.event_type or found == self.event_type:
+                yield event
 
 
-def _record(path: Path, report: Report) -> None:
-    """Write down when the volume at *path* was verified and what was found; a copy or one file is no volume."""
-    if not is_volume(path):
+class _Counted:
+    """Counts what passes, in the last pass."""
+
+    def __init__(self) -> None:
+        self._events = self._consultations = 0
+
+    def of(self, events: Iterable[EventRecord]) -> Iterator[EventRecord]:
+        self._events = self._consultations = 0
+        last = None
+        for event in events:
+            self._events += 1
+            self._consultations += event.consultation != last
+            last = event.consultation
+            yield event
+
+    def __str__(self) -> str:
+        return f"{count(self._events, 'event')} of {count(self._consultations, 'consultation')}"
+
+
+def _form(output: Path) -> Format:
+    """Return what a file's name says of its format. Raises CommandError: another format than fiq writes."""
+    suffix = output.suffix.lower()
+    if suffix and suffix not in SUFFIXES:
+        raise UsageError(f"{output}: {suffix} is none of {', '.join(SUFFIXES)}: rename it, or choose with --format")
+    return SUFFIXES.get(suffix, Format.NDJSON)
+
+
+# -- The file ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _target(output: Path | None, *, force: bool) -> Iterator[BinaryIO]:
+    if output is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
         return
-    at = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        note_verified(path, Verified(at, report.events, len(report.problems)))
+        with _file(output, force=force) as file:
+            yield file
     except OSError as error:
-        typer.echo(f"fiq: the result is not recorded: {error.filename or path}: {error.strerror}", err=True)
+        raise CommandError(f"cannot write {output}: {error.strerror}") from error
 
 
-def _print(report: Report, limit: int) -> None:
-    table = console.table("file", ">committed", ">consultations", ">events", ">payload", ">in the journal", ">problems")
-    for one in report.partitions:
-        table.add_row(
-            one.file,
-            str(one.committed),
-            str(one.consultations),
-            str(one.events),
-            decimal(one.payload_bytes),
-            "archive" if one.archived else count(one.journal_records, "commit"),
-            str(one.problems),
-        )
-    console.show(table)
-    for begins, files in _late(report):
-        typer.echo(f"{files} begins at sequence {begins}: {_SEED}")
-    for problem in report.problems[:limit]:
-        typer.echo(console.printable(str(problem)))
-    more = len(report.problems) - limit
-    if more > 0 and limit:
-        typer.echo(f"and {more} more; --json has all")
-    verdict = "clean" if report.clean else count(len(report.problems), "problem")
-    events, consultations = count(report.events, "event"), count(report.consultations, "consultation")
-    typer.echo(
-        f"{verdict}: {events} of {consultations} in {count(len(report.partitions), 'file')}, "
-        f"{report.seconds:.1f} s, {report.events_per_second:,.0f} events/s"
-    )
-
-
-def _late(report: Report) -> list[tuple[int, str]]:
-    """Return the first sequences of files that do not begin with the stream, and the names of those files."""
-    found: dict[int, list[str]] = {}
-    for one in report.partitions:
-        if one.begins > 1:
-            found.setdefault(one.begins, []).append(one.file)
-    return [(begins, ", ".join(files)) for begins, files in sorted(found.items())]
-
-
-def recover(
-    path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
-    names: Annotated[bool, typer.Option("--names", help="Write the indexes of names anew.")] = False,
-    json: JsonOption = False,
-) -> None:
-    """Apply journals to their partition files.
-
-    A persister does the same when it starts. The exit code is 1 if a file could not be recovered.
-    """
-    recovered: list[Recovered] = []
-    failures: list[str] = []
-    locked: dict[str, list[tuple[str, str]]] = {}  # messages that differ only by the file's name are shown once
-    try:
-        paths = open_corpus(path).paths
-    except CorpusError as error:
-        raise CommandError(str(error)) from error
-    with bar("recovering") as show:
-        for number, file in enumerate(paths):
-            show(number / len(paths), file.name)
-            try:
-                done = recover_partition(file, names=names)
-            except CorpusLockedError as error:
-                locked.setdefault(str(error).replace(file.name, ""), []).append((file.name, str(error)))
-            except CorpusError as error:
-                failures.append(str(error))
-            else:
-                recovered.append(done)
-                if done.held_back:
-                    failures.append(f"{done.file}: {done.held_back}; nothing is lost, try again later")
-    if json:
-        typer.echo(orjson.dumps([asdict(done) for done in recovered], option=orjson.OPT_INDENT_2))
-    elif recovered:
-        table = console.table("file", ">committed", ">replayed", ">torn", "")
-        for done in recovered:
-            state = f"still in the journal: {done.held_back}" if done.held_back else "complete"
-            table.add_row(done.file, str(done.committed), str(done.replayed), str(done.torn), state)
-        console.show(table)
-    for (_, reason), *others in locked.values():
-        too = f" (and so for {', '.join(name for name, _ in others)})" if others else ""
-        failures.append(f"{reason}{too}; its writer has recovered it, there is nothing to do")
-    if failures:
-        raise CommandError("\n  ".join(failures))
-
-
-class HDF5Format(StrEnum):
-    """The release of HDF5 that can read an archive."""
-
-    V110 = "1.10"
-    V108 = "1.8"
-
-
-def repack(
-    path: Annotated[Path, typer.Argument(help="Data directory, or one partition file.")],
-    output: Annotated[Path, typer.Argument(help="Directory or file to create; must not exist.")],
-    form: Annotated[HDF5Format, typer.Option("--format", help="1.8 for old and small readers.")] = HDF5Format.V110,
-    json: JsonOption = False,
-) -> None:
-    """Write a compact, verified copy of a corpus.
-
-    Every reader opens the copy. It has no journal and is read-only. Persisters may keep writing the original.
-    """
-    with bar("repacking") as show:
-        try:
-            portable = form is HDF5Format.V108
-            done = library.repack(path, output, portable=portable, on_progress=lambda step, part: show(part, step))
-        except CorpusError as error:
-            raise CommandError(str(error)) from error
-    if json:
-        typer.echo(orjson.dumps([asdict(one) for one in done], option=orjson.OPT_INDENT_2))
+@contextmanager
+def _file(output: Path, *, force: bool) -> Iterator[BinaryIO]:
+    if output.exists() and not output.is_file():  # a pipe or a device cannot be replaced
+        with output.open("wb") as file:
+            yield file
         return
-    table = console.table("file", ">consultations", ">events", ">before", ">after")
-    for one in done:
-        sizes = decimal(one.bytes_before), decimal(one.bytes_after)
-        table.add_row(one.file, str(one.consultations), str(one.events), *sizes)
-    console.show(table)
-    before, after = sum(one.bytes_before for one in done), sum(one.bytes_after for one in done)
-    typer.echo(f"{output}: {decimal(after)} instead of {decimal(before)} ({after / before:.0%}), equal to the original")
+    _check_absent(output, force=force)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        # medical data: for the owner only
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            yield file
+        _check_absent(output, force=force)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_absent(output: Path, *, force: bool) -> None:
+    if output.exists() and not force:
+        raise CommandError(f"{output} exists: name another file, or replace it with --force")
+
+
+# -- The forms ---------------------------------------------------------------------------------------------------------
+
+
+def write(events: Callable[[], Iterable[EventRecord]], form: Format, file: BinaryIO, *, flat: bool = False) -> None:
+    """Write events to *file*, one at a time in memory.
+
+    Args:
+        events: begins to yield them, each time it is called; it is called twice with *flat*.
+        form: of the file.
+        file: to write to.
+        flat: whether CSV and Parquet have a column for each member of the payloads.
+
+    Raises CommandError: the payloads have too many members for *flat*.
+    """
+    columns = find_columns(events()) if flat else None
+    if form is Format.PARQUET:
+        _write_parquet(events(), file, columns)
+        return
+    for piece in _csv(events(), columns) if form is Format.CSV else lines(events(), form):
+        file.write(piece)
+
+
+def lines(events: Iterable[EventRecord], form: Format) -> Iterator[bytes]:
+    """Yield the export in one of the two JSON forms, piece by piece."""
+    return {Format.NDJSON: _ndjson, Format.JSON: _json}[form](events)
+
+
+def _ndjson(events: Iterable[EventRecord]) -> Iterator[bytes]:
+    for event in events:
+        yield orjson.dumps(_document(event), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _json(events: Iterable[EventRecord]) -> Iterator[bytes]:
+    start = b"[\n"
+    for event in events:
+        yield start + orjson.dumps(_document(event))
+        start = b",\n"
+    yield b"[]\n" if start == b"[\n" else b"\n]\n"
+
+
+def _document(event: EventRecord) -> dict[str, Any]:
+    return {
+        "consultation": event.consultation,
+        "sequence": event.sequence,
+        "event_id": str(event.event_id),
+        "received": iso(event.received_ns),
+        "received_ns": event.received_ns,
+        "event_type": event.event_type,
+        "event": orjson.Fragment(event.raw),  # byte for byte: numbers keep all of their digits
+    }
+
+
+# -- Payloads as columns -----------------------------------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    """What the values of a column are."""
+
+    BOOLEAN = "boolean"
+    INTEGER = "integer"
+    NUMBER = "number"
+    TEXT = "text"
+
+
+class _Number(float):
+    """A number with a fraction or an exponent, as it was written."""
+
+    def __new__(cls, text: str) -> _Number:
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+    text: str
+
+
+def _payload(event: EventRecord) -> dict[str, Any]:
+    """Return the columns of an event's payload: one a member; ``payload`` for one that is no object."""
+    found = json.loads(event.raw, parse_float=_Number).get("payload")
+    if isinstance(found, dict):
+        return {f"payload.{member}": value for member, value in found.items() if value is not None}
+    return {} if found is None else {"payload": found}
+
+
+def find_columns(events: Iterable[EventRecord]) -> dict[str, Kind]:
+    """Return the columns of the payloads of *events*, in the order of their first values.
+
+    Raises CommandError: there are more than :data:`MAX_COLUMNS`.
+    """
+    columns: dict[str, Kind] = {}
+    for event in events:
+        for column, value in _payload(event).items():
+            kind = _kind(value)
+            before = columns.setdefault(column, kind)
+            if kind is not before:
+                numbers = {kind, before} == {Kind.INTEGER, Kind.NUMBER}
+                columns[column] = Kind.NUMBER if numbers else Kind.TEXT
+        if len(columns) > MAX_COLUMNS:
+            raise CommandError(
+                f"the payloads have more than {MAX_COLUMNS} different members: choose events with --type, or leave out "
+                "--flat"
+            )
+    return columns
+
+
+def _kind(value: Any) -> Kind:
+    if isinstance(value, bool):
+        return Kind.BOOLEAN
+    if isinstance(value, int):
+        return Kind.INTEGER if value in _INT64 else Kind.TEXT
+    return Kind.NUMBER if isinstance(value, _Number) else Kind.TEXT
+
+
+def _text(value: Any) -> str:
+    """Return *value* as text: a text itself, anything else as in JSON."""
+    if isinstance(value, str):
+        return value
+    return value.text if isinstance(value, _Number) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+# -- CSV ---------------------------------------------------------------------------------------------------------------
+
+
+def _csv(events: Iterable[EventRecord], columns: Iterable[str] | None) -> Iterator[bytes]:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer)
+    names = ("event",) if columns is None else tuple(columns)
+    writer.writerow((*COLUMNS, *names))
+    yield _BYTE_ORDER_MARK + _drain(buffer)
+    for event in events:
+        values = {"event": event.raw.decode("utf-8")} if columns is None else _payload(event)
+        writer.writerow([_cell(value) for value in (*_head(event), *(values.get(name) for name in names))])
+        yield _drain(buffer)
+
+
+def _head(event: EventRecord) -> tuple[str, int, str, str, str]:
+    """Return the values of :data:`COLUMNS`."""
+    return event.consultation, event.sequence, str(event.event_id), iso(event.received_ns), event.event_type
+
+
+def _drain(buffer: io.StringIO) -> bytes:
+    text = buffer.getvalue()
+    buffer.seek(0)
+    buffer.truncate()
+    return text.encode("utf-8")
+
+
+def _cell(value: Any) -> str:
+    """Return a cell that a spreadsheet shows as it is: the apostrophe makes it a text."""
+    if value is None:
+        return ""
+    text = _text(value)
+    if isinstance(value, int | float):
+        unsafe = sum(map(str.isdigit, text.partition(".")[0])) > _SAFE_DIGITS  # a fraction may be rounded
+    else:
+        unsafe = text.startswith(_FORMULA_STARTS) or (len(text) > _SAFE_DIGITS and text.isdecimal())
+    return f"'{text}" if unsafe else text
+
+
+# -- Parquet -----------------------------------------------------------------------------------------------------------
+
+
+def _check_pyarrow() -> None:
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ModuleNotFoundError:
+        raise CommandError("Parquet needs pyarrow: run  pip install 'fiq[services,parquet]'") from None
+
+
+def _write_parquet(events: Iterable[EventRecord], file: BinaryIO, columns: dict[str, Kind] | None) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {
+        Kind.BOOLEAN: pa.bool_(),
+        Kind.INTEGER: pa.int64(),
+        Kind.NUMBER: pa.float64(),
+        Kind.TEXT: pa.string(),
+    }
+    head = zip(COLUMNS, (pa.string(), pa.uint64(), pa.string(), pa.timestamp("ns", "UTC"), pa.string()), strict=True)
+    kinds = {"event": Kind.TEXT} if columns is None else columns
+    schema = pa.schema([*head, *((name, types[kind]) for name, kind in kinds.items())], _for_pandas(kinds))
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        left = iter(events)
+        while group := list(islice(left, _GROUP_EVENTS)):
+            table: dict[str, list[Any]] = {name: [] for name in schema.names}
+            for event in group:
+                consultation, sequence, event_id, _, event_type = _head(event)
+                row = (consultation, sequence, event_id, event.received_ns, event_type)
+                for name, value in zip(COLUMNS, row, strict=True):
+                    table[name].append(value)
+                values = {"event": event.raw.decode("utf-8")} if columns is None else _payload(event)
+                for name, kind in kinds.items():
+                    value = values.get(name)
+                    table[name].append(_text(value) if kind is Kind.TEXT and value is not None else value)
+            writer.write_batch(pa.RecordBatch.from_pydict(table, schema=schema))
+
+
+def _for_pandas(kinds: Mapping[str, Kind]) -> dict[str, str]:
+    """Return the metadata by which pandas chooses types that can lack values: its own are floats, which round."""
+    types = {Kind.BOOLEAN: ("bool", "boolean"), Kind.INTEGER: ("int64", "Int64"), Kind.NUMBER: ("float64", "Float64")}
+    columns = [
+        {
+            "name": name,
+            "field_name": name,
+            "pandas_type": types[kind][0],
+            "numpy_type": types[kind][1],
+            "metadata": None,
+        }
+        for name, kind in kinds.items()
+        if kind in types
+    ]
+    return {"pandas": json.dumps({"index_columns": [], "column_indexes": [], "columns": columns})}

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from fiq.corpus.consultation import EventRecord
 from fiq.event import event_id_from_key
-from services.cli.export import Format
-from services.cli.export import lines as exported_lines
+from services.cli.corpus import Format
+from services.cli.corpus import lines as exported_lines
 from services.cli.main import app
 from tests.support.memory_service import MemoryService
 from tests.support.polling import eventually

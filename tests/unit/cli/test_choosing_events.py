@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fiq.corpus import EventStore, Record
-from services.cli.export import SUFFIXES, Format
+from services.cli.corpus import SUFFIXES, Format
 from services.cli.main import app
 from tests.support.corpus import IDENTITY
 

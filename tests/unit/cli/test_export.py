@@ -15,8 +15,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from services.cli.corpus import COLUMNS, FIELDS, MAX_COLUMNS, Format, Kind, find_columns, lines, write
 from services.cli.errors import CommandError
-from services.cli.export import COLUMNS, FIELDS, MAX_COLUMNS, Format, Kind, find_columns, lines, write
 
 RECEIVED_NS = 1_795_453_297_123_456_789
 EVENT_ID = UUID(int=1)
