@@ -27,7 +27,6 @@ from types import TracebackType
 
 import orjson
 
-import services
 from services.cli import monitoring
 from services.cli.embedded.processes import LOOPBACK, Cluster, ManagedProcess, free_ports, is_free, stop_together
 from services.cli.errors import AlreadyRunningError, ChildFailedError, CommandError, NotRunningError, PortTakenError
@@ -44,7 +43,7 @@ _PORT_TRIES = 5
 _POLL = 0.05
 #: longest folder of a stack that still leaves room for the names of its Unix sockets (107 bytes in all)
 _LONGEST_FOLDER = 70
-_IMPORT_ROOT = str(Path(services.__path__[0]).absolute().parent)
+_IMPORT_ROOT = str(Path(__file__).absolute().parents[3])
 
 
 class LogKind(StrEnum):
