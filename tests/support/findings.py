@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from services.cli.doctor import Finding, Level, worst
+from services.log.findings import Finding, Level, worst
 
 
 def only(findings: Iterable[Finding], level: Level) -> Finding:

@@ -1,8 +1,1 @@
-"""``fiq doctor``: its checks are in :mod:`cluster` and :mod:`host`, :mod:`command` runs them.
-
-What can be seen in a snapshot of the log is judged in :mod:`services.log.findings`.
-"""
-
-from services.log.findings import Finding, Level, error, ok, unknown, warning, worst
-
-__all__ = ["Finding", "Level", "error", "ok", "unknown", "warning", "worst"]
+"""``fiq doctor``: :mod:`command` runs the checks of :mod:`cluster`, :mod:`host` and :mod:`services.log.findings`."""

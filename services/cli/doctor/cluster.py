@@ -28,11 +28,21 @@ from rich.filesize import decimal
 
 from fiq.words import count
 from services.cli import monitoring
-from services.cli.doctor import Finding, error, ok, unknown, warning
 from services.cli.embedded.stack import StackState
 from services.cli.status import ClusterSnapshot, take_snapshot
 from services.log.errors import ProvisionError
-from services.log.findings import check_age, check_events_room, check_placement, check_replicas, no_stream
+from services.log.findings import (
+    Finding,
+    check_age,
+    check_events_room,
+    check_placement,
+    check_replicas,
+    error,
+    no_stream,
+    ok,
+    unknown,
+    warning,
+)
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import HEADERS_BYTES, Connection
 from services.log.jetstream.monitor import NodeState, ask_nodes, node_state, read_node

@@ -19,13 +19,13 @@ from fiq.errors import FiqError
 from fiq.words import count
 from services.cli import console
 from services.cli.console import bar
-from services.cli.doctor import Finding, Level, cluster, error, host, ok, unknown, warning, worst
+from services.cli.doctor import cluster, host
 from services.cli.errors import CommandError
 from services.cli.status import ClusterSnapshot, take_snapshot
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster, find_corpus
 from services.core.settings import load
 from services.ingest.settings import Settings as IngestSettings
-from services.log.findings import check_dead_letters
+from services.log.findings import Finding, Level, check_dead_letters, error, ok, unknown, warning, worst
 from services.log.jetstream.stream import NODES_PREFIX
 from services.persister.settings import PersisterSettings
 

@@ -24,11 +24,11 @@ from fiq.corpus.wal.storage import check_file_system, ephemeral_file_system
 from fiq.words import count
 from services.cli import monitoring
 from services.cli.backup.backup import read_volume
-from services.cli.doctor import Finding, error, ok, unknown, warning
 from services.cli.doctor.cluster import TIMEOUT
 from services.cli.errors import BackupError
 from services.cli.status import ClusterSnapshot, Worker
 from services.core.command import memory_limit, product_version
+from services.log.findings import Finding, error, ok, unknown, warning
 from services.log.partitions import partition_name
 from services.persister.settings import PersisterSettings
 from services.persister.volume import backed_up_at

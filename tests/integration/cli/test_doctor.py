@@ -16,11 +16,11 @@ import pytest
 from nats.js.api import Header
 from typer.testing import CliRunner
 
-from services.cli.doctor import Finding, Level
 from services.cli.doctor.command import Installation, examine
 from services.cli.embedded.processes import LOOPBACK, Cluster
 from services.cli.main import app
 from services.cli.target import Target
+from services.log.findings import Finding, Level
 from services.log.jetstream.placement import BucketPlacements
 from services.log.settings import LogSettings
 from services.persister.volume import note_backup

@@ -15,9 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fiq.corpus.wal import storage
-from services.cli.doctor import Level, host
+from services.cli.doctor import host
 from services.cli.embedded.processes import LOOPBACK, free_ports
 from services.cli.main import app
+from services.log.findings import Level
 from services.persister.settings import PersisterSettings
 from tests.support.broker import plain_server
 from tests.support.findings import fine, only

@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from services.cli import monitoring
-from services.cli.doctor import Finding, Level, cluster
+from services.cli.doctor import cluster
 from services.cli.embedded.processes import LOOPBACK, free_ports
+from services.log.findings import Finding, Level
 from tests.support.broker import plain_server
 from tests.support.findings import fine, only
 from tests.support.polling import eventually_sync
