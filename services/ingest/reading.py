@@ -50,13 +50,11 @@ from services.log.errors import (
     TooManyInFlightError,
 )
 from services.log.listing import NEWEST
-from services.log.protocol import EventBrowser, Feed, Page, SequencedEvent
+from services.log.protocol import PAGE_BYTES, EventBrowser, Feed, Page, SequencedEvent
 from services.log.questions import ConsultationSummary
 
 #: most records of a page, and the default
 MAX_LIMIT, DEFAULT_LIMIT = 1000, 100
-#: records of a page take this at most, but for a single one, bytes
-PAGE_BYTES = 1 << 20
 #: what is looked at for a page of events that are filtered, about: events, and bytes of their bodies
 LOOKED_EVENTS, LOOKED_BYTES = 10_000, 8 << 20
 #: verifications among them

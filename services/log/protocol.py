@@ -43,6 +43,8 @@ from services.log.status import Backlog, LogState, PartitionProgress, Placement,
 EVENT_LOG = "fi-events"
 #: name of the log of dead letters
 DEAD_LETTER_LOG = "fi-dead"
+#: events of a page take this at most, but for a single one, bytes
+PAGE_BYTES = 1 << 20
 
 # -- events and positions ---------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from services.log.jetstream.questions import Questions
 from services.log.jetstream.stream import STREAM, stored_subject
 from services.log.listing import ConsultationLister
 from services.log.partitions import partition_of
-from services.log.protocol import EventBrowser, Feed, Page, SequencedEvent, StoredIds
+from services.log.protocol import PAGE_BYTES, EventBrowser, Feed, Page, SequencedEvent, StoredIds
 from services.log.questions import (
     Conflicts,
     ConsultationSummary,
@@ -54,8 +54,6 @@ from services.log.settings import LogSettings
 
 #: how long one answer of a persister or of the broker may take, seconds
 TIMEOUT_SECONDS = 4.0
-#: bodies that a page takes from the stream, at most, but for a single event, bytes
-PAGE_BYTES = 1 << 20
 #: what is read of the stream for the retry of a batch, at most: events, and bytes of their bodies
 MOST_EVENTS, MOST_BYTES = 1024, 4 << 20
 #: messages and bytes of one batched direct get
