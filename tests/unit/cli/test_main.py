@@ -18,7 +18,7 @@ from services.core.command import product_version
 
 SERVICES = Path(__file__).parents[3] / "services" / "cli"
 #: commands in modules that print tables, which print lines
-NO_TABLE = {"token new", "token revoke"}
+NO_TABLE = {"get", "token new", "token revoke"}
 
 
 #: texts of libraries, which no message to a person has
