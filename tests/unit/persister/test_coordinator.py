@@ -14,10 +14,10 @@ from services.log.errors import PlacementError
 from services.log.protocol import Position
 from services.log.settings import LogSettings
 from services.log.status import PartitionProgress, Placement
-from services.persister.coordinator import Coordinator
 from services.persister.metrics import PersisterMetrics
 from services.persister.partition import RunnerState
 from services.persister.placement import VolumeContext
+from services.persister.service import Coordinator
 from services.persister.volume import Volume
 from tests.support.persister import LOG
 from tests.support.placements import MemoryPlacements, placed
@@ -118,10 +118,10 @@ async def ended(work: asyncio.Task[None], rig: Rig) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.persister.coordinator.SHARE_SECONDS", 0.01)
-    monkeypatch.setattr("services.persister.coordinator.CLAIM_SECONDS", 0.01)
-    monkeypatch.setattr("services.persister.coordinator.CLAIMED_SECONDS", 0.01)
-    monkeypatch.setattr("services.persister.coordinator.MAINTAIN_SECONDS", 1000)
+    monkeypatch.setattr("services.persister.service.SHARE_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.service.CLAIM_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.service.CLAIMED_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.service.MAINTAIN_SECONDS", 1000)
 
 
 async def test_a_process_that_is_alone_runs_everything(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ async def test_a_data_directory_that_takes_no_file_is_shown_and_tried_again(
 
 async def test_the_disks_room_is_shown_also_while_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator wants to see a full disk before anything else; one that cannot be measured ends nothing."""
-    monkeypatch.setattr("services.persister.coordinator.MAINTAIN_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.service.MAINTAIN_SECONDS", 0.01)
     free = iter([10, None, 9])
 
     def room(_: Volume) -> tuple[int, int]:
@@ -278,8 +278,8 @@ async def test_a_disk_that_hangs_is_shown(tmp_path: Path) -> None:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Report progress whenever there is some."""
-    monkeypatch.setattr("services.persister.coordinator.PROGRESS_SECONDS", 0.01)
-    monkeypatch.setattr("services.persister.coordinator.REPORT_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.service.PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.service.REPORT_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -334,7 +334,7 @@ async def test_a_partition_whose_progress_is_refused_stops(tmp_path: Path, monke
 
 async def test_progress_is_reported_every_few_seconds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But at once where the record is ahead of the file: nothing that it lacks may be trimmed."""
-    monkeypatch.setattr("services.persister.coordinator.PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.service.PROGRESS_SECONDS", 0.01)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
     work = await begun(rig)
@@ -352,7 +352,7 @@ async def test_a_process_learns_that_its_partition_was_placed_again_when_it_repo
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is the fence: its runner stops at once, before the records are read again."""
-    monkeypatch.setattr("services.persister.coordinator.CLAIMED_SECONDS", 1000)
+    monkeypatch.setattr("services.persister.service.CLAIMED_SECONDS", 1000)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
     work = await begun(rig)
@@ -368,7 +368,7 @@ async def test_a_process_learns_that_its_partition_was_placed_again_when_it_repo
 async def test_records_are_read_again_after_a_change_and_after_a_reconnect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.persister.coordinator.CLAIMED_SECONDS", 1000)
+    monkeypatch.setattr("services.persister.service.CLAIMED_SECONDS", 1000)
     log = MemoryPlacements()
     rig = Rig(tmp_path, log)
     work = await begun(rig)
@@ -395,7 +395,7 @@ async def test_a_partition_whose_key_is_deleted_is_released_and_shown(tmp_path: 
 
 async def test_idle_partitions_follow_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or trim would stop at their last events; a partition at work needs no help, and an idle one little."""
-    monkeypatch.setattr("services.persister.coordinator.MAINTAIN_SECONDS", 0.01)
+    monkeypatch.setattr("services.persister.service.MAINTAIN_SECONDS", 0.01)
     rig = Rig(tmp_path, MemoryPlacements())
     work = await begun(rig)
     rig.runners[1].idle_at = 7
