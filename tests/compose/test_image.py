@@ -50,7 +50,7 @@ def test_the_image_has_nothing_that_only_its_building_needs(image: str) -> None:
 def test_no_process_compiles_what_it_imports(image: str) -> None:
     """Its file system is read-only: each health check, too, would compile the library that it needs anew."""
     code = (
-        "import sys, pathlib, services.persister.command, services.ingest.service; "
+        "import sys, pathlib, services.persister.__main__, services.ingest.service; "
         "modules = [m.__spec__ for m in list(sys.modules.values()) if getattr(m, '__spec__', None)]; "
         "print([s.name for s in modules if s.cached and not pathlib.Path(s.cached).exists()])"
     )

@@ -8,7 +8,7 @@ import pytest
 
 from fiq.errors import ConfigurationError
 from services.core.settings import load
-from services.persister.command import main
+from services.persister.__main__ import main
 from services.persister.settings import BASE_BYTES, PersisterSettings, bounds, fit_memory, needed_bytes
 
 DEFAULTS = PersisterSettings()
