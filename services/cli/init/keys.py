@@ -123,11 +123,6 @@ def names_in(certificate: bytes) -> list[str]:
     return [str(name.value) for name in names]
 
 
-def not_after(certificate: bytes) -> datetime:
-    """Return when *certificate* (PEM) expires, in UTC."""
-    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
-
-
 def belong_together(pair: Pair) -> bool:
     """Return whether key and certificate of *pair* belong together."""
     try:
