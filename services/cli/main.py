@@ -20,13 +20,18 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple, cast
 
-import typer
-from typer.completion import completion_init, get_completion_script  # type: ignore[attr-defined]
-from typer.core import TyperGroup
-
 from fiq.errors import FiqError
 from services.cli.errors import UsageError
 from services.core.command import product_version
+
+#: about a package that `pip install fiq` leaves out, because clients need none of it
+_MISSING = "{} is not installed: run  pip install 'fiq[services]'"
+try:
+    import typer
+    from typer.completion import completion_init, get_completion_script  # type: ignore[attr-defined]
+    from typer.core import TyperGroup
+except ModuleNotFoundError as error:
+    sys.exit(f"fiq: {_MISSING.format(error.name)}")
 
 #: in the environment when a shell asks for completions
 COMPLETE_VARIABLE = "_FIQ_COMPLETE"
@@ -168,6 +173,10 @@ class FiqGroup(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except FiqError as error:
             message, code = str(error), 2 if isinstance(error, UsageError) else 1
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in ("fiq", "services"):
+                raise
+            message, code = _MISSING.format(error.name), 1
         except USAGE_ERROR as error:
             cast("Any", error).message = _plain(error)
             raise
