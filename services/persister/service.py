@@ -49,10 +49,20 @@ from services.persister.dead_letters import DeadLetters, PoisonLimit
 from services.persister.errors import VolumeError
 from services.persister.metrics import PersisterMetrics
 from services.persister.partition import PartitionRunner, RunnerState
-from services.persister.placement import Assignment, VolumeContext, Workers, claim_partitions, open_store, owners
 from services.persister.rounds import Hdf5Thread, Rounds
 from services.persister.settings import PersisterSettings
-from services.persister.volume import Volume, backed_up_at, check_durable, verified
+from services.persister.volume import (
+    Assignment,
+    Volume,
+    VolumeContext,
+    Workers,
+    backed_up_at,
+    check_durable,
+    claim_partitions,
+    open_store,
+    owners,
+    verified,
+)
 
 #: HDF5's metadata caches of all partition files together; in memory they take 20 times as much, bytes
 METADATA_CACHE_BYTES = 2 << 20

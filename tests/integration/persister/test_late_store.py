@@ -10,8 +10,7 @@ from services.cli.embedded.processes import Cluster
 from services.log.jetstream.connection import Connection
 from services.log.jetstream.log import Trimmer
 from services.log.jetstream.placement import BucketPlacements, read_stores
-from services.persister.placement import VolumeContext, claim_partitions
-from services.persister.volume import Volume
+from services.persister.volume import Volume, VolumeContext, claim_partitions
 from tests.integration.log.test_trim import Keys
 from tests.support.persisters import PARTITIONS, provisioned
 from tests.support.polling import eventually

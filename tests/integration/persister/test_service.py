@@ -17,7 +17,7 @@ from services.core.lifecycle import Stop
 from services.log.jetstream.log import reach_log
 from services.log.protocol import LogIdentity
 from services.log.settings import LogSettings
-from services.persister import placement
+from services.persister import volume
 from services.persister.answering import QuestionResponder
 from services.persister.errors import VolumeBusyError
 from services.persister.service import serve
@@ -115,14 +115,14 @@ async def test_a_claim_lock_that_is_kept_for_a_while_delays_the_claims_only(
     """A silent broker may keep another process in its claim for long; no process ends for that."""
     monkeypatch.setattr("services.persister.volume.LOCK_TIMEOUT_SECONDS", 0.1)
     busy = [VolumeBusyError("another process has held it"), VolumeBusyError("another process has held it")]
-    claim = placement._claim
+    claim = volume._claim
 
-    async def late(*arguments: Any) -> placement.Assignment:
+    async def late(*arguments: Any) -> volume.Assignment:
         if busy:
             raise busy.pop()
         return await claim(*arguments)
 
-    monkeypatch.setattr(placement, "_claim", late)
+    monkeypatch.setattr(volume, "_claim", late)
     async with run():
         await persisted(tmp_path / "data", await log.publish(20))
     assert [] == busy

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from fiq.corpus import EventStore
 from services.log.settings import LogSettings
-from services.persister.placement import VolumeContext, Workers
-from services.persister.volume import Volume
+from services.persister.volume import Volume, VolumeContext, Workers
 from tests.support.persister import LOG
 from tests.support.polling import eventually_sync
 
 _JOIN_AND_WAIT = """
 import sys, time
 from pathlib import Path
-from services.persister.placement import Workers
+from services.persister.volume import Workers
 Workers(Path(sys.argv[1]), sys.argv[2]).join()
 print("joined", flush=True)
 time.sleep(60)
@@ -27,7 +26,7 @@ _OPEN = """
 import sys, time
 from pathlib import Path
 from fiq.corpus import CorpusLockedError, StoreOptions
-from services.persister.placement import open_store
+from services.persister.volume import open_store
 from tests.integration.persister.test_several_processes import context
 from tests.support.placements import placed
 here = context(Path(sys.argv[1]))

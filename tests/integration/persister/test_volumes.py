@@ -14,8 +14,7 @@ from fiq.errors import TransientError
 from services.log.jetstream.placement import BucketPlacements, read_stores
 from services.log.jetstream.stream import BUCKET, BUCKET_STREAM, STREAM, provision
 from services.log.settings import LogSettings
-from services.persister.placement import VolumeContext, claim_partitions
-from services.persister.volume import Volume
+from services.persister.volume import Volume, VolumeContext, claim_partitions
 from tests.support.cluster import delete_streams
 from tests.support.commands import done
 from tests.support.persisters import PARTITIONS, Contents, Log, Persister, corpus_of, joined, persisted

@@ -16,9 +16,8 @@ from services.log.settings import LogSettings
 from services.log.status import PartitionProgress, Placement
 from services.persister.metrics import PersisterMetrics
 from services.persister.partition import RunnerState
-from services.persister.placement import VolumeContext
 from services.persister.service import Coordinator
-from services.persister.volume import Volume
+from services.persister.volume import Volume, VolumeContext
 from tests.support.persister import LOG
 from tests.support.placements import MemoryPlacements, placed
 from tests.support.polling import eventually

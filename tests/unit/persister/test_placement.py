@@ -13,8 +13,7 @@ from fiq.corpus import EventStore, IdentityMismatchError, JournalError, StoreOpt
 from services.log.errors import LogMismatchError, PlacementError
 from services.log.settings import LogSettings
 from services.log.status import Placement
-from services.persister.placement import VolumeContext, claim_partitions, open_store
-from services.persister.volume import Volume
+from services.persister.volume import Volume, VolumeContext, claim_partitions, open_store
 from tests.support.persister import LOG, event
 from tests.support.placements import MemoryPlacements, placed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.persister.placement import Workers, owners
+from services.persister.volume import Workers, owners
 
 
 def test_members_see_each_other_until_they_leave(tmp_path: Path) -> None:
