@@ -37,7 +37,6 @@ from nats.aio.subscription import Subscription
 
 from fiq.event import Event
 from services.core.lifecycle import spawn
-from services.core.retry import backoff
 from services.log.errors import (
     CorpusAwayError,
     DuplicateInFlightError,
@@ -517,10 +516,10 @@ def _batch_headers(batch: str, number: int, *, last: bool) -> dict[str, str]:
 
 def _waits() -> Iterator[tuple[float, float]]:
     """Yield for each attempt how long to wait for its answer, and how long to pause after "not now", seconds."""
-    seconds = ATTEMPT_SECONDS
-    for pause in backoff(*PAUSE_SECONDS):
+    seconds, (pause, longest) = ATTEMPT_SECONDS, PAUSE_SECONDS
+    while True:
         yield seconds, pause
-        seconds *= 2
+        seconds, pause = 2 * seconds, min(2 * pause, longest)
 
 
 # -- messages out, answers in -----------------------------------------------------------------------------------------
