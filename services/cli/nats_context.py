@@ -80,7 +80,7 @@ def access_of(user: User, deployment: Path) -> dict[str, object]:
     layout = Layout(deployment.absolute())
     for path in (layout.seed(user), layout.ca_certificate):
         if not os.access(path, os.R_OK):
-            problem = "cannot be read: run this as the owner of the secrets" if path.exists() else "does not exist"
+            problem = "cannot be read: run this as root, or as its owner" if path.exists() else "does not exist"
             raise CommandError(f"{path} {problem}; name the folder of `fiq init` with --deployment")
     access: dict[str, object] = {"nkey": str(layout.seed(user)), "ca": str(layout.ca_certificate), "tls_first": True}
     return access if user is User.SYSTEM else access | {"inbox_prefix": inbox_prefix(Role(user))}

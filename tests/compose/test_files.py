@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from services.cli.init.files import Layout
+from services.cli.init.deployment import CONTAINER_USERS
+from services.cli.init.files import ContainerRole, FileOwner, Layout
 from services.core.settings import variables
 from services.ingest.settings import Settings
 from tests.support.compose.engine import ROOT, docker
@@ -133,10 +134,37 @@ def test_the_nodes_network_can_be_cut_off_from_everything_outside(engine: None, 
 
 @pytest.mark.parametrize("file", FILES)
 def test_only_volumes_is_started_as_root(engine: None, folder: Path, file: str) -> None:
-    """And it ends before anything else begins. The images of the others name a user of their own."""
-    own = {"prometheus", "nats-exporter"}
-    users = {name: service.get("user") for name, service in config(folder, file)["services"].items() if name not in own}
-    assert {"volumes"} == {name for name, user in users.items() if user != "10001:10001"}
+    """And it ends before anything else begins. The images of some others name a user of their own."""
+    users = {name: service.get("user") for name, service in config(folder, file)["services"].items()}
+    assert {"volumes"} == {name for name, user in users.items() if user == "0:0"}
+    assert {name for name, user in users.items() if user is None} <= {"prometheus", "nats-exporter"}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("default", [True, False], ids=["defaults", "variables"])
+def test_a_container_mounts_what_belongs_to_its_user(engine: None, folder: Path, file: str, default: bool) -> None:
+    """Secrets as `fiq init` gives them away, volumes as `volumes` does: no two roles can read the same."""
+    users = CONTAINER_USERS if default else {role: FileOwner(7000 + n, 7) for n, role in enumerate(ContainerRole)}
+    found = config(folder, file, {} if default else {role.variable: str(user) for role, user in users.items()})
+    layout, services = Layout(folder), found["services"]
+    given = re.findall(r"chown (\S+) ([\w ]+)", services.pop("volumes")["command"][-1])
+    owners = {volume: owner for owner, volumes in given for volume in volumes.split()}
+    mounted = set()
+    for name, service in services.items():
+        secrets = [Path(found["secrets"][one["source"]]["file"]) for one in service.get("secrets", [])]
+        for mount in service.get("volumes", []):
+            if mount["type"] == "bind":
+                secrets.append(Path(mount["source"]))
+            elif mount["source"] != "prometheus":  # its image's user has it
+                assert service["user"] == owners[mount["source"]], name
+        for path in secrets:
+            role = layout.container_of(path)
+            assert role is not None or path == layout.ca_certificate or layout.secrets not in path.parents, path
+            assert role is None or service["user"] == str(users[role]), (name, path)
+            mounted.add(role)
+    assert len(set(users.values())) == len(ContainerRole)
+    here = {ContainerRole.NODES, ContainerRole.INGEST, ContainerRole.PERSISTER}
+    assert (set(ContainerRole) if file == "compose.yaml" else here) == mounted - {None}
 
 
 def test_no_port_is_open_beyond_loopback(engine: None, folder: Path) -> None:

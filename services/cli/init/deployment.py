@@ -24,7 +24,7 @@ import typer
 
 from fiq.words import count
 from services.cli.errors import CommandError
-from services.cli.init.files import FileOwner, Layout, Secrets
+from services.cli.init.files import PUBLIC_MODE, ContainerRole, FileOwner, Layout, Secrets
 from services.cli.init.keys import (
     Authority,
     Pair,
@@ -54,7 +54,15 @@ from services.log.jetstream.stream import (
 from services.log.questions import Kind
 
 #: user and group of the image's processes
-IMAGE_UID = 10001
+IMAGE_USER = FileOwner(10001, 10001)
+#: users of the containers where root makes the deployment; the compose files have the same defaults
+CONTAINER_USERS = {
+    ContainerRole.PERSISTER: IMAGE_USER,
+    ContainerRole.INGEST: FileOwner(10002, 10002),
+    ContainerRole.NODES: FileOwner(10003, 10003),
+    ContainerRole.BALANCER: FileOwner(10004, 10004),
+    ContainerRole.GRAFANA: FileOwner(10005, 10005),
+}
 #: nodes of a deployment on one machine
 NODES = 3
 #: the account of the streams
@@ -73,6 +81,10 @@ _AT_REST_BYTES = 32
 _PASSWORD_BYTES = 18
 _RESTORE_AUTHORITY = "restore the authority from your copy; no process would trust a new one, so fiq makes none"
 _RENEW = "renew all with  --rotate certificates"
+_ONE_USER = (
+    "note: all containers run as {user}, so a break-out from one reaches the secrets and data of all; run by root, "
+    "fiq init gives each role a user of its own: docs/security.md"
+)
 
 
 class Rotation(StrEnum):
@@ -108,8 +120,8 @@ def init(
         str,
         typer.Option(
             metavar="UID[:GID]",
-            help="Owner of the secrets: the user of the containers. By default the present owner; for a new deployment "
-            "10001 if you are root, else yourself.",
+            help="One user for all containers and their secrets, at the first run. By default yourself, or for root a "
+            "user for each role; later what .env says.",
         ),
     ] = "",
     encrypt: Annotated[
@@ -137,10 +149,11 @@ def init(
         raise CommandError("--encrypt cannot be combined with --rotate: it applies to the first run only")
     if curve:
         names = [name.strip() for name in curve.split(",") if name.strip()]
-        _print_changes(folder, make_curve_keys(folder, _owner(owner, Layout(folder)), names))
+        _print_changes(folder, make_curve_keys(folder, _curve_owner(_parse_owner(owner), Layout(folder)), names))
         return
     names = _hosts(hosts)
-    deployment = Deployment(folder, _owner(owner, Layout(folder)))
+    deployment = Deployment(folder, _parse_owner(owner))
+    new = not deployment.layout.environment.exists()
     if rotate is Rotation.CERTIFICATES:
         deployment.renew_certificates(names)
     elif rotate is Rotation.USERS:
@@ -150,6 +163,8 @@ def init(
     else:
         deployment.complete(names, encrypt=encrypt)
     _print_changes(folder, deployment.changes)
+    if new and not owner and len(set(deployment.users.values())) == 1:
+        typer.echo(_ONE_USER.format(user=deployment.users[ContainerRole.INGEST]))
     if rotate is not None:
         typer.echo(f"next: {_NEXT[rotate].format(folder=folder)}")
 
@@ -173,21 +188,56 @@ def _hosts(value: str) -> list[str]:
     return hosts
 
 
-def _owner(value: str, layout: Layout) -> FileOwner:
+def _parse_owner(value: str, name: str = "--owner ") -> FileOwner | None:
     if not value:
-        return _present_owner(layout) or (FileOwner(IMAGE_UID, IMAGE_UID) if os.geteuid() == 0 else FileOwner.myself())
+        return None
     match = _OWNER.fullmatch(value)
     if match is None:
-        raise CommandError(f"--owner {value}: give numbers, such as 10001 or 10001:10001")
+        raise CommandError(f"{name}{value}: give numbers, such as 10001 or 10001:10001")
     return FileOwner(int(match[1]), int(match[2] or match[1]))
 
 
-def _present_owner(layout: Layout) -> FileOwner | None:
-    """Return the present owner of the secrets: processes run as that user, and could not read another one's."""
+def _curve_owner(owner: FileOwner | None, layout: Layout) -> FileOwner:
+    """Return *owner*, or the present one: processes run as that user, and could not read another one's keys."""
+    if owner is None and layout.secrets.exists():
+        return FileOwner.of(layout.secrets.lstat())
+    return owner or (IMAGE_USER if os.geteuid() == 0 else FileOwner.myself())
+
+
+def _users(layout: Layout, owner: FileOwner | None) -> dict[ContainerRole, FileOwner]:
+    """Return the user of each role: what .env says, or *owner*, or the default of a new deployment."""
+    text = _read_environment(layout.environment)
+    if text is None:
+        mine = owner or _only_user(layout) or (None if os.geteuid() == 0 else FileOwner.myself())
+        return dict(CONTAINER_USERS) if mine is None else dict.fromkeys(ContainerRole, mine)
+    users = {}
+    for role, default in CONTAINER_USERS.items():
+        found = re.findall(rf"""^[ ]*{role.variable}[ ]*=[ ]*["']?([^\s"'#]*)""", text, re.MULTILINE)
+        value = found[-1] if found else ""
+        users[role] = _parse_owner(value, f"{layout.environment}: {role.variable}=") or default
+        if owner not in {None, users[role]}:
+            raise CommandError(
+                f"{layout.environment} has {role.variable}={users[role]}: change it there, and leave --owner out"
+            )
+    return users
+
+
+def _read_environment(path: Path) -> str | None:
     try:
-        return FileOwner.of(layout.ca_certificate.lstat())
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read ({error.strerror}): run as root, or as its owner") from None
+
+
+def _only_user(layout: Layout) -> FileOwner | None:
+    """Return the only user of a deployment that has lost its .env; None if it has several, or is new."""
+    try:
+        nodes, ingest = (FileOwner.of(folder.lstat()) for folder in (layout.nats, layout.api))
     except OSError:  # nothing exists yet; or another user's, which is refused later
         return None
+    return nodes if nodes == ingest else None
 
 
 # -- The deployment --------------------------------------------------------------------------------------------------
@@ -198,12 +248,20 @@ class Deployment:
 
     Args:
         folder: made if it is missing.
-        owner: of the secrets: the user of the services and the nodes.
+        owner: the only user of all containers; by default what .env says, and for a new deployment this user, or for
+            root one for each role.
+
+    Raises CommandError: .env has no such users, or others than *owner*.
+
+    Attributes:
+        users: of the containers, by their role.
     """
 
-    def __init__(self, folder: Path, owner: FileOwner) -> None:
+    def __init__(self, folder: Path, owner: FileOwner | None = None) -> None:
         self.layout = Layout(folder.absolute())
-        self._secrets = Secrets(self.layout.folder, owner)
+        self.users = _users(self.layout, owner)
+        operator = self._operator()
+        self._secrets = Secrets(self.layout.folder, lambda path: self._owner_of(path, operator))
 
     @property
     def changes(self) -> list[str]:
@@ -286,7 +344,7 @@ class Deployment:
     def _at_work(self) -> Iterator[None]:
         layout = self.layout
         if not layout.folder.exists():
-            self._secrets.folder(layout.folder, owner=FileOwner.myself())
+            self._secrets.folder(layout.folder)
         for folder in (layout.secrets, *layout.folders):
             self._secrets.folder(folder)
         with self._secrets.alone(layout.secrets):
@@ -301,14 +359,13 @@ class Deployment:
                     f"{certificate} and {key} are gone, but there are certificates of nodes: {_RESTORE_AUTHORITY}"
                 )
             pair = make_authority(_AUTHORITY, now=datetime.now(UTC))
-            # the key belongs to the operator, and to no service
-            self._secrets.create(key, pair.key, owner=FileOwner.myself())
-            self._secrets.create(certificate, pair.certificate)
+            self._secrets.create(key, pair.key)
+            self._secrets.create(certificate, pair.certificate, mode=PUBLIC_MODE)
         for path in (certificate, key):
             if not path.exists():
                 raise CommandError(f"{path} is gone: {_RESTORE_AUTHORITY}")
-        self._secrets.mend(certificate)
-        self._secrets.mend(key, owner=self._operator())
+        self._secrets.mend(certificate, mode=PUBLIC_MODE)
+        self._secrets.mend(key)
         try:
             return Authority(Pair(certificate.read_bytes(), key.read_bytes()))
         except (ValueError, TypeError):
@@ -317,9 +374,13 @@ class Deployment:
             ) from None
 
     def _operator(self) -> FileOwner:
-        """Return the owner of the authority's key: this user, or for root, the one who made the deployment."""
-        made = self.layout.environment
-        return FileOwner.of(made.lstat()) if os.geteuid() == 0 and made.exists() else FileOwner.myself()
+        """Return the owner of what no container needs: this user, or for root, the owner of the deployment's folder."""
+        made = self.layout.folder
+        return FileOwner.of(made.stat()) if os.geteuid() == 0 and made.exists() else FileOwner.myself()
+
+    def _owner_of(self, path: Path, operator: FileOwner) -> FileOwner:
+        role = self.layout.container_of(path)
+        return operator if role is None else self.users[role]
 
     def _nodes(self, hosts: Sequence[str]) -> dict[str, list[str]]:
         """Return the nodes, and for each the names besides its own that its certificate must have."""
@@ -420,8 +481,7 @@ class Deployment:
 
     def _ensure_environment(self, hosts: dict[str, str]) -> None:
         if not self.layout.environment.exists():
-            text = dotenv(self._secrets.owner, hosts)
-            self._secrets.create(self.layout.environment, text.encode(), owner=FileOwner.myself())
+            self._secrets.create(self.layout.environment, dotenv(self.users, hosts).encode())
 
 
 def new_seed() -> bytes:
@@ -429,9 +489,9 @@ def new_seed() -> bytes:
     return bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)) + b"\n"
 
 
-def dotenv(owner: FileOwner, hosts: Mapping[str, str]) -> str:
+def dotenv(users: Mapping[ContainerRole, FileOwner], hosts: Mapping[str, str]) -> str:
     """Return the text of ``.env``; *hosts* maps nodes to machines, and is empty for one machine."""
-    text = _template("env").format(uid=owner.uid, gid=owner.gid)
+    text = _template("env").format(users="\n".join(f"{role.variable}={users[role]}" for role in ContainerRole))
     if not hosts:
         return text
     return text + _template("env-hosts").format(

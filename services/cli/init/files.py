@@ -5,9 +5,10 @@ the file that it found, so a changed secret is written into the same file (:meth
 (a node at its reload, a service at a connect) tries again. API tokens are in a folder that is mounted as a whole, so
 their file is replaced (:meth:`Secrets.replace`).
 
-The folders belong to the user of the containers, and root works in them. That user may put a link in place of a file or
-a folder at any moment, so everything is opened without following links, from the deployment's folder down, and checked
-and changed through the descriptor.
+A secret belongs to the user of the containers that mount it (:meth:`Layout.container_of`), or to the operator. Folders
+that are mounted as a whole belong to such a user, too, and root works in them. That user may put a link in place of a
+file at any moment, so everything is opened without following links, from the deployment's folder down, and checked and
+changed through the descriptor.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from services.cli.errors import CommandError
@@ -29,7 +31,36 @@ NATS_FILES = ("accounts.conf", "at-rest.conf", "client-tls.conf", "route-tls.con
 
 _NODE = re.compile(r"n([1-9][0-9]?)\.pem", re.ASCII)
 FILE_MODE = 0o600
+#: of a certificate that every container reads
+PUBLIC_MODE = 0o644
 FOLDER_MODE = 0o700
+
+
+class ContainerRole(StrEnum):
+    """The containers that run as one user: they share secrets and volumes."""
+
+    #: and `provision`: a node's user has the streams and the permissions of all NATS users anyway
+    NODES = "nodes"
+    INGEST = "ingest"
+    #: and `ops` and `placement`, which mount the corpus
+    PERSISTER = "persister"
+    BALANCER = "balancer"
+    GRAFANA = "grafana"
+
+    @property
+    def variable(self) -> str:
+        """The variable of the compose files that has the user."""
+        return f"FIQ_{self.name}_USER"
+
+
+#: which containers mount the seed of a NATS user
+_SEEDS = {
+    "ingest": ContainerRole.INGEST,
+    "persister": ContainerRole.PERSISTER,
+    "ops": ContainerRole.PERSISTER,
+    "placement": ContainerRole.PERSISTER,
+    "provisioner": ContainerRole.NODES,
+}
 
 
 class Layout:
@@ -72,6 +103,21 @@ class Layout:
     def folders(self) -> tuple[Path, ...]:
         """All folders of secrets."""
         return self.nodes, self.users, self.nats, self.api, self.balancer, self.clients
+
+    def container_of(self, path: Path) -> ContainerRole | None:
+        """Return which containers must read *path*; None if only the operator may, or everybody."""
+        mounted = {
+            self.nats: ContainerRole.NODES,
+            self.api: ContainerRole.INGEST,
+            self.balancer: ContainerRole.BALANCER,
+            self.grafana_password: ContainerRole.GRAFANA,
+        }
+        for whole in (path, path.parent):
+            if whole in mounted:
+                return mounted[whole]
+        if path.parent == self.nodes:
+            return ContainerRole.NODES
+        return _SEEDS.get(path.name.partition(".")[0]) if path.parent == self.users else None
 
     def node_certificate(self, node: str) -> Path:
         """Return the certificate of *node*."""
@@ -122,17 +168,18 @@ class FileOwner:
 
 @dataclass
 class Secrets:
-    """Writes files and folders that *owner* alone may read; *changes* has one line for each thing done.
+    """Writes files and folders that their owner alone may read; *changes* has one line for each thing done.
 
     Attributes:
         root: the folder above all of them; links on the way to it are the caller's own.
+        owner_of: the owner of each path.
     """
 
     root: Path
-    owner: FileOwner
+    owner_of: Callable[[Path], FileOwner]
     changes: list[str] = field(default_factory=list)
 
-    def folder(self, path: Path, *, owner: FileOwner | None = None) -> None:
+    def folder(self, path: Path) -> None:
         """Make a folder, or correct its owner and mode."""
         new = False
         if path == self.root:
@@ -142,28 +189,28 @@ class Secrets:
             with self._parent(path) as parent, contextlib.suppress(FileExistsError):
                 os.mkdir(path.name, FOLDER_MODE, dir_fd=parent)
                 new = True
-        self._mend(path, FOLDER_MODE, owner or self.owner, silent=new)
+        self._mend(path, FOLDER_MODE, self.owner_of(path), silent=new)
         if new:
             self.changes.append(f"made {path}")
 
-    def create(self, path: Path, content: bytes, *, owner: FileOwner | None = None) -> None:
+    def create(self, path: Path, content: bytes, *, mode: int = FILE_MODE) -> None:
         """Write a file that must not exist yet; after a crash it is whole or missing.
 
         Raises FileExistsError: it does exist.
         """
-        with self._temporary(path, content, owner or self.owner) as (parent, temporary):
+        with self._temporary(path, content, mode) as (parent, temporary):
             os.link(temporary, path.name, src_dir_fd=parent, dst_dir_fd=parent)
         self.changes.append(f"made {path}")
 
     def replace(self, path: Path, content: bytes) -> None:
         """Replace a file atomically; a container that mounts the file itself would not see the new one."""
-        with self._temporary(path, content, self.owner) as (parent, temporary):
+        with self._temporary(path, content, FILE_MODE) as (parent, temporary):
             os.rename(temporary, path.name, src_dir_fd=parent, dst_dir_fd=parent)
             os.fsync(parent)
         self.changes.append(f"wrote {path}")
 
     @contextlib.contextmanager
-    def _temporary(self, path: Path, content: bytes, owner: FileOwner) -> Iterator[tuple[int, str]]:
+    def _temporary(self, path: Path, content: bytes, mode: int) -> Iterator[tuple[int, str]]:
         """Yield the descriptor of *path*'s folder, and the name in it of a file with *content*."""
         temporary = path.with_name(_temporary_name(path))
         with self._parent(path) as parent:
@@ -173,7 +220,7 @@ class Secrets:
             try:
                 with open(descriptor, "wb") as file:
                     _fill(file.fileno(), content)
-                self._mend(temporary, FILE_MODE, owner, silent=True)
+                self._mend(temporary, mode, self.owner_of(path), silent=True)
                 yield parent, temporary.name
             finally:
                 _remove(temporary.name, parent)
@@ -189,11 +236,11 @@ class Secrets:
                 _fill(descriptor, content)
                 self.changes.append(f"wrote {path}")
 
-    def mend(self, path: Path, *, owner: FileOwner | None = None) -> None:
+    def mend(self, path: Path, *, mode: int = FILE_MODE) -> None:
         """Correct owner and mode of a file."""
         with self._parent(path) as parent:  # after a crash in `create` the file still has this second name
             _remove(_temporary_name(path), parent)
-        self._mend(path, FILE_MODE, owner or self.owner)
+        self._mend(path, mode, self.owner_of(path))
 
     def remove(self, path: Path) -> None:
         """Remove a file."""
@@ -220,12 +267,13 @@ class Secrets:
                     os.fchown(descriptor, owner.uid, owner.gid)
                 except PermissionError:
                     raise CommandError(
-                        f"{path} cannot be given to {owner}: run as root, or name yourself with --owner"
+                        f"{path} cannot be given to {owner}: run as root, or with users of your own in .env"
                     ) from None
                 self.changes.append(f"gave {path} to {owner}")
             if stat.S_IMODE(found.st_mode) != mode:
                 os.fchmod(descriptor, mode)
-                self.changes.append(f"made {path} readable by its owner only")
+                who = "everybody" if mode == PUBLIC_MODE else "its owner only"
+                self.changes.append(f"made {path} readable by {who}")
         if silent:
             del self.changes[before:]
 
@@ -262,7 +310,7 @@ def _open(path: Path, parent: int, flags: int) -> int:
         # a pipe in place of a file must not block
         return os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
     except PermissionError:
-        raise CommandError(f"{path} cannot be opened: run as root, or as the owner of the secrets") from None
+        raise CommandError(f"{path} cannot be opened: run as root, or as its owner") from None
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.ENOTDIR}:
             raise CommandError(

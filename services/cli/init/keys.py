@@ -208,11 +208,11 @@ def make_curve_keys(folder: Path, owner: FileOwner, names: Sequence[str]) -> lis
         if _NAME.fullmatch(name) is None or name == SERVER:
             raise CommandError(f"--curve {name}: names are lower-case letters, digits and hyphens, but not {SERVER}")
     layout = Layout(folder.absolute())
-    secrets = Secrets(layout.folder, owner)
+    secrets = Secrets(layout.folder, lambda path: FileOwner.myself() if path == layout.folder else owner)
     keys = layout.secrets / "zmq"
     clients = keys / "clients"
     for path in (layout.folder, layout.secrets, keys, clients):
-        secrets.folder(path, owner=FileOwner.myself() if path == layout.folder else None)
+        secrets.folder(path)
     with secrets.alone(layout.secrets):
         secrets.put(layout.ignore, b"*\n")
         _ensure_pair(secrets, keys / f"{SERVER}.key_secret", keys / f"{SERVER}.key")

@@ -191,7 +191,8 @@ class TokenFile:
         if not folder.is_dir():
             raise CommandError(f"{folder} does not exist: make the deployment with  fiq init, or name a --file")
         root = self._layout.folder if self._layout is not None else folder
-        secrets = Secrets(root, FileOwner.of((self.path if self.path.exists() else folder).stat()))
+        owner = FileOwner.of((self.path if self.path.exists() else folder).stat())
+        secrets = Secrets(root, lambda _: owner)
         with secrets.alone(self._layout.secrets if self._layout is not None else folder):
             yield secrets
 

@@ -699,7 +699,7 @@ def read_signer(settings: LogSettings) -> Signer | None:
     try:
         seed = Path(settings.seed_file).read_bytes()
     except OSError as error:
-        remedy = "it is users/<role>.seed of `fiq init`, and belongs to the user that this process runs as (--owner)"
+        remedy = "it is users/<role>.seed of `fiq init`, and must belong to the user that this process runs as"
         raise _problem(SEED_VARIABLE, settings.seed_file, f"{error.strerror}; {remedy}") from None
     try:
         public = public_key(seed)

@@ -56,7 +56,7 @@ class Hosts:
 
     def prepare(self) -> None:
         """Make the secrets, the wire, and the folder of each host."""
-        # another user than the image's, as for an operator who is not root
+        # one user for everything, as for an operator who is not root; the deployment on one host has one for each role
         owner = ("--owner", f"{OWNER}:{OWNER}") if os.getuid() == 0 else ()
         lay_out(self.operator, "--hosts", ",".join(HOSTS), *owner)
         docker("network", "create", "--label", f"com.docker.compose.project={self.wire}", self.wire)

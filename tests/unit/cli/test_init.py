@@ -65,7 +65,7 @@ def test_it_makes_everything_that_a_deployment_needs(tmp_path: Path) -> None:
 
 
 def test_only_the_owner_may_read_any_of_it(tmp_path: Path) -> None:
-    """Files 0600, folders 0700, whatever the umask says."""
+    """Files 0600, folders 0700, whatever the umask says; only the authority's certificate is public."""
     before = os.umask(0)
     try:
         layout = made(tmp_path / "deployment")
@@ -73,19 +73,100 @@ def test_only_the_owner_may_read_any_of_it(tmp_path: Path) -> None:
         os.umask(before)
 
     for path in (layout.folder, *layout.folder.rglob("*")):
-        wanted = 0o700 if path.is_dir() else 0o600
+        wanted = 0o700 if path.is_dir() else 0o644 if path == layout.ca_certificate else 0o600
         assert wanted == stat.S_IMODE(path.stat().st_mode), path
 
 
-@as_root
-def test_root_gives_it_to_the_user_of_the_image_but_the_authoritys_key(tmp_path: Path) -> None:
-    """File secrets keep the owner of the host; no container needs what makes certificates."""
-    assert CliRunner().invoke(app, ["init", str(tmp_path / "deployment")]).exit_code == 0
+#: what containers of each role must read; the rest is the operator's
+MOUNTED = {
+    "NODES": {"nats", *(f"nats/{name}" for name in NATS_FILES), "users/provisioner.seed"}
+    | {f"nodes/n{number}.{kind}" for number in (1, 2, 3) for kind in ("pem", "key")},
+    "INGEST": {"api", "api/tokens", "users/ingest.seed"},
+    "PERSISTER": {f"users/{user}.seed" for user in ("persister", "ops", "placement")},
+    "BALANCER": {"balancer"},
+    "GRAFANA": {"grafana.password"},
+}
+ROTATIONS = [(), ("--rotate", "certificates"), ("--rotate", "users")]
 
-    layout = Layout(tmp_path / "deployment")
-    for path in layout.secrets.rglob("*"):
-        assert (0 if path == layout.ca_key else 10001) == path.stat().st_uid, path
-    assert "FIQ_UID=10001\nFIQ_GID=10001\n" in layout.environment.read_text()
+
+def plain_init(folder: Path, *arguments: str) -> str:
+    """Run the command without --owner; return its output."""
+    done = CliRunner().invoke(app, ["init", str(folder), *arguments])
+    assert done.exit_code == 0, done.output
+    return str(done.output)
+
+
+def users_in(layout: Layout) -> dict[str, int]:
+    """Return the users of the roles, as compose reads them."""
+    found = re.findall(r"^FIQ_(\w+)_USER=(\d+):\2$", layout.environment.read_text(), re.MULTILINE)
+    return {role: int(uid) for role, uid in found}
+
+
+def owners(layout: Layout) -> dict[str, int]:
+    """Return the owner of everything in the folder of secrets."""
+    return {str(path.relative_to(layout.secrets)): path.stat().st_uid for path in layout.secrets.rglob("*")}
+
+
+def wanted_owners(layout: Layout, users: dict[str, int], operator: int) -> dict[str, int]:
+    """Return whom everything there must belong to."""
+    mounted = {name: users[role] for role, names in MOUNTED.items() for name in names}
+    next_seeds = {f"{name}.next": user for name, user in mounted.items() if name.endswith(".seed")}
+    return {name: (mounted | next_seeds).get(name, operator) for name in owners(layout)}
+
+
+@as_root
+def test_root_gives_each_secret_to_the_containers_that_mount_it(tmp_path: Path) -> None:
+    """Each role is another user; what no container needs stays the operator's, who owns the deployment's folder."""
+    os.chown(tmp_path, 1000, 1000)
+
+    output = plain_init(tmp_path)
+
+    layout = Layout(tmp_path)
+    users = users_in(layout)
+    assert MOUNTED.keys() == users.keys()
+    assert len(MOUNTED) == len({*users.values(), 0, 1000} - {0, 1000})
+    assert wanted_owners(layout, users, 1000) == owners(layout)
+    assert {1000} == {path.stat().st_uid for path in (layout.secrets, layout.environment)}
+    assert "note:" not in output
+
+
+@as_root
+@pytest.mark.parametrize("arguments", ROTATIONS)
+def test_owners_survive_a_renewal(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """New files get the owner of their role, renewed ones keep theirs."""
+    plain_init(tmp_path)
+    layout = Layout(tmp_path)
+
+    output = plain_init(tmp_path, *arguments)
+    if "users" in arguments:
+        assert wanted_owners(layout, users_in(layout), 0) == owners(layout)
+        output += plain_init(tmp_path, "--rotate", "users-finish")
+
+    assert "gave" not in output
+    assert wanted_owners(layout, users_in(layout), 0) == owners(layout)
+
+
+def test_an_ordinary_user_runs_everything_and_is_told_how_to_separate_the_roles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only root can give files away. A second run does not repeat it."""
+    uid = os.geteuid() or 1234
+    os.chown(tmp_path, uid, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+
+    (note,) = re.findall("^note: .*$", plain_init(tmp_path), re.MULTILINE)
+
+    layout = Layout(tmp_path)
+    assert f"all containers run as {uid}:{os.getegid()}" in note
+    assert {uid} == {*owners(layout).values(), layout.environment.stat().st_uid}
+    assert f"FIQ_INGEST_USER={uid}:{os.getegid()}\n" in layout.environment.read_text()
+    assert "note:" not in plain_init(tmp_path)
+
+
+def test_the_seed_of_every_nats_user_is_some_containers_or_the_operators(tmp_path: Path) -> None:
+    """The system account's alone is in no container."""
+    layout = Layout(tmp_path)
+    assert ["system"] == [user for user in USERS if layout.container_of(layout.seed(user)) is None]
 
 
 @as_root
@@ -98,30 +179,74 @@ def test_an_owner_can_be_named(tmp_path: Path) -> None:
 
 
 @as_root
-@pytest.mark.parametrize("arguments", [(), ("--rotate", "certificates"), ("--rotate", "users")])
-def test_root_leaves_secrets_to_the_user_who_has_them(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Nodes and services run as the owner, and could not read another user's files."""
-    layout = made(tmp_path / "deployment")
+@pytest.mark.parametrize("arguments", ROTATIONS)
+@pytest.mark.parametrize("lost", [False, True], ids=["with .env", "without .env"])
+def test_root_leaves_secrets_to_the_user_who_has_them(tmp_path: Path, arguments: tuple[str, ...], lost: bool) -> None:
+    """Nodes and services run as that user, and could not read another user's files."""
+    layout = Layout(tmp_path / "deployment")
+    assert init(layout.folder, owner="1234:5678").exit_code == 0
     for path in (layout.folder, *layout.folder.rglob("*")):
         os.chown(path, 1234, 5678)
+    if lost:
+        layout.environment.unlink()
 
-    done = CliRunner().invoke(app, ["init", str(layout.folder), *arguments])
+    output = plain_init(layout.folder, *arguments)
 
-    assert 0 == done.exit_code, done.output
-    assert "gave" not in done.output
+    assert "gave" not in output
     assert {(1234, 5678)} == {(found.st_uid, found.st_gid) for found in map(os.stat, layout.folder.rglob("*"))}
 
 
 @as_root
-def test_another_owner_can_be_named_later(tmp_path: Path) -> None:
-    """Only then do secrets that are there change hands, and the output says so; the authority's key does not."""
+@pytest.mark.parametrize("value", ["1234:5678", '"1234:5678" # ours', "9:9\nFIQ_INGEST_USER = 1234:5678"])
+def test_another_user_can_be_set_later(tmp_path: Path, value: str) -> None:
+    """In .env, which compose reads, too; only then do secrets change hands, and the output says so."""
+    plain_init(tmp_path)
+    layout = Layout(tmp_path)
+    before = owners(layout)
+    text = layout.environment.read_text()
+    layout.environment.write_text(re.sub("(FIQ_INGEST_USER=).*", lambda found: found[1] + value, text))
+
+    output = plain_init(tmp_path)
+
+    changed = {"api", "api/tokens", "users/ingest.seed"}
+    assert {f"gave {layout.secrets / name} to 1234:5678" for name in changed} == set(output.splitlines())
+    assert before | dict.fromkeys(changed, 1234) == owners(layout)
+
+
+@as_root
+def test_a_role_without_a_user_in_dotenv_has_that_of_the_compose_file(tmp_path: Path) -> None:
+    """An empty line means the default there, too."""
+    plain_init(tmp_path)
+    layout = Layout(tmp_path)
+    before = owners(layout)
+    text = layout.environment.read_text()
+    layout.environment.write_text(re.sub("FIQ_NODES_USER=.*\n", "", re.sub("(FIQ_INGEST_USER=).*", r"\1", text)))
+
+    assert "nothing was changed" in plain_init(tmp_path)
+    assert before == owners(layout)
+
+
+@pytest.mark.parametrize(
+    ("line", "owner", "problem"),
+    [
+        ("FIQ_INGEST_USER=ingest", "", "FIQ_INGEST_USER=ingest: give numbers"),
+        ("FIQ_INGEST_USER=1234", "77", "has FIQ_INGEST_USER=1234:1234: change it there, and leave --owner out"),
+    ],
+)
+def test_users_that_are_unclear_are_refused(tmp_path: Path, line: str, owner: str, problem: str) -> None:
+    """Before any file changes hands."""
     layout = made(tmp_path)
-    key = layout.ca_key.stat()
+    layout.environment.write_text(f"{line}\n")
+    before = owners(layout)
+    for role in ("NODES", "PERSISTER", "BALANCER", "GRAFANA"):
+        with layout.environment.open("a") as file:
+            file.write(f"FIQ_{role}_USER=77\n")
 
-    done = init(tmp_path, owner="1234:5678")
+    done = CliRunner().invoke(app, ["init", str(tmp_path), *(("--owner", owner) if owner else ())])
 
-    assert f"gave {layout.seed('ops')} to 1234:5678" in done.output
-    assert (1234, key.st_uid) == (layout.seed("ops").stat().st_uid, layout.ca_key.stat().st_uid)
+    assert 1 == done.exit_code
+    assert problem in done.output
+    assert before == owners(layout)
 
 
 def test_a_second_run_changes_nothing_and_says_so(tmp_path: Path) -> None:
