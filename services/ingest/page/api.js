@@ -210,7 +210,7 @@ export class Follower {
 }
 
 /** Splits a text/event-stream into its events: `id` and `data`. */
-export class StreamParser {
+class StreamParser {
 	constructor() {
 		this.rest = "";
 		this.id = "";

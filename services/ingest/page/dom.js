@@ -207,9 +207,11 @@ export function commands(found) {
 
 export const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
+/** Return curl's option with the token. */
+export const curlToken = () => (session.required ? ` \\\n  -H "Authorization: Bearer $FIQ_TOKEN"` : "");
+
 /** Return a GET of a URL as commands. */
 export function asCommands(href, accept = "") {
-	const token = session.required ? ` \\\n  -H "Authorization: Bearer $FIQ_TOKEN"` : "";
 	const kind = accept ? ` \\\n  -H ${quoted(`Accept: ${accept}`)}` : "";
 	const headers = [
 		session.required && '"Authorization": f"Bearer {os.environ[\'FIQ_TOKEN\']}"',
@@ -218,7 +220,7 @@ export function asCommands(href, accept = "") {
 	const imports = session.required ? "import os\nimport urllib.request" : "import urllib.request";
 	const given = headers.length ? `, headers={${headers.join(", ")}}` : "";
 	return {
-		curl: `curl -sS ${quoted(href)}${token}${kind}`,
+		curl: `curl -sS ${quoted(href)}${curlToken()}${kind}`,
 		Python: `${imports}\n\nrequest = urllib.request.Request(${JSON.stringify(href)}${given})\nwith urllib.request.urlopen(request) as answer:\n    print(answer.read().decode())`,
 	};
 }

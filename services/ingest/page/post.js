@@ -1,8 +1,8 @@
 /** Posts an event from a form, or a file of NDJSON in batches, and shows every answer. */
 
-import { BASE, Problem, call, pause, session } from "./api.js";
+import { BASE, Problem, call, pause } from "./api.js";
 import { address } from "./app.js";
-import { asPython, button, bytes, commands, count, field, fill, foreign, h, problemBox, quoted } from "./dom.js";
+import { asPython, button, bytes, commands, count, curlToken, field, fill, foreign, h, problemBox, quoted } from "./dom.js";
 import { t } from "./texts.js";
 
 /** of a request with a part of a file: well below what the service takes */
@@ -210,9 +210,8 @@ function newKey() {
 
 function postCommands(id, body, key) {
 	const href = new URL(`consultations/${id}/events`, BASE).href;
-	const token = session.required ? ' \\\n  -H "Authorization: Bearer $FIQ_TOKEN"' : "";
 	return {
-		curl: `curl -i ${quoted(href)}${token} \\\n  -H 'Content-Type: application/json' \\\n  -H ${quoted(`Idempotency-Key: ${key}`)} \\\n  -d ${quoted(body)}`,
+		curl: `curl -i ${quoted(href)}${curlToken()} \\\n  -H 'Content-Type: application/json' \\\n  -H ${quoted(`Idempotency-Key: ${key}`)} \\\n  -d ${quoted(body)}`,
 		Python: asPython(`print(client.post("${id}", ${JSON.stringify(body)}, key="${key}"))`),
 	};
 }
