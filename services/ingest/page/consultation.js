@@ -21,7 +21,7 @@ const KEPT_BYTES = 32 << 20;
 /** events of a read with bodies */
 const BODIES = 100;
 const STATUS_SECONDS = 1;
-const DRAW_MS = 100;
+const DRAW_MS = 250;
 const NEWEST = "9223372036854775807";
 const USUAL_TYPE = "MESSAGE_RECEIVED";
 

@@ -94,7 +94,9 @@ export class VirtualList {
 
 	toEnd() {
 		for (let turn = 0; turn < 4; turn += 1) {
-			this.element.scrollTop = this.element.scrollHeight;
+			const { scrollTop, scrollHeight, clientHeight } = this.element;
+			if (turn && scrollTop + clientHeight >= scrollHeight - 1) return;
+			this.element.scrollTop = scrollHeight;
 			this.draw();
 		}
 	}
