@@ -7,7 +7,7 @@
 
 import { CONFIG, Follower, Problem, json, relative, text, url } from "./api.js";
 import { address, remember } from "./app.js";
-import { asCommands, asPython, bytes, button, choice, clock, commands, copy, count, dialog, empty, field, fill, foreign, h, icon, iconButton, liveState, parts, problemBox, resumedText, stamp } from "./dom.js";
+import { asCommands, asPython, button, bytes, choice, clock, commands, count, dialog, empty, field, fill, foreign, h, icon, iconButton, linkButton, liveState, parts, problemBox, resumedText, stamp } from "./dom.js";
 import { ROW_LIMIT, maskedText, panel, parseRecord, reading, statusMark } from "./event.js";
 import { openExport } from "./export.js";
 import { VirtualList } from "./list.js";
@@ -106,7 +106,7 @@ class Consultation extends HTMLElement {
 					h("h1", { tabindex: "-1" }, this.id_), this.summary,
 					h("div.actions", {}, this.conflictButton, button(t("verify"), () => this.verify(), { glyph: "shield" }),
 						button(t("export"), () => openExport(this.id_, this.serverFilter(), this.filter.until, this.shown), { glyph: "save" }),
-						iconButton(t("commands"), "code", () => this.commands()), iconButton(t("copyLink"), "link", () => copy(location.href)))),
+						iconButton(t("commands"), "code", () => this.commands()), linkButton())),
 				h("div.bar.wrap.tools", {},
 					choice(t("form"), [["dialogue", t("dialogue")], ["json", "JSON"]], this.form, (value) => this.setForm(value)),
 					this.toggle, form, filters),

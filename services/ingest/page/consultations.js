@@ -2,7 +2,7 @@
 
 import { Follower, json, relative, url } from "./api.js";
 import { address, remember } from "./app.js";
-import { asCommands, button, choice, commands, copy, count, empty, field, fill, h, iconButton, moment, problemBox, say, since } from "./dom.js";
+import { asCommands, button, choice, commands, count, empty, field, fill, h, linkButton, moment, problemBox, say, since, table } from "./dom.js";
 import { t } from "./texts.js";
 
 const REFRESH_SECONDS = 5;
@@ -26,13 +26,12 @@ class Consultations extends HTMLElement {
 			this.order = value;
 			this.load();
 		});
-		const head = [t("consultation"), t("events"), t("firstEvent"), t("lastEvent")];
-		this.table = h("table.list", {}, h("caption.offscreen", {}, t("view-consultations")),
-			h("thead", {}, h("tr", {}, head.map((text, index) => h("th", { scope: "col", class: ["", "number", "wide", ""][index] }, text)))), this.body);
+		const columns = [[t("consultation")], [t("events"), "number"], [t("firstEvent"), "wide"], [t("lastEvent")]];
+		this.table = table(t("view-consultations"), columns, this.body);
 		fill(this,
 			h("div.page", {},
 				h("div.bar.wrap", {}, h("h1", { tabindex: "-1" }, t("view-consultations")),
-					h("div.actions", {}, button(t("commands"), () => this.commands(), { glyph: "code" }), iconButton(t("copyLink"), "link", () => copy(location.href)))),
+					h("div.actions", {}, button(t("commands"), () => this.commands(), { glyph: "code" }), linkButton())),
 				h("form.bar.wrap.tools", { role: "search", onsubmit: (event) => this.open(event) }, field(t("prefix"), this.input), h("div.field", {}, h("span.label", { "aria-hidden": "true" }, t("sortedBy")), order)),
 				this.message, h("div.card.flush", {}, this.table), this.more, this.status));
 		window.addEventListener("fi-clock", () => this.redraw(), { signal });

@@ -2,7 +2,7 @@
 
 import { json, relative, text, url } from "./api.js";
 import { address } from "./app.js";
-import { asCommands, bytes, button, commands, copy, count, dialog, empty, field, fill, foreign, h, iconButton, moment, problemBox, say } from "./dom.js";
+import { asCommands, button, bytes, commands, count, dialog, empty, field, fill, foreign, h, iconButton, linkButton, moment, problemBox, say, table } from "./dom.js";
 import { indent, members } from "./json.js";
 import { t } from "./texts.js";
 
@@ -15,12 +15,11 @@ class Dead extends HTMLElement {
 		this.message = h("div.messages");
 		this.more = h("div.more");
 		this.side = h("div.side", { hidden: true });
-		const head = ["", t("time"), t("consultation"), t("reason"), t("size")];
-		this.table = h("table.list", {}, h("caption.offscreen", {}, t("view-dead-letters")),
-			h("thead", {}, h("tr", {}, head.map((name, index) => (name ? h("th", { scope: "col", class: index === 4 ? "number wide" : index === 1 ? "wide" : "" }, name) : h("th", { scope: "col" }, "#"))))), this.body);
+		const columns = [["#"], [t("time"), "wide"], [t("consultation")], [t("reason")], [t("size"), "number wide"]];
+		this.table = table(t("view-dead-letters"), columns, this.body);
 		fill(this, h("div.page", {},
 			h("div.bar.wrap", {}, h("h1", { tabindex: "-1" }, t("view-dead-letters")),
-				h("div.actions", {}, button(t("commands"), () => commands(asCommands(url("dead-letters", { limit: LIMIT }).href)), { glyph: "code" }), iconButton(t("copyLink"), "link", () => copy(location.href)))),
+				h("div.actions", {}, button(t("commands"), () => commands(asCommands(url("dead-letters", { limit: LIMIT }).href)), { glyph: "code" }), linkButton())),
 			this.message, h("div.split", {}, h("div.grow", {}, h("div.card.flush.scroll", {}, this.table), this.more), this.side)));
 		window.addEventListener("fi-clock", () => this.draw(), { signal: this.gone.signal });
 		this.addEventListener("keydown", (event) => event.key === "Escape" && this.close());
@@ -82,7 +81,7 @@ class Dead extends HTMLElement {
 		fill(body, h("div.masked", {}, h("p.muted", {}, t("bodyHidden", { size: bytes(item.bytes) })), button(t("showBody"), show, { glyph: "eye", kind: "primary" }), h("p.muted.small", {}, t("bodyAudited"))));
 		const line = (name, value) => (value ?? "") !== "" && [h("dt", {}, name), foreign(h("dd"), String(value))];
 		const panel = h("aside.panel", { "aria-label": t("view-dead-letters") },
-			h("header.bar", {}, h("h2", { tabindex: "-1" }, `#${sequence}`), iconButton(t("copyLink"), "link", () => copy(location.href)), iconButton(t("close"), "close", () => this.close())),
+			h("header.bar", {}, h("h2", { tabindex: "-1" }, `#${sequence}`), linkButton(), iconButton(t("close"), "close", () => this.close())),
 			foreign(h("p"), item.reason),
 			h("dl.details", {}, line(t("consultation"), item.consultation_id), line(t("messageId"), item.message_id), line(t("sequence"), item.stream_sequence), line(t("partition"), item.partition), line(t("traceId"), item.trace_id)),
 			item.obstacle ? foreign(h("p.muted"), item.obstacle) : null,

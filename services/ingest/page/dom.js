@@ -56,6 +56,13 @@ export function iconButton(label, glyph, onclick, attributes = {}) {
 	return h("button.button.square", { type: "button", "aria-label": label, title: label, onclick, ...attributes }, icon(glyph));
 }
 
+export const linkButton = () => iconButton(t("copyLink"), "link", () => copy(location.href));
+
+/** A view's table; `columns` are headings with their classes. */
+export const table = (caption, columns, body, kind = "") =>
+	h("table.list", { class: kind }, h("caption.offscreen", {}, caption),
+		h("thead", {}, h("tr", {}, columns.map(([text, name = ""]) => h("th", { scope: "col", class: name }, text)))), body);
+
 /** Replace the children of an element. */
 export const fill = (element, ...children) => {
 	element.replaceChildren(...children.flat(4).filter((child) => child !== null && child !== undefined && child !== false));

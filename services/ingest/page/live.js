@@ -2,7 +2,7 @@
 
 import { Follower, url } from "./api.js";
 import { address } from "./app.js";
-import { asCommands, bytes, button, clock, commands, copy, count, empty, fill, foreign, h, iconButton, liveState, parts, problemBox, resumedText, stamp } from "./dom.js";
+import { asCommands, button, bytes, clock, commands, count, empty, fill, foreign, h, linkButton, liveState, parts, problemBox, resumedText, stamp, table } from "./dom.js";
 import { t } from "./texts.js";
 
 /** rows that are kept, and ids in which a retry is recognised */
@@ -17,13 +17,12 @@ class Live extends HTMLElement {
 		this.bar = h("div.livebar.top");
 		this.message = h("div.messages");
 		this.none = h("div", {}, empty(t("nothingYet"), t("nothingYetHint")));
-		const head = [t("time"), t("consultation"), t("eventType"), t("size"), t("sequence")];
-		this.table = h("table.list.live", {}, h("caption.offscreen", {}, t("view-live")),
-			h("thead", {}, h("tr", {}, head.map((text, index) => h("th", { scope: "col", class: ["", "", "", "number", "number wide"][index] }, text)))), this.body);
+		const columns = [[t("time")], [t("consultation")], [t("eventType")], [t("size"), "number"], [t("sequence"), "number wide"]];
+		this.table = table(t("view-live"), columns, this.body, "live");
 		fill(this, h("div.page", {},
 			h("div.bar.wrap", {}, h("h1", { tabindex: "-1" }, t("view-live")),
 				h("div.actions", {}, button(t("commands"), () => commands(asCommands(url("events", { follow: 1, bodies: 0 }).href, "text/event-stream")), { glyph: "code" }),
-					iconButton(t("copyLink"), "link", () => copy(location.href)))),
+					linkButton())),
 			this.message, h("div.card.flush", {}, this.bar, this.table, this.none)));
 		window.addEventListener("fi-clock", () => this.redraw(), { signal: this.gone.signal });
 		this.records = [];

@@ -1,7 +1,7 @@
 /** The pipeline's state: what is wrong and what to do, rates, nodes, partitions. The service has a new snapshot each second. */
 
 import { json, url } from "./api.js";
-import { asCommands, bytes, button, commands, copy, count, fill, h, iconButton, moment, problemBox, rate, seconds, since, svg } from "./dom.js";
+import { asCommands, button, bytes, commands, count, fill, h, linkButton, moment, problemBox, rate, seconds, since, svg } from "./dom.js";
 import { t } from "./texts.js";
 
 const REFRESH_SECONDS = 0.5;
@@ -25,7 +25,7 @@ class Pipeline extends HTMLElement {
 		fill(this, h("div.page", {},
 			h("div.bar.wrap", {}, h("h1", { tabindex: "-1" }, t("view-pipeline")), this.age,
 				h("div.actions", {}, button(t("commands"), () => commands({ ...asCommands(url("pipeline").href), fiq: "fiq status\nfiq doctor" }), { glyph: "code" }),
-					iconButton(t("copyLink"), "link", () => copy(location.href)))),
+					linkButton())),
 			this.message, this.conditions, section(t("flow"), this.charts), section(t("nodes"), this.nodes),
 			section(t("partitions"), this.partitions), section(t("integrity"), this.integrity), this.versions));
 		this.refresh();
