@@ -60,7 +60,7 @@ def build(path: Path, count: int) -> None:
     """Make a partition file with *count* consultations, whose ids are UUIDs in random order."""
     with EventStore.create(path, _IDENTITY) as store:
         body = b'{"event_type":"MESSAGE_RECEIVED"}'
-        store.append(_TEMPLATE, [Record(n, 10**18 + n, n.to_bytes(16, "big"), body) for n in range(1, 101)])
+        store.append(_TEMPLATE, [Record(n, 10**18 + n, 2, n.to_bytes(16, "big"), body) for n in range(1, 101)])
         store.commit(100)
     chance, pages = random.Random(1), MemoryPages()
     tree = NameTree(pages)

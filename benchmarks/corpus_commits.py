@@ -134,7 +134,7 @@ def batch(number: int, spread: int) -> list[tuple[str, list[Record]]]:
     groups: dict[str, list[Record]] = {}
     for sequence in range(number * BATCH_EVENTS + 1, (number + 1) * BATCH_EVENTS + 1):
         body = b'{"event_type":"MESSAGE_RECEIVED","payload":"' + b"%d " % sequence * (BODY_BYTES // 8) + b'"}'
-        record = Record(sequence, time.time_ns(), sequence.to_bytes(16, "big"), body[:BODY_BYTES] + b'"}')
+        record = Record(sequence, time.time_ns(), 2, sequence.to_bytes(16, "big"), body[:BODY_BYTES] + b'"}')
         groups.setdefault(f"consultation-{sequence % spread}", []).append(record)
     return list(groups.items())
 

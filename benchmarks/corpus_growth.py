@@ -179,7 +179,7 @@ def _write(store: EventStore, batch: Iterable[tuple[str, int]]) -> None:
     sequence = store.committed
     for consultation, events in batch:
         numbers = range(sequence + 1, sequence + 1 + events)
-        store.append(consultation, [Record(number, number, number.to_bytes(16, "big"), _BODY) for number in numbers])
+        store.append(consultation, [Record(number, number, 2, number.to_bytes(16, "big"), _BODY) for number in numbers])
         sequence += events
     store.commit(sequence)
 

@@ -104,6 +104,7 @@ class StoredEvent:
         sequence: its position in the stream, which orders the events of a consultation.
         persisted: whether it is in HDF5; until then it is safe in the stream. False where the service does not say it.
         received: when the service received it, ISO 8601 in UTC with nanoseconds.
+        written: when the persister wrote it into HDF5, in the same form; None unless *persisted*.
         event: as it was posted.
     """
 
@@ -112,6 +113,7 @@ class StoredEvent:
     sequence: int
     persisted: bool
     received: str
+    written: str | None
     event: dict[str, Any]
 
     @classmethod
@@ -125,7 +127,9 @@ class StoredEvent:
         if not isinstance(sequence, int) or not isinstance(event, dict):
             raise TypeError("sequence, event")
         persisted = record.get("status") == "persisted"
-        return cls(consultation, UUID(record["message_id"]), sequence, persisted, str(record["received"]), event)
+        written = str(record["written"]) if persisted else None
+        message_id, received = UUID(record["message_id"]), str(record["received"])
+        return cls(consultation, message_id, sequence, persisted, received, written, event)
 
 
 @dataclass(frozen=True, slots=True)

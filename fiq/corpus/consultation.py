@@ -19,7 +19,7 @@ import numpy.typing as npt
 from h5py import h5d, h5s, h5t
 
 from fiq.corpus.errors import CorpusFormatError, CorpusUsageError
-from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD, EVENTS, EVENTS_CHUNK, PAYLOAD, PORTABLE_EVENT_DTYPE
+from fiq.corpus.format import EVENT_DTYPE, EVENT_ROW, EVENTS, EVENTS_CHUNK, PAYLOAD, PORTABLE_EVENT_DTYPE
 from fiq.event import parse_exactly
 from fiq.words import count
 
@@ -46,6 +46,7 @@ class EventRecord:
     consultation: str  #: its id
     sequence: int  #: in the stream
     received_ns: int  #: when it was accepted, nanoseconds since the Unix epoch
+    written_ns: int  #: when the persister wrote it into this store, nanoseconds since the Unix epoch
     id_bytes: bytes  #: the 16 bytes of its id
     raw: bytes  #: its body byte for byte, without the line feed after it
 
@@ -62,6 +63,11 @@ class EventRecord:
     def received(self) -> datetime:
         """When it was accepted, in UTC, to the microsecond."""
         return _EPOCH + timedelta(microseconds=self.received_ns // 1000)
+
+    @property
+    def written(self) -> datetime:
+        """When the persister wrote it into this store, in UTC, to the microsecond."""
+        return _EPOCH + timedelta(microseconds=self.written_ns // 1000)
 
     @property
     def event_type(self) -> str:
@@ -92,6 +98,7 @@ class StoredRow(NamedTuple):
     offset: int  #: of its body in the payload, bytes
     length: int  #: of its body, bytes
     event_id: bytes  #: 16 bytes
+    written_ns: int  #: when the persister wrote it, nanoseconds since the Unix epoch
 
 
 class Consultation(Sequence[EventRecord]):
@@ -148,7 +155,7 @@ class Consultation(Sequence[EventRecord]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.id} has {count(len(self), 'event')}, none at {index}")
         row = self.row(index % len(self))
-        return EventRecord(self.id, row.sequence, row.received_ns, row.event_id, self.body(row))
+        return EventRecord(self.id, row.sequence, row.received_ns, row.written_ns, row.event_id, self.body(row))
 
     def records(self, start: int = 0, stop: int | None = None, keep: RowFilter | None = None) -> Iterator[EventRecord]:
         """Yield the events from *start* up to *stop*, of all by default, whose rows *keep* chooses; bounded in memory.
@@ -160,16 +167,16 @@ class Consultation(Sequence[EventRecord]):
             table = self.table(low, min(low + _ROWS, end))
             for rows, payload in self._bodies(table if keep is None else table[keep(table)]):
                 first = int(rows["offset"][0])
-                for sequence, received, offset, length, _, event_id, _ in rows.tolist():
+                for sequence, received, offset, length, _, event_id, _, written in rows.tolist():
                     body = payload[offset - first : offset - first + length]
-                    yield EventRecord(self.id, sequence, received, event_id, body)
+                    yield EventRecord(self.id, sequence, received, written, event_id, body)
 
     def to_frame(self, *, expand: bool = True) -> pd.DataFrame:
         """Return the events as a pandas frame, a row an event.
 
-        Its columns are ``sequence``, ``received`` (UTC), ``event_id``, ``event_type``, and ``payload.<member>`` for
-        each member of the payloads; a payload that is no object is in ``payload``. Lists and objects within a payload
-        stay Python objects. What an event lacks is missing (``pandas.NA``).
+        Its columns are ``sequence``, ``received`` and ``written`` (UTC), ``event_id``, ``event_type``, and
+        ``payload.<member>`` for each member of the payloads; a payload that is no object is in ``payload``. Lists and
+        objects within a payload stay Python objects. What an event lacks is missing (``pandas.NA``).
 
         Args:
             expand: False for the whole parsed payloads in one column ``payload``.
@@ -216,9 +223,9 @@ class Consultation(Sequence[EventRecord]):
                     self._chunk = first, self._events.read_direct_chunk((first,))[1]
             else:
                 self._chunk = first, self.table(first, first + EVENTS_CHUNK).tobytes()
-        offset_in_chunk = (index - first) * EVENT_DTYPE.itemsize
-        sequence, received, offset, length, _, event_id = EVENT_HEAD.unpack_from(self._chunk[1], offset_in_chunk)
-        return StoredRow(sequence, received, offset, length, event_id)
+        place = (index - first) * EVENT_ROW.size
+        sequence, received, offset, length, _, event_id, _, written = EVENT_ROW.unpack_from(self._chunk[1], place)
+        return StoredRow(sequence, received, offset, length, event_id, written)
 
     def first_after(self, sequence: int) -> int:
         """Return the index of the first row whose sequence is above *sequence*; the length when there is none."""
@@ -307,12 +314,13 @@ def to_frame(events: Iterable[tuple[EventRecord, dict[str, Any]]], *, expand: bo
         import pandas as pd
     except ImportError:
         raise CorpusUsageError("to_frame() needs pandas: pip install 'fiq[pandas]'") from None
-    names, sequences, received, ids, types = [], [], [], [], []
+    names, sequences, received, written, ids, types = [], [], [], [], [], []
     payloads: dict[str, list[Any]] = {} if expand else {"payload": []}
     for number, (event, document) in enumerate(events):
         names.append(event.consultation)
         sequences.append(event.sequence)
         received.append(event.received_ns)
+        written.append(event.written_ns)
         ids.append(str(event.event_id))
         event_type = document.get("event_type")
         types.append(None if event_type is None else str(event_type))
@@ -327,7 +335,8 @@ def to_frame(events: Iterable[tuple[EventRecord, dict[str, Any]]], *, expand: bo
             held.append(value)
     columns: dict[str, Any] = {"consultation": pd.Series(names, dtype="string")} if consultation else {}
     columns["sequence"] = np.array(sequences, np.uint64)
-    columns["received"] = pd.to_datetime(np.array(received, np.int64), unit="ns", utc=True)
+    for column, times in (("received", received), ("written", written)):
+        columns[column] = pd.to_datetime(np.array(times, np.int64), unit="ns", utc=True)
     columns["event_id"] = pd.Series(ids, dtype="string")
     columns["event_type"] = pd.Series(types, dtype="string")
     for column, held in payloads.items():

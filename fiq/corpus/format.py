@@ -44,7 +44,7 @@ READER_METADATA_BYTES = 2 << 20
 #: what the attribute ``format`` says
 FORMAT_NAME = "fiq-corpus"
 #: rises when a program that knows only the older layout would misread the newer
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 #: oldest HDF5 release whose tools must read the files; ``latest`` would shut out h5dump 1.10
 LIBVER = ("v110", "v110")
 #: that of archives for old and small readers
@@ -71,6 +71,7 @@ EVENT_DTYPE = np.dtype(
         ("flags", "<u4"),
         ("event_id", "V16"),
         ("chain", "V32"),
+        ("written_ns", "<i8"),
     ]
 )
 #: the same bytes in an archive for small readers, which know no opaque types
@@ -80,8 +81,12 @@ PORTABLE_EVENT_DTYPE = np.dtype(
         for name, (kind, *_) in (EVENT_DTYPE.fields or {}).items()
     ]
 )
-#: the row without its chain value, for packing: seq, received_ns, offset, length, flags, event_id
+#: what the chain covers of a row, for packing: seq, received_ns, offset, length, flags, event_id
 EVENT_HEAD = struct.Struct("<QqQII16s")
+#: the rest, for packing: chain, written_ns
+EVENT_TAIL = struct.Struct("<32sq")
+#: a whole row, for unpacking
+EVENT_ROW = struct.Struct("<QqQII16s32sq")
 #: rows a chunk of ``events``
 EVENTS_CHUNK = 16
 #: one row of ``active``: when the last event of a consultation was accepted, and its id
@@ -104,6 +109,7 @@ class Record:
 
     sequence: int  #: in the stream; rises within a consultation
     received_ns: int  #: when it was accepted, nanoseconds since the Unix epoch
+    written_ns: int  #: when it is written, nanoseconds since the Unix epoch
     event_id: bytes  #: 16 bytes, unique within the consultation
     body: bytes = field(repr=False)  #: one JSON text in UTF-8 without line breaks
 
@@ -267,13 +273,14 @@ def bound_metadata(file: Any, size: int) -> None:
 #
 # An event that is changed, removed or moved no longer fits the next row. The chain finds damage and mistakes; it is not
 # a signature, since a program that rewrites all later rows goes unnoticed. Events cut off at the end break no chain:
-# the partition's ``committed_events`` shows that they are missing.
+# the partition's ``committed_events`` shows that they are missing. ``written_ns`` is not covered: each store writes an
+# event at its own time, and two stores have equal chains.
 
 
 def chain_start(identity: Identity, consultation: str, *, of: str = CONSULTATIONS) -> bytes:
     """Return what the first row of a consultation is chained to, or that of its conflicts (with *of*).
 
-    It leaves out store, volume and epoch: they change when a partition moves, and two stores have equal chains.
+    It leaves out store, volume and epoch: they change when a partition moves, and differ between two stores.
     """
     # a consultation's id has no slash: the names of the two groups never collide
     name = consultation if of == CONSULTATIONS else f"{of}/{consultation}"
@@ -285,7 +292,7 @@ def chain_next(before: bytes, row: bytes, body: bytes) -> bytes:
 
     Args:
         before: that of the row before it, or :func:`chain_start`.
-        row: the row's first 48 bytes, all but the chain value itself.
+        row: the row's first 48 bytes, :data:`EVENT_HEAD`.
         body: the body without its line feed.
     """
     return sha256(b"".join((before, row, body))).digest()

@@ -28,13 +28,14 @@ from fiq.corpus.errors import AppendRefusedError, CorpusFormatError, CorpusIOErr
 from fiq.corpus.format import (
     ACTIVE,
     ACTIVE_DTYPE,
-    CHAIN_BYTES,
     COMMIT_ATTRIBUTES,
     CONFLICTS,
     CONSULTATIONS,
     EVENT_DTYPE,
     EVENT_HEAD,
     EVENT_ID_BYTES,
+    EVENT_ROW,
+    EVENT_TAIL,
     EVENTS,
     EVENTS_CHUNK,
     LIBVER,
@@ -64,7 +65,6 @@ _MAX_SIGNED = 2**63 - 1
 HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, MemoryError, SystemError)
 #: what HDF5 says when malloc(3) fails
 _NO_MEMORY = "memory allocation failed"
-_ROW_BYTES = EVENT_HEAD.size + CHAIN_BYTES
 #: makes a growing dataset, given as h5py's low-level ``DatasetID`` with its element's and chunk's size
 DatasetFactory = Callable[..., "GrowingDataset"]
 
@@ -322,7 +322,7 @@ class Appender:
     ) -> None:
         self._name = name
         self._chain = start
-        self._events = make_dataset(events, item=_ROW_BYTES, chunk=EVENTS_CHUNK, empty=new)
+        self._events = make_dataset(events, item=EVENT_ROW.size, chunk=EVENTS_CHUNK, empty=new)
         (chunk,) = payload.get_create_plist().get_chunk()
         self._payload = make_dataset(payload, item=1, chunk=chunk, empty=new)
         self._last_sequence = 0
@@ -347,7 +347,7 @@ class Appender:
             length = len(body)
             head = EVENT_HEAD.pack(record.sequence, record.received_ns, offset, length, 0, record.event_id)
             chain = chain_next(chain, head, body)
-            rows += (head, chain)
+            rows += (head, EVENT_TAIL.pack(chain, record.written_ns))
             bodies.append(body)
             offset += length + 1
             last = record.sequence
@@ -361,19 +361,18 @@ class Appender:
             raise AppendRefusedError(f"{self._name}: an event id has 16 bytes, not {len(record.event_id)}")
         if b"\n" in record.body or not 0 < len(record.body) <= MAX_BODY_BYTES:
             raise AppendRefusedError(f"{self._name}: a body is one line and not empty (sequence {record.sequence})")
-        if not -_MAX_SIGNED <= record.received_ns <= _MAX_SIGNED or record.sequence > _MAX_SIGNED:
+        times = record.received_ns, record.written_ns
+        if min(times) < -_MAX_SIGNED or max(*times, record.sequence) > _MAX_SIGNED:
             raise AppendRefusedError(f"{self._name}: a number is out of range (sequence {record.sequence})")
 
     def _read_last_row(self) -> None:
-        row = self._events.last()
-        sequence, _, offset, length, _, _ = EVENT_HEAD.unpack_from(row)
+        sequence, _, offset, length, _, _, chain, _ = EVENT_ROW.unpack(self._events.last())
         if offset + length + 1 != self._payload.length:
             raise CorpusFormatError(
                 f"{self._name}: the last row ends at byte {offset + length + 1} of the payload, "
                 f"which has {self._payload.length}: the file is damaged, restore it from a backup"
             )
-        self._last_sequence = sequence
-        self._chain = row[-CHAIN_BYTES:]
+        self._last_sequence, self._chain = sequence, chain
 
 
 class GrowingDataset:

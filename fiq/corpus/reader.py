@@ -429,10 +429,12 @@ class _Partition:
             yield self._open(self._conflicts, name)
 
     def count(self) -> int:
-        return len(self._group)
+        with self._errors():
+            return len(self._group)
 
     def __contains__(self, consultation: str) -> bool:
-        return is_consultation_id(consultation) and consultation.encode() in self._group.id
+        with self._errors():
+            return is_consultation_id(consultation) and consultation.encode() in self._group.id
 
     def consultation(self, name: str) -> Consultation:
         return self._open(self._group, name)

@@ -89,6 +89,7 @@ def _document(event: StoredEvent) -> dict[str, Any]:
         "sequence": event.sequence,
         "received": event.received,
         "persisted": event.persisted,
+        "written": event.written,
         "event": event.event,
     }
 

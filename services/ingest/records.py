@@ -24,14 +24,17 @@ def record(stored: SequencedEvent, *, bodies: bool = True, consultation: bool = 
         stored: the event.
         bodies: with its body, byte for byte; otherwise with its type and length.
         consultation: with the id of its consultation.
-        status: with whether it is persisted.
+        status: with whether it is persisted, and when.
     """
     event = stored.event
     owner = f'"consultation_id":"{event.consultation}",' if consultation else ""
-    shown_status = f',"status":"{"persisted" if stored.persisted else "queued"}"' if status else ""
+    if stored.written_ns is None:
+        state = ',"status":"queued","written":null'
+    else:
+        state = f',"status":"persisted","written":"{rfc3339(stored.written_ns)}"'
     head = (
         f'{{{owner}"sequence":{stored.sequence},"message_id":"{event.event_id}",'
-        f'"received":"{rfc3339(event.received_ns)}"{shown_status}'
+        f'"received":"{rfc3339(event.received_ns)}"{state if status else ""}'
     )
     if bodies:
         return b"".join([head.encode(), b',"event":', event.body, b"}"])

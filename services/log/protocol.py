@@ -137,13 +137,14 @@ class SequencedEvent:
     Attributes:
         sequence: position in the log, from 1.
         event: as it was stored.
-        persisted: read from the corpus; otherwise it still waits in the log.
+        written_ns: when the persister wrote it into the corpus, nanoseconds since the Unix epoch; None: it still waits
+            in the log.
         stored: when the log stored it, RFC 3339 in UTC; empty unless it was asked for by its sequence.
     """
 
     sequence: int
     event: Event
-    persisted: bool
+    written_ns: int | None = None
     stored: str = ""
 
 

@@ -4,7 +4,7 @@
 kind            asks                                                answer
 ==============  ==================================================  =================================================
 ids             which ids does this consultation hold?              8-byte hashes of all, or that there are too many
-find            which of these ids does it hold?                    sequence and 8-byte digest of the body of each
+find            which of these ids does it hold?                    sequence, digest of the body, and time of each
 events          what comes after, or before, this position?         a page of events with their bodies
 consultations   which consultations begin with this prefix?         a page of names, sorted
 active          which of them had events last?                      a page of times and names, newest first
@@ -163,10 +163,12 @@ class Stored:
     Attributes:
         sequence: position in the log, from 1.
         digest: :func:`digest_of` its body.
+        written_ns: when the persister wrote it, nanoseconds since the Unix epoch; None: not known, or not yet.
     """
 
     sequence: int
     digest: bytes
+    written_ns: int | None = None
 
 
 def digest_of(body: bytes) -> bytes:
@@ -193,10 +195,11 @@ class FindAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One event of the corpus."""
+    """One event of the corpus; times are nanoseconds since the Unix epoch."""
 
     sequence: int
     received_ns: int
+    written_ns: int
     event_id: UUID
     body: bytes
 
@@ -320,10 +323,10 @@ def encode_answer(answer: Answer) -> bytes:
             head = {"key": key.hex(), "whole": hashes is not None, "count": len(hashes or b"") // 8}
             return orjson.dumps(head) + b"\n" + (hashes or b"")
         case FindAnswer(committed, held, left):
-            found = {str(event_id): [one.sequence, one.digest.hex()] for event_id, one in held.items()}
+            found = {str(key): [one.sequence, one.digest.hex(), one.written_ns] for key, one in held.items()}
             return orjson.dumps({"committed": committed, "found": found, "rest": [str(event_id) for event_id in left]})
         case EventsAnswer(committed, rows, more):
-            lines = [[row.sequence, row.received_ns, str(row.event_id), len(row.body)] for row in rows]
+            lines = [[r.sequence, r.received_ns, r.written_ns, str(r.event_id), len(r.body)] for r in rows]
             head = {"committed": committed, "more": more, "rows": lines}
             return b"".join([orjson.dumps(head), b"\n", *(row.body for row in rows)])
         case ConsultationsAnswer(names, more):
@@ -355,8 +358,8 @@ def decode_found(data: bytes) -> FindAnswer:
     with _Decoding():
         fields = orjson.loads(data)
         found = {
-            UUID(event_id): Stored(_number(sequence), bytes.fromhex(digest))
-            for event_id, (sequence, digest) in fields["found"].items()
+            UUID(event_id): Stored(_number(sequence), bytes.fromhex(digest), written)
+            for event_id, (sequence, digest, written) in fields["found"].items()
         }
         return FindAnswer(_number(fields["committed"]), found, [UUID(event_id) for event_id in fields["rest"]])
 
@@ -367,8 +370,8 @@ def decode_events(data: bytes) -> EventsAnswer:
         head, _, bodies = data.partition(b"\n")
         fields = orjson.loads(head)
         rows, offset = [], 0
-        for sequence, received, event_id, length in fields["rows"]:
-            rows.append(Row(sequence, received, UUID(event_id), bodies[offset : offset + length]))
+        for sequence, received, written, event_id, length in fields["rows"]:
+            rows.append(Row(sequence, received, written, UUID(event_id), bodies[offset : offset + length]))
             offset += length
         if offset != len(bodies):
             raise MalformedError("bodies are missing")

@@ -229,7 +229,7 @@ def _find(lookup: Lookup, committed: int, question: Find) -> FindAnswer:
             rest.append(event_id)
             continue
         size += row.length
-        found[event_id] = Stored(row.sequence, digest_of(stored.body(row)))
+        found[event_id] = Stored(row.sequence, digest_of(stored.body(row)), row.written_ns)
     return FindAnswer(committed, found, rest)
 
 
@@ -246,7 +246,7 @@ def _events(lookup: Lookup, committed: int, question: Events, room: int) -> Even
         rows = _fitting(map(stored.row, range(end - 1, max(index, end - question.limit) - 1, -1)), room)[::-1]
         more = end - len(rows) > index
     events = [
-        Row(row.sequence, row.received_ns, UUID(bytes=row.event_id), body)
+        Row(row.sequence, row.received_ns, row.written_ns, UUID(bytes=row.event_id), body)
         for row, body in zip(rows, stored.bodies(rows), strict=True)
     ]
     return EventsAnswer(committed, events, more)

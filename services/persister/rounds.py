@@ -191,8 +191,8 @@ class PartitionBatch:
             self.poison.append((delivery, reason))
             self.outcomes[delivery.sequence] = Outcome(Fate.POISON)
 
-    def append(self) -> None:
-        """Write the events that the corpus does not hold.
+    def append(self, written_ns: int) -> None:
+        """Write the events that the corpus does not hold, with the time *written_ns*, nanoseconds since the Unix epoch.
 
         Raises:
             PlacementError: the file was deleted or replaced.
@@ -203,7 +203,7 @@ class PartitionBatch:
         for numbered in self.events:
             by_consultation.setdefault(numbered[1].consultation, []).append(numbered)
         for consultation, events in by_consultation.items():
-            self._append(self.of.file.store, consultation, events)
+            self._append(self.of.file.store, consultation, events, written_ns)
 
     async def set_aside(self) -> None:
         """Store the poison in ``fi-dead``."""
@@ -221,7 +221,9 @@ class PartitionBatch:
         """Report to the log that everything up to here is safe, and what became of it."""
         await self.of.follower.acknowledge(self.deliveries[-1], self.outcomes)
 
-    def _append(self, store: EventStore, consultation: str, events: Sequence[tuple[int, Event]]) -> None:
+    def _append(
+        self, store: EventStore, consultation: str, events: Sequence[tuple[int, Event]], written_ns: int
+    ) -> None:
         held = store.held(consultation, {event.event_id.bytes for _, event in events})
         new: dict[bytes, Record] = {}
         conflicts: list[Conflict] = []
@@ -236,7 +238,7 @@ class PartitionBatch:
                     continue
                 same = _same_body(store, consultation, row, event.body)
             else:
-                new[event_id] = _record(sequence, event)
+                new[event_id] = _record(sequence, event, written_ns)
                 continue
             self.outcomes[sequence] = Outcome(Fate.DUPLICATE if same else Fate.CONFLICT, first)
             # a writer that waits for the outcome is refused: its conflict is not kept
@@ -245,7 +247,7 @@ class PartitionBatch:
             else:
                 conflicts.append(Conflict(sequence, event, first))
         store.append(consultation, list(new.values()))
-        store.append_conflicts(consultation, [_record(one.sequence, one.event) for one in conflicts])
+        store.append_conflicts(consultation, [_record(one.sequence, one.event, written_ns) for one in conflicts])
         self.conflicts += conflicts
         self.persisted += len(new)
         self.consultations += bool(new)
@@ -363,7 +365,8 @@ class Rounds:
     async def _round(self, batches: list[PartitionBatch]) -> None:
         """Decode and append *batches*, then finish them; a batch with poison does not hold up the others."""
         began, self._cost = time.perf_counter(), 0.0
-        await self._in_hdf5(batches, PartitionBatch.decode, PartitionBatch.append)
+        written_ns = time.time_ns()
+        await self._in_hdf5(batches, PartitionBatch.decode, lambda batch: batch.append(written_ns))
         for batch in batches:
             if batch.poison:
                 spawn(self._tasks, self._finish([batch], began))
@@ -480,8 +483,8 @@ async def _announce(batch: PartitionBatch) -> None:
     )
 
 
-def _record(sequence: int, event: Event) -> Record:
-    return Record(sequence, event.received_ns, event.event_id.bytes, event.body)
+def _record(sequence: int, event: Event, written_ns: int) -> Record:
+    return Record(sequence, event.received_ns, written_ns, event.event_id.bytes, event.body)
 
 
 def _same_body(store: EventStore, consultation: str, row: StoredRow, body: bytes) -> bool:

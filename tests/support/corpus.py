@@ -20,8 +20,10 @@ IDENTITY = Identity(
     stream_created="2026-11-23T10:00:00.000000000Z",
 )
 
-#: consultation -> its (sequence, id, body), in the order of the file
-Contents = dict[str, list[tuple[int, bytes, bytes]]]
+#: consultation -> its (sequence, time when it was written, id, body), in the order of the file
+Contents = dict[str, list[tuple[int, int, bytes, bytes]]]
+#: when the event of sequence 0 would have been received, nanoseconds since the Unix epoch
+_RECEIVED_NS = 1_700_000_000_000_000_000
 
 
 @lru_cache(50_000)
@@ -29,7 +31,8 @@ def record(sequence: int) -> Record:
     """Make the event of a sequence: always the same one, so that any file can be checked without its history."""
     padding = "p" * (sequence * 37 % 700)
     body = f'{{"event_type":"MESSAGE_RECEIVED","payload":{{"n":{sequence},"text":"{padding}"}}}}'
-    return Record(sequence, 1_700_000_000_000_000_000 + sequence, sequence.to_bytes(16, "little"), body.encode())
+    received, event_id = _RECEIVED_NS + sequence, sequence.to_bytes(16, "little")
+    return Record(sequence, received, received + 50_000_000, event_id, body.encode())
 
 
 def consultation_of(sequence: int, consultations: int) -> str:
@@ -58,7 +61,7 @@ def expected(last: int, consultations: int = 7) -> Contents:
     for sequence in range(1, last + 1):
         event = record(sequence)
         consultation = consultation_of(sequence, consultations)
-        contents.setdefault(consultation, []).append((sequence, event.event_id, event.body))
+        contents.setdefault(consultation, []).append((sequence, event.written_ns, event.event_id, event.body))
     return contents
 
 
@@ -71,7 +74,7 @@ def stock_contents(path: Path) -> tuple[int, Contents]:
 def contents(corpus: Corpus) -> Contents:
     """Return every event of *corpus* as our reader shows it."""
     return {
-        name: [(event.sequence, event.id_bytes, event.raw) for event in consultation]
+        name: [(event.sequence, event.written_ns, event.id_bytes, event.raw) for event in consultation]
         for name, consultation in corpus.items()
     }
 
@@ -82,11 +85,11 @@ def read_contents(path: Path) -> Contents:
         return contents(corpus)
 
 
-def _consultations(groups: h5py.Group) -> Iterator[tuple[str, list[tuple[int, bytes, bytes]]]]:
+def _consultations(groups: h5py.Group) -> Iterator[tuple[str, list[tuple[int, int, bytes, bytes]]]]:
     for name, group in groups.items():
         payload = group["payload"][:].tobytes()
         events = []
-        for sequence, _, offset, length, _, event_id, _ in group["events"][:].tolist():
+        for sequence, _, offset, length, _, event_id, _, written in group["events"][:].tolist():
             assert payload[offset + length : offset + length + 1] == b"\n"
-            events.append((sequence, event_id, payload[offset : offset + length]))
+            events.append((sequence, written, event_id, payload[offset : offset + length]))
         yield name, events

@@ -37,6 +37,11 @@ def change_time(file: h5py.File) -> None:
     _set(file, 5, "received_ns", file[f"consultations/{VICTIM}/events"][5]["received_ns"] + 1)
 
 
+def change_written(file: h5py.File) -> None:
+    """Say that row 5 was written a nanosecond later."""
+    _set(file, 5, "written_ns", file[f"consultations/{VICTIM}/events"][5]["written_ns"] + 1)
+
+
 def change_flags(file: h5py.File) -> None:
     """Set a flag of row 5."""
     _set(file, 5, "flags", 1)

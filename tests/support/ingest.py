@@ -32,6 +32,9 @@ from services.log.settings import LogSettings
 from services.log.status import Backlog, LogState
 from tests.support.description import check_answer
 
+#: how long after its reception an event is written, nanoseconds
+WRITTEN_AFTER_NS = 50_000_000
+
 
 @dataclass
 class MemoryLog:
@@ -179,7 +182,7 @@ class MemoryReader:
             raise LogUnavailableError("silent")
         if sequence in self.trimmed or not 0 < sequence <= len(self.log.events):
             return None
-        return SequencedEvent(sequence, self.log.events[sequence - 1], persisted=False, stored=self.stored)
+        return SequencedEvent(sequence, self.log.events[sequence - 1], stored=self.stored)
 
     async def snapshot(self, consultation: str) -> MemorySnapshot:
         self.asked.append("snapshot")
@@ -269,11 +272,12 @@ class MemoryReader:
                 times.setdefault(event.consultation, []).append(event.received_ns)
         return [ConsultationSummary(name, len(found), found[0], found[-1]) for name, found in times.items()]
 
+    def _sequenced(self, sequence: int, event: Event) -> SequencedEvent:
+        written_ns = event.received_ns + WRITTEN_AFTER_NS if sequence <= self.log.persisted else None
+        return SequencedEvent(sequence, event, written_ns)
+
     def _numbered(self, wanted: Callable[[SequencedEvent], bool]) -> list[SequencedEvent]:
-        stored = (
-            SequencedEvent(sequence, event, persisted=sequence <= self.log.persisted)
-            for sequence, event in enumerate(self.log.events, start=1)
-        )
+        stored = (self._sequenced(*numbered) for numbered in enumerate(self.log.events, start=1))
         return [one for one in stored if wanted(one)]
 
 
@@ -292,7 +296,7 @@ class MemoryFeed:
             raise self.log.read_error
         if after < self.log.trimmed:
             raise PositionGoneError(f"gone: after={self.log.trimmed}")
-        found = [SequencedEvent(n, event, persisted=False) for n, event in enumerate(self.log.events, start=1)]
+        found = [SequencedEvent(n, event) for n, event in enumerate(self.log.events, start=1)]
         shown = found[after : after + self.log.page_events]
         return Page(shown, after + len(shown), after + len(shown) < len(found))
 

@@ -193,13 +193,18 @@ async def every_line(request: web.BaseRequest) -> web.StreamResponse:
     return web.json_response({"status": "accepted", "results": results}, status=202)
 
 
+#: times of each record
+RECEIVED, WRITTEN = "2026-11-25T01:02:03.000000004Z", "2026-11-25T01:02:03.050000006Z"
+
+
 def record(sequence: int, *, status: str = "persisted") -> dict[str, Any]:
     """Return an event of c-1 as the service returns it."""
     return {
         "sequence": sequence,
         "message_id": str(UUID(int=sequence)),
-        "received": "2026-11-25T01:02:03.000000004Z",
+        "received": RECEIVED,
         "status": status,
+        "written": WRITTEN if status == "persisted" else None,
         "event": {"event_type": "A", "n": sequence},
     }
 

@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
     with EventStore.create(made, IDENTITY) as store:
         for start in range(1, EVENTS + 1, _BATCH):
             numbers = range(start, start + _BATCH)
-            store.append("huge", [Record(number, 1, id_of(number), b"{}") for number in numbers])
+            store.append("huge", [Record(number, 1, 2, id_of(number), b"{}") for number in numbers])
             store.commit(numbers[-1])
     return made
 
@@ -60,7 +60,7 @@ def test_its_ids_are_read_once_and_each_of_them_is_known(path: Path, monkeypatch
                 retries = [rng.randint(1, EVENTS) for _ in range(20)] if name == "huge" else []
                 held = store.held(name, [id_of(number) for number in (*new, *retries)])
                 assert {id_of(number): number for number in retries} == {i: row.sequence for i, row in held.items()}
-                store.append(name, [Record(number, 1, id_of(number), b"{}") for number in new])
+                store.append(name, [Record(number, 1, 2, id_of(number), b"{}") for number in new])
                 last = new[-1]
             store.commit(last)
             assert 20 == len(store.held("huge", [id_of(number) for number in range(last - 1099, last - 1079)])), round_

@@ -65,7 +65,7 @@ class CorpusMachine(RuleBasedStateMachine):
         self.reader: Corpus | None = None
         self.reader_holds: Contents = {}
         self.committed: Contents = {}
-        self.pending: list[tuple[str, tuple[int, bytes, bytes]]] = []
+        self.pending: list[tuple[str, tuple[int, int, bytes, bytes]]] = []
         self.sequence = self.reached = 0
         self.crashes = 0
 
@@ -79,8 +79,8 @@ class CorpusMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def find_duplicates(self, data: st.DataObject) -> None:
-        known = [(name, event[1]) for name, events in self.committed.items() for event in events]
-        known += [(name, event[1]) for name, event in self.pending]
+        known = [(name, event[2]) for name, events in self.committed.items() for event in events]
+        known += [(name, event[2]) for name, event in self.pending]
         if known:
             name, event_id = data.draw(st.sampled_from(known))
             assert self.store.held(name, [event_id])
@@ -162,9 +162,9 @@ class CorpusMachine(RuleBasedStateMachine):
         for size in sizes:
             self.sequence += 1
             event_id = self.sequence.to_bytes(16, "big")
-            records.append(Record(self.sequence, self.sequence, event_id, b'"' + b"x" * size + b'"'))
+            records.append(Record(self.sequence, self.sequence, self.sequence + 1, event_id, b'"' + b"x" * size + b'"'))
         self.store.append(name, records)
-        self.pending += [(name, (record.sequence, record.event_id, record.body)) for record in records]
+        self.pending += [(name, (one.sequence, one.written_ns, one.event_id, one.body)) for one in records]
 
     def _open(self) -> None:
         self.pending.clear()

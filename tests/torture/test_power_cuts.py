@@ -130,7 +130,7 @@ def _read(path: Path) -> tuple[int, Contents]:
     with open_corpus(path) as corpus:
         committed = corpus.partitions[0].committed
         contents = {
-            name: [(event.sequence, event.id_bytes, event.raw) for event in consultation]
+            name: [(event.sequence, event.written_ns, event.id_bytes, event.raw) for event in consultation]
             for name, consultation in corpus.items()
         }
     report = verify_corpus(path)

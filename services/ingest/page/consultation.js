@@ -554,8 +554,9 @@ class Consultation extends HTMLElement {
 			const page = await json(this.path, { query, signal: this.gone.signal });
 			for (const found of page.events) {
 				const item = this.bySequence.get(found.sequence);
-				if (!item || found.status !== "persisted") continue;
-				item.record.status = "persisted";
+				if (!item || !found.written) continue;
+				item.record.status = found.status;
+				item.record.written = found.written;
 				this.queued.delete(found.sequence);
 				this.list.refresh(item);
 			}

@@ -76,7 +76,7 @@ export function panel(consultation, record, { body, shown, onbody, onclose, conf
 		try {
 			const answer = await text(eventPath(consultation, record), { query: withBody ? {} : { bodies: 0 } });
 			const found = parseRecord(answer);
-			for (const name of ["stored", "trace_id", "status"]) if (found[name] !== undefined) record[name] = found[name];
+			for (const name of ["stored", "trace_id", "status", "written"]) if (found[name] !== undefined) record[name] = found[name];
 			drawWay(way, record);
 			drawDetails(details, record, conflicts);
 			if (withBody) {
@@ -109,7 +109,7 @@ function drawWay(way, record) {
 	fill(way,
 		step(true, t("wayReceived"), stamp(record.received)),
 		step(true, t("wayStored"), `#${record.sequence} · ${stored}`),
-		record.status === undefined ? null : step(record.status === "persisted", t("wayPersisted"), record.status === "persisted" ? "" : t("status-queued")));
+		record.status && step(record.written, t("wayPersisted"), record.written ? stamp(record.written) : t("status-queued")));
 }
 
 function drawDetails(details, record, conflicts) {

@@ -5,7 +5,7 @@ import { button, bytes, count, dialog, fill, h, problemBox } from "./dom.js";
 import { parseRecord, reading } from "./event.js";
 import { t } from "./texts.js";
 
-const COLUMNS = ["consultation_id", "sequence", "message_id", "received", "status", "event_type", "bytes", "speaker", "text", "event"];
+const COLUMNS = ["consultation_id", "sequence", "message_id", "received", "status", "written", "event_type", "bytes", "speaker", "text", "event"];
 
 /** Without it a spreadsheet takes UTF-8 for the machine's old encoding. */
 const BYTE_ORDER_MARK = "\ufeff";

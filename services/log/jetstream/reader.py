@@ -268,7 +268,7 @@ class JetStreamReader(EventBrowser):
         queued, more = await self._end_of_stream(consultation, 0, end, limit)
         if await self._stream.lacks(0):  # trimmed meanwhile: something may be missing
             raise away
-        events = [SequencedEvent(sequence, event, persisted=False) for sequence, event in queued]
+        events = [SequencedEvent(sequence, event) for sequence, event in queued]
         return _backward(before, limit, events, more=more)
 
     async def _end_of_stream(
@@ -301,7 +301,7 @@ class JetStreamReader(EventBrowser):
         for sequence, event in queued:
             first = found.get(event.event_id)
             if first is None or first.sequence == sequence:
-                new.append(SequencedEvent(sequence, event, persisted=first is not None))
+                new.append(SequencedEvent(sequence, event, None if first is None else first.written_ns))
         return new
 
     async def _from_stream(self, consultation: str, after: int, limit: int, end: int, away: CorpusAwayError) -> Page:
@@ -311,7 +311,7 @@ class JetStreamReader(EventBrowser):
         tail = await self._tail(consultation, 0, after, end, limit)
         if await self._stream.lacks(after):  # trimmed meanwhile: something may be missing
             raise away
-        events = [SequencedEvent(sequence, event, persisted=False) for sequence, event in tail.events]
+        events = [SequencedEvent(sequence, event) for sequence, event in tail.events]
         return Page(events, tail.reached, tail.more)
 
     async def _in_stream(self, consultation: str, event_id: UUID, after: int) -> SequencedEvent | None:
@@ -319,7 +319,7 @@ class JetStreamReader(EventBrowser):
         end = await self._stream.last(partition, consultation)
         async for sequence, event in self._stream.tail(partition, consultation, after, end):
             if event is not None and event.event_id == event_id:
-                return SequencedEvent(sequence, event, persisted=False)
+                return SequencedEvent(sequence, event)
         return None
 
     def _partition(self, consultation: str) -> int:
@@ -339,7 +339,7 @@ def _backward(before: int, limit: int, events: list[SequencedEvent], *, more: bo
 
 def persisted(consultation: str, row: Row) -> SequencedEvent:
     """Return what the corpus holds in *row*."""
-    return SequencedEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
+    return SequencedEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), row.written_ns)
 
 
 class JetStreamFeed(Feed):
@@ -367,7 +367,7 @@ class JetStreamFeed(Feed):
                 break
             reached = sequence
             if event is not None:
-                events.append(SequencedEvent(sequence, event, persisted=False))
+                events.append(SequencedEvent(sequence, event))
         if reached == after:
             await self._check(after)
         return Page(events, reached, more=reached > after and (more or reached < batch[-1][0]))
@@ -436,7 +436,7 @@ class StreamReading:
         event = None if message is None else _event(message["subject"], message["headers"], message["data"])
         if message is None or event is None:
             return None
-        return SequencedEvent(sequence, event, persisted=False, stored=message["time"])
+        return SequencedEvent(sequence, event, stored=message["time"])
 
     async def end(self) -> int:
         """Return the sequence of the last message, as the leader knows it; 0 when there never was one."""

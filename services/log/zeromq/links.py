@@ -574,7 +574,7 @@ class ZeroMqReader:
 
 
 def _stored(consultation: str, row: Row) -> SequencedEvent:
-    return SequencedEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), persisted=True)
+    return SequencedEvent(row.sequence, Event(consultation, row.event_id, row.received_ns, row.body), row.written_ns)
 
 
 def _away(partition: int, reason: str) -> CorpusAwayError:

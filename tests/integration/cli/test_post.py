@@ -160,7 +160,7 @@ async def test_exported_events_are_posted_byte_for_byte_under_their_own_ids(tmp_
         b'{"event_type": "A", "payload": {"dose": 1.10, "n": 123456789012345678901234567890}}',
         b'{"event_type":"x\\",\\"event\\":","event":{"event":1},"event_id":"not this"}',
     ]
-    records = [EventRecord(f"c-{n}", 7 + n, n, UUID(int=n + 1).bytes, body) for n, body in enumerate(bodies)]
+    records = [EventRecord(f"c-{n}", 7 + n, n, n + 1, UUID(int=n + 1).bytes, body) for n, body in enumerate(bodies)]
     file = tmp_path / "exported.ndjson"
     file.write_bytes(b"".join(exported_lines(records, Format.NDJSON)))
     service = MemoryService()

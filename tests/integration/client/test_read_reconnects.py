@@ -24,6 +24,8 @@ from fiq.client import (
 )
 from tests.support.polling import eventually
 from tests.support.scripted_http import (
+    RECEIVED,
+    WRITTEN,
     Step,
     cut,
     lost,
@@ -57,7 +59,7 @@ async def test_pages_are_read_to_the_last_one() -> None:
     async with scripted(page(3, 5, more=True), page(9)) as server, AsyncClient(server.url) as client:
         events = [event async for event in client.read("c-1", 2, page=2)]
     assert [3, 5, 9] == [event.sequence for event in events]
-    expected = StoredEvent("c-1", UUID(int=3), 3, True, "2026-11-25T01:02:03.000000004Z", {"event_type": "A", "n": 3})
+    expected = StoredEvent("c-1", UUID(int=3), 3, True, RECEIVED, WRITTEN, {"event_type": "A", "n": 3})
     assert expected == events[0]
     assert [
         "/consultations/c-1/events?after=2&limit=2",

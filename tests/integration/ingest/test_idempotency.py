@@ -38,7 +38,7 @@ REUSED = (422, "/problems/idempotency-key-reused", False)
 
 
 def persisted(key: str, body: bytes, sequence: int = 7) -> SequencedEvent:
-    return SequencedEvent(sequence, Event("c-1", event_id_from_key(key), 1, body), persisted=True)
+    return SequencedEvent(sequence, Event("c-1", event_id_from_key(key), 1, body), written_ns=2)
 
 
 def log_from(sequence: int) -> MemoryLog:

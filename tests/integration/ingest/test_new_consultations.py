@@ -36,7 +36,7 @@ async def use_up(edge: Edge) -> None:
 def persist(reader: MemoryReader, consultation: str) -> None:
     """Let the corpus hold an event of *consultation*."""
     event = Event(consultation, UUID(int=7), 0, b"{}")
-    reader.corpus.append(SequencedEvent(1000, event, persisted=True))
+    reader.corpus.append(SequencedEvent(1000, event, written_ns=2))
 
 
 async def test_beyond_the_limit_new_consultations_are_refused_and_known_ones_are_not(edge: Edge) -> None:

@@ -119,7 +119,7 @@ async def test_a_dead_letter_is_shown_with_its_body_and_that_is_audited(edge: Ed
 
 async def test_a_list_of_conflicts_is_shown_with_the_events_that_the_corpus_keeps(edge: Edge) -> None:
     """Their bodies come from the owner; what it does not have is counted."""
-    edge.log.reader.kept = [SequencedEvent(9, EVENT, persisted=True)]
+    edge.log.reader.kept = [SequencedEvent(9, EVENT, written_ns=2)]
     ((body, headers),) = conflict_letters("log", [("c-1", 9, 4), ("c-1", 11, 4)], 9999)
     edge.log.letters.letters[2] = read_letter(2, "2026-11-23T10:00:00Z", "fi.dead.5", headers, body)
     with capture_logs() as entries:
@@ -264,7 +264,7 @@ async def test_the_body_of_an_action_is_small_json(edge: Edge) -> None:
 
 async def test_the_conflicts_of_a_consultation_are_read_like_its_events(edge: Edge) -> None:
     """In pages, as NDJSON, and without bodies; the answers with bodies are audited."""
-    edge.log.reader.kept = [SequencedEvent(sequence, EVENT, persisted=True) for sequence in (9, 11, 12)]
+    edge.log.reader.kept = [SequencedEvent(sequence, EVENT, written_ns=2) for sequence in (9, 11, 12)]
     path = "/consultations/c-1/conflicts"
     with capture_logs() as entries:
         first = await edge.request("GET", f"{path}?limit=2")

@@ -14,7 +14,7 @@ from services.ingest import reading
 from services.ingest.reading import MAX_READS
 from services.log.errors import CorpusAwayError, LogRefusedError, LogUnavailableError
 from services.log.protocol import Page
-from tests.support.ingest import Edge, Reply, running_edge
+from tests.support.ingest import WRITTEN_AFTER_NS, Edge, Reply, running_edge
 
 EVENTS = "/consultations/c-1/events"
 
@@ -43,7 +43,7 @@ async def test_a_page_holds_records_in_order_and_their_bodies_byte_for_byte(edge
     )
     assert b'"event":{"event_type":"T", "n": 0}' in reply.content
     first, second = reply.json["events"]
-    assert ["sequence", "message_id", "received", "status", "event"] == list(first)
+    assert ["sequence", "message_id", "received", "status", "written", "event"] == list(first)
     assert [(1, ids[0], "persisted"), (2, ids[1], "queued")] == [
         (one["sequence"], one["message_id"], one["status"]) for one in (first, second)
     ]
@@ -53,12 +53,14 @@ async def test_a_page_holds_records_in_order_and_their_bodies_byte_for_byte(edge
     assert "Link" not in reply.headers
 
 
-async def test_received_is_told_to_the_nanosecond(edge: Edge) -> None:
-    """As it stands in HDF5."""
-    await edge.post()
+async def test_times_are_told_to_the_nanosecond(edge: Edge) -> None:
+    """As they stand in HDF5; the time of the writing is null while the event waits."""
+    await fill(edge, 2, persisted=1)
     received = edge.log.events[0].received_ns
-    shown = (await edge.request("GET", EVENTS)).json["events"][0]["received"]
-    assert f"{received % 10**9:09d}Z" == shown.partition(".")[2]
+    first, second = (await edge.request("GET", EVENTS)).json["events"]
+    assert f"{received % 10**9:09d}Z" == first["received"].partition(".")[2]
+    assert f"{(received + WRITTEN_AFTER_NS) % 10**9:09d}Z" == first["written"].partition(".")[2]
+    assert second["written"] is None
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
@@ -195,7 +197,7 @@ async def test_bodies_can_be_left_out(edge: Edge) -> None:
         await edge.post(body=b'{"event_type":"T\\"","n":%d}' % number)
     reply = await edge.request("GET", EVENTS + "?bodies=0&limit=4")
     first, *_ = records = reply.json["events"]
-    assert ["sequence", "message_id", "received", "status", "event_type", "bytes"] == list(first)
+    assert ["sequence", "message_id", "received", "status", "written", "event_type", "bytes"] == list(first)
     assert ('T"', len(edge.log.events[0].body)) == (first["event_type"], first["bytes"])
     assert [1, 2, 3, 4] == [one["sequence"] for one in records]
     last = await edge.request("GET", reply.json["next"])
@@ -309,6 +311,7 @@ async def test_one_event_is_shown_with_where_it_is(edge: Edge) -> None:
             reply.json["event"],
         )
         assert posted.json["message_id"] == reply.json["message_id"]
+        assert (status == "queued") == (reply.json["written"] is None)
 
 
 async def test_one_event_is_shown_with_its_trace_while_the_log_has_it(edge: Edge) -> None:

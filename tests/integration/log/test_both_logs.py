@@ -16,7 +16,9 @@ from aiohttp import ClientConnectorError, ClientSession
 from cloudevents.core.bindings.http import to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 
+from fiq.corpus import open_corpus
 from services.cli.embedded.processes import Cluster
+from services.ingest.records import rfc3339
 from tests.support.cluster import delete_streams, heal
 from tests.support.pipelines import SMALL, Pipeline
 from tests.support.polling import eventually
@@ -173,6 +175,28 @@ async def test_what_was_accepted_is_read_at_once(pipeline: Pipeline) -> None:
             return [("b-1", 1), ("c-1", 30)] == [(one["consultation_id"], one["events"]) for one in found]
 
         await eventually(both)
+
+
+async def test_a_record_says_when_the_event_was_written_into_hdf5(pipeline: Pipeline) -> None:
+    """As HDF5 has it: after the post, and before the answer that shows it; null while the event waits."""
+    async with pipeline.running(ingests=2) as (writer, reader):
+        before = rfc3339(time.time_ns())
+        accepted = await writer.accepted(PATH, BODIES[0], "k")
+        answered = rfc3339(time.time_ns())
+
+        async def written() -> str:
+            _, one = await reader.get(f"{PATH}/{accepted['message_id']}")
+            assert (one["status"] == "persisted") == (one["written"] is not None)
+            return one["written"] or ""
+
+        shown = await eventually(written)
+        without_broker = pipeline.settings["FI_LOG_URL"].startswith("zmq")
+        assert before < shown < (answered if without_broker else rfc3339(time.time_ns()))
+        _, page = await reader.get(PATH)
+        assert [shown] == [one["written"] for one in page["events"]]
+        await pipeline.holds("c-1", 1)
+        with open_corpus(pipeline.data) as corpus:
+            assert [shown] == [rfc3339(event.written_ns) for event in corpus["c-1"]]
 
 
 async def test_a_follower_misses_and_repeats_nothing_when_processes_die(pipeline: Pipeline) -> None:

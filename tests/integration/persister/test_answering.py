@@ -151,7 +151,7 @@ async def asker(url: str, tmp_path: Path) -> AsyncIterator[Asker]:
 
 
 def record(sequence: int, body: bytes = b"") -> Record:
-    return Record(sequence, 1_000 + sequence, UUID(int=sequence).bytes, body or b'{"event_type":"%d"}' % sequence)
+    return Record(sequence, 1_000 + sequence, 2, UUID(int=sequence).bytes, body or b'{"event_type":"%d"}' % sequence)
 
 
 async def fill(asker: Asker, consultation: str, sequences: range) -> None:

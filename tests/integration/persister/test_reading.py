@@ -102,7 +102,9 @@ async def test_what_is_persisted_is_read_page_by_page(log: Log, reader: JetStrea
         await persister.ready()
         positions = await append(log, *events)
         await persisted(tmp_path / "data", {"c1": [one.event_id for one in events]})
-        expected = [SequencedEvent(s, e, persisted=True) for s, e in zip(positions, events, strict=True)]
+        with open_corpus(tmp_path / "data") as corpus:
+            times = [one.written_ns for one in corpus["c1"]]
+        expected = [SequencedEvent(s, e, t) for s, e, t in zip(positions, events, times, strict=True)]
         assert expected == await in_pages(reader)
         assert expected == await backwards(reader)
         assert expected[2:5] == (await reader.page_before("c1", positions[5], 3)).events
@@ -111,7 +113,7 @@ async def test_what_is_persisted_is_read_page_by_page(log: Log, reader: JetStrea
         assert [] == await read(reader, "never", 0, 3)
         wanted = events[3]
         assert expected[3] == await reader.locate("c1", wanted.event_id)
-        stored = {wanted.event_id: Stored(positions[3], digest_of(wanted.body))}
+        stored = {wanted.event_id: Stored(positions[3], digest_of(wanted.body), times[3])}
         assert stored == await reader.find("c1", [wanted.event_id, new_event_id()])
         assert {} == await reader.find("c2", [wanted.event_id])
         assert await reader.locate("c1", new_event_id()) is None
@@ -154,7 +156,7 @@ async def test_a_client_reads_its_own_writes_while_they_are_persisted_and_trimme
             page = await reader.page("c1", after, 100)
             if number == WAITS:
                 await paused(log, partition, seconds=0)
-            known |= {one.persisted for one in page.events}
+            known |= {one.written_ns is not None for one in page.events}
             read += sequences(page.events)
             after = page.reached
             assert written == read
@@ -173,7 +175,7 @@ async def test_what_waits_is_read_without_a_persister_and_after_trim_it_is_refus
     """The stream has all of it as long as nothing after the requested position was trimmed."""
     events = [event(number) for number in range(1, 21)]
     positions = await append(log, *events)
-    expected = [SequencedEvent(s, e, persisted=False) for s, e in zip(positions, events, strict=True)]
+    expected = [SequencedEvent(s, e) for s, e in zip(positions, events, strict=True)]
     assert expected == await in_pages(reader)
     assert expected == await backwards(reader)
     assert expected[7] == await reader.locate("c1", events[7].event_id)
@@ -217,7 +219,7 @@ async def test_an_event_that_the_stream_holds_twice_is_read_once(fresh_log: Clus
 
             async def all_persisted() -> bool:
                 found = await in_pages(reader)
-                return len(found) == 6 and all(one.persisted for one in found)
+                return len(found) == 6 and all(one.written_ns is not None for one in found)
 
             await eventually(all_persisted)
             assert positions == sequences(await in_pages(reader, limit=1))
@@ -288,7 +290,7 @@ async def test_what_is_no_event_is_passed_over(log: Log, reader: JetStreamReader
     assert await reader.at(positions - 1) is None
     found = await reader.at(positions)
     assert found is not None
-    assert ("c1", False) == (found.event.consultation, found.persisted)
+    assert ("c1", None) == (found.event.consultation, found.written_ns)
 
 
 async def test_consultations_of_all_partitions_are_listed_in_order(
@@ -356,7 +358,7 @@ async def test_another_process_answers_when_the_owner_dies(
             except CorpusAwayError:
                 return False
             assert positions[name] == sequences(found)
-            if not all(one.persisted for one in found):
+            if not all(one.written_ns is not None for one in found):
                 return False
         return True
 

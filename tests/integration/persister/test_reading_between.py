@@ -29,6 +29,9 @@ from tests.support.persister import IDENTITY
 from tests.support.persisters import PARTITIONS, Log, provisioned
 from tests.support.polling import eventually
 
+#: when each event is written
+WRITTEN_NS = 1_700_000_000_000_000_000
+
 
 class Halted:
     """A persister that answers, and commits only when the test calls it."""
@@ -53,7 +56,7 @@ class Halted:
 
     async def commit(self, sequences: list[int], events: list[Event]) -> None:
         records = [
-            Record(sequence, one.received_ns, one.event_id.bytes, one.body)
+            Record(sequence, one.received_ns, WRITTEN_NS, one.event_id.bytes, one.body)
             for sequence, one in zip(sequences, events, strict=True)
         ]
 
@@ -70,7 +73,7 @@ class Halted:
         page = Page([], 2**63 - 1 if backward else 0, more=True)
         while page.more:
             page = await read("c1", page.reached, limit)
-            shown = [(one.sequence, one.persisted) for one in page.events]
+            shown = [(one.sequence, one.written_ns == WRITTEN_NS) for one in page.events]
             found = shown + found if backward else found + shown
         return found
 
@@ -158,7 +161,7 @@ async def test_an_event_is_found_although_it_is_committed_and_trimmed_meanwhile(
     monkeypatch.setattr(StreamReading, "last", trimmed)
     found = await halted.reader.locate("c1", events[1].event_id)
     assert found is not None
-    assert (positions[1], True) == (found.sequence, found.persisted)
+    assert (positions[1], WRITTEN_NS) == (found.sequence, found.written_ns)
 
 
 async def test_a_snapshot_shows_what_is_committed_and_nothing_else(halted: Halted) -> None:
@@ -184,7 +187,7 @@ async def test_a_consultation_with_too_many_ids_has_no_snapshot(
     snapshot = await halted.reader.snapshot("c1")
     assert (False, True) == (snapshot.whole, snapshot.may_hold(event(9).event_id))
     found = await halted.reader.find("c1", [events[1].event_id, event(9).event_id])
-    assert {events[1].event_id: Stored(2, digest_of(events[1].body))} == found
+    assert {events[1].event_id: Stored(2, digest_of(events[1].body), WRITTEN_NS)} == found
 
 
 async def test_of_a_batch_it_is_known_what_is_persisted_and_what_waits(halted: Halted) -> None:

@@ -253,6 +253,8 @@ def test_an_event_shows_its_way_with_times_in_local_time_and_utc(new_page: Opene
     expect(details).to_contain_text(answer["message_id"])
     expect(page.locator(".way")).to_contain_text(f"#{answer['sequence']} · ")
     expect(page.locator(".way li").nth(1)).to_contain_text(re.compile(r"\d\d:\d\d:\d\d\.\d{3}"))
+    persisted = page.locator(".way li").nth(2)
+    expect(persisted).to_contain_text(f"{record['written'][14:19]}.{record['written'][20:23]}")
     expect(details).to_contain_text(trace)
     hour = (int(utc[11:13]) - 5) % 24
     expect(events(page).first.locator("time")).to_have_text(f"{hour:02}{utc[13:19]}")

@@ -39,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if consultation in names:
                 body = json.dumps({"event_type": event_type, "payload": {"n": sequence}}).encode()
                 received = MIDNIGHT_NS + hour * HOUR_NS
-                store.append(consultation, [Record(sequence, received, sequence.to_bytes(16, "little"), body)])
+                store.append(consultation, [Record(sequence, received, 2, sequence.to_bytes(16, "little"), body)])
         store.commit(len(EVENTS))
         store.close()
     return directory
@@ -229,7 +229,7 @@ def test_show_keeps_all_digits_of_an_integer(tmp_path: Path) -> None:
     """Beyond 64 bits, too: it may be a patient's number."""
     body = '{"event_type": "NOTE", "payload": {"n": 12345678901234567890123, "text": "é", "dose": 0.5}}'
     with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
-        store.append("c-1", [Record(1, MIDNIGHT_NS, bytes(16), body.encode())])
+        store.append("c-1", [Record(1, MIDNIGHT_NS, 2, bytes(16), body.encode())])
         store.commit(1)
     done = run(tmp_path, "show", "c-1")
     assert (0, '{"n":12345678901234567890123,"text":"é","dose":0.5}') == (done.exit_code, done.stdout.split()[-1])

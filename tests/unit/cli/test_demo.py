@@ -18,7 +18,7 @@ ACCEPTED = [AcceptedPost(Post("c1", key, b'{"n":%d}' % number), number + 1) for 
 def corpus(directory: Path, *events: tuple[str, int, bytes]) -> Path:
     """Write *events* (key, sequence, body) of consultation c1."""
     with EventStore.create(directory / "00.h5", IDENTITY) as store:
-        records = [Record(sequence, 1, UUID(key).bytes, body) for key, sequence, body in events]
+        records = [Record(sequence, 1, 2, UUID(key).bytes, body) for key, sequence, body in events]
         store.append("c1", records)
         store.commit(records[-1].sequence)
     return directory

@@ -10,16 +10,16 @@ import h5py
 import numpy as np
 import pytest
 
-from fiq.corpus import CorpusFormatError, EventStore, Record, StoreOptions, open_corpus
+from fiq.corpus import CorpusFormatError, EventStore, Record, StoreOptions, open_corpus, verify_corpus
 from fiq.corpus.format import chain_next, chain_start
-from tests.support.corpus import IDENTITY, commit_range
+from tests.support.corpus import IDENTITY, commit_range, record
 
 
 def test_the_first_rows_are_chained_as_documented(path: Path) -> None:
     """The bytes are spelled out here once more, by hand."""
     # given
     with EventStore.open(path, expected=IDENTITY) as store:
-        store.append("c", [Record(7, -1, b"i" * 16, b"{}"), Record(9, 2, b"j" * 16, b"[1]")])
+        store.append("c", [Record(7, -1, 2, b"i" * 16, b"{}"), Record(9, 2, 2, b"j" * 16, b"[1]")])
         store.commit(9)
     # when
     with open_corpus(path) as corpus:
@@ -61,22 +61,40 @@ def test_the_chain_is_bound_to_consultation_partition_and_stream_but_not_to_a_co
     assert start == chain_start(replace(IDENTITY, store="copy", volume="v", epoch=9), "c")
 
 
+def test_two_stores_that_wrote_at_other_times_have_the_same_chain(tmp_path: Path) -> None:
+    """The time when a row was written is kept with it, and is none of the event."""
+    tables = []
+    for store_name, later in (("main", 0), ("copy", 10**9)):
+        identity = replace(IDENTITY, store=store_name)
+        path = tmp_path / f"{store_name}.h5"
+        with EventStore.create(path, identity) as store:
+            store.append("c", [replace(record(n), written_ns=record(n).written_ns + later) for n in range(1, 40)])
+            store.commit(39)
+        assert verify_corpus(path).clean
+        with h5py.File(path, "r") as file:
+            tables.append(file["consultations/c/events"][:])
+    first, second = tables
+    assert [record(n).written_ns for n in range(1, 40)] == first["written_ns"].tolist()
+    assert [10**9] * 39 == (second["written_ns"] - first["written_ns"]).tolist()
+    assert first["chain"].tobytes() == second["chain"].tobytes()
+
+
 def test_the_number_of_events_is_committed_with_them(path: Path) -> None:
     """Counted are all events of the file, whichever session wrote them; what was not committed does not count."""
     for start in (1, 31, 61):
         with EventStore.open(path, expected=IDENTITY) as store:
             commit_range(store, range(start, start + 30))
-            store.append("c-0001", [Record(start + 30, 0, bytes(16), b"{}")])
+            store.append("c-0001", [Record(start + 30, 0, 2, bytes(16), b"{}")])
     with h5py.File(path, "r") as file:
         assert 90 == file.attrs["committed_events"]
 
 
-@pytest.mark.parametrize(("version", "by"), [(3, "an earlier"), (5, "a later")])
+@pytest.mark.parametrize(("version", "by"), [(4, "an earlier"), (6, "a later")])
 def test_a_file_of_another_format_version_is_refused(path: Path, version: int, by: str) -> None:
     """By readers and writers; the message says which version to use."""
     with h5py.File(path, "r+") as file:
         file.attrs["format_version"] = np.uint32(version)
     with pytest.raises(CorpusFormatError, match=f"format_version {version}, written by {by} version of fiq"):
         EventStore.open(path, expected=None)
-    with open_corpus(path) as corpus, pytest.raises(CorpusFormatError, match="this one reads 4 only"):
+    with open_corpus(path) as corpus, pytest.raises(CorpusFormatError, match="this one reads 5 only"):
         list(corpus)

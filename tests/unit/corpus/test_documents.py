@@ -32,7 +32,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with EventStore.create(directory / "00.h5", IDENTITY) as store:
         commit_range(store, range(1, 101))
         for dialogue in consultations()[:20]:
-            records = [Record(next(sequences), 10**18, UUID(post.key).bytes, post.body) for post in dialogue]
+            records = [Record(next(sequences), 10**18, 2, UUID(post.key).bytes, post.body) for post in dialogue]
             store.append(dialogue[0].consultation, records)
         store.commit(next(sequences))
     write_index(directory)

@@ -19,6 +19,8 @@ from tests.support.dialogues import consultations
 START = datetime(2026, 11, 27, 8, tzinfo=UTC)
 DIALOGUES = consultations()[:60]
 POSTS = [post for dialogue in DIALOGUES for post in dialogue]
+#: of every frame of a corpus
+COLUMNS = ["consultation", "sequence", "received", "written", "event_id", "event_type"]
 
 
 @pytest.fixture
@@ -41,13 +43,13 @@ def directory(tmp_path: Path) -> Path:
 
 def _record(sequence: int, post: Post) -> Record:
     received = int((START + timedelta(seconds=sequence)).timestamp()) * 10**9
-    return Record(sequence, received, UUID(post.key).bytes, post.body)
+    return Record(sequence, received, received + 50_000_000, UUID(post.key).bytes, post.body)
 
 
 def one_consultation(path: Path, *bodies: object) -> None:
     """Put events with these bodies into the consultation c."""
     with EventStore.open(path, expected=IDENTITY) as store:
-        records = [Record(n, n, n.to_bytes(16, "big"), orjson.dumps(body)) for n, body in enumerate(bodies, 1)]
+        records = [Record(n, n, 2, n.to_bytes(16, "big"), orjson.dumps(body)) for n, body in enumerate(bodies, 1)]
         store.append("c", records)
         store.commit(len(bodies))
 
@@ -111,13 +113,15 @@ def test_each_member_of_a_payload_is_a_column(directory: Path) -> None:
         frame = corpus.to_frame()
         events = [event for consultation in corpus.values() for event in consultation]
     members = list(dict.fromkeys(f"payload.{name}" for event in events for name in event.payload))
-    assert ["consultation", "sequence", "received", "event_id", "event_type", *members] == list(frame.columns)
+    assert ["consultation", "sequence", "received", "written", "event_id", "event_type", *members] == list(
+        frame.columns
+    )
     assert ["payload.speaker", "payload.text"] == members[:2]
     assert len(POSTS) == len(frame)
     for event, row in zip(events, frame.to_dict("records"), strict=True):
         assert (event.consultation, event.sequence) == (row["consultation"], row["sequence"])
         assert (str(event.event_id), event.event_type) == (row["event_id"], row["event_type"])
-        assert event.received == row["received"]
+        assert (event.received, event.written) == (row["received"], row["written"])
         shown = {name: row[f"payload.{name}"] for name in event.payload}
         assert event.payload == shown
         assert all(
@@ -131,7 +135,8 @@ def test_columns_are_typed(directory: Path) -> None:
     with open_corpus(directory) as corpus:
         frame = corpus.to_frame()
     kinds = {column: str(frame[column].dtype) for column in frame}
-    assert ("uint64", "datetime64[ns, UTC]") == (kinds.pop("sequence"), kinds.pop("received"))
+    assert "uint64" == kinds.pop("sequence")
+    assert "datetime64[ns, UTC]" == kinds.pop("received") == kinds.pop("written")
     assert {"string"} == set(kinds.values())
     minutes = frame.set_index("received").resample("1min").size()
     assert len(POSTS) == minutes.sum()
@@ -157,8 +162,8 @@ def test_a_frame_is_bounded_by_the_beginning_of_the_id(directory: Path) -> None:
     with open_corpus(directory) as corpus:
         assert wanted == set(corpus.to_frame(prefix=prefix)["consultation"])
         none = corpus.to_frame(prefix="no-such-")
-    assert (0, ["consultation", "sequence", "received", "event_id", "event_type"]) == (len(none), list(none.columns))
-    assert ["string", "uint64", "datetime64[ns, UTC]", "string", "string"] == [str(kind) for kind in none.dtypes]
+    assert (0, COLUMNS) == (len(none), list(none.columns))
+    assert ["string", "uint64", *["datetime64[ns, UTC]"] * 2, "string", "string"] == [str(kind) for kind in none.dtypes]
 
 
 def test_a_time_without_a_zone_is_refused(directory: Path) -> None:
@@ -189,7 +194,7 @@ def test_what_is_nested_stays_a_python_object(path: Path) -> None:
     with open_corpus(path) as corpus:
         frame = corpus["c"].to_frame()
         whole = corpus["c"].to_frame(expand=False)
-    kinds = {column.removeprefix("payload."): str(frame[column].dtype) for column in frame.columns[4:]}
+    kinds = {column.removeprefix("payload."): str(frame[column].dtype) for column in frame.columns[len(COLUMNS) - 1 :]}
     assert {
         "n": "Int64",
         "x": "Float64",
@@ -201,7 +206,7 @@ def test_what_is_nested_stays_a_python_object(path: Path) -> None:
     assert [["a", "b"], []] == frame["payload.tags"].tolist()[:2]
     assert {"id": 7} == frame["payload.who"][0]
     assert [True, True, False, True] == [bool(pandas.isna(one)) for one in frame["payload"]]
-    assert ["sequence", "received", "event_id", "event_type", "payload"] == list(whole.columns)
+    assert ["sequence", "received", "written", "event_id", "event_type", "payload"] == list(whole.columns)
     assert [{"n": None, "x": 2, "ok": False, "tags": []}, "only a text"] == whole["payload"].tolist()[1:3]
 
 

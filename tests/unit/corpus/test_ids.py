@@ -18,7 +18,7 @@ def id_of(number: int) -> bytes:
 
 
 def append(store: EventStore, name: str, numbers: range) -> None:
-    store.append(name, [Record(number, 1, id_of(number), b"{}") for number in numbers])
+    store.append(name, [Record(number, 1, 2, id_of(number), b"{}") for number in numbers])
     store.commit(numbers[-1])
 
 
@@ -81,7 +81,7 @@ def test_what_was_not_committed_is_forgotten(tmp_path: Path) -> None:
     options = StoreOptions(ids=KnownIds())
     store = EventStore.create(tmp_path / "00.h5", IDENTITY, options)
     append(store, "c", range(1, 11))
-    store.append("c", [Record(11, 1, id_of(11), b"{}")])
+    store.append("c", [Record(11, 1, 2, id_of(11), b"{}")])
     assert 11 in held(store, "c", range(11, 12))
     store.abandon()
     assert 0 == len(options.ids)

@@ -15,7 +15,7 @@ from tests.support.faulty_io import FailingIO
 
 def _partition(directory: Path, number: int) -> None:
     with EventStore.create(directory / f"{number:02d}.h5", IDENTITY) as store:
-        store.append(f"c-{number}", [Record(1, 0, bytes(16), b"{}")])
+        store.append(f"c-{number}", [Record(1, 0, 2, bytes(16), b"{}")])
         store.commit(1)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fiq.corpus import EventStore, Record, open_corpus
-from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD
+from fiq.corpus.format import EVENT_DTYPE, EVENT_HEAD, EVENT_ROW, EVENT_TAIL
 from tests.support.corpus import IDENTITY, commit_range
 
 
@@ -25,8 +25,9 @@ def filled(path: Path) -> Path:
 def test_the_packed_row_and_the_table_agree() -> None:
     """Rows are packed by struct and read by numpy."""
     chain = bytes(range(32))
-    row = np.frombuffer(EVENT_HEAD.pack(1, -2, 3, 4, 5, b"0123456789abcdef") + chain, EVENT_DTYPE)[0]
-    assert row.item() == (1, -2, 3, 4, 5, b"0123456789abcdef", chain)
+    packed = EVENT_HEAD.pack(1, -2, 3, 4, 5, b"0123456789abcdef") + EVENT_TAIL.pack(chain, -6)
+    values = (1, -2, 3, 4, 5, b"0123456789abcdef", chain, -6)
+    assert values == np.frombuffer(packed, EVENT_DTYPE)[0].item() == EVENT_ROW.unpack(packed)
 
 
 def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
@@ -39,7 +40,7 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
         assert (np.uint8, (4096,), (None,)) == (payload.dtype, payload.chunks, payload.maxshape)
         assert {
             "format": "fiq-corpus",
-            "format_version": 4,
+            "format_version": 5,
             "store": "main",
             "volume": IDENTITY.volume,
             "epoch": 1,
@@ -57,7 +58,10 @@ def test_stock_h5py_shows_the_documented_layout(filled: Path) -> None:
 
 def test_a_new_consultation_takes_about_four_kilobytes(tmp_path: Path) -> None:
     """A client can create as many as it likes; one that begins with more gets larger chunks, which are faster."""
-    short, long = Record(1, 0, bytes(16), b"{%b}" % (b" " * 200)), Record(5000, 0, bytes(16), b"{%b}" % (b" " * 2000))
+    short, long = (
+        Record(1, 0, 2, bytes(16), b"{%b}" % (b" " * 200)),
+        Record(5000, 0, 2, bytes(16), b"{%b}" % (b" " * 2000)),
+    )
     with EventStore.create(tmp_path / "00.h5", IDENTITY) as store:
         store.append("first", [short])
         store.commit(1)

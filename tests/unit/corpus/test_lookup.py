@@ -31,8 +31,8 @@ def test_every_row_and_body_is_what_was_appended(store: EventStore) -> None:
     for name, events in expected(1000).items():
         held = found(store, name)
         rows = [held.row(index) for index in range(len(held))]
-        assert events == [(row.sequence, row.event_id, held.body(row)) for row in rows]
-        assert [body for _, _, body in events[3:40]] == held.bodies(rows[3:40])
+        assert events == [(row.sequence, row.written_ns, row.event_id, held.body(row)) for row in rows]
+        assert [body for _, _, _, body in events[3:40]] == held.bodies(rows[3:40])
         assert [] == held.bodies([])
 
 
@@ -128,5 +128,5 @@ def test_content_that_hdf5_does_not_accept_spoils_the_read_and_not_the_store(sto
     held = found(store, consultation_of(1, 7))
     with pytest.raises(CorpusFormatError), store.reading():
         held.lines(1_000_000, 1_000_010)
-    store.append("c", [Record(3, 1, bytes(16), b"{}")])
+    store.append("c", [Record(3, 1, 2, bytes(16), b"{}")])
     store.commit(3)

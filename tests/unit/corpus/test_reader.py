@@ -33,20 +33,22 @@ def test_every_field_of_an_event_comes_back(path: Path) -> None:
     event_id = UUID("0191d5c2-7b7a-7c3e-8f00-1234567890ab")
     body = '{"event_type":"MESSAGE_RECEIVED","payload":{"text":"Grüße, ¿qué tal?"}}'.encode()
     with EventStore.open(path, expected=IDENTITY) as store:
-        store.append("c-1", [Record(7, 1_700_000_000_123_456_789, event_id.bytes, body)])
+        store.append("c-1", [Record(7, 1_700_000_000_123_456_789, 1_700_000_000_198_765_432, event_id.bytes, body)])
         store.commit(7)
     # when
     with open_corpus(path) as corpus:
         [event] = corpus["c-1"]
     # then
-    assert ("c-1", 7, event_id, 1_700_000_000_123_456_789, body) == (
+    assert ("c-1", 7, event_id, 1_700_000_000_123_456_789, 1_700_000_000_198_765_432, body) == (
         event.consultation,
         event.sequence,
         event.event_id,
         event.received_ns,
+        event.written_ns,
         event.raw,
     )
     assert datetime(2023, 11, 14, 22, 13, 20, 123456, tzinfo=UTC) == event.received
+    assert datetime(2023, 11, 14, 22, 13, 20, 198765, tzinfo=UTC) == event.written
     assert event.event_type == "MESSAGE_RECEIVED"
     assert event.payload == {"text": "Grüße, ¿qué tal?"}
 
@@ -54,7 +56,7 @@ def test_every_field_of_an_event_comes_back(path: Path) -> None:
 def test_a_body_that_is_no_json_object_is_named_without_its_content(path: Path) -> None:
     """A message never holds a payload."""
     with EventStore.open(path, expected=IDENTITY) as store:
-        store.append("c", [Record(1, 0, bytes(16), b"[secret")])
+        store.append("c", [Record(1, 0, 2, bytes(16), b"[secret")])
         store.commit(1)
     with open_corpus(path) as corpus:
         [event] = corpus["c"]
@@ -96,7 +98,7 @@ def test_consultations_are_found_in_any_partition_file(tmp_path: Path) -> None:
     """A directory is one corpus, whatever the number of its files; the index and the journals are no partitions."""
     for number in (0, 3, 11):
         with EventStore.create(tmp_path / f"{number:02d}.h5", IDENTITY) as store:
-            store.append(f"c-{number}", [Record(number + 1, 0, bytes(16), b"{}")])
+            store.append(f"c-{number}", [Record(number + 1, 0, 2, bytes(16), b"{}")])
             store.commit(number + 1)
     write_index(tmp_path)
     for place in (tmp_path, str(tmp_path), tmp_path / "corpus.h5"):
@@ -203,8 +205,8 @@ def test_a_long_consultation_is_read_in_bounded_slices(path: Path) -> None:
     """Ten thousand events, and bodies larger than what is read at once."""
     big = b'"' + b"x" * (5 << 20) + b'"'
     with EventStore.open(path, expected=IDENTITY) as store:
-        store.append("c", [Record(n, n, n.to_bytes(16, "big"), b"%d" % n) for n in range(1, 10_001)])
-        store.append("c", [Record(n, n, n.to_bytes(16, "big"), big) for n in range(10_001, 10_005)])
+        store.append("c", [Record(n, n, 2, n.to_bytes(16, "big"), b"%d" % n) for n in range(1, 10_001)])
+        store.append("c", [Record(n, n, 2, n.to_bytes(16, "big"), big) for n in range(10_001, 10_005)])
         store.commit(10_004)
         with open_corpus(path) as corpus:
             events = list(corpus["c"])

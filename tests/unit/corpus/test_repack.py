@@ -42,8 +42,8 @@ def directory(tmp_path: Path) -> Path:
     with EventStore.create(directory / "00.h5", IDENTITY) as store:
         commit_range(store, range(1, 401), consultations=20)
     with EventStore.create(directory / "01.h5", replace(IDENTITY, partition=1)) as store:
-        store.append("long", [Record(n, n, n.to_bytes(16, "big"), b'{"n":%d}' % n) for n in range(1, 10_001)])
-        store.append("big", [Record(10_001, 1, b"i" * 16, b'"' + b"x" * (9 << 20) + b'"')])
+        store.append("long", [Record(n, n, 2, n.to_bytes(16, "big"), b'{"n":%d}' % n) for n in range(1, 10_001)])
+        store.append("big", [Record(10_001, 1, 2, b"i" * 16, b'"' + b"x" * (9 << 20) + b'"')])
         store.commit(10_001)
     write_index(directory)
     return directory
@@ -112,7 +112,7 @@ def test_a_corpus_that_is_written_is_archived_as_of_a_commit(path: Path) -> None
     """What only the journal holds is in the archive, what is not committed is not."""
     with EventStore.open(path, expected=IDENTITY) as store:
         commit_range(store, range(1, 51))
-        store.append("c-0001", [Record(51, 0, bytes(16), b"{}")])
+        store.append("c-0001", [Record(51, 0, 2, bytes(16), b"{}")])
         repack(path, path.with_name("archive.h5"))
         store.commit(51)
     assert (50, expected(50)) == stock_contents(path.with_name("archive.h5"))

@@ -145,11 +145,11 @@ def test_ids_that_end_in_zeros_are_kept_whole(path: Path) -> None:
     """An id is 16 bytes, whatever they are."""
     ids = [bytes(16), b"a" * 15 + b"\0", bytes(15) + b"a"]
     with EventStore.open(path, expected=IDENTITY) as store:
-        store.append("c", [Record(n, 0, event_id, b"{}") for n, event_id in enumerate(ids, 1)])
+        store.append("c", [Record(n, 0, 2, event_id, b"{}") for n, event_id in enumerate(ids, 1)])
         store.commit(3)
     with EventStore.open(path, expected=IDENTITY) as store:
         assert ids == list(store.held("c", ids))
-    assert ids == [event_id for _, event_id, _ in stock_contents(path)[1]["c"]]
+    assert ids == [event_id for _, _, event_id, _ in stock_contents(path)[1]["c"]]
 
 
 def test_what_is_not_committed_is_gone_after_a_close(path: Path) -> None:
@@ -205,10 +205,12 @@ def test_a_store_that_failed_refuses_everything_until_it_is_opened_again(path: P
         ("c", [record(7), record(7)]),
         ("c", [record(8), record(7)]),
         ("c", [record(5)]),
-        ("c", [Record(7, 0, b"short", b"{}")]),
-        ("c", [Record(7, 0, bytes(16), b'{"a":\n1}')]),
-        ("c", [Record(7, 0, bytes(16), b"")]),
-        ("c", [Record(7, 2**63, bytes(16), b"{}")]),
+        ("c", [Record(7, 0, 2, b"short", b"{}")]),
+        ("c", [Record(7, 0, 2, bytes(16), b'{"a":\n1}')]),
+        ("c", [Record(7, 0, 2, bytes(16), b"")]),
+        ("c", [Record(7, 2**63, 2, bytes(16), b"{}")]),
+        ("c", [Record(7, 0, 2**63, bytes(16), b"{}")]),
+        ("c", [Record(7, 0, -(2**63), bytes(16), b"{}")]),
         ("a/b", [record(7)]),
         ("", [record(7)]),
         ("x" * 129, [record(7)]),
@@ -241,7 +243,7 @@ def test_consultations_that_were_closed_for_others_go_on_where_they_were(path: P
             commit_range(store, batch, consultations=60)
             assert store.stats.open_consultations <= 3
         for consultation, events in expected(1200, 60).items():
-            assert len(events) == len(store.held(consultation, [event_id for _, event_id, _ in events]))
+            assert len(events) == len(store.held(consultation, [event_id for _, _, event_id, _ in events]))
             assert not store.held(consultation, [record(1201).event_id])
     assert (1200, expected(1200, 60)) == stock_contents(path)
 
@@ -252,7 +254,7 @@ def test_large_and_tiny_events_are_neighbours(path: Path) -> None:
     bodies = [b'"' + b"x" * (size - 2) + b'"' for size in sizes]
     with EventStore.open(path, expected=IDENTITY) as store:
         for sequence, body in enumerate(bodies, 1):
-            store.append("c", [Record(sequence, 0, uuid4().bytes, body)])
+            store.append("c", [Record(sequence, 0, 2, uuid4().bytes, body)])
             store.commit(sequence)
     with open_corpus(path) as corpus:
         assert bodies == [event.raw for event in corpus["c"]]

@@ -13,6 +13,7 @@ import pytest
 
 from fiq.corpus import (
     Checked,
+    Consultation,
     CorpusNotFoundError,
     EventStore,
     Progress,
@@ -39,7 +40,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with EventStore.create(directory / "00.h5", IDENTITY) as store:
         commit_range(store, range(1, 201))
     with EventStore.create(directory / "01.h5", replace(IDENTITY, partition=1)) as store:
-        store.append("d", [Record(7, 1, b"a" * 16, b"{}")])
+        store.append("d", [Record(7, 1, 2, b"a" * 16, b"{}")])
         store.commit(7)
     write_index(directory)
     (directory / "volume.json").write_text(json.dumps({"format": 1, "volume": IDENTITY.volume, "store": "main"}))
@@ -75,6 +76,7 @@ def test_a_clean_corpus_has_no_problems(pristine: Path) -> None:
 DAMAGES: list[tuple[Damage, list[tuple[str, int | None]]]] = [
     (damages.change_body, [("chain", 5)]),
     (damages.change_time, [("chain", 5)]),
+    (damages.change_written, []),  # it is not chained: each store writes an event at its own time
     (damages.change_flags, [("chain", 5)]),
     (damages.change_chain, [("chain", 5), ("chain", 6)]),
     (damages.change_sequence, [("order", 5), ("chain", 5)]),
@@ -190,7 +192,7 @@ def test_bodies_that_are_no_json_are_named_and_not_shown(path: Path) -> None:
     """The store takes any line; the report holds nothing of it."""
     bodies = [b'{"a":1}', b'{"secret', b'"secret \xff"', b"[1]"]
     with EventStore.open(path, expected=IDENTITY) as store:
-        store.append("c", [Record(n, 0, bytes([n]) * 16, body) for n, body in enumerate(bodies)][1:])
+        store.append("c", [Record(n, 0, 2, bytes([n]) * 16, body) for n, body in enumerate(bodies)][1:])
         store.commit(9)
     report = verify_corpus(path)
     assert [("00.h5", "json", "c", 0), ("00.h5", "utf-8", "c", 1)] == found(report)
@@ -266,7 +268,7 @@ def test_a_directory_without_an_index_is_complete(directory: Path) -> None:
 def test_a_consultation_is_in_one_partition(directory: Path) -> None:
     """Otherwise its history is split."""
     with EventStore.open(directory / "01.h5", expected=None) as store:
-        store.append(VICTIM, [Record(8, 1, b"b" * 16, b"{}")])
+        store.append(VICTIM, [Record(8, 1, 2, b"b" * 16, b"{}")])
         store.commit(8)
     assert [("01.h5", "elsewhere", VICTIM, None)] == found(verify_corpus(directory))
 
@@ -287,7 +289,7 @@ def test_a_journal_that_is_damaged_in_its_middle_is_named(directory: Path) -> No
     store = EventStore.open(directory / "01.h5", expected=None)
     states = [journal.read_bytes()]
     for sequence in (8, 9):
-        store.append("d", [Record(sequence, 1, bytes([sequence]) * 16, b"{}")])
+        store.append("d", [Record(sequence, 1, 2, bytes([sequence]) * 16, b"{}")])
         store.commit(sequence)
         states.append(journal.read_bytes())
     store.abandon()
@@ -302,7 +304,7 @@ def test_a_journal_that_is_damaged_in_its_middle_is_named(directory: Path) -> No
 def test_a_journal_whose_file_is_gone_is_named(directory: Path) -> None:
     """Its commits are nowhere else."""
     store = EventStore.open(directory / "01.h5", expected=None)
-    store.append("d", [Record(8, 1, b"b" * 16, b"{}")])
+    store.append("d", [Record(8, 1, 2, b"b" * 16, b"{}")])
     store.commit(8)
     store.abandon()
     (directory / "01.h5").unlink()
@@ -333,7 +335,7 @@ def test_what_only_the_journal_holds_is_verified(path: Path) -> None:
 def test_a_long_consultation_is_verified_in_slices(path: Path) -> None:
     """Damage at the borders of slices is named with its own row."""
     with EventStore.open(path, expected=IDENTITY) as store:
-        store.append(VICTIM, [Record(n, 0, n.to_bytes(16, "big"), b'{"n":%d}' % n) for n in range(1, 10_001)])
+        store.append(VICTIM, [Record(n, 0, 2, n.to_bytes(16, "big"), b'{"n":%d}' % n) for n in range(1, 10_001)])
         store.commit(10_000)
     assert verify_corpus(path).clean
     with h5py.File(path, "r+") as file:
@@ -350,7 +352,10 @@ def test_a_long_consultation_is_verified_in_slices(path: Path) -> None:
 
 
 def test_random_damage_is_found_or_harmless(path: Path) -> None:
-    """Whatever bytes change, in HDF5's own structures too: either a problem is found, or every event is what it was."""
+    """Whatever bytes change, in HDF5's own structures too: either a problem is found, or every event is what it was.
+
+    But for the time when it was written, which no chain covers.
+    """
     with EventStore.open(path, expected=IDENTITY) as store:
         commit_range(store, range(1, 201), 20)
     sound, events = path.read_bytes(), _tables(path)
@@ -421,9 +426,14 @@ def test_a_path_without_a_corpus_is_refused(tmp_path: Path) -> None:
 
 def _tables(path: Path) -> dict[str, tuple[bytes, bytes]]:
     with open_corpus(path) as corpus:
-        return {
-            name: (one.table().tobytes(), one.lines(0, one.payload_bytes).tobytes()) for name, one in corpus.items()
-        }
+        return {name: (_chained(one), one.lines(0, one.payload_bytes).tobytes()) for name, one in corpus.items()}
+
+
+def _chained(consultation: Consultation) -> bytes:
+    """Return the rows without the time when they were written."""
+    table = consultation.table()
+    table["written_ns"] = 0
+    return table.tobytes()
 
 
 def _first_change(before: bytes, after: bytes) -> int:
@@ -443,7 +453,7 @@ def test_a_partition_that_is_created_meanwhile_is_no_damage(directory: Path) -> 
         if len(made) == 2:
             return
         with EventStore.create(directory / name, replace(IDENTITY, partition=len(made) + 2)) as store:
-            store.append(f"new-{name[:2]}", [Record(1, 1, b"b" * 16, b"{}")])
+            store.append(f"new-{name[:2]}", [Record(1, 1, 2, b"b" * 16, b"{}")])
             store.commit(1)
             store.abandon()
         if not made:

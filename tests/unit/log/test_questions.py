@@ -32,7 +32,8 @@ from services.log.questions import (
 NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,128}", fullmatch=True)
 NUMBERS = st.integers(0, 2**63 - 1)
 IDS = st.uuids()
-ROWS = st.lists(st.builds(Row, NUMBERS, NUMBERS, IDS, st.binary(max_size=200)), max_size=20)
+STORED = st.builds(Stored, NUMBERS, st.binary(min_size=8, max_size=8), NUMBERS)
+ROWS = st.lists(st.builds(Row, NUMBERS, NUMBERS, NUMBERS, IDS, st.binary(max_size=200)), max_size=20)
 
 
 @given(st.lists(IDS, min_size=1, max_size=20), NAMES, NUMBERS, st.integers(0, wire.MAX_ITEMS), st.none() | NUMBERS)
@@ -55,9 +56,9 @@ def test_an_answer_holds_bodies_byte_for_byte(rows: list[Row], committed: int, m
     assert answer == wire.decode_events(wire.encode_answer(answer))
 
 
-@given(st.dictionaries(IDS, st.builds(Stored, NUMBERS, st.binary(min_size=8, max_size=8))), NUMBERS, st.lists(IDS))
+@given(st.dictionaries(IDS, STORED), NUMBERS, st.lists(IDS))
 def test_what_is_found_comes_back(found: dict[UUID, Stored], committed: int, rest: list[UUID]) -> None:
-    """Sequence and digest of each, and what is to be asked again."""
+    """Sequence, digest and time of each, and what is to be asked again."""
     answer = wire.FindAnswer(committed, found, rest)
     assert answer == wire.decode_found(wire.encode_answer(answer))
 
@@ -164,7 +165,7 @@ def test_any_bytes_are_an_answer_or_malformed(data: bytes) -> None:
 
 def test_an_answer_that_lost_its_end_is_malformed() -> None:
     """A body cut short must not pass as an event."""
-    events = wire.encode_answer(wire.EventsAnswer(1, [Row(1, 1, UUID(int=1), b"{}")], more=False))
+    events = wire.encode_answer(wire.EventsAnswer(1, [Row(1, 1, 1, UUID(int=1), b"{}")], more=False))
     with pytest.raises(MalformedError):
         wire.decode_events(events[:-1])
     with pytest.raises(MalformedError):

@@ -30,6 +30,8 @@ from tests.support.persister import (
 )
 
 GOOD = event(1).headers()
+#: when all rows were written
+WRITTEN_NS = 1_700_000_000_000_000_000
 
 
 @pytest.fixture
@@ -53,8 +55,9 @@ def made(store: EventStore, *deliveries: Delivery, known: Mapping[int, str] | No
 def written(store: EventStore, *deliveries: Delivery) -> PartitionBatch:
     """Take the steps of a round in the HDF5 thread."""
     result = made(store, *deliveries)
-    for step in (PartitionBatch.decode, PartitionBatch.append, PartitionBatch.commit):
-        step(result)
+    result.decode()
+    result.append(WRITTEN_NS)
+    result.commit()
     return result
 
 
@@ -131,7 +134,7 @@ async def test_a_batch_that_is_delivered_again_is_not_compared(
     monkeypatch.setattr(Consultation, "body", never)
     again = made(store, *batch)
     again.decode()
-    again.append()
+    again.append(WRITTEN_NS)
     assert (0, 100, 0) == counts(again)
 
 
@@ -206,7 +209,7 @@ async def test_the_log_gets_the_outcome_of_each_delivery_that_is_not_a_new_event
     } == found.outcomes
     again = made(store, delivery(3), poison(8))
     again.decode()
-    again.append()
+    again.append(WRITTEN_NS)
     assert {8: Outcome(Fate.POISON)} == again.outcomes  # 3 was committed before a crash: it is its own event
 
 
