@@ -226,6 +226,7 @@ def test_get_prints_an_event_of_the_service(up: Up) -> None:
     document = json.loads(found.stdout)
     assert accepted["message_id"] == document["message_id"]
     assert {"event_type": "MESSAGE_RECEIVED", "payload": {"text": "a\u202eb"}} == document["event"]
+    assert document["persisted"] == (document["written"] is not None)
     assert "\u202e" not in found.stdout
     assert (1, "") == (unknown.returncode, unknown.stdout)
     assert "consultation 'got' has no event 00000000-" in unknown.stderr

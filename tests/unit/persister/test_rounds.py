@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from fiq.corpus import EventStore
+from fiq.corpus import EventStore, open_corpus
 from services.persister import rounds as module
 from services.persister.dead_letters import DeadLetters
 from services.persister.metrics import PersisterMetrics
 from services.persister.partition import PartitionRunner, RunnerState
 from services.persister.rounds import Hdf5Thread, Rounds
-from tests.support.persister import IDENTITY, LOG, DeadStream, Stream, contents, delivery, poison
+from tests.support.persister import IDENTITY, LOG, DeadStream, Stream, contents, delivery, poison, reusing
 from tests.support.polling import eventually
 
 PARTITIONS = 3
@@ -78,6 +78,14 @@ async def process(tmp_path: Path) -> AsyncIterator[Process]:
         await asyncio.wait({made.turning})
 
 
+def written_after(path: Path, first: int) -> list[int]:
+    """Return when the events from sequence *first* on were written, conflicts included."""
+    with open_corpus(path) as corpus:
+        found = [*corpus.values(), *corpus.conflicts()]
+        assert 3 == len(found)
+        return [event.written_ns for one in found for event in one if event.sequence >= first]
+
+
 def lines(entries: list[Any]) -> list[Any]:
     return [entry for entry in entries if entry["event"] == "EVENT_PERSISTED"]
 
@@ -94,6 +102,23 @@ async def test_what_came_for_all_partitions_is_one_round_with_one_line(process: 
     (line,) = lines(entries)
     assert ("00,01,02", 15, 6) == (line["partitions"], line["persisted"], line["last_sequence"])
     assert [[4], [5], [6]] == [stream.acknowledged for stream in process.streams]
+
+
+async def test_all_rows_of_a_round_have_the_time_of_the_round(process: Process) -> None:
+    """The clock is read once, when the round begins; conflicts have it, too."""
+    await process.start()
+    times: list[int] = []
+    for first in (1, 11):
+        began = time.time_ns()
+        for stream in process.streams:
+            stream.add(delivery(first), delivery(first + 1, consultation="c2"), reusing(first + 2, of=first))
+        for number in range(PARTITIONS):
+            await process.reach(number, first + 2)
+        written = {row for number in range(PARTITIONS) for row in written_after(process.path(number), first)}
+        assert 1 == len(written)
+        assert began <= min(written) <= time.time_ns()
+        times += written
+    assert times[0] < times[1]
 
 
 async def test_a_busy_partition_leaves_the_others_their_part_of_a_round(process: Process) -> None:
