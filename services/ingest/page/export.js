@@ -5,7 +5,8 @@ import { button, bytes, count, dialog, fill, h, problemBox } from "./dom.js";
 import { parseRecord, reading } from "./event.js";
 import { t } from "./texts.js";
 
-const COLUMNS = ["consultation_id", "sequence", "message_id", "received", "status", "written", "event_type", "bytes", "speaker", "text", "event"];
+/** The first are named as `fiq export` names them. */
+const COLUMNS = ["consultation", "sequence", "event_id", "received", "event_type", "status", "written", "bytes", "speaker", "text", "event"];
 
 /** Without it a spreadsheet takes UTF-8 for the machine's old encoding. */
 const BYTE_ORDER_MARK = "\ufeff";
@@ -22,7 +23,7 @@ function cell(value) {
 function csvLine(consultation, line) {
 	const record = parseRecord(line);
 	const { speaker, text } = record.raw === undefined ? {} : reading(record.raw);
-	const values = { ...record, consultation_id: consultation, speaker, text, event: record.raw };
+	const values = { ...record, consultation, event_id: record.message_id, speaker, text, event: record.raw };
 	return `${COLUMNS.map((name) => cell(values[name])).join(",")}\r\n`;
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from services.cli.embedded.processes import LOOPBACK, free_ports
 from services.cli.embedded.stack import Stack
@@ -148,6 +148,7 @@ def browser() -> Iterator[Browser]:
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("there is no chromium: apt-get install chromium")
+    expect.set_options(timeout=15_000)  # as of a page's actions
     with sync_playwright() as playwright:
         options = ["--no-sandbox", "--disable-dev-shm-usage"]
         with contextlib.closing(playwright.chromium.launch(executable_path=program, args=options)) as running:
