@@ -53,11 +53,11 @@ class PlainFile:
         group = self._file[name] if name in self._file else self.create(consultation)
         table, payload = group[EVENTS], group[PAYLOAD]
         offset, row = payload.shape[0], table.shape[0]
-        rows, lines = [], b""
+        rows, lines, chain, written_ns = [], b"", np.void(bytes(32)), time.time_ns()
         for received_ns, event_id, body in events:
             self._sequence += 1
             place = offset + len(lines)
-            rows.append((self._sequence, received_ns, place, len(body), 0, np.void(event_id), np.void(bytes(32))))
+            rows.append((self._sequence, received_ns, place, len(body), 0, np.void(event_id), chain, written_ns))
             lines += body + b"\n"
         payload.resize((offset + len(lines),))
         payload[offset:] = np.frombuffer(lines, np.uint8)
