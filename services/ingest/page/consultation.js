@@ -8,7 +8,7 @@
 import { CONFIG, Follower, Problem, json, relative, text, url } from "./api.js";
 import { address, remember } from "./app.js";
 import { asCommands, asPython, button, bytes, choice, clock, commands, count, dialog, empty, field, fill, foreign, h, icon, iconButton, linkButton, liveState, parts, problemBox, resumedText, stamp } from "./dom.js";
-import { ROW_LIMIT, maskedText, panel, parseRecord, reading, statusMark } from "./event.js";
+import { ROW_LIMIT, drawWay, maskedText, panel, parseRecord, reading, statusMark } from "./event.js";
 import { openExport } from "./export.js";
 import { VirtualList } from "./list.js";
 import { t } from "./texts.js";
@@ -557,6 +557,7 @@ class Consultation extends HTMLElement {
 				if (!item || !found.written) continue;
 				item.record.status = found.status;
 				item.record.written = found.written;
+				if (this.selected === item.record.message_id) drawWay(this.side.querySelector(".way"), item.record);
 				this.queued.delete(found.sequence);
 				this.list.refresh(item);
 			}

@@ -104,7 +104,7 @@ function step(done, title, ...detail) {
 	return h("li", { class: done ? "done" : "open" }, h("b", {}, title), h("span.muted", {}, ...detail));
 }
 
-function drawWay(way, record) {
+export function drawWay(way, record) {
 	const stored = record.stored ? stamp(record.stored) : t("storedBefore202");
 	fill(way,
 		step(true, t("wayReceived"), stamp(record.received)),

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import pytest
 from axe_playwright_python.base import AXE_FILE_PATH
-from playwright.sync_api import Dialog, Locator, Page, expect
+from playwright.sync_api import Dialog, Locator, Page, Route, expect
 
 from services.cli.embedded.stack import Stack
 from tests.integration.ui.conftest import Guard, Opener, Service, secret
@@ -260,6 +260,33 @@ def test_an_event_shows_its_way_with_times_in_local_time_and_utc(new_page: Opene
     expect(events(page).first.locator("time")).to_have_text(f"{hour:02}{utc[13:19]}")
     page.get_by_role("button", name="UTC").click()
     expect(events(page).first.locator("time")).to_have_text(utc[11:19])
+
+
+def test_an_open_event_that_waits_gets_its_time_in_hdf5(page: Page, service: Service) -> None:
+    """Until then its way ends on the nodes, without a time in HDF5."""
+    service.post("waits", '{"event_type": "A"}')
+    service.persisted("waits", 1)
+    (record,) = map(json.loads, service.records("waits"))
+    state = f'"status":"persisted","written":"{record["written"]}"'
+    waits = True
+
+    def answer(route: Route) -> None:
+        if "follow=1" in route.request.url:
+            route.continue_()
+            return
+        response = route.fetch()
+        shown = '"status":"queued","written":null' if waits else state
+        route.fulfill(response=response, body=response.text().replace(state, shown))
+
+    page.route(re.compile("/consultations/waits/events"), answer)
+    open_view(page, service, f"#/consultations/waits?at={record['sequence']}&event={record['message_id']}")
+    last = page.locator(".way li").nth(2)
+    expect(page.locator(".way li.done")).to_have_count(2)
+    expect(last).to_contain_text("waits for HDF5")
+    waits = False
+    expect(last).to_contain_text(f"{record['written'][14:19]}.{record['written'][20:23]}")
+    expect(page.locator(".way li.done")).to_have_count(3)
+    page.unroute_all()
 
 
 def test_a_deployment_may_show_contents_at_once(page: Page, guarded: Service) -> None:
