@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS   ?=
 # files of tests that run at a time: most of them wait for brokers and containers, not for the processor
-WORKERS ?= 3
+WORKERS ?= 4
 
 .DEFAULT_GOAL := help
 

@@ -32,12 +32,17 @@ if (
     tempfile.tempdir = None
 
 
+#: the tests of containers with a stack of their own
+_OWN_STACK = "tests/compose/test_hosts.py"
+
+
 class FilesAndContainers(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
-    """Lets each worker of pytest-xdist run whole files; those of containers are one, for they share a stack."""
+    """Lets each worker of pytest-xdist run whole files; those of containers that share a stack are one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "tests/compose" if file.startswith("tests/compose/") else file
+        shared = file.startswith("tests/compose/") and file != _OWN_STACK
+        return "tests/compose" if shared else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesAndContainers:

@@ -28,6 +28,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in [name for name in os.environ if name.startswith("FI_")]:
     del os.environ[_name]
 
+# where the machine forbids it, each of the many processes would compile the product's modules again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # folders of tests may be in memory, or in a container's overlay
 os.environ["FI_ALLOW_EPHEMERAL"] = "1"
 
@@ -50,11 +53,13 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long tests first. Of the container tests, the three hosts come last: the shared stack makes room for them."""
+    """Put long tests first; those of three hosts when the image is built, on another worker than the shared stack."""
 
-    def turn(item: pytest.Item) -> tuple[list[bool], bool]:
+    def turn(item: pytest.Item) -> list[bool]:
         file = item.location[0]
-        return [not file.startswith(place) for place in _FIRST], "test_hosts" in file
+        if file == "tests/compose/test_hosts.py":
+            file = "tests/acceptance/"
+        return [not file.startswith(place) for place in _FIRST]
 
     items.sort(key=turn)
 

@@ -14,9 +14,6 @@ import pytest
 from tests.support.compose.engine import build, clean_up_after_the_dead, missing, missing_image
 from tests.support.compose.stack import IMAGE, Deployment, public_images
 
-#: the stack that serves all tests, once it is there
-_shared: list[Deployment] = []
-
 
 @pytest.fixture(scope="session")
 def engine() -> None:
@@ -55,18 +52,9 @@ def shared_stack(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     try:
         deployment.prepare()
         deployment.up()
-        _shared.append(deployment)
         yield deployment
     finally:
-        _shared.clear()
         deployment.remove()
-
-
-@pytest.fixture(scope="module")
-def room() -> None:
-    """A machine without the shared stack, if it runs; a test that asks for the stack later starts it again."""
-    for deployment in _shared:
-        deployment("stop")
 
 
 def _unable(reason: str) -> None:

@@ -78,7 +78,7 @@ def _dump(machines: list[Deployment]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def clients(image: str, room: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
+def clients(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
     """Clients of three hosts that were just set up."""
     hosts = Hosts(tmp_path_factory.mktemp("hosts"))
     try:
