@@ -503,8 +503,8 @@ def main() -> None:
     """Read the order, print the report."""
     report = uvloop.run(_do(orjson.loads(sys.stdin.buffer.readline())))
     os.set_blocking(sys.stdout.fileno(), True)  # a long report does not fit into the pipe at once
-    sys.stdout.buffer.write(orjson.dumps(report))
-    sys.stdout.buffer.flush()
+    with open(sys.stdout.fileno(), "wb", closefd=False) as out:  # whole, also where stdout is unbuffered
+        out.write(orjson.dumps(report))
 
 
 if __name__ == "__main__":
