@@ -420,7 +420,7 @@ def _document(event: EventRecord) -> dict[str, Any]:
 # -- Payloads as columns -----------------------------------------------------------------------------------------------
 
 
-class Kind(StrEnum):
+class ColumnType(StrEnum):
     """What the values of a column are."""
 
     BOOLEAN = "boolean"
@@ -448,19 +448,19 @@ def _payload(event: EventRecord) -> dict[str, Any]:
     return {} if found is None else {"payload": found}
 
 
-def find_columns(events: Iterable[EventRecord]) -> dict[str, Kind]:
+def find_columns(events: Iterable[EventRecord]) -> dict[str, ColumnType]:
     """Return the columns of the payloads of *events*, in the order of their first values.
 
     Raises CommandError: there are more than :data:`MAX_COLUMNS`.
     """
-    columns: dict[str, Kind] = {}
+    columns: dict[str, ColumnType] = {}
     for event in events:
         for column, value in _payload(event).items():
             kind = _kind(value)
             before = columns.setdefault(column, kind)
             if kind is not before:
-                numbers = {kind, before} == {Kind.INTEGER, Kind.NUMBER}
-                columns[column] = Kind.NUMBER if numbers else Kind.TEXT
+                numbers = {kind, before} == {ColumnType.INTEGER, ColumnType.NUMBER}
+                columns[column] = ColumnType.NUMBER if numbers else ColumnType.TEXT
         if len(columns) > MAX_COLUMNS:
             raise CommandError(
                 f"the payloads have more than {MAX_COLUMNS} different members: choose events with --type, or leave out "
@@ -469,12 +469,12 @@ def find_columns(events: Iterable[EventRecord]) -> dict[str, Kind]:
     return columns
 
 
-def _kind(value: Any) -> Kind:
+def _kind(value: Any) -> ColumnType:
     if isinstance(value, bool):
-        return Kind.BOOLEAN
+        return ColumnType.BOOLEAN
     if isinstance(value, int):
-        return Kind.INTEGER if value in _INT64 else Kind.TEXT
-    return Kind.NUMBER if isinstance(value, _Number) else Kind.TEXT
+        return ColumnType.INTEGER if value in _INT64 else ColumnType.TEXT
+    return ColumnType.NUMBER if isinstance(value, _Number) else ColumnType.TEXT
 
 
 def _text(value: Any) -> str:
@@ -533,18 +533,18 @@ def _check_pyarrow() -> None:
         raise CommandError("Parquet needs pyarrow: run  pip install 'fiq[services,parquet]'") from None
 
 
-def _write_parquet(events: Iterable[EventRecord], file: BinaryIO, columns: dict[str, Kind] | None) -> None:
+def _write_parquet(events: Iterable[EventRecord], file: BinaryIO, columns: dict[str, ColumnType] | None) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     types = {
-        Kind.BOOLEAN: pa.bool_(),
-        Kind.INTEGER: pa.int64(),
-        Kind.NUMBER: pa.float64(),
-        Kind.TEXT: pa.string(),
+        ColumnType.BOOLEAN: pa.bool_(),
+        ColumnType.INTEGER: pa.int64(),
+        ColumnType.NUMBER: pa.float64(),
+        ColumnType.TEXT: pa.string(),
     }
     head = zip(COLUMNS, (pa.string(), pa.uint64(), pa.string(), pa.timestamp("ns", "UTC"), pa.string()), strict=True)
-    kinds = {"event": Kind.TEXT} if columns is None else columns
+    kinds = {"event": ColumnType.TEXT} if columns is None else columns
     schema = pa.schema([*head, *((name, types[kind]) for name, kind in kinds.items())], _for_pandas(kinds))
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         left = iter(events)
@@ -558,13 +558,17 @@ def _write_parquet(events: Iterable[EventRecord], file: BinaryIO, columns: dict[
                 values = {"event": event.raw.decode("utf-8")} if columns is None else _payload(event)
                 for name, kind in kinds.items():
                     value = values.get(name)
-                    table[name].append(_text(value) if kind is Kind.TEXT and value is not None else value)
+                    table[name].append(_text(value) if kind is ColumnType.TEXT and value is not None else value)
             writer.write_batch(pa.RecordBatch.from_pydict(table, schema=schema))
 
 
-def _for_pandas(kinds: Mapping[str, Kind]) -> dict[str, str]:
+def _for_pandas(kinds: Mapping[str, ColumnType]) -> dict[str, str]:
     """Return the metadata by which pandas chooses types that can lack values: its own are floats, which round."""
-    types = {Kind.BOOLEAN: ("bool", "boolean"), Kind.INTEGER: ("int64", "Int64"), Kind.NUMBER: ("float64", "Float64")}
+    types = {
+        ColumnType.BOOLEAN: ("bool", "boolean"),
+        ColumnType.INTEGER: ("int64", "Int64"),
+        ColumnType.NUMBER: ("float64", "Float64"),
+    }
     columns = [
         {
             "name": name,

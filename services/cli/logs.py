@@ -41,7 +41,7 @@ _NODE_LEVELS = {"TRC": "debug", "DBG": "debug", "WRN": "warning", "ERR": "error"
 _COLOURS = {"warning": "yellow", "error": "red", "critical": "red"}
 
 
-class Level(StrEnum):
+class LogLevel(StrEnum):
     """How serious a line is."""
 
     DEBUG = "debug"
@@ -50,7 +50,7 @@ class Level(StrEnum):
     ERROR = "error"
 
 
-_ORDER = {level.value: number for number, level in enumerate(Level)} | {"critical": len(Level)}
+_ORDER = {level.value: number for number, level in enumerate(LogLevel)} | {"critical": len(LogLevel)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Entry:
     Attributes:
         at: ISO 8601 in UTC with microseconds, so that texts sort as times do.
         part: name of the process in the stack.
-        level: of :class:`Level`.
+        level: of :class:`LogLevel`.
         text: event name, or the line of a node.
         values: of the event.
     """
@@ -90,7 +90,7 @@ def logs(
     processes: Annotated[
         list[str] | None, typer.Argument(help="Names of processes, as `fiq up` prints them; all by default.")
     ] = None,
-    level: Annotated[Level, typer.Option(help="Only lines of this level or above.")] = Level.DEBUG,
+    level: Annotated[LogLevel, typer.Option(help="Only lines of this level or above.")] = LogLevel.DEBUG,
     grep: Annotated[str, typer.Option(help="Only lines with this text: an event name, an id, a value.")] = "",
     since: SinceOption = None,
     until: UntilOption = None,

@@ -113,7 +113,7 @@ def post(
         _post(source, options, key or checked.digest, state or default, checked)
 
 
-def _post(source: IO[bytes], options: _Options, key: str, state: Path | None, checked: Checked | None) -> None:
+def _post(source: IO[bytes], options: _Options, key: str, state: Path | None, checked: CheckedInput | None) -> None:
     checkpoint = PostCheckpoint(state, PostIdentity(key, options.service.url, options.consultation))
     progress, stop, started = PostProgress(done=checkpoint.load()), Stop(), time.monotonic()
 
@@ -148,7 +148,7 @@ async def _send(
     source: IO[bytes],
     options: _Options,
     key: str,
-    checked: Checked | None,
+    checked: CheckedInput | None,
     progress: PostProgress,
     on_accepted: Callable[[], None],
 ) -> int:
@@ -190,7 +190,7 @@ async def _note_waiting(client: AsyncClient, options: _Options, progress: PostPr
             return
 
 
-def _checked(source: IO[bytes], consultation: str | None, *, exported: bool) -> Checked:
+def _checked(source: IO[bytes], consultation: str | None, *, exported: bool) -> CheckedInput:
     with bar("checking") as show:
         found = check(source, consultation, show, exported=exported)
     if found.malformed:
@@ -210,7 +210,7 @@ def _new_key() -> str:
     return key
 
 
-def _how_to_continue(progress: PostProgress, key: str, checked: Checked | None) -> str:
+def _how_to_continue(progress: PostProgress, key: str, checked: CheckedInput | None) -> str:
     far = f"{count(progress.accepted, 'line')} accepted in this run"
     if progress.done:
         far += f"; lines 1 to {progress.done} are all accepted"
@@ -527,7 +527,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckedInput:
     """What a file holds.
 
     Attributes:
@@ -589,7 +589,7 @@ def read_line(number: int, raw: bytes, consultation: str | None, *, exported: bo
 
 def check(
     file: IO[bytes], consultation: str | None, on_progress: Callable[[float, str], None], *, exported: bool = False
-) -> Checked:
+) -> CheckedInput:
     """Read the whole *file* and find each line that is not an event."""
     digest, size, events = hashlib.sha256(), 0, 0
     total = max(1, fstat(file.fileno()).st_size)
@@ -605,7 +605,7 @@ def check(
                 malformed.append((number, str(error)))
         if number % 1000 == 0:
             on_progress(size / total, f"events: {events:,}")
-    return Checked(digest.hexdigest(), size, events, malformed)
+    return CheckedInput(digest.hexdigest(), size, events, malformed)
 
 
 async def lines(

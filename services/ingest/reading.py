@@ -51,7 +51,7 @@ from services.log.errors import (
 )
 from services.log.listing import NEWEST
 from services.log.protocol import PAGE_BYTES, EventBrowser, Feed, Page, SequencedEvent
-from services.log.questions import ConsultationSummary
+from services.log.questions import StoredConsultation
 
 #: most records of a page, and the default
 MAX_LIMIT, DEFAULT_LIMIT = 1000, 100
@@ -275,7 +275,7 @@ async def _verification(request: web.Request, held: ExitStack) -> web.StreamResp
 
 async def _by_name(
     request: web.Request, prefix: str, after: str, limit: int
-) -> tuple[list[ConsultationSummary], str | None]:
+) -> tuple[list[StoredConsultation], str | None]:
     """Return the consultations that the token is for, and the position to go on at; None at the end."""
     allowed = _allowed_prefix(request, prefix)
     if allowed is None:
@@ -286,7 +286,7 @@ async def _by_name(
 
 async def _by_activity(
     request: web.Request, prefix: str, after: str, time_ns: int | None, limit: int
-) -> tuple[list[ConsultationSummary], str | None]:
+) -> tuple[list[StoredConsultation], str | None]:
     """Do the same in the order of activity, after the consultation *after*, or where it was at *time_ns*."""
     allowed, reader, place = _allowed_prefix(request, prefix), request.app[READER], NEWEST
     if after:

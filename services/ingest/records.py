@@ -10,7 +10,7 @@ import orjson
 
 from services.ingest.formats import is_cloudevent, slice_object
 from services.log.protocol import SequencedEvent
-from services.log.questions import ConsultationSummary
+from services.log.questions import StoredConsultation
 
 JSON, NDJSON = "application/json", "application/x-ndjson"
 EVENT_STREAM, HTML = "text/event-stream", "text/html"
@@ -42,7 +42,7 @@ def record(stored: SequencedEvent, *, bodies: bool = True, consultation: bool = 
     return b'%b,"event_type":%b,"bytes":%d}' % (head.encode(), kind, len(event.body))
 
 
-def summary_record(found: ConsultationSummary) -> bytes:
+def summary_record(found: StoredConsultation) -> bytes:
     """Return a consultation of a list as a JSON object in one line."""
     return orjson.dumps(
         {

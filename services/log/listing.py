@@ -14,8 +14,8 @@ from services.log.partitions import partition_name, partition_of
 from services.log.questions import (
     Active,
     Consultations,
-    ConsultationSummary,
     Question,
+    StoredConsultation,
     Summaries,
     decode_active,
     decode_consultations,
@@ -47,7 +47,7 @@ class ConsultationLister:
         self._ask = ask
         self._partitions = partitions
 
-    async def by_name(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+    async def by_name(self, prefix: str, after: str, limit: int) -> tuple[list[StoredConsultation], bool]:
         """See :meth:`services.log.protocol.EventBrowser.consultations`."""
         question = Consultations(prefix, after, limit)
         asked = (self._ask(partition, question, decode_consultations) for partition in range(self._partitions))
@@ -58,7 +58,7 @@ class ConsultationLister:
 
     async def by_activity(
         self, prefix: str, before: tuple[int, str], limit: int
-    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+    ) -> tuple[list[StoredConsultation], tuple[int, str] | None]:
         """See :meth:`services.log.protocol.EventBrowser.active_consultations`."""
         question = Active(prefix, before, limit)
         asked = (self._ask(partition, question, decode_active) for partition in range(self._partitions))
@@ -68,7 +68,7 @@ class ConsultationLister:
         places = places[:limit]
         return await self._summaries([name for _, name in places]), places[-1] if more and places else None
 
-    async def _summaries(self, names: list[str]) -> list[ConsultationSummary]:
+    async def _summaries(self, names: list[str]) -> list[StoredConsultation]:
         by_partition: dict[int, list[str]] = {}
         for name in names:
             by_partition.setdefault(partition_of(name, self._partitions), []).append(name)
@@ -76,8 +76,8 @@ class ConsultationLister:
         found = {summary.consultation: summary for answer in answers for summary in answer}
         return [found[name] for name in names if name in found]
 
-    async def _summaries_of(self, partition: int, names: list[str]) -> Iterable[ConsultationSummary]:
-        found: list[ConsultationSummary] = []
+    async def _summaries_of(self, partition: int, names: list[str]) -> Iterable[StoredConsultation]:
+        found: list[StoredConsultation] = []
         while names:
             answer = await self._ask(partition, Summaries(names), decode_summaries)
             if len(answer.rest) >= len(names):

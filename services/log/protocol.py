@@ -36,7 +36,7 @@ from uuid import UUID
 
 from fiq.event import Event
 from services.log.dead_letters import DeadLetter
-from services.log.questions import Answer, ConsultationSummary, Question, Stored, Verification
+from services.log.questions import Answer, Question, Stored, StoredConsultation, Verification
 from services.log.status import Backlog, LogState, PartitionProgress, Placement, StorePlacement
 
 #: name of the log of events: JetStream's stream, and the destination in traces
@@ -257,7 +257,7 @@ class EventBrowser(EventReader, Protocol):
     async def verify(self, consultation: str) -> Verification:
         """Have the owner of *consultation* verify what the corpus holds of it."""
 
-    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[StoredConsultation], bool]:
         """Return persisted consultations, sorted by id, and whether there are more.
 
         Args:
@@ -268,7 +268,7 @@ class EventBrowser(EventReader, Protocol):
 
     async def active_consultations(
         self, prefix: str, before: tuple[int, str], limit: int
-    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+    ) -> tuple[list[StoredConsultation], tuple[int, str] | None]:
         """Return the persisted consultations with the newest events, newest first, and the place to go on at.
 
         Only the newest 1,000 or so of each partition are known. A consultation's place is when its last event was

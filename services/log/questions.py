@@ -230,7 +230,7 @@ class ActiveAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class ConsultationSummary:
+class StoredConsultation:
     """What a consultation holds; times are nanoseconds since the Unix epoch."""
 
     consultation: str
@@ -243,7 +243,7 @@ class ConsultationSummary:
 class SummariesAnswer:
     """What is *found*; *rest* was not looked up, and is to be asked again."""
 
-    found: Sequence[ConsultationSummary]
+    found: Sequence[StoredConsultation]
     rest: Sequence[str] = ()
 
 
@@ -398,7 +398,7 @@ def decode_summaries(data: bytes) -> SummariesAnswer:
     with _Decoding():
         fields = orjson.loads(data)
         found = [
-            ConsultationSummary(str(name), _number(events), int(first), int(last))
+            StoredConsultation(str(name), _number(events), int(first), int(last))
             for name, events, first, last in fields["found"]
         ]
         return SummariesAnswer(found, [str(name) for name in fields["rest"]])

@@ -30,7 +30,6 @@ from services.log.questions import (
     Conflicts,
     Consultations,
     ConsultationsAnswer,
-    ConsultationSummary,
     Damage,
     Events,
     EventsAnswer,
@@ -41,6 +40,7 @@ from services.log.questions import (
     Question,
     Row,
     Stored,
+    StoredConsultation,
     Summaries,
     SummariesAnswer,
     Verify,
@@ -307,12 +307,12 @@ def _active(lookup: Lookup, question: Active) -> ActiveAnswer:
 
 def _summaries(lookup: Lookup, question: Summaries) -> SummariesAnswer:
     end = time.perf_counter() + SUMMARY_SECONDS
-    found: list[ConsultationSummary] = []
+    found: list[StoredConsultation] = []
     for number, name in enumerate(question.consultations):
         if number and time.perf_counter() > end:
             return SummariesAnswer(found, question.consultations[number:])
         stored = lookup.consultation(name)
         if stored:
             first, last = stored.row(0), stored.row(len(stored) - 1)
-            found.append(ConsultationSummary(name, len(stored), first.received_ns, last.received_ns))
+            found.append(StoredConsultation(name, len(stored), first.received_ns, last.received_ns))
     return SummariesAnswer(found)

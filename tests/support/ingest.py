@@ -27,7 +27,7 @@ from services.log.dead_letters import DeadLetter, message_headers, read_letter
 from services.log.errors import CorpusAwayError, LogUnavailableError, PositionGoneError
 from services.log.metrics import LogMetrics
 from services.log.protocol import Appended, IngestLog, Page, SequencedEvent
-from services.log.questions import ConsultationSummary, Stored, Verification, digest_of
+from services.log.questions import Stored, StoredConsultation, Verification, digest_of
 from services.log.settings import LogSettings
 from services.log.status import Backlog, LogState
 from tests.support.description import check_answer
@@ -249,28 +249,28 @@ class MemoryReader:
             raise self.log.read_error
         return bool(self._numbered(lambda one: one.event.consultation == consultation and one.sequence > after))
 
-    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[StoredConsultation], bool]:
         found = sorted(self._summaries(prefix), key=lambda one: one.consultation)
         found = [one for one in found if one.consultation > after]
         return found[:limit], len(found) > limit
 
     async def active_consultations(
         self, prefix: str, before: tuple[int, str], limit: int
-    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+    ) -> tuple[list[StoredConsultation], tuple[int, str] | None]:
         places = sorted(
             ((one.last_received_ns, one.consultation, one) for one in self._summaries(prefix)), reverse=True
         )
         found = [place for place in places if place[:2] < before]
         return [one for _, _, one in found[:limit]], found[limit - 1][:2] if len(found) > limit else None
 
-    def _summaries(self, prefix: str) -> list[ConsultationSummary]:
+    def _summaries(self, prefix: str) -> list[StoredConsultation]:
         if self.log.read_error is not None:
             raise self.log.read_error
         times: dict[str, list[int]] = {}
         for event in self.log.events[: self.log.persisted]:
             if event.consultation.startswith(prefix):
                 times.setdefault(event.consultation, []).append(event.received_ns)
-        return [ConsultationSummary(name, len(found), found[0], found[-1]) for name, found in times.items()]
+        return [StoredConsultation(name, len(found), found[0], found[-1]) for name, found in times.items()]
 
     def _sequenced(self, sequence: int, event: Event) -> SequencedEvent:
         written_ns = event.received_ns + WRITTEN_AFTER_NS if sequence <= self.log.persisted else None

@@ -40,11 +40,11 @@ from services.log.partitions import partition_of
 from services.log.protocol import PAGE_BYTES, EventBrowser, Feed, Page, SequencedEvent, StoredIds
 from services.log.questions import (
     Conflicts,
-    ConsultationSummary,
     Events,
     EventsAnswer,
     Row,
     Stored,
+    StoredConsultation,
     Verification,
     decode_events,
     decode_verified,
@@ -162,12 +162,12 @@ class JetStreamReader(EventBrowser):
         answer = await self._corpus.events(partition, Events(consultation, found[event_id].sequence - 1, 1))
         return persisted(consultation, answer.rows[0]) if answer.rows else None
 
-    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[StoredConsultation], bool]:
         return await self._listing.by_name(prefix, after, limit)
 
     async def active_consultations(
         self, prefix: str, before: tuple[int, str], limit: int
-    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+    ) -> tuple[list[StoredConsultation], tuple[int, str] | None]:
         return await self._listing.by_activity(prefix, before, limit)
 
     async def conflicts(self, consultation: str, after: int, limit: int) -> Page:

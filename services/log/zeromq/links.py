@@ -40,7 +40,6 @@ from services.log.protocol import Appended, Failure, Page, SequencedEvent
 from services.log.questions import (
     KIND_OF,
     MAX_ITEMS,
-    ConsultationSummary,
     Events,
     EventsAnswer,
     Find,
@@ -50,6 +49,7 @@ from services.log.questions import (
     Question,
     Row,
     Stored,
+    StoredConsultation,
     Verification,
     decode_events,
     decode_found,
@@ -531,13 +531,13 @@ class ZeroMqReader:
         partition = self._partition(consultation)
         return await verify(lambda question: self._ask(partition, question, decode_verified), consultation)
 
-    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[ConsultationSummary], bool]:
+    async def consultations(self, prefix: str, after: str, limit: int) -> tuple[list[StoredConsultation], bool]:
         """Return consultations that begin with *prefix*, sorted by id, and whether there are more."""
         return await self._listing.by_name(prefix, after, limit)
 
     async def active_consultations(
         self, prefix: str, before: tuple[int, str], limit: int
-    ) -> tuple[list[ConsultationSummary], tuple[int, str] | None]:
+    ) -> tuple[list[StoredConsultation], tuple[int, str] | None]:
         """Return the consultations with the newest events, newest first, and the place to go on at."""
         return await self._listing.by_activity(prefix, before, limit)
 

@@ -27,12 +27,12 @@ from services.log.questions import (
     Active,
     ActiveAnswer,
     Consultations,
-    ConsultationSummary,
     Events,
     Find,
     Ids,
     IdSnapshot,
     Question,
+    StoredConsultation,
     Summaries,
     digest_of,
 )
@@ -298,7 +298,7 @@ async def test_summaries_are_read_for_some_time_only(asker: Asker, monkeypatch: 
     first = wire.decode_summaries((await asker.ask(Summaries(names))).data)
     assert (["c-2"], names[1:]) == ([one.consultation for one in first.found], first.rest)
     ((_, received), *_) = [(one.consultation, one.first_received_ns) for one in first.found]
-    assert first.found == [ConsultationSummary("c-2", 1, received, received)]
+    assert first.found == [StoredConsultation("c-2", 1, received, received)]
     monkeypatch.setattr(answering_module, "SUMMARY_SECONDS", 60.0)
     rest = wire.decode_summaries((await asker.ask(Summaries(first.rest))).data)
     assert [("c-1", 100)] == [(one.consultation, one.events) for one in rest.found]

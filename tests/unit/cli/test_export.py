@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from services.cli.corpus import COLUMNS, FIELDS, MAX_COLUMNS, Format, Kind, find_columns, lines, write
+from services.cli.corpus import COLUMNS, FIELDS, MAX_COLUMNS, ColumnType, Format, find_columns, lines, write
 from services.cli.errors import CommandError
 
 RECEIVED_NS = 1_795_453_297_123_456_789
@@ -157,7 +157,13 @@ def test_columns_have_the_kind_that_holds_all_of_their_values() -> None:
 
     found = find_columns(cast("Any", events))
 
-    kinds = {"a": Kind.NUMBER, "b": Kind.TEXT, "c": Kind.BOOLEAN, "d": Kind.TEXT, "e": Kind.TEXT}
+    kinds = {
+        "a": ColumnType.NUMBER,
+        "b": ColumnType.TEXT,
+        "c": ColumnType.BOOLEAN,
+        "d": ColumnType.TEXT,
+        "e": ColumnType.TEXT,
+    }
     assert {f"payload.{name}": kind for name, kind in kinds.items()} == found
 
 

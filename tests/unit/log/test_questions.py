@@ -15,7 +15,6 @@ from services.log.questions import (
     Active,
     Conflicts,
     Consultations,
-    ConsultationSummary,
     Damage,
     Events,
     Find,
@@ -24,6 +23,7 @@ from services.log.questions import (
     Question,
     Row,
     Stored,
+    StoredConsultation,
     Summaries,
     Verify,
     VerifyAnswer,
@@ -90,7 +90,7 @@ def test_places_and_summaries_come_back() -> None:
     """With times before 1970 too: clocks have been wrong."""
     answer = wire.ActiveAnswer([(5, "b"), (5, "a")], more=True)
     assert answer == wire.decode_active(wire.encode_answer(answer))
-    summaries = wire.SummariesAnswer([ConsultationSummary("a", 3, -7, 9)], ["b"])
+    summaries = wire.SummariesAnswer([StoredConsultation("a", 3, -7, 9)], ["b"])
     assert summaries == wire.decode_summaries(wire.encode_answer(summaries))
 
 
