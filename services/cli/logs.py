@@ -1,7 +1,7 @@
 """``fiq logs``: the logs of a ``fiq up``, of all processes by time, readable and filtered; also after it has ended.
 
 Services write JSON lines with an event name and values. Nodes write plain lines, whose times are the machine's. Both
-become an :class:`Entry`. A line without a time of its own, such as one of a traceback, belongs to the one before it.
+become a :class:`LogLine`. A line without a time of its own, such as one of a traceback, belongs to the one before it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _ORDER = {level.value: number for number, level in enumerate(LogLevel)} | {"crit
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LogLine:
     """A line of a log.
 
     Attributes:
@@ -106,7 +106,7 @@ def logs(
     period = Period.of(since, until)
     first, end = (iso(at) if at in _TIMES else "" for at in (period.since, period.until))
 
-    def wanted(entry: Entry) -> bool:
+    def wanted(entry: LogLine) -> bool:
         in_time = entry.at >= first and not (end and entry.at >= end)
         return in_time and _ORDER.get(entry.level, 1) >= _ORDER[level] and (not grep or grep in str(entry))
 
@@ -122,7 +122,7 @@ def logs(
 _TIMES = range(253_402_300_800 * 10**9)
 
 
-def _show(entries: Iterable[Entry], *, json: bool) -> None:
+def _show(entries: Iterable[LogLine], *, json: bool) -> None:
     for entry in entries:
         if json:
             typer.echo(orjson.dumps(entry.document()))
@@ -153,7 +153,7 @@ class _Logs:
         for path in self._chosen():
             self._files[path] = _LogFile(path, whole=whole)
 
-    def read(self) -> Iterator[Entry]:
+    def read(self) -> Iterator[LogLine]:
         """Yield what has come since the last call, by time."""
         for path in self._chosen():
             self._files.setdefault(path, _LogFile(path, whole=True))
@@ -172,9 +172,9 @@ class _LogFile:
     def __init__(self, path: Path, *, whole: bool) -> None:
         self._path = path
         self._at = 0 if whole else max(0, path.stat().st_size - _END_BYTES)
-        self._last = Entry("", path.stem, "info", "", {})
+        self._last = LogLine("", path.stem, "info", "", {})
 
-    def read(self) -> Iterator[Entry]:
+    def read(self) -> Iterator[LogLine]:
         """Yield the new lines that are complete."""
         with self._path.open("rb") as file:
             if self._at > os.fstat(file.fileno()).st_size:  # it was begun anew
@@ -188,15 +188,15 @@ class _LogFile:
                 yield self._last
 
 
-def _entry(line: str, before: Entry) -> Entry:
+def _entry(line: str, before: LogLine) -> LogLine:
     """Read a line; one without a time has that of the line *before*."""
     if (match := _NODE_LINE.fullmatch(line)) is not None:
         moment = datetime.strptime(match[1], "%Y/%m/%d %H:%M:%S.%f").astimezone(UTC)
         at = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-        return Entry(at, before.part, _NODE_LEVELS.get(match[2], "info"), match[3], {})
+        return LogLine(at, before.part, _NODE_LEVELS.get(match[2], "info"), match[3], {})
     try:
         found = orjson.loads(line)
         values = {name: value for name, value in found.items() if name not in _PLACED}
-        return Entry(str(found["timestamp"]), before.part, str(found["level"]), str(found["event"]), values)
+        return LogLine(str(found["timestamp"]), before.part, str(found["level"]), str(found["event"]), values)
     except (ValueError, KeyError, AttributeError, TypeError):
-        return Entry(before.at, before.part, before.level, line, {})
+        return LogLine(before.at, before.part, before.level, line, {})

@@ -129,3 +129,13 @@ def test_the_check_sees_imports_of_every_form(tmp_path: Path) -> None:
         "from . import y\ndef f():\n    from services.log.errors import LogFullError\n"
     )
     assert foreign(module, tmp_path) == {"fiq.corpus", "services.cli", "services.persister", "services.log"}
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    """A name means one thing in the whole project."""
+    where: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse((ROOT / path).read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(str(path))
+    assert {} == {name: paths for name, paths in where.items() if len(paths) > 1}
