@@ -103,9 +103,12 @@ async def test_a_persister_leaves_the_reserve_of_its_disk_free(log: Log, tmp_pat
         await persisted(disk / "data", before, waiting)
         await persister.ready()
         assert 0 == await _sum(persister, "fi_volume_held")
-        assert ["DISK_RESERVE_REACHED", "DISK_RESERVE_FREE"] == [
-            line["event"] for line in persister.lines if line["event"].startswith("DISK_RESERVE")
-        ]
+        await eventually(
+            lambda: (
+                ["DISK_RESERVE_REACHED", "DISK_RESERVE_FREE"]
+                == [line["event"] for line in persister.lines if line["event"].startswith("DISK_RESERVE")]
+            )
+        )
         assert 0 == await persister.end()
 
 

@@ -90,7 +90,8 @@ def test_the_list_is_paged_by_id_and_narrowed_by_a_prefix(page: Page, service: S
     """A hundred a page; the address keeps the choice."""
     lines = "\n".join(json.dumps({"event_type": "A", "consultation_id": f"many-{number:03}"}) for number in range(130))
     service.ask("/events/batch", lines.encode(), {"Content-Type": "application/x-ndjson"})
-    service.persisted("many-129", 1)
+    for number in range(130):
+        service.persisted(f"many-{number:03}", 1)
     open_view(page, service, "#/consultations?prefix=many-&order=name")
     rows = page.locator("tbody tr")
     expect(rows).to_have_count(100)
