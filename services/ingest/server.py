@@ -20,7 +20,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 
-from aiohttp import StreamReader, web
+from aiohttp import StreamReader, hdrs, web
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD
@@ -287,6 +287,8 @@ class BoundedParser:
         before = body.total_bytes
         parsed: _Parsed = self._parser.feed_data(data)
         requests = self._unchanged(parsed) if parsed[1] else parsed[0]
+        if any(not message.headers.get(hdrs.EXPECT, "").isascii() for message, _ in requests):
+            raise self._refuse(problems.EXPECTATION_FAILED)  # aiohttp would put it into its answer, and fail
         if len(requests) == 1 and not in_body and not self._unfinished:  # the usual case
             message, self._body = requests[0]
             if len(data) + len(message.raw_headers) * _HEADER_BYTES <= _UNCOUNTED_BYTES:

@@ -292,12 +292,12 @@ class Cluster:
     ) -> None:
         if client_ports and len(client_ports) != nodes:
             raise ValueError(f"{nodes} client ports are needed, one per node")
-        self.folder = folder.absolute()
+        self.folder = folder.resolve()  # nats-server states its store without ".."
         self.size = nodes
         self._max_file_store = max_file_store
         self.client_ports = client_ports
         self._usual_port = usual_port
-        self._security = None if security is None else Layout(security.absolute())
+        self._security = None if security is None else Layout(security.resolve())
         self._server = find_nats_server() if nodes else Path()
         self.ports: list[NodePorts] = []
         self.nodes: list[ManagedProcess] = []

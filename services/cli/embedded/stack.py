@@ -113,7 +113,7 @@ class Stack:
         log: LogKind = LogKind.NATS,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self.folder = folder.absolute()
+        self.folder = folder.resolve()
         self.data_dir = self.folder / "corpus"
         self.logs = self.folder / "logs"
         self.log = log
@@ -256,7 +256,8 @@ class Stack:
 
         other = {LogKind.NATS: self.data_dir / FORMED_FILE, LogKind.ZMQ: self.folder / "cluster"}[self.log]
         if other.exists():
-            raise CommandError(f"{self.folder} belongs to a stack with the other log: name another --folder, or --log")
+            kind = next(kind for kind in LogKind if kind is not self.log)
+            raise CommandError(f"{self.folder} belongs to a stack with --log {kind}: name that, or another --folder")
         try:
             made = formed_partitions(self.data_dir)
         except (OSError, ValueError):

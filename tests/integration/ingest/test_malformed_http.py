@@ -135,6 +135,8 @@ async def test_many_requests_at_once_are_answered_in_their_order(edge: Edge) -> 
         (POST + JSON + b"Expect: tea\r\nContent-Length: 18\r\n\r\n" + BODY, [417]),
         (POST + JSON + b"Content-Length: 99999999\r\n\r\n", [413]),
         (b"GET /nope HTTP/1.1\r\nHost: localhost\r\nExpect: tea\r\n\r\n", [417]),
+        (b"GET /nope HTTP/1.1\r\nHost: localhost\r\nExpect: \x80\r\n\r\n", [417]),
+        (POST + JSON + b"Expect: \xe9\r\nContent-Length: 18\r\n\r\n" + BODY, [417]),
         (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", [404]),
         (b"CONNECT t:1 HTTP/1.1\r\nHost: localhost\r\n\r\n", [404]),
     ],

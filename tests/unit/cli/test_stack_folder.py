@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.embedded.stack import Member, StackFolder, StackState
+from services.cli.embedded.stack import Member, Stack, StackFolder, StackState
 from services.cli.errors import AlreadyRunningError, CommandError, NotRunningError
 
 STATE = StackState(
@@ -100,3 +100,9 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(CommandError, match=r"file is not a directory"), StackFolder(file).held():
         pass
+
+
+def test_a_folder_above_the_working_directory_is_named_as_nats_server_names_it(tmp_path: Path) -> None:
+    """Its nodes say where they store, without "..": another name would be another server's."""
+    stack = Stack(tmp_path / "a" / ".." / "b")
+    assert (tmp_path / "b", tmp_path / "b" / "cluster") == (stack.folder, stack.cluster.folder)
