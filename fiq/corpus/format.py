@@ -86,7 +86,7 @@ EVENT_HEAD = struct.Struct("<QqQII16s")
 #: the rest, for packing: chain, written_ns
 EVENT_TAIL = struct.Struct("<32sq")
 #: a whole row, for unpacking
-EVENT_ROW = struct.Struct("<QqQII16s32sq")
+EVENT_ROW = struct.Struct(EVENT_HEAD.format + EVENT_TAIL.format.removeprefix("<"))
 #: rows a chunk of ``events``
 EVENTS_CHUNK = 16
 #: one row of ``active``: when the last event of a consultation was accepted, and its id

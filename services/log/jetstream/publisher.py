@@ -37,6 +37,7 @@ from nats.aio.subscription import Subscription
 
 from fiq.event import Event
 from services.core.lifecycle import spawn
+from services.core.retry import backoff
 from services.log.errors import (
     CorpusAwayError,
     DuplicateInFlightError,
@@ -516,10 +517,10 @@ def _batch_headers(batch: str, number: int, *, last: bool) -> dict[str, str]:
 
 def _waits() -> Iterator[tuple[float, float]]:
     """Yield for each attempt how long to wait for its answer, and how long to pause after "not now", seconds."""
-    seconds, (pause, longest) = ATTEMPT_SECONDS, PAUSE_SECONDS
-    while True:
+    seconds = ATTEMPT_SECONDS
+    for pause in backoff(*PAUSE_SECONDS):
         yield seconds, pause
-        seconds, pause = 2 * seconds, min(2 * pause, longest)
+        seconds *= 2
 
 
 # -- messages out, answers in -----------------------------------------------------------------------------------------
