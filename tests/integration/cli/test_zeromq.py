@@ -76,10 +76,10 @@ def test_a_folder_belongs_to_one_log(tmp_path: Path) -> None:
     """Sequences of one log mean nothing to the other."""
     with Stack(tmp_path, log=LogKind.ZMQ, persisters=1):
         pass
-    with pytest.raises(CommandError, match="other log"):
+    with pytest.raises(CommandError, match="belongs to a stack with --log zmq"):
         Stack(tmp_path, nodes=1).start()
     (tmp_path / "nats" / "cluster").mkdir(parents=True)
-    with pytest.raises(CommandError, match="other log"):
+    with pytest.raises(CommandError, match="belongs to a stack with --log nats"):
         Stack(tmp_path / "nats", log=LogKind.ZMQ).start()
 
 
