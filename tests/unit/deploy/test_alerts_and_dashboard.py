@@ -24,8 +24,9 @@ PARAGRAPH = 150
 def documented_metrics() -> set[str]:
     """Return each name that /metrics shows: a histogram has three."""
     names = set()
-    for name, kind in re.findall(r"^\| `(fi_\w+)` \| (\w+) \|", (DOCS / "metrics.md").read_text(), re.MULTILINE):
-        names |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
+    for entry in re.findall(r"^- (`fi_.*?`): ", (DOCS / "metrics.md").read_text(), re.MULTILINE):
+        for name, labels in re.findall(r"`(\w+)([^`]*)`", entry):
+            names |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if re.search(r"\ble\b", labels) else {name}
     return names
 
 
