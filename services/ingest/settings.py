@@ -53,7 +53,7 @@ class Settings:
         "FI_MANAGEMENT_PORT",
         7101,
         parse=tcp_port,
-        doc="TCP port of /healthz, /readyz and /metrics; 0: a free one, which is logged.",
+        doc="TCP port of FI_MANAGEMENT_HOST; 0: a free one, which is logged.",
     )
     token_file: str = setting(
         "FI_TOKEN_FILE",
@@ -101,7 +101,7 @@ class Settings:
         "FI_RATE_BURST",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Requests and events of a token at once; a larger batch is accepted if none of it is used.",
+        doc="Requests and events of a token at once. A larger batch needs all of it unused.",
     )
     new_consultations_rate: float = setting(
         "FI_NEW_CONSULTATIONS_RATE",
@@ -131,13 +131,13 @@ class Settings:
         "FI_MAX_CONNECTIONS",
         2000,
         parse=integer(1, 1_000_000),
-        doc="Connections of a process; at the limit an idle one without a valid token makes room, else 503.",
+        doc="Connections of a process; at the limit the oldest idle one without a valid token is closed, else 503.",
     )
     max_in_flight_bytes: int = setting(
         "FI_MAX_IN_FLIGHT_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**40),
-        doc="Bytes of bodies and long headers in memory; beyond it 429. Reduced in a small container.",
+        doc="Bytes of bodies and long headers in memory; beyond it 429. Lower in a small container.",
     )
     max_event_bytes: int = setting(
         "FI_MAX_EVENT_BYTES",
@@ -180,8 +180,7 @@ class Settings:
         "FI_MAX_WINDOW_EVENTS",
         1_000_000,
         parse=integer(0, 10**12),
-        doc="Events within FI_DUPLICATE_WINDOW; beyond it 503. Each takes 0.5 KB of every node's memory "
-        "(docs/deploy.md). 0: no limit.",
+        doc="Events within FI_DUPLICATE_WINDOW; beyond it 503. Each takes 0.5 KB of every node's memory. 0: no limit.",
     )
     header_timeout: float = setting(
         "FI_HEADER_TIMEOUT",
@@ -235,7 +234,7 @@ class Settings:
         "FI_WATCHDOG",
         WATCHDOG_SECONDS,
         parse=seconds(0, 86400),
-        doc="A process whose event loop or thread hangs for so long ends itself; 0: never.",
+        doc="A process that hangs for so long ends itself; 0: never.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",

@@ -46,7 +46,7 @@ class PersisterSettings:
         "FI_DISK_RESERVE",
         5.0,
         parse=number(0, 90),
-        doc="Percent of the file system that persisters leave free: nodes may share it.",
+        doc="Percent of the file system that persisters leave free.",
     )
     volumes: int = setting(
         "FI_VOLUMES",
@@ -64,7 +64,7 @@ class PersisterSettings:
         "FI_PERSISTER_PORT",
         7002,
         parse=port,
-        doc="TCP port of /healthz, /readyz and /metrics, plus i for worker i; 0: a free one.",
+        doc="TCP port of FI_PERSISTER_HOST, plus i for worker i; 0: a free one.",
     )
     batch_events: int = setting(
         "FI_BATCH_EVENTS",
@@ -118,7 +118,7 @@ class PersisterSettings:
         "FI_WATCHDOG",
         WATCHDOG_SECONDS,
         parse=seconds(0, 86400),
-        doc="A process whose event loop or thread hangs for so long ends itself; 0: never.",
+        doc="A process that hangs for so long ends itself; 0: never.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",

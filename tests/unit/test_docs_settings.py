@@ -22,9 +22,9 @@ VARIABLES = {variable.name: variable for cls in CLASSES for variable in variable
 
 @pytest.mark.parametrize("variable", VARIABLES.values(), ids=VARIABLES.keys())
 def test_each_setting_is_documented_with_its_default(variable: Variable) -> None:
-    """Name, default and meaning are in one row, word for word."""
-    row = f"| `{variable.name}` | `{format_default(variable.default)}` | {variable.doc} |"
-    assert row in DOCS.read_text().splitlines()
+    """Name, default and meaning are in one line, word for word."""
+    line = f"- `{variable.name}={format_default(variable.default)}`: {variable.doc}"
+    assert line in DOCS.read_text().splitlines()
 
 
 def test_each_service_knows_the_settings_of_all() -> None:
@@ -34,8 +34,8 @@ def test_each_service_knows_the_settings_of_all() -> None:
 
 def test_no_setting_is_documented_that_does_not_exist() -> None:
     """What was renamed or removed must go from the manual too."""
-    rows = [line.split("`")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `")]
-    assert sorted(rows) == sorted(VARIABLES)
+    names = [line.split("`")[1].partition("=")[0] for line in DOCS.read_text().splitlines() if line.startswith("- `")]
+    assert sorted(names) == sorted(VARIABLES)
 
 
 def test_a_setting_that_two_classes_share_means_the_same_in_both() -> None:
