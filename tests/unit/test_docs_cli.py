@@ -30,8 +30,12 @@ def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 COMMANDS = dict(commands(GROUP))
-#: options of many commands, in the table above the first section
-COMMON = set(re.findall(r"^\| `(--[\w-]+)`", DOCUMENT.partition("\n## ")[0], re.MULTILINE))
+#: options of many commands, listed above the first section
+COMMON = {
+    name
+    for entry in re.findall(r"^- (`--[^:]*):", DOCUMENT.partition("\n## ")[0], re.MULTILINE)
+    for name in re.findall(r"--[\w-]+", entry)
+}
 
 
 def parameters() -> Iterator[tuple[str, str]]:
@@ -68,12 +72,13 @@ def test_no_section_is_about_a_command_that_is_gone() -> None:
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_no_documented_option_is_gone(command: str) -> None:
-    """An option that the section's table lists is one that the command takes."""
+    """Options that the section lists are options that the command takes."""
     known = {name for parameter in COMMANDS[command].params for name in parameter.opts}
     listed = {
         name
-        for row in re.findall(r"^\| (`-.*?) \|", section(command), re.MULTILINE)
-        for name in re.findall(r"`(--?[\w-]+)", row)
+        for row in re.findall(r"\b[Oo]ptions: (.*)$", section(command), re.MULTILINE)
+        for span in re.findall(r"`([^`]+)`", row)
+        for name in re.findall(r"(?<!\S)--?[\w-]+", span)
     }
 
     assert listed <= known

@@ -413,7 +413,7 @@ def test_every_kind_of_problem_is_documented() -> None:
     """docs/cli.md lists what the code can say, in its words."""
     document = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")
     for kind, meaning in KINDS.items():
-        assert f"| `{kind}` | {meaning} |" in document
+        assert f"\n- `{kind}`: {meaning}\n" in document
 
 
 def test_a_path_without_a_corpus_is_refused(tmp_path: Path) -> None:
