@@ -348,17 +348,15 @@ _INTRODUCTION = """\
 
 `{command}`, {date}, {minutes:.1f} minutes. Machine: {machine}.
 
-Nodes (`sync_interval: always`, three replicas), services and load share this machine, whose processor limits most
-rows. Compared targets take turns in the same run; the median of {rounds} rounds counts, *rounds* is the range. The
-events: {data}.
+The stream has three replicas on nodes with `sync_interval: always`. The processor limits most rows. Compared targets
+take turns in the same run; the median of {rounds} rounds counts, *rounds* is the range. The events: {data}.
 """
 
 _AT_WORK = """\
 ## At work
 
 Each client posts one event at a time under a new key, to 200 consultations in turn, for {seconds:g} s after 1 s of
-warm-up. Every round starts new nodes and services. A run in which files, logs and metrics differ from what was
-accepted fails.
+warm-up. Every round starts new nodes and services. A run fails if files, logs or metrics differ from what was accepted.
 
 {targets}
 *alone*: one client that pauses 0.2 s. *Age at commit*: from reception to the fsynced commit. *Lag*: accepted events not
