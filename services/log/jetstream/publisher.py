@@ -2,9 +2,10 @@
 
 Every attempt carries the same message id, so the broker stores a message once however often it is sent.
 
-**One event** is published at once while fewer than :data:`MAX_UNDER_WAY` publishes are in flight. Otherwise it gathers
-with others, and they go as one atomic batch (ADR-50) as soon as one of those is acknowledged: the cluster agrees on
-them once instead of once each. A gathered batch that is refused or not answered is published one by one.
+**One event** is published at once while at most :data:`FEW_IN_FLIGHT` are in flight. Otherwise it gathers with others,
+and they go as one atomic batch (ADR-50) as soon as nothing is in flight any more: the cluster agrees on them once
+instead of once each. While several were in flight, the next batches were smaller and each event cost the nodes half as
+much again. A gathered batch that is refused or not answered is published one by one.
 
 **A client's batch** is one atomic batch, too. The broker refuses one that holds a message id which it knows: usually a
 retry of all of its events. Then the events are published one by one, and the broker says of each whether it is new. Two
@@ -62,8 +63,10 @@ HEARING_SECONDS = 1.0
 #: what is in flight gets this long when the publisher is closed, seconds
 CLOSE_GRACE_SECONDS = 2.0
 
-#: publishes in flight, singles and batches, from which on events gather
-MAX_UNDER_WAY = 4
+#: single appends in flight up to which none gathers: so few would only wait for each other
+FEW_IN_FLIGHT = 3
+#: an event gathers for this long at most, even if what is in flight is not acknowledged, seconds
+GATHER_SECONDS = 0.1
 #: events of a gathered batch, and bytes of their bodies, at most
 MAX_GATHERED, MAX_GATHERED_BYTES = 256, 256 * 2**10
 
@@ -184,7 +187,9 @@ class Publisher(EventWriter):
         """
         self._enter()
         try:
-            if self._under_way < MAX_UNDER_WAY or len(event.body) > MAX_GATHERED_BYTES:
+            if len(event.body) > MAX_GATHERED_BYTES:
+                return await self._append_by(event, self._end())
+            if not self._under_way or self._in_flight <= FEW_IN_FLIGHT:
                 return await self._append_now(event, self._end())
             self._exchange.check_size(event.body, event.headers(), more=_BATCH_HEADERS_BYTES)
             one = _Gathered(event, self._loop.time(), self._end(), self._loop.create_future())
@@ -319,37 +324,43 @@ class Publisher(EventWriter):
     # -- gathering ----------------------------------------------------------------------------------------------------
 
     def _left(self) -> None:
-        """Send what has gathered, as one publish is no longer in flight."""
+        """Send what has gathered if this was the last publish in flight."""
         self._under_way -= 1
-        while self._gathered and self._under_way < MAX_UNDER_WAY:
+        while self._gathered and not self._under_way:
             self._send_group()
 
     def _send_overdue(self) -> None:
-        """Send what has gathered for as long as an attempt takes: those before it hang, and it has a deadline, too."""
-        before = self._loop.time() - ATTEMPT_SECONDS
+        """Send what has gathered for too long: what is in flight hangs, or waits for another try."""
+        before = self._loop.time() - GATHER_SECONDS
         while self._gathered and self._gathered[0].since <= before:
             self._send_group()
 
     def _send_group(self) -> None:
         """Send the events that go together next: each id once, or the broker would refuse all of them."""
         group: dict[str, _Gathered] = {}
+        copies: list[_Gathered] = []
         size = 0
-        while self._gathered and len(group) < MAX_GATHERED and size < MAX_GATHERED_BYTES:
-            one = self._gathered[0]
-            if not one.stored.done():  # else its caller has gone
-                if one.event.message_id in group:
-                    break
+        while self._gathered and len(group) + len(copies) < MAX_GATHERED and size < MAX_GATHERED_BYTES:
+            one = self._gathered.popleft()
+            if one.stored.done():  # its caller has gone
+                continue
+            if one.event.message_id in group:
+                copies.append(one)
+            else:
                 group[one.event.message_id] = one
                 size += len(one.event.body)
-            self._gathered.popleft()
         if group:
             self._under_way += 1
-            found = list(group.values())
-            spawn(self._tasks, self._store_one(found[0]) if len(found) == 1 else self._store_group(found))
+            spawn(self._tasks, self._store_group(list(group.values())))
+        for one in copies:
+            spawn(self._tasks, self._store_one(one))
 
     async def _store_group(self, group: list[_Gathered]) -> None:
-        """Store *group*, which counts as in flight already, as a batch, or its events one by one."""
+        """Store *group* as a batch, or its events one by one; the next group goes when the first try has ended."""
         try:
+            if len(group) == 1:
+                await self._store_one(group[0])
+                return
             stored = await self._append_once([one.event for one in group], min(one.end for one in group))
         except Exception as error:  # noqa: BLE001 - raised where each event is waited for
             for one in group:
@@ -360,20 +371,17 @@ class Publisher(EventWriter):
                     one.done(appended)
                 return
             self.retries += 1
-            self._under_way += len(group)
             for one in group:
                 spawn(self._tasks, self._store_one(one, tried=True))
         finally:
             self._left()
 
     async def _store_one(self, one: _Gathered, *, tried: bool = False) -> None:
-        """Store one event, which counts as in flight already; *tried*: it was in a batch before."""
+        """Store one event; *tried*: it was in a batch before."""
         try:
             one.done(await self._append_by(one.event, one.end, unanswered=tried))
         except Exception as error:  # noqa: BLE001 - raised where the event is waited for
             one.done(error)
-        finally:
-            self._left()
 
     # -- atomic batches -----------------------------------------------------------------------------------------------
 
