@@ -20,7 +20,7 @@ from tests.support.polling import eventually
 FIRES = 180.0
 #: the same for the end of an alert; a share of slow answers is one over two minutes
 STOPS = 240.0
-#: evaluations are 5 s apart, and an alert that fires again has waited for 15 s: a longer gap is an end, seconds
+#: evaluations are 5 s apart: a longer gap is an end, seconds
 _GAP = 14.0
 
 
