@@ -524,7 +524,7 @@ def open_store(context: VolumeContext, placement: Placement, options: StoreOptio
     if not path.exists():
         raise PlacementError(
             f"partition {partition_name(partition)} is placed on this volume but its file {path} is gone: put it back "
-            "(from a backup: the stream brings what is missing); an empty one would split the history"
+            "(from a backup: a NATS stream brings what is missing); an empty one would split the history"
         )
     store = EventStore.open(path, expected=context.expected(partition, placement.epoch), options=options)
     try:

@@ -92,7 +92,7 @@ def backup(
     events = sum(entry.events for entry in manifest.contents)
     needed = min((entry.committed for entry in manifest.contents), default=0) + 1
     lost = f"To restore it without a loss, the stream must still begin at sequence {needed} or before: see FI_RETENTION"
-    if without_broker:
+    if not manifest.has_stream:
         lost = "Events that are accepted from now on are not in it, and nowhere else but in the volume"
     typer.echo(
         f"{dest}: volume {manifest.volume}, {count(events, 'event')}, {decimal(size)}, verified. {lost}", err=json
@@ -162,7 +162,7 @@ class Manifest:
         store: name of the store.
         partitions: how many the stream has.
         stream: name of the stream.
-        stream_created: when the stream was created, as the broker states it.
+        stream_created: when the stream was created, as the broker states it; of a log without a broker the volume.
         placement: of every placed partition of the store, on all volumes; None when the cluster was not asked.
         files: every file except the manifest.
         contents: the partition files, by number.
@@ -178,6 +178,11 @@ class Manifest:
     placement: tuple[PlacementEntry, ...] | None
     files: tuple[FileEntry, ...]
     contents: tuple[PartitionEntry, ...]
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether the log is a stream, which may hold what the backup lacks; a ZeroMQ log is in its volume only."""
+        return self.stream_created != self.volume
 
     def write(self, directory: Path) -> Path:
         """Write the manifest of the backup in *directory* and return its path; the caller syncs it."""

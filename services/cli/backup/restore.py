@@ -82,8 +82,8 @@ def restore(
     """Put a lost volume back from a backup.
 
     The backup is compared with the stream, which brings what came after the backup when persisters start. Directories
-    left over elsewhere are shut out, and nothing that the backup lacks is trimmed any more. After an interruption run
-    the command again.
+    left over elsewhere are shut out, and nothing that the backup lacks is trimmed any more. A ZeroMQ log has no stream,
+    so what came after the backup does not come back. After an interruption run the command again.
     """
     manifest = Manifest.read(source)
     check_source(source, manifest)
@@ -99,7 +99,7 @@ def restore(
                 put_back(source, manifest, to, fit, owner=owner, on_progress=show)
             except CorpusError as error:
                 raise CommandError(f"{error}; nothing was restored") from error
-    _print(to, wanted, fit, json=json)
+    _print(to, wanted, fit, has_stream=manifest.has_stream, json=json)
 
 
 def _of_store(manifest: Manifest, store: str) -> Manifest:
@@ -133,7 +133,7 @@ def _checked(manifest: Manifest, seen: StoreView | None, *, force: bool) -> Fit:
     return fit
 
 
-def _print(to: Path, manifest: Manifest, fit: Fit, *, json: bool) -> None:
+def _print(to: Path, manifest: Manifest, fit: Fit, *, has_stream: bool, json: bool) -> None:
     print_contents(manifest, json=json)
     for remark in fit.remarks:
         err().print(f"fiq: {remark}", soft_wrap=True)
@@ -143,9 +143,10 @@ def _print(to: Path, manifest: Manifest, fit: Fit, *, json: bool) -> None:
         err().print(f"fiq: given up: {gap}", soft_wrap=True)
     if fit.new:
         err().print(f"fiq: partition {_names(fit.new)} was placed after the backup and begins anew", soft_wrap=True)
-    typer.echo(
-        f"{to}: restored as of {manifest.made}. Start the persisters: the stream brings what came since", err=json
-    )
+    then = ". Start the persisters: the stream brings what came since"
+    if not has_stream:
+        then = ", without the events that came since: a ZeroMQ log has no other copy of them. Start the persisters"
+    typer.echo(f"{to}: restored as of {manifest.made}{then}", err=json)
 
 
 def _names(partitions: Sequence[int]) -> str:

@@ -197,7 +197,7 @@ def test_a_restored_volume_is_the_one_that_was_lost(volume: Path, saved: Path, t
     target = tmp_path / "new"
     done = run("restore", saved, "--to", target, "--offline")
     assert (0, "") == _outcome(done)
-    assert "Start the persisters" in done.stdout
+    assert "Start the persisters: the stream brings what came since" in done.stdout
     assert identity == (target / "volume.json").read_bytes()
     assert verify_corpus(target).clean
     again = Volume.open(target, "main")
@@ -207,6 +207,20 @@ def test_a_restored_volume_is_the_one_that_was_lost(volume: Path, saved: Path, t
         store.commit(151)
     files = {"00.h5", "00.h5.wal", "01.h5", "01.h5.wal", "corpus.h5", "volume.json", "volume.lock"}
     assert files == set(names(target))
+
+
+def test_a_log_without_a_stream_brings_nothing(tmp_path: Path) -> None:
+    """The volume of a ZeroMQ log is the only copy: neither command says that a stream brings what the backup lacks."""
+    made = Volume.open(tmp_path / "data", "main")
+    with EventStore.create(made.file(0), replace(IDENTITY, volume=made.uuid, stream_created=made.uuid)) as store:
+        commit_range(store, range(1, 11))
+    backed_up = run("backup", tmp_path / "saved", "--corpus", tmp_path / "data", "--offline")
+    assert (0, "") == _outcome(backed_up)
+    assert "Events that are accepted from now on are not in it" in backed_up.stdout
+    restored = run("restore", tmp_path / "saved", "--to", tmp_path / "new", "--offline")
+    assert (0, "") == _outcome(restored)
+    assert "without the events that came since: a ZeroMQ log has no other copy" in restored.stdout
+    assert "the stream" not in backed_up.stdout + restored.stdout
 
 
 def test_an_empty_volume_that_a_restarted_persister_made_gives_way(saved: Path, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_commands_work_on_a_stack_without_a_broker_or_say_why_not(tmp_path: Path
         assert "error" == findings["owners"]
     restored = fiq(tmp_path, "restore", str(tmp_path / "copy"), "--offline", "--to", str(tmp_path / "again" / "corpus"))
     assert 0 == restored.returncode, restored.stderr
+    assert "without the events that came since" in restored.stdout
     with Stack(tmp_path / "again", log=LogKind.ZMQ, persisters=1) as stack:
         assert 2 == post(stack.ingest.url, b'{"event_type":"C"}')
     with open_corpus(tmp_path / "again" / "corpus") as corpus:
