@@ -523,7 +523,7 @@ def give_up(
     seen = asyncio.run(_lost(target, volume))
     kept = f"the stream has {seen.first} to {seen.last}" if seen.first <= seen.last else "the stream is empty"
     for partition in seen.placed_on(volume):
-        typer.echo(f"fiq: partition {partition_name(partition)}{_losses(seen)}; {kept}", err=True)
+        typer.echo(f"fiq: partition {partition_name(partition)} {_losses(seen)}; {kept}", err=True)
     if others := asyncio.run(other_stores(target)):
         names = ", ".join(others)
         typer.echo(f"fiq: store {names} has copies of its own: what is given up here may be read there", err=True)
@@ -538,7 +538,8 @@ def give_up(
             write_identity(to, owner)
         except CorpusError as error:
             raise CommandError(f"{error}; empty {to} and run the command again") from error
-    typer.echo(f"{to}: volume {volume} begins anew{_losses(seen)}. Start its persisters: the stream brings what it has")
+    done = f"volume {volume} begins anew and {_losses(seen)}"
+    typer.echo(f"{to}: {done}. Start its persisters: the stream brings what it has")
 
 
 async def _lost(target: Target, volume: str) -> StoreView:
@@ -570,7 +571,7 @@ async def _fenced_anew(target: Target, volume: str, seen: StoreView) -> tuple[St
 def _losses(seen: StoreView) -> str:
     lost = [f"its events of sequences 1 to {seen.first - 1}"] if seen.first > 1 else []
     lost += [f"its part of {count(seen.holes, 'event')} trimmed after that"] if seen.holes else []
-    return f" loses {' and '.join(lost) or 'nothing'}"
+    return f"loses {' and '.join(lost) or 'nothing'}"
 
 
 # -- fiq place -------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ async def test_the_stream_brings_everything_that_was_not_trimmed(log: Log, tmp_p
     """The volume keeps its name and its partitions; what comes afterwards is written as ever."""
     volume, before = await lost(log, tmp_path)
     data = tmp_path / "data"
-    assert "begins anew loses nothing" in await done(log, "give-up", volume, "--to", data, "--yes")
+    assert "begins anew and loses nothing" in await done(log, "give-up", volume, "--to", data, "--yes")
     assert [(2, 1, 0)] * PARTITIONS == await keys(log)  # so that what it fetches is not trimmed
     with Persister(tmp_path / "again", log.cluster, data) as persister:
         await persister.ready()

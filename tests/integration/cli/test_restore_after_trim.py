@@ -51,7 +51,7 @@ async def test_what_was_trimmed_in_the_middle_of_the_stream_is_told_and_given_up
     volume = files(log, data, committed=20)
     await reached(log, volume, 20, 70)
     await done(log, "backup", saved, "--corpus", data, "--offline")
-    assert "begins anew loses nothing" in await done(log, "give-up", volume, "--to", tmp_path / "anew", "--yes")
+    assert "begins anew and loses nothing" in await done(log, "give-up", volume, "--to", tmp_path / "anew", "--yes")
     await log.api.request(f"STREAM.MSG.DELETE.{STREAM}", {"seq": 50})
     reason = await refused(log, "restore", saved, "--to", new)
     assert "lacks 1 event after that" in reason
