@@ -205,7 +205,8 @@ INVALID_ACTION = ProblemType(
     "invalid-action",
     422,
     "Invalid action",
-    'Send a JSON object with reason, a text of at most 500 characters: {"reason": "…"}.',
+    'Send a JSON object with reason, a text of at most 500 characters: {"reason": "…"}. To drop a dead letter, the '
+    "reason must not be empty or blank.",
 )
 NOT_REQUEUEABLE = ProblemType(
     "not-requeueable",

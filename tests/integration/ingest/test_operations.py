@@ -220,6 +220,7 @@ async def test_a_dropped_letter_is_gone_and_its_reason_is_audited(edge: Edge) ->
     for document in refused:
         reply = await act(edge, "/dead-letters/2/drop", document)
         assert (422, "/problems/invalid-action") == (reply.status, reply.json["type"])
+        assert "the reason must not be empty or blank" in reply.json["detail"]
     with capture_logs() as entries:
         assert (200, {"status": "dropped", "sequence": 2}) == (
             (reply := await act(edge, "/dead-letters/2/drop", {"reason": "a test"})).status,
