@@ -153,7 +153,10 @@ class Corpus(Mapping[str, Consultation]):
         """Yield the ids that begin with *prefix* and sort after *after*, partition after partition, sorted within each.
 
         They are read from the index of each file as they are needed, in bounded memory.
+
+        Raises CorpusUsageError: *prefix* or *after* is not a str.
         """
+        _check_text(prefix=prefix, after=after)
         for partition in self._partitions():
             try:
                 yield from partition.names(prefix, after)
@@ -164,7 +167,10 @@ class Corpus(Mapping[str, Consultation]):
         """Yield what *each* makes of the consultations whose ids begin with *prefix*, partition after partition.
 
         A damaged consultation is read up to the damage.
+
+        Raises CorpusUsageError: *prefix* is not a str.
         """
+        _check_text(prefix=prefix)
         for partition in self._partitions():
             try:
                 for name in partition.names(prefix):
@@ -228,7 +234,8 @@ class Corpus(Mapping[str, Consultation]):
             until: only events received before this time; with a time zone.
             expand: False for the whole parsed payloads in one column ``payload``.
 
-        Raises CorpusUsageError: pandas is not installed, or a time is not a datetime with a time zone.
+        Raises CorpusUsageError: pandas is not installed, *prefix* is not a str, or a time is not a datetime with a time
+        zone.
         """
         first = -(2**63) if since is None else _nanoseconds("since", since)
         end = 2**63 - 1 if until is None else _nanoseconds("until", until)
@@ -301,6 +308,12 @@ class Corpus(Mapping[str, Consultation]):
         if self._damaged:
             damaged = "; ".join(map(str, self._damaged.values()))
             raise DamagedPartitionError(f"no consultation {consultation!r} in the files that can be read. {damaged}")
+
+
+def _check_text(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, str):
+            raise CorpusUsageError(f"{name} must be a str, as in {name}='ward-7-', not {type(value).__name__}")
 
 
 def _nanoseconds(name: str, moment: datetime) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import orjson
@@ -164,6 +165,22 @@ def test_a_frame_is_bounded_by_the_beginning_of_the_id(directory: Path) -> None:
         none = corpus.to_frame(prefix="no-such-")
     assert (0, COLUMNS) == (len(none), list(none.columns))
     assert ["string", "uint64", *["datetime64[ns, UTC]"] * 2, "string", "string"] == [str(kind) for kind in none.dtypes]
+
+
+@pytest.mark.parametrize("wrong", [5, None, b"c"])
+def test_a_prefix_of_another_type_is_refused(directory: Path, wrong: Any) -> None:
+    """With an example of what is needed, here as in the other methods that take one."""
+    pytest.importorskip("pandas")
+    with open_corpus(directory) as corpus:
+        for use in (
+            lambda: corpus.to_frame(prefix=wrong),
+            lambda: list(corpus.ids(wrong)),
+            lambda: list(corpus.read(list, prefix=wrong)),
+        ):
+            with pytest.raises(CorpusUsageError, match="prefix must be a str, as in prefix='ward-7-', not"):
+                use()
+        with pytest.raises(CorpusUsageError, match="after must be a str"):
+            list(corpus.ids(after=wrong))
 
 
 def test_a_time_without_a_zone_is_refused(directory: Path) -> None:
