@@ -132,7 +132,7 @@ class AsyncClient:
         Raises:
             InvalidArgumentError: *url* or *token* is malformed.
         """
-        self._url = _service_url(url)
+        self._url = service_url(url)
         self._headers = {"User-Agent": "fiq", **_authorization(token)}
         self._retry = retry or RetryPolicy()
         self._connections = connections
@@ -621,7 +621,8 @@ class AsyncClient:
 # -- Arguments ---------------------------------------------------------------------------------------------------------
 
 
-def _service_url(url: str) -> URL:
+def service_url(url: str) -> URL:
+    """Return *url*, parsed. Raises InvalidArgumentError: it is malformed."""
     try:
         parsed = URL(url)
         (parsed.raw_host or "").encode("idna")

@@ -40,13 +40,11 @@ from fiq.corpus import (
     UnknownConsultationError,
     open_corpus,
 )
-from fiq.errors import InvalidIdError
-from fiq.event import check_consultation_id
 from fiq.words import count
 from services.cli import console
 from services.cli.console import JsonOption
 from services.cli.errors import CommandError, UsageError
-from services.cli.target import CorpusOption, FolderOption, find_corpus
+from services.cli.target import CorpusOption, FolderOption, check_consultation, find_corpus
 from services.cli.times import ALWAYS, Period, SinceOption, UntilOption, iso
 
 
@@ -132,6 +130,7 @@ def show(
 
     Shows sequence, time (UTC), type and payload of everything that is committed; persisters may keep writing.
     """
+    check_consultation(consultation)
     with opened(find_corpus(corpus, folder), consultation) as found:
         typer.echo(f"{found.id}: {count(len(found), 'event')}")
         for event in found:
@@ -145,12 +144,8 @@ def show(
 def opened(path: Path, consultation: str) -> Iterator[Consultation]:
     """Open the corpus at *path* for *consultation*.
 
-    Raises CommandError: that is no consultation's id, the corpus cannot be read, or has no such consultation.
+    Raises CommandError: the corpus cannot be read, or has no such consultation.
     """
-    try:
-        check_consultation_id(consultation)
-    except InvalidIdError as error:
-        raise CommandError(f"{consultation!r} is not a consultation's id: {error}") from None
     try:
         with opened_corpus(path) as corpus:
             yield corpus[consultation]
@@ -253,6 +248,8 @@ def export(
     """
     if (consultation is not None) + bool(every or prefix) != 1:
         raise UsageError("name one consultation, or choose several with --all or --prefix")
+    if consultation is not None:
+        check_consultation(consultation)
     to_file = output is not None and str(output) != "-"
     form = form or (_form(output) if output is not None and to_file else Format.NDJSON)
     if flat and form in (Format.NDJSON, Format.JSON):

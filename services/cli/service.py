@@ -12,14 +12,23 @@ from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from uuid import UUID
 
 import orjson
 import typer
 
-from fiq.client import AsyncClient, ClientError, RetryPolicy, StoredEvent
+from fiq.client import AsyncClient, ClientError, InvalidArgumentError, RetryPolicy, StoredEvent
 from services.cli import console
 from services.cli.errors import CommandError, UsageError
-from services.cli.target import CaFileOption, FolderOption, TokenFileOption, UrlOption, find_service, trusting
+from services.cli.target import (
+    CaFileOption,
+    FolderOption,
+    TokenFileOption,
+    UrlOption,
+    check_consultation,
+    find_service,
+    trusting,
+)
 from services.cli.times import Period, SinceOption
 
 T = TypeVar("T")
@@ -37,8 +46,9 @@ def get(
     patience: PatienceOption = 10,
 ) -> None:
     """Print one event as JSON, in HDF5 or not yet."""
-    asked = _patient(patience)
-    event = _ask(url, folder, token_file, ca_file, lambda client: client.event(consultation, message), retry=asked)
+    check_consultation(consultation)
+    message_id, asked = _message_id(message), _patient(patience)
+    event = _ask(url, folder, token_file, ca_file, lambda client: client.event(consultation, message_id), retry=asked)
     if event is None:
         raise CommandError(f"consultation {consultation!r} has no event {message}")
     for line in console.as_json(_document(event), indent=2).splitlines():
@@ -67,6 +77,8 @@ def follow(
     """
     if (consultation is not None) == every:
         raise UsageError("name one consultation, or choose all of them with --all")
+    if consultation is not None:
+        check_consultation(consultation)
     begin = None if since is None else datetime.fromtimestamp(Period.of(since, None).since // 10**9, UTC)
 
     async def print_all() -> None:
@@ -80,6 +92,13 @@ def follow(
                     typer.echo(console.as_json(_document(event)) if json else _line(event, named=every))
 
     asyncio.run(print_all())
+
+
+def _message_id(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a message id, which is a UUID") from None
 
 
 def _document(event: StoredEvent) -> dict[str, Any]:
@@ -276,11 +295,21 @@ def _ask(
 async def _service(
     url: str | None, folder: Path | None, token_file: Path | None, ca_file: Path | None, retry: RetryPolicy
 ) -> AsyncIterator[AsyncClient]:
-    """Open a client of the service. Raises CommandError: the service refused a request, or did not answer."""
+    """Open a client of the service.
+
+    Raises UsageError: an argument is malformed; CommandError: FI_URL or the token is, or the service refused a request
+    or did not answer.
+    """
     service = find_service(url, folder, token_file)
     try:
-        async with AsyncClient(service.url, service.token, retry=retry, context=trusting(ca_file)) as client:
+        client = AsyncClient(service.url, service.token, retry=retry, context=trusting(ca_file))
+    except InvalidArgumentError as error:
+        raise CommandError(f"{service}: {error}") from None
+    try:
+        async with client:
             yield client
+    except InvalidArgumentError as error:
+        raise UsageError(str(error)) from None
     except ClientError as error:
         token = " (its token: --token-file or FI_TOKEN)" if error.status == 401 else ""
         raise CommandError(f"{service}: {error}{token}") from None

@@ -13,9 +13,10 @@ from typing import Annotated
 
 import typer
 
-from fiq.errors import ConfigurationError
+from fiq.errors import ConfigurationError, InvalidIdError
+from fiq.event import check_consultation_id
 from services.cli.embedded.stack import DEFAULT_FOLDER, StackFolder, StackState
-from services.cli.errors import CommandError, NotRunningError
+from services.cli.errors import CommandError, NotRunningError, UsageError
 from services.core.settings import load
 from services.log.jetstream.connection import Connection, Role, close, connect
 from services.log.settings import LogSettings
@@ -58,7 +59,7 @@ def find_cluster(
 ) -> Target:
     """Return the cluster of *server*, else *folder*, else FI_LOG_URL, else ./.fiq, else with *fallback* the default.
 
-    Raises ConfigurationError: a setting is malformed; NotRunningError: none of them names one.
+    Raises UsageError: *server* is malformed; ConfigurationError: a setting is; NotRunningError: none of them names one.
     """
     if server is not None:
         return _asked_for(env, server)
@@ -83,9 +84,10 @@ def _asked_for(env: Mapping[str, str], server: str) -> Target:
     try:
         return Target(load(LogSettings, {**env, "FI_LOG_URL": server}), None)
     except ConfigurationError as error:  # the option that the user wrote, instead of the setting
-        raise ConfigurationError(
-            [problem.replace("FI_LOG_URL=", "--server ", 1) for problem in error.problems]
-        ) from None
+        problems = [problem.replace("FI_LOG_URL=", "--server ", 1) for problem in error.problems]
+        if all(problem.startswith("--server ") for problem in problems):
+            raise UsageError("; ".join(problems)) from None
+        raise ConfigurationError(problems) from None
 
 
 def _running(env: Mapping[str, str], folder: Path) -> Target:
@@ -112,8 +114,11 @@ def find_service(
 
     There is no default address: whatever listens there would get the events.
 
-    Raises NotRunningError: none of them names one; CommandError: the token cannot be read.
+    Raises UsageError: *url* is malformed; NotRunningError: none of them names one; CommandError: the token cannot be
+    read.
     """
+    if url is not None:
+        _check_url(url)
     token = _token(token_file, env)
     if url is not None:
         return ServiceTarget(url, token, "--url")
@@ -126,6 +131,16 @@ def find_service(
         if folder is not None:
             raise
         raise NotRunningError(f"{error}, or name the service with --url or FI_URL") from None
+
+
+def _check_url(url: str) -> None:
+    from fiq.client import InvalidArgumentError
+    from fiq.client.client import service_url  # with aiohttp, which only commands about a service need
+
+    try:
+        service_url(url)
+    except InvalidArgumentError as error:
+        raise UsageError(f"--url: {error}") from None
 
 
 def _token(file: Path | None, env: Mapping[str, str]) -> str | None:
@@ -174,6 +189,14 @@ def find_corpus(
             return candidate
     looked = " and ".join(str(candidate) for candidate in candidates)
     raise CommandError(f"there is no corpus (looked for {looked}): name its data directory {how}")
+
+
+def check_consultation(consultation: str) -> None:
+    """Raise UsageError unless the argument *consultation* is a consultation's id."""
+    try:
+        check_consultation_id(consultation)
+    except InvalidIdError as error:
+        raise UsageError(f"{consultation!r} is not a consultation's id: {error}") from None
 
 
 def check_is_nats(settings: LogSettings) -> None:

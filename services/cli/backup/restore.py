@@ -47,7 +47,7 @@ from services.cli.backup.backup import (
 )
 from services.cli.backup.cluster import StoreView, fence, look, other_stores
 from services.cli.console import JsonOption, bar, err
-from services.cli.errors import BackupError, CommandError, RestoreRefusedError
+from services.cli.errors import BackupError, CommandError, RestoreRefusedError, UsageError
 from services.cli.target import FolderOption, ServerOption, Target, connected, find_cluster_to_place, find_corpus
 from services.core.settings import load
 from services.log.errors import PlacementError
@@ -85,12 +85,12 @@ def restore(
     left over elsewhere are shut out, and nothing that the backup lacks is trimmed any more. A ZeroMQ log has no stream,
     so what came after the backup does not come back. After an interruption run the command again.
     """
+    if offline and as_store is not None:
+        raise UsageError("--as-store places the partitions of the other store, so it cannot be --offline")
     manifest = Manifest.read(source)
     check_source(source, manifest)
-    if offline and as_store is not None:
-        raise RestoreRefusedError("--as-store places the partitions of the other store, so it cannot be --offline")
-    target = None if offline else find_cluster_to_place(server, folder)
     wanted = manifest if as_store is None else _of_store(manifest, as_store)
+    target = None if offline else find_cluster_to_place(server, folder)
     owner = VolumeIdentity(wanted.volume, wanted.store, wanted.partitions, wanted.stream_created)
     with reserved(to):
         fit = Fit() if target is None else asyncio.run(_fenced(target, wanted, force=force))
@@ -107,7 +107,7 @@ def _of_store(manifest: Manifest, store: str) -> Manifest:
     try:
         load(LogSettings, {"FI_STORE": store})
     except ConfigurationError:
-        raise RestoreRefusedError(f"--as-store {store}: a store has 1 to 32 lower-case letters and digits") from None
+        raise UsageError(f"--as-store {store}: a store has 1 to 32 lower-case letters and digits") from None
     if store == manifest.store:
         raise RestoreRefusedError(f"the backup is of store {store} itself: omit --as-store to put its volume back")
     return replace(manifest, store=store, volume=str(uuid5(UUID(manifest.volume), store)))
@@ -620,7 +620,9 @@ def _others(stores: str | None, store: str) -> frozenset[str] | None:
     if stores is None:
         return None
     named = frozenset(name.strip() for name in stores.split(","))
-    if store not in named or any(parse_key(name) != (name, None) for name in named):
+    if any(parse_key(name) != (name, None) for name in named):
+        raise UsageError("--stores: names of stores, 1 to 32 lower-case letters and digits each, separated by commas")
+    if store not in named:
         raise CommandError(f"--stores names all stores, that of this directory too: {store}")
     return named - {store}
 

@@ -23,7 +23,7 @@ import nkeys
 import typer
 
 from fiq.words import count
-from services.cli.errors import CommandError
+from services.cli.errors import CommandError, UsageError
 from services.cli.init.files import PUBLIC_MODE, ContainerRole, FileOwner, Layout, Secrets
 from services.cli.init.keys import (
     Authority,
@@ -146,7 +146,7 @@ def init(
     Renewing needs no downtime: docs/security.md has the steps.
     """
     if rotate is not None and encrypt:
-        raise CommandError("--encrypt cannot be combined with --rotate: it applies to the first run only")
+        raise UsageError("--encrypt cannot be combined with --rotate: it applies to the first run only")
     if curve:
         names = [name.strip() for name in curve.split(",") if name.strip()]
         _print_changes(folder, make_curve_keys(folder, _curve_owner(_parse_owner(owner), Layout(folder)), names))
@@ -180,20 +180,20 @@ def _hosts(value: str) -> list[str]:
     try:
         hosts = [check_host(part.strip()) for part in value.split(",") if part.strip()]
     except ValueError as error:
-        raise CommandError(f"--hosts: {error}") from None
+        raise UsageError(f"--hosts: {error}") from None
     if len(set(hosts)) < len(hosts):
-        raise CommandError("--hosts: each host has one node; name it once")
+        raise UsageError("--hosts: each host has one node; name it once")
     if len(hosts) == 2 or len(hosts) > 99:
-        raise CommandError(f"--hosts: {count(len(hosts), 'node')} cannot be a cluster; name three or five hosts")
+        raise UsageError(f"--hosts: {count(len(hosts), 'node')} cannot be a cluster; name three or five hosts")
     return hosts
 
 
-def _parse_owner(value: str, name: str = "--owner ") -> FileOwner | None:
+def _parse_owner(value: str, name: str = "--owner ", error: type[CommandError] = UsageError) -> FileOwner | None:
     if not value:
         return None
     match = _OWNER.fullmatch(value)
     if match is None:
-        raise CommandError(f"{name}{value}: give numbers, such as 10001 or 10001:10001")
+        raise error(f"{name}{value}: give numbers, such as 10001 or 10001:10001")
     return FileOwner(int(match[1]), int(match[2] or match[1]))
 
 
@@ -214,7 +214,7 @@ def _users(layout: Layout, owner: FileOwner | None) -> dict[ContainerRole, FileO
     for role, default in CONTAINER_USERS.items():
         found = re.findall(rf"""^[ ]*{role.variable}[ ]*=[ ]*["']?([^\s"'#]*)""", text, re.MULTILINE)
         value = found[-1] if found else ""
-        users[role] = _parse_owner(value, f"{layout.environment}: {role.variable}=") or default
+        users[role] = _parse_owner(value, f"{layout.environment}: {role.variable}=", CommandError) or default
         if owner not in {None, users[role]}:
             raise CommandError(
                 f"{layout.environment} has {role.variable}={users[role]}: change it there, and leave --owner out"

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from services.cli.errors import CommandError
+from services.cli.errors import CommandError, UsageError
 from services.cli.init.files import FileOwner, Layout, Secrets
 
 #: validity of the authority; replacing it means to change every process
@@ -202,11 +202,11 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}", re.ASCII)
 def make_curve_keys(folder: Path, owner: FileOwner, names: Sequence[str]) -> list[str]:
     """Make the keys that are missing in *folder*; return what was done, a line each.
 
-    Raises CommandError: a name is malformed, or a public key has lost its file.
+    Raises UsageError: a name is malformed; CommandError: a public key has lost its file.
     """
     for name in names:
         if _NAME.fullmatch(name) is None or name == SERVER:
-            raise CommandError(f"--curve {name}: names are lower-case letters, digits and hyphens, but not {SERVER}")
+            raise UsageError(f"--curve {name}: names are lower-case letters, digits and hyphens, but not {SERVER}")
     layout = Layout(folder.absolute())
     secrets = Secrets(layout.folder, lambda path: FileOwner.myself() if path == layout.folder else owner)
     keys = layout.secrets / "zmq"

@@ -484,7 +484,7 @@ def test_hosts_that_make_no_cluster_are_refused(tmp_path: Path, hosts: str, prob
     """Before anything is made."""
     done = init(tmp_path / "deployment", "--hosts", hosts)
 
-    assert 1 == done.exit_code
+    assert 2 == done.exit_code
     assert problem in done.output
     assert not (tmp_path / "deployment").exists()
 
@@ -494,7 +494,7 @@ def test_an_owner_that_is_no_number_is_refused(tmp_path: Path, owner: str) -> No
     """Names mean other users in a container."""
     done = CliRunner().invoke(app, ["init", str(tmp_path / "deployment"), f"--owner={owner}"])
 
-    assert (1, False) == (done.exit_code, (tmp_path / "deployment").exists())
+    assert (2, False) == (done.exit_code, (tmp_path / "deployment").exists())
 
 
 # -- renewing ---------------------------------------------------------------------------------------------------------

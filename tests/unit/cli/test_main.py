@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import typer
@@ -82,11 +83,7 @@ def test_wrong_usage_exits_with_2(runner: CliRunner, arguments: list[str]) -> No
         (["show", "c-1"], "--corpus"),
         (["export", "c-1"], "--corpus"),
         (["status", "--folder", "elsewhere"], "elsewhere"),
-        (["provision", "--server", "http://127.0.0.1:1"], "--server 'http://127.0.0.1:1'"),
-        (["status", "--server", "foo"], "--server 'foo'"),
         (["show", "c-1", "--corpus", "nowhere"], "nowhere"),
-        (["show", "a/b", "--corpus", "."], "'a/b' is not a consultation's id: "),
-        (["show", "", "--corpus", "."], "'' is not a consultation's id: "),
         (["up", "--folder", "/dev/null"], "/dev/null is not a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
@@ -100,6 +97,59 @@ def test_a_failure_is_one_line_that_says_what_to_do(runner: CliRunner, arguments
     assert result.stderr.startswith("fiq: ")
     assert result.stderr.count("\n") == 1
     assert advice in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["provision", "--server", "http://127.0.0.1:1"], "--server 'http://127.0.0.1:1': expected nats://HOST:PORT"),
+        (["status", "--server", "foo"], "--server 'foo': expected nats://HOST:PORT"),
+        (["show", "a b"], "'a b' is not a consultation's id: "),
+        (["show", "a/b", "--corpus", "."], "'a/b' is not a consultation's id: "),
+        (["show", "", "--corpus", "."], "'' is not a consultation's id: "),
+        (["export", "a b"], "'a b' is not a consultation's id: "),
+        (["get", "a b", str(UUID(int=1))], "'a b' is not a consultation's id: "),
+        (["get", "c-1", "abc"], "'abc' is not a message id, which is a UUID"),
+        (["get", "c-1", str(UUID(int=1)), "--url", "127.0.0.1:7001"], "--url: the URL of the service is http://host"),
+        (["follow", "a b"], "'a b' is not a consultation's id: "),
+        (["follow", "c-1", "--type", "", "--url", "http://127.0.0.1:1"], "an event type is a string that is not empty"),
+        (["dead", "list", "--url", "127.0.0.1:7001"], "--url: the URL of the service is http://host:port"),
+        (["post", "-", "--url", "127.0.0.1:7001"], "--url: the URL of the service is http://host:port"),
+        (["post", "-", "--consultation", "a b"], "a consultation id is 1 to 128 characters"),
+        (["init", "d", "--hosts", "a,b"], "--hosts: 2 nodes cannot be a cluster"),
+        (["init", "d", "--hosts", "a,-b,c"], "--hosts: '-b' is neither a host name nor an address"),
+        (["init", "d", "--owner", "fiq"], "--owner fiq: give numbers"),
+        (["init", "d", "--curve", "Server"], "--curve Server: names are lower-case letters"),
+        (["init", "d", "--encrypt", "--rotate", "users"], "--encrypt cannot be combined with --rotate"),
+        (["restore", "b", "--to", "d", "--offline", "--as-store", "s"], "so it cannot be --offline"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_malformed_argument_is_wrong_usage(runner: CliRunner, arguments: list[str], reason: str) -> None:
+    """It is named in one line, before anything else that the command needs is looked for."""
+    result = runner.invoke(app, arguments)
+
+    assert 2 == result.exit_code
+    assert "" == result.stdout
+    assert result.stderr.startswith("fiq: ")
+    assert 1 == result.stderr.count("\n")
+    assert reason in result.stderr
+    assert [] == list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"FI_URL": "127.0.0.1:7001"}, "127.0.0.1:7001 (FI_URL): the URL of the service is http://host:port"),
+        ({"FI_URL": "http://127.0.0.1:1", "FI_TOKEN": "a b"}, "(FI_URL): a token is one word of visible ASCII"),
+    ],
+)
+def test_a_malformed_setting_is_a_failure(runner: CliRunner, variables: dict[str, str], reason: str) -> None:
+    """The arguments are right, so the exit code is 1."""
+    result = runner.invoke(app, ["get", "c-1", str(UUID(int=1))], env=variables)
+
+    assert 1 == result.exit_code
+    assert reason in result.stderr
 
 
 @pytest.mark.parametrize(
