@@ -96,18 +96,17 @@ def test_a_reader_in_another_process_follows_a_working_writer(path: Path) -> Non
 
 
 def test_a_live_corpus_is_verified_while_its_writer_commits(path: Path) -> None:
-    """Each verification sees a whole commit, and more than the one before; the writer is not stopped."""
+    """Each verification sees a whole commit, at least the one before it; the writer is not stopped."""
     writer = subprocess.Popen([sys.executable, "-c", _WITH_CHECKPOINTS, str(path)], stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     try:
-        seen = []
+        seen = 0
         for _ in range(15):
-            committed = int(writer.stdout.readline())
+            committed = next(number for number in map(int, writer.stdout) if number > seen)
             report = verify_corpus(path)
             assert () == report.problems
             assert committed <= report.events == report.partitions[0].committed
-            seen.append(report.events)
-        assert sorted(set(seen)) == seen
+            seen = report.events
         assert writer.poll() is None
     finally:
         writer.kill()
