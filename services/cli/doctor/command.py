@@ -128,6 +128,7 @@ def _examine(one: Installation, clock_offset: float, held_back: float) -> Iterat
     yield from host.check_open_files()
     yield from host.check_memory(persister)
     yield from host.check_secrets(one.env)
+    yield from host.check_users(one.env)
 
     snapshot: ClusterSnapshot | None
     if settings.uses_zeromq:  # there are no nodes

@@ -25,7 +25,9 @@ from fiq.words import count
 from services.cli import monitoring
 from services.cli.backup.backup import read_volume
 from services.cli.doctor.cluster import TIMEOUT
-from services.cli.errors import BackupError
+from services.cli.errors import BackupError, CommandError
+from services.cli.init.deployment import container_users
+from services.cli.init.files import ContainerRole, Layout
 from services.cli.status import ClusterSnapshot, Worker
 from services.core.command import memory_limit, product_version
 from services.log.findings import Finding, error, ok, unknown, warning
@@ -119,6 +121,34 @@ def check_secrets(env: Mapping[str, str]) -> Iterator[Finding]:
             yield error("permissions", f"{path} has mode {mode:04o}", meaning, action)
         else:
             yield ok("permissions", f"only its owner can read {path}")
+
+
+def check_users(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Check that each role of a deployment has a user of its own.
+
+    The container `ops` has the users of all in its environment. Elsewhere they are in the .env of the deployment whose
+    seed FI_NATS_SEED_FILE names; without one nothing is checked.
+    """
+    users = {role: env[role.variable] for role in ContainerRole if env.get(role.variable)}
+    seed = Path(env.get("FI_NATS_SEED_FILE", "")).absolute()
+    layout = Layout(seed.parents[2]) if len(seed.parents) > 2 else None
+    if not users and layout is not None and seed.parent == layout.users:
+        try:
+            users = {role: str(user) for role, user in (container_users(layout) or {}).items()}
+        except CommandError as problem:
+            yield unknown("permissions", str(problem), "see the message; then run fiq doctor again")
+    if not users:
+        return
+    roles: dict[str, list[str]] = {}
+    for role, user in users.items():
+        roles.setdefault(user.partition(":")[0], []).append(role)
+    if shared := [f"{', '.join(names)} as {uid}" for uid, names in roles.items() if len(names) > 1]:
+        meaning = "an intruder in one of them reaches the secrets and data of all"
+        action = "give each role a user of its own, as root: docs/security.md, `Users of the containers`"
+        yield warning("permissions", f"containers share a user: {'; '.join(shared)}", meaning, action)
+    else:
+        each = ", ".join(f"{role} {user}" for role, user in users.items())
+        yield ok("permissions", f"each role has a user of its own: {each}")
 
 
 # -- The data directory ----------------------------------------------------------------------------------------------

@@ -206,19 +206,31 @@ def _curve_owner(owner: FileOwner | None, layout: Layout) -> FileOwner:
 
 def _users(layout: Layout, owner: FileOwner | None) -> dict[ContainerRole, FileOwner]:
     """Return the user of each role: what .env says, or *owner*, or the default of a new deployment."""
-    text = _read_environment(layout.environment)
-    if text is None:
+    users = container_users(layout)
+    if users is None:
         mine = owner or _only_user(layout) or (None if os.geteuid() == 0 else FileOwner.myself())
         return dict(CONTAINER_USERS) if mine is None else dict.fromkeys(ContainerRole, mine)
+    for role, user in users.items():
+        if owner not in {None, user}:
+            raise CommandError(
+                f"{layout.environment} has {role.variable}={user}: change it there, and leave --owner out"
+            )
+    return users
+
+
+def container_users(layout: Layout) -> dict[ContainerRole, FileOwner] | None:
+    """Return the user of each role by .env, else the default of the compose files; None when there is no .env.
+
+    Raises CommandError: it cannot be read, or a user in it is malformed.
+    """
+    text = _read_environment(layout.environment)
+    if text is None:
+        return None
     users = {}
     for role, default in CONTAINER_USERS.items():
         found = re.findall(rf"""^[ ]*{role.variable}[ ]*=[ ]*["']?([^\s"'#]*)""", text, re.MULTILINE)
         value = found[-1] if found else ""
         users[role] = _parse_owner(value, f"{layout.environment}: {role.variable}=", CommandError) or default
-        if owner not in {None, users[role]}:
-            raise CommandError(
-                f"{layout.environment} has {role.variable}={users[role]}: change it there, and leave --owner out"
-            )
     return users
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from fiq.corpus.wal import storage
 from services.cli.doctor import host
 from services.cli.embedded.processes import LOOPBACK, free_ports
+from services.cli.init.files import ContainerRole, Layout
 from services.cli.main import app
 from services.log.findings import Level
 from services.persister.settings import PersisterSettings
@@ -86,6 +87,33 @@ def test_a_secret_that_others_can_read_is_an_error(tmp_path: Path, variable: str
     seed.chmod(0o600)
     fine(host.check_secrets(env))
     assert [] == list(host.check_secrets({}))
+
+
+def test_roles_that_share_a_user_are_a_warning() -> None:
+    """The container `ops` has the users of all; a common group is fine, and on several hosts some are absent."""
+    env = {role.variable: f"{10001 + number}:10001" for number, role in enumerate(ContainerRole)}
+    fine(host.check_users(env))
+    fine(host.check_users({name: env[name] for name in list(env)[:3]}))
+    shared = env | {ContainerRole.NODES.variable: "1000:1000", ContainerRole.INGEST.variable: "1000:2000"}
+    finding = only(host.check_users(shared), Level.WARNING)
+    assert "containers share a user: nodes, ingest as 1000" == finding.what
+    assert "docs/security.md" in finding.action
+    assert [] == list(host.check_users({}))
+
+
+def test_outside_a_container_the_deployments_own_file_says_whether_roles_share_a_user(tmp_path: Path) -> None:
+    """It is found by the seed that the variables name; elsewhere no users are known."""
+    seed = Layout(tmp_path).seed("ops")
+    env = {"FI_NATS_SEED_FILE": str(seed)}
+    assert [] == list(host.check_users(env))
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("FIQ_SECRETS=./secrets\n")  # the compose files' defaults
+    fine(host.check_users(env))
+    dotenv.write_text("".join(f"{role.variable}=1000:1000\n" for role in ContainerRole))
+    assert "as 1000" in only(host.check_users(env), Level.WARNING).what
+    dotenv.write_text("FIQ_INGEST_USER=ingest\n")
+    assert "give numbers" in only(host.check_users(env), Level.UNKNOWN).what
+    assert [] == list(host.check_users({"FI_NATS_SEED_FILE": "user.seed"}))
 
 
 def test_a_data_directory_that_every_user_can_read_is_an_error(directory: Path) -> None:

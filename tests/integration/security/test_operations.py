@@ -68,7 +68,7 @@ async def placing(secured: Secured, *arguments: object) -> Outcome:
 
 
 async def test_what_operators_run_needs_no_more_than_their_users_may(provisioned: Secured, tmp_path: Path) -> None:
-    """A lost volume comes back, twice, and the doctor finds certificates, and nothing wrong that it can see."""
+    """A lost volume comes back, twice; the doctor finds certificates, and nothing wrong but the user of all roles."""
     secured, data, saved = provisioned, tmp_path / "data", tmp_path / "saved"
     own = {**secured.environment(Role.PERSISTER), **LOG}
     async with secured.connected(Role.INGEST) as nc, secured.connected(Role.PROVISIONER) as provisioner:
@@ -87,9 +87,9 @@ async def test_what_operators_run_needs_no_more_than_their_users_may(provisioned
 
             done = await ops(secured, "doctor", "--corpus", data, "--json")
             report = orjson.loads(done.out)
-            assert (0, "ok") == (done.code, report["worst"]), [
-                one for one in report["findings"] if one["level"] != "ok"
-            ]
+            wrong = [one["what"] for one in report["findings"] if one["level"] != "ok"]
+            assert (0, "warning", 1) == (done.code, report["worst"], len(wrong)), wrong
+            assert wrong[0].startswith("containers share a user: ")  # the secrets were made for one owner
             certificates = [one["what"] for one in report["findings"] if one["check"] == "certificates"]
             assert 4 == len(certificates)  # three nodes and the authority
             # reported through the log: the monitoring port is open to the node alone

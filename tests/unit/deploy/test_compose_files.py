@@ -75,6 +75,15 @@ def test_each_variable_that_is_passed_is_a_setting(file: str, service: str) -> N
     assert set() == {name for name in environment(file, service) if name.startswith("FI_")} - known - OF_COMMANDS
 
 
+@pytest.mark.parametrize("file", DECIDED)
+def test_the_doctor_knows_the_users_of_the_containers(file: str) -> None:
+    """Each that a service of the file runs as, with the same default."""
+    services = yaml.safe_load((DEPLOYMENT / file).read_text(encoding="utf-8"))["services"]
+    users = {str(one["user"]) for one in services.values() if "FIQ_" in str(one.get("user"))}
+
+    assert users == {value for name, value in environment(file, "ops").items() if name.startswith("FIQ_")}
+
+
 @pytest.mark.parametrize("service", ["ingest", "persister"])
 @pytest.mark.parametrize("file", DECIDED)
 def test_spans_can_be_asked_for_in_dotenv(file: str, service: str) -> None:
