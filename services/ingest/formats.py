@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from fiq.event import (
     without_line_breaks,
 )
 from fiq.event import read_body as read_json_object
+from fiq.json_text import PAUSE_BYTES, SPACE, Slice, end_of, slice_object, slices
 from services.ingest import problems
 from services.ingest.admission import Reservation
 from services.ingest.problems import RequestRefusedError
@@ -279,14 +279,6 @@ class BatchEvent(NamedTuple):
         return self.event.consultation, self.event.event_id.bytes
 
 
-class Slice(NamedTuple):
-    """Where a part of a text is: its number, from 1, and its bytes from *begin* up to *end*."""
-
-    number: int
-    begin: int
-    end: int
-
-
 class _Turns:
     """Divides a long batch's work into turns, between which other requests go on."""
 
@@ -393,7 +385,7 @@ def _split_lines(raw: bytes) -> Iterator[Slice | None]:
     """Yield the lines of NDJSON that are not empty, with their numbers; None after empty ones. LF or CR LF ends one."""
     number, position = 1, 0
     while position < len(raw):
-        begin = _end(_LINE_ENDS, raw, position, position + _PAUSE_BYTES)
+        begin = end_of(_LINE_ENDS, raw, position, position + PAUSE_BYTES)
         if begin > position:
             number += raw.count(b"\n", position, begin)
             position = begin
@@ -409,7 +401,7 @@ def _split_array(raw: bytes) -> Iterator[Slice | None]:
 
     Raises RequestRefusedError: it is not an array, or does not end as one. If each element is valid JSON, it is.
     """
-    if raw.lstrip(_SPACE)[:1] not in (b"[", b""):
+    if raw.lstrip(SPACE)[:1] not in (b"[", b""):
         raise RequestRefusedError(problems.INVALID_BATCH, "The body is not a JSON array.")
     try:
         yield from slices(raw)
@@ -417,13 +409,14 @@ def _split_array(raw: bytes) -> Iterator[Slice | None]:
         raise RequestRefusedError(problems.INVALID_JSON, f"The body is not one JSON array: {error}.") from None
 
 
+_LINE_ENDS = re.compile(rb"[\r\n]*+")
 #: bytes of UTF-8 that begin no character
 _CONTINUATION = bytes(range(0x80, 0xC0))
 
 
 def not_json(raw: bytes, offset: int) -> RequestRefusedError:
     """Return what the client gets whose body *raw* is not JSON from *offset* on: where, and nothing of the body."""
-    if not raw.strip(_SPACE):
+    if not raw.strip(SPACE):
         return RequestRefusedError(problems.INVALID_JSON, "The body is empty.")
     line = raw.count(b"\n", 0, offset) + 1
     return RequestRefusedError(
@@ -435,101 +428,6 @@ def _column(raw: bytes, offset: int) -> int:
     """Return the number of the character at *offset* in its line, from 1."""
     begin = raw.rfind(b"\n", 0, offset) + 1
     return len(raw[begin:offset].translate(None, _CONTINUATION)) + 1
-
-
-# -- slices of JSON text ----------------------------------------------------------------------------------------------
-#
-# They find where the parts of an array or object begin and end, so that these can be kept byte for byte. Only strings,
-# brackets and commas are looked at; whether the parts are JSON shows when they are parsed.
-
-_STRING = rb'"(?:[^"\\]++|\\.)*+"'
-#: a string without very many escapes; what follows a string's first quote, until its end or so many escapes
-_SHORT_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+){0,200}+"'
-_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+){0,200}+', re.DOTALL)
-#: an array or object without others in it
-_FLAT = rb'[\[{][^"\[\]{}]*+(?:%b[^"\[\]{}]*+){0,20}+[\]}]' % _SHORT_STRING
-#: the next token outside strings: at the top level a comma counts, deeper only brackets; a quote after many strings
-_AT_TOP, _INSIDE = (
-    re.compile(rb"[^%b]*+(?:(?:%b|%b)[^%b]*+){0,50}+([%b]?)" % (stop, _SHORT_STRING, _FLAT, stop, stop), re.DOTALL)
-    for stop in (rb'"\[\]{},', rb'"\[\]{}')
-)
-_NAME = re.compile(rb"[ \t\r\n]*+(" + _STRING + rb")[ \t\r\n]*+:", re.DOTALL)
-_SPACE = b" \t\r\n"
-_SPACES, _LINE_ENDS = re.compile(rb"[ \t\r\n]*+"), re.compile(rb"[\r\n]*+")
-_CLOSING = {b"[": b"]", b"{": b"}"}
-#: a step of :func:`slices` takes at most some milliseconds; after so many steps or bytes it lets its caller pause
-_PAUSE_STEPS, _PAUSE_BYTES = 1000, 2**16
-
-
-def slice_array(raw: bytes) -> Iterator[bytes]:
-    """Yield the text of each element of the JSON array *raw*, without the white space around it."""
-    return (raw[one.begin : one.end] for one in slices(raw) if one is not None)
-
-
-def slice_object(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield the name of each member of the JSON object *raw* and the text of its value."""
-    for part in slice_array(raw):
-        name = _NAME.match(part)
-        assert name is not None
-        yield orjson.loads(name[1]), part[name.end() :].strip(_SPACE)
-
-
-def slices(raw: bytes) -> Iterator[Slice | None]:
-    """Yield where the parts between the commas of the array or object *raw* are; None after some work.
-
-    Raises ValueError: *raw* is neither, or it does not end where its last bracket closes.
-    """
-    position = _end(_SPACES, raw, 0) + 1
-    closing = _CLOSING.get(raw[position - 1 : position])
-    if closing is None:
-        raise ValueError("it is neither an array nor an object")
-    begin, number, depth, in_string = position, 1, 1, False
-    steps, paused = 0, position
-    while depth:
-        steps += 1
-        if steps > _PAUSE_STEPS or position - paused > _PAUSE_BYTES:
-            yield None
-            steps, paused = 0, position
-        if in_string:
-            position = _end(_IN_STRING, raw, position) + 1
-            in_string = raw[position - 1 : position] != b'"'
-            if in_string and position >= len(raw):
-                raise ValueError("a string does not end")
-            position -= in_string
-            continue
-        found = (_AT_TOP if depth == 1 else _INSIDE).match(raw, position)
-        assert found is not None
-        position, token = found.end(), found[1]
-        if token == b'"':
-            in_string = True
-        elif token in _CLOSING:
-            depth += 1
-        elif token == b",":
-            yield _trimmed(raw, number, begin, position - 1)
-            begin = position
-            number += 1
-        elif token:
-            depth -= 1
-        else:
-            raise ValueError("a bracket is not closed")
-    if token != closing or _end(_SPACES, raw, position) != len(raw):
-        raise ValueError("its last bracket is another one, or is not the end")
-    last = _trimmed(raw, number, begin, position - 1)
-    if number > 1 or last.begin < last.end:
-        yield last
-
-
-def _end(pattern: re.Pattern[bytes], raw: bytes, position: int, until: int = sys.maxsize) -> int:
-    """Return where *pattern*, which always matches, ends."""
-    found = pattern.match(raw, position, until)
-    assert found is not None
-    return found.end()
-
-
-def _trimmed(raw: bytes, number: int, begin: int, end: int) -> Slice:
-    """Return the slice without the white space around it."""
-    begin = min(_end(_SPACES, raw, begin), end)
-    return Slice(number, begin, begin + len(raw[begin:end].rstrip(_SPACE)))
 
 
 # -- CloudEvents 1.0 over HTTP (docs/http.md) -------------------------------------------------------------------------

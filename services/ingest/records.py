@@ -8,7 +8,8 @@ from typing import Any
 
 import orjson
 
-from services.ingest.formats import is_cloudevent, slice_object
+from fiq.json_text import slice_object
+from services.ingest.formats import is_cloudevent
 from services.log.protocol import SequencedEvent
 from services.log.questions import StoredConsultation
 
