@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -25,6 +25,7 @@ from uuid import UUID
 import orjson
 
 from fiq.errors import InvalidIdError, PoisonError
+from fiq.json_text import Part, deeper_than, parts
 
 #: the form of a consultation id
 CONSULTATION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
@@ -51,6 +52,9 @@ _MAX_NS = 2**63 - 1
 _LONG_INTEGER = re.compile(rb"[0-9]{19}")
 #: digits of an integer, at most: Python's own limit
 _MOST_DIGITS = 4300
+#: a longer body is parsed in parts: a parser makes some 40 bytes of each byte of small objects
+_LONG_BYTES = 2**16
+_NOT_JSON = "the body is not valid JSON in UTF-8"
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
 _PARENT = re.compile(
     r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<ids>(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16})-[0-9a-f](?P<flags>[0-9a-f])"
@@ -62,17 +66,11 @@ _MEMBER = re.compile(
 )
 #: last digits of flags with the lowest bit, ``sampled``
 _SAMPLED = frozenset("13579bdf")
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 #: members of an event that this project reads, here and from HDF5
 OWN_MEMBERS = ("event_type", "payload", "consultation_id", "event_id", "cloudevent", "data_base64")
 _QUOTED_MEMBERS = tuple((name, f'"{name}"'.encode()) for name in OWN_MEMBERS)
 #: an escape of a character that their names have
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:3[0-9]|5[fF]|[67])")
-_SAME_BRACKETS = bytes.maketrans(b"{}", b"[]")
-_STEP = {ord("["): 1, ord("]"): -1}
-#: innermost levels of brackets that are removed before the others are counted
-_INNERMOST = 3
 
 
 def _spelled(name: str) -> str:
@@ -195,13 +193,18 @@ class NotJsonError(InvalidBodyError):
         self.offset = offset
 
     @classmethod
-    def of(cls, message: str, raw: bytes, error: orjson.JSONDecodeError) -> NotJsonError:
-        """Make one from the parser's *error* about *raw*, which holds the document and must not be kept."""
+    def of(cls, message: str, raw: bytes, error: orjson.JSONDecodeError, part: Part | None = None) -> NotJsonError:
+        """Make one from the parser's *error* about *raw*, or a *part* of it.
+
+        The *error* holds the document and must not be kept.
+        """
         try:
             text = raw.decode()
         except UnicodeDecodeError as invalid:
             return cls(message, invalid.start)
-        return cls(message, len(text[: error.pos].encode()))
+        if part is None:
+            return cls(message, len(text[: error.pos].encode()))
+        return cls(message, part.begin - part.lead + len(part.text.decode()[: error.pos].encode()))
 
 
 def check_body(raw: bytes) -> bytes:
@@ -214,36 +217,73 @@ def check_body(raw: bytes) -> bytes:
 
 
 def read_body(raw: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Return *raw* as :func:`check_body` does, and the object that it holds; raises the same errors."""
+    """Return *raw* as :func:`check_body` does, and the object that it holds; raises the same errors.
+
+    The object of a long body has :data:`OWN_MEMBERS` only, and its arrays and objects are empty.
+    """
+    members, repeated = _read_whole(raw) if len(raw) <= _LONG_BYTES else _read_in_parts(raw)
+    if members is None:
+        raise InvalidBodyError("an event is a JSON object")
+    event_type = members.get("event_type")
+    if not isinstance(event_type, str) or not event_type:
+        raise InvalidBodyError("event_type is required: a string that is not empty")
+    for name in OWN_MEMBERS if repeated else ():
+        if name in repeated:
+            raise InvalidBodyError(f"{name} occurs more than once: keep one, because readers would not agree on which")
+    return without_line_breaks(raw), members
+
+
+def _read_whole(raw: bytes) -> tuple[dict[str, Any] | None, Collection[str]]:
+    """Return the object in *raw*, None if it is something else; and which of OWN_MEMBERS it has more than once.
+
+    Raises NotJsonError.
+    """
     try:
         document = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         # the parser's own message may quote the body; `from None` keeps its document out of tracebacks
-        raise NotJsonError.of("the body is not valid JSON in UTF-8", raw, error) from None
+        raise NotJsonError.of(_NOT_JSON, raw, error) from None
     if not isinstance(document, dict):
-        raise InvalidBodyError("an event is a JSON object")
-    event_type = document.get("event_type")
-    if not isinstance(event_type, str) or not event_type:
-        raise InvalidBodyError("event_type is required: a string that is not empty")
-    _check_own_members(raw, document)
-    return without_line_breaks(raw), document
+        return None, ()
+    return document, _repeated(raw, document)
 
 
-def _check_own_members(raw: bytes, document: dict[str, Any]) -> None:
-    """Check that each of :data:`OWN_MEMBERS` occurs at most once in *raw*, the text of *document*.
+def _read_in_parts(raw: bytes) -> tuple[dict[str, Any] | None, Collection[str]]:
+    """Do as :func:`_read_whole`, with what the parser makes of one part in memory at a time."""
+    members: dict[str, Any] = {}
+    repeated: set[str] = set()
+    is_object = False
+    for part in parts(raw):
+        try:
+            document = orjson.loads(part.text)
+        except orjson.JSONDecodeError as error:
+            raise NotJsonError.of(_NOT_JSON, raw, error, part) from None
+        is_object = isinstance(document, dict)
+        if not is_object:
+            continue
+        repeated.update(_repeated(part.text, document))
+        for name in OWN_MEMBERS:
+            if name in document:
+                if name in members:
+                    repeated.add(name)
+                value = document[name]
+                members[name] = type(value)() if isinstance(value, list | dict) else value
+    return members if is_object else None, repeated
+
+
+def _repeated(raw: bytes, document: dict[str, Any]) -> Collection[str]:
+    """Return which of :data:`OWN_MEMBERS` occur more than once in *raw*, the text of *document*.
 
     Of equal names some parsers take the last and others the first, so a reader could see another event than the one
     that was checked. Most events cost some counts. Where a name occurs twice, perhaps in a nested object, each
     occurrence gets a number of its own; then the parser finds how many are members of the event itself.
-
-    Raises InvalidBodyError: one occurs more than once.
     """
     for name, quoted in _QUOTED_MEMBERS:
         if name in document and raw.count(quoted) > 1:
             break
     else:
         if b"\\u00" not in raw or _ESCAPED_LETTER.search(raw) is None:
-            return
+            return ()
     numbers = itertools.count()
 
     def marked(match: re.Match[bytes]) -> bytes:
@@ -251,9 +291,16 @@ def _check_own_members(raw: bytes, document: dict[str, Any]) -> None:
 
     names = (name.partition("\0fiq") for name in orjson.loads(_MEMBER_NAME.sub(marked, raw)))
     found = Counter(name for name, mark, _ in names if mark)
-    for name in OWN_MEMBERS:
-        if found[name] > 1:
-            raise InvalidBodyError(f"{name} occurs more than once: keep one, because readers would not agree on which")
+    return [name for name in OWN_MEMBERS if found[name] > 1]
+
+
+def check_json(raw: bytes, message: str) -> None:
+    """Raise NotJsonError with *message* unless *raw* is JSON in UTF-8; a long one is parsed in parts."""
+    for part in parts(raw) if len(raw) > _LONG_BYTES else (Part(raw, 0, 0),):
+        try:
+            orjson.loads(part.text)
+        except orjson.JSONDecodeError as error:
+            raise NotJsonError.of(message, raw, error, part) from None
 
 
 def parse_exactly(raw: bytes) -> Any:
@@ -279,26 +326,6 @@ def check_depth(body: bytes, limit: int) -> None:
     """Raise InvalidBodyError if objects and arrays of *body*, a valid event, are nested more than *limit* deep."""
     if deeper_than(body, limit):
         raise InvalidBodyError(f"more than {limit} levels deep")
-
-
-def deeper_than(raw: bytes, limit: int) -> bool:
-    """Return whether objects and arrays of *raw*, a valid JSON text, are nested more than *limit* deep.
-
-    Most events have fewer brackets than the limit and cost two counts. Of others, the strings are removed (brackets in
-    them mean nothing), then the innermost levels, which are most brackets, and the others are counted one by one.
-    """
-    if raw.count(b"{") + raw.count(b"[") <= limit:
-        return False
-    brackets = _STRING.sub(b"", raw).translate(_SAME_BRACKETS, _NOT_BRACKETS)
-    removed = min(_INNERMOST, limit)
-    for _ in range(removed):
-        brackets = brackets.replace(b"[]", b"")
-    depth = removed
-    for bracket in brackets:
-        depth += _STEP[bracket]
-        if depth > limit:
-            return True
-    return False
 
 
 # -- The trace of a request (W3C Trace Context, level 1: https://www.w3.org/TR/trace-context-1/) ----------------------

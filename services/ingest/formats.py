@@ -31,6 +31,7 @@ from fiq.event import (
     Trace,
     check_consultation_id,
     check_depth,
+    check_json,
     event_id_from_key,
     event_id_of_cloudevent,
     event_id_of_line,
@@ -444,6 +445,7 @@ _DATA, _DATA_BASE64 = "data", "data_base64"
 #: names that are CloudEvents' own, not the client's
 _OWN_NAMES = frozenset({*_REQUIRED, "subject", "time", "datacontenttype", "dataschema", _DATA, _DATA_BASE64})
 _ATTRIBUTE = re.compile(r"[a-z0-9]{1,64}", re.ASCII)
+_OBJECT = re.compile(rb"[ \t\r\n]*+\{")
 _JSON_TYPE = re.compile(r"[^/]+/(?:[^+]+\+)?json", re.IGNORECASE)
 
 
@@ -452,23 +454,26 @@ def parse_cloudevent(raw: bytes) -> ParsedEvent:
 
     Raises PoisonError: it is not a CloudEvent. The message quotes nothing of it.
     """
-    try:
-        document = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise NotJsonError.of("a CloudEvent is a JSON object in UTF-8", raw, error) from None
-    if not isinstance(document, dict):
+    check_json(raw, "a CloudEvent is a JSON object in UTF-8")
+    if _OBJECT.match(raw) is None:
         raise InvalidBodyError("a CloudEvent is a JSON object")
     members: dict[str, bytes] = {}
     for name, text in slice_object(raw):
         if name in members:
             raise _twice(name)
         members[name] = text
-    attributes = {name: value for name, value in document.items() if name not in (_DATA, _DATA_BASE64)}
-    if _DATA in document and document.get(_DATA_BASE64) is not None:
+    attributes = {name: _value(text) for name, text in members.items() if name != _DATA}
+    base64_data = attributes.pop(_DATA_BASE64, None)
+    if _DATA in members and base64_data is not None:
         raise InvalidBodyError("a CloudEvent has data or data_base64, not both")
-    if document.get(_DATA_BASE64) is not None:
-        return _assemble(attributes, _from_base64(document[_DATA_BASE64], attributes))
+    if base64_data is not None:
+        return _assemble(attributes, _from_base64(base64_data, attributes))
     return _assemble(attributes, {"payload": members[_DATA]} if _DATA in members else {})
+
+
+def _value(text: bytes) -> Any:
+    """Return the value of the JSON *text*; an array or object, which no attribute may be, is empty."""
+    return [] if text.startswith((b"[", b"{")) else orjson.loads(text)
 
 
 def parse_binary_cloudevent(headers: CIMultiDictProxy[str], body: bytes) -> ParsedEvent:
@@ -572,10 +577,7 @@ def _from_bytes(data: bytes, attributes: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the member that holds *data*: JSON byte for byte, text as a string, anything else in Base64."""
     kind = str(attributes.get("datacontenttype", _JSON)).partition(";")[0].strip().lower()
     if _JSON_TYPE.fullmatch(kind):
-        try:
-            orjson.loads(data)
-        except orjson.JSONDecodeError as error:
-            raise NotJsonError.of("the data is not JSON, as its content type says", data, error) from None
+        check_json(data, "the data is not JSON, as its content type says")
         return {"payload": data}
     if kind.startswith("text/"):
         try:

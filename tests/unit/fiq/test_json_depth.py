@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiq.event import deeper_than
+from fiq import json_text
+from fiq.json_text import deeper_than
 
 #: strings that look like structure, too
 TEXTS = st.text(alphabet='[]{}"\\a\n', max_size=8)
@@ -28,10 +29,12 @@ def depth(document: Any) -> int:
     return 1 + max(map(depth, document), default=0) if isinstance(document, list) else 0
 
 
-@given(DOCUMENTS, st.integers(1, 6))
-def test_it_is_what_a_parser_finds(document: Any, limit: int) -> None:
-    """Brackets in strings and in keys mean nothing, escaped quotes end none."""
-    assert (depth(document) > limit) == deeper_than(orjson.dumps(document), limit)
+@given(DOCUMENTS, st.integers(1, 6), st.sampled_from([json_text.PART_BYTES, 5]))
+def test_it_is_what_a_parser_finds(document: Any, limit: int, size: int) -> None:
+    """Brackets in strings and in keys mean nothing, escaped quotes end none; a long text is measured in parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_text, "PART_BYTES", size)
+        assert (depth(document) > limit) == deeper_than(orjson.dumps(document), limit)
 
 
 @pytest.mark.parametrize(("levels", "expected"), [(100, False), (101, True)])

@@ -1,8 +1,10 @@
-"""The parts of a JSON text stand where a parser finds them, and are its very bytes."""
+"""The parts of a JSON text stand where a parser finds them, and are its very bytes; a long text is checked in parts."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
+from itertools import pairwise
 from typing import Any
 
 import orjson
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiq.json_text import slice_array, slice_object, slices
+from fiq.json_text import parts, slice_array, slice_object, slices
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text() | st.sampled_from(['"', "\\", '\\"[{,:}]']),
@@ -116,3 +118,127 @@ def parsed(raw: bytes) -> Any:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
         return None
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+#: texts that are JSON, nearly JSON, or nothing like it; in UTF-8 or not
+TOKENS = [
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    ":",
+    '"',
+    "\\",
+    '"a"',
+    "é",
+    "😀",
+    " ",
+    "\n",
+    "1",
+    "-0.5e3",
+    "null",
+    "NaN",
+    "nul",
+    "\0",
+]
+TEXTS = (
+    VALUES.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    | st.lists(st.sampled_from([*TOKENS, "01", "1e999", '"\\ud800"', '"\\u00e9"', "\ufeff"]))
+    .map("".join)
+    .map(str.encode)
+    | st.binary(max_size=20)
+)
+SIZES = st.integers(1, 40)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """Return a text in which a few bytes are replaced by others, or are missing."""
+    text = draw(TEXTS)
+    for _ in range(draw(st.integers(0, 3))):
+        at, length = draw(st.integers(0, len(text))), draw(st.integers(0, 3))
+        text = text[:at] + draw(st.sampled_from([b"", *map(str.encode, TOKENS), b"\xff"])) + text[at + length :]
+    return text
+
+
+def error_of(raw: bytes) -> tuple[str, int] | None:
+    """Return what the parser finds wrong, and at which byte; None for JSON in UTF-8."""
+    try:
+        orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        return error.msg, len(error.doc[: error.pos].encode())
+    return None
+
+
+@given(damaged(), SIZES)
+def test_a_text_is_json_if_each_of_its_parts_is_and_has_the_same_error_at_the_same_byte(raw: bytes, size: int) -> None:
+    """The first one: the parser comes to each part in the state in which it comes there in the whole."""
+    errors = ((part, error_of(part.text)) for part in parts(raw, size))
+    found = next(((part.begin - part.lead + error[1], error[0]) for part, error in errors if error is not None), None)
+    expected = error_of(raw)
+    if expected is not None and "UTF-8" in expected[0]:
+        assert found is not None  # elsewhere in the text, perhaps
+    else:
+        assert (None if expected is None else expected[::-1]) == found
+
+
+@given(VALUES, SIZES)
+def test_parts_are_the_bytes_between_commas(value: Any, size: int) -> None:
+    """At least so many each, but for the last."""
+    raw = json.dumps(value).encode()
+    found = list(parts(raw, size))
+    for one, following in pairwise(found):
+        own = raw[one.begin : following.begin - 1]
+        assert own == one.text[one.lead :][: len(own)]
+        assert len(own) >= size
+        assert b"," == raw[following.begin - 1 : following.begin]
+    assert [0, raw[found[-1].begin :]] == [found[0].begin, found[-1].text[found[-1].lead :]]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"[" + b'{"":0},' * 150_000 + b"0]",
+        b"[" + b"[[]]," * 200_000 + b"0]",
+        b'{"a":{"b":[' + b"1.5," * 250_000 + b"0]}}",
+        b"[" + b'"",' * 350_000 + b"0]",
+        b'{"a":[' + b'"\\"",' * 200_000 + b"0]}",
+        (b"[" * 500 + b"]" * 500 + b",") * 1000,
+    ],
+)
+def test_no_part_is_long(raw: bytes) -> None:
+    """Whatever the text is made of, a parser has little of it in memory."""
+    assert max(len(part.text) for part in parts(b"[" + raw + b"]", 2**15)) < 5 * 2**15
+
+
+@pytest.mark.parametrize("levels", [1024, 1025])
+def test_parts_are_as_deep_as_the_text(levels: int) -> None:
+    """So the parser's own limit is the same, and is reached at the same byte."""
+    raw = b"[0," * (levels // 2) + b'{"a":0,"b":' * (levels - levels // 2) + b"0" + b"}" * (levels - levels // 2)
+    raw += b",1]" * (levels // 2)
+    errors = [(part, error_of(part.text)) for part in parts(raw, 100)]
+    found = [(error[0], part.begin - part.lead + error[1]) for part, error in errors if error is not None]
+    assert error_of(raw) == (found[0] if found else None)
+    assert (levels > 1024) == bool(found)
+
+
+def test_a_string_is_not_cut() -> None:
+    """Its commas and brackets mean nothing, nor do escaped quotes end it."""
+    string = b'"' + b',[{\\"' * 10_000 + b'"'
+    assert [b'["a",0]', b"[0," + string + b",0]", b"[0,1]"] == [
+        part.text for part in parts(b'["a",' + string + b",1]", 3)
+    ]
+
+
+def test_many_escapes_take_no_memory_of_their_own() -> None:
+    """A pattern that can backtrack would keep a mark for each."""
+    raw = b'["' + b'\\"' * 2**19 + b'",' + b'"",' * 2**18 + b"0]"
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in parts(raw)) > 2
+        assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+    finally:
+        tracemalloc.stop()
