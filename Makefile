@@ -41,7 +41,7 @@ test: $(VENV)/.dev ## run every test (ARGS="-k name" to choose, WORKERS=0 for on
 torture: $(VENV)/.dev ## the crash tests in full: 500 kills, 2,000 power cuts, full disks, bit flips, drawn requests
 	FIQ_TORTURE=long $(BIN)/python -m pytest tests/torture $(DRAWN) $(REPEATED) $(ARGS)
 # tests that do again and again what the others do a few times
-REPEATED := tests/integration/persister/test_volumes.py
+REPEATED := tests/integration/persister/test_volumes.py tests/integration/cli/test_lost_disk_returns.py
 # tests that draw what they send: more of it
 DRAWN := tests/integration/ingest/test_fuzz.py tests/integration/ingest/test_openapi_conformance.py
 

@@ -36,9 +36,9 @@ async def claim(log: Log, folder: Path, settings: LogSettings) -> set[int]:
             return set(found.placed)
 
 
-async def test_two_volumes_that_claim_at_the_same_moment_share_evenly_twenty_times(log: Log, tmp_path: Path) -> None:
-    """The broker lets one win each partition."""
-    for number in range(20):
+async def test_two_volumes_that_claim_at_the_same_moment_share_evenly(log: Log, tmp_path: Path) -> None:
+    """The broker lets one win each partition, every time."""
+    for number in range(20 if LONG else 5):
         await log.api.request(f"STREAM.PURGE.{BUCKET_STREAM}")
         folders = (tmp_path / f"{number}-a", tmp_path / f"{number}-b")
         one, two = await asyncio.gather(*(claim(log, folder, log.settings) for folder in folders))
