@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.cli.init.deployment import CONTAINER_USERS
-from services.cli.init.files import ContainerRole, FileOwner, Layout
+from services.cli.init.files import CONTAINER_USERS, ContainerRole, FileOwner, Layout
 from services.core.settings import variables
 from services.ingest.settings import Settings
 from tests.support.compose.engine import ROOT, docker

@@ -26,8 +26,7 @@ from services.cli import monitoring
 from services.cli.backup.backup import read_volume
 from services.cli.doctor.cluster import TIMEOUT
 from services.cli.errors import BackupError, CommandError
-from services.cli.init.deployment import container_users
-from services.cli.init.files import ContainerRole, Layout
+from services.cli.init.files import ContainerRole, Layout, container_users
 from services.cli.status import ClusterSnapshot, Worker
 from services.core.command import memory_limit, product_version
 from services.log.findings import Finding, error, ok, unknown, warning

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets as random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,16 @@ import typer
 
 from fiq.words import count
 from services.cli.errors import CommandError, UsageError
-from services.cli.init.files import PUBLIC_MODE, ContainerRole, FileOwner, Layout, Secrets
+from services.cli.init.files import (
+    CONTAINER_USERS,
+    IMAGE_USER,
+    PUBLIC_MODE,
+    ContainerRole,
+    FileOwner,
+    Layout,
+    Secrets,
+    container_users,
+)
 from services.cli.init.keys import (
     Authority,
     Pair,
@@ -53,16 +61,6 @@ from services.log.jetstream.stream import (
 )
 from services.log.questions import Kind
 
-#: user and group of the image's processes
-IMAGE_USER = FileOwner(10001, 10001)
-#: users of the containers where root makes the deployment; the compose files have the same defaults
-CONTAINER_USERS = {
-    ContainerRole.PERSISTER: IMAGE_USER,
-    ContainerRole.INGEST: FileOwner(10002, 10002),
-    ContainerRole.NODES: FileOwner(10003, 10003),
-    ContainerRole.BALANCER: FileOwner(10004, 10004),
-    ContainerRole.GRAFANA: FileOwner(10005, 10005),
-}
 #: nodes of a deployment on one machine
 NODES = 3
 #: the account of the streams
@@ -71,7 +69,6 @@ ACCOUNT = "FI"
 SYSTEM = "system"
 #: all users with a seed
 USERS = (*Role, SYSTEM)
-_OWNER = re.compile(r"([0-9]{1,9})(?::([0-9]{1,9}))?", re.ASCII)
 #: names of every node on its own machine
 _LOCAL = ("localhost", "127.0.0.1")
 _AUTHORITY = "Free Intelligence event log"
@@ -188,13 +185,11 @@ def _hosts(value: str) -> list[str]:
     return hosts
 
 
-def _parse_owner(value: str, name: str = "--owner ", error: type[CommandError] = UsageError) -> FileOwner | None:
-    if not value:
-        return None
-    match = _OWNER.fullmatch(value)
-    if match is None:
-        raise error(f"{name}{value}: give numbers, such as 10001 or 10001:10001")
-    return FileOwner(int(match[1]), int(match[2] or match[1]))
+def _parse_owner(value: str) -> FileOwner | None:
+    try:
+        return FileOwner.parse(value) if value else None
+    except ValueError as error:
+        raise UsageError(f"--owner {value}: {error}") from None
 
 
 def _curve_owner(owner: FileOwner | None, layout: Layout) -> FileOwner:
@@ -216,31 +211,6 @@ def _users(layout: Layout, owner: FileOwner | None) -> dict[ContainerRole, FileO
                 f"{layout.environment} has {role.variable}={user}: change it there, and leave --owner out"
             )
     return users
-
-
-def container_users(layout: Layout) -> dict[ContainerRole, FileOwner] | None:
-    """Return the user of each role by .env, else the default of the compose files; None when there is no .env.
-
-    Raises CommandError: it cannot be read, or a user in it is malformed.
-    """
-    text = _read_environment(layout.environment)
-    if text is None:
-        return None
-    users = {}
-    for role, default in CONTAINER_USERS.items():
-        found = re.findall(rf"""^[ ]*{role.variable}[ ]*=[ ]*["']?([^\s"'#]*)""", text, re.MULTILINE)
-        value = found[-1] if found else ""
-        users[role] = _parse_owner(value, f"{layout.environment}: {role.variable}=", CommandError) or default
-    return users
-
-
-def _read_environment(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CommandError(f"{path} cannot be read ({error.strerror}): run as root, or as its owner") from None
 
 
 def _only_user(layout: Layout) -> FileOwner | None:

@@ -30,6 +30,7 @@ from services.cli.errors import CommandError
 NATS_FILES = ("accounts.conf", "at-rest.conf", "client-tls.conf", "route-tls.conf")
 
 _NODE = re.compile(r"n([1-9][0-9]?)\.pem", re.ASCII)
+_OWNER = re.compile(r"([0-9]{1,9})(?::([0-9]{1,9}))?", re.ASCII)
 FILE_MODE = 0o600
 #: of a certificate that every container reads
 PUBLIC_MODE = 0o644
@@ -162,8 +163,51 @@ class FileOwner:
         """Return the owner of a file by its stat result."""
         return cls(found.st_uid, found.st_gid)
 
+    @classmethod
+    def parse(cls, text: str) -> FileOwner:
+        """Return the owner in *text*, a user's number and perhaps a group's. Raises ValueError: it has no such form."""
+        match = _OWNER.fullmatch(text)
+        if match is None:
+            raise ValueError("give numbers, such as 10001 or 10001:10001")
+        return cls(int(match[1]), int(match[2] or match[1]))
+
     def __str__(self) -> str:
         return f"{self.uid}:{self.gid}"
+
+
+#: user and group of the image's processes
+IMAGE_USER = FileOwner(10001, 10001)
+#: users of the containers where root makes the deployment; the compose files have the same defaults
+CONTAINER_USERS = {
+    ContainerRole.PERSISTER: IMAGE_USER,
+    ContainerRole.INGEST: FileOwner(10002, 10002),
+    ContainerRole.NODES: FileOwner(10003, 10003),
+    ContainerRole.BALANCER: FileOwner(10004, 10004),
+    ContainerRole.GRAFANA: FileOwner(10005, 10005),
+}
+
+
+def container_users(layout: Layout) -> dict[ContainerRole, FileOwner] | None:
+    """Return the user of each role by .env, else the default of the compose files; None when there is no .env.
+
+    Raises CommandError: it cannot be read, or a user in it is malformed.
+    """
+    path = layout.environment
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read ({error.strerror}): run as root, or as its owner") from None
+    users = dict(CONTAINER_USERS)
+    for role in users:
+        found = re.findall(rf"""^[ ]*{role.variable}[ ]*=[ ]*["']?([^\s"'#]*)""", text, re.MULTILINE)
+        if found and found[-1]:
+            try:
+                users[role] = FileOwner.parse(found[-1])
+            except ValueError as error:
+                raise CommandError(f"{path}: {role.variable}={found[-1]}: {error}") from None
+    return users
 
 
 @dataclass
