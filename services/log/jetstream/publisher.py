@@ -87,7 +87,7 @@ BATCH_ID_HEADER = "Nats-Batch-Id"
 BATCH_SEQUENCE_HEADER = "Nats-Batch-Sequence"
 BATCH_COMMIT_HEADER = "Nats-Batch-Commit"
 #: more than these headers take, bytes
-_BATCH_HEADERS_BYTES = 256
+_BATCH_HEADERS_BYTES = 128
 #: messages of a batch are written together up to this size, bytes
 _BLOCK_BYTES = 128 * 2**10
 #: while more waits to be sent, a batch holds its next messages back: single events must find room, bytes
@@ -163,7 +163,9 @@ class Publisher(EventWriter):
         self._max_in_flight = max_in_flight
         self._ask_known = known
         self._in_flight = 0
-        self._under_way = 0
+        self._batches = 0
+        #: first attempts that what gathers waits for
+        self._under_way: set[object] = set()
         self._gathered: deque[_Gathered] = deque()
         self._batch_turns = asyncio.Semaphore(MAX_BATCHES_UNDER_WAY)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -189,7 +191,7 @@ class Publisher(EventWriter):
         try:
             if len(event.body) > MAX_GATHERED_BYTES:
                 return await self._append_by(event, self._end())
-            if not self._under_way or self._in_flight <= FEW_IN_FLIGHT:
+            if not self._under_way or (not self._gathered and self._in_flight <= FEW_IN_FLIGHT):
                 return await self._append_now(event, self._end())
             self._exchange.check_size(event.body, event.headers(), more=_BATCH_HEADERS_BYTES)
             one = _Gathered(event, self._loop.time(), self._end(), self._loop.create_future())
@@ -207,6 +209,13 @@ class Publisher(EventWriter):
             raise ValueError(f"a batch is 1 to {MAX_BATCH} events, not {len(events)}")
         self._exchange.check_open()
         end = self._end()
+        self._batches += 1
+        try:
+            return await self._append_batch(events, end)
+        finally:
+            self._batches -= 1
+
+    async def _append_batch(self, events: Sequence[Event], end: float) -> list[Appended]:
         try:
             async with asyncio.timeout_at(end):
                 await self._batch_turns.acquire()
@@ -234,7 +243,11 @@ class Publisher(EventWriter):
 
     async def close(self, *, grace: float = CLOSE_GRACE_SECONDS) -> None:
         """Take no more, let what is in flight end for *grace* seconds, then fail the rest. Idempotent."""
-        await self._exchange.close(grace=grace)
+        self._exchange.closing = True
+        end = self._loop.time() + grace
+        while (self._in_flight or self._batches) and self._loop.time() < end:  # noqa: ASYNC110 - once, for a moment
+            await asyncio.sleep(TICK_SECONDS)
+        await self._exchange.close()
         while self._gathered:
             self._gathered.popleft().done(LogUnavailableError("the publisher was closed before the event was sent"))
 
@@ -250,11 +263,11 @@ class Publisher(EventWriter):
         return self._loop.time() + self._deadline
 
     async def _append_now(self, event: Event, end: float) -> Appended:
-        self._under_way += 1
+        self._under_way.add(event)
         try:
             return await self._append_by(event, end)
         finally:
-            self._left()
+            self._left(event)
 
     async def _append_by(self, event: Event, end: float, *, unanswered: bool = False) -> Appended:
         """Store one event until *end*, on the loop's clock; *unanswered*: an earlier attempt of ours got no answer."""
@@ -323,16 +336,16 @@ class Publisher(EventWriter):
 
     # -- gathering ----------------------------------------------------------------------------------------------------
 
-    def _left(self) -> None:
-        """Send what has gathered if this was the last publish in flight."""
-        self._under_way -= 1
+    def _left(self, ended: object) -> None:
+        """Send what has gathered if it waits for nothing else than what has *ended*."""
+        self._under_way.discard(ended)
         while self._gathered and not self._under_way:
             self._send_group()
 
     def _send_overdue(self) -> None:
-        """Send what has gathered for too long: what is in flight hangs, or waits for another try."""
-        before = self._loop.time() - GATHER_SECONDS
-        while self._gathered and self._gathered[0].since <= before:
+        """Send what has gathered for too long; nothing waits any more for what hangs, or waits for another try."""
+        if self._gathered and self._gathered[0].since <= self._loop.time() - GATHER_SECONDS:
+            self._under_way.clear()
             self._send_group()
 
     def _send_group(self) -> None:
@@ -350,12 +363,12 @@ class Publisher(EventWriter):
                 group[one.event.message_id] = one
                 size += len(one.event.body)
         if group:
-            self._under_way += 1
-            spawn(self._tasks, self._store_group(list(group.values())))
+            spawn(self._tasks, self._store_group(list(group.values()), under_way := object()))
+            self._under_way.add(under_way)
         for one in copies:
             spawn(self._tasks, self._store_one(one))
 
-    async def _store_group(self, group: list[_Gathered]) -> None:
+    async def _store_group(self, group: list[_Gathered], under_way: object) -> None:
         """Store *group* as a batch, or its events one by one; the next group goes when the first try has ended."""
         try:
             if len(group) == 1:
@@ -374,7 +387,7 @@ class Publisher(EventWriter):
             for one in group:
                 spawn(self._tasks, self._store_one(one, tried=True))
         finally:
-            self._left()
+            self._left(under_way)
 
     async def _store_one(self, one: _Gathered, *, tried: bool = False) -> None:
         """Store one event; *tried*: it was in a batch before."""
@@ -392,8 +405,9 @@ class Publisher(EventWriter):
         """
         slot = self._exchange.open(subject_of(events[0].consultation))
         try:
-            seconds = _BATCH_ATTEMPT_FACTOR * ATTEMPT_SECONDS
-            end = min(end, self._loop.time() + seconds)
+            # half of the time is for the events one by one
+            seconds = min(_BATCH_ATTEMPT_FACTOR * ATTEMPT_SECONDS, (end - self._loop.time()) / 2)
+            end = self._loop.time() + seconds
             if await self._send_batch(events, slot, end) is not None:
                 return None
             answer = await self._exchange.answer(slot, end, seconds)
@@ -565,7 +579,8 @@ class _Exchange:
         self._subscription: Subscription | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._closing: asyncio.Future[None] | None = None
+        #: no further call may begin
+        self.closing = False
         self._stop_listening: Callable[[], None] = lambda: None
 
     @property
@@ -578,12 +593,9 @@ class _Exchange:
         self._subscription = await self._nc.subscribe_directly(f"{self._prefix}*", self._take_answer)
         await self._nc.confirm_hearing(timeout=HEARING_SECONDS)
 
-    async def close(self, *, grace: float) -> None:
-        """Open no more calls, let what is in flight end for *grace* seconds, then fail the rest. Idempotent."""
-        if self._closing is None:
-            self._closing = self._loop.create_future()
-            if self._slots:
-                await asyncio.wait([self._closing], timeout=grace)
+    async def close(self) -> None:
+        """Fail the calls in flight, and take no further ones. Idempotent."""
+        self.closing = True
         for slot in self._slots.values():
             if not slot.answer.done():
                 slot.answer.set_exception(LogUnavailableError("the publisher was closed before the broker answered"))
@@ -598,7 +610,7 @@ class _Exchange:
 
     def check_open(self) -> None:
         """Raise LogUnavailableError when no call may begin, LogForbiddenError when no answer can arrive."""
-        if self._subscription is None or self._closing is not None:
+        if self._subscription is None or self.closing:
             raise LogUnavailableError("the publisher is not open: nothing was sent")
         self._nc.check_hearing()
 
@@ -619,8 +631,6 @@ class _Exchange:
 
     def release(self, slot: _Slot) -> None:
         del self._slots[slot.token]
-        if self._closing is not None and not self._slots and not self._closing.done():
-            self._closing.set_result(None)
 
     async def send(self, subject: str, body: bytes, headers: dict[str, str], reply_to: str) -> TryAgain | None:
         """Hand a message to the connection without ever waiting for it; return why not, when it was not.
