@@ -23,15 +23,16 @@ PART_BYTES = 2**15
 _PAUSE_STEPS, PAUSE_BYTES = 1000, 2**16
 SPACE = b" \t\r\n"
 
-_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+# groups are atomic, too: before Python 3.11.5 a possessive repeat ends where its last try failed (gh-106052)
+_STRING = rb'"(?>[^"\\]++|\\.)*+"'
 #: a string without very many escapes; what follows a string's first quote, until its end or so many escapes
-_SHORT_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+){0,200}+"'
-_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+){0,200}+', re.DOTALL)
+_SHORT_STRING = rb'"[^"\\]*+(?>\\.[^"\\]*+){0,200}+"'
+_IN_STRING = re.compile(rb'[^"\\]*+(?>\\.[^"\\]*+){0,200}+', re.DOTALL)
 #: an array or object without others in it
-_FLAT = rb'[\[{][^"\[\]{}]*+(?:%b[^"\[\]{}]*+){0,20}+[\]}]' % _SHORT_STRING
+_FLAT = rb'[\[{][^"\[\]{}]*+(?>%b[^"\[\]{}]*+){0,20}+[\]}]' % _SHORT_STRING
 #: the next token outside strings: at the top level a comma counts, deeper only brackets; a quote after many strings
 _AT_TOP, _INSIDE = (
-    re.compile(rb"[^%b]*+(?:(?:%b|%b)[^%b]*+){0,50}+([%b]?)" % (stop, _SHORT_STRING, _FLAT, stop, stop), re.DOTALL)
+    re.compile(rb"[^%b]*+(?>(?>%b|%b)[^%b]*+){0,50}+([%b]?)" % (stop, _SHORT_STRING, _FLAT, stop, stop), re.DOTALL)
     for stop in (rb'"\[\]{},', rb'"\[\]{}')
 )
 _NAME = re.compile(rb"[ \t\r\n]*+(" + _STRING + rb")[ \t\r\n]*+:", re.DOTALL)
@@ -124,7 +125,7 @@ def _trimmed(raw: bytes, number: int, begin: int, end: int) -> Slice:
 # -- brackets and commas ----------------------------------------------------------------------------------------------
 
 #: everything up to a string that does not end; the same up to the next comma outside strings
-_OUTSIDE, _TO_COMMA = (re.compile(rb"(?:[^%b]++|%b)*+" % (stop, _STRING), re.DOTALL) for stop in (b'"', b'",'))
+_OUTSIDE, _TO_COMMA = (re.compile(rb"(?>[^%b]++|%b)*+" % (stop, _STRING), re.DOTALL) for stop in (b'"', b'",'))
 _STRINGS = re.compile(_STRING, re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _COMMA = ord(",")
@@ -179,6 +180,8 @@ def _brackets(text: bytes) -> bytes:
 
 _CLOSED = bytes.maketrans(b"[{", b"]}")
 _OPENING = frozenset(b"[{")
+#: the parser refuses a text with more levels
+_MOST_LEVELS = 1024
 
 
 class Part(NamedTuple):
@@ -210,17 +213,28 @@ def parts(raw: bytes, size: int = PART_BYTES) -> Iterator[Part]:
 
 
 def _follow(text: bytes, opened: bytearray) -> bool:
-    """Apply the brackets in *text* to those that are *opened*; return False if none is left: no comma may follow."""
-    brackets = _brackets(text)
-    for _ in range(_INNERMOST):
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    for bracket in brackets:
-        if bracket in _OPENING:
-            opened.append(bracket)
-        elif len(opened) > 1:
-            opened.pop()
-        else:
+    """Apply the brackets in *text* to those that are *opened*.
+
+    Return False if none is left, as no comma may follow, or if there are more than the parser takes.
+    """
+    begin = 0
+    while begin < len(text):  # a text that is not valid may have very many strings
+        end = end_of(_OUTSIDE, text, begin, begin + PART_BYTES)
+        if end == begin:  # one longer string
+            end = end_of(_STRINGS, text, begin)
+        brackets = _brackets(text[begin:end])
+        for _ in range(_INNERMOST):
+            brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        for bracket in brackets:
+            if bracket in _OPENING:
+                opened.append(bracket)
+            elif len(opened) > 1:
+                opened.pop()
+            else:
+                return False
+        if len(opened) > _MOST_LEVELS:
             return False
+        begin = end
     return bool(opened)
 
 

@@ -442,6 +442,8 @@ _VERSION = "1.0"
 _REQUIRED = ("id", "source", "specversion", "type")
 #: members of the JSON format that are not attributes
 _DATA, _DATA_BASE64 = "data", "data_base64"
+#: attributes and data of a CloudEvent, at most: unlike a payload they become objects
+MAX_MEMBERS = 1000
 #: names that are CloudEvents' own, not the client's
 _OWN_NAMES = frozenset({*_REQUIRED, "subject", "time", "datacontenttype", "dataschema", _DATA, _DATA_BASE64})
 _ATTRIBUTE = re.compile(r"[a-z0-9]{1,64}", re.ASCII)
@@ -461,6 +463,8 @@ def parse_cloudevent(raw: bytes) -> ParsedEvent:
     for name, text in slice_object(raw):
         if name in members:
             raise _twice(name)
+        if len(members) >= MAX_MEMBERS:
+            raise InvalidBodyError(f"a CloudEvent has at most {MAX_MEMBERS} attributes")
         members[name] = text
     attributes = {name: _value(text) for name, text in members.items() if name != _DATA}
     base64_data = attributes.pop(_DATA_BASE64, None)

@@ -263,11 +263,11 @@ class Publisher(EventWriter):
         return self._loop.time() + self._deadline
 
     async def _append_now(self, event: Event, end: float) -> Appended:
-        self._under_way.add(event)
+        self._under_way.add(under_way := object())
         try:
             return await self._append_by(event, end)
         finally:
-            self._left(event)
+            self._left(under_way)
 
     async def _append_by(self, event: Event, end: float, *, unanswered: bool = False) -> Appended:
         """Store one event until *end*, on the loop's clock; *unanswered*: an earlier attempt of ours got no answer."""

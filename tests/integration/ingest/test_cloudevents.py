@@ -13,6 +13,7 @@ from cloudevents.core.bindings.http import HTTPMessage, from_http_event, to_bina
 from cloudevents.core.v1.event import CloudEvent
 
 from fiq.event import event_id_of_cloudevent
+from services.ingest.formats import MAX_MEMBERS
 from tests.support.ingest import Edge, Reply, running_edge
 
 PATH = "/consultations/c-1/events"
@@ -267,3 +268,14 @@ async def test_a_plain_event_is_read_as_a_cloudevent(edge: Edge) -> None:
     reply = await edge.request("GET", "/consultations/c-1/events?bodies=0&type=A", headers=batch)
     assert [{name: value for name, value in first.items() if name != "data"}] == reply.json
     assert [] == (await edge.request("GET", "/consultations/other/events", headers=batch)).json
+
+
+async def test_the_number_of_attributes_is_bounded(edge: Edge) -> None:
+    """Each becomes some objects in memory; data may be as large as a plain event."""
+    own = len(orjson.loads(to_structured_event(event()).body))
+    extensions = {f"a{number}": 1 for number in range(MAX_MEMBERS - own)}
+    largest = await post(edge, to_structured_event(event(**extensions)))
+    refused = await post(edge, to_structured_event(event(**extensions, b="1")))
+
+    assert (202, (422, "invalid-event")) == (largest.status, slug(refused))
+    assert "a CloudEvent has at most 1000 attributes" in refused.json["detail"]

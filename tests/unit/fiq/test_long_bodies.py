@@ -110,3 +110,26 @@ def test_a_long_body_takes_little_memory(part: bytes) -> None:
     finally:
         tracemalloc.stop()
     orjson.loads(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'["" ' + b'""::' * 2**18 + b",0]",
+        b"[0] " + b'"a" ' * 2**18 + b",",
+        b"[" + b'[[""]]' * 2**17 + b",0]",
+        b"[" * 2**20 + b",0]",
+    ],
+)
+def test_a_long_text_that_is_not_json_takes_little_memory(raw: bytes) -> None:
+    """The parser itself takes 12 times the text for a moment."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(NotJsonError) as refused:
+            read_body(raw)
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(orjson.JSONDecodeError) as whole:
+        orjson.loads(raw)
+    assert whole.value.pos == refused.value.offset
