@@ -37,7 +37,10 @@ def test_the_doctor_sees_everything_and_finds_nothing(stack: Deployment) -> None
     except EngineError as error:  # with what it found
         pytest.fail(str(error))
     findings = report["findings"]
-    assert [] == [one for one in findings if one["level"] != "ok"]
+    found = [one for one in findings if one["level"] != "ok"]
+    if os.getuid() != 0:  # then `fiq init` cannot give each role a user of its own
+        assert found.pop()["what"].startswith("containers share a user: ")
+    assert [] == found
     looked_at = [one["check"] for one in findings if one["what"].startswith(NODES)]
     assert sorted(["clocks", "nodes", "sync_interval"] * len(NODES)) == sorted(looked_at)
 
