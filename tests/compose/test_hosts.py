@@ -231,6 +231,7 @@ async def test_a_host_is_gone_for_good_without_a_backup(clients: Clients) -> Non
 
     await asyncio.to_thread(hosts.equip, 1)
     await asyncio.to_thread(lost, "up", "-d", "node")
+    await stream_is_whole(lambda: hosts.settings)
     give_up = ("run", "--rm", "placement", "fiq", "give-up", volume, "--to", "/data")
     with pytest.raises(EngineError, match="nothing was changed; --yes gives these sequences up"):
         await asyncio.to_thread(lost, *give_up)
