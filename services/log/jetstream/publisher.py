@@ -4,8 +4,8 @@ Every attempt carries the same message id, so the broker stores a message once h
 
 **One event** is published at once while at most :data:`FEW_IN_FLIGHT` are in flight. Otherwise it gathers with others,
 and they go as one atomic batch (ADR-50) as soon as nothing is in flight any more: the cluster agrees on them once
-instead of once each. While several were in flight, the next batches were smaller and each event cost the nodes half as
-much again. A gathered batch that is refused or not answered is published one by one.
+instead of once each. While several were in flight, the next batches were smaller and each event cost the nodes a third
+more. A gathered batch that is refused or not answered is published one by one.
 
 **A client's batch** is one atomic batch, too. The broker refuses one that holds a message id which it knows: usually a
 retry of all of its events. Then the events are published one by one, and the broker says of each whether it is new. Two
