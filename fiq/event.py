@@ -193,17 +193,12 @@ class NotJsonError(InvalidBodyError):
         self.offset = offset
 
     @classmethod
-    def of(cls, message: str, raw: bytes, error: orjson.JSONDecodeError, part: Part | None = None) -> NotJsonError:
-        """Make one from the parser's *error* about *raw*, or a *part* of it.
-
-        The *error* holds the document and must not be kept.
-        """
+    def of(cls, message: str, raw: bytes, error: orjson.JSONDecodeError, part: Part) -> NotJsonError:
+        """Make one from the parser's *error* about a *part* of *raw*. The error holds the part and must not be kept."""
         try:
-            text = raw.decode()
+            raw.decode()
         except UnicodeDecodeError as invalid:
             return cls(message, invalid.start)
-        if part is None:
-            return cls(message, len(text[: error.pos].encode()))
         return cls(message, part.begin - part.lead + len(part.text.decode()[: error.pos].encode()))
 
 
@@ -238,11 +233,7 @@ def _read_whole(raw: bytes) -> tuple[dict[str, Any] | None, Collection[str]]:
 
     Raises NotJsonError.
     """
-    try:
-        document = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        # the parser's own message may quote the body; `from None` keeps its document out of tracebacks
-        raise NotJsonError.of(_NOT_JSON, raw, error) from None
+    document = _load(raw, _NOT_JSON)
     if not isinstance(document, dict):
         return None, ()
     return document, _repeated(raw, document)
@@ -254,10 +245,7 @@ def _read_in_parts(raw: bytes) -> tuple[dict[str, Any] | None, Collection[str]]:
     repeated: set[str] = set()
     is_object = False
     for part in parts(raw):
-        try:
-            document = orjson.loads(part.text)
-        except orjson.JSONDecodeError as error:
-            raise NotJsonError.of(_NOT_JSON, raw, error, part) from None
+        document = _load(raw, _NOT_JSON, part)
         is_object = isinstance(document, dict)
         if not is_object:
             continue
@@ -296,11 +284,17 @@ def _repeated(raw: bytes, document: dict[str, Any]) -> Collection[str]:
 
 def check_json(raw: bytes, message: str) -> None:
     """Raise NotJsonError with *message* unless *raw* is JSON in UTF-8; a long one is parsed in parts."""
-    for part in parts(raw) if len(raw) > _LONG_BYTES else (Part(raw, 0, 0),):
-        try:
-            orjson.loads(part.text)
-        except orjson.JSONDecodeError as error:
-            raise NotJsonError.of(message, raw, error, part) from None
+    for part in parts(raw) if len(raw) > _LONG_BYTES else (None,):
+        _load(raw, message, part)
+
+
+def _load(raw: bytes, message: str, part: Part | None = None) -> Any:
+    """Parse *raw*, or a *part* of it. Raises NotJsonError with *message*."""
+    try:
+        return orjson.loads(raw if part is None else part.text)
+    except orjson.JSONDecodeError as error:
+        # the parser's own message may quote the body; `from None` keeps its document out of tracebacks
+        raise NotJsonError.of(message, raw, error, part or Part(raw, 0, 0)) from None
 
 
 def parse_exactly(raw: bytes) -> Any:
