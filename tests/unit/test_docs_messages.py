@@ -49,4 +49,4 @@ def test_each_message_is_one_of_the_program(page: str, message: str) -> None:
 @pytest.mark.parametrize("page", TABLES)
 def test_each_table_was_found(page: str) -> None:
     """Or nothing would be compared."""
-    assert messages(page)
+    assert len(messages(page)) >= 10
