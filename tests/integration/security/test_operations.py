@@ -44,9 +44,9 @@ LENDING = (
 
 
 def lent_subjects() -> Iterator[str]:
-    """Yield each subject of the section's table."""
-    for row in re.findall(r"^\| `nats .*? \| (.*) \|$", LENDING, re.MULTILINE):
-        yield from re.findall(r"`([^`]+)`", row)
+    """Yield each subject of the section's list."""
+    for subjects in re.findall(r"^- `nats .*?: (.*)$", LENDING, re.MULTILINE):
+        yield from re.findall(r"`([^`]+)`", subjects)
 
 
 @pytest.fixture(scope="module")
