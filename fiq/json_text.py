@@ -138,11 +138,9 @@ _INNERMOST = 3
 def deeper_than(raw: bytes, limit: int) -> bool:
     """Return whether objects and arrays of *raw*, a valid JSON text, are nested more than *limit* deep.
 
-    Most events have fewer brackets than the limit and cost two counts. Of others, the strings are removed (brackets in
-    them mean nothing), then the innermost levels, which are most brackets, and the others are counted one by one.
+    The strings are removed (brackets in them mean nothing), then the innermost levels, which are most brackets, and the
+    others are counted one by one.
     """
-    if raw.count(b"{") + raw.count(b"[") <= limit:
-        return False
     places = (0, *_cuts(raw, PART_BYTES), len(raw)) if len(raw) > PART_BYTES else (0, len(raw))
     brackets = b"".join(_brackets(raw[begin:end]) for begin, end in pairwise(places)).translate(_SAME)
     removed = min(_INNERMOST, limit)

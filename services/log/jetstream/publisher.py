@@ -27,7 +27,7 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
@@ -38,7 +38,6 @@ from nats.aio.subscription import Subscription
 
 from fiq.event import Event
 from services.core.lifecycle import spawn
-from services.core.retry import backoff
 from services.log.errors import (
     CorpusAwayError,
     DuplicateInFlightError,
@@ -315,9 +314,10 @@ class Publisher(EventWriter):
             unanswered: an earlier attempt of ours may still be in flight: then a duplicate is not another writer's.
         """
         trouble = TryAgain("no answer")
-        for seconds, pause in _waits():
+        seconds, (pause, longest) = attempt_factor * ATTEMPT_SECONDS, PAUSE_SECONDS
+        while True:
             not_sent = await send()
-            answer = await self._exchange.answer(slot, end, attempt_factor * seconds if not_sent is None else pause)
+            answer = await self._exchange.answer(slot, end, seconds if not_sent is None else pause)
             if answer is None:
                 trouble = not_sent or TryAgain(f"no answer within {self._deadline:g} s")
                 unanswered = unanswered or not_sent is None
@@ -330,6 +330,7 @@ class Publisher(EventWriter):
             if self._loop.time() >= end:
                 break
             self.retries += 1
+            seconds, pause = 2 * seconds, min(2 * pause, longest)
         if trouble.err_code == DUPLICATE_IN_FLIGHT and not unanswered:
             raise DuplicateInFlightError(trouble.reason)
         raise LogUnavailableError(f"the log did not take the {what} within {self._deadline:g} s: {trouble.reason}")
@@ -535,14 +536,6 @@ def _batch_headers(batch: str, number: int, *, last: bool) -> dict[str, str]:
     if last:
         headers[BATCH_COMMIT_HEADER] = "1"
     return headers
-
-
-def _waits() -> Iterator[tuple[float, float]]:
-    """Yield for each attempt how long to wait for its answer, and how long to pause after "not now", seconds."""
-    seconds = ATTEMPT_SECONDS
-    for pause in backoff(*PAUSE_SECONDS):
-        yield seconds, pause
-        seconds *= 2
 
 
 # -- messages out, answers in -----------------------------------------------------------------------------------------
