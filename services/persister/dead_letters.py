@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from itertools import repeat
 from typing import TypeVar
 
 from structlog.typing import FilteringBoundLogger
@@ -80,41 +79,34 @@ class PoisonLimit:
 
     def __init__(self, *, streak: int = 100, ratio: float = 0.1, window: int = 1000) -> None:
         self._max_streak = streak
-        self._max_ratio = ratio
-        self._recent: deque[bool] = deque(maxlen=window)
+        self._max_bad = ratio * window
         self._window = window
-        self._bad = 0
+        self._bad: deque[int] = deque()  # numbers of those among the last messages
         self._streak = 0
 
-    def count(self, *, bad: bool) -> None:
-        """Count a message, a bad one before it is stored as a dead letter.
+    def count(self, number: int) -> None:
+        """Count a bad message, before it is stored as a dead letter.
+
+        Args:
+            number: of the message in the partition, from 1; those between two bad ones are good.
 
         Raises PoisonFloodError: the limit is exceeded.
         """
-        if len(self._recent) == self._window:
-            self._bad -= self._recent[0]
-        self._recent.append(bad)
-        self._bad += bad
-        self._streak = self._streak + 1 if bad else 0
-        if bad and self._max_streak:
-            self._check()
-
-    def count_good(self, number: int) -> None:
-        """Count *number* good messages in a row."""
-        if number:
-            self._streak = 0
-            self._recent.extend(repeat(False, min(number, self._window)))
-            self._bad = sum(self._recent) if self._bad else 0
-
-    def _check(self) -> None:
+        in_a_row = self._bad and number <= self._bad[-1] + 1
+        self._streak = self._streak + 1 if in_a_row else 1
+        self._bad.append(number)
+        while self._bad[0] <= number - self._window:
+            self._bad.popleft()
+        if not self._max_streak:
+            return
         if self._streak >= self._max_streak:
             raise PoisonFloodError(f"{self._streak} poison messages in a row: {_REMEDY}")
-        if len(self._recent) == self._window and self._bad > self._max_ratio * self._window:
-            raise PoisonFloodError(f"{self._bad} of the last {self._window} messages were poison: {_REMEDY}")
+        if number >= self._window and len(self._bad) > self._max_bad:
+            raise PoisonFloodError(f"{len(self._bad)} of the last {self._window} messages were poison: {_REMEDY}")
 
 
 class Quarantine:
-    """Isolates the poison of one partition.
+    """Isolates the poison of one partition; without poison and failures nothing of it is called.
 
     Args:
         dead_letters: where poison is stored.
@@ -124,29 +116,26 @@ class Quarantine:
 
     Attributes:
         known: sequences that are poison although they can be decoded, because writing them failed, and why.
+        committed: how many messages of the partition were committed, poison included.
+        one_by_one: how many messages are still to be retried one by one, after a failure.
     """
 
     def __init__(
         self, dead_letters: DeadLetters, limit: PoisonLimit, metrics: PartitionMetrics, log: FilteringBoundLogger
     ) -> None:
         self.known: dict[int, str] = {}
+        self.committed = self.one_by_one = 0
         self.dead_letters = dead_letters
         self._limit = limit
         self._metrics = metrics
         self._log = log
-        self._counted = 0  # last sequence that the limit has seen: a batch that is tried again counts once
+        self._counted = 0  # sequence of the last poison that the limit has seen: what is tried again counts once
         self._failures: dict[int, int] = {}  # by sequence
-        self._left = 0  # messages that are still to be retried one by one
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether the next batch must be a single message."""
-        return self._left > 0
 
     def failed(self, batch: Sequence[Delivery], error: Exception) -> None:
         """Note that writing *batch* failed by an *error* that one of its messages may have caused."""
+        self.one_by_one = max(self.one_by_one, len(batch))
         if len(batch) > 1:
-            self._left = len(batch)
             return
         sequence = batch[0].sequence
         self._failures[sequence] = self._failures.get(sequence, 0) + 1
@@ -154,31 +143,27 @@ class Quarantine:
             self.known[sequence] = f"could not be written: {type(error).__name__}"
 
     def succeeded(self, batch: Sequence[Delivery]) -> None:
-        """Note that *batch* is committed, and forget what is known about its messages."""
-        self._left = max(0, self._left - len(batch))
+        """Note that *batch*, which was retried, is committed, and forget what is known about its messages."""
+        self.one_by_one = max(0, self.one_by_one - len(batch))
         reached = batch[-1].sequence
         self._failures = _after(self._failures, reached)
         self.known = _after(self.known, reached)
 
     async def store(self, batch: Sequence[Delivery], poison: Sequence[tuple[Delivery, str]]) -> None:
-        """Store the *poison* of *batch* as dead letters; count the whole batch for the limit.
+        """Store the *poison* of *batch* as dead letters, and count it for the limit.
 
         Raises:
             PoisonFloodError: the limit is exceeded.
             TransientError: the dead letters are full or cannot be reached.
         """
-        if not poison:
-            self._limit.count_good(sum(delivery.sequence > self._counted for delivery in batch))
-            self._counted = max(self._counted, batch[-1].sequence)
-            return
         reasons = {delivery.sequence: reason for delivery, reason in poison}
-        for delivery in batch:
+        for number, delivery in enumerate(batch, self.committed + 1):
             reason = reasons.get(delivery.sequence)
-            if delivery.sequence > self._counted:
-                self._counted = delivery.sequence
-                self._limit.count(bad=reason is not None)
             if reason is None:
                 continue
+            if delivery.sequence > self._counted:
+                self._counted = delivery.sequence
+                self._limit.count(number)
             await self.dead_letters.send(delivery, reason)
             self._metrics.dead_letter()
             trace_id = trace_id_in(delivery.headers)

@@ -206,8 +206,9 @@ class PartitionBatch:
             self._append(self.of.file.store, consultation, events, written_ns)
 
     async def set_aside(self) -> None:
-        """Store the poison in ``fi-dead``."""
-        await self.of.quarantine.store(self.deliveries, self.poison)
+        """Store the poison in ``fi-dead``, if there is any."""
+        if self.poison:
+            await self.of.quarantine.store(self.deliveries, self.poison)
 
     def commit(self) -> None:
         """Make the batch durable, together with the position that it reaches.
@@ -216,6 +217,7 @@ class PartitionBatch:
         """
         last = self.deliveries[-1]
         self.of.file.store.commit(last.sequence, message_id_at(last.headers))
+        self.of.quarantine.committed += len(self.deliveries)
 
     async def acknowledge(self) -> None:
         """Report to the log that everything up to here is safe, and what became of it."""
@@ -411,7 +413,8 @@ class Rounds:
         one, error = batch.of, batch.error
         if error is None:
             one.busy_at, one.progressed = time.monotonic(), True
-            one.quarantine.succeeded(batch.deliveries)
+            if one.quarantine.one_by_one:
+                one.quarantine.succeeded(batch.deliveries)
             if batch.conflicts:
                 spawn(self._tasks, _announce(batch))
         else:

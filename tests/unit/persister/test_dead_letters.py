@@ -48,29 +48,26 @@ async def test_a_dead_letter_tells_reason_and_origin_and_keeps_the_body() -> Non
 def test_a_few_bad_messages_among_good_ones_are_fine() -> None:
     """One in twenty is below the ratio of one in ten."""
     limit = PoisonLimit(streak=5, ratio=0.1, window=100)
-    for number in range(1000):
-        limit.count(bad=number % 20 == 0)
+    for number in range(1, 1001, 20):
+        limit.count(number)
 
 
 def test_a_streak_of_bad_messages_stops() -> None:
     """Whatever came before."""
     limit = PoisonLimit(streak=5, ratio=1.0, window=1000)
-    for _ in range(500):
-        limit.count(bad=False)
-    for _ in range(4):
-        limit.count(bad=True)
+    for number in range(501, 505):
+        limit.count(number)
     with pytest.raises(PoisonFloodError, match="5 poison messages in a row"):
-        limit.count(bad=True)
+        limit.count(505)
 
 
 def test_too_large_a_share_of_bad_messages_stops() -> None:
     """Good ones in between do not hide a bad release; but a share of few messages says nothing yet."""
     limit = PoisonLimit(streak=1000, ratio=0.1, window=100)
-    for number in range(99):
-        limit.count(bad=number % 2 == 0)
-    limit.count(bad=False)
+    for number in range(1, 100, 2):
+        limit.count(number)
     with pytest.raises(PoisonFloodError, match="50 of the last 100"):
-        limit.count(bad=True)
+        limit.count(101)
 
 
 async def test_a_body_that_would_not_fit_is_cut() -> None:
@@ -95,29 +92,24 @@ async def test_headers_of_a_dead_letter_stay_small() -> None:
 def test_good_batches_between_break_a_streak() -> None:
     """A bad message a day is no flood, however many days."""
     limit = PoisonLimit(streak=5, ratio=0.5, window=100)
-    for _ in range(100):
-        limit.count(bad=True)
-        limit.count_good(3)
-    limit.count_good(0)
+    for number in range(1, 401, 4):
+        limit.count(number)
 
 
 def test_good_batches_count_for_the_ratio() -> None:
     """More of them than the window holds leave nothing bad in it."""
     limit = PoisonLimit(streak=1000, ratio=0.1, window=100)
-    for _ in range(9):
-        limit.count(bad=True)
-    limit.count_good(5000)
-    for _ in range(10):
-        limit.count(bad=True)
+    for number in (*range(1, 10), *range(5010, 5020)):
+        limit.count(number)
     with pytest.raises(PoisonFloodError, match="11 of the last 100"):
-        limit.count(bad=True)
+        limit.count(5020)
 
 
 def test_without_a_limit_everything_may_be_set_aside() -> None:
     """An operator who has looked at them wants the partition to go on."""
     limit = PoisonLimit(streak=0, window=10)
-    for _ in range(5000):
-        limit.count(bad=True)
+    for number in range(1, 5001):
+        limit.count(number)
 
 
 async def test_events_under_used_keys_are_listed_in_letters_that_fit() -> None:

@@ -358,6 +358,42 @@ async def test_rare_poison_never_adds_up_to_a_flood(tmp_path: Path, stream: Stre
         assert 6 == len(part.dead.letters)
 
 
+async def test_good_batches_count_for_the_share_of_poison(tmp_path: Path, stream: Stream) -> None:
+    """Two of ten may be poison; how the messages are divided into batches makes no difference."""
+    async with rig(tmp_path, stream, limit=PoisonLimit(streak=100, ratio=0.2, window=10)) as part:
+        part.runner.start()
+        for first in (1, 11):
+            stream.add(poison(first), poison(first + 1), *(delivery(first + more) for more in range(2, 9)))
+            await part.reach(first + 8)
+            stream.add(delivery(first + 9))
+            await part.reach(first + 9)
+        for number in (21, 22):
+            stream.add(poison(number))
+            await part.reach(number)
+        stream.add(delivery(23), poison(24))
+        await part.be(RunnerState.STOPPED)
+        assert "3 of the last 10 messages were poison" in part.runner.reason
+        assert 6 == len(part.dead.letters)
+        assert 22 == stream.acknowledged[-1]
+        await part.runner.stop()
+
+
+async def test_poison_that_could_not_be_stored_yet_counts_once(tmp_path: Path, stream: Stream) -> None:
+    """While `fi-dead` is down the same batch comes again and again: that is no flood."""
+    async with rig(tmp_path, stream, limit=PoisonLimit(streak=3)) as part:
+        part.dead.down = True
+        stream.add(poison(1), poison(2))
+        part.runner.start()
+        await eventually(lambda: (part.sample("fi_persister_failures_total", kind="transient") or 0) >= 3)
+        part.dead.down = False
+        await part.reach(2)
+        assert 2 == len(part.dead.letters)
+        stream.add(poison(3))
+        await part.be(RunnerState.STOPPED)
+        assert "3 poison messages in a row" in part.runner.reason
+        await part.runner.stop()
+
+
 async def test_a_stop_finishes_the_batch_in_hand(part: Rig, stream: Stream) -> None:
     """Committed, acknowledged, copied into the file, released."""
     part.dead.gate = asyncio.Event()
