@@ -29,7 +29,7 @@ from fiq.corpus.format import CONSULTATIONS, NAMES
 from fiq.corpus.names import PAGE_BYTES, PAGE_DTYPE, NameTree
 from services.log.questions import Consultations, ConsultationsAnswer, Summaries, SummariesAnswer
 from services.persister.answering import answer_to
-from services.persister.partition import PartitionFile
+from services.persister.rounds import PartitionFile
 
 _IDENTITY = Identity("main", "0b9f6a52-7d83-4c1e-9d6a-52f0c7a9b101", 1, 0, 16, "fi-events", "2026-11-23T10:00:00Z")
 _TEMPLATE = "00000000-0000-0000-0000-000000000000"

@@ -49,8 +49,7 @@ from services.log.questions import (
 )
 from services.persister.errors import NotNowError, described
 from services.persister.metrics import PersisterMetrics
-from services.persister.partition import PartitionFile
-from services.persister.rounds import Hdf5Thread
+from services.persister.rounds import Hdf5Thread, PartitionFile
 
 #: pending questions, at most; further ones are refused
 MAX_PENDING = 256

@@ -6,9 +6,6 @@
 
 An error ends one repetition. A transient error, and one that is not ours, abandons the file and starts again after a
 pause; a permanent one stops the partition until an operator acts. :mod:`services.persister.rounds` writes the events.
-
-Everything in :class:`PartitionFile` runs in the HDF5 thread. Calls wait there in a queue, and a file may be closed
-before their turn: what is called outside of rounds checks that.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from structlog.typing import FilteringBoundLogger
 
@@ -34,13 +30,11 @@ from services.core import logs
 from services.log.errors import PlacementError
 from services.log.partitions import partition_name
 from services.log.protocol import Follower, Position
+from services.persister.answering import QuestionResponder
 from services.persister.dead_letters import DeadLetters, PoisonLimit, Quarantine
-from services.persister.errors import NotNowError, described, reason_of
+from services.persister.errors import described, reason_of
 from services.persister.metrics import PersisterMetrics
-from services.persister.rounds import OpenPartition, Rounds
-
-if TYPE_CHECKING:
-    from services.persister.answering import QuestionResponder
+from services.persister.rounds import OpenPartition, PartitionFile, Rounds
 
 #: pauses between attempts after transient failures, seconds; the last one repeats
 BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -312,83 +306,6 @@ class PartitionRunner:
     def _change(self, state: RunnerState, reason: str = "") -> None:
         self.state, self.reason = state, reason
         self._metrics.state(state)
-
-
-class PartitionFile:
-    """The open file of one partition; its methods run in the HDF5 thread.
-
-    Attributes:
-        store: the file's events.
-    """
-
-    def __init__(self, store: EventStore) -> None:
-        self.store = store
-        self._closed = False
-
-    def close(self, *, abandon: bool) -> list[Exception]:
-        """Release the file and return the errors of that; what is committed is safe all the same.
-
-        Args:
-            abandon: make no last checkpoint.
-        """
-        self._closed = True
-        failures: list[Exception] = []
-        for release in (self.store.abandon,) if abandon else (self.store.close, self.store.abandon):
-            try:
-                release()
-            except Exception as error:  # noqa: BLE001 - the lock must be released in any case
-                failures.append(error)
-        return failures
-
-    def check_readable(self) -> None:
-        """Check that the file may be read to answer a question.
-
-        Raises:
-            NotNowError: it was closed, or holds what is not committed.
-            PlacementError: it was deleted or replaced.
-        """
-        if self._closed:
-            raise NotNowError("the partition was released")
-        if self.store.uncommitted:
-            raise NotNowError("a batch is half written")
-        self.check_in_place()
-
-    def advance(self, position: Position) -> bool:
-        """Move the committed position forward; return False if the file was closed or is already further.
-
-        Raises:
-            PlacementError: it was deleted or replaced.
-            CorpusError: the commit failed.
-        """
-        store = self.store
-        if self._closed or store.uncommitted or store.committed >= position.sequence:
-            return False
-        self.check_in_place()
-        store.commit(position.sequence, position.message_id)
-        return True
-
-    def checkpoint(self) -> None:
-        """Make a checkpoint if one is due, unless the file was closed.
-
-        Raises:
-            PlacementError: it was deleted or replaced.
-            CorpusError: the checkpoint failed; the journal holds everything.
-        """
-        if self._closed:
-            return
-        self.check_in_place()
-        self.store.maybe_checkpoint()
-
-    def check_in_place(self) -> None:
-        """Check that the open files are still those in the directory: a commit to a deleted file would be lost.
-
-        Raises PlacementError: one was deleted or replaced.
-        """
-        if not self.store.in_place:
-            raise PlacementError(
-                f"{self.store.path} or its journal was deleted or replaced while it was written: put both back, then "
-                "restart the persister; the stream still has the events that they lack"
-            )
 
 
 class CheckpointWatch:

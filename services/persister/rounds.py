@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
@@ -40,13 +40,11 @@ from fiq.event import Event, decode, message_id_at
 from services.core import logs
 from services.core.lifecycle import spawn
 from services.core.tracing import Spans
-from services.log.protocol import Delivery, Fate, Follower, Outcome
+from services.log.errors import PlacementError
+from services.log.protocol import Delivery, Fate, Follower, Outcome, Position
 from services.persister.dead_letters import Quarantine
-from services.persister.errors import described
+from services.persister.errors import NotNowError, described
 from services.persister.metrics import PartitionMetrics, PersisterMetrics, show_traces, trace_id_in
-
-if TYPE_CHECKING:
-    from services.persister.partition import PartitionFile
 
 T = TypeVar("T")
 
@@ -91,6 +89,86 @@ class Hdf5Thread:
             raise
         finally:
             del self._pending[future]
+
+
+class PartitionFile:
+    """The open file of one partition; its methods run in the HDF5 thread.
+
+    Calls wait there in a queue, and a file may be closed before their turn: what is called outside of rounds checks
+    that.
+
+    Attributes:
+        store: the file's events.
+    """
+
+    def __init__(self, store: EventStore) -> None:
+        self.store = store
+        self._closed = False
+
+    def close(self, *, abandon: bool) -> list[Exception]:
+        """Release the file and return the errors of that; what is committed is safe all the same.
+
+        Args:
+            abandon: make no last checkpoint.
+        """
+        self._closed = True
+        failures: list[Exception] = []
+        for release in (self.store.abandon,) if abandon else (self.store.close, self.store.abandon):
+            try:
+                release()
+            except Exception as error:  # noqa: BLE001 - the lock must be released in any case
+                failures.append(error)
+        return failures
+
+    def check_readable(self) -> None:
+        """Check that the file may be read to answer a question.
+
+        Raises:
+            NotNowError: it was closed, or holds what is not committed.
+            PlacementError: it was deleted or replaced.
+        """
+        if self._closed:
+            raise NotNowError("the partition was released")
+        if self.store.uncommitted:
+            raise NotNowError("a batch is half written")
+        self.check_in_place()
+
+    def advance(self, position: Position) -> bool:
+        """Move the committed position forward; return False if the file was closed or is already further.
+
+        Raises:
+            PlacementError: it was deleted or replaced.
+            CorpusError: the commit failed.
+        """
+        store = self.store
+        if self._closed or store.uncommitted or store.committed >= position.sequence:
+            return False
+        self.check_in_place()
+        store.commit(position.sequence, position.message_id)
+        return True
+
+    def checkpoint(self) -> None:
+        """Make a checkpoint if one is due, unless the file was closed.
+
+        Raises:
+            PlacementError: it was deleted or replaced.
+            CorpusError: the checkpoint failed; the journal holds everything.
+        """
+        if self._closed:
+            return
+        self.check_in_place()
+        self.store.maybe_checkpoint()
+
+    def check_in_place(self) -> None:
+        """Check that the open files are still those in the directory: a commit to a deleted file would be lost.
+
+        Raises PlacementError: one was deleted or replaced.
+        """
+        if not self.store.in_place:
+            raise PlacementError(
+                f"{self.store.path} or its journal was deleted or replaced while it was written: put both back, then "
+                "restart the persister; the stream still has the events that they lack"
+            )
 
 
 @dataclass(slots=True, eq=False)

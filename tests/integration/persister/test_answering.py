@@ -39,8 +39,7 @@ from services.log.questions import (
 from services.persister import answering as answering_module
 from services.persister.answering import MAX_PENDING, QuestionResponder
 from services.persister.metrics import PersisterMetrics
-from services.persister.partition import PartitionFile
-from services.persister.rounds import Hdf5Thread
+from services.persister.rounds import Hdf5Thread, PartitionFile
 from tests.support.broker import connected, plain_server, taken
 from tests.support.persister import IDENTITY, Stream, delivery, reusing, rig
 from tests.support.polling import eventually

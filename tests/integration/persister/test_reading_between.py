@@ -22,8 +22,7 @@ from services.log.protocol import Page
 from services.log.questions import Stored, digest_of
 from services.persister.answering import QuestionResponder
 from services.persister.metrics import PersisterMetrics
-from services.persister.partition import PartitionFile
-from services.persister.rounds import Hdf5Thread
+from services.persister.rounds import Hdf5Thread, PartitionFile
 from tests.support.broker import taken
 from tests.support.persister import IDENTITY
 from tests.support.persisters import PARTITIONS, Log, provisioned

@@ -13,8 +13,7 @@ from fiq.corpus import Consultation, EventStore
 from services.log.protocol import Delivery, Fate, Outcome
 from services.persister.dead_letters import DeadLetters, PoisonLimit, Quarantine
 from services.persister.metrics import PersisterMetrics
-from services.persister.partition import PartitionFile
-from services.persister.rounds import Conflict, OpenPartition, PartitionBatch
+from services.persister.rounds import Conflict, OpenPartition, PartitionBatch, PartitionFile
 from tests.support.persister import (
     IDENTITY,
     LOG,

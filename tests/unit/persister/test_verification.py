@@ -11,7 +11,7 @@ import pytest
 from fiq.corpus import EventStore
 from services.log.questions import Verify, VerifyAnswer
 from services.persister.answering import answer_to
-from services.persister.partition import PartitionFile
+from services.persister.rounds import PartitionFile
 from tests.support import damage as damages
 from tests.support.corpus import IDENTITY, commit_range
 from tests.support.damage import VICTIM, damage
