@@ -396,7 +396,7 @@ class Rounds:
             self._allowed.set()
 
     async def run(self) -> None:
-        """Make rounds until cancelled; :meth:`leave` waits for the batches of a round that has begun."""
+        """Make rounds until cancelled. That abandons a round which has begun: let all partitions leave first."""
         while True:
             await self._arrived.wait()
             await self._pause()
@@ -408,7 +408,7 @@ class Rounds:
             batches, full = self._take()
             if not batches:
                 continue
-            await asyncio.shield(spawn(self._tasks, self._round(batches), "round"))
+            await self._round(batches)
             at_once = full or any(batch.of.follower.writers_wait for batch in batches)
             self._next_at = 0.0 if at_once else began + min(LONGEST_SECONDS, self._cost / SHARE)
             if full:

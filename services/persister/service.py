@@ -167,7 +167,8 @@ class _Process:
     async def run(self, address: str, stop: Stop) -> None:
         """Persist until *stop* is requested, then release all partitions; *address* is that of the endpoints."""
         self._workers.join()
-        async with background_task(self._responder.run(), "answering"):
+        answering = background_task(self._responder.run(), "answering")
+        async with answering, background_task(self._rounds.run(), "rounds"):
             try:
                 await run_until_stopped(self._run(address), stop)
             finally:
@@ -191,12 +192,7 @@ class _Process:
         )
         async with background_task(trimming, "trim"), announced as update:
             coordinator.on_change = update
-            try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(self._rounds.run(), name="rounds")
-                    group.create_task(coordinator.run(), name="coordinator")
-            except ExceptionGroup as failed:  # one of them cannot go on: the process ends and reports why
-                raise failed.exceptions[0] from None
+            await coordinator.run()
 
     def _trimmed(self, trimmed: Trimmed) -> None:
         self._metrics.stream_fullness.set(trimmed.fullness)
