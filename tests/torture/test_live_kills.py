@@ -26,14 +26,15 @@ from services.log.partitions import partition_of
 from services.log.settings import LogSettings
 from tests.support.cluster import consumers_of
 from tests.support.polling import eventually
-from tests.support.torture import LONG, times
+from tests.support.torture import LONG
 
 PARTITIONS = 16
 CLIENTS = 20
 #: what a client waits between two events: some 200 events a second in all, seconds
 PAUSE = 0.1
-#: longest time from a 202 after a kill, or from the end of the election after it, to the commit of that event, seconds
-LONGEST_WAIT = 10.0
+#: longest time from a 202 after a kill, or from the end of the election after it, to the commit of that event, seconds;
+#: in `make test` other tests share the cores
+LONGEST_WAIT = 10.0 if LONG else 30.0
 _COMMITTED = re.compile(r'^fi_persister_committed_sequence\{partition="(\d+)"\} (\S+)$', re.MULTILINE)
 
 
@@ -170,10 +171,16 @@ async def _all_of_them(stack: Stack) -> None:
             group.create_task(_a_persister(stack, number))
 
 
-@pytest.mark.parametrize("kill", [_the_node_of_the_cursors, _the_leader, _a_persister, _all_of_them])
+Kill = Callable[[Stack], Awaitable[None]]
+KINDS: list[Kill] = [_the_node_of_the_cursors, _the_leader, _a_persister, _all_of_them]
+
+
+@pytest.mark.parametrize(
+    "kinds", [[kind] * 20 for kind in KINDS] if LONG else [KINDS], ids=lambda kinds: kinds[-1].__name__
+)
 @pytest.mark.timeout(3600 if LONG else 240)
 async def test_what_was_accepted_is_there_once_and_in_order_whatever_is_killed(
-    tmp_path: Path, kill: Callable[[Stack], Awaitable[None]]
+    tmp_path: Path, kinds: list[Kill]
 ) -> None:
     """And a partition's first event after the kill is committed within 10 s of its 202 or of the election's end."""
     stack = Stack(tmp_path / "stack", env={"FI_STREAM_MAX_BYTES": "256MiB"})
@@ -183,7 +190,7 @@ async def test_what_was_accepted_is_there_once_and_in_order_whatever_is_killed(
     try:
         posting = asyncio.create_task(load.run())
         watching = [asyncio.create_task(watcher.run()) for watcher in (watch, elections)]
-        for _ in range(times(1, 20)):
+        for kill in kinds:
             await eventually(lambda: all(len(load.told[p]) > 3 for p in range(PARTITIONS)), timeout=60)
             kills.append(time.monotonic())
             await kill(stack)
@@ -203,8 +210,8 @@ async def test_what_was_accepted_is_there_once_and_in_order_whatever_is_killed(
         beyond = max(end - elections.over_at(start, end) for start, end in spans)
         # shown by `make torture ARGS=-rP`
         print(  # noqa: T201
-            f"{len(kills)} kills: longest wait {waits[-1]:.1f} s, {beyond:.1f} s beyond the election, "
-            f"median {waits[len(waits) // 2]:.2f} s"
+            f"{len(kills)} kills, the last by {kinds[-1].__name__}: longest wait {waits[-1]:.1f} s, "
+            f"{beyond:.1f} s beyond the election, median {waits[len(waits) // 2]:.2f} s"
         )
         assert beyond <= LONGEST_WAIT
         assert [] == compare_corpus(stack.data_dir, load.accepted.values()).summary()
