@@ -60,14 +60,16 @@ def test_every_field_and_place_is_documented() -> None:
         assert f"`{name}`" in _FORMAT
     assert f"A row of `events` has {EVENT_DTYPE.itemsize} bytes" in _FORMAT
     assert f"({USER_BLOCK} bytes)" in _FORMAT
-    assert f"| {RECORDS_START} |" in _FORMAT
+    assert f"\n- {RECORDS_START}: records\n" in _FORMAT
 
 
 def test_what_analysts_call_is_documented() -> None:
-    """Each attribute of an event, and each argument of a frame."""
-    public = [name for name in vars(EventRecord) if not name.startswith("_")]
-    for name in [*public, *inspect.signature(Corpus.to_frame).parameters]:
-        assert name in ("self", "id_bytes") or re.search(rf"\| `{name}(\(\)|=False)?` \|", _READING), name
+    """Each attribute of an event with its type, and each argument of a frame, in a list of its own."""
+    attributes, _, frames = _READING.partition("\n## Make a frame\n")
+    for name in [name for name in vars(EventRecord) if not name.startswith("_") and name != "id_bytes"]:
+        assert re.search(rf"^- `{name}(\(\))?` \([\w ]+\): \S", attributes, re.MULTILINE), name
+    for name in [name for name in inspect.signature(Corpus.to_frame).parameters if name != "self"]:
+        assert re.search(rf"^- `{name}(=False)?`: \S", frames.partition("\nIts columns:\n")[0], re.MULTILINE), name
 
 
 def test_the_tree_of_errors_is_drawn_completely() -> None:
