@@ -40,26 +40,26 @@ class Settings:
         "FI_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address to listen on; beyond loopback only with FI_TOKEN_FILE or FI_ALLOW_ANONYMOUS.",
+        doc="Listening address; beyond loopback needs FI_TOKEN_FILE or FI_ALLOW_ANONYMOUS.",
     )
-    port: int = setting("FI_PORT", 7001, parse=tcp_port, doc="TCP port; 0: a free one, which is logged.")
+    port: int = setting("FI_PORT", 7001, parse=tcp_port, doc="TCP port; 0: a free one, logged.")
     management_host: str = setting(
         "FI_MANAGEMENT_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address of /healthz, /readyz and /metrics (no token): loopback or an inner network.",
+        doc="Address of /healthz, /readyz, /metrics (no token): loopback or inner network.",
     )
     management_port: int = setting(
         "FI_MANAGEMENT_PORT",
         7101,
         parse=tcp_port,
-        doc="TCP port of FI_MANAGEMENT_HOST; 0: a free one, which is logged.",
+        doc="TCP port of FI_MANAGEMENT_HOST; 0: a free one, logged.",
     )
     token_file: str = setting(
         "FI_TOKEN_FILE",
         "",
         parse=text,
-        doc="File of `fiq token`, read again when it changes; empty: no token is needed.",
+        doc="File of `fiq token`, reread on change; empty: no token needed.",
     )
     allow_anonymous: bool = setting(
         "FI_ALLOW_ANONYMOUS",
@@ -77,19 +77,19 @@ class Settings:
         "FI_TRUSTED_PROXIES",
         (),
         parse=_networks,
-        doc="Addresses of proxies whose X-Forwarded-For is believed: 10.0.0.5,172.16.0.0/12.",
+        doc="Proxies whose X-Forwarded-For is believed: 10.0.0.5,172.16.0.0/12.",
     )
     tls_cert: str = setting(
         "FI_TLS_CERT",
         "",
         parse=text,
-        doc="PEM file with certificate and chain, read again when it changes; empty: plain HTTP.",
+        doc="PEM file: certificate and chain, reread on change; empty: plain HTTP.",
     )
     tls_key: str = setting(
         "FI_TLS_KEY",
         "",
         parse=text,
-        doc="PEM file with the key of FI_TLS_CERT, without a password.",
+        doc="PEM file: key of FI_TLS_CERT, without password.",
     )
     rate: float = setting(
         "FI_RATE",
@@ -101,19 +101,19 @@ class Settings:
         "FI_RATE_BURST",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Requests and events of a token at once. A larger batch needs all of it unused.",
+        doc="Requests and events of a token at once. A larger batch needs it unused.",
     )
     new_consultations_rate: float = setting(
         "FI_NEW_CONSULTATIONS_RATE",
         20.0,
         parse=number(0, 1_000_000),
-        doc="Consultations per second that a token may begin; beyond it 429. 0: no limit.",
+        doc="New consultations per second of a token; beyond it 429. 0: no limit.",
     )
     new_consultations_burst: int = setting(
         "FI_NEW_CONSULTATIONS_BURST",
         10_000,
         parse=integer(1, 10**9),
-        doc="Consultations that a token may begin at once. Each takes 4 KB in HDF5.",
+        doc="New consultations of a token at once, 4 KB each in HDF5.",
     )
     publish_deadline: float = setting(
         "FI_PUBLISH_DEADLINE",
@@ -125,19 +125,19 @@ class Settings:
         "FI_MAX_IN_FLIGHT",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Events that a process stores at the same time; beyond it 429.",
+        doc="Events that a process stores concurrently; beyond it 429.",
     )
     max_connections: int = setting(
         "FI_MAX_CONNECTIONS",
         2000,
         parse=integer(1, 1_000_000),
-        doc="Connections of a process; at the limit the oldest idle one without a valid token is closed, else 503.",
+        doc="Connections of a process; at it the oldest idle one without valid token is closed, else 503.",
     )
     max_in_flight_bytes: int = setting(
         "FI_MAX_IN_FLIGHT_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**40),
-        doc="Bytes of bodies and long headers in memory; beyond it 429. Lower in a small container.",
+        doc="Bytes of bodies and long headers in memory; beyond it 429. Lower it in small containers.",
     )
     max_event_bytes: int = setting(
         "FI_MAX_EVENT_BYTES",
@@ -155,32 +155,31 @@ class Settings:
         "FI_MAX_BATCHED_EVENTS",
         8000,
         parse=integer(1000, 1_000_000),
-        doc="Events of batches stored at the same time, besides FI_MAX_IN_FLIGHT; beyond it 429.",
+        doc="Batches' events stored concurrently, besides FI_MAX_IN_FLIGHT; beyond it 429.",
     )
     key_lookup_wait: float = setting(
         "FI_KEY_LOOKUP_WAIT",
         0.1,
         parse=seconds(0, 10),
-        doc="Time for asking the corpus about a key; 0: it is not asked.",
+        doc="Time for asking the corpus about a key; 0: never.",
     )
     max_json_depth: int = setting(
         "FI_MAX_JSON_DEPTH",
         100,
         parse=integer(1, 1024),
-        doc="Levels of objects and arrays in a body; beyond it 422.",
+        doc="Nesting levels of a body; beyond it 422.",
     )
     max_backlog: int = setting(
         "FI_MAX_BACKLOG",
         100_000,
         parse=integer(0, 10**12),
-        doc="Events that may wait for persisters; beyond it 503. Stalled partitions share half of it. 0: only the"
-        " log's limit.",
+        doc="Events waiting for persisters; beyond it 503. Stalled partitions share half. 0: only the log's limit.",
     )
     max_window_events: int = setting(
         "FI_MAX_WINDOW_EVENTS",
         1_000_000,
         parse=integer(0, 10**12),
-        doc="Events within FI_DUPLICATE_WINDOW; beyond it 503. Each takes 0.5 KB of every node's memory. 0: no limit.",
+        doc="Events within FI_DUPLICATE_WINDOW; beyond it 503. Each: 0.5 KB of every node's memory. 0: no limit.",
     )
     header_timeout: float = setting(
         "FI_HEADER_TIMEOUT",
@@ -198,7 +197,7 @@ class Settings:
         "FI_ANSWER_TIMEOUT",
         30.0,
         parse=seconds(0.1, 3600),
-        doc="Time to read an answer, for followers 10 s; then disconnected.",
+        doc="Time to read an answer (followers: 10 s); then disconnected.",
     )
     retry_after: float = setting(
         "FI_RETRY_AFTER",
@@ -210,37 +209,37 @@ class Settings:
         "FI_MAX_FOLLOWERS",
         100,
         parse=integer(0, 100_000),
-        doc="Clients that follow through a process; beyond it 429. Each takes up to 2 MiB.",
+        doc="Followers of a process, up to 2 MiB each; beyond it 429.",
     )
     follow_interval: float = setting(
         "FI_FOLLOW_INTERVAL",
         0.25,
         parse=seconds(0.01, 60),
-        doc="How often the log is asked for events of followed consultations.",
+        doc="How often the log is asked for followers' events.",
     )
     ui_masked: bool = setting(
         "FI_UI_MASKED",
         True,
         parse=boolean,
-        doc="The page shows a body only on request; 0: at once.",
+        doc="The page shows bodies only on request; 0: at once.",
     )
     shutdown_grace: float = setting(
         "FI_SHUTDOWN_GRACE",
         10.0,
         parse=seconds(0, 3600),
-        doc="Time for requests after SIGTERM; keep it above FI_PUBLISH_DEADLINE.",
+        doc="Time for requests after SIGTERM; keep above FI_PUBLISH_DEADLINE.",
     )
     watchdog: float = setting(
         "FI_WATCHDOG",
         WATCHDOG_SECONDS,
         parse=seconds(0, 86400),
-        doc="A process that hangs for so long ends itself; 0: never.",
+        doc="A process that hangs so long ends itself; 0: never.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",
         "info",
         parse=level,
-        doc="debug, info (a line for each request and batch), warning or error.",
+        doc="debug, info (a line per request and batch), warning or error.",
     )
     log: LogSettings = nested(LogSettings)
 

@@ -66,19 +66,19 @@ class LogSettings:
         "FI_LOG_URL",
         ("nats://127.0.0.1:4222",),
         parse=_servers,
-        doc="NATS nodes, separated by commas, or a ZeroMQ address (docs/logs.md).",
+        doc="NATS nodes, comma-separated, or a ZeroMQ address (docs/logs.md).",
     )
     ca_file: str = setting(
         "FI_NATS_CA_FILE",
         "",
         parse=text,
-        doc="PEM file of the nodes' authority; with it only TLS 1.3 is spoken.",
+        doc="PEM file of the nodes' authority; allows only TLS 1.3.",
     )
     seed_file: str = setting(
         "FI_NATS_SEED_FILE",
         "",
         parse=text,
-        doc="File with the nkey seed of this process; read at each connect.",
+        doc="File with this process' nkey seed; read at each connect.",
     )
     zmq_key_file: str = setting(
         "FI_ZMQ_KEY_FILE",
@@ -102,19 +102,19 @@ class LogSettings:
         "FI_PARTITIONS",
         16,
         parse=integer(1, 100),
-        doc="Partitions of the stream, fixed when it is created.",
+        doc="Partitions of the stream, fixed at its creation.",
     )
     replicas: int = setting(
         "FI_REPLICAS",
         3,
         parse=_replicas,
-        doc="Copies of each event. Below 3 the loss of a node loses events.",
+        doc="Copies of each event. Below 3 losing a node loses events.",
     )
     max_bytes: int = setting(
         "FI_STREAM_MAX_BYTES",
         4 * 2**30,
         parse=size(2**20, 2**50),
-        doc="Limit of the stream, reserved on each node; beyond it 503. May be raised.",
+        doc="Stream's limit, reserved on each node; beyond it 503. May be raised.",
     )
     duplicate_window: float = setting(
         "FI_DUPLICATE_WINDOW",
@@ -144,7 +144,7 @@ class LogSettings:
         "FI_STARTUP_TIMEOUT",
         60.0,
         parse=seconds(1, 3600),
-        doc="Time to wait for the cluster at start; then exit code 1.",
+        doc="Wait for the cluster at start; then exit code 1.",
     )
 
     @property

@@ -34,7 +34,7 @@ class PersisterSettings:
         "FI_DATA_DIR",
         Path("corpus"),
         parse=Path,
-        doc="The volume: a directory on a local disk, shared by the host's processes.",
+        doc="The volume: a local disk's directory, shared by the host's processes.",
     )
     allow_ephemeral: bool = setting(
         "FI_ALLOW_EPHEMERAL",
@@ -46,19 +46,19 @@ class PersisterSettings:
         "FI_DISK_RESERVE",
         5.0,
         parse=number(0, 90),
-        doc="Percent of the file system that persisters leave free.",
+        doc="Percent of the file system to leave free.",
     )
     volumes: int = setting(
         "FI_VOLUMES",
         1,
         parse=integer(1, 100),
-        doc="Volumes of the store, the same everywhere; each takes an equal share of the partitions.",
+        doc="Volumes of the store, the same everywhere, with equal shares of the partitions.",
     )
     host: str = setting(
         "FI_PERSISTER_HOST",
         "127.0.0.1",
         parse=text,
-        doc="Address of /healthz, /readyz and /metrics (no token): loopback or an inner network.",
+        doc="Address of /healthz, /readyz, /metrics (no token): loopback or inner network.",
     )
     port: int = setting(
         "FI_PERSISTER_PORT",
@@ -70,7 +70,7 @@ class PersisterSettings:
         "FI_BATCH_EVENTS",
         8192,
         parse=integer(1, 65536),
-        doc="Most events that a process commits in one round.",
+        doc="Most events that a process commits per round.",
     )
     batch_bytes: int = setting(
         "FI_BATCH_BYTES",
@@ -100,7 +100,7 @@ class PersisterSettings:
         "FI_KNOWN_IDS",
         4_000_000,
         parse=integer(1000, 10**8),
-        doc="Event ids in memory to drop retries, 12 bytes each; others are read again.",
+        doc="Event ids in memory to drop retries, 12 bytes each; others are reread.",
     )
     poison_streak: int = setting(
         "FI_POISON_STREAK",
@@ -112,19 +112,19 @@ class PersisterSettings:
         "FI_RETENTION",
         86400.0,
         parse=seconds(0, 10 * 365 * 86400),
-        doc="How long committed events stay in the stream while it is less than 70 % full.",
+        doc="How long the stream, while below 70 % full, keeps committed events.",
     )
     watchdog: float = setting(
         "FI_WATCHDOG",
         WATCHDOG_SECONDS,
         parse=seconds(0, 86400),
-        doc="A process that hangs for so long ends itself; 0: never.",
+        doc="A process that hangs so long ends itself; 0: never.",
     )
     log_level: str = setting(
         "FI_LOG_LEVEL",
         "info",
         parse=level,
-        doc="debug, info (a line for each request and batch), warning or error.",
+        doc="debug, info (a line per request and batch), warning or error.",
     )
     log: LogSettings = nested(LogSettings)
 
