@@ -66,7 +66,7 @@ class InvalidArgumentError(ClientError, PermanentError, ValueError):
 
 
 class RefusedError(ClientError, PermanentError):
-    """Raised when the service refuses the request: the same request would be refused again."""
+    """Raised when the service refuses the request, and would again; or failed (500), which a retry would hide."""
 
 
 class UnexpectedAnswerError(ClientError, PermanentError):
