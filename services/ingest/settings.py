@@ -95,7 +95,7 @@ class Settings:
         "FI_RATE",
         0.0,
         parse=number(0, 1_000_000),
-        doc="Requests and events per second of a token; beyond it 429. 0: no limit.",
+        doc="Requests and events per second of a token; beyond: 429. 0: no limit.",
     )
     rate_burst: int = setting(
         "FI_RATE_BURST",
@@ -107,7 +107,7 @@ class Settings:
         "FI_NEW_CONSULTATIONS_RATE",
         20.0,
         parse=number(0, 1_000_000),
-        doc="New consultations per second of a token; beyond it 429. 0: no limit.",
+        doc="New consultations per second of a token; beyond: 429. 0: no limit.",
     )
     new_consultations_burst: int = setting(
         "FI_NEW_CONSULTATIONS_BURST",
@@ -125,7 +125,7 @@ class Settings:
         "FI_MAX_IN_FLIGHT",
         1000,
         parse=integer(1, 1_000_000),
-        doc="Events that a process stores concurrently; beyond it 429.",
+        doc="Events that a process stores concurrently; beyond: 429.",
     )
     max_connections: int = setting(
         "FI_MAX_CONNECTIONS",
@@ -137,25 +137,25 @@ class Settings:
         "FI_MAX_IN_FLIGHT_BYTES",
         256 * 2**20,
         parse=size(2**20, 2**40),
-        doc="Bytes of bodies and long headers in memory; beyond it 429. Lower it in small containers.",
+        doc="Bytes of bodies and long headers in memory; beyond: 429. Lower it in small containers.",
     )
     max_event_bytes: int = setting(
         "FI_MAX_EVENT_BYTES",
         2**20,
         parse=size(1, 64 * 2**20),
-        doc="Largest event; beyond it 413. The broker's max_payload must be 1 KiB larger.",
+        doc="Largest event; beyond: 413. The broker's max_payload must be 1 KiB larger.",
     )
     max_batch_bytes: int = setting(
         "FI_MAX_BATCH_BYTES",
         8 * 2**20,
         parse=size(1, 256 * 2**20),
-        doc="Largest batch; beyond it 413.",
+        doc="Largest batch; beyond: 413.",
     )
     max_batched_events: int = setting(
         "FI_MAX_BATCHED_EVENTS",
         8000,
         parse=integer(1000, 1_000_000),
-        doc="Batches' events stored concurrently, besides FI_MAX_IN_FLIGHT; beyond it 429.",
+        doc="Batches' events stored concurrently, besides FI_MAX_IN_FLIGHT; beyond: 429.",
     )
     key_lookup_wait: float = setting(
         "FI_KEY_LOOKUP_WAIT",
@@ -167,19 +167,19 @@ class Settings:
         "FI_MAX_JSON_DEPTH",
         100,
         parse=integer(1, 1024),
-        doc="Nesting levels of a body; beyond it 422.",
+        doc="Nesting levels of a body; beyond: 422.",
     )
     max_backlog: int = setting(
         "FI_MAX_BACKLOG",
         100_000,
         parse=integer(0, 10**12),
-        doc="Events waiting for persisters; beyond it 503. Stalled partitions share half. 0: only the log's limit.",
+        doc="Events waiting for persisters; beyond: 503. Stalled partitions share half. 0: only the log's limit.",
     )
     max_window_events: int = setting(
         "FI_MAX_WINDOW_EVENTS",
         1_000_000,
         parse=integer(0, 10**12),
-        doc="Events within FI_DUPLICATE_WINDOW; beyond it 503. Each: 0.5 KB of every node's memory. 0: no limit.",
+        doc="Events within FI_DUPLICATE_WINDOW; beyond: 503. Each: 0.5 KB of every node's memory. 0: no limit.",
     )
     header_timeout: float = setting(
         "FI_HEADER_TIMEOUT",
@@ -209,7 +209,7 @@ class Settings:
         "FI_MAX_FOLLOWERS",
         100,
         parse=integer(0, 100_000),
-        doc="Followers of a process, up to 2 MiB each; beyond it 429.",
+        doc="Followers of a process, up to 2 MiB each; beyond: 429.",
     )
     follow_interval: float = setting(
         "FI_FOLLOW_INTERVAL",

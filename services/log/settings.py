@@ -114,7 +114,7 @@ class LogSettings:
         "FI_STREAM_MAX_BYTES",
         4 * 2**30,
         parse=size(2**20, 2**50),
-        doc="Stream's limit, reserved on each node; beyond it 503. May be raised.",
+        doc="Stream's limit, reserved on each node; beyond: 503. May be raised.",
     )
     duplicate_window: float = setting(
         "FI_DUPLICATE_WINDOW",

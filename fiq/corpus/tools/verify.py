@@ -43,7 +43,7 @@ from fiq.words import count as count_of
 
 #: the kinds of problems, words that a program can compare
 KINDS = {
-    "file": "the file cannot be opened",
+    "file": "cannot be opened",
     "journal": "damaged, missing, or of another file",
     "identity": "of another store, volume, partition or stream",
     "volume": "`volume.json` is damaged",
@@ -53,17 +53,17 @@ KINDS = {
     "name": "no id of a consultation",
     "elsewhere": "another file has the consultation too",
     "unreadable": "HDF5 cannot read the consultation",
-    "payload": "rows are missing at the end",
-    "chain": "the row or its chain, or the row before, was changed, removed or moved",
-    "order": "the sequence does not rise",
-    "ahead": "the sequence is not committed",
-    "gap": "the body does not follow the one before",
-    "outside": "the body lies outside the payload",
-    "newline": "the body is not one line",
-    "utf-8": "the body is not UTF-8",
-    "json": "the body is not JSON",
+    "payload": "rows missing at the end",
+    "chain": "row, chain or previous row was changed, removed or moved",
+    "order": "sequence does not rise",
+    "ahead": "sequence is not committed",
+    "gap": "body does not follow the previous",
+    "outside": "body outside the payload",
+    "newline": "body is not one line",
+    "utf-8": "body is not UTF-8",
+    "json": "body is not JSON",
     "duplicate": "an earlier row has the same id",
-    "more": "too many problems: the rest was not looked at",
+    "more": "too many problems: the rest is unchecked",
 }
 #: identity of the data directory; the persister writes it, the corpus only compares
 VOLUME_NAME = "volume.json"
