@@ -216,7 +216,7 @@ async def test_an_error_says_why_there_was_no_answer(
         url = free_url() if step is None else server.url
         place = URL(url).with_scheme(scheme)
         place = place.with_host(host) if host else place
-        async with AsyncClient(str(place), retry=RetryPolicy(deadline=2, attempt_timeout=2)) as client:
+        async with AsyncClient(str(place), retry=RetryPolicy(deadline=4, attempt_timeout=2)) as client:
             with pytest.raises(GaveUpError, match=f"no answer from {place.origin()}: {why}"):
                 await client.post("c-1", EVENT)
 
