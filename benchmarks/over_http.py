@@ -43,7 +43,8 @@ def batches(bench: Bench) -> list[Throughput]:
     streams.fresh_stream(bench.cluster, PARTITIONS)
     url = bench.cluster.urls[0]
     reports: dict[str, list[Report]] = {BATCH: [], BARE_BATCH: []}
-    with processes.ingest(url, bench.folder, partitions=PARTITIONS) as (_, port):
+    settings = {"FI_MAX_WINDOW_EVENTS": "0"}  # the rounds of all targets fill the window
+    with processes.ingest(url, bench.folder, partitions=PARTITIONS, settings=settings) as (_, port):
         for number in range(bench.plan.rounds):
             bench.tell(f"batches: round {number + 1}")
             reports[BATCH].append(bench.load(port, BATCH_CLIENTS, "batch"))
