@@ -18,8 +18,8 @@ def test_a_writer_killed_at_any_moment_leaves_whole_batches(tmp_path: Path) -> N
     A checkpoint begins every few commits and the journal turns as often, so kills hit both. In
     every fourth run a reader holds the file, and the journal is compacted instead.
     """
-    killed = kill_again_and_again(tmp_path / "00.h5", times(30, 500), seed=11)
-    assert killed.kills >= times(30, 500)
+    killed = kill_again_and_again(tmp_path / "00.h5", times(50, 500), seed=11)
+    assert killed.kills >= times(50, 500)
     assert killed.varied, killed
 
 

@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(3600 if LONG else 120)
-@pytest.mark.parametrize("recording", range(times(2, 40)))
+@pytest.mark.parametrize("recording", range(times(4, 40)))
 def test_a_power_cut_at_any_moment_leaves_whole_batches(path: Path, recording: int) -> None:
     """What was not synced may be there, missing or torn: recovery gives the acknowledged batches, or one more.
 

@@ -27,7 +27,7 @@ async def test_what_was_accepted_is_there_once_and_in_order_whatever_is_killed(t
     kills = times(2, 20)
     dialogues = consultations()
     if not LONG:
-        dialogues = dialogues[:200]
+        dialogues = dialogues[:300]
     total = sum(len(posts) for posts in dialogues)
     stack = Stack(tmp_path / "stack", log=LogKind.ZMQ)
     await asyncio.to_thread(stack.start)

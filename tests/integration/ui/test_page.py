@@ -878,7 +878,8 @@ def axe(page: Page) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("scheme", "width"), list(zip(SCHEMES, [1280, 320], strict=True)))
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", [1280, 320])
 @pytest.mark.usefixtures("dialogue")
 def test_axe_finds_nothing_and_nothing_is_wider_than_the_window(
     new_page: Opener, service: Service, guarded: Service, scheme: str, width: int
