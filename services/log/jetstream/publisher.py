@@ -38,6 +38,7 @@ from nats.aio.subscription import Subscription
 
 from fiq.event import Event
 from services.core.lifecycle import spawn
+from services.core.retry import backoff
 from services.log.errors import (
     CorpusAwayError,
     DuplicateInFlightError,
@@ -314,8 +315,8 @@ class Publisher(EventWriter):
             unanswered: an earlier attempt of ours may still be in flight: then a duplicate is not another writer's.
         """
         trouble = TryAgain("no answer")
-        seconds, (pause, longest) = attempt_factor * ATTEMPT_SECONDS, PAUSE_SECONDS
-        while True:
+        seconds = attempt_factor * ATTEMPT_SECONDS
+        for pause in backoff(*PAUSE_SECONDS):
             not_sent = await send()
             answer = await self._exchange.answer(slot, end, seconds if not_sent is None else pause)
             if answer is None:
@@ -330,7 +331,7 @@ class Publisher(EventWriter):
             if self._loop.time() >= end:
                 break
             self.retries += 1
-            seconds, pause = 2 * seconds, min(2 * pause, longest)
+            seconds *= 2
         if trouble.err_code == DUPLICATE_IN_FLIGHT and not unanswered:
             raise DuplicateInFlightError(trouble.reason)
         raise LogUnavailableError(f"the log did not take the {what} within {self._deadline:g} s: {trouble.reason}")
