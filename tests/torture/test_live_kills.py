@@ -32,9 +32,8 @@ PARTITIONS = 16
 CLIENTS = 20
 #: what a client waits between two events: some 200 events a second in all, seconds
 PAUSE = 0.1
-#: longest time from a 202 after a kill, or from the end of the election after it, to the commit of that event, seconds;
-#: in `make test` other tests share the cores
-LONGEST_WAIT = 10.0 if LONG else 30.0
+#: longest time from a 202 after a kill, or from the end of the election after it, to the commit of that event, seconds
+LONGEST_WAIT = 10.0
 _COMMITTED = re.compile(r'^fi_persister_committed_sequence\{partition="(\d+)"\} (\S+)$', re.MULTILINE)
 
 
