@@ -29,12 +29,12 @@ from fiq.corpus.wal.journal import (
     JournalRecord,
     LiveRecords,
     RecordPosition,
+    SectorIndex,
     empty_journal,
     write_record,
     write_start,
     write_state,
 )
-from fiq.corpus.wal.pages import SectorIndex
 from fiq.corpus.wal.storage import FILE_MODE, LOCK_WAIT, StorageIO, lock, system_errors, try_lock, unlock, write_all
 
 #: reasons for which a checkpoint is deferred

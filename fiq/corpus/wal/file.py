@@ -4,6 +4,16 @@ What HDF5 writes stays in memory until :meth:`AtomicFile.commit` appends it to t
 itself changes only in a checkpoint, under an exclusive lock, from what the journal holds; commits go on meanwhile.
 After a crash, the file together with the whole records of its journal is the last commit: see docs/corpus-format.md.
 
+The content as its writer sees it is in layers, of which :class:`PageCache` holds the first two::
+
+    pages       pages of 4 KiB that changed since the last checkpoint began; when they are many, the index replaces them
+    sealed      pages that the running checkpoint copies
+    index       sectors whose newest image is only in the journal
+    file        everything else, read when it is needed
+
+A batch changes its pages in place and marks the sectors that it changes: a commit writes these into the journal. A
+rollback drops every page, since the journal and the file hold all that is committed.
+
 One thread calls all methods. Checkpoints and compactions run in threads of their own; :meth:`AtomicFile.collect`, which
 every commit calls, takes their results.
 """
@@ -16,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fiq.corpus.errors import CorpusError, CorpusFormatError, CorpusIOError, CorpusUsageError, StoreFailedError
 from fiq.corpus.wal.checkpoint import (
     NO_ROOM,
@@ -26,13 +38,24 @@ from fiq.corpus.wal.checkpoint import (
     leave_exclusive_lock,
     take_exclusive_lock,
 )
-from fiq.corpus.wal.journal import Journal, journal_path
-from fiq.corpus.wal.pages import PAGE, PageCache, SectorIndex
+from fiq.corpus.wal.journal import SECTOR, SLAB_BYTES, Journal, SectorIndex, Sectors, journal_path, runs_of
 from fiq.corpus.wal.recovery import open_pair
-from fiq.corpus.wal.storage import Buffer, StorageIO, reason_of, system_errors, unlock
+from fiq.corpus.wal.storage import Buffer, StorageIO, read_into, reason_of, system_errors, unlock
 
 #: growth of the file that is reserved on the disk ahead of the commits, bytes
 _RESERVE_BYTES = 1 << 20
+#: bytes of a page
+PAGE = 4096
+#: bytes that are read at once where HDF5 wants a few: headers and chunks of a consultation mostly lie within 8 KB, and
+#: are asked for one after another in ten reads
+_WINDOW = 16 << 10
+#: reads of up to so many bytes go through the window
+_SMALL = 4096
+_NO_WINDOW = -2 * _WINDOW
+_SECTORS_A_PAGE = PAGE // SECTOR
+_PAGE_BITS, _SECTOR_BITS = PAGE.bit_length() - 1, SECTOR.bit_length() - 1
+_WITHIN = PAGE - 1
+_ZEROS = bytes(PAGE)
 
 
 @dataclass(slots=True)
@@ -458,3 +481,226 @@ class AtomicFile:
         except CorpusError as error:
             self.failure = self.failure or error
             raise
+
+
+# -- The layers -------------------------------------------------------------------------------------------------------
+
+
+class PageCache:
+    """Pages over a file and its journal; writes to neither.
+
+    Args:
+        file: descriptor of the partition file.
+        journal: descriptor of its journal.
+        size: committed size of the content, bytes.
+        index: the sectors that only the journal holds.
+    """
+
+    def __init__(self, file: int, journal: int, size: int, index: SectorIndex) -> None:
+        self._below = PageReader(file, journal, index)
+        self._pages: dict[int, bytearray] = {}
+        self._sealed: dict[int, bytearray] = {}
+        #: the sectors that the batch changes: a bit each, by page
+        self._marks: dict[int, int] = {}
+        self._committed_size = size
+        #: nothing was ever written from this byte on
+        self._used = max(size, os.fstat(file).st_size)
+        self._slab = bytearray(SLAB_BYTES)
+        self.size = size
+
+    def __len__(self) -> int:
+        """Return the number of pages in memory."""
+        return len(self._pages) + len(self._sealed)
+
+    @property
+    def index(self) -> SectorIndex:
+        """The sectors that are read from the journal where no page has them."""
+        return self._below.index
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything changed since the last commit."""
+        return bool(self._marks) or self.size != self._committed_size
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill *out* with the content from *offset* on; bytes past the end are zeros."""
+        start = filled = offset
+        end, page = offset + len(out), offset >> _PAGE_BITS
+        while start < end:
+            stop = min((start | _WITHIN) + 1, end)
+            content = self._pages.get(page) or self._sealed.get(page)
+            if content is not None:
+                if filled < start:
+                    self._below.read_into(filled, out[filled - offset : start - offset])
+                within = start & _WITHIN
+                out[start - offset : stop - offset] = content[within : within + stop - start]
+                filled = stop
+            start, page = stop, page + 1
+        if self._used <= filled < end:
+            out[filled - offset :] = bytes(end - filled)
+        elif filled < end:
+            self._below.read_into(filled, out[filled - offset :])
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Add *data* to the batch."""
+        size = len(data)
+        within = offset & _WITHIN
+        stop = within + size
+        if 0 < size <= SECTOR and stop <= PAGE:
+            # an object header, or what a consultation gets: a thousand times a batch
+            page = offset >> _PAGE_BITS
+            (self._pages.get(page) or self._page(page))[within:stop] = data
+            self._marks[page] = self._marks.get(page, 0) | _MARKS[within >> _SECTOR_BITS][(stop - 1) >> _SECTOR_BITS]
+        else:
+            self._write_pages(offset, bytes(data))
+        if offset + size > self.size:
+            self.size = offset + size
+
+    def truncate(self, size: int) -> None:
+        """Set the size; bytes that a shrink cuts off are zeros if the content grows over them again."""
+        end = max(self.size, self._committed_size) if size < self.size else size
+        for start in range(size, end, 1 << 20):
+            self._write_pages(start, bytes(min(1 << 20, end - start)))
+        self.size = size
+
+    def changes(self) -> tuple[Sectors, Iterator[memoryview]]:
+        """Return what the batch changes: the runs of sectors (first, count) in rising order, and their new images.
+
+        The images come in pieces; each must be used before the next one is taken.
+        """
+        pages = sorted(self._marks)
+        marks = np.array([self._marks[page] for page in pages], np.uint8)
+        rows, sectors = np.nonzero(np.unpackbits(marks, bitorder="little").reshape(-1, _SECTORS_A_PAGE))
+        numbers = np.array(pages, np.uint64)[rows] * np.uint64(_SECTORS_A_PAGE) + sectors.astype(np.uint64)
+        return runs_of(numbers), self._images(pages)
+
+    def commit(self) -> None:
+        """The journal holds the batch now."""
+        self._marks.clear()
+        self._committed_size = self.size
+        self._used = max(self._used, self.size)
+
+    def rollback(self, index: SectorIndex) -> None:
+        """Drop the batch and all pages: *index*, the journal and the file give what is committed."""
+        self._marks.clear()
+        self.size = self._committed_size
+        self.rebase(index)
+
+    def seal(self) -> None:
+        """Set the committed pages apart: a checkpoint copies them while others are committed."""
+        self._sealed.update(self._pages)
+        self._pages = {page: self._sealed.pop(page) for page in self._marks}
+
+    def drop_sealed(self, index: SectorIndex) -> None:
+        """Drop the sealed pages, which the file holds now; *index* has what neither it nor the other pages hold."""
+        self._sealed.clear()
+        self._below.replace(index)
+
+    def rebase(self, index: SectorIndex, journal: int | None = None) -> None:
+        """Drop the committed pages: *index*, the *journal* and the file give their content from now on."""
+        self._pages = {page: self._pages[page] for page in self._marks}
+        self._sealed.clear()
+        self._below.replace(index, journal)
+
+    def _images(self, pages: list[int]) -> Iterator[memoryview]:
+        slab, at = self._slab, 0
+        for page in pages:
+            if at > SLAB_BYTES - PAGE:
+                yield memoryview(slab)[:at]
+                at = 0
+            content = self._pages[page]
+            for low, high in _STRETCHES[self._marks[page]]:
+                slab[at : at + high - low] = content[low:high]
+                at += high - low
+        yield memoryview(slab)[:at]
+
+    def _page(self, page: int) -> bytearray:
+        """Return a page that is about to change; a sealed one becomes an ordinary one."""
+        own = self._sealed.pop(page, None)
+        if own is None:
+            own = bytearray(PAGE)
+            if page * PAGE < self._used:
+                self._below.read_into(page * PAGE, memoryview(own))
+        self._pages[page] = own
+        return own
+
+    def _write_pages(self, offset: int, data: bytes) -> None:
+        """Write what spans sectors; equal bytes are not marked, nor zeros past the end of new content.
+
+        HDF5 writes a new chunk whole, and then most of it is zeros over zeros.
+        """
+        at, end = offset, offset + len(data)
+        while at < end:
+            page, within = at >> _PAGE_BITS, at & _WITHIN
+            stop = min(PAGE, within + end - at)
+            new = data[at - offset : at - offset + stop - within]
+            own = self._pages.get(page) or self._page(page)
+            old = own[within:stop]
+            if old != new:
+                own[within:stop] = new
+                used = stop
+                if not new[-1] and old == _ZEROS[: len(new)]:
+                    while own[(low := (used - 1) & -SECTOR) : used] == _ZEROS[: used - low]:
+                        used = low
+                marks = _MARKS[within >> _SECTOR_BITS][(used - 1) >> _SECTOR_BITS]
+                self._marks[page] = self._marks.get(page, 0) | marks
+            at += stop - within
+
+
+class PageReader:
+    """Reads the file and, over it, the images in its journal; keeps the last window.
+
+    Args:
+        file: descriptor of the partition file.
+        journal: descriptor of its journal.
+        index: the sectors that only the journal holds.
+    """
+
+    def __init__(self, file: int, journal: int, index: SectorIndex) -> None:
+        self._file = file
+        self._journal = journal
+        #: the sectors that only the journal holds
+        self.index = index
+        self._window = memoryview(bytearray(_WINDOW))
+        #: byte offset of the window's content
+        self._at = _NO_WINDOW
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill *out* with the content from *offset* on; bytes past the end are zeros.
+
+        Raises OSError: the system refused.
+        """
+        size = len(out)
+        if size > _SMALL:
+            self._read(offset, out)
+            return
+        if not 0 <= offset - self._at <= _WINDOW - size:
+            at, self._at = offset & -_SMALL, _NO_WINDOW
+            self._read(at, self._window)
+            self._at = at
+        low = offset - self._at
+        out[:] = self._window[low : low + size]
+
+    def replace(self, index: SectorIndex, journal: int | None = None) -> None:
+        """Use another *index*, and another *journal* if given; the file may have changed too."""
+        self._at = _NO_WINDOW
+        self.index = index
+        self._journal = self._journal if journal is None else journal
+
+    def _read(self, offset: int, out: memoryview) -> None:
+        read_into(self._file, out, offset)
+        if len(self.index):
+            self.index.patch(self._journal, offset, out)
+
+
+def _stretches(marks: int) -> list[tuple[int, int]]:
+    """Return where in a page the stretches of marked sectors begin and end, bytes."""
+    bits = [0, *(marks >> sector & 1 for sector in range(_SECTORS_A_PAGE)), 0]
+    bounds = [SECTOR * n for n in range(_SECTORS_A_PAGE + 1) if bits[n] != bits[n + 1]]
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+#: the stretches by the marks of a page
+_STRETCHES = [_stretches(marks) for marks in range(1 << _SECTORS_A_PAGE)]
+#: the marks of all sectors from the first to the last
+_MARKS = [[(2 << last) - (1 << first) for last in range(_SECTORS_A_PAGE)] for first in range(_SECTORS_A_PAGE)]

@@ -36,17 +36,17 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
 
 from fiq.corpus.errors import ArchivedFileError, CorpusFormatError, JournalError
-from fiq.corpus.wal.storage import StorageIO, read_exactly, system_errors, write_all
+from fiq.corpus.wal.storage import StorageIO, read_exactly, read_into, system_errors, write_all
 
 #: size of the user block, bytes: three blocks of a disk with large sectors and one to spare (a power of two, as HDF5
 #: wants)
@@ -74,6 +74,8 @@ _RECORD_MAGIC = b"FIQRECRD"
 #: every CRC covers what comes after it and the magic
 _SEALED_FROM = 12
 _READ_BYTES = 4 << 20
+#: bytes of images that are held in memory at once
+SLAB_BYTES = 1 << 20
 
 #: the first bytes of HDF5's superblock
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -389,6 +391,79 @@ class Journal:
     def _find_ceiling(self) -> int | None:
         """Return the first live byte after the next record's offset; None when there is none."""
         return min((record.offset for record in self.records if record.offset >= self._next.offset), default=None)
+
+
+# -- The newest image of each sector ----------------------------------------------------------------------------------
+
+
+class SectorIndex:
+    """Sorted sector numbers, each with the byte offset of its newest image in the journal."""
+
+    def __init__(self, sectors: Sectors, offsets: Sectors) -> None:
+        self.sectors = sectors
+        self.offsets = offsets
+
+    @classmethod
+    def of(cls, records: Sequence[Extents]) -> Self:
+        """Build the index of *records*, given from the oldest to the newest."""
+        return cls(np.empty(0, np.uint64), np.empty(0, np.uint64)).with_newer(records)
+
+    def with_newer(self, records: Sequence[Extents]) -> Self:
+        """Return the index of this one's sectors and of newer *records*, from the oldest to the newest."""
+        if not records:
+            return self
+        numbers, offsets = [self.sectors], [self.offsets]
+        for record in records:
+            numbers.append(record.sectors())
+            offsets.append(np.arange(len(numbers[-1]), dtype=np.uint64) * np.uint64(SECTOR) + np.uint64(record.images))
+        # unique() keeps the first of equals: newest first. All are sorted in themselves, so they are only merged
+        newest, chosen = np.unique(np.concatenate(numbers)[::-1], return_index=True)
+        return type(self)(newest, np.concatenate(offsets)[::-1][chosen])
+
+    def __len__(self) -> int:
+        return len(self.sectors)
+
+    def table(self) -> Sectors:
+        """Return the runs of neighbouring sectors: shape (n, 2), first sector and number of sectors."""
+        return runs_of(self.sectors)
+
+    def patch(self, journal: int, offset: int, out: memoryview) -> None:
+        """Lay the images in the *journal* over *out*, which holds the file's bytes from *offset* on."""
+        end = offset + len(out)
+        # of the same type: else numpy turns the whole index into floats first
+        bounds = np.array((offset // SECTOR, -(-end // SECTOR)), np.uint64)
+        first, last = self.sectors.searchsorted(bounds).tolist()
+        for sector, image in zip(self.sectors[first:last].tolist(), self.offsets[first:last].tolist(), strict=True):
+            start = sector * SECTOR
+            low, high = max(start, offset), min(start + SECTOR, end)
+            read_into(journal, out[low - offset : high - offset], image + low - start)
+
+    def runs(self, journal: int) -> Iterator[tuple[int, memoryview]]:
+        """Yield (byte offset in the file, content) of every run of neighbouring sectors, in rising order."""
+        step = SLAB_BYTES // SECTOR
+        for low in range(0, len(self), step):
+            sectors, offsets = self.sectors[low : low + step], self.offsets[low : low + step]
+            images = memoryview(bytearray(len(sectors) * SECTOR))
+            for first, last in _neighbours(offsets, SECTOR):
+                read_into(journal, images[first * SECTOR : last * SECTOR], int(offsets[first]))
+            for first, last in _neighbours(sectors, 1):
+                yield int(sectors[first]) * SECTOR, images[first * SECTOR : last * SECTOR]
+
+
+def runs_of(sectors: Sectors) -> Sectors:
+    """Return the runs of neighbours among rising *sectors*: shape (n, 2), first sector and number of sectors."""
+    if not len(sectors):  # a commit that changes the size only
+        return np.empty((0, 2), np.uint64)
+    breaks = np.flatnonzero(np.diff(sectors) != 1) + 1
+    starts = np.concatenate(([0], breaks))
+    ends = np.concatenate((breaks, [len(sectors)]))
+    return np.stack((sectors[starts], (ends - starts).astype(np.uint64)), axis=1)
+
+
+def _neighbours(numbers: Sectors, step: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the stretches in which *numbers* rise by *step*."""
+    breaks = (np.flatnonzero(np.diff(numbers) != step) + 1).tolist()
+    return zip([0, *breaks], [*breaks, len(numbers)], strict=True)
 
 
 # -- Reading a journal, and telling a torn tail from damage -----------------------------------------------------------

@@ -22,6 +22,7 @@ from fiq.corpus.wal.journal import (
     AbsorbedState,
     LiveRecords,
     RecordPosition,
+    SectorIndex,
     empty_journal,
     is_plain,
     journal_path,
@@ -30,7 +31,6 @@ from fiq.corpus.wal.journal import (
     read_state,
     read_uuid,
 )
-from fiq.corpus.wal.pages import SectorIndex
 from fiq.corpus.wal.storage import (
     LOCK_WAIT,
     Buffer,

@@ -10,7 +10,7 @@ import pytest
 
 from fiq.corpus import CorpusIOError, EventStore, StoreFailedError, StoreOptions, open_corpus
 from fiq.corpus.partition import ConsultationGroups
-from fiq.corpus.wal.pages import PageCache
+from fiq.corpus.wal.file import PageCache
 from fiq.corpus.wal.recovery import Snapshot
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, stock_contents
 from tests.support.faulty_io import FailingIO

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fiq.corpus.wal.journal import SECTOR, Extents, Sectors
-from fiq.corpus.wal.pages import PageCache, SectorIndex, runs_of
+from fiq.corpus.wal.file import PageCache
+from fiq.corpus.wal.journal import SECTOR, Extents, SectorIndex, Sectors, runs_of
 from fiq.corpus.wal.storage import Buffer
 
 

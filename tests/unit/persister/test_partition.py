@@ -17,7 +17,7 @@ import orjson
 import pytest
 
 from fiq.corpus import EventStore, StorageIO
-from fiq.corpus.wal.pages import PageCache
+from fiq.corpus.wal.file import PageCache
 from fiq.corpus.wal.storage import Buffer
 from fiq.errors import PermanentError
 from services.log.protocol import Position
