@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -199,6 +200,9 @@ class Stack:
                 self.cluster.start()
             for name in self.cluster.names:
                 on_ready(name)
+            if self.log is LogKind.ZMQ and not self.data_dir.exists():
+                # a new folder: sockets outside of it are of one at its path that was deleted, and name its volume
+                shutil.rmtree(_socket_directory(self.folder), ignore_errors=True)
             self.data_dir.mkdir(parents=True, exist_ok=True)
             self.logs.mkdir(exist_ok=True)
             self._start_services(on_ready)

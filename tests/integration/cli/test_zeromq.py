@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -71,6 +72,18 @@ def test_commands_work_on_a_stack_without_a_broker_or_say_why_not(tmp_path: Path
         assert 2 == post(stack.ingest.url, b'{"event_type":"C"}')
     with open_corpus(tmp_path / "again" / "corpus") as corpus:
         assert ["A", "C"] == [event.event_type for event in corpus["c-1"]]
+
+
+def test_a_deleted_folder_leaves_nothing_to_the_next_one_at_its_path(tmp_path: Path) -> None:
+    """Sockets are among temporary files where the path of the folder is too long for them."""
+    folder = tmp_path / ("long" * 20)
+    for _ in range(2):
+        with Stack(folder, log=LogKind.ZMQ, persisters=1) as stack:
+            sockets = Path(stack.log_url.removeprefix("zmq+ipc://"))
+            assert not sockets.is_relative_to(folder)
+            assert 1 == post(stack.ingest.url, b'{"event_type":"A"}')
+        shutil.rmtree(folder)
+    shutil.rmtree(sockets)
 
 
 def test_a_folder_belongs_to_one_log(tmp_path: Path) -> None:
