@@ -21,8 +21,7 @@ import h5py
 
 from fiq.corpus import EventStore, Identity, Record
 from fiq.corpus.format import CONSULTATIONS, LIBVER
-from fiq.corpus.partition import ConsultationGroups
-from fiq.corpus.store import create_partition
+from fiq.corpus.store import ConsultationGroups, create_partition
 from fiq.corpus.wal.storage import StorageIO
 
 #: consultations that a batch touches, and batches that are not measured: they create the groups, and the journal takes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fiq.corpus import CorpusIOError, EventStore, StoreFailedError, StoreOptions, open_corpus
-from fiq.corpus.partition import ConsultationGroups
+from fiq.corpus.store import ConsultationGroups
 from fiq.corpus.wal.file import PageCache
 from fiq.corpus.wal.recovery import Snapshot
 from tests.support.corpus import IDENTITY, append_range, commit_range, expected, stock_contents
