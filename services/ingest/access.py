@@ -216,7 +216,8 @@ class AccessControl:
         metrics: counts refusals.
         tokens: of clients.
         rates: of each token.
-        check_backlog: called before each request that writes; raises RequestRefusedError while the backlog is full.
+        log_checks: called before each request that writes; each raises RequestRefusedError while a limit of the log is
+            reached.
         hosts: names in ``Host`` that are accepted, besides those of this machine, while no token is required.
         proxies: networks of proxies whose ``X-Forwarded-For`` is believed.
     """
@@ -227,7 +228,7 @@ class AccessControl:
         metrics: IngestMetrics,
         tokens: TokenStore,
         rates: RateLimiter,
-        check_backlog: Callable[[], None],
+        log_checks: Sequence[Callable[[], None]],
         *,
         hosts: Iterable[str] = (),
         proxies: Collection[Network] = (),
@@ -238,7 +239,7 @@ class AccessControl:
         self._hosts = _LOCAL_NAMES.union(hosts)
         self._tokens = tokens
         self._rates = rates
-        self._check_backlog = check_backlog
+        self._log_checks = log_checks
         self._rules: dict[web.AbstractRoute, Rule] = {}
 
     def add(
@@ -334,7 +335,8 @@ class AccessControl:
             if reason:
                 raise self._forbidden(request, reason, rule.scope, grant)
             if rule.scope is Scope.WRITE:
-                self._check_backlog()
+                for check in self._log_checks:
+                    check()
         grant.count_request()
         request[GRANT] = grant
 

@@ -1,8 +1,9 @@
 """The HTTP server: aiohttp's, with bounds on what a client may hold, problem documents for every error, and TLS.
 
 Bounds: the number of connections, the time of TLS handshakes, the time and bytes of a request's headers, and the time
-for which a client may leave an answer unread. Bodies have their own (:mod:`services.ingest.formats`). There is no limit
-for each address: that is the task of the load balancer in front.
+for which a client may leave an answer unread. Bodies have their own (:mod:`services.ingest.formats`). Query parameters
+are those of the description, and no others. There is no limit for each address: that is the task of the load balancer
+in front.
 
 A stop closes the listener, waits for the requests in flight, and then closes all connections.
 """
@@ -24,6 +25,7 @@ from aiohttp import StreamReader, hdrs, web
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.typedefs import Handler, Middleware
 from aiohttp.web_protocol import RequestHandler
 from prometheus_client import Counter
 
@@ -32,6 +34,7 @@ from services.ingest import problems
 from services.ingest.access import GRANT
 from services.ingest.admission import ADMISSION, IN_FLIGHT, Admission
 from services.ingest.metrics import METRICS
+from services.ingest.openapi import Json, query_parameters
 from services.ingest.problems import REFUSALS, ProblemType, Refusals, RequestRefusedError
 from services.ingest.settings import SETTINGS
 from services.log.errors import TooManyInFlightError
@@ -582,6 +585,33 @@ async def send(response: web.StreamResponse, request: web.Request) -> None:
 
 
 # -- the listener -----------------------------------------------------------------------------------------------------
+
+
+def checked_parameters(refusals: Refusals, description: Json) -> Middleware:
+    """Return a middleware that refuses query parameters which *description* does not have, and those sent twice."""
+    known = query_parameters(description)
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not request.rel_url.raw_query_string:
+            return await handler(request)
+        resource = request.match_info.route.resource
+        method = hdrs.METH_GET if request.method == hdrs.METH_HEAD else request.method
+        names = None if resource is None else known.get((method, resource.canonical))
+        if names is None:
+            return await handler(request)
+        sent = set(request.query)
+        if sent <= names and len(sent) == len(request.query):
+            return await handler(request)
+        if sent <= names:
+            detail = "A query parameter may be sent once only."
+        elif names:
+            detail = f"The query parameters of this resource are {', '.join(sorted(names))}; another one was sent."
+        else:
+            detail = "This resource has no query parameters: leave them out."
+        return refusals.answer(problems.INVALID_PARAMETER, detail, request=request)
+
+    return check
 
 
 class HttpServer:

@@ -12,7 +12,7 @@ import ipaddress
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,7 +34,6 @@ from services.core.management import CachedCheck, ReadinessCheck, bind, serve_ma
 from services.core.tokens import Scope
 from services.core.tracing import REQUEST_TRACE, Spans, open_spans, trace_of
 from services.core.watchdog import Watchdog
-from services.ingest import problems
 from services.ingest.access import ACCESS, OPEN, VARIABLE, WHOAMI_PATH, AccessControl, TokenStore, describe_token
 from services.ingest.admission import (
     ADMISSION,
@@ -61,7 +60,6 @@ from services.ingest.openapi import (
     as_page,
     describe,
     own_url,
-    query_parameters,
 )
 from services.ingest.operations import (
     DEAD_LETTERS,
@@ -99,6 +97,7 @@ from services.ingest.server import (
     Certificate,
     HttpServer,
     check_both,
+    checked_parameters,
 )
 from services.ingest.settings import SETTINGS, Settings
 from services.ingest.ui import UI_FILE_PATH, UI_PATH, handlers
@@ -322,16 +321,12 @@ def make_app(
     rates = RateLimiter(settings.rate, settings.rate_burst)
     new_rates = RateLimiter(settings.new_consultations_rate, settings.new_consultations_burst)
 
-    def check_log() -> None:
-        backlog.check()
-        window.check()
-
     access = AccessControl(
         refusals,
         metrics,
         tokens,
         rates,
-        check_log,
+        (backlog.check, window.check),
         hosts=settings.allowed_hosts,
         proxies=settings.trusted_proxies,
     )
@@ -343,7 +338,7 @@ def make_app(
     metrics.bytes_in_flight.set_function(lambda: admission.size)
 
     description = describe(settings, version)
-    middlewares = [access.middleware(), _checked_parameters(refusals, query_parameters(description))]
+    middlewares = [access.middleware(), checked_parameters(refusals, description)]
     if spans is not None:
         middlewares.insert(0, _serving_spans(spans))
     app = web.Application(client_max_size=settings.max_event_bytes, middlewares=middlewares)
@@ -491,32 +486,6 @@ def _options(methods: str) -> Handler:
         return web.Response(status=204, headers={"Allow": methods, "Server": SERVER})
 
     return answer
-
-
-def _checked_parameters(refusals: Refusals, known: Mapping[tuple[str, str], frozenset[str]]) -> Middleware:
-    """Return a middleware that refuses query parameters which the description does not have, and those sent twice."""
-
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not request.rel_url.raw_query_string:
-            return await handler(request)
-        resource = request.match_info.route.resource
-        method = hdrs.METH_GET if request.method == hdrs.METH_HEAD else request.method
-        names = None if resource is None else known.get((method, resource.canonical))
-        if names is None:
-            return await handler(request)
-        sent = set(request.query)
-        if sent <= names and len(sent) == len(request.query):
-            return await handler(request)
-        if sent <= names:
-            detail = "A query parameter may be sent once only."
-        elif names:
-            detail = f"The query parameters of this resource are {', '.join(sorted(names))}; another one was sent."
-        else:
-            detail = "This resource has no query parameters: leave them out."
-        return refusals.answer(problems.INVALID_PARAMETER, detail, request=request)
-
-    return check
 
 
 # -- spans ------------------------------------------------------------------------------------------------------------
