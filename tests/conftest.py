@@ -37,6 +37,9 @@ os.environ["FI_ALLOW_EPHEMERAL"] = "1"
 # no test needs public certificate authorities, and reading their certificates costs each process 0.1 s at its start
 os.environ["SSL_CERT_FILE"] = os.devnull
 
+# numpy starts a thread of linear algebra for each core, which no test uses
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 # keep the stacks of this process away from the default port, which a developer's `fiq up` may want
 stack.PREFERRED_PORT = free_ports(1)[0]
 

@@ -14,7 +14,7 @@ from fiq.errors import FiqError
 
 T = TypeVar("T")
 
-#: what asks a service to stop. A service's ``__main__`` blocks them before its imports, which take most of a second: a
+#: what asks a service to stop. A service's ``__main__`` blocks them before its imports, which take half a second: a
 #: stop in that time would look like a failure, or be lost where the process is a container's first one.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
