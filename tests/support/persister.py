@@ -251,11 +251,12 @@ async def rig(
     spans: Spans | None = None,
     answering: Answering | None = None,
 ) -> AsyncIterator[Rig]:
-    """Make a :class:`Rig`; its runner is the test's to start and stop."""
+    """Make a :class:`Rig`; its runner is the test's to start."""
     with ThreadPoolExecutor(1) as hdf5:
         made = Rig(folder, stream, hdf5, limit, spans, answering)
         try:
             yield made
         finally:
+            await made.runner.stop()  # an HDF5 file that is open when the interpreter ends crashes it
             made.turning.cancel()
             await asyncio.wait({made.turning})
