@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import logging
 import os
 import random
 import re
@@ -78,6 +79,7 @@ _MAX_PAGE = 1000
 _JSON = "application/json"
 _NDJSON = "application/x-ndjson"
 _EVENT_STREAM = "text/event-stream"
+_log = logging.getLogger("fiq.client")
 _END_OF_LINE = re.compile("\r\n|\n|\r")
 
 
@@ -567,7 +569,8 @@ class AsyncClient:
                 yield response
         except ClientConnectorCertificateError:
             raise UnexpectedAnswerError(
-                f"the certificate of {self._url.origin()} is not trusted: name its authority"
+                f"the certificate of {self._url.origin()} is not trusted: pass the certificate of its authority "
+                "(context= or --ca-file)"
             ) from None
         except (HttpError, TimeoutError, OSError) as error:
             raise _NoAnswerError(_reason(error), sent=bool(sending)) from None
@@ -607,11 +610,12 @@ class AsyncClient:
     async def _pause(self, backoff: _Backoff, failure: _Failure, *, may_be_stored: bool) -> None:
         """Wait before the next attempt. Raises GaveUpError: there is no time for one; ClosedError: it is closed."""
         pause = backoff.next(failure.retry_after)
+        last = failure.reason if failure.problem else f"no answer from {self._url.origin()}: {failure.reason}"
         if pause is None:
-            last = failure.reason if failure.problem else f"no answer from {self._url.origin()}: {failure.reason}"
             message = f"not done within {self._retry.deadline:g} s: {last}"
             raise GaveUpError(message, problem=failure.problem, may_be_stored=may_be_stored)
         if not self._closed:
+            _log.info("%s; trying again in %.1f s", last, pause)
             self._retries += 1
             await asyncio.sleep(pause)
         if self._closed:
@@ -636,6 +640,7 @@ def service_url(url: str) -> URL:
 def _authorization(token: str | None) -> dict[str, str]:
     if token is None:
         return {}
+    token = token.strip()  # a file that holds one ends with a line feed
     if not token or not all("\x21" <= character <= "\x7e" for character in token):
         raise InvalidArgumentError("a token is one word of visible ASCII characters")
     return {"Authorization": f"Bearer {token}"}

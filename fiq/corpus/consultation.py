@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
 from uuid import UUID
 
 import numpy as np
@@ -148,7 +148,12 @@ class Consultation(Sequence[EventRecord]):
     @overload
     def __getitem__(self, index: slice) -> list[EventRecord]: ...
     def __getitem__(self, index: int | slice) -> EventRecord | list[EventRecord]:
-        """Return the event at *index*, from the end if it is negative, or the events of a slice."""
+        """Return the event at *index*, from the end if it is negative, or the events of a slice.
+
+        Raises IndexError: there is none; TypeError: *index* is neither an integer nor a slice.
+        """
+        if not isinstance(index, (SupportsIndex, slice)):
+            raise TypeError(f"a consultation is indexed by position (int) or slice, not by {type(index).__name__}")
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             return list(self.records(start, stop)) if step == 1 else [self[one] for one in range(start, stop, step)]

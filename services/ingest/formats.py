@@ -105,10 +105,12 @@ class Resource:
 
     def _takes(self, headers: CIMultiDictProxy[str]) -> str:
         """Say what the resource takes, and what *headers* lack for it."""
-        taken = f"This resource takes the Content-Type {', '.join(self.formats)}, in UTF-8."
-        if _JSON not in self.formats:
-            taken += f" Post plain JSON to {EVENTS.path}."
-        if not self.binary:
+        others = ", ".join(kind for kind in self.formats if kind != _JSON)
+        if _JSON in self.formats:
+            taken = f"Send Content-Type: {_JSON}, in UTF-8; this resource also takes {others}."
+        else:
+            taken = f"This resource takes the Content-Type {others}, in UTF-8. Post plain JSON to {EVENTS.path}."
+        if not self.binary or not any(name.lower().startswith(_HEADER_PREFIX) for name in headers):
             return taken
         return f"{taken} For a CloudEvent in the binary mode these headers are missing: {', '.join(_missing(headers))}."
 

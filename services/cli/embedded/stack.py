@@ -62,11 +62,13 @@ class Service:
         process: runs it.
         port: of its HTTP interface; a persister has only the management endpoints.
         management_port: of the management endpoints.
+        scheme: of its HTTP interface: https with a certificate.
     """
 
     process: ManagedProcess
     port: int
     management_port: int
+    scheme: str = "http"
 
     @property
     def name(self) -> str:
@@ -76,7 +78,7 @@ class Service:
     @property
     def url(self) -> str:
         """URL of its HTTP interface."""
-        return f"http://{LOOPBACK}:{self.port}"
+        return f"{self.scheme}://{LOOPBACK}:{self.port}"
 
     @property
     def management_url(self) -> str:
@@ -320,7 +322,10 @@ class Stack:
             )
             for index, other in enumerate(others)
         ]
-        return [self._service("ingest", "services.ingest", (port, management), addresses), *persisters]
+        ingest = self._service("ingest", "services.ingest", (port, management), addresses)
+        if self._env.get("FI_TLS_CERT", "").strip():
+            ingest.scheme = "https"
+        return [ingest, *persisters]
 
     def _service(self, name: str, module: str, ports: tuple[int, int], own: Mapping[str, str]) -> Service:
         env = {

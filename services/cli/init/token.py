@@ -189,7 +189,8 @@ class TokenFile:
         """Lock the file against other processes; yield a writer that keeps its owner, or its folder's."""
         folder = self.path.parent
         if not folder.is_dir():
-            raise CommandError(f"{folder} does not exist: make the deployment with  fiq init, or name a --file")
+            what = "make the deployment with  fiq init, or name a --file" if self._layout else "make that folder first"
+            raise CommandError(f"{folder} does not exist: {what}")
         root = self._layout.folder if self._layout is not None else folder
         owner = FileOwner.of((self.path if self.path.exists() else folder).stat())
         secrets = Secrets(root, lambda _: owner)

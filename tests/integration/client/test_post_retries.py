@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -102,6 +103,23 @@ async def test_what_may_pass_is_tried_again_under_the_same_key(failure: Step) ->
         assert (True, 2) == (stored.duplicate, client.retries)
     assert 3 == len(server.seen)
     assert 1 == len({(request.key, request.body) for request in server.seen})
+
+
+async def test_retries_are_logged_without_the_event(caplog: pytest.LogCaptureFixture) -> None:
+    """A program that waits for a wrong port shows why, if it logs at INFO."""
+    caplog.set_level("INFO", "fiq.client")
+    async with (
+        scripted(refused(503, "backlog-full"), accepted()) as server,
+        AsyncClient(server.url, retry=QUICK) as client,
+    ):
+        await client.post("c-1", {"event_type": "SECRET"}, "secret-key")
+    with pytest.raises(GaveUpError):
+        async with AsyncClient("http://127.0.0.1:9", retry=RetryPolicy(deadline=0.5)) as client:
+            await client.post("c-1", {"event_type": "SECRET"}, "secret-key")
+    first, second, *_ = messages = [record.getMessage() for record in caplog.records if record.name == "fiq.client"]
+    assert re.fullmatch(r"503 .*; trying again in \d\.\d s", first)
+    assert re.fullmatch(r"no answer from http://127\.0\.0\.1:9: .*; trying again in 0\.\d s", second)
+    assert not [one for one in messages if "secret" in one.lower()]
 
 
 async def test_a_try_without_an_answer_is_given_up_for_another() -> None:

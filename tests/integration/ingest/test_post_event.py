@@ -112,7 +112,11 @@ async def test_another_content_type_or_encoding_is_415(edge: Edge, headers: dict
 async def test_a_wrong_content_type_is_answered_with_the_accepted_ones(edge: Edge) -> None:
     """The usual mistake is curl without the header."""
     reply = await edge.post(body=BODY, Content_Type="application/x-www-form-urlencoded")
-    assert "takes the Content-Type application/json, application/cloudevents+json, " in reply.json["detail"]
+    others = "application/cloudevents+json, application/cloudevents-batch+json"
+    said = f"Send Content-Type: application/json, in UTF-8; this resource also takes {others}."
+    assert said == reply.json["detail"]
+    reply = await edge.post(body=BODY, Content_Type="text/csv", ce_time="x")
+    assert reply.json["detail"].startswith(said)
     assert reply.json["detail"].endswith("these headers are missing: ce-id, ce-source, ce-specversion, ce-type.")
     reply = await edge.post(body=BODY, Content_Type="text/csv", ce_id="1", CE_Type="A", ce_time="x")
     assert reply.json["detail"].endswith("these headers are missing: ce-source, ce-specversion.")

@@ -110,6 +110,8 @@ def test_a_file_of_its_own_needs_no_deployment(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     secret = fiq("token", "new", "me", "--file", path).stdout.strip()
     assert [digest_of(secret)] == list(parse(path.read_text()))
+    refused = fiq("token", "new", "me", "--file", tmp_path / "missing" / "tokens")
+    assert (1, True) == (refused.exit_code, "missing does not exist: make that folder first" in refused.stderr)
     assert 0o600 == stat.S_IMODE(path.stat().st_mode)
 
 

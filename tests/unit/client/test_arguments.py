@@ -26,6 +26,15 @@ async def test_a_malformed_id_or_key_is_an_invalid_argument(consultation: Any, k
             await client.post(consultation, {"event_type": "A"}, key)
 
 
+async def test_a_token_may_come_from_a_file_with_a_line_feed() -> None:
+    """As `fiq token new NAME > FILE` writes it; two words are no token."""
+    async with AsyncClient("http://127.0.0.1:9", token="a-token\n"):
+        pass
+    for wrong in ("two words", " \n", "umläut"):
+        with pytest.raises(InvalidArgumentError, match="one word of visible ASCII"):
+            AsyncClient("http://127.0.0.1:9", token=wrong)
+
+
 @pytest.mark.parametrize("times", [{"deadline": 0}, {"deadline": -1}, {"attempt_timeout": 0}])
 def test_a_policy_has_time_for_an_attempt(times: dict[str, float]) -> None:
     """Without it every call would fail at once."""

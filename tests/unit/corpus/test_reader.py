@@ -152,6 +152,8 @@ def test_an_index_that_is_no_id_is_refused(path: Path) -> None:
     """A corpus is no sequence: its first consultation is not at 0."""
     with open_corpus(path) as corpus, pytest.raises(TypeError, match=r"by consultation id \(str\), not by int"):
         corpus[0]  # type: ignore[index]
+    with open_corpus(path) as corpus, pytest.raises(TypeError, match=r"by position \(int\) or slice, not by str"):
+        corpus[next(iter(corpus))]["payload"]  # type: ignore[call-overload]
 
 
 def test_a_copy_without_its_journal_shows_the_last_checkpoint(path: Path, tmp_path: Path) -> None:
