@@ -152,6 +152,12 @@ def test_an_index_that_is_no_id_is_refused(path: Path) -> None:
     """A corpus is no sequence: its first consultation is not at 0."""
     with open_corpus(path) as corpus, pytest.raises(TypeError, match=r"by consultation id \(str\), not by int"):
         corpus[0]  # type: ignore[index]
+
+
+def test_an_event_is_found_by_its_position(path: Path) -> None:
+    """A consultation is a sequence: its events have no names."""
+    with EventStore.open(path, expected=IDENTITY) as store:
+        commit_range(store, range(1, 3))
     with open_corpus(path) as corpus, pytest.raises(TypeError, match=r"by position \(int\) or slice, not by str"):
         corpus[next(iter(corpus))]["payload"]  # type: ignore[call-overload]
 
