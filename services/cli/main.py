@@ -49,38 +49,50 @@ class Entry(NamedTuple):
     summary: str
 
 
-#: in the order of `fiq --help`
-COMMANDS = {
-    "demo": Entry("demo:demo", "Post events while parts are killed, then verify HDF5."),
-    "init": Entry("init.deployment:init", "Create the secrets of a deployment."),
-    "up": Entry("embedded.up:up", "Run the whole pipeline on this machine until Ctrl-C."),
-    "logs": Entry("logs:logs", "Show the logs of `fiq up`, of all processes by time."),
-    "status": Entry("status:status", "Show nodes, stream, and each partition's lag and owner."),
-    "doctor": Entry("doctor.command:doctor", "Check a whole deployment and say what to do."),
-    "post": Entry("post:post", "Post the events of a file; a stopped post can continue."),
-    "ls": Entry("corpus:ls", "List consultations: events, first and last time, id."),
-    "show": Entry("corpus:show", "Print a consultation's events, one per line."),
-    "get": Entry("service:get", "Print one event as JSON, in HDF5 or not yet."),
-    "follow": Entry("service:follow", "Print a consultation's events as they come."),
-    "export": Entry("corpus:export", "Write events as NDJSON, JSON, CSV or Parquet."),
-    "verify": Entry("corpus_files:verify", "Check every row, body, chain and journal of a corpus."),
-    "recover": Entry("corpus_files:recover", "Apply journals to their partition files."),
-    "repack": Entry("corpus_files:repack", "Write a compact, verified copy of a corpus."),
-    "backup": Entry("backup.backup:backup", "Copy a volume while persisters write, and verify it."),
-    "restore": Entry("backup.restore:restore", "Put a lost volume back from a backup."),
-    "give-up": Entry("backup.restore:give_up", "Start a lost volume again without a backup."),
-    "place": Entry("backup.restore:place", "Restore deleted placement keys from partition files."),
-    "dead": Entry("service:dead", "List, show, requeue and drop dead letters."),
-    "token": Entry("init.token:token", "Create, list and revoke API tokens without a restart."),
-    "nats-context": Entry("nats_context:nats_context", "Write a context file for the `nats` command line."),
-    "rolling-restart": Entry(
-        "embedded.rolling_restart:rolling_restart", "Restart the processes of `fiq up` one after the other."
-    ),
-    "wait": Entry("embedded.rolling_restart:wait", "Wait until nodes, replicas and services are ready."),
-    "provision": Entry("nats_context:provision", "Create the streams, or check that they fit the settings."),
-    "completion": Entry("main:completion", "Print the completion script of a shell."),
-    "version": Entry("main:version", "Print the versions of fiq, Python and nats-server."),
+#: the sections of `fiq --help`
+SECTIONS = {
+    "Start here": {
+        "up": Entry("embedded.up:up", "Run the whole pipeline on this machine until Ctrl-C."),
+        "demo": Entry("demo:demo", "Post events while parts are killed, then verify HDF5."),
+        "logs": Entry("logs:logs", "Show the logs of `fiq up`, of all processes by time."),
+        "status": Entry("status:status", "Show nodes, stream, and each partition's lag and owner."),
+    },
+    "Post and read": {
+        "post": Entry("post:post", "Post the events of a file; a stopped post can continue."),
+        "ls": Entry("corpus:ls", "List consultations: events, first and last time, id."),
+        "show": Entry("corpus:show", "Print a consultation's events, one per line."),
+        "get": Entry("service:get", "Print one event as JSON, in HDF5 or not yet."),
+        "follow": Entry("service:follow", "Print a consultation's events as they come."),
+        "export": Entry("corpus:export", "Write events as NDJSON, JSON, CSV or Parquet."),
+    },
+    "Deploy and operate": {
+        "init": Entry("init.deployment:init", "Create the secrets of a deployment."),
+        "token": Entry("init.token:token", "Create, list and revoke API tokens without a restart."),
+        "provision": Entry("nats_context:provision", "Create the streams, or check that they fit the settings."),
+        "doctor": Entry("doctor.command:doctor", "Check a whole deployment and say what to do."),
+        "dead": Entry("service:dead", "List, show, requeue and drop dead letters."),
+        "wait": Entry("embedded.rolling_restart:wait", "Wait until nodes, replicas and services are ready."),
+        "rolling-restart": Entry(
+            "embedded.rolling_restart:rolling_restart", "Restart the processes of `fiq up` one after the other."
+        ),
+        "nats-context": Entry("nats_context:nats_context", "Write a context file for the `nats` command line."),
+    },
+    "Corpus files and volumes": {
+        "verify": Entry("corpus_files:verify", "Check every row, body, chain and journal of a corpus."),
+        "recover": Entry("corpus_files:recover", "Apply journals to their partition files."),
+        "repack": Entry("corpus_files:repack", "Write a compact, verified copy of a corpus."),
+        "backup": Entry("backup.backup:backup", "Copy a volume while persisters write, and verify it."),
+        "restore": Entry("backup.restore:restore", "Put a lost volume back from a backup."),
+        "give-up": Entry("backup.restore:give_up", "Start a lost volume again without a backup."),
+        "place": Entry("backup.restore:place", "Restore deleted placement keys from partition files."),
+    },
+    "About fiq": {
+        "completion": Entry("main:completion", "Print the completion script of a shell."),
+        "version": Entry("main:version", "Print the versions of fiq, Python and nats-server."),
+    },
 }
+#: all, by name
+COMMANDS = {name: entry for commands in SECTIONS.values() for name, entry in commands.items()}
 
 
 def version() -> None:
@@ -235,8 +247,10 @@ class _Fiq(FiqGroup):
         return [SimpleNamespace(value=name, help=summary, type="plain") for name, summary in found]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+        widest = max(map(len, COMMANDS))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(widest), entry.summary) for name, entry in commands.items()])
 
 
 app = typer.Typer(

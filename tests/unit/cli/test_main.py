@@ -49,7 +49,7 @@ def test_help_lists_every_command(runner: CliRunner) -> None:
     result = runner.invoke(app, ["--help"])
 
     assert result.exit_code == 0
-    assert list(COMMANDS) == re.findall(r"^  ([a-z-]+) {2,}\S", result.output.partition("Commands:")[2], re.MULTILINE)
+    assert list(COMMANDS) == re.findall(r"^  ([a-z-]+) {2,}\S", result.output.partition("Start here:")[2], re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -208,7 +208,7 @@ def test_help_fits_80_columns_and_nothing_of_it_is_cut(
     shown = shown.partition("\n\n")[2]  # the usage ends with ARGS...
 
     assert [] == [line for line in shown.splitlines() if len(line) > 80 or line.endswith(("...", "…"))]
-    described = re.findall(r"^  [a-z][a-z-]* {2,}(\S.*)$", shown.partition("Commands:")[2], re.MULTILINE)
+    described = re.findall(r"^  [a-z][a-z-]* {2,}(\S.*)$", shown.partition("Start here:")[2], re.MULTILINE)
     assert all(line.endswith(".") for line in described), described
 
 
