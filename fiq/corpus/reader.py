@@ -6,6 +6,7 @@ Each partition file is read through a snapshot of its last commit, which is take
 from __future__ import annotations
 
 import errno
+import inspect
 import io as memory
 import re
 import warnings
@@ -301,13 +302,22 @@ class Corpus(Mapping[str, Consultation]):
         if self._strict or all(one in self._damaged for one in self.paths):
             del self._damaged[path]
             raise error
-        warnings.warn(f"{damaged}; the corpus is read without what is damaged", DamagedPartitionWarning, stacklevel=4)
+        message = f"{damaged}; the corpus is read without what is damaged"
+        warnings.warn(message, DamagedPartitionWarning, stacklevel=_level_of_caller())
 
     def _check_complete(self, consultation: str) -> None:
         """Raise DamagedPartitionError if a damaged file may hold *consultation*."""
         if self._damaged:
             damaged = "; ".join(map(str, self._damaged.values()))
             raise DamagedPartitionError(f"no consultation {consultation!r} in the files that can be read. {damaged}")
+
+
+def _level_of_caller() -> int:
+    """Return the level, for the caller's :func:`warnings.warn`, of the first function that is not the library's."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"].startswith("fiq."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _check_text(**arguments: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fiq.corpus import (
+    Corpus,
     CorpusFormatError,
     DamagedPartitionError,
     DamagedPartitionWarning,
@@ -81,6 +83,15 @@ def test_a_consultation_that_a_damaged_file_may_hold_is_not_called_unknown(direc
                 DamagedPartitionError, match=r"'c-1' in the files that can be read. .*01\.h5 is damaged"
             ):
                 look()
+
+
+def test_the_warning_is_shown_for_the_line_that_reads(directory: Path) -> None:
+    """Whatever the library does in between: a comprehension over generators, or a frame."""
+    reads: tuple[Callable[[Corpus], object], ...] = (list, len, lambda corpus: corpus.to_frame())
+    for read in reads:
+        with open_corpus(directory) as corpus, pytest.warns(DamagedPartitionWarning) as caught:
+            read(corpus)
+        assert {__file__} == {one.filename for one in caught}
 
 
 def test_a_strict_reader_gets_the_error(directory: Path) -> None:
