@@ -95,7 +95,8 @@ def _new_folder(folder: Path | None) -> Path:
 def _run_demo(
     home: Path, log: LogKind, consultations: list[list[Post]], clients: int, seed: int, *, json: bool
 ) -> None:
-    settings = {"FI_STREAM_MAX_BYTES": _STREAM_BYTES, "FI_TOKEN_FILE": "", "FI_NEW_CONSULTATIONS_RATE": "0"}
+    none = dict.fromkeys(("FI_TOKEN_FILE", "FI_TLS_CERT", "FI_TLS_KEY"), "")
+    settings = {"FI_STREAM_MAX_BYTES": _STREAM_BYTES, "FI_NEW_CONSULTATIONS_RATE": "0", **none}
     stack = Stack(home, log=log, env=settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops in the same order as Ctrl-C
     columns = SpinnerColumn(), TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn()

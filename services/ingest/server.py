@@ -584,9 +584,6 @@ async def send(response: web.StreamResponse, request: web.Request) -> None:
     await response.write_eof()
 
 
-# -- the listener -----------------------------------------------------------------------------------------------------
-
-
 def checked_parameters(refusals: Refusals, description: Json) -> Middleware:
     """Return a middleware that refuses query parameters which *description* does not have, and those sent twice."""
     known = query_parameters(description)
@@ -612,6 +609,9 @@ def checked_parameters(refusals: Refusals, description: Json) -> Middleware:
         return refusals.answer(problems.INVALID_PARAMETER, detail, request=request)
 
     return check
+
+
+# -- the listener -----------------------------------------------------------------------------------------------------
 
 
 class HttpServer:
