@@ -315,7 +315,7 @@ class Corpus(Mapping[str, Consultation]):
 def _level_of_caller() -> int:
     """Return the level, for the caller's :func:`warnings.warn`, of the first function that is not the library's."""
     level, frame = 0, inspect.currentframe()
-    while frame is not None and frame.f_globals["__name__"].startswith("fiq."):
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("fiq."):
         level, frame = level + 1, frame.f_back
     return level
 

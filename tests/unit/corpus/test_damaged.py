@@ -92,6 +92,8 @@ def test_the_warning_is_shown_for_the_line_that_reads(directory: Path) -> None:
         with open_corpus(directory) as corpus, pytest.warns(DamagedPartitionWarning) as caught:
             read(corpus)
         assert {__file__} == {one.filename for one in caught}
+    with open_corpus(directory) as corpus, pytest.warns(DamagedPartitionWarning):
+        exec("list(corpus)", {"corpus": corpus})
 
 
 def test_a_strict_reader_gets_the_error(directory: Path) -> None:
