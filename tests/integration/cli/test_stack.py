@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from ssl import create_default_context
 from urllib.request import urlopen
 
 import pytest
@@ -14,7 +12,7 @@ from services.cli.embedded import stack as module
 from services.cli.embedded.processes import free_ports, is_free
 from services.cli.embedded.stack import Stack
 from services.cli.errors import ChildFailedError, PortTakenError
-from services.cli.init.keys import Authority, make_authority
+from tests.support.certificates import CertificateFiles
 from tests.support.polling import eventually_sync
 
 
@@ -80,16 +78,12 @@ def test_settings_reach_the_services(tmp_path: Path) -> None:
 
 def test_with_a_certificate_the_urls_are_https(tmp_path: Path) -> None:
     """Also in the file that tells the other commands where the stack is."""
-    made = make_authority("test", now=datetime.now(UTC))
-    pair = Authority(made).sign("up", ["127.0.0.1"], start=datetime.now(UTC) - timedelta(hours=1))
-    files = {"FI_TLS_CERT": pair.certificate, "FI_TLS_KEY": pair.key, "ca": made.certificate}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    env = {name: str(tmp_path / name) for name in ("FI_TLS_CERT", "FI_TLS_KEY")}
+    files = CertificateFiles(tmp_path)
+    env = {f"FI_{name.upper()}": path for name, path in files.settings.items()}
     with Stack(tmp_path / "stack", nodes=1, persisters=1, env=env) as stack:
         url = stack.state().ingest_url
         assert url.startswith("https://127.0.0.1:")
-        with urlopen(url, context=create_default_context(cafile=tmp_path / "ca")) as answer:
+        with urlopen(url, context=files.trust()) as answer:
             assert 200 == answer.status
 
 

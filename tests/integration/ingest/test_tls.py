@@ -8,9 +8,8 @@ import ipaddress
 import ssl
 import warnings
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import ClientSession, TCPConnector
@@ -20,56 +19,31 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from fiq.errors import ConfigurationError
-from services.cli.init.keys import Authority, Pair, make_authority
+from services.cli.init.keys import Pair
 from services.ingest import server, service
 from services.ingest.service import make_app
 from services.ingest.settings import Settings
+from tests.support.certificates import HOUR, CertificateFiles
 from tests.support.ingest import Edge, MemoryLog, running_edge
 from tests.support.polling import eventually
 
-HOUR = timedelta(hours=1)
 BODY = b'{"event_type":"A"}'
 
 
-class Files:
-    """A certificate, its key, and the authority that clients trust."""
-
-    def __init__(self, folder: Path) -> None:
-        made = make_authority("test", now=datetime.now(UTC))
-        self._authority = Authority(made)
-        self.ca, self.certificate, self.key = folder / "ca.pem", folder / "tls.pem", folder / "tls.key"
-        self.ca.write_bytes(made.certificate)
-        self.renew("first")
-
-    def renew(self, name: str, pair: Pair | None = None) -> None:
-        """Write another pair as an operator who renews certificates does: the key first."""
-        pair = pair or self._authority.sign(name, ["127.0.0.1"], start=datetime.now(UTC) - HOUR)
-        self.key.write_bytes(pair.key)
-        self.certificate.write_bytes(pair.certificate)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"tls_cert": str(self.certificate), "tls_key": str(self.key)}
-
-    def trust(self) -> ssl.SSLContext:
-        """What a client trusts."""
-        return ssl.create_default_context(cafile=str(self.ca))
-
-
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CertificateFiles:
     """A pair, which is looked at more often than each second."""
     monkeypatch.setattr(service, "RELOAD_SECONDS", 0.02)
-    return Files(tmp_path)
+    return CertificateFiles(tmp_path)
 
 
 @pytest.fixture
-async def edge(files: Files) -> AsyncIterator[Edge]:
+async def edge(files: CertificateFiles) -> AsyncIterator[Edge]:
     async with running_edge(**files.settings) as edge:
         yield edge
 
 
-async def name_shown(edge: Edge, files: Files, context: ssl.SSLContext | None = None) -> str:
+async def name_shown(edge: Edge, files: CertificateFiles, context: ssl.SSLContext | None = None) -> str:
     """Return the common name of the certificate that a new connection sees; its signature is checked."""
     _, writer = await asyncio.open_connection("127.0.0.1", edge.port, ssl=context or files.trust())
     shown = writer.get_extra_info("peercert")
@@ -78,7 +52,7 @@ async def name_shown(edge: Edge, files: Files, context: ssl.SSLContext | None = 
     return str(dict(pair for group in shown["subject"] for pair in group)["commonName"])
 
 
-async def test_a_client_that_trusts_the_authority_posts(edge: Edge, files: Files) -> None:
+async def test_a_client_that_trusts_the_authority_posts(edge: Edge, files: CertificateFiles) -> None:
     """Over TLS 1.3."""
     async with ClientSession(connector=TCPConnector(ssl=files.trust())) as client:
         url = f"{edge.url}/consultations/c-1/events"
@@ -92,7 +66,7 @@ async def test_a_client_that_trusts_the_authority_posts(edge: Edge, files: Files
 
 @pytest.mark.parametrize(("version", "expected"), [(ssl.TLSVersion.TLSv1_2, True), (ssl.TLSVersion.TLSv1_1, False)])
 async def test_nothing_older_than_1_2_is_spoken(
-    edge: Edge, files: Files, version: ssl.TLSVersion, expected: bool
+    edge: Edge, files: CertificateFiles, version: ssl.TLSVersion, expected: bool
 ) -> None:
     """1.1 has been broken for years."""
     context = files.trust()
@@ -107,7 +81,7 @@ async def test_nothing_older_than_1_2_is_spoken(
             await name_shown(edge, files, context)
 
 
-async def test_plain_http_and_garbage_are_not_answered(edge: Edge, files: Files) -> None:
+async def test_plain_http_and_garbage_are_not_answered(edge: Edge, files: CertificateFiles) -> None:
     """No client uses plain text by mistake, and the next client is served."""
     for request in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x00" * 100, b""):
         answer = await edge.raw(request, end=True)
@@ -115,7 +89,7 @@ async def test_plain_http_and_garbage_are_not_answered(edge: Edge, files: Files)
     assert "first" == await name_shown(edge, files)
 
 
-async def test_there_are_no_more_connections_than_there_may_be(files: Files) -> None:
+async def test_there_are_no_more_connections_than_there_may_be(files: CertificateFiles) -> None:
     """One more completes its handshake, is told so and is closed."""
     async with running_edge(max_connections=1, **files.settings) as edge:
         answers, first = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
@@ -129,14 +103,14 @@ async def test_there_are_no_more_connections_than_there_may_be(files: Files) -> 
         await eventually(lambda: shown_again(edge, files))
 
 
-async def shown_again(edge: Edge, files: Files) -> bool:
+async def shown_again(edge: Edge, files: CertificateFiles) -> bool:
     try:
         return await name_shown(edge, files) == "first"
     except (OSError, EOFError):
         return False
 
 
-async def test_a_handshake_that_fails_makes_room(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_handshake_that_fails_makes_room(files: CertificateFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """However it fails: garbage, and silence until its time is up."""
     monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 0.2)
     async with running_edge(max_connections=1, **files.settings) as edge:
@@ -146,7 +120,7 @@ async def test_a_handshake_that_fails_makes_room(files: Files, monkeypatch: pyte
         await eventually(lambda: shown_again(edge, files))
 
 
-async def test_a_stop_does_not_wait_for_handshakes(files: Files) -> None:
+async def test_a_stop_does_not_wait_for_handshakes(files: CertificateFiles) -> None:
     """It does not wait for a silent client; one that completes its handshake afterwards is disconnected."""
     async with running_edge(**files.settings) as edge:
         _, silent = await asyncio.open_connection("127.0.0.1", edge.port)
@@ -162,7 +136,7 @@ async def test_a_stop_does_not_wait_for_handshakes(files: Files) -> None:
         late.close()
 
 
-async def test_a_renewed_certificate_is_shown_and_open_connections_go_on(edge: Edge, files: Files) -> None:
+async def test_a_renewed_certificate_is_shown_and_open_connections_go_on(edge: Edge, files: CertificateFiles) -> None:
     """Nothing is restarted; the metric has the new end."""
     reader, writer = await asyncio.open_connection("127.0.0.1", edge.port, ssl=files.trust())
 
@@ -184,7 +158,9 @@ async def test_a_renewed_certificate_is_shown_and_open_connections_go_on(edge: E
     assert 0.0 == edge.metric("fi_ingest_certificate_expiry_timestamp_seconds", name="first")
 
 
-async def test_a_certificate_with_another_kind_of_key_takes_the_place_of_the_old_one(edge: Edge, files: Files) -> None:
+async def test_a_certificate_with_another_kind_of_key_takes_the_place_of_the_old_one(
+    edge: Edge, files: CertificateFiles
+) -> None:
     """One context keeps one for each kind, and would go on showing the old one to who prefers it."""
     pair = await asyncio.to_thread(_rsa_pair, "third")
     await asyncio.to_thread(files.renew, "third", pair)
@@ -200,7 +176,7 @@ async def test_a_certificate_with_another_kind_of_key_takes_the_place_of_the_old
 
 
 @pytest.mark.parametrize("damage", ["garbage", "foreign key", "gone"])
-async def test_a_broken_pair_leaves_the_old_one(files: Files, damage: str) -> None:
+async def test_a_broken_pair_leaves_the_old_one(files: CertificateFiles, damage: str) -> None:
     """Told by a metric, until it is mended."""
     async with running_edge(**files.settings) as edge:
         key = await asyncio.to_thread(files.key.read_bytes)
@@ -225,7 +201,7 @@ async def test_a_broken_pair_leaves_the_old_one(files: Files, damage: str) -> No
         ("password", "expected a certificate.*without a password"),
     ],
 )
-def test_a_bad_pair_at_the_start_is_a_configuration_error(files: Files, wrong: str, expected: str) -> None:
+def test_a_bad_pair_at_the_start_is_a_configuration_error(files: CertificateFiles, wrong: str, expected: str) -> None:
     """With what is wrong; nothing asks on the terminal."""
     settings = files.settings
     if wrong == "no key":
