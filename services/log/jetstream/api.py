@@ -18,7 +18,6 @@ from nats.aio.msg import Msg
 from nats.js.api import Header
 
 from fiq.errors import FiqError
-from services.core.lifecycle import cancellable
 from services.log.errors import LogRefusedError, LogUnavailableError
 from services.log.jetstream.connection import Connection
 
@@ -34,6 +33,11 @@ SEQUENCE_NOT_FOUND = 10043
 
 #: how long an answer may take, seconds
 REQUEST_TIMEOUT_SECONDS = 5.0
+#: what only reads is asked again after so long without an answer, then after twice that, and so on, seconds
+AGAIN_SECONDS = 0.5
+
+#: requests that change nothing
+_READS = ("STREAM.INFO.", "STREAM.MSG.GET.", "DIRECT.GET.", "CONSUMER.INFO.", "CONSUMER.NAMES.")
 
 
 class ApiError(FiqError):
@@ -239,14 +243,34 @@ class JetStreamApi:
     async def _ask(self, suffix: str, body: Mapping[str, Any] | None, timeout: float | None) -> Msg:
         payload = b"" if body is None else orjson.dumps(body)
         timeout = self._timeout if timeout is None else timeout
+        again = AGAIN_SECONDS if suffix.startswith(_READS) else timeout
         try:
-            return await cancellable(self._nc.request(f"$JS.API.{suffix}", payload, timeout=timeout))
+            return await self._first_answer(f"$JS.API.{suffix}", payload, timeout, again)
         except nats.errors.NoRespondersError:
             raise NoRespondersError(f"{suffix}: no server answers for the JetStream API") from None
         except TimeoutError:
             raise LogUnavailableError(f"{suffix}: no answer within {timeout:g} s") from None
         except (nats.errors.Error, OSError) as error:
             raise LogUnavailableError(f"{suffix}: {type(error).__name__}") from error
+
+    async def _first_answer(self, subject: str, payload: bytes, timeout: float, again: float) -> Msg:
+        """Ask until an answer comes: nodes say nothing while they elect a leader, also that of a new stream.
+
+        Raises TimeoutError: none came within *timeout* seconds.
+        """
+        asked: list[asyncio.Task[Msg]] = []
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    asked.append(asyncio.create_task(self._nc.request(subject, payload, timeout=2 * timeout)))
+                    done, _ = await asyncio.wait(asked, timeout=again, return_when=asyncio.FIRST_COMPLETED)
+                    if done:
+                        return done.pop().result()
+                    again *= 2
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
 
 @asynccontextmanager

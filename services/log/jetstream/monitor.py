@@ -8,9 +8,10 @@ Metrics, readiness, the backlog and its ``Retry-After``, ``fiq status`` and the 
   each process that subscribes to it, so a process that is gone is missing at once. The answers come while the loop
   sleeps, and count for :data:`LIVE_SECONDS`. Each says in the metadata of its service which partitions it runs and how
   far they are: ``partitions`` "00,03", ``progress`` "00:<committed>:<waiting>,03:…" and ``stream_sequence``;
-- *partitions*, each :data:`WHOLE_EVERY` seconds: the keys of the bucket ``fi-partitions``, and for each partition that
-  waits its oldest event. Where no owner says how much waits, or its file is stalled, the broker counts: a batched
-  direct get of one message says how many follow it (``Nats-Num-Pending``), in 0.1 to 3 ms of one node.
+- *partitions*, each :data:`WHOLE_EVERY` seconds, and each second until all are placed: the keys of the bucket
+  ``fi-partitions``, and for each partition that waits its oldest event. Where no owner says how much waits, or its file
+  is stalled, the broker counts: a batched direct get of one message says how many follow it (``Nats-Num-Pending``), in
+  0.1 to 3 ms of one node.
 
 With each third whole look all nodes are asked for their memory and storage, for the metrics alone. A cluster without
 accounts (``fiq up``) answers nothing to that.
@@ -160,7 +161,9 @@ class LogMonitor:
             for turn in range(WHOLE_EVERY * NODES_EVERY):
                 if turn == 0:
                     await self._ask_nodes()
-                await self.look(whole=turn % WHOLE_EVERY == 0)
+                # who waits for partitions to be placed waits for a whole look; a log that does not answer comes first
+                forming = STREAMS not in self._troubles and _unplaced(self.state) > 0
+                await self.look(whole=forming or turn % WHOLE_EVERY == 0)
                 await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self, *, whole: bool = True) -> None:
@@ -468,11 +471,14 @@ def problems_of(state: LogState) -> list[str]:
         found.append(f"stream {STREAM} has no quorum: too few of its {count(state.stream.copies, 'node')} answer")
     if state.placements is None and state.at and (trouble := state.troubles.get(PARTITIONS)) is not None:
         found.append(f"it is not known where partitions live: {trouble}")
-    elif state.stores is not None:
-        unplaced = min(sum(one.placement is None for one in store) for store in state.stores.values())
-        if unplaced:
-            found.append(f"{count(unplaced, 'partition')} without an owner yet: start the persisters")
+    elif unplaced := _unplaced(state):
+        found.append(f"{count(unplaced, 'partition')} without an owner yet: start the persisters")
     return found
+
+
+def _unplaced(state: LogState) -> int:
+    """Return how many partitions have no owner in the store that has most of them placed."""
+    return min((sum(one.placement is None for one in store) for store in (state.stores or {}).values()), default=0)
 
 
 def _waits(one: PartitionState) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import datetime
+from pathlib import Path
 
+import nats
 import pytest
+from nats.aio.msg import Msg
 
 from fiq.errors import PermanentError
 from services.cli.embedded.processes import Cluster
@@ -16,6 +20,7 @@ from services.log.jetstream.connection import Connection, close, connect
 from services.log.jetstream.reader import StreamReading
 from services.log.jetstream.stream import STREAM, cursor_config, cursor_name, provision
 from services.log.settings import LogSettings
+from tests.support.broker import connected, plain_server, taken
 from tests.support.cluster import delete_streams
 from tests.support.polling import eventually
 from tests.support.raw_nats import message, publish_raw
@@ -145,6 +150,53 @@ async def test_nothing_is_purged_without_a_connection(nc: Connection, single_nod
     await nc.flush()
 
     assert await JetStreamApi(nc).leader_message(STREAM, 1)
+
+
+@pytest.mark.parametrize("answered", [1, 3])
+async def test_what_only_reads_is_asked_again_and_the_first_answer_counts(tmp_path: Path, answered: int) -> None:
+    """Nodes that elect a leader say nothing; one that is slow may answer the first question after the last."""
+    asked: list[str] = []
+
+    async def answer(message: Msg) -> None:
+        asked.append(message.reply)
+        if len(asked) == 3:
+            await message._client.publish(asked[answered - 1], b'{"state": {}}')
+
+    with plain_server(tmp_path) as url:
+        async with _answering(url, answer) as nc:
+            assert {"state": {}} == await JetStreamApi(nc).stream_info(STREAM)
+
+    assert 3 == len(asked) == len(set(asked))
+
+
+async def test_silence_ends_and_what_changes_something_is_asked_once(tmp_path: Path) -> None:
+    """It may have taken effect all the same."""
+    asked: list[str] = []
+
+    async def answer(message: Msg) -> None:
+        asked.append(message.subject)
+
+    with plain_server(tmp_path) as url:
+        async with _answering(url, answer) as nc:
+            api = JetStreamApi(nc, timeout=1)
+            with pytest.raises(LogUnavailableError, match="no answer within 1 s"):
+                await api.delete_message(STREAM, 1)
+            with pytest.raises(LogUnavailableError, match="no answer within 1 s"):
+                await api.get_message(STREAM, 1)
+            await eventually(lambda: not [task for task in asyncio.all_tasks() if "request" in str(task.get_coro())])
+
+    assert [f"$JS.API.STREAM.MSG.DELETE.{STREAM}", *[f"$JS.API.DIRECT.GET.{STREAM}"] * 2] == asked
+
+
+@asynccontextmanager
+async def _answering(url: str, answer: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[Connection]:
+    """Let *answer* speak for the JetStream API on a server without it, and yield another connection."""
+    async with await nats.connect(url) as api:
+        await api.subscribe("$JS.API.>", cb=answer)
+        await taken(api)
+        nc = await connected(url)
+        yield nc
+        await close(nc)
 
 
 async def _nothing(**_: object) -> None:

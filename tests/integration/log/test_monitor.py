@@ -392,6 +392,24 @@ async def test_it_looks_while_the_work_goes_on_and_ends_with_it(log: Log, monkey
         assert [] == [task for task in asyncio.all_tasks() if task.get_name() == "log monitor"]
 
 
+async def test_a_store_that_forms_is_seen_at_the_next_look(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who starts a stack waits for it; a whole look would come much later."""
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(module, "WHOLE_EVERY", 10_000)
+    async with (
+        _connected(log.settings) as nc,
+        monitoring(nc, log.settings, LogMetrics(CollectorRegistry()), pytest.fail) as monitor,
+    ):
+        await eventually(lambda: monitor.state.placements is not None)
+        assert ["2 partitions without an owner yet: start the persisters"] == await monitor.ready()
+        await _place(log, 0, 1)
+
+        async def ready() -> bool:
+            return await monitor.ready() == []
+
+        await eventually(ready)
+
+
 async def test_ingest_reads_backlog_and_readiness_from_it(log: Log) -> None:
     """What was posted by others, and what is placed, is known within seconds."""
     async with open_log(Settings(log=log.settings), pytest.fail, LogMetrics(CollectorRegistry())) as opened:
