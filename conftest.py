@@ -19,6 +19,9 @@ from sybil.region import Lexeme
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+# where the machine forbids it, each worker would compile, and rewrite the assertions of, all modules of the tests
+sys.dont_write_bytecode = False
+
 #: so much memory must be free, and may be used for files, that tests write there, bytes; a run leaves one to two GB
 _ROOM = 6 * 2**30
 _MEMORY = Path("/dev/shm")
