@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import orjson
 import pytest
 from nats.aio.client import Client
 
-from services.log.errors import LogForbiddenError
+from services.core.retry import retry
+from services.log.errors import LogForbiddenError, LogUnavailableError
 from services.log.jetstream.api import JetStreamApi
 from services.log.jetstream.connection import Connection, Role, tls_context
 from services.log.jetstream.stream import BUCKET_STREAM, DEAD_STREAM, STREAM, cursor_config, cursor_name
@@ -46,7 +48,8 @@ async def _fill(secured: Secured) -> None:
         await nc.request("fi.events.c-0001", b'{"event_type":"A"}', timeout=10)
     async with secured.connected(Role.PERSISTER) as nc:
         await nc.request("fi.dead.3", b"bad", timeout=10)
-        await JetStreamApi(nc).create_consumer(STREAM, cursor_config("main", 3, 1, 1))
+        create = partial(JetStreamApi(nc).create_consumer, STREAM, cursor_config("main", 3, 1, 1), timeout=2)
+        await retry(create, on=LogUnavailableError, pause=0.1)  # without an answer it may have taken effect
         for key in ("main.03", "main"):
             await nc.request(f"$KV.fi-partitions.{key}", b"{}", timeout=10)
 
