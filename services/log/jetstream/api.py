@@ -18,6 +18,7 @@ from nats.aio.msg import Msg
 from nats.js.api import Header
 
 from fiq.errors import FiqError
+from services.core.retry import backoff
 from services.log.errors import LogRefusedError, LogUnavailableError
 from services.log.jetstream.connection import Connection
 
@@ -261,12 +262,12 @@ class JetStreamApi:
         asked: list[asyncio.Task[Msg]] = []
         try:
             async with asyncio.timeout(timeout):
-                while True:
+                for pause in backoff(again, timeout):
                     asked.append(asyncio.create_task(self._nc.request(subject, payload, timeout=2 * timeout)))
-                    done, _ = await asyncio.wait(asked, timeout=again, return_when=asyncio.FIRST_COMPLETED)
+                    done, _ = await asyncio.wait(asked, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
                     if done:
                         return done.pop().result()
-                    again *= 2
+            raise AssertionError("backoff never ends")
         finally:
             for task in asked:
                 task.cancel()
